@@ -1,0 +1,223 @@
+"""From the bytes of a trained checkpoint to the tensors of its prefix encoder: one table row for each layout.
+
+Formats: PEFT's `save_pretrained`, PEFT's training state (bare, or deep inside an accelerate, DeepSpeed, FSDP or
+Lightning checkpoint), hf_peft_ex, P-tuning v2 (and ChatGLM), CARTRIDGE saved and in training. Nothing here opens a
+pickle, and nothing is allocated before names, shapes and dtypes have been checked against the config.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from service.errors import InvalidCheckpoint
+from service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
+from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
+
+Shape = tuple[int, ...]
+
+_MLP: Final = ("transform.w1", "transform.b1", "transform.w2", "transform.b2")
+# What training frameworks put between the names of modules.
+_WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one project names the tensors of a prefix encoder.
+
+    `scope` is what may stand before a name; `roles` maps the rest of the name to this project's own; `linear` tells
+    that matrices are `[out, in]` (nn.Linear) rather than `[in, out]`; `complete` lists the sets that make a whole.
+    """
+
+    name: str
+    config: tuple[type[PrefixConfig], ...]
+    scope: re.Pattern[str]
+    roles: Mapping[str, str]
+    complete: tuple[frozenset[str], ...]
+    linear: bool = True
+
+
+def _roles(embedding: str, matrix: str, first: str, second: str, weight: str, bias: str) -> dict[str, str]:
+    names = [f"{matrix}.{weight.format(first)}", f"{matrix}.{bias.format(first)}"]
+    names += [f"{matrix}.{weight.format(second)}", f"{matrix}.{bias.format(second)}"]
+    return {embedding: "embedding", **dict(zip(names, _MLP, strict=True))}
+
+
+_EMBEDDING_OR_MLP = (frozenset({"embedding"}), frozenset({"embedding", *_MLP}))
+_IN_PEFT_MODEL = re.compile(r"(?:(?:.+\.)?prompt_encoder\.[^.]+\.)?")
+
+LAYOUTS: Final = (
+    Layout(
+        "PEFT saved",
+        (PrefixTuningConfig, CartridgeConfig),
+        re.compile(""),
+        {"prompt_embeddings": "prompt_embeddings"},
+        (frozenset({"prompt_embeddings"}),),
+    ),
+    Layout(
+        "PEFT training state",
+        (PrefixTuningConfig,),
+        _IN_PEFT_MODEL,
+        _roles("embedding.weight", "transform", "0", "2", "{}.weight", "{}.bias"),
+        _EMBEDDING_OR_MLP,
+    ),
+    Layout(
+        "hf_peft_ex",
+        (PrefixTuningConfig,),
+        re.compile(r"(?:prefix_encoder\.)?"),
+        _roles("embedding", "transform", "1", "2", "w{}", "b{}"),
+        _EMBEDDING_OR_MLP,
+        linear=False,
+    ),
+    Layout(
+        "P-tuning v2",
+        (PrefixTuningConfig,),
+        re.compile(r"(?:.+\.)?prefix_encoder\."),
+        _roles("embedding.weight", "trans", "0", "2", "{}.weight", "{}.bias"),
+        _EMBEDDING_OR_MLP,
+    ),
+    Layout(
+        "CARTRIDGE training state",
+        (CartridgeConfig,),
+        _IN_PEFT_MODEL,
+        {"frozen_embedding": "frozen_embedding", "trainable_embedding": "trainable_embedding"},
+        (frozenset({"frozen_embedding", "trainable_embedding"}), frozenset({"trainable_embedding"})),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A prefix found in a checkpoint: its layout, where it stands, and which tensor plays which role."""
+
+    layout: Layout
+    scope: str
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWeights:
+    """The validated tensors of a prefix encoder, under the role names of `service.prefix.encoder`, matrices
+    `[out, in]`; `dtype` is the one they were stored in."""
+
+    layout: str
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+
+
+def load_weights(data: bytearray, config: PrefixConfig) -> PrefixWeights:
+    """The weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
+
+    Raises:
+        InvalidCheckpoint: malformed, incomplete, ambiguous, not as the config says, or not finite.
+        InvalidConfig: the config lacks dimensions.
+    """
+    config.require_dimensions()
+    header = parse_header(memoryview(data), dtypes=WEIGHT_DTYPES)
+    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
+    check_shapes(match, config, lambda name: header.tensors[name].shape)
+    view = memoryview(data)
+    return _oriented(match, {role: tensor_at(view, header.tensors[name]) for role, name in match.tensors.items()})
+
+
+def find_prefix(names: Mapping[str, Shape]) -> Match:
+    """The one prefix among the tensors of a checkpoint; what belongs to the base model or a task head is ignored.
+
+    Raises:
+        InvalidCheckpoint: none, more than one, or an incomplete one; the message lists what was found.
+    """
+    matches = [match for layout in LAYOUTS for match in _matches(layout, names)]
+    if not matches:
+        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in LAYOUTS)
+        raise InvalidCheckpoint(f"no prefix encoder among {len(names)} tensors ({shown}); known layouts: {known}")
+    if len(matches) > 1:
+        found = "; ".join(f"{m.layout.name} ({', '.join(sorted(m.tensors.values()))})" for m in matches)
+        raise InvalidCheckpoint(f"more than one prefix encoder in the checkpoint: {found}; keep one")
+    match = matches[0]
+    roles = frozenset(match.tensors)
+    if roles not in match.layout.complete:
+        wanted = min((c for c in match.layout.complete if roles < c), default=match.layout.complete[-1], key=len)
+        missing = sorted(match.scope + name for name, role in match.layout.roles.items() if role in wanted - roles)
+        raise InvalidCheckpoint(
+            f"incomplete prefix encoder ({match.layout.name}): found {', '.join(sorted(match.tensors.values()))}; "
+            f"missing {', '.join(missing)}"
+        )
+    return match
+
+
+def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
+    scopes: dict[str, dict[str, str]] = {}
+    for name in names:
+        plain = _WRAPPERS.sub("", name)
+        for suffix, role in layout.roles.items():
+            scope = plain.removesuffix(suffix)
+            if plain.endswith(suffix) and layout.scope.fullmatch(scope):
+                scopes.setdefault(scope, {})[role] = name
+    return [Match(layout, scope, tensors) for scope, tensors in scopes.items()]
+
+
+def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], Shape]) -> None:
+    """Compare the shapes of a prefix with its config.
+
+    Raises:
+        InvalidCheckpoint: the layout is not the config's kind, or a shape differs; names both values.
+    """
+    if not isinstance(config, match.layout.config):
+        raise InvalidCheckpoint(f"{match.layout.name} tensors do not belong to peft_type {config.peft_type}")
+    found = {
+        role: shape_of(name) if match.layout.linear else shape_of(name)[::-1] for role, name in match.tensors.items()
+    }
+    if isinstance(config, PrefixTuningConfig) and "embedding" in found:
+        projected = "transform.w1" in found
+        if projected != config.prefix_projection:
+            raise InvalidCheckpoint(
+                f"prefix_projection is {str(config.prefix_projection).lower()} in the config, and the checkpoint "
+                f"{'holds' if projected else 'lacks'} the projection ({match.layout.name}: "
+                f"{', '.join(sorted(match.tensors.values()))})"
+            )
+        if not match.layout.linear:
+            found["embedding"] = found["embedding"][::-1]  # an embedding is [tokens, width] in every layout
+    expected = _expected_shapes(config, found)
+    for role, name in match.tensors.items():
+        if found[role] != expected[role]:
+            raise InvalidCheckpoint(f"{name} has shape {list(shape_of(name))}, the config wants {_said(config)}")
+
+
+def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[str, Shape]:
+    tokens, width = config.num_virtual_tokens, config.prefix_embedding_dim or 0
+    if isinstance(config, CartridgeConfig):
+        frozen = config.num_frozen_tokens if "frozen_embedding" in found else 0
+        return {
+            "prompt_embeddings": (tokens, width),
+            "frozen_embedding": (config.num_frozen_tokens, width),
+            "trainable_embedding": (tokens - frozen, width),
+        }
+    if "transform.w1" not in found:
+        return {"prompt_embeddings": (tokens, width), "embedding": (tokens, width)}
+    # ChatGLM2 embeds the whole width where PEFT and P-tuning v2 embed one token.
+    inner = width if found["embedding"] == (tokens, width) else config.token_dim or 0
+    hidden = config.encoder_hidden_size or 0
+    shapes = ((hidden, inner), (hidden,), (width, hidden), (width,))
+    return {"embedding": (tokens, inner), **dict(zip(_MLP, shapes, strict=True))}
+
+
+def _said(config: PrefixConfig) -> str:
+    names = ["num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"]
+    names += ["num_frozen_tokens"] if isinstance(config, CartridgeConfig) else ["encoder_hidden_size"]
+    return ", ".join(f"{name}={getattr(config, name)}" for name in names)
+
+
+def _oriented(match: Match, tensors: dict[str, Tensor]) -> PrefixWeights:
+    for role, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCheckpoint(f"{match.tensors[role]} holds NaN or infinite values")
+    if not match.layout.linear:
+        # [in, out] -> [out, in]
+        tensors = {r: t.T.contiguous() if r in ("transform.w1", "transform.w2") else t for r, t in tensors.items()}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return PrefixWeights(match.layout.name, dtype, tensors)

@@ -1,0 +1,260 @@
+"""`adapter_config.json`, as Hugging Face PEFT writes it, validated; and the sizes that follow from it.
+
+`PrefixTuningConfig` and `CartridgeConfig` mirror `peft.PrefixTuningConfig` and `peft.CartridgeConfig` (0.3 … 0.21):
+the same fields, the same defaults, unknown keys kept. `parse_config` reads what came from outside.
+"""
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+
+from service.errors import InvalidConfig
+from service.prefix.base_model import infer_dimensions
+
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 32
+
+# Far above every model in use, far below what could make a product of them dangerous.
+_LIMITS = {
+    "num_virtual_tokens": 1 << 20,
+    "num_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "token_dim": 1 << 18,
+    "encoder_hidden_size": 1 << 18,
+}
+
+C = TypeVar("C", bound="PromptLearningConfig")
+
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+
+
+class PromptLearningConfig(BaseModel):
+    """The fields that PEFT's prompt-learning configs share; `None` is what has yet to be filled from a base model.
+
+    `token_dim` is `head_dim * num_attention_heads`, where the heads are those of keys and values (after PEFT's
+    adjustment for grouped-query attention). `num_transformer_submodules` follows from the task, as in PEFT: 2 for
+    `SEQ_2_SEQ_LM`, else 1.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    is_prompt_learning: ClassVar[bool] = True
+
+    peft_type: str
+    task_type: TaskType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: StrictStr | None = None
+    base_model_name_or_path: StrictStr | None = None
+    revision: StrictStr | None = None
+    inference_mode: StrictBool = False
+    num_virtual_tokens: StrictInt = 20
+    token_dim: StrictInt | None = None
+    num_transformer_submodules: Annotated[int, Field(strict=True, ge=1, le=2)] = 1
+    num_attention_heads: StrictInt | None = None
+    num_layers: StrictInt | None = None
+    modules_to_save: list[StrictStr] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _submodules_follow_the_task(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("num_transformer_submodules") is None:
+            submodules = 2 if values.get("task_type") == "SEQ_2_SEQ_LM" else 1
+            return {**values, "num_transformer_submodules": submodules}
+        return values
+
+    @model_validator(mode="after")
+    def _sizes_are_sane(self) -> Self:
+        for name, limit in _LIMITS.items():
+            value = getattr(self, name, None)
+            if value is None:
+                continue
+            if value < 1:
+                wording = "must be positive" if name == "encoder_hidden_size" else "must be at least 1"
+                raise ValueError(f"{name} {wording}, got {value}")
+            if value > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {value}")
+        if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
+            raise ValueError(
+                f"token_dim must be a multiple of num_attention_heads, got {self.token_dim} and "
+                f"{self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def prefix_embedding_dim(self) -> int | None:
+        """`num_layers * 2 * token_dim`, the width of the flat prefix; `None` until the dimensions are known."""
+        if self.num_layers is None or self.token_dim is None:
+            return None
+        return self.num_layers * 2 * self.token_dim
+
+    @property
+    def total_virtual_tokens(self) -> int:
+        """`num_virtual_tokens * num_transformer_submodules`, as PEFT counts them."""
+        return self.num_virtual_tokens * self.num_transformer_submodules
+
+    @property
+    def head_dim(self) -> int | None:
+        """`token_dim // num_attention_heads`; `None` until both are known."""
+        if self.token_dim is None or self.num_attention_heads is None:
+            return None
+        return self.token_dim // self.num_attention_heads
+
+    def filled(self, base_model_config: dict[str, Any]) -> Self:
+        """This config with every missing dimension taken from a base model's `config.json`.
+
+        What the adapter's config says stands; PEFT wrote its final values there.
+
+        Raises:
+            InvalidConfig: the base model's config lacks a number, or the result does not fit together.
+        """
+        missing = {
+            name: value
+            for name, value in infer_dimensions(base_model_config).items()
+            if getattr(self, name) is None and value is not None
+        }
+        return _validate(type(self), {**self.model_dump(), **missing})
+
+    def require_dimensions(self) -> None:
+        """Refuse a config whose `num_layers`, `token_dim` or `num_attention_heads` is not known.
+
+        Raises:
+            InvalidConfig: names what is missing.
+        """
+        missing = [n for n in ("num_layers", "token_dim", "num_attention_heads") if getattr(self, n) is None]
+        if missing:
+            raise InvalidConfig(
+                f"{', '.join(missing)} missing from the adapter's config: send the base model's config.json as "
+                "base_model_config, or set the numbers in adapter_config.json"
+            )
+
+
+class PrefixTuningConfig(PromptLearningConfig):
+    """PEFT's `PrefixTuningConfig` (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
+
+    With `prefix_projection` the prefix is `tanh(E W1 + b1) W2 + b2`, with `encoder_hidden_size` columns in `W1`.
+    """
+
+    peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
+    init_weights: StrictStr | None = None
+    encoder_hidden_size: StrictInt | None = None
+    prefix_projection: StrictBool = False
+
+    @model_validator(mode="after")
+    def _projection_has_a_size(self) -> Self:
+        # In inference mode the projection has been applied already: the flag is history.
+        if self.prefix_projection and not self.inference_mode and self.encoder_hidden_size is None:
+            raise ValueError("encoder_hidden_size required when prefix_projection is true")
+        return self
+
+    @property
+    def trainable_parameters(self) -> int | None:
+        """`N·L·2·d` without projection; `N·d + d·h + h + h·(L·2·d) + L·2·d` with it (d: `token_dim`, h: hidden)."""
+        width = self.prefix_embedding_dim
+        if width is None or self.token_dim is None:
+            return None
+        if not self.prefix_projection or self.encoder_hidden_size is None:
+            return self.num_virtual_tokens * width
+        hidden = self.encoder_hidden_size
+        return self.num_virtual_tokens * self.token_dim + self.token_dim * hidden + hidden + hidden * width + width
+
+
+class CartridgeConfig(PromptLearningConfig):
+    """PEFT's `CartridgeConfig` (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266): the first
+    `num_frozen_tokens` rows are not trained."""
+
+    peft_type: Literal["CARTRIDGE"] = "CARTRIDGE"
+    num_frozen_tokens: Annotated[int, Field(strict=True, ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _frozen_rows_exist(self) -> Self:
+        if self.num_frozen_tokens > self.num_virtual_tokens:
+            raise ValueError(
+                f"num_frozen_tokens must be at most num_virtual_tokens, got {self.num_frozen_tokens} and "
+                f"{self.num_virtual_tokens}"
+            )
+        return self
+
+    @property
+    def trainable_parameters(self) -> int | None:
+        """`(N - num_frozen_tokens)·L·2·d`."""
+        width = self.prefix_embedding_dim
+        return None if width is None else (self.num_virtual_tokens - self.num_frozen_tokens) * width
+
+
+PrefixConfig = PrefixTuningConfig | CartridgeConfig
+
+_CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "CARTRIDGE": CartridgeConfig,
+}
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, of at most `MAX_CONFIG_BYTES` bytes.
+
+    Raises:
+        InvalidConfig: names `what` and the defect.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise InvalidConfig(f"{what} has {len(data)} bytes, more than {MAX_CONFIG_BYTES}")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{what} must be a JSON object, got {type(value).__name__}")
+    if _deeper_than(_MAX_DEPTH, value):
+        raise InvalidConfig(f"{what} is nested more than {_MAX_DEPTH} deep")
+    return value
+
+
+def _deeper_than(levels: int, value: Any) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper_than(levels - 1, child) for child in children)
+
+
+def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixConfig:
+    """The config that `values` describe, by their `peft_type`.
+
+    A config `from_file` belongs to trained weights, so `num_virtual_tokens` must be there; PEFT always writes it.
+
+    Raises:
+        InvalidConfig: another `peft_type`, or a field that is missing, malformed or out of bounds.
+    """
+    peft_type = values.get("peft_type")
+    config_type = _CONFIGS.get(peft_type) if isinstance(peft_type, str) else None
+    if config_type is None:
+        raise InvalidConfig(f"peft_type must be one of {', '.join(_CONFIGS)}, got {_shown(peft_type)}")
+    if from_file and values.get("num_virtual_tokens") is None:
+        raise InvalidConfig("num_virtual_tokens is missing from the adapter's config")
+    return _validate(config_type, values)
+
+
+def _validate(config_type: type[C], values: dict[str, Any]) -> C:
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        shown = f", got {_shown(first['input'])}" if where else ""
+        raise InvalidConfig(f"{where + ': ' if where else ''}{reason}{shown}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {_shown(key)}")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
