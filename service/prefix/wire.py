@@ -1,0 +1,243 @@
+"""A prefix as a safetensors file, with canonical bytes and without copies; and its reader.
+
+The header is written here because the bytes stand behind an ETag and a digest, and safetensors' own writer orders
+metadata by a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the
+data begins at a multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
+"""
+
+import ctypes
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from service.errors import InvalidCheckpoint, InvalidResponse
+from service.prefix.kv import PrefixKV, Span
+from service.prefix.safetensors_header import DTYPES, NAMES, parse_header, tensor_at
+
+MEDIA_TYPE: Final = "application/vnd.safetensors"
+FORMAT: Final = 1
+_ALIGNMENT: Final = 64
+_FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
+_CHUNK: Final = 1 << 20  # what one slow reader may hold in the server's write buffer
+
+Layout = Literal["layers", "stacked"]
+KVDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
+MaskDtype = Literal["int64", "float32", "bool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which version a message holds, and the sizes of the whole prefix."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    peft_type: str
+    base_model_name_or_path: str | None
+    num_virtual_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
+
+    dtype: KVDtype
+    batch_size: int
+    layers: Span
+    kv_heads: Span
+    layout: Layout
+    expand: bool
+
+    @property
+    def rows(self) -> int:
+        """How often each key and value is sent."""
+        return self.batch_size if self.expand else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """Keys and values as they travel, in host memory: `values` `[L', 2, H', N, D]`, and for float8 `scales`
+    float32 `[L', 2, H', 1, 1]`."""
+
+    values: Tensor
+    scales: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in host memory."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One tensor of a message: `take` finds one row of it in a rendering, which is sent `times` times."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: Literal["values", "scales", "extra"]
+    index: tuple[int, ...] = ()
+    times: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
+    """Cast on the device of `kv`, then one copy to host memory; no copy where nothing changes on the CPU.
+
+    float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them.
+    """
+    tensor, scales = kv.tensor, None
+    if dtype == "float8_e4m3fn":
+        exact = tensor.to(torch.float32)
+        largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
+        scales = torch.where(largest > 0, largest / _FLOAT8_MAX, torch.ones_like(largest))
+        tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
+        scales = scales.cpu().contiguous()
+    values = tensor.to(dtype=getattr(torch, dtype)).contiguous().cpu()
+    return Rendering(values, scales)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A response planned from sizes alone: header and length are known before a tensor is touched."""
+
+    identity: Identity
+    form: Form
+    extras: Mapping[str, Tensor]
+
+    @cached_property
+    def _slots(self) -> list[_Slot]:
+        extras = [_Slot(name, tensor.dtype, tuple(tensor.shape), "extra") for name, tensor in self.extras.items()]
+        slots = extras + (self._layer_slots() if self.form.layout == "layers" else self._stacked_slots())
+        return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+
+    def _layer_slots(self) -> list[_Slot]:
+        form, heads = self.form, self.form.kv_heads[1] - self.form.kv_heads[0]
+        shape = (form.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        dtype, slots = getattr(torch, form.dtype), []
+        for index, layer in enumerate(range(*form.layers)):
+            for part, name in enumerate(("key", "value")):
+                full = f"past_key_values.{layer}.{name}"
+                slots.append(_Slot(full, dtype, shape, "values", (index, part), form.rows))
+                if form.dtype == "float8_e4m3fn":
+                    slots.append(_Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
+        return slots
+
+    def _stacked_slots(self) -> list[_Slot]:
+        form = self.form
+        layers, heads = form.layers[1] - form.layers[0], form.kv_heads[1] - form.kv_heads[0]
+        shape = (form.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        slots = [_Slot("past_key_values", getattr(torch, form.dtype), shape, "values", (), form.rows)]
+        if form.dtype == "float8_e4m3fn":
+            slots.append(_Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
+        return slots
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length and JSON header, padded."""
+        about = {"format": FORMAT, **asdict(self.identity), **asdict(self.form)}
+        # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null and lists of integers.
+        prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
+        position = 0
+        for slot in self._slots:
+            offsets = [position, position := position + slot.nbytes]
+            fields[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": offsets}
+        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        return struct.pack("<Q", len(text)) + text
+
+    @cached_property
+    def content_length(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(slot.nbytes for slot in self._slots)
+
+    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The bytes `start:stop` of the file, as views of at most 1 MiB; the same row is sent again, never copied."""
+        stop = self.content_length if stop is None else stop
+        position = 0
+        for buffer in self._buffers(rendering):
+            first, last = max(start - position, 0), min(stop - position, len(buffer))
+            for at in range(first, last, _CHUNK):
+                yield buffer[at : min(at + _CHUNK, last)]
+            position += len(buffer)
+            if position >= stop:
+                return
+
+    def _buffers(self, rendering: Rendering) -> Iterator[memoryview]:
+        yield memoryview(self.header)
+        for slot in self._slots:
+            if slot.source == "extra":
+                tensor = self.extras[slot.name].contiguous()
+            else:
+                whole = rendering.values if slot.source == "values" else rendering.scales
+                if whole is None:
+                    raise AssertionError("a float8 message needs a float8 rendering")
+                tensor = whole[slot.index]
+            view = _bytes_of(tensor)
+            for _ in range(slot.times):
+                yield view
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, kept alive by the view."""
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.tensor = tensor  # type: ignore[attr-defined]  # ctypes instances take attributes; this one owns the memory
+    return memoryview(array).cast("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message that was read: its metadata and its tensors, which share the memory that was read into."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def read_message(data: bytearray | memoryview) -> Received:
+    """Read a response of the service; nothing is copied.
+
+    Raises:
+        InvalidResponse: not a sound safetensors file, or not one of this service.
+    """
+    view = memoryview(data)
+    try:
+        header = parse_header(view, dtypes=frozenset(DTYPES))
+        metadata = json.loads(header.metadata.get("prefix", "null"))
+    except (InvalidCheckpoint, ValueError) as error:
+        raise InvalidResponse(f"the answer is not a prefix: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise InvalidResponse("the answer is a safetensors file, but not a prefix in a format that this client reads")
+    return Received(metadata, {name: tensor_at(view, entry) for name, entry in header.tensors.items()})
+
+
+def read_kv(received: Received) -> PrefixKV:
+    """The keys and values of a message in the layout `stacked` and one row; float8 comes back as float32.
+
+    Raises:
+        InvalidResponse: the tensor is missing, or its shape contradicts the metadata.
+    """
+    about = received.metadata
+    tensor = received.tensors.get("past_key_values")
+    layers, heads = tuple(about["layers"]), tuple(about["kv_heads"])
+    expected = (1, layers[1] - layers[0], 2, heads[1] - heads[0], about["num_virtual_tokens"], about["head_dim"])
+    if tensor is None or tuple(tensor.shape) != expected:
+        found = "none" if tensor is None else list(tensor.shape)
+        raise InvalidResponse(f"past_key_values should have shape {list(expected)}, got {found}")
+    if (scale := received.tensors.get("past_key_values_scale")) is not None:
+        tensor = tensor.to(torch.float32) * scale
+    return PrefixKV(tensor[0], layers, heads, about["num_layers"], about["num_kv_heads"])
