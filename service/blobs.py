@@ -1,0 +1,172 @@
+"""Content-addressed bytes in a folder: durable before they are visible, verified whenever they are read."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
+
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class StagedBlob(Protocol):
+    """Bytes on their way in; not visible until `commit`."""
+
+    size: int
+
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
+    def read(self) -> bytearray: ...
+    def commit(self) -> str: ...
+    def discard(self) -> None: ...
+
+
+class BlobStore(Protocol):
+    """What the library needs of a store of bytes; digests are `sha256:<64 hex>`."""
+
+    def stage(self) -> StagedBlob: ...
+    def read(self, digest: str) -> bytearray: ...
+    def path(self, digest: str) -> Path: ...
+
+
+class FolderBlobStore:
+    """Blobs as files `<root>/<first two hex>/<64 hex>`.
+
+    A blob is written to a temporary sibling, flushed to the disk, renamed, and its folder flushed, so after a crash
+    it is whole or absent. A file is read into memory and hashed, never mapped: a mapped file that shrinks kills.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._staging = root / "staging"
+        with translated("make the blob folder"):
+            self._staging.mkdir(parents=True, exist_ok=True)
+
+    def sweep(self) -> int:
+        """Remove what unfinished uploads left behind; only while no other process writes here. Returns how many."""
+        leftovers = list(self._staging.iterdir())
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+        return len(leftovers)
+
+    def stage(self) -> "StagedFile":
+        """Begin a blob.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused.
+        """
+        with translated("begin a blob"):
+            handle, name = tempfile.mkstemp(dir=self._staging)
+            return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
+
+    def read(self, digest: str) -> bytearray:
+        """All bytes of a blob, verified.
+
+        Raises:
+            NotFound: there is no such blob.
+            CorruptBlob: its bytes no longer match its digest.
+            StorageFailed: the disk refused.
+        """
+        with translated(f"read blob {digest}"), self.path(digest).open("rb") as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            length = file.readinto(data)
+        if length != len(data) or _digest(data) != digest:
+            raise CorruptBlob(f"the stored bytes of {digest} no longer match their digest", retry_after=60)
+        return data
+
+    def path(self, digest: str) -> Path:
+        """The file that holds a blob, whether or not it exists."""
+        if not _DIGEST.fullmatch(digest):
+            raise NotFound(f"{digest!r:.100} is not a digest")
+        name = digest.removeprefix("sha256:")
+        return self._root / name[:2] / name
+
+
+class StagedFile:
+    """A blob while it is written; `size` counts the bytes so far."""
+
+    def __init__(self, store: FolderBlobStore, file: BinaryIO, path: Path) -> None:
+        self.size = 0
+        self._store, self._file, self._path = store, file, path
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused; discard the blob.
+        """
+        with translated("write a blob"):
+            self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def read(self) -> bytearray:
+        """All bytes so far."""
+        with translated("read a blob back"):
+            self._file.seek(0)
+            data = bytearray(self.size)
+            self._file.readinto(data)  # type: ignore[attr-defined]  # typeshed has it on BufferedRandom alone
+        return data
+
+    def commit(self) -> str:
+        """Make the blob durable and visible; its digest.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused; nothing is visible, and the upload must be done anew.
+        """
+        digest = f"sha256:{self._hash.hexdigest()}"
+        target = self._store.path(digest)
+        with translated(f"store blob {digest}"):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if not target.parent.exists():
+                target.parent.mkdir(exist_ok=True)
+                _sync_folder(target.parent.parent)
+            self._path.replace(target)
+            _sync_folder(target.parent)
+        return digest
+
+    def discard(self) -> None:
+        """Forget a blob that was not committed; harmless afterwards."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def translated(action: str) -> Iterator[None]:
+    """Turn what the operating system says into this project's errors.
+
+    Raises:
+        NotFound: there is no such file.
+        OutOfSpace: the disk or its quota is full.
+        StorageFailed: anything else.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot {action}: it does not exist") from error
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise OutOfSpace(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+        raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+
+
+def _digest(data: bytes | bytearray) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

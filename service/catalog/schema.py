@@ -1,0 +1,78 @@
+"""The catalog's tables; `migrations/` makes them, and a test holds the two together."""
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+)
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), index=True),
+    sa.Column("scope", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("hash", sa.Text, nullable=False),
+    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("expires", sa.DateTime),
+    sa.Column("last_used", sa.DateTime),
+)
+
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.UniqueConstraint("tenant_id", "name"),
+)
+
+# By name and without a foreign key: a number is never given twice, not even after a deletion.
+numbers = sa.Table(
+    "numbers",
+    metadata,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("adapter", sa.Text, primary_key=True),
+    sa.Column("last", sa.Integer, nullable=False),
+)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("adapter_id", sa.ForeignKey("adapters.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("manifest", sa.Text, nullable=False),
+    sa.Column("base_model", sa.Text),
+    sa.Column("weights", sa.Text, nullable=False),
+    sa.Column("weights_bytes", sa.BigInteger, nullable=False),
+    sa.Column("weights_dtype", sa.Text, nullable=False),
+    sa.Column("key_values", sa.Text, nullable=False),
+    sa.Column("key_values_bytes", sa.BigInteger, nullable=False),
+    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.UniqueConstraint("adapter_id", "number"),
+    sa.UniqueConstraint("adapter_id", "digest"),
+)
+
+aliases = sa.Table(
+    "aliases",
+    metadata,
+    sa.Column("adapter_id", sa.ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+)

@@ -1,0 +1,51 @@
+"""Every knob of the service, with its default; each is also an environment variable with the prefix `PREFIX_`."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class Settings(BaseSettings):
+    """The configuration of one service, read once from the environment and never changed."""
+
+    model_config = SettingsConfigDict(env_prefix="PREFIX_", frozen=True, extra="ignore")
+
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port to listen on")] = 8080
+    uds: Annotated[Path | None, Field(description="Unix socket to listen on instead of TCP")] = None
+    data_dir: Annotated[Path, Field(description="folder of the catalog, the blobs and the keys' secret")] = Path("data")
+    workers: Annotated[int, Field(ge=1, le=64, description="processes that serve the same data folder")] = 1
+    dev: Annotated[bool, Field(description="no keys, every caller may do everything; on loopback only")] = False
+    key_secret_file: Annotated[
+        Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")
+    ] = None
+    device: Annotated[str, Field(description="where prefixes are encoded and kept: auto, cpu, cuda or cuda:1")] = "auto"
+    device_bytes: Annotated[int, Field(gt=0, description="budget for prefixes on the device, in bytes")] = 4 * _GIB
+    rendering_bytes: Annotated[
+        int, Field(gt=0, description="budget for prefixes in host memory as they travel, in bytes")
+    ] = 1 * _GIB
+    max_batch_size: Annotated[int, Field(ge=1, le=65536, description="largest batch_size of a request")] = 256
+    max_sequence_length: Annotated[
+        int, Field(ge=1, description="longest row of an attention_mask in a request, in tokens")
+    ] = 131_072
+    max_request_bytes: Annotated[
+        int, Field(gt=0, description="largest request body that is not an upload, in bytes")
+    ] = 64 * _MIB
+    max_upload_bytes: Annotated[int, Field(gt=0, description="largest weights file, in bytes")] = 2 * _GIB
+
+    @model_validator(mode="after")
+    def _dev_stays_at_home(self) -> Self:
+        if self.dev and self.uds is None and self.host not in _LOOPBACK:
+            raise ValueError(f"dev mode has no keys, so it listens on loopback only, not on {self.host}")
+        return self
+
+    @property
+    def secret_file(self) -> Path:
+        """Where the keys' secret is kept."""
+        return self.key_secret_file or self.data_dir / "key.secret"
