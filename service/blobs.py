@@ -21,6 +21,8 @@ class StagedBlob(Protocol):
 
     size: int
 
+    @property
+    def digest(self) -> str: ...
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
     def read(self) -> bytearray: ...
     def commit(self) -> str: ...
@@ -107,6 +109,11 @@ class StagedFile:
         self._hash.update(data)
         self.size += len(data)
 
+    @property
+    def digest(self) -> str:
+        """The digest of the bytes so far."""
+        return f"sha256:{self._hash.hexdigest()}"
+
     def read(self) -> bytearray:
         """All bytes so far."""
         with translated("read a blob back"):
@@ -121,7 +128,7 @@ class StagedFile:
         Raises:
             OutOfSpace, StorageFailed: the disk refused; nothing is visible, and the upload must be done anew.
         """
-        digest = f"sha256:{self._hash.hexdigest()}"
+        digest = self.digest
         target = self._store.path(digest)
         with translated(f"store blob {digest}"):
             self._file.flush()

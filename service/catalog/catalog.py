@@ -43,6 +43,12 @@ class Catalog:
         with self._database.reading() as connection:
             return connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == name)) is not None
 
+    def list_tenants(self, after: str, limit: int) -> list[str]:
+        """Up to `limit` tenants in the order of their names, beginning behind `after`."""
+        with self._database.reading() as connection:
+            query = sa.select(tenants.c.name).where(tenants.c.name > after).order_by(tenants.c.name).limit(limit)
+            return list(connection.scalars(query))
+
     def add_version(self, tenant: str, adapter: str, new: NewVersion) -> tuple[Version, bool]:
         """Make a version visible under the next number, and whether it is new: the same digest is the same version.
 

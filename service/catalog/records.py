@@ -6,6 +6,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
+from service.prefix.wire import KVDtype
+
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
 """From the smallest to the largest; each holds those before it."""
@@ -23,7 +25,7 @@ class NewVersion:
     base_model: str | None
     weights: str
     weights_bytes: int
-    weights_dtype: str
+    weights_dtype: KVDtype
     key_values: str
     key_values_bytes: int
 

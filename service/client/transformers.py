@@ -1,45 +1,53 @@
 """A prefix in Hugging Face transformers: its own cache classes, and its own `generate`.
 
-What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_layer_kv_target_shape`) and transformers
-5.23.0 (`cache_utils`); what generation needs, in transformers' `GenerationMixin._prefill`: with a filled cache, the
-input ids are the new tokens alone as soon as the mask is longer than they are.
+What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_layer_kv_target_shape`), what generation
+needs in transformers 5.23.0 (`GenerationMixin._prefill`): behind a filled cache, input ids that are shorter than the
+mask are the new tokens alone. So no dummy ids stand in for the prefix, and no logits processor, stopping criterion,
+streamer or `max_length` ever counts them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
 from service.errors import DimensionMismatch, InvalidRequest
-from service.prefix.kv import position_ids
+from service.prefix.kv import position_ids, prefix_mask
 
+Model = Any
+"""A `PreTrainedModel` that is a `GenerationMixin`: transformers has no type for both."""
+Options = dict[str, Any]
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """One `(key, value)` a layer, each `[B, H, N, D]`; rows may share memory."""
+Shape = tuple[int | None, int | None]
+"""(heads, head size) as a layer caches them; None for what the config does not tell in one number."""
 
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
 _PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids")
+_DEFAULT_NEW_TOKENS = 20  # transformers'
 
 
 def to_cache(past_key_values: Pairs, config: PreTrainedConfig) -> Cache:
     """The cache that a model of `config` continues from, as PEFT's `get_prompt` builds it.
 
-    `past_key_values` has a `[B, H, N, D]` key and value for each layer (of the decoder, in served order), as
-    provisioned by the adapter; they are copied, so that views are welcome and never written to. Most models get a
-    `DynamicCache`; Gemma 2 to 4 one that knows their sliding layers, with Gemma 4's layers sliced or left out where
-    their shape is not the provisioned one; encoder-decoder models an `EncoderDecoderCache` with the prefix in the
-    decoder's self-attention and nothing in its cross-attention.
+    `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
+    order), as the adapter provisions them. They are copied: views are welcome and never written to. Most models get a
+    `DynamicCache`; Gemma 2 to 4 one that knows its sliding layers, and Gemma 4's layers are sliced, or left out where
+    they are wider than the prefix; encoder-decoder models get an `EncoderDecoderCache`, with the prefix in the
+    decoder's self-attention and nothing in its cross-attention. Encoders such as BERT take the `DynamicCache` too.
 
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
     """
     decoder = config.get_text_config(decoder=True)
-    layers = _decoder_layers(decoder)
-    _check_layers(past_key_values, layers, exactly=not config.is_encoder_decoder)
+    layers = _num_layers(decoder)
+    # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
+    if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
+        raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):
         return _filled_by_config(past_key_values, decoder)
     for layer, (key, _) in enumerate(past_key_values[:layers]):
@@ -49,108 +57,103 @@ def to_cache(past_key_values: Pairs, config: PreTrainedConfig) -> Cache:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: Model,
     past_key_values: Pairs,
+    /,
     input_ids: Tensor | None = None,
-    *,
     attention_mask: Tensor | None = None,
+    *,
     prefix_mask: Tensor | None = None,
     **options: Any,
-) -> Tensor | ModelOutput:
+) -> Any:
     """`model.generate` behind a prefix: what the caller would get from PEFT's `generate`, with any padding.
 
     `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix a row; they are
     brought to the model's device and dtype. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder
-    model; `attention_mask` `[B, S]` belongs to it (the default is transformers' own: zeros where there is padding that
-    can be told apart, else ones). `prefix_mask` `[B, N]` (default ones) has zeros where a row's prefix is shorter.
-    `options` are those of `model.generate`.
+    model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes
+    them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are
+    those of `model.generate`; `use_cache=False` is ignored, as the prefix lives in the cache.
 
-    The result is that of `model.generate`: `[B * num_return_sequences, S + new]`, in each row the caller's input ids
-    as they came, padding included, followed by the new tokens; or transformers' output object, with such `sequences`.
+    The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
+    ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
+    `return_dict_in_generate`, transformers' output object with such `sequences`.
 
-    Left-padded rows equal PEFT's. Rows padded on the right, or anywhere else, equal each row on its own: they are
-    padded on the left for the model. Where a sliding window is so short that padding between prefix and input would
-    push the prefix out of it, rows of equal length are generated together, one length after the other.
+    Left-padded rows equal PEFT's. With padding on the right, or anywhere else, each row equals that row on its own: the
+    model sees it padded on the left. Where that padding would change what a row sees (a sliding window shorter than
+    the sequence counts it; layers without the prefix mistake the mask), rows of one length are generated at a time.
 
     Raises:
         DimensionMismatch: as `to_cache`.
         InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own (static caches hold no
-            prefix), an assistant model (it has no prefix), or an option that generation length by length cannot serve.
+            prefix), an assistant model (it has no prefix), or an option that cannot be served with this prefix.
     """
     _refuse(model, options)
     ids = input_ids if input_ids is not None else options.pop("inputs", None)
     if ids is None:
-        raise InvalidRequest("generate needs input_ids; inputs_embeds alone cannot follow a prefix")
-    prefix = _Prefix.for_batch(past_key_values, prefix_mask, ids.shape[0])
+        raise InvalidRequest("generate needs input_ids")
+    prefix = _Prefix.of(past_key_values, prefix_mask, ids)
     if _option(model, options, "use_cache") is False:
-        options["use_cache"] = True  # the prefix lives in the cache
+        options["use_cache"] = True
     if model.config.is_encoder_decoder:
         return _generate_encoder_decoder(model, prefix, ids, options | {"attention_mask": attention_mask})
-    return _generate_decoder(model, prefix, ids, _mask(model, ids, attention_mask, options), options)
+    return _generate_decoder(model, prefix, ids, _input_mask(model, ids, attention_mask, options), options)
 
 
 # --- The cache ---
 
 
-def _decoder_layers(config: PreTrainedConfig) -> int:
-    """The decoder's layers; T5 counts them under a name of their own."""
-    layers = (getattr(config, "num_decoder_layers", None) if config.is_encoder_decoder else None) or (
-        config.num_hidden_layers
-    )
-    return int(layers)
+def _num_layers(decoder: PreTrainedConfig) -> int:
+    """T5 counts its decoder's layers under a name of their own."""
+    own = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
+    return int(own or decoder.num_hidden_layers)
 
 
-def _check_layers(pairs: Pairs, layers: int, *, exactly: bool) -> None:
-    """PEFT counts an encoder's layers, so that a shallower decoder leaves pairs unused; a deeper one it cannot fill."""
-    if len(pairs) < layers or (exactly and len(pairs) != layers):
-        raise DimensionMismatch(f"the prefix has {len(pairs)} layers, the model has {layers}")
+def _layer_shape(decoder: PreTrainedConfig, layer: int) -> Shape:
+    per_layer = getattr(decoder, "per_layer_config", ())  # the decoder's own config, unless layers differ
+    config = per_layer[layer] if layer < len(per_layer) else decoder
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    if head_dim is None and isinstance(heads, int) and isinstance(getattr(config, "hidden_size", None), int):
+        head_dim = config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if config.model_type == "gpt_bigcode" and config.multi_query:
+        kv_heads = 1
+    if config.model_type == "falcon" and not config.new_decoder_architecture:  # the new one caches all heads
+        kv_heads = 1 if config.multi_query else config.num_kv_heads
+    return kv_heads if isinstance(kv_heads, int) else None, head_dim if isinstance(head_dim, int) else None
 
 
-def _check_shape(key: Tensor, shape: tuple[int | None, int | None], layer: int) -> None:
+def _check_shape(key: Tensor, shape: Shape, layer: int) -> None:
     found = key.shape[1], key.shape[3]
-    if any(want is not None and want != have for want, have in zip(shape, found, strict=True)):
+    if any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         raise DimensionMismatch(
             f"the prefix has {found[0]} key/value heads of size {found[1]}, "
-            f"the model has {shape[0]} of size {shape[1]} in layer {layer}"
+            f"layer {layer} of the model has {shape[0]} of size {shape[1]}"
         )
 
 
-def _layer_shape(config: PreTrainedConfig, layer: int) -> tuple[int | None, int | None]:
-    """(heads, head size) as layer `layer` caches them; None for what the config does not tell in one number."""
-    per_layer = getattr(config, "per_layer_config", None)
-    own = config if per_layer is None or layer >= len(per_layer) else per_layer[layer]
-    heads = getattr(own, "num_attention_heads", None)
-    head_dim = getattr(own, "head_dim", None) or getattr(own, "d_kv", None)
-    if head_dim is None and isinstance(heads, int) and isinstance(getattr(own, "hidden_size", None), int):
-        head_dim = own.hidden_size // heads
-    kv_heads = getattr(own, "num_key_value_heads", None) or heads
-    if own.model_type == "gpt_bigcode" and own.multi_query:
-        kv_heads = 1
-    if own.model_type == "falcon" and not own.new_decoder_architecture:  # the new one caches every head
-        kv_heads = 1 if own.multi_query else own.num_kv_heads
-    return (kv_heads if isinstance(kv_heads, int) else None), (head_dim if isinstance(head_dim, int) else None)
+def _targets(key: Tensor, decoder: PreTrainedConfig) -> tuple[dict[int, Shape], list[int]]:
+    """The shape of each layer that takes the prefix, and the layers that are wider and go without (Gemma 4).
+
+    The last layers of a model may share the keys of an earlier one: they are neither.
+    """
+    own = _num_layers(decoder) - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+    shapes = {layer: _layer_shape(decoder, layer) for layer in range(own)}
+    if len(set(shapes.values())) == 1:
+        _check_shape(key, shapes[0], 0)
+    wider = [n for n, (heads, dim) in shapes.items() if (heads or 0) > key.shape[1] or (dim or 0) > key.shape[3]]
+    if len(wider) == len(shapes):
+        _check_shape(key, shapes[0], 0)
+    return {layer: shape for layer, shape in shapes.items() if layer not in wider}, wider
 
 
-def _filled_by_config(pairs: Pairs, config: PreTrainedConfig) -> DynamicCache:
+def _filled_by_config(pairs: Pairs, decoder: PreTrainedConfig) -> DynamicCache:
     """Through `update`, with all virtual tokens: sliding layers trim themselves and still count them all."""
-    cache = DynamicCache(config=config)
-    shapes = [_layer_shape(config, layer) for layer in range(len(pairs))]
-    uniform = len(set(shapes)) == 1
-    own_layers = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    filled = 0
-    for layer, (key, value) in enumerate(pairs[:own_layers]):  # the layers behind share an earlier layer's keys
-        if uniform:
-            _check_shape(key, shapes[layer], layer)
-        heads, dim = (want or have for want, have in zip(shapes[layer], (key.shape[1], key.shape[3]), strict=True))
-        if heads <= key.shape[1] and dim <= key.shape[3]:
-            cache.update(key[:, :heads, :, :dim], value[:, :heads, :, :dim], layer)
-            filled += 1
-    if not filled:
-        key = pairs[0][0]
-        raise DimensionMismatch(
-            f"the prefix has {key.shape[1]} key/value heads of size {key.shape[3]}, "
-            f"every layer of the model is wider: {sorted(set(shapes[:own_layers]), key=str)}"
-        )
+    cache = DynamicCache(config=decoder)
+    targets, _ = _targets(pairs[0][0], decoder)
+    for layer, (heads, dim) in targets.items():
+        key, value = (tensor[:, :heads, :, :dim] for tensor in pairs[layer])
+        cache.update(key, value, layer)
     return cache
 
 
@@ -159,178 +162,176 @@ def _filled_by_config(pairs: Pairs, config: PreTrainedConfig) -> DynamicCache:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Pairs of batch 1 or B, and the mask over their virtual tokens, `[B, N]`."""
+    """Pairs of batch 1 or B, and the mask over their virtual tokens, int64 `[B, N]`."""
 
     pairs: Pairs
     mask: Tensor
 
     @classmethod
-    def for_batch(cls, pairs: Pairs, mask: Tensor | None, batch_size: int) -> "_Prefix":
+    def of(cls, pairs: Pairs, mask: Tensor | None, ids: Tensor) -> Self:
+        """The prefix of a batch of input ids."""
         rows, _, tokens, _ = pairs[0][0].shape
-        if rows not in (1, batch_size):
-            raise InvalidRequest(f"the prefix has {rows} rows, input_ids has {batch_size}")
-        if mask is None:
-            mask = torch.ones(batch_size, tokens, dtype=torch.int64)
-        if mask.shape != (batch_size, tokens):
-            raise InvalidRequest(f"prefix_mask must be {[batch_size, tokens]}, got {list(mask.shape)}")
-        return cls(pairs, mask)
+        shape = len(ids), tokens
+        if rows not in (1, len(ids)):
+            raise InvalidRequest(f"the prefix has {rows} rows, input_ids has {len(ids)}")
+        if mask is not None and mask.shape != shape:
+            raise InvalidRequest(f"prefix_mask must be {list(shape)}, got {list(mask.shape)}")
+        return cls(pairs, (prefix_mask(*shape) if mask is None else mask).to(ids.device, torch.int64))
 
-    def select(self, rows: Tensor) -> "_Prefix":
+    def select(self, rows: Tensor) -> Self:
         """These rows of the batch."""
-        shared = self.pairs[0][0].shape[0] == 1 and self.mask.shape[0] > 1
-        pairs = self.pairs if shared else [(key[rows], value[rows]) for key, value in self.pairs]
-        return replace(self, pairs=pairs, mask=self.mask[rows])
+        own = rows.to(self.pairs[0][0].device)
+        shared = self.pairs[0][0].shape[0] == 1
+        pairs = self.pairs if shared else [(key[own], value[own]) for key, value in self.pairs]
+        return type(self)(pairs, self.mask[rows])
 
-    def cache(self, model: PreTrainedModel, repeats: int) -> Cache:
-        """For each row of the batch `repeats` rows, one behind the other, as transformers repeats its inputs."""
+    def cache(self, model: Model, options: Options) -> Cache:
+        """Each row as many times, one behind the other, as transformers repeats the inputs."""
+        repeats = max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
         total = self.mask.shape[0] * repeats
 
         def rows(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(model.device, model.dtype)
-            if tensor.shape[0] == 1:
-                return tensor.expand(total, -1, -1, -1)
-            return tensor.repeat_interleave(repeats, dim=0)
+            own = tensor.to(model.device, model.dtype)
+            return own.expand(total, -1, -1, -1) if own.shape[0] == 1 else own.repeat_interleave(repeats, dim=0)
 
         return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model.config)
 
-
-def _refuse(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    if options.get("past_key_values") is not None:
-        raise InvalidRequest("generate fills the cache with the prefix; past_key_values cannot be given as well")
-    if options.get("assistant_model") is not None:
-        raise InvalidRequest("an assistant_model would draft without the prefix; generate without one")
-    if options.get("inputs_embeds") is not None:
-        raise InvalidRequest("inputs_embeds cannot follow a prefix; give input_ids")
-    implementation = _option(model, options, "cache_implementation")
-    if implementation not in (None, "hybrid"):  # transformers itself reads "hybrid" as none
-        raise InvalidRequest(f"a prefix needs transformers' dynamic cache, not cache_implementation={implementation!r}")
+    def extend(self, mask: Tensor) -> Tensor:
+        """`[B, S]` -> `[B, N + S]`."""
+        return torch.cat([self.mask.to(mask), mask], dim=1)
 
 
-def _option(model: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+def _option(model: Model, options: Options, name: str) -> Any:
     """A generation option, with transformers' precedence: the call, the call's config, the model's config."""
-    if options.get(name) is not None:
+    if name in options:
         return options[name]
-    configs = (options.get("generation_config"), model.generation_config)
+    configs = options.get("generation_config"), model.generation_config
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
-def _repeats(model: PreTrainedModel, options: dict[str, Any]) -> int:
-    """How many rows transformers makes of each input row."""
-    return max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
+def _refuse(model: Model, options: Options) -> None:
+    reasons = {
+        "past_key_values": "the prefix fills the cache",
+        "assistant_model": "it would draft without the prefix",
+        "inputs_embeds": "transformers would take the first of them for the prefix; give input_ids",
+        "prefill_chunk_size": "transformers would count its chunks from the start of the cache",
+    }
+    for name, reason in reasons.items():
+        if _option(model, options, name) is not None:
+            raise InvalidRequest(f"{name} cannot be served behind a prefix: {reason}")
+    cache = _option(model, options, "cache_implementation")
+    if cache not in (None, "hybrid"):  # transformers itself reads "hybrid" as none
+        raise InvalidRequest(f"a prefix needs transformers' dynamic cache, not cache_implementation={cache!r}")
 
 
-def _mask(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    """The input's mask, int64 `[B, S]`: the caller's, or what transformers infers from the padding."""
+def _input_mask(model: Model, ids: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """int64 `[B, S]`: the caller's, or what transformers makes of the padding."""
     if mask is None:
         pad, eos = (_option(model, options, name) for name in ("pad_token_id", "eos_token_id"))
-        ends = eos if isinstance(eos, list | tuple) else [eos]
-        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).to(torch.int64)
+        untold = pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos])
+        return torch.ones_like(ids) if untold else ids.ne(pad).to(torch.int64)
     if mask.shape != ids.shape:
         raise InvalidRequest(f"attention_mask must be {list(ids.shape)} as input_ids, got {list(mask.shape)}")
-    return mask.to(ids.device, torch.int64)
+    return mask.to(ids)
 
 
-def _generate_encoder_decoder(model: PreTrainedModel, prefix: _Prefix, ids: Tensor, options: dict[str, Any]) -> Any:
-    """No dummy ids, no positions: the decoder starts where its cache ends. The encoder's mask stays as it is."""
-    mask = options.get("decoder_attention_mask")
-    if mask is None and not prefix.mask.all():
-        start = options.get("decoder_input_ids")
-        mask = prefix.mask.new_ones(ids.shape[0], 1 if start is None else start.shape[1])
+def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, options: Options) -> Any:
+    """The decoder starts where its cache ends; the encoder's mask stays as it is."""
+    mask, start = options.get("decoder_attention_mask"), options.get("decoder_input_ids")
+    if not prefix.mask.all():
+        if not hasattr(model.config, "relative_attention_num_buckets"):
+            raise InvalidRequest("rows with prefixes of several lengths need a decoder with relative positions, as T5")
+        mask = prefix.mask.new_ones(ids.shape[0], 1 if start is None else start.shape[1]) if mask is None else mask
     if mask is not None:
-        options["decoder_attention_mask"] = torch.cat([prefix.mask.to(mask), mask], dim=1).to(ids.device)
-    return model.generate(ids, past_key_values=prefix.cache(model, _repeats(model, options)), **options)
+        options["decoder_attention_mask"] = prefix.extend(mask).to(ids.device)
+    return model.generate(ids, past_key_values=prefix.cache(model, options), **options)
 
 
-def _generate_decoder(
-    model: PreTrainedModel, prefix: _Prefix, ids: Tensor, mask: Tensor, options: dict[str, Any]
-) -> Any:
+def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
+    if not prefix.mask.all() and _skips_layers(model, prefix):
+        raise InvalidRequest("rows with prefixes of several lengths need a model that takes the prefix in all layers")
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        # Float as PEFT's: Falcon rounds its ALiBi to bfloat16 with an integer mask, as it does for a row on its own.
+        # Float as PEFT's: with integers, Falcon rounds its ALiBi to bfloat16, as transformers has it without padding.
         return _continue(model, prefix, ids, mask.to(torch.float32), options)
-    if _padding_leaves_window(model, prefix, ids, options):
+    if _padding_shows(model, prefix, ids.shape[1], options):
         return _generate_by_length(model, prefix, ids, mask, options)
     order = mask.argsort(dim=1, stable=True)  # (B, S): padding first, then the tokens in their order
     moved = {name: options[name].gather(1, order) for name in _PER_TOKEN if options.get(name) is not None}
     output = _continue(model, prefix, ids.gather(1, order), mask.gather(1, order), options | moved)
-    return _behind(ids, output, _option(model, options, "num_return_sequences") or 1)
-
-
-def _continue(model: PreTrainedModel, prefix: _Prefix, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Any:
-    """`model.generate` on rows padded on the left."""
-    options = dict(options)
-    if "position_ids" in signature(model.forward).parameters:
-        given = options.get("position_ids")
-        own = position_ids(mask, 0) if given is None else given
-        options["position_ids"] = own + prefix.mask.to(own).sum(dim=1, keepdim=True)
-    whole = torch.cat([prefix.mask.to(mask), mask], dim=1)  # (B, N + S)
-    cache = prefix.cache(model, _repeats(model, options))
-    return model.generate(ids, attention_mask=whole, past_key_values=cache, **options)
-
-
-def _behind(ids: Tensor, output: Any, repeats: int) -> Any:
-    """`output` with the caller's own ids in front of the new tokens."""
     sequences = output if isinstance(output, Tensor) else output.sequences
-    whole = torch.cat([ids.repeat_interleave(repeats, dim=0), sequences[:, ids.shape[1] :]], dim=1)
+    behind = _behind(ids, sequences[:, ids.shape[1] :], model, options)
     if isinstance(output, Tensor):
-        return whole
-    output.sequences = whole
+        return behind
+    output.sequences = behind
     return output
 
 
-# --- Short sliding windows ---
+def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
+    """`model.generate` on rows padded on the left: real tokens stand at positions N and up."""
+    if "position_ids" in signature(model.forward).parameters:
+        given = options.get("position_ids")
+        own = position_ids(mask, 0) if given is None else given
+        options = options | {"position_ids": own + prefix.mask.to(own).sum(dim=1, keepdim=True)}
+    cache = prefix.cache(model, options)
+    return model.generate(ids, attention_mask=prefix.extend(mask), past_key_values=cache, **options)
 
 
-def _padding_leaves_window(model: PreTrainedModel, prefix: _Prefix, ids: Tensor, options: dict[str, Any]) -> bool:
-    """Windows count slots, not tokens: padding between prefix and input would push the prefix out."""
-    layers = DynamicCache(config=model.config).layers
-    window = min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
+def _behind(ids: Tensor, new: Tensor, model: Model, options: Options) -> Tensor:
+    """The new tokens behind the caller's own ids."""
+    repeats = _option(model, options, "num_return_sequences") or 1
+    return torch.cat([ids.repeat_interleave(repeats, dim=0), new.to(ids)], dim=1)
+
+
+def _padding_shows(model: Model, prefix: _Prefix, width: int, options: Options) -> bool:
+    """Whether padding between prefix and input would change what a row sees, masked as it is."""
+    if _skips_layers(model, prefix):
+        return True
+    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers)
+    window = min((size for size in windows if size is not None), default=None)
     new, limit = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
-    end = ids.shape[1] + new if new is not None else limit or ids.shape[1] + 20  # 20: transformers' default
+    end = width + new if new is not None else limit or width + _DEFAULT_NEW_TOKENS
     return window is not None and prefix.mask.shape[1] + end > window
 
 
-def _generate_by_length(
-    model: PreTrainedModel, prefix: _Prefix, ids: Tensor, mask: Tensor, options: dict[str, Any]
-) -> Tensor:
+def _skips_layers(model: Model, prefix: _Prefix) -> bool:
+    """Layers that go without the prefix take the start of the mask for their own: with zeros in it, the wrong part."""
+    decoder = model.config.get_text_config(decoder=True)
+    return decoder.model_type.startswith(_FILLED_BY_CONFIG) and bool(_targets(prefix.pairs[0][0], decoder)[1])
+
+
+def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Tensor:
     """Rows of one length at a time, without any padding."""
-    _refuse_by_length(model, mask, options)
-    repeats = _option(model, options, "num_return_sequences") or 1
-    lengths = mask.sum(dim=1)
+    lengths = _lengths(model, mask, options)
     parts = []
-    for length in lengths.unique().tolist():
+    for length in sorted(set(lengths.tolist())):
         rows = (lengths == length).nonzero().flatten()
         own = ids[rows][mask[rows] == 1].view(-1, length)
         limits = _shortened(model, options, ids.shape[1] - length)
-        new = _continue(model, prefix.select(rows), own, torch.ones_like(own), options | limits)[:, length:]
-        parts.append(((rows[:, None] * repeats + torch.arange(repeats, device=rows.device)).flatten(), new))
-    whole = ids.new_full((len(ids) * repeats, max(new.shape[1] for _, new in parts)), _pad_token(model, options))
-    for rows, new in parts:
-        whole[rows, : new.shape[1]] = new.to(whole.device)
-    return torch.cat([ids.repeat_interleave(repeats, dim=0), whole], dim=1)
+        parts.append(
+            (rows, _continue(model, prefix.select(rows), own, torch.ones_like(own), options | limits)[:, length:])
+        )
+    repeats = _option(model, options, "num_return_sequences") or 1
+    pad, eos = (_option(model, options, name) for name in ("pad_token_id", "eos_token_id"))
+    fill = pad if pad is not None else (eos[0] if isinstance(eos, list | tuple) else eos) or 0
+    new = ids.new_full((len(ids), repeats, max(part.shape[1] for _, part in parts)), fill)
+    for rows, part in parts:
+        new[rows, :, : part.shape[1]] = part.view(len(rows), repeats, -1).to(ids)
+    return _behind(ids, new.flatten(0, 1), model, options)
 
 
-def _refuse_by_length(model: PreTrainedModel, mask: Tensor, options: dict[str, Any]) -> None:
-    advice = "rows padded on the right are generated length by length in so short a sliding window; pad on the left"
-    if _option(model, options, "return_dict_in_generate"):
-        raise InvalidRequest(f"return_dict_in_generate cannot be served: {advice}")
-    per_row = [
-        name for name, value in options.items() if isinstance(value, Tensor) or name == "prefix_allowed_tokens_fn"
-    ]
-    if per_row:
-        raise InvalidRequest(f"{', '.join(per_row)} cannot be served: {advice}")
-    if not mask.any(dim=1).all():
-        raise InvalidRequest("attention_mask has a row without a token")
+def _lengths(model: Model, mask: Tensor, options: Options) -> Tensor:
+    """Tokens of each row, `[B]`; refuses what has an entry for each row and cannot be taken apart."""
+    options = options | {"return_dict_in_generate": _option(model, options, "return_dict_in_generate") or None}
+    named = ("return_dict_in_generate", "prefix_allowed_tokens_fn", "streamer")
+    per_row = [name for name in options if isinstance(options[name], Tensor) or (name in named and options[name])]
+    lengths = mask.sum(dim=1)
+    if per_row or not lengths.all():
+        what = ", ".join(per_row) or "a row without a token"
+        raise InvalidRequest(f"{what} cannot be served with right padding in a model of this kind; pad on the left")
+    return lengths
 
 
-def _shortened(model: PreTrainedModel, options: dict[str, Any], padding: int) -> dict[str, int]:
+def _shortened(model: Model, options: Options, padding: int) -> Options:
     """`max_length` counts padding: less of it where the padding is gone."""
     limit = _option(model, options, "max_length")
-    counted = limit is not None and _option(model, options, "max_new_tokens") is None
-    return {"max_length": limit - padding} if counted else {}
-
-
-def _pad_token(model: PreTrainedModel, options: dict[str, Any]) -> int:
-    """What transformers itself puts behind a finished row."""
-    pad, eos = (_option(model, options, name) for name in ("pad_token_id", "eos_token_id"))
-    first = eos[0] if isinstance(eos, list | tuple) else eos
-    return int(pad if pad is not None else first or 0)
+    return {"max_length": limit - padding} if limit and not _option(model, options, "max_new_tokens") else {}

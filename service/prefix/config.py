@@ -190,14 +190,14 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 }
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, of at most `MAX_CONFIG_BYTES` bytes.
+def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, of at most `limit` bytes.
 
     Raises:
         InvalidConfig: names `what` and the defect.
     """
-    if len(data) > MAX_CONFIG_BYTES:
-        raise InvalidConfig(f"{what} has {len(data)} bytes, more than {MAX_CONFIG_BYTES}")
+    if len(data) > limit:
+        raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -211,7 +211,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 def _deeper_than(levels: int, value: Any) -> bool:
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper_than(levels - 1, child) for child in children)
+    return levels < 0 or any(_deeper_than(levels - 1, child) for child in children if isinstance(child, dict | list))
 
 
 def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixConfig:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _CHUNK: Final = 1 << 20  # what one slow reader may hold in the server's write b
 Layout = Literal["layers", "stacked"]
 KVDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 MaskDtype = Literal["int64", "float32", "bool"]
+
+KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
+MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,7 @@ def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
         scales = torch.where(largest > 0, largest / _FLOAT8_MAX, torch.ones_like(largest))
         tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
         scales = scales.cpu().contiguous()
-    values = tensor.to(dtype=getattr(torch, dtype)).contiguous().cpu()
+    values = tensor.to(dtype=KV_DTYPES[dtype]).contiguous().cpu()
     return Rendering(values, scales)
 
 
@@ -128,7 +131,7 @@ class Message:
     def _layer_slots(self) -> list[_Slot]:
         form, heads = self.form, self.form.kv_heads[1] - self.form.kv_heads[0]
         shape = (form.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        dtype, slots = getattr(torch, form.dtype), []
+        dtype, slots = KV_DTYPES[form.dtype], []
         for index, layer in enumerate(range(*form.layers)):
             for part, name in enumerate(("key", "value")):
                 full = f"past_key_values.{layer}.{name}"
@@ -141,7 +144,7 @@ class Message:
         form = self.form
         layers, heads = form.layers[1] - form.layers[0], form.kv_heads[1] - form.kv_heads[0]
         shape = (form.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [_Slot("past_key_values", getattr(torch, form.dtype), shape, "values", (), form.rows)]
+        slots = [_Slot("past_key_values", KV_DTYPES[form.dtype], shape, "values", (), form.rows)]
         if form.dtype == "float8_e4m3fn":
             slots.append(_Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
         return slots
@@ -188,12 +191,12 @@ class Message:
                 if whole is None:
                     raise AssertionError("a float8 message needs a float8 rendering")
                 tensor = whole[slot.index]
-            view = _bytes_of(tensor)
+            view = bytes_of(tensor)
             for _ in range(slot.times):
                 yield view
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, kept alive by the view."""
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.tensor = tensor  # type: ignore[attr-defined]  # ctypes instances take attributes; this one owns the memory

@@ -1,0 +1,186 @@
+"""Publishing, listing, inspecting and deleting adapters; their weights and residency."""
+
+from typing import Annotated, Any, Final
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import FileResponse
+
+from service.api.auth import Reading, Writing
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_model, read_upload
+from service.api.negotiation import require_media_type
+from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.prefixes import RefPath
+from service.api.schemas import (
+    AdapterItem,
+    AdapterPage,
+    FreshVersion,
+    ResidencyRequest,
+    ResidencyState,
+    VersionDetail,
+    VersionPage,
+    VersionSummary,
+)
+from service.api.state import LibraryOf, SettingsOf, StateOf
+from service.catalog.records import Version
+from service.errors import NotFound
+from service.library import Library
+from service.prefix.config import parse_config, parse_json
+from service.prefix.references import check_name, parse_reference
+
+router = APIRouter(tags=["adapters"])
+
+_FILE: Final = {"type": "string", "format": "binary"}
+_UPLOAD: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {CONFIG: _FILE, BASE_CONFIG: _FILE, WEIGHTS: _FILE},
+                    "required": [CONFIG, WEIGHTS],
+                },
+            },
+            "application/json": {"schema": FreshVersion.model_json_schema()},
+        },
+    }
+}
+
+
+@router.post(
+    "/v1/tenants/{tenant}/adapters/{name}/versions",
+    status_code=201,
+    openapi_extra=_UPLOAD,
+    responses={200: {"description": "The same content is a version already", "model": VersionDetail}},
+)
+async def publish(
+    request: Request, response: Response, tenant: Writing, name: str, state: StateOf, settings: SettingsOf
+) -> VersionDetail:
+    """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix."""
+    check_name("adapter", name)
+    library = state.library
+    media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
+    await _ensure_tenant(request, library, tenant)
+    if media_type == "application/json":
+        wanted = await read_model(request, FreshVersion, settings.max_request_bytes)
+        config = parse_config(wanted.config)
+        version, is_new = await library.publish_fresh(tenant, name, config, wanted.init_weights, wanted.seed)
+    else:
+        version, is_new = await _publish_upload(request, library, tenant, name)
+    response.status_code = 201 if is_new else 200
+    response.headers["Location"] = f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"
+    return await _detail(library, version)
+
+
+async def _publish_upload(request: Request, library: Library, tenant: str, name: str) -> tuple[Version, bool]:
+    weights = await library.stage()
+    try:
+        config_json, base_json = await read_upload(request, weights, library.limits.upload_bytes)
+        config = parse_config(parse_json(config_json, CONFIG), from_file=True)
+        if base_json is not None:
+            config = config.filled(parse_json(base_json, BASE_CONFIG))
+        return await library.publish(tenant, name, config, weights)
+    finally:
+        await to_thread.run_sync(weights.discard)
+
+
+async def _ensure_tenant(request: Request, library: Library, tenant: str) -> None:
+    """A platform admin's first upload makes the tenant; for everybody else it must exist."""
+    principal = request.scope["principal"]
+    if principal.tenant is None and principal.has("admin"):
+        await to_thread.run_sync(library.catalog.add_tenant, tenant)
+    elif not await to_thread.run_sync(library.catalog.has_tenant, tenant):
+        raise NotFound(f"there is no tenant {tenant!r}")
+
+
+@router.get("/v1/tenants/{tenant}/adapters")
+async def list_adapters(
+    request: Request,
+    response: Response,
+    tenant: Reading,
+    library: LibraryOf,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    cursor: str | None = None,
+    base_model: Annotated[str | None, Query(max_length=1000)] = None,
+) -> AdapterPage:
+    """The adapters of a tenant, in the order of their names."""
+    after = decode_cursor(cursor)
+    if not await to_thread.run_sync(library.catalog.has_tenant, tenant):
+        raise NotFound(f"there is no tenant {tenant!r}")
+
+    def load() -> list[AdapterItem]:
+        found = library.catalog.list_adapters(tenant, after=after, limit=limit + 1, base_model=base_model)
+        return [AdapterItem.of(adapter) for adapter in found]
+
+    items = await to_thread.run_sync(load)
+    following = encode_cursor(items[limit - 1].adapter) if len(items) > limit else None
+    if following is not None:
+        response.headers["Link"] = next_link(request, following)
+    return AdapterPage(items=items[:limit], next=following)
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{ref}")
+async def inspect(tenant: Reading, ref: RefPath, library: LibraryOf) -> VersionDetail:
+    """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
+    return await _detail(library, await library.resolve(tenant, parse_reference(ref)))
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{name}/versions")
+async def list_versions(tenant: Reading, name: str, library: LibraryOf) -> VersionPage:
+    """Every version of an adapter, newest first."""
+    check_name("adapter", name)
+    versions = await to_thread.run_sync(library.catalog.versions_of, tenant, name)
+    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    return VersionPage(items=[VersionSummary.of(version, aliases) for version in versions])
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{ref}/parameters", response_class=FileResponse)
+async def parameters(tenant: Reading, ref: RefPath, library: LibraryOf) -> FileResponse:
+    """The weights file, byte for byte as it was uploaded."""
+    version = await library.resolve(tenant, parse_reference(ref))
+    headers = {"Prefix-Version": str(version.number), "Prefix-Digest": version.digest}
+    return FileResponse(
+        library.weights_path(version),
+        media_type="application/vnd.safetensors",
+        filename=WEIGHTS,
+        headers=headers,
+    )
+
+
+@router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
+async def delete(tenant: Writing, ref: RefPath, library: LibraryOf) -> None:
+    """Delete an adapter, or the version that a number or digest names."""
+    await library.delete(tenant, parse_reference(ref))
+
+
+@router.put("/v1/tenants/{tenant}/adapters/{ref}/residency")
+async def load(
+    request: Request, tenant: Writing, ref: RefPath, library: LibraryOf, settings: SettingsOf
+) -> ResidencyState:
+    """Load a version into memory now, and wait; `pinned` keeps it there."""
+    wanted = ResidencyRequest()
+    if request.headers.get("content-type") is not None:
+        require_media_type(request.headers, "application/json")
+        wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
+    version = await library.resolve(tenant, parse_reference(ref))
+    await library.load(version, pinned=wanted.pinned)
+    return ResidencyState.model_validate(library.residency(version))
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{ref}/residency")
+async def residency(tenant: Reading, ref: RefPath, library: LibraryOf) -> ResidencyState:
+    """Whether a version is in memory."""
+    version = await library.resolve(tenant, parse_reference(ref))
+    return ResidencyState.model_validate(library.residency(version))
+
+
+@router.delete("/v1/tenants/{tenant}/adapters/{ref}/residency", status_code=204)
+async def unload(tenant: Writing, ref: RefPath, library: LibraryOf) -> None:
+    """Take a version out of memory; the next request loads it again."""
+    library.unload(await library.resolve(tenant, parse_reference(ref)))
+
+
+async def _detail(library: Library, version: Version) -> VersionDetail:
+    aliases = await to_thread.run_sync(library.catalog.aliases_of, version.tenant, version.adapter)
+    return VersionDetail.about(library, version, aliases)

@@ -1,0 +1,88 @@
+"""Aliases: names that point at one version, and move atomically."""
+
+from typing import Final
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from service.api.auth import Reading, Writing
+from service.api.bodies import read_model
+from service.api.negotiation import matches, require_media_type
+from service.api.schemas import Alias, AliasTarget
+from service.api.state import LibraryOf, SettingsOf
+from service.errors import NotFound, PreconditionFailed
+from service.library import Library
+from service.prefix.references import Reference, check_alias, check_name
+
+router = APIRouter(tags=["aliases"])
+
+_PATH: Final = "/v1/tenants/{tenant}/adapters/{name}/aliases/{alias}"
+_ANYWHERE: Final = -1
+
+
+@router.put(_PATH, responses={201: {"model": Alias, "description": "The alias is new"}})
+async def put_alias(
+    request: Request,
+    response: Response,
+    tenant: Writing,
+    name: str,
+    alias: str,
+    library: LibraryOf,
+    settings: SettingsOf,
+) -> Alias:
+    """Point an alias at a version; `If-Match` moves it only from where the caller saw it, `If-None-Match: *` only
+    makes it."""
+    _check(name, alias)
+    require_media_type(request.headers, "application/json")
+    target = await read_model(request, AliasTarget, settings.max_request_bytes)
+    expected = await _expected(request, library, tenant, name, alias)
+    if target.preload:
+        reference = Reference(name, str(target.version), explicit=True)
+        await library.load(await library.resolve(tenant, reference), pinned=False)
+    put = library.catalog.put_alias
+    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, expected)
+    response.status_code = 201 if is_new else 200
+    response.headers["ETag"] = _etag(target.version)
+    return Alias(alias=alias, version=target.version)
+
+
+@router.get(_PATH)
+async def get_alias(response: Response, tenant: Reading, name: str, alias: str, library: LibraryOf) -> Alias:
+    """Where an alias points."""
+    _check(name, alias)
+    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    if alias not in aliases:
+        raise NotFound(f"{tenant}/{name} has no alias {alias!r}")
+    response.headers["ETag"] = _etag(aliases[alias])
+    return Alias(alias=alias, version=aliases[alias])
+
+
+@router.delete(_PATH, status_code=204)
+async def delete_alias(tenant: Writing, name: str, alias: str, library: LibraryOf) -> None:
+    """Forget an alias; its version stays."""
+    _check(name, alias)
+    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias)
+
+
+async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:
+    """Where the alias must point for the caller's condition to hold; the catalog compares it again as it writes."""
+    if request.headers.get("if-none-match") is not None:
+        if request.headers["if-none-match"].strip() != "*":
+            raise PreconditionFailed("If-None-Match on an alias takes only *")
+        return None
+    if (wanted := request.headers.get("if-match")) is None:
+        return _ANYWHERE
+    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    current = aliases.get(alias)
+    if current is None or not matches(wanted, _etag(current)):
+        raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
+    return current
+
+
+def _check(name: str, alias: str) -> None:
+    check_name("adapter", name)
+    check_alias(alias)
+
+
+def _etag(version: int) -> str:
+    return f'"{version}"'

@@ -1,0 +1,69 @@
+"""The composition root: from settings to a running app."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from service.api import adapters, aliases, ops, prefixes, problems, tenants
+from service.api.auth import AuthenticationMiddleware, Authenticator
+from service.api.middleware import StrictPathMiddleware
+from service.api.schemas import Problem
+from service.api.state import State
+from service.blobs import FolderBlobStore
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.keys import Keyring
+from service.data_folder import catalog_file
+from service.library import Library
+from service.plan import Limits
+from service.registry.registry import AdapterRegistry, choose_device
+from service.settings import Settings
+
+_DESCRIPTION = (
+    "Hosts trained prefix-tuning adapters for many tenants and hands their `past_key_values` and attention masks to "
+    "remote inference workers, as safetensors."
+)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI app of one process; the data folder is opened when its lifespan begins."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        database = Database(catalog_file(settings.data_dir))
+        try:
+            app.state.prefix_service = _compose(settings, database)
+            yield
+        finally:
+            database.close()
+
+    app = FastAPI(
+        title="prefix-service",
+        version=version("prefix-service"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
+    )
+    problems.install(app)
+    for room in (prefixes, adapters, aliases, tenants, ops):
+        app.include_router(room.router)
+    app.add_middleware(StrictPathMiddleware)
+    app.add_middleware(AuthenticationMiddleware, authenticator=lambda: app.state.prefix_service.authenticator)
+    return app
+
+
+def create_app_from_environment() -> FastAPI:
+    """For worker processes, which get their settings from the environment."""
+    return create_app(Settings())
+
+
+def _compose(settings: Settings, database: Database) -> State:
+    device = choose_device(settings.device)
+    registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
+    limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
+    library = Library(Catalog(database), FolderBlobStore(settings.data_dir / "blobs"), registry, limits)
+    keyring = Keyring(database, settings.secret_file)
+    return State(settings, library, keyring, Authenticator(None if settings.dev else keyring))

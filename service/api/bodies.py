@@ -1,0 +1,191 @@
+"""Request bodies, read under limits while they arrive."""
+
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from anyio import to_thread
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from service.api.problems import invalid_request
+from service.blobs import StagedBlob
+from service.errors import InvalidConfig, InvalidRequest, TooLarge, UnsafeCheckpoint
+from service.prefix.config import MAX_CONFIG_BYTES, parse_json
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+CONFIG: Final = "adapter_config.json"
+BASE_CONFIG: Final = "base_model_config"
+WEIGHTS: Final = "adapter_model.safetensors"
+_ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
+_PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+M = TypeVar("M", bound=BaseModel)
+_BATCH: Final = 1 << 20  # bytes that are handed to a thread at once
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
+    """The whole body.
+
+    Raises:
+        TooLarge: it has more than `limit` bytes, declared or not.
+        InvalidRequest: the caller went away.
+    """
+    _refuse_declared(request, limit)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise TooLarge(f"the body has more than {limit} bytes")
+    except ClientDisconnect as error:
+        raise InvalidRequest("the connection ended before the body did") from error
+    return body
+
+
+async def read_json(request: Request, limit: int) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InvalidRequest: it is not one.
+        TooLarge: it has more than `limit` bytes.
+    """
+    body = bytes(await read_body(request, limit))
+    try:
+        return await to_thread.run_sync(parse_json, body, "the body", limit)
+    except InvalidConfig as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def validated(model: type[M], values: dict[str, Any]) -> M:
+    """A JSON object as its model.
+
+    Raises:
+        InvalidRequest: a field is missing, unknown or malformed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise invalid_request(error.errors()) from error
+
+
+async def read_model(request: Request, model: type[M], limit: int) -> M:
+    """A JSON body as its model.
+
+    Raises:
+        InvalidRequest: it is not JSON, or a field is missing, unknown or malformed.
+        TooLarge: it has more than `limit` bytes.
+    """
+    return validated(model, await read_json(request, limit))
+
+
+async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tuple[bytes, bytes | None]:
+    """A multipart upload: its weights go into `weights`; the adapter config and the base model's are returned.
+
+    Raises:
+        InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
+        UnsafeCheckpoint: a field named like a pickle.
+        TooLarge: weights of more than `limit` bytes, or a config of more than a megabyte.
+    """
+    _refuse_declared(request, limit + 4 * MAX_CONFIG_BYTES)
+    _, options = parse_options_header(request.headers["content-type"])
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise InvalidRequest("the multipart body needs a boundary in its Content-Type")
+    upload = _Upload(weights, limit)
+    parser = MultipartParser(boundary, upload.callbacks())
+    pending = bytearray()
+    try:
+        async for chunk in request.stream():
+            pending += chunk
+            if len(pending) >= _BATCH:
+                await to_thread.run_sync(parser.write, bytes(pending))
+                pending.clear()
+        await to_thread.run_sync(parser.write, bytes(pending))
+        parser.finalize()
+    except MultipartParseError as error:
+        raise InvalidRequest(f"the multipart body is malformed: {error!s:.200}") from error
+    except ClientDisconnect as error:
+        raise InvalidRequest("the connection ended before the upload did") from error
+    return upload.finished()
+
+
+def _refuse_declared(request: Request, limit: int) -> None:
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise TooLarge(f"the body has {declared} bytes, more than {limit}")
+
+
+class _Upload:
+    """The state of one multipart body: which part is arriving, and what has arrived."""
+
+    def __init__(self, weights: StagedBlob, limit: int) -> None:
+        self._weights, self._limit = weights, limit
+        self._configs: dict[str, bytearray] = {}
+        self._seen: list[str] = []
+        self._header = self._disposition = b""
+        self._complete = False
+
+    def callbacks(self) -> "MultipartCallbacks":
+        """For python-multipart's parser."""
+        return {
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
+
+    def finished(self) -> tuple[bytes, bytes | None]:
+        """The configs of a complete upload."""
+        missing = [name for name in (CONFIG, WEIGHTS) if name not in self._seen]
+        if missing or not self._complete:
+            raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
+        base = self._configs.get(BASE_CONFIG)
+        return bytes(self._configs[CONFIG]), None if base is None else bytes(base)
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition += data[start:end]
+
+    def _on_header_end(self) -> None:
+        self._header = b""
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._disposition = b""
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name.endswith(_PICKLES):
+            raise UnsafeCheckpoint(
+                f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
+                "with `prefix-service convert`"
+            )
+        if name not in _ORDER:
+            raise InvalidRequest(f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order")
+        if self._seen and _ORDER.index(name) <= _ORDER.index(self._seen[-1]):
+            raise InvalidRequest(f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}")
+        if name == WEIGHTS and CONFIG not in self._seen:
+            raise InvalidRequest(f"form field {CONFIG} must come before {WEIGHTS}")
+        self._seen.append(name)
+        if name != WEIGHTS:
+            self._configs[name] = bytearray()
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        name = self._seen[-1]
+        if name == WEIGHTS:
+            if self._weights.size + end - start > self._limit:
+                raise TooLarge(f"the weights have more than {self._limit} bytes")
+            self._weights.write(memoryview(data)[start:end])
+            return
+        self._configs[name] += data[start:end]
+        if len(self._configs[name]) > MAX_CONFIG_BYTES:
+            raise TooLarge(f"{name} has more than {MAX_CONFIG_BYTES} bytes")
+
+    def _on_end(self) -> None:
+        self._complete = True

@@ -1,0 +1,22 @@
+"""What every request passes before a route sees it."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api.problems import problem
+from service.errors import NotFound
+
+
+class StrictPathMiddleware:
+    """No slash hides inside a `/v1` segment, and nothing is encoded twice: `%2F` and `%25` are 404."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look at the path as it was sent, before percent-decoding."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            raw = scope.get("raw_path", b"").lower()
+            if b"%2f" in raw or b"%25" in raw:
+                await problem(NotFound("there is no such resource"))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,132 @@
+"""The main job: `GET`, `HEAD` and `POST …/prefix`."""
+
+from typing import Annotated, Any, Final
+
+import torch
+from anyio import to_thread
+from fastapi import APIRouter, Path, Query, Request
+from torch import Tensor
+
+from service.api.auth import Reading
+from service.api.bodies import read_body, read_json, validated
+from service.api.negotiation import require_acceptable, require_media_type
+from service.api.responses import PrefixResponse
+from service.api.state import LibraryOf, SettingsOf
+from service.errors import InvalidCheckpoint, InvalidRequest
+from service.plan import PrefixRequest
+from service.prefix.references import parse_reference
+from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
+from service.prefix.wire import MASK_DTYPES, MEDIA_TYPE
+
+router = APIRouter(tags=["prefixes"])
+
+RefPath = Annotated[str, Path(description="name, name@7, name@alias, name@latest or name@sha256:…")]
+
+_MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
+_BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"description": "A safetensors file: past_key_values and masks", "content": {MEDIA_TYPE: _BINARY}},
+    206: {"description": "The byte range that was asked for", "content": {MEDIA_TYPE: _BINARY}},
+    304: {"description": "What the caller has is current"},
+}
+_MASK_SCHEMA: Final[dict[str, Any]] = {
+    "type": "array",
+    "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
+    "description": "the input's mask, one row each",
+}
+_JSON_SCHEMA: Final = PrefixRequest.model_json_schema()
+_BODY: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    **_JSON_SCHEMA,
+                    "properties": {**_JSON_SCHEMA["properties"], "attention_mask": _MASK_SCHEMA},
+                }
+            },
+            MEDIA_TYPE: _BINARY,
+        },
+    }
+}
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{ref}/prefix", responses=_RESPONSES, response_class=PrefixResponse)
+@router.head("/v1/tenants/{tenant}/adapters/{ref}/prefix", responses=_RESPONSES, response_class=PrefixResponse)
+async def get_prefix(
+    request: Request,
+    tenant: Reading,
+    ref: RefPath,
+    library: LibraryOf,
+    options: Annotated[PrefixRequest, Query()],
+) -> PrefixResponse:
+    """`past_key_values` and the attention mask of an adapter, as a safetensors file."""
+    require_acceptable(request.headers, MEDIA_TYPE)
+    reference = parse_reference(ref)
+    version = await library.resolve(tenant, reference)
+    return PrefixResponse(library, library.plan(version, options), immutable=reference.immutable)
+
+
+@router.post(
+    "/v1/tenants/{tenant}/adapters/{ref}/prefix",
+    responses={200: _RESPONSES[200]},
+    response_class=PrefixResponse,
+    openapi_extra=_BODY,
+)
+async def post_prefix(
+    request: Request,
+    tenant: Reading,
+    ref: RefPath,
+    library: LibraryOf,
+    settings: SettingsOf,
+    options: Annotated[PrefixRequest, Query()],
+) -> PrefixResponse:
+    """The same, with the input's attention mask extended and the position ids that follow from it."""
+    require_acceptable(request.headers, MEDIA_TYPE)
+    media_type = require_media_type(request.headers, "application/json", MEDIA_TYPE)
+    reference = parse_reference(ref)
+    version = await library.resolve(tenant, reference)
+    mask: Tensor | None
+    if media_type == MEDIA_TYPE:
+        body = await read_body(request, settings.max_request_bytes)
+        mask = await to_thread.run_sync(_mask_from_tensors, body)
+    else:
+        if options.model_fields_set:
+            raise InvalidRequest("options come in the JSON body here, not in the query")
+        values = await read_json(request, settings.max_request_bytes)
+        mask = await to_thread.run_sync(_mask_from_json, values.pop("attention_mask", None))
+        options = validated(PrefixRequest, values)
+    plan = await to_thread.run_sync(library.plan, version, options, mask)
+    return PrefixResponse(library, plan, immutable=reference.immutable)
+
+
+def _mask_from_json(rows: Any) -> Tensor | None:
+    if rows is None:
+        return None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+        raise InvalidRequest("attention_mask must be a list of rows of zeros and ones")
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise InvalidRequest(f"the rows of attention_mask differ in length: {min(lengths)} to {max(lengths)}")
+    for index, row in enumerate(rows):
+        if {type(value) for value in row} != {int} or not set(row) <= {0, 1}:
+            wrong = next(value for value in row if type(value) is not int or value not in (0, 1))
+            raise InvalidRequest(f"attention_mask row {index} holds {wrong!r:.40}, and only 0 and 1 are allowed")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _mask_from_tensors(body: bytearray) -> Tensor:
+    view = memoryview(body)
+    try:
+        header = parse_header(view, dtypes=_MASK_DTYPES)
+    except InvalidCheckpoint as error:
+        raise InvalidRequest(f"the body is not a safetensors file with an attention_mask: {error}") from error
+    entry = header.tensors.get("attention_mask")
+    if entry is None or len(header.tensors) > 1 or len(entry.shape) != 2:
+        raise InvalidRequest("the body must hold one tensor, attention_mask of shape [batch, seq]")
+    mask = tensor_at(view, entry)
+    # As bytes a bool may be anything; as numbers NaN equals nothing.
+    flags = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    if not bool(((flags == 0) | (flags == 1)).all()):
+        raise InvalidRequest("attention_mask holds values other than 0 and 1")
+    return mask

@@ -1,0 +1,96 @@
+"""Every failure as `application/problem+json` (RFC 9457): the one table from errors to HTTP statuses."""
+
+import json
+import logging
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service import errors
+
+log = logging.getLogger("prefix_service")
+
+STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
+    errors.InvalidInput: 422,
+    errors.NotFound: 404,
+    errors.Unauthenticated: 401,
+    errors.Forbidden: 403,
+    errors.Conflict: 409,
+    errors.PreconditionFailed: 412,
+    errors.TooLarge: 413,
+    errors.NotAcceptable: 406,
+    errors.UnsupportedMediaType: 415,
+    errors.RangeNotSatisfiable: 416,
+    errors.OutOfSpace: 507,
+    errors.Unavailable: 503,
+    errors.Internal: 500,
+}
+"""The most specific class in an error's ancestry decides."""
+
+
+def status_of(error: errors.PrefixServiceError) -> int:
+    """The HTTP status of an error."""
+    return next(STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES)
+
+
+def problem(error: errors.PrefixServiceError) -> Response:
+    """The response to an error; it holds nothing but what its message says."""
+    headers = {}
+    if isinstance(error, errors.Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="prefix-service"'
+    if isinstance(error, errors.Unavailable):
+        headers["Retry-After"] = str(error.retry_after)
+    if isinstance(error, errors.RangeNotSatisfiable):
+        headers["Content-Range"] = f"bytes */{error.length}"
+    return _response(status_of(error), error.code, error.message, headers)
+
+
+def _response(status: int, code: str, detail: str, headers: dict[str, str]) -> Response:
+    title = code.replace("-", " ").capitalize()
+    body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": detail, "code": code}
+    content = json.dumps(body).encode()
+    return Response(content, status, {"Cache-Control": "no-store", **headers}, "application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure of this app with a problem document."""
+    app.add_exception_handler(errors.PrefixServiceError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _routing)
+    app.add_exception_handler(Exception, _defect)
+
+
+def _known(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, errors.PrefixServiceError):
+        raise TypeError(type(error))
+    return problem(error)
+
+
+def _invalid(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise TypeError(type(error))
+    return problem(invalid_request(error.errors()))
+
+
+def invalid_request(found: Any) -> errors.InvalidRequest:
+    """The first of pydantic's complaints, in one sentence."""
+    first = found[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("query", "path", "body"))
+    return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {first.get('input')!r:.80}")
+
+
+def _routing(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise TypeError(type(error))
+    if error.status_code == 404:
+        return problem(errors.NotFound("there is no such resource"))
+    code = "method-not-allowed" if error.status_code == 405 else "http-error"
+    return _response(error.status_code, code, str(error.detail), dict(error.headers or {}))
+
+
+def _defect(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+    return problem(errors.Internal("a defect of the service; its log says more"))

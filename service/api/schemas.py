@@ -1,0 +1,233 @@
+"""What the JSON routes send and take, as pydantic models; the OpenAPI document is made of these."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from service.catalog.records import Adapter, Scope, Version
+from service.library import Library
+from service.prefix.config import parse_config
+
+Moment = Annotated[
+    datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
+]
+"""A point in time, sent as RFC 3339 in UTC."""
+
+
+class Problem(BaseModel):
+    """RFC 9457; `code` is what a client may branch on."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+class VersionSize(BaseModel):
+    """Bytes that a version takes in the store."""
+
+    weights: int
+    key_values: int
+
+
+class ResidencyState(BaseModel):
+    """Whether a version is in memory, and where."""
+
+    resident: bool
+    pinned: bool
+    device: str
+
+
+class VersionSummary(BaseModel):
+    """An immutable version of an adapter."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    created: Moment
+    peft_type: str
+    base_model_name_or_path: str | None
+    dtype: str
+    num_virtual_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    size: VersionSize
+    aliases: list[str]
+
+    @classmethod
+    def of(cls, version: Version, aliases: dict[str, int]) -> "VersionSummary":
+        """From the catalog's row and the adapter's aliases."""
+        return cls(**_summary(version, aliases))
+
+
+class VersionDetail(VersionSummary):
+    """A version with its config, its parameter counts as PEFT defines them, and where it is in memory."""
+
+    weights: str
+    config: dict[str, Any]
+    total_virtual_tokens: int
+    prefix_embedding_dim: int
+    trainable_parameters: int
+    residency: ResidencyState
+
+    @classmethod
+    def about(cls, library: Library, version: Version, aliases: dict[str, int]) -> "VersionDetail":
+        """From the catalog's row, the adapter's aliases, and the registry."""
+        config = parse_config(version.config)
+        return cls(
+            **_summary(version, aliases),
+            weights=version.weights,
+            config=version.config,
+            total_virtual_tokens=config.total_virtual_tokens,
+            prefix_embedding_dim=config.prefix_embedding_dim or 0,
+            trainable_parameters=config.trainable_parameters or 0,
+            residency=ResidencyState.model_validate(library.residency(version)),
+        )
+
+
+def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
+    config = parse_config(version.config)
+    return {
+        "tenant": version.tenant,
+        "adapter": version.adapter,
+        "version": version.number,
+        "digest": version.digest,
+        "created": version.created,
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "dtype": version.weights_dtype,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_layers": config.num_layers,
+        "num_kv_heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
+        "size": VersionSize(weights=version.weights_bytes, key_values=version.key_values_bytes),
+        "aliases": sorted(name for name, number in aliases.items() if number == version.number),
+    }
+
+
+class AdapterItem(BaseModel):
+    """An adapter in a listing: its newest version, and all its aliases."""
+
+    tenant: str
+    adapter: str
+    versions: int
+    aliases: dict[str, int]
+    latest: VersionSummary
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "AdapterItem":
+        """From the catalog's row."""
+        latest = VersionSummary.of(adapter.latest, adapter.aliases)
+        return cls(
+            tenant=latest.tenant,
+            adapter=latest.adapter,
+            versions=adapter.versions,
+            aliases=adapter.aliases,
+            latest=latest,
+        )
+
+
+class AdapterPage(BaseModel):
+    """A page of a listing; `next` is the cursor of the following one, or null."""
+
+    items: list[AdapterItem]
+    next: str | None
+
+
+class VersionPage(BaseModel):
+    """Every version of an adapter, newest first."""
+
+    items: list[VersionSummary]
+    next: None = None
+
+
+class FreshVersion(BaseModel):
+    """An untrained prefix from a config alone, to try a worker's shapes before training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: dict[str, Any]
+    init_weights: Literal["random", "zero"] = "random"
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+
+class AliasTarget(BaseModel):
+    """Where an alias points; `preload` moves it once the version is resident."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = Field(ge=1, strict=True)
+    preload: bool = False
+
+
+class Alias(BaseModel):
+    """An alias of an adapter."""
+
+    alias: str
+    version: int
+
+
+class ResidencyRequest(BaseModel):
+    """Whether the version stays until it is unloaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pinned: bool = False
+
+
+class Tenant(BaseModel):
+    """A tenant."""
+
+    tenant: str
+
+
+class TenantPage(BaseModel):
+    """Tenants in the order of their names."""
+
+    items: list[Tenant]
+    next: str | None
+
+
+class NewKey(BaseModel):
+    """A key to make."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scope: Scope
+    name: str = Field(default="", max_length=200)
+    expires: datetime | None = None
+
+
+class KeyItem(BaseModel):
+    """A key without its secret; `tenant` is null for a key of the platform."""
+
+    id: str
+    tenant: str | None
+    scope: Scope
+    name: str
+    created: Moment
+    expires: Moment | None
+    last_used: Moment | None
+
+
+class CreatedKey(KeyItem):
+    """A new key: this answer alone tells it."""
+
+    key: str
+
+
+class KeyPage(BaseModel):
+    """Keys, oldest first."""
+
+    items: list[KeyItem]
+    next: None = None
+
+
+class Health(BaseModel):
+    """Live or ready."""
+
+    status: Literal["ok"] = "ok"

@@ -1,0 +1,39 @@
+"""What the composition root hands to the routes."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.api.auth import Authenticator
+from service.catalog.keys import Keyring
+from service.library import Library
+from service.settings import Settings
+
+
+@dataclass(slots=True)
+class State:
+    """The collaborators of one running app."""
+
+    settings: Settings
+    library: Library
+    keyring: Keyring
+    authenticator: Authenticator
+
+
+def _state(request: Request) -> State:
+    state: State = request.app.state.prefix_service
+    return state
+
+
+def _library(request: Request) -> Library:
+    return _state(request).library
+
+
+def _settings(request: Request) -> Settings:
+    return _state(request).settings
+
+
+StateOf = Annotated[State, Depends(_state)]
+LibraryOf = Annotated[Library, Depends(_library)]
+SettingsOf = Annotated[Settings, Depends(_settings)]

@@ -1,0 +1,162 @@
+"""Bearer keys: made, verified, listed, revoked; only a keyed hash is stored."""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import zlib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import sqlalchemy as sa
+
+from service.blobs import translated
+from service.catalog.database import Database
+from service.catalog.records import SCOPES, Key, Scope
+from service.catalog.schema import keys, tenants
+from service.errors import NotFound, StorageFailed, Unauthenticated
+
+# Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
+_KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
+_USE_GRANULARITY: Final = 60  # seconds between two notes of a key's last use
+
+_KEY_ROW: Final = sa.select(
+    keys.c.id,
+    tenants.c.name.label("tenant"),
+    keys.c.scope,
+    keys.c.name,
+    keys.c.created,
+    keys.c.expires,
+    keys.c.last_used,
+).select_from(keys.outerjoin(tenants, keys.c.tenant_id == tenants.c.id))
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: a tenant, or the platform (`tenant` None), with a scope."""
+
+    key_id: str
+    tenant: str | None
+    scope: Scope
+
+    def may_see(self, tenant: str) -> bool:
+        """Whether this tenant's resources exist for the caller."""
+        return self.tenant is None or self.tenant == tenant
+
+    def has(self, scope: Scope) -> bool:
+        """Whether the caller's scope holds this one."""
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+class Keyring:
+    """The keys of one catalog, hashed with HMAC-SHA-256 under the secret of `secret_file`. Blocking.
+
+    Any method may also raise OutOfSpace or StorageFailed, when the disk or the database refuses.
+    """
+
+    def __init__(self, database: Database, secret_file: Path) -> None:
+        self._database = database
+        self._secret = _load_secret(secret_file)
+
+    def create(self, tenant: str | None, scope: Scope, name: str, expires: datetime | None = None) -> tuple[Key, str]:
+        """A new key, and the text that its owner keeps; it is not told again.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        key_id = secrets.token_hex(8)
+        body = f"pfx_{key_id}_{secrets.token_hex(24)}"
+        text = f"{body}_{_checksum(body)}"
+        with self._database.writing() as connection:
+            tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+            if tenant is not None and tenant_id is None:
+                raise NotFound(f"there is no tenant {tenant!r}")
+            row = {"id": key_id, "tenant_id": tenant_id, "scope": scope, "name": name, "expires": expires}
+            connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
+            return self._key(connection, key_id), text
+
+    def verify(self, text: str) -> Principal:
+        """Whose key this is.
+
+        Raises:
+            Unauthenticated: nobody's: malformed, unknown, expired or revoked.
+        """
+        match = _KEY.fullmatch(text)
+        if match is None or _checksum(match[1]) != match[3]:
+            raise Unauthenticated("the key is malformed: it should look like pfx_…, copied whole")
+        now = sa.func.now()
+        alive = sa.or_(keys.c.expires.is_(None), keys.c.expires > now)
+        stale = sa.func.coalesce(sa.func.unixepoch(now) - sa.func.unixepoch(keys.c.last_used), _USE_GRANULARITY)
+        with self._database.reading() as connection:
+            query = _KEY_ROW.add_columns(keys.c.hash, stale.label("stale")).where(keys.c.id == match[2], alive)
+            row = connection.execute(query).one_or_none()
+        if not hmac.compare_digest(self._hash(text), "" if row is None else row.hash) or row is None:
+            raise Unauthenticated("the key is unknown, expired or revoked")
+        if row.stale >= _USE_GRANULARITY:
+            with self._database.writing() as connection:
+                connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=now))
+        return Principal(row.id, row.tenant, row.scope)
+
+    def listed(self, tenant: str | None) -> list[Key]:
+        """The keys of a tenant, or of the platform, oldest first."""
+        owner = keys.c.tenant_id.is_(None) if tenant is None else tenants.c.name == tenant
+        with self._database.reading() as connection:
+            return [Key(*row) for row in connection.execute(_KEY_ROW.where(owner).order_by(keys.c.created, keys.c.id))]
+
+    def revoke(self, tenant: str | None, key_id: str) -> None:
+        """Forget a key.
+
+        Raises:
+            NotFound: this owner has no such key.
+        """
+        with self._database.writing() as connection:
+            tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+            owner = keys.c.tenant_id.is_(None) if tenant is None else keys.c.tenant_id == tenant_id
+            if connection.execute(sa.delete(keys).where(keys.c.id == key_id, owner)).rowcount == 0:
+                raise NotFound(f"there is no key {key_id!r:.40}")
+
+    def _key(self, connection: sa.Connection, key_id: str) -> Key:
+        return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())
+
+    def _hash(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def _load_secret(path: Path) -> bytes:
+    """The secret, made on first use: written aside and linked, so that two processes agree on one."""
+    with translated(f"make the keys' secret {path.name}"):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+            write_private(aside, secrets.token_hex(32))
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                pass
+            finally:
+                aside.unlink()
+        secret = path.read_text().strip()
+    if len(secret) < 32:
+        raise StorageFailed(f"the keys' secret {path} is shorter than 32 characters: restore it, or keys stay unusable")
+    return secret.encode()
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, durably; refuse one that exists.
+
+    Raises:
+        FileExistsError: it exists.
+        OSError: the disk refused.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,59 @@
+"""The data folder of an embedded service: who may use it, and what a first start puts there."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from service.blobs import FolderBlobStore, translated
+from service.catalog.database import Database
+from service.catalog.keys import Keyring, write_private
+from service.errors import Conflict
+from service.settings import Settings
+
+
+def catalog_file(data_dir: Path) -> Path:
+    """The catalog's SQLite file."""
+    return data_dir / "catalog.sqlite"
+
+
+def bootstrap_file(data_dir: Path) -> Path:
+    """Where a first start writes the platform admin's key."""
+    return data_dir / "bootstrap.key"
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[None]:
+    """Keep the folder for one service: lock, migrate, sweep what a crash left, and make the first key.
+
+    Raises:
+        Conflict: another service runs on it.
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    data_dir = settings.data_dir
+    with translated(f"use the data folder {data_dir}"):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
+        _prepare(settings)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _prepare(settings: Settings) -> None:
+    is_first_start = not catalog_file(settings.data_dir).exists()
+    FolderBlobStore(settings.data_dir / "blobs").sweep()
+    database = Database(catalog_file(settings.data_dir))
+    try:
+        if is_first_start and not settings.dev:
+            _, text = Keyring(database, settings.secret_file).create(None, "admin", "bootstrap")
+            with translated("write bootstrap.key"):
+                write_private(bootstrap_file(settings.data_dir), text)
+    finally:
+        database.close()

@@ -1,0 +1,204 @@
+"""The use cases: publish, resolve, fetch, list, inspect, delete. The only place where the rooms meet; no HTTP here."""
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import rfc8785
+import torch
+from anyio import to_thread
+from safetensors.torch import save
+from torch import Tensor
+
+from service.blobs import BlobStore, StagedBlob
+from service.catalog.catalog import Catalog
+from service.catalog.records import NewVersion, Version
+from service.errors import InvalidConfig, InvalidRequest, TooLarge
+from service.plan import Limits, Plan, PrefixRequest, make_plan
+from service.prefix.checkpoint import load_weights
+from service.prefix.config import PrefixConfig
+from service.prefix.encoder import InitWeights, PrefixEncoder
+from service.prefix.kv import PrefixKV
+from service.prefix.references import Reference
+from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
+from service.prefix.wire import KV_DTYPES, Rendering
+from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+
+_KEY_VALUES: Final = "past_key_values"
+_REMEMBERED_DIGESTS: Final = 10_000
+
+
+class Library:
+    """What the service does, for callers that have been authorised already."""
+
+    def __init__(self, catalog: Catalog, blobs: BlobStore, registry: AdapterRegistry, limits: Limits) -> None:
+        self.catalog = catalog
+        self.limits = limits
+        self._blobs = blobs
+        self._registry = registry
+        self._digests: dict[str, bytes] = {}
+
+    async def stage(self) -> StagedBlob:
+        """Begin an upload; the caller writes to it, and discards it in the end."""
+        return await to_thread.run_sync(self._blobs.stage)
+
+    async def publish(
+        self, tenant: str, adapter: str, config: PrefixConfig, weights: StagedBlob
+    ) -> tuple[Version, bool]:
+        """Make trained weights a version, and whether it is new; the same content again is the same version.
+
+        Raises:
+            InvalidConfig, InvalidCheckpoint: nothing is visible then.
+            NotFound: there is no such tenant.
+            OutOfSpace, StorageFailed: the disk or the catalog refused.
+        """
+        return await to_thread.run_sync(self._publish, tenant, adapter, config, weights)
+
+    async def publish_fresh(
+        self, tenant: str, adapter: str, config: PrefixConfig, init: InitWeights, seed: int
+    ) -> tuple[Version, bool]:
+        """Make an untrained prefix a version; its weights are stored as PEFT would save them.
+
+        Raises:
+            InvalidConfig: a dimension is missing.
+            TooLarge: the prefix would exceed the upload limit.
+        """
+        config.require_dimensions()
+        nbytes = config.num_virtual_tokens * (config.prefix_embedding_dim or 0) * 4
+        if nbytes > self.limits.upload_bytes:
+            raise TooLarge(f"this prefix takes {nbytes} bytes, more than {self.limits.upload_bytes}")
+
+        def publish() -> tuple[Version, bool]:
+            flat = PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()
+            staged = self._blobs.stage()
+            try:
+                staged.write(save({"prompt_embeddings": flat}))
+                return self._publish(tenant, adapter, config, staged)
+            finally:
+                staged.discard()
+
+        return await to_thread.run_sync(publish)
+
+    def _publish(self, tenant: str, adapter: str, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
+        weights = load_weights(staged.read(), config)
+        kv = PrefixEncoder.from_weights(config, weights, self._registry.device).encode().to(torch.device("cpu"))
+        manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
+        new = NewVersion(
+            digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+            manifest=manifest.decode(),
+            base_model=config.base_model_name_or_path,
+            weights=staged.digest,
+            weights_bytes=staged.size,
+            weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == weights.dtype),
+            key_values=self._store(kv),
+            key_values_bytes=kv.nbytes,
+        )
+        staged.commit()
+        return self.catalog.add_version(tenant, adapter, new)
+
+    def _store(self, kv: PrefixKV) -> str:
+        staged = self._blobs.stage()
+        try:
+            staged.write(save({_KEY_VALUES: kv.tensor}))
+            return staged.commit()
+        finally:
+            staged.discard()
+
+    async def resolve(self, tenant: str, reference: Reference) -> Version:
+        """The version that a reference means now.
+
+        Raises:
+            NotFound: there is none.
+        """
+        return await to_thread.run_sync(self.catalog.resolve, tenant, reference)
+
+    def plan(self, version: Version, request: PrefixRequest, mask: Tensor | None = None) -> Plan:
+        """Everything of an answer but its tensors.
+
+        Raises:
+            InvalidRequest: an option is out of bounds, or contradicts the mask.
+        """
+        return make_plan(version, request, mask, self.limits)
+
+    @contextlib.asynccontextmanager
+    async def rendering(self, plan: Plan) -> AsyncIterator[Rendering]:
+        """The tensors of a plan, in host memory while the block runs.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored tensors cannot be read.
+            OutOfSpace, Unavailable: the memory budget does not allow it now.
+        """
+        version, form = plan.version, plan.message.form
+        key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
+        load = partial(self._load, version)
+        leased = self._registry.rendering(key, plan.rendering_nbytes, version.key_values_bytes, load)
+        async with leased as rendering:
+            yield rendering
+
+    async def body_digest(self, plan: Plan, rendering: Rendering) -> bytes:
+        """SHA-256 of the whole body (RFC 9530's representation digest), computed once for each entity tag."""
+        if (known := self._digests.get(plan.etag)) is None:
+            known = self._digests[plan.etag] = await to_thread.run_sync(_hash, plan, rendering)
+            if len(self._digests) > _REMEMBERED_DIGESTS:
+                del self._digests[next(iter(self._digests))]
+        return known
+
+    def _load(self, version: Version) -> PrefixKV:
+        data = self._blobs.read(version.key_values)
+        view = memoryview(data)
+        return PrefixKV.whole(tensor_at(view, parse_header(view, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
+
+    async def load(self, version: Version, *, pinned: bool) -> None:
+        """Bring a version into memory now, and wait; `pinned` keeps it."""
+        key = _key(version)
+        await self._registry.prefix(key, version.key_values_bytes, partial(self._load, version))
+        self._registry.pin(key, pinned=pinned)
+
+    def unload(self, version: Version) -> None:
+        """Take a version out of memory."""
+        self._registry.forget(_key(version))
+
+    def weights_path(self, version: Version) -> Path:
+        """The weights file, byte for byte as it was uploaded."""
+        return self._blobs.path(version.weights)
+
+    def residency(self, version: Version) -> dict[str, bool | str]:
+        """Whether a version is resident and pinned, and on which device."""
+        return self._registry.state(_key(version))
+
+    async def delete(self, tenant: str, reference: Reference) -> None:
+        """Delete an adapter, or the version that a number or digest names; transfers under way complete.
+
+        Raises:
+            InvalidRequest: another selector.
+            NotFound: there is no such thing.
+            Conflict: an alias points at the version.
+        """
+        if reference.explicit and not reference.immutable:
+            raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
+        gone = await to_thread.run_sync(self.catalog.versions_of, tenant, reference.adapter)
+        await to_thread.run_sync(self.catalog.delete, tenant, reference)
+        for version in gone:
+            if not reference.explicit or reference.selector in (str(version.number), version.digest):
+                self.unload(version)
+
+
+def _key(version: Version) -> VersionKey:
+    return VersionKey(version.tenant, version.adapter, version.number, version.digest)
+
+
+def _hash(plan: Plan, rendering: Rendering) -> bytes:
+    body = hashlib.sha256()
+    for chunk in plan.message.chunks(rendering):
+        body.update(chunk)
+    return body.digest()
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    try:
+        return rfc8785.dumps(manifest)
+    except rfc8785.CanonicalizationError as error:
+        raise InvalidConfig(f"the config cannot be written as canonical JSON (RFC 8785): {error}") from error

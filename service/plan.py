@@ -1,0 +1,123 @@
+"""An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from service.catalog.records import Version
+from service.errors import InvalidRequest
+from service.prefix.config import parse_config
+from service.prefix.kv import Span, check_span, extend_mask, position_ids, prefix_mask
+from service.prefix.wire import MASK_DTYPES, Form, Identity, KVDtype, Layout, MaskDtype, Message, bytes_of
+
+_RANGE = r"^\d{1,4}:\d{1,4}$"
+
+
+class PrefixRequest(BaseModel):
+    """The options of one prefix; a default of None means what the version or the mask says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int | None = Field(default=None, ge=1, description="rows; default 1, or those of attention_mask")
+    dtype: KVDtype | None = Field(default=None, description="of keys and values; default that of the stored weights")
+    layout: Layout = Field(default="layers", description="one key and one value tensor a layer, or one tensor")
+    layers: str | None = Field(default=None, pattern=_RANGE, description="half-open range of layers, a:b; default all")
+    kv_heads: str | None = Field(default=None, pattern=_RANGE, description="half-open range of heads, a:b; default all")
+    mask_dtype: MaskDtype | None = Field(default=None, description="default int64, or that of attention_mask")
+    expand: bool = Field(default=True, description="false: keys and values come with one row")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what one request may ask for: rows, tokens a row, bytes of a weights file."""
+
+    batch_size: int
+    sequence_length: int
+    upload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A planned answer: its version, its message, and its strong entity tag (RFC 9110)."""
+
+    version: Version
+    message: Message
+    etag: str
+
+    @property
+    def is_one_rendering(self) -> bool:
+        """Whether keys and values are sent once."""
+        return self.message.form.rows == 1
+
+    @property
+    def rendering_nbytes(self) -> int:
+        """An upper bound of the rendering's bytes in memory."""
+        form = replace(self.message.form, batch_size=1)
+        return Message(self.message.identity, form, {}).content_length
+
+
+def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:
+    """Check a request against a version; `mask` is the input's `[batch, seq]` of zeros and ones.
+
+    Raises:
+        InvalidRequest: an option is out of bounds, or contradicts the mask.
+    """
+    config = parse_config(version.config)
+    identity = Identity(
+        tenant=version.tenant,
+        adapter=version.adapter,
+        version=version.number,
+        digest=version.digest,
+        peft_type=config.peft_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        num_virtual_tokens=config.num_virtual_tokens,
+        num_layers=config.num_layers or 0,
+        num_kv_heads=config.num_attention_heads or 0,
+        head_dim=config.head_dim or 0,
+    )
+    form = Form(
+        dtype=request.dtype or version.weights_dtype,
+        batch_size=_batch_size(request, mask, limits),
+        layers=check_span("layers", _span(request.layers), identity.num_layers),
+        kv_heads=check_span("kv_heads", _span(request.kv_heads), identity.num_kv_heads),
+        layout=request.layout,
+        expand=request.expand,
+    )
+    mask_dtype = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
+    tokens = identity.num_virtual_tokens
+    if mask is None:
+        extras = {"attention_mask": prefix_mask(form.batch_size, tokens, mask_dtype or torch.int64)}
+    else:
+        extras = {"attention_mask": extend_mask(mask, tokens, mask_dtype)}
+        if config.num_transformer_submodules == 1:
+            extras["position_ids"] = position_ids(mask, tokens)
+    message = Message(identity, form, extras)
+    tag = hashlib.sha256(version.key_values.encode() + message.header)
+    if mask is not None:
+        tag.update(bytes_of(mask.to(torch.uint8).contiguous()))
+    return Plan(version, message, f'"{tag.hexdigest()[:40]}"')
+
+
+def _batch_size(request: PrefixRequest, mask: Tensor | None, limits: Limits) -> int:
+    rows = request.batch_size or 1
+    if mask is not None:
+        rows = mask.shape[0]
+        if request.batch_size not in (None, rows):
+            raise InvalidRequest(f"batch_size is {request.batch_size}, and attention_mask has {rows} rows")
+        if mask.shape[1] > limits.sequence_length:
+            raise InvalidRequest(
+                f"attention_mask has rows of {mask.shape[1]} tokens, more than {limits.sequence_length}"
+            )
+    if rows > limits.batch_size:
+        raise InvalidRequest(f"batch_size must be at most {limits.batch_size}, got {rows}")
+    return rows
+
+
+def _span(text: str | None) -> Span | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    return int(first), int(last)
