@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.blobs import FolderBlobStore, translated
+from service.catalog.catalog import Catalog
 from service.catalog.database import Database
 from service.catalog.keys import Keyring, write_private
 from service.errors import Conflict
@@ -46,14 +47,27 @@ def opened(settings: Settings) -> Iterator[None]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Catalog]]:
+    """The keyring and the catalog of a folder, whether or not a service runs on it.
+
+    Raises:
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    with translated(f"use the data folder {settings.data_dir}"):
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(catalog_file(settings.data_dir))
+    try:
+        yield Keyring(database, settings.secret_file), Catalog(database)
+    finally:
+        database.close()
+
+
 def _prepare(settings: Settings) -> None:
     is_first_start = not catalog_file(settings.data_dir).exists()
     FolderBlobStore(settings.data_dir / "blobs").sweep()
-    database = Database(catalog_file(settings.data_dir))
-    try:
+    with keys_of(settings) as (keyring, _):
         if is_first_start and not settings.dev:
-            _, text = Keyring(database, settings.secret_file).create(None, "admin", "bootstrap")
+            _, text = keyring.create(None, "admin", "bootstrap")
             with translated("write bootstrap.key"):
                 write_private(bootstrap_file(settings.data_dir), text)
-    finally:
-        database.close()

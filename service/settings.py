@@ -8,7 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MIB = 1 << 20
 _GIB = 1 << 30
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class Settings(BaseSettings):
@@ -41,7 +41,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _dev_stays_at_home(self) -> Self:
-        if self.dev and self.uds is None and self.host not in _LOOPBACK:
+        if self.dev and self.uds is None and self.host not in LOOPBACK:
             raise ValueError(f"dev mode has no keys, so it listens on loopback only, not on {self.host}")
         return self
 

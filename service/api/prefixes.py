@@ -51,8 +51,12 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.get("/v1/tenants/{tenant}/adapters/{ref}/prefix", responses=_RESPONSES, response_class=PrefixResponse)
-@router.head("/v1/tenants/{tenant}/adapters/{ref}/prefix", responses=_RESPONSES, response_class=PrefixResponse)
+@router.get(
+    "/v1/tenants/{tenant}/adapters/{ref}/prefix", status_code=200, responses=_RESPONSES, response_class=PrefixResponse
+)
+@router.head(
+    "/v1/tenants/{tenant}/adapters/{ref}/prefix", status_code=200, responses=_RESPONSES, response_class=PrefixResponse
+)
 async def get_prefix(
     request: Request,
     tenant: Reading,
@@ -69,6 +73,7 @@ async def get_prefix(
 
 @router.post(
     "/v1/tenants/{tenant}/adapters/{ref}/prefix",
+    status_code=200,
     responses={200: _RESPONSES[200]},
     response_class=PrefixResponse,
     openapi_extra=_BODY,

@@ -1,0 +1,161 @@
+"""`serve`, `key` and `openapi`: the commands of who runs the service."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+
+from service.cli.output import errors_console, print_json, print_table
+from service.errors import InvalidInput, InvalidRequest
+from service.prefix.references import check_name
+
+if TYPE_CHECKING:
+    from service.catalog.catalog import Catalog
+    from service.catalog.keys import Keyring
+    from service.catalog.records import Key
+    from service.settings import Settings
+
+key_app = typer.Typer(help="Make, list and revoke keys in a data folder, also while no service runs.")
+
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Data folder [env: PREFIX_DATA_DIR; default: data].")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Platform = Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")]
+TenantOption = Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command()(serve)
+    app.command()(openapi)
+    app.add_typer(key_app, name="key", no_args_is_help=True)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
+    uds: Annotated[Path | None, typer.Option(help="Unix socket to listen on instead.")] = None,
+    data_dir: DataDir = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: auto].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on the data folder [default: 1].")] = None,
+    dev: Annotated[bool | None, typer.Option("--dev", help="No keys, on loopback only.")] = None,
+) -> None:
+    """Run the service. Every option is also a setting from the environment (PREFIX_HOST, …)."""
+    chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
+    chosen |= {"device": device, "workers": workers, "dev": dev}
+    settings = load_settings(chosen)
+    from service.api.run import run
+
+    run(settings, announce=lambda line: errors_console.print(line, markup=False, highlight=False, soft_wrap=True))
+
+
+def load_settings(chosen: dict[str, Any]) -> "Settings":
+    """The settings of the environment, with what was `chosen` on the command line on top.
+
+    Raises:
+        InvalidInput: a value is out of bounds.
+    """
+    from service.settings import Settings
+
+    # As environment variables, so that worker processes read the same.
+    for name, value in chosen.items():
+        if value is not None:
+            os.environ[f"PREFIX_{name.upper()}"] = str(value)
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        where = f"PREFIX_{str(first['loc'][0]).upper()}: {reason}, got {first['input']!r}" if first["loc"] else reason
+        raise InvalidInput(where) from error
+
+
+def _owner(tenant: str | None, platform: bool) -> str | None:
+    if platform == (tenant is not None):
+        raise InvalidRequest("say whose key it is: --platform, or --tenant and a name")
+    return None if tenant is None else check_name("tenant", tenant)
+
+
+@contextlib.contextmanager
+def _keyring(data_dir: Path | None) -> "Iterator[tuple[Keyring, Catalog]]":
+    from service.data_folder import keys_of
+
+    with keys_of(load_settings({"data_dir": data_dir})) as found:
+        yield found
+
+
+def _shown(key: "Key") -> dict[str, Any]:
+    from service.api.schemas import KeyItem
+
+    return KeyItem.model_validate(key, from_attributes=True).model_dump(mode="json")
+
+
+@key_app.command("create")
+def create_key(
+    scope: Annotated[Literal["read", "write", "admin"], typer.Option(help="What the key may do.")],
+    tenant: TenantOption = None,
+    platform: Platform = False,
+    name: Annotated[str, typer.Option(help="A note, shown in listings.")] = "",
+    expires: Annotated[datetime | None, typer.Option(help="When it ends, UTC.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key and print it once; a tenant that does not exist yet is made."""
+    owner = _owner(tenant, platform)
+    with _keyring(data_dir) as (keyring, catalog):
+        if owner is not None:
+            catalog.add_tenant(owner)
+        key, text = keyring.create(owner, scope, name, expires)
+    if as_json:
+        print_json({**_shown(key), "key": text})
+    else:
+        sys.stdout.write(text + "\n")
+
+
+@key_app.command("list")
+def list_keys(
+    tenant: TenantOption = None, platform: Platform = False, data_dir: DataDir = None, as_json: Json = False
+) -> None:
+    """Show the keys of a tenant or of the platform, without their secrets."""
+    owner = _owner(tenant, platform)
+    with _keyring(data_dir) as (keyring, _):
+        found = [_shown(key) for key in keyring.listed(owner)]
+    if as_json:
+        print_json({"items": found})
+    else:
+        columns = ["id", "scope", "name", "created", "expires", "last_used"]
+        rows = [[key[column] for column in columns] for key in found]
+        print_table(f"Keys of {owner or 'the platform'}", columns, rows)
+
+
+@key_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="The id that `key list` shows.")],
+    tenant: TenantOption = None,
+    platform: Platform = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Revoke a key: running services refuse it within seconds."""
+    owner = _owner(tenant, platform)
+    with _keyring(data_dir) as (keyring, _):
+        keyring.revoke(owner, key_id)
+
+
+def openapi(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
+) -> None:
+    """Write the OpenAPI document of the service."""
+    from service.api.app import create_app
+    from service.settings import Settings
+
+    text = json.dumps(create_app(Settings()).openapi(), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text)

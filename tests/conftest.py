@@ -1,0 +1,131 @@
+"""Real servers for every suite: started by `prefix-service serve`, in a process of their own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+CORPUS = Path(__file__).parent / "data" / "corpus"
+
+
+@dataclass
+class Server:
+    """A running service: where it is, its data folder, and the platform admin's key."""
+
+    url: str
+    data_dir: Path
+    admin_key: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    _clients: list[httpx.Client] = field(default_factory=list)
+
+    def client(self, key: str | None = None) -> httpx.Client:
+        """An HTTP client with this key; by default the platform admin's, "" for none."""
+        key = self.admin_key if key is None else key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        self._clients.append(client)
+        return client
+
+    def key(self, scope: str, tenant: str | None = None) -> str:
+        """A new key, made by the command line on the running service's folder."""
+        owner = ["--platform"] if tenant is None else ["--tenant", tenant]
+        command = [
+            *PREFIX_SERVICE,
+            "key",
+            "create",
+            *owner,
+            "--scope",
+            scope,
+            "--data-dir",
+            str(self.data_dir),
+            "--json",
+        ]
+        made = subprocess.run(command, check=True, capture_output=True, text=True)
+        text: str = json.loads(made.stdout)["key"]
+        return text
+
+    def stop(self) -> None:
+        """Ask it to end, and wait."""
+        for client in self._clients:
+            client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(timeout=30)
+
+
+PREFIX_SERVICE = [sys.executable, "-m", "service.cli"]
+
+
+@contextmanager
+def running_server(data_dir: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+    """`prefix-service serve` on a free port, ready; stopped when the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log = data_dir / "serve.log"
+    command = [*PREFIX_SERVICE, "serve", "--port", str(port), "--data-dir", str(data_dir), *options]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+    url = f"http://127.0.0.1:{port}"
+    _wait_until_ready(url, process, log)
+    key_file = data_dir / "bootstrap.key"
+    server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()}")
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One service for all tests that need nothing special of it; each uses tenants of its own."""
+    with running_server(tmp_path_factory.mktemp("server") / "data") as running:
+        yield running
+
+
+@pytest.fixture
+def admin(server: Server) -> httpx.Client:
+    """An HTTP client with the platform admin's key."""
+    return server.client()
+
+
+Publish = Callable[..., httpx.Response]
+
+
+@pytest.fixture
+def publish(admin: httpx.Client) -> Publish:
+    """Upload an adapter directory as the platform admin: `publish(tenant, name, directory)`."""
+
+    def upload(tenant: str, name: str, directory: Path) -> httpx.Response:
+        files = {
+            "adapter_config.json": (directory / "adapter_config.json").read_bytes(),
+            "adapter_model.safetensors": (directory / "adapter_model.safetensors").read_bytes(),
+        }
+        return admin.post(f"/v1/tenants/{tenant}/adapters/{name}/versions", files=files)
+
+    return upload
