@@ -248,11 +248,12 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
 
 
 def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
-    if not prefix.mask.all() and _skips_layers(model, prefix):
+    even = bool(prefix.mask.all())
+    if not even and _skips_layers(model, prefix):
         raise InvalidRequest("rows with prefixes of several lengths need a model that takes the prefix in all layers")
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        # Float as PEFT's: with integers, Falcon rounds its ALiBi to bfloat16, as transformers has it without padding.
-        return _continue(model, prefix, ids, mask.to(torch.float32), options)
+        # Float as PEFT's. Falcon's ALiBi is finer then: integers round it to bfloat16, as for a row without padding.
+        return _continue(model, prefix, ids, mask.to(torch.float32) if even else mask, options)
     if _padding_shows(model, prefix, ids.shape[1], options):
         return _generate_by_length(model, prefix, ids, mask, options)
     order = mask.argsort(dim=1, stable=True)  # (B, S): padding first, then the tokens in their order

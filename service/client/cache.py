@@ -1,0 +1,56 @@
+"""Prefixes that a worker has fetched, in memory under a budget; least recently used leaves first."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from service.client.prefix import Prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A prefix with the entity tag that revalidates it."""
+
+    prefix: Prefix
+    etag: str
+
+
+class LocalCache:
+    """Bounded by bytes, safe to share between threads. A deletion or a revoked key does not reach into it."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._used = 0
+        self._entries: OrderedDict[Hashable, Cached] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Cached | None:
+        """What is cached under a key."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, cached: Cached) -> None:
+        """Cache a prefix; one that exceeds the budget alone is not kept."""
+        with self._lock:
+            self._drop(key)
+            if cached.prefix.kv.nbytes > self._budget:
+                return
+            self._entries[key] = cached
+            self._used += cached.prefix.kv.nbytes
+            while self._used > self._budget:
+                self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._used = 0
+
+    def _drop(self, key: Hashable) -> None:
+        dropped = self._entries.pop(key, None)
+        if dropped is not None:
+            self._used -= dropped.prefix.kv.nbytes

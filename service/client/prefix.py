@@ -1,0 +1,96 @@
+"""What a worker gets: the keys and values of one prefix, and what they become in a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from service.errors import InvalidRequest
+from service.prefix.kv import PrefixKV, extend_mask, position_ids, prefix_mask
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A prefix for a batch. Its rows share one memory, which the local cache may share too: do not write to it."""
+
+    kv: PrefixKV
+    metadata: Mapping[str, Any]
+    """What the service said of it: tenant, adapter, version, digest, peft_type, num_virtual_tokens, …"""
+    batch_size: int = 1
+
+    @property
+    def past_key_values(self) -> list[tuple[Tensor, Tensor]]:
+        """One `(key, value)` a layer, each `[B, H, N, D]`."""
+        return self.kv.pairs(self.batch_size)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """The mask of the prefix alone: int64 ones `[B, N]`."""
+        return prefix_mask(self.batch_size, self.num_virtual_tokens).to(self.kv.tensor.device)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """N."""
+        return self.kv.num_virtual_tokens
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return int(self.metadata["version"])
+
+    @property
+    def digest(self) -> str:
+        """The version's digest."""
+        return str(self.metadata["digest"])
+
+    def for_batch(self, batch_size: int) -> Self:
+        """The same prefix for another number of rows; nothing is copied.
+
+        Raises:
+            InvalidRequest: fewer than one row.
+        """
+        if batch_size < 1:
+            raise InvalidRequest(f"batch_size must be at least 1, got {batch_size}")
+        return replace(self, batch_size=batch_size)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """On another device, or in another dtype."""
+        target = None if device is None else torch.device(device)
+        return replace(self, kv=self.kv.to(device=target, dtype=dtype))
+
+    def extend_mask(self, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Ones for the prefix in front of an input's mask: `[B, S]` -> `[B, N + S]`, in its own dtype by default.
+
+        Falcon with ALiBi and 16 or more heads wants `torch.float32`, as PEFT always passes.
+        """
+        return extend_mask(attention_mask, self.num_virtual_tokens, dtype)
+
+    def position_ids(self, attention_mask: Tensor) -> Tensor:
+        """Positions of the real tokens behind the prefix, int64 `[B, S]`, right for left and right padding."""
+        return position_ids(attention_mask, self.num_virtual_tokens)
+
+    def to_cache(self, config: "PreTrainedConfig") -> "Cache":
+        """transformers' own cache for a model of this config, filled with the prefix; needs the extra `transformers`.
+
+        Raises:
+            DimensionMismatch: the prefix does not fit the model.
+        """
+        from service.client.transformers import to_cache
+
+        return to_cache(self.past_key_values, config)
+
+    def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
+        """`model.generate` with this prefix, left- or right-padded: see `service.client.transformers.generate`.
+
+        Raises:
+            DimensionMismatch: the prefix does not fit the model.
+            InvalidRequest: an option that cannot be served with a prefix.
+        """
+        from service.client.transformers import generate
+
+        return generate(model, self.kv.pairs(), *args, **options)

@@ -1,0 +1,114 @@
+"""What travels between a client and the service, without any I/O: requests built, answers read."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Final
+from urllib.parse import quote
+
+from service import errors
+from service.errors import InvalidResponse, PrefixServiceError, Unavailable
+from service.prefix.kv import Span
+from service.prefix.references import Reference
+from service.prefix.wire import MEDIA_TYPE, KVDtype
+
+Files = Mapping[str, bytes | BinaryIO]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request; `files` are the parts of a multipart body, in order."""
+
+    method: str
+    path: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    files: Files | None = None
+    json: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer; `headers` have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytearray
+
+    def json(self) -> Any:
+        """The body as JSON.
+
+        Raises:
+            InvalidResponse: it is none.
+        """
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise InvalidResponse(f"the answer is not JSON: {bytes(self.body[:80])!r}") from error
+
+
+def adapter_path(tenant: str, reference: Reference | str, *rest: str) -> str:
+    """The path of an adapter, or of something of it."""
+    return "/".join(("/v1/tenants", tenant, "adapters", quote(str(reference), safe="@:"), *rest))
+
+
+def prefix_request(
+    tenant: str,
+    reference: Reference,
+    *,
+    dtype: KVDtype | None = None,
+    layers: Span | None = None,
+    kv_heads: Span | None = None,
+    etag: str | None = None,
+) -> Request:
+    """Ask for one row of a prefix in one tensor; a batch is made of it on arrival."""
+    params = {"layout": "stacked", "expand": "false"}
+    if dtype is not None:
+        params["dtype"] = dtype
+    for name, span in (("layers", layers), ("kv_heads", kv_heads)):
+        if span is not None:
+            params[name] = f"{span[0]}:{span[1]}"
+    headers = {"Accept": MEDIA_TYPE} | ({} if etag is None else {"If-None-Match": etag})
+    return Request("GET", adapter_path(tenant, reference, "prefix"), params, headers)
+
+
+def check_digest(answer: Answer) -> None:
+    """Compare a body with its `Repr-Digest` (RFC 9530).
+
+    Raises:
+        InvalidResponse: they differ, or there is no SHA-256 digest.
+    """
+    expected = f"sha-256=:{base64.b64encode(hashlib.sha256(answer.body).digest()).decode()}:"
+    found = answer.headers.get("repr-digest")
+    if found is None:
+        raise InvalidResponse("the answer has no Repr-Digest to verify it by; verify_digest=False accepts it")
+    if expected not in [part.strip() for part in found.split(",")]:
+        raise InvalidResponse("the answer does not match its Repr-Digest: it was damaged on its way")
+
+
+_ERRORS: Final = {
+    cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, PrefixServiceError)
+}
+
+
+def require_success(answer: Answer) -> Answer:
+    """The answer, if it is a success.
+
+    Raises:
+        PrefixServiceError: the error that the service reported, as the class of its `code`.
+        Unavailable: a proxy says that the service is not there.
+        InvalidResponse: an answer that the service would not give.
+    """
+    if answer.status < 400:
+        return answer
+    if not answer.headers.get("content-type", "").startswith("application/problem+json"):
+        if answer.status in (502, 503, 504):
+            raise Unavailable(f"the service is not reachable behind its proxy: status {answer.status}")
+        raise InvalidResponse(f"status {answer.status} that prefix-service does not send: is the URL right?")
+    told = answer.json()
+    error = _ERRORS.get(told.get("code"), PrefixServiceError)(str(told.get("detail", "")))
+    if isinstance(error, Unavailable) and answer.headers.get("retry-after", "").isdigit():
+        error.retry_after = int(answer.headers["retry-after"])
+    raise error
