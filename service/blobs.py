@@ -34,7 +34,7 @@ class BlobStore(Protocol):
 
     def stage(self) -> StagedBlob: ...
     def read(self, digest: str) -> bytearray: ...
-    def path(self, digest: str) -> Path: ...
+    def open(self, digest: str) -> BinaryIO: ...
 
 
 class FolderBlobStore:
@@ -78,9 +78,23 @@ class FolderBlobStore:
         with translated(f"read blob {digest}"), self.path(digest).open("rb") as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
             length = file.readinto(data)
-        if length != len(data) or _digest(data) != digest:
-            raise CorruptBlob(f"the stored bytes of {digest} no longer match their digest", retry_after=60)
+        if length != len(data) or _digest(hashlib.sha256(data)) != digest:
+            raise _corrupt(digest)
         return data
+
+    def open(self, digest: str) -> BinaryIO:
+        """A blob as a file, verified, for what is too large for memory; the caller closes it.
+
+        Raises:
+            NotFound, CorruptBlob, StorageFailed: as `read`.
+        """
+        with translated(f"read blob {digest}"), contextlib.ExitStack() as closing:
+            file = closing.enter_context(self.path(digest).open("rb"))
+            if _digest(hashlib.file_digest(file, "sha256")) != digest:
+                raise _corrupt(digest)
+            file.seek(0)
+            closing.pop_all()
+            return file
 
     def path(self, digest: str) -> Path:
         """The file that holds a blob, whether or not it exists."""
@@ -112,7 +126,7 @@ class StagedFile:
     @property
     def digest(self) -> str:
         """The digest of the bytes so far."""
-        return f"sha256:{self._hash.hexdigest()}"
+        return _digest(self._hash)
 
     def read(self) -> bytearray:
         """All bytes so far."""
@@ -167,8 +181,12 @@ def translated(action: str) -> Iterator[None]:
         raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
 
 
-def _digest(data: bytes | bytearray) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+def _digest(sha256: "hashlib._Hash") -> str:
+    return f"sha256:{sha256.hexdigest()}"
+
+
+def _corrupt(digest: str) -> CorruptBlob:
+    return CorruptBlob(f"the stored bytes of {digest} no longer match their digest", retry_after=60)
 
 
 def _sync_folder(path: Path) -> None:

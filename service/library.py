@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import rfc8785
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from service.blobs import BlobStore, StagedBlob
 from service.catalog.catalog import Catalog
 from service.catalog.records import NewVersion, Version
-from service.errors import InvalidConfig, InvalidRequest, TooLarge
+from service.errors import InvalidConfig, InvalidRequest
 from service.plan import Limits, Plan, PrefixRequest, make_plan
 from service.prefix.checkpoint import load_weights
 from service.prefix.config import PrefixConfig
@@ -29,6 +29,15 @@ from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 
 _KEY_VALUES: Final = "past_key_values"
 _REMEMBERED_DIGESTS: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a version is published; `make_tenant` lets the tenant come into being with it."""
+
+    tenant: str
+    adapter: str
+    make_tenant: bool = False
 
 
 class Library:
@@ -45,9 +54,7 @@ class Library:
         """Begin an upload; the caller writes to it, and discards it in the end."""
         return await to_thread.run_sync(self._blobs.stage)
 
-    async def publish(
-        self, tenant: str, adapter: str, config: PrefixConfig, weights: StagedBlob
-    ) -> tuple[Version, bool]:
+    async def publish(self, target: Target, config: PrefixConfig, weights: StagedBlob) -> tuple[Version, bool]:
         """Make trained weights a version, and whether it is new; the same content again is the same version.
 
         Raises:
@@ -55,35 +62,39 @@ class Library:
             NotFound: there is no such tenant.
             OutOfSpace, StorageFailed: the disk or the catalog refused.
         """
-        return await to_thread.run_sync(self._publish, tenant, adapter, config, weights)
+        return await to_thread.run_sync(self._publish, target, config, weights)
 
     async def publish_fresh(
-        self, tenant: str, adapter: str, config: PrefixConfig, init: InitWeights, seed: int
+        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int
     ) -> tuple[Version, bool]:
         """Make an untrained prefix a version; its weights are stored as PEFT would save them.
 
         Raises:
-            InvalidConfig: a dimension is missing.
-            TooLarge: the prefix would exceed the upload limit.
+            InvalidConfig: a dimension is missing, or the sizes multiply to more than an upload may have.
         """
         config.require_dimensions()
-        nbytes = config.num_virtual_tokens * (config.prefix_embedding_dim or 0) * 4
-        if nbytes > self.limits.upload_bytes:
-            raise TooLarge(f"this prefix takes {nbytes} bytes, more than {self.limits.upload_bytes}")
+        trained = 0 if config.inference_mode else config.trainable_parameters or 0
+        self._require_moderate(4 * max(trained, _elements(config)))
 
         def publish() -> tuple[Version, bool]:
             flat = PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()
             staged = self._blobs.stage()
             try:
                 staged.write(save({"prompt_embeddings": flat}))
-                return self._publish(tenant, adapter, config, staged)
+                return self._publish(target, config, staged)
             finally:
                 staged.discard()
 
         return await to_thread.run_sync(publish)
 
-    def _publish(self, tenant: str, adapter: str, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
+    def _require_moderate(self, nbytes: int) -> None:
+        """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
+        if nbytes > self.limits.upload_bytes:
+            raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self.limits.upload_bytes}")
+
+    def _publish(self, target: Target, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
         weights = load_weights(staged.read(), config)
+        self._require_moderate(_elements(config) * weights.dtype.itemsize)
         kv = PrefixEncoder.from_weights(config, weights, self._registry.device).encode().to(torch.device("cpu"))
         manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
         new = NewVersion(
@@ -97,7 +108,7 @@ class Library:
             key_values_bytes=kv.nbytes,
         )
         staged.commit()
-        return self.catalog.add_version(tenant, adapter, new)
+        return self.catalog.add_version(target.tenant, target.adapter, new, make_tenant=target.make_tenant)
 
     def _store(self, kv: PrefixKV) -> str:
         staged = self._blobs.stage()
@@ -161,9 +172,13 @@ class Library:
         """Take a version out of memory."""
         self._registry.forget(_key(version))
 
-    def weights_path(self, version: Version) -> Path:
-        """The weights file, byte for byte as it was uploaded."""
-        return self._blobs.path(version.weights)
+    def open_weights(self, version: Version) -> BinaryIO:
+        """The weights file, byte for byte as it was uploaded, verified; blocking, and the caller closes it.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored bytes cannot be read.
+        """
+        return self._blobs.open(version.weights)
 
     def residency(self, version: Version) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
@@ -186,6 +201,10 @@ class Library:
                 self.unload(version)
 
 
+def _elements(config: PrefixConfig) -> int:
+    return config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
+
+
 def _key(version: Version) -> VersionKey:
     return VersionKey(version.tenant, version.adapter, version.number, version.digest)
 
@@ -200,5 +219,5 @@ def _hash(plan: Plan, rendering: Rendering) -> bytes:
 def _canonical(manifest: dict[str, Any]) -> bytes:
     try:
         return rfc8785.dumps(manifest)
-    except rfc8785.CanonicalizationError as error:
+    except ValueError as error:  # also a lone surrogate in a key, which rfc8785 leaves to the codec
         raise InvalidConfig(f"the config cannot be written as canonical JSON (RFC 8785): {error}") from error

@@ -13,7 +13,7 @@ from service.prefix.config import parse_config
 from service.prefix.kv import Span, check_span, extend_mask, position_ids, prefix_mask
 from service.prefix.wire import MASK_DTYPES, Form, Identity, KVDtype, Layout, MaskDtype, Message, bytes_of
 
-_RANGE = r"^\d{1,4}:\d{1,4}$"
+_RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 
 
 class PrefixRequest(BaseModel):

@@ -4,10 +4,10 @@ from typing import Annotated, Any, Final
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
-from starlette.responses import FileResponse
 
 from service.api.auth import Reading, Writing
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_model, read_upload
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, has_body, read_model, read_upload
+from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.prefixes import RefPath
@@ -24,7 +24,7 @@ from service.api.schemas import (
 from service.api.state import LibraryOf, SettingsOf, StateOf
 from service.catalog.records import Version
 from service.errors import NotFound
-from service.library import Library
+from service.library import Library, Target
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import check_name, parse_reference
 
@@ -61,37 +61,37 @@ async def publish(
     check_name("adapter", name)
     library = state.library
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
-    await _ensure_tenant(request, library, tenant)
+    target = await _target(request, library, tenant, name)
     if media_type == "application/json":
         wanted = await read_model(request, FreshVersion, settings.max_request_bytes)
         config = parse_config(wanted.config)
-        version, is_new = await library.publish_fresh(tenant, name, config, wanted.init_weights, wanted.seed)
+        version, is_new = await library.publish_fresh(target, config, wanted.init_weights, wanted.seed)
     else:
-        version, is_new = await _publish_upload(request, library, tenant, name)
+        version, is_new = await _publish_upload(request, library, target)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"
     return await _detail(library, version)
 
 
-async def _publish_upload(request: Request, library: Library, tenant: str, name: str) -> tuple[Version, bool]:
+async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
     weights = await library.stage()
     try:
         config_json, base_json = await read_upload(request, weights, library.limits.upload_bytes)
         config = parse_config(parse_json(config_json, CONFIG), from_file=True)
         if base_json is not None:
             config = config.filled(parse_json(base_json, BASE_CONFIG))
-        return await library.publish(tenant, name, config, weights)
+        return await library.publish(target, config, weights)
     finally:
         await to_thread.run_sync(weights.discard)
 
 
-async def _ensure_tenant(request: Request, library: Library, tenant: str) -> None:
+async def _target(request: Request, library: Library, tenant: str, name: str) -> Target:
     """A platform admin's first upload makes the tenant; for everybody else it must exist."""
     principal = request.scope["principal"]
-    if principal.tenant is None and principal.has("admin"):
-        await to_thread.run_sync(library.catalog.add_tenant, tenant)
-    elif not await to_thread.run_sync(library.catalog.has_tenant, tenant):
+    makes_tenants = principal.tenant is None and principal.has("admin")
+    if not makes_tenants and not await to_thread.run_sync(library.catalog.has_tenant, tenant):
         raise NotFound(f"there is no tenant {tenant!r}")
+    return Target(tenant, name, makes_tenants)
 
 
 @router.get("/v1/tenants/{tenant}/adapters")
@@ -135,32 +135,19 @@ async def list_versions(tenant: Reading, name: str, library: LibraryOf) -> Versi
     return VersionPage(items=[VersionSummary.of(version, aliases) for version in versions])
 
 
-@router.get("/v1/tenants/{tenant}/adapters/{ref}/parameters", response_class=FileResponse)
-async def parameters(tenant: Reading, ref: RefPath, library: LibraryOf) -> FileResponse:
-    """The weights file, byte for byte as it was uploaded."""
-    version = await library.resolve(tenant, parse_reference(ref))
-    headers = {"Prefix-Version": str(version.number), "Prefix-Digest": version.digest}
-    return FileResponse(
-        library.weights_path(version),
-        media_type="application/vnd.safetensors",
-        filename=WEIGHTS,
-        headers=headers,
-    )
-
-
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
 async def delete(tenant: Writing, ref: RefPath, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
     await library.delete(tenant, parse_reference(ref))
 
 
-@router.put("/v1/tenants/{tenant}/adapters/{ref}/residency")
+@router.put("/v1/tenants/{tenant}/adapters/{ref}/residency", openapi_extra=json_body(ResidencyRequest, required=False))
 async def load(
     request: Request, tenant: Writing, ref: RefPath, library: LibraryOf, settings: SettingsOf
 ) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
-    if request.headers.get("content-type") is not None:
+    if has_body(request.headers):
         require_media_type(request.headers, "application/json")
         wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
     version = await library.resolve(tenant, parse_reference(ref))

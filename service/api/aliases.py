@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.auth import Reading, Writing
 from service.api.bodies import read_model
-from service.api.negotiation import matches, require_media_type
+from service.api.documentation import json_body, request_headers
+from service.api.negotiation import is_expected, require_media_type
 from service.api.schemas import Alias, AliasTarget
 from service.api.state import LibraryOf, SettingsOf
 from service.errors import NotFound, PreconditionFailed
@@ -18,9 +19,14 @@ router = APIRouter(tags=["aliases"])
 
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{name}/aliases/{alias}"
 _ANYWHERE: Final = -1
+_CONDITIONS: Final = request_headers(If_Match="the ETag where the caller saw it", If_None_Match="* for one that is new")
 
 
-@router.put(_PATH, responses={201: {"model": Alias, "description": "The alias is new"}})
+@router.put(
+    _PATH,
+    responses={201: {"model": Alias, "description": "The alias is new"}},
+    openapi_extra={**json_body(AliasTarget), **_CONDITIONS},
+)
 async def put_alias(
     request: Request,
     response: Response,
@@ -57,11 +63,12 @@ async def get_alias(response: Response, tenant: Reading, name: str, alias: str, 
     return Alias(alias=alias, version=aliases[alias])
 
 
-@router.delete(_PATH, status_code=204)
-async def delete_alias(tenant: Writing, name: str, alias: str, library: LibraryOf) -> None:
-    """Forget an alias; its version stays."""
+@router.delete(_PATH, status_code=204, openapi_extra=_CONDITIONS)
+async def delete_alias(request: Request, tenant: Writing, name: str, alias: str, library: LibraryOf) -> None:
+    """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
-    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias)
+    expected = await _expected(request, library, tenant, name, alias)
+    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, expected)
 
 
 async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:
@@ -70,11 +77,11 @@ async def _expected(request: Request, library: Library, tenant: str, name: str, 
         if request.headers["if-none-match"].strip() != "*":
             raise PreconditionFailed("If-None-Match on an alias takes only *")
         return None
-    if (wanted := request.headers.get("if-match")) is None:
+    if request.headers.get("if-match") is None:
         return _ANYWHERE
     aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
     current = aliases.get(alias)
-    if current is None or not matches(wanted, _etag(current)):
+    if current is None or not is_expected(request.headers, _etag(current)):
         raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
     return current
 

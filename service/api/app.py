@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from service.api import adapters, aliases, ops, prefixes, problems, tenants
 from service.api.auth import AuthenticationMiddleware, Authenticator
+from service.api.documentation import documented, operation_id
 from service.api.middleware import StrictPathMiddleware
+from service.api.negotiation import require_json_acceptable
 from service.api.schemas import Problem
 from service.api.state import State
 from service.blobs import FolderBlobStore
@@ -27,6 +30,13 @@ _DESCRIPTION = (
 )
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = documented(super().openapi())
+        return self.openapi_schema
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI app of one process; the data folder is opened when its lifespan begins."""
 
@@ -39,17 +49,20 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             database.close()
 
-    app = FastAPI(
+    app = _App(
         title="prefix-service",
         version=version("prefix-service"),
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        generate_unique_id_function=operation_id,
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
     )
     problems.install(app)
-    for room in (prefixes, adapters, aliases, tenants, ops):
-        app.include_router(room.router)
+    app.include_router(prefixes.router)
+    app.include_router(ops.router)
+    for room in (adapters, aliases, tenants):
+        app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     app.add_middleware(AuthenticationMiddleware, authenticator=lambda: app.state.prefix_service.authenticator)
     return app

@@ -93,15 +93,12 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
     return check
 
 
-def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
-    def check(request: Request) -> Principal:
-        principal: Principal = request.scope["principal"]
-        if principal.tenant is not None:
-            raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
-        _require(principal, scope)
-        return principal
-
-    return check
+def _platform_admin(request: Request) -> Principal:
+    principal: Principal = request.scope["principal"]
+    if principal.tenant is not None:
+        raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
+    _require(principal, "admin")
+    return principal
 
 
 def _require(principal: Principal, scope: KeyScope) -> None:
@@ -115,5 +112,5 @@ Writing = Annotated[str, Depends(_tenant_with("write"))]
 """The path's tenant, for a caller who may change it."""
 Administering = Annotated[str, Depends(_tenant_with("admin"))]
 """The path's tenant, for a caller who may manage its keys."""
-PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]
+PlatformAdmin = Annotated[Principal, Depends(_platform_admin)]
 """A platform admin."""

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from anyio import to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.api.problems import invalid_request
@@ -24,6 +25,11 @@ _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 M = TypeVar("M", bound=BaseModel)
 _BATCH: Final = 1 << 20  # bytes that are handed to a thread at once
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether a request carries a body, as its headers tell."""
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 async def read_body(request: Request, limit: int) -> bytearray:
@@ -89,23 +95,27 @@ async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tupl
         UnsafeCheckpoint: a field named like a pickle.
         TooLarge: weights of more than `limit` bytes, or a config of more than a megabyte.
     """
-    _refuse_declared(request, limit + 4 * MAX_CONFIG_BYTES)
+    whole = limit + 4 * MAX_CONFIG_BYTES  # room for the configs, and for what stands between the parts
+    _refuse_declared(request, whole)
     _, options = parse_options_header(request.headers["content-type"])
     boundary = options.get(b"boundary")
     if not boundary:
         raise InvalidRequest("the multipart body needs a boundary in its Content-Type")
     upload = _Upload(weights, limit)
-    parser = MultipartParser(boundary, upload.callbacks())
-    pending = bytearray()
+    pending, received = bytearray(), 0
     try:
+        parser = MultipartParser(boundary, upload.callbacks())
         async for chunk in request.stream():
             pending += chunk
+            received += len(chunk)
+            if received > whole:
+                raise TooLarge(f"the body has more than {whole} bytes")
             if len(pending) >= _BATCH:
                 await to_thread.run_sync(parser.write, bytes(pending))
                 pending.clear()
         await to_thread.run_sync(parser.write, bytes(pending))
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error!s:.200}") from error
     except ClientDisconnect as error:
         raise InvalidRequest("the connection ended before the upload did") from error

@@ -4,10 +4,12 @@ import re
 from typing import Final
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from service.errors import NotAcceptable, RangeNotSatisfiable, UnsupportedMediaType
 
-_RANGE: Final = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
+_RANGE: Final = re.compile(r"bytes=(?:([0-9]{1,40})-([0-9]{0,40})|-([0-9]{1,40}))", re.IGNORECASE)
+_WANTED_DIGEST: Final = re.compile(r"\bsha-256\b(?!\s*=\s*0)")
 
 
 def require_acceptable(headers: Headers, media_type: str) -> None:
@@ -16,18 +18,28 @@ def require_acceptable(headers: Headers, media_type: str) -> None:
     Raises:
         NotAcceptable: names what there is.
     """
-    accept = headers.get("accept")
-    if accept is None or not accept.strip():
+    accept = _joined(headers, "accept")
+    if not accept:
         return
     # The most specific range that matches decides: type/subtype, then type/*, then */*.
     wanted = {media_type: 2, media_type.partition("/")[0] + "/*": 1, "*/*": 0}
     best, quality = -1, 0.0
     for item in accept.split(","):
-        name, *parameters = (part.strip() for part in item.lower().split(";"))
+        name, *parameters = (part.strip() for part in item.split(";"))
         if wanted.get(name, -1) > best:
             best, quality = wanted[name], _quality(parameters)
     if best < 0 or quality == 0:
         raise NotAcceptable(f"the answer is {media_type}, which Accept: {accept!r:.100} leaves out")
+
+
+def require_json_acceptable(request: Request) -> None:
+    """For routes that answer with JSON; a deletion answers with nothing.
+
+    Raises:
+        NotAcceptable: the caller leaves JSON out.
+    """
+    if request.method != "DELETE":
+        require_acceptable(request.headers, "application/json")
 
 
 def _quality(parameters: list[str]) -> float:
@@ -46,21 +58,38 @@ def require_media_type(headers: Headers, *allowed: str) -> str:
     Raises:
         UnsupportedMediaType: it is none of `allowed`, or the body is compressed.
     """
-    encoding = headers.get("content-encoding", "identity").strip().lower()
+    encoding = _joined(headers, "content-encoding") or "identity"
     if encoding != "identity":
         raise UnsupportedMediaType(f"bodies are read as they are, not with Content-Encoding: {encoding:.40}")
-    found = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found not in allowed:
+    found = _joined(headers, "content-type").partition(";")[0].strip()
+    if found not in allowed or len(headers.getlist("content-type")) > 1:
         raise UnsupportedMediaType(f"the body must be {' or '.join(allowed)}, got {found or 'no Content-Type'!r:.80}")
     return found
 
 
-def matches(header: str | None, etag: str) -> bool:
-    """Whether an If-None-Match or If-Match header names this entity tag, by weak comparison."""
-    if header is None:
-        return False
-    tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+def _joined(headers: Headers, name: str) -> str:
+    return ", ".join(headers.getlist(name)).strip().lower()
+
+
+def is_current(headers: Headers, etag: str) -> bool:
+    """Whether If-None-Match names this entity tag, by weak comparison."""
+    tags = [tag.strip().removeprefix("W/") for tag in _listed(headers, "if-none-match")]
     return "*" in tags or etag in tags
+
+
+def is_expected(headers: Headers, etag: str) -> bool:
+    """Whether If-Match names this entity tag, by strong comparison."""
+    tags = [tag.strip() for tag in _listed(headers, "if-match")]
+    return "*" in tags or etag in tags
+
+
+def _listed(headers: Headers, name: str) -> list[str]:
+    return ",".join(headers.getlist(name)).split(",")
+
+
+def wants_digest(headers: Headers) -> bool:
+    """Whether Want-Repr-Digest (RFC 9530) asks for a SHA-256."""
+    return _WANTED_DIGEST.search(headers.get("want-repr-digest", "")) is not None
 
 
 def requested_range(headers: Headers, etag: str, length: int) -> tuple[int, int] | None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
+from service.api.documentation import request_headers, response_headers
 from service.api.negotiation import require_acceptable, require_media_type
-from service.api.responses import PrefixResponse
+from service.api.responses import ParametersResponse, PrefixResponse
 from service.api.state import LibraryOf, SettingsOf
 from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import PrefixRequest
@@ -20,15 +21,29 @@ from service.prefix.wire import MASK_DTYPES, MEDIA_TYPE
 
 router = APIRouter(tags=["prefixes"])
 
+_PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 RefPath = Annotated[str, Path(description="name, name@7, name@alias, name@latest or name@sha256:…")]
 
 _MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
 _BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
+_HEADERS: Final = response_headers(
+    ETag="strong entity tag",
+    Prefix_Version="the version's number",
+    Prefix_Digest="the version's digest; it does not hash the body",
+    Repr_Digest="sha-256 of the whole body (RFC 9530)",
+)
+_CONDITIONS: Final = request_headers(
+    If_None_Match="an entity tag: 304 while it is current",
+    Range="one byte range: 206; several are ignored",
+    If_Range="an entity tag: the range counts while it is current",
+    Want_Repr_Digest="sha-256 asks for Repr-Digest also where the body repeats rows",
+)
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "A safetensors file: past_key_values and masks", "content": {MEDIA_TYPE: _BINARY}},
-    206: {"description": "The byte range that was asked for", "content": {MEDIA_TYPE: _BINARY}},
+    200: {"description": "A safetensors file", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
+    206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
     304: {"description": "What the caller has is current"},
 }
+_READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, "openapi_extra": _CONDITIONS}
 _MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
@@ -51,12 +66,8 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.get(
-    "/v1/tenants/{tenant}/adapters/{ref}/prefix", status_code=200, responses=_RESPONSES, response_class=PrefixResponse
-)
-@router.head(
-    "/v1/tenants/{tenant}/adapters/{ref}/prefix", status_code=200, responses=_RESPONSES, response_class=PrefixResponse
-)
+@router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
+@router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
 async def get_prefix(
     request: Request,
     tenant: Reading,
@@ -72,7 +83,7 @@ async def get_prefix(
 
 
 @router.post(
-    "/v1/tenants/{tenant}/adapters/{ref}/prefix",
+    f"{_PATH}/prefix",
     status_code=200,
     responses={200: _RESPONSES[200]},
     response_class=PrefixResponse,
@@ -103,6 +114,16 @@ async def post_prefix(
         options = validated(PrefixRequest, values)
     plan = await to_thread.run_sync(library.plan, version, options, mask)
     return PrefixResponse(library, plan, immutable=reference.immutable)
+
+
+@router.get(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
+@router.head(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
+async def parameters(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> ParametersResponse:
+    """The weights file, byte for byte as it was uploaded."""
+    require_acceptable(request.headers, MEDIA_TYPE)
+    reference = parse_reference(ref)
+    version = await library.resolve(tenant, reference)
+    return ParametersResponse(library, version, immutable=reference.immutable)
 
 
 def _mask_from_json(rows: Any) -> Tensor | None:

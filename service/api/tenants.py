@@ -7,13 +7,13 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Administering, PlatformAdmin, Reading
 from service.api.bodies import read_model
+from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey, Tenant, TenantPage
 from service.api.state import LibraryOf, State, StateOf
 from service.catalog.records import Key
 from service.errors import NotFound
-from service.prefix.references import check_name
 
 router = APIRouter()
 
@@ -37,9 +37,8 @@ async def list_tenants(
 
 
 @router.put("/v1/tenants/{tenant}", tags=["tenants"], responses={201: {"model": Tenant, "description": "It is new"}})
-async def put_tenant(response: Response, _caller: PlatformAdmin, tenant: str, library: LibraryOf) -> Tenant:
+async def put_tenant(response: Response, tenant: Reading, _caller: PlatformAdmin, library: LibraryOf) -> Tenant:
     """Make a tenant; harmless if it exists."""
-    check_name("tenant", tenant)
     is_new = await to_thread.run_sync(library.catalog.add_tenant, tenant)
     response.status_code = 201 if is_new else 200
     return Tenant(tenant=tenant)
@@ -53,7 +52,7 @@ async def get_tenant(tenant: Reading, library: LibraryOf) -> Tenant:
     return Tenant(tenant=tenant)
 
 
-@router.post("/v1/tenants/{tenant}/keys", tags=["keys"], status_code=201)
+@router.post("/v1/tenants/{tenant}/keys", tags=["keys"], status_code=201, openapi_extra=json_body(NewKey))
 async def create_tenant_key(request: Request, tenant: Administering, state: StateOf) -> CreatedKey:
     """A new key of a tenant; the answer alone tells it."""
     return await _create(request, state, tenant)
@@ -71,7 +70,7 @@ async def revoke_tenant_key(tenant: Administering, key_id: str, state: StateOf) 
     await _revoke(state, tenant, key_id)
 
 
-@router.post("/v1/keys", tags=["keys"], status_code=201)
+@router.post("/v1/keys", tags=["keys"], status_code=201, openapi_extra=json_body(NewKey))
 async def create_platform_key(request: Request, _caller: PlatformAdmin, state: StateOf) -> CreatedKey:
     """A new key of the platform; the answer alone tells it."""
     return await _create(request, state, None)

@@ -49,13 +49,18 @@ class Catalog:
             query = sa.select(tenants.c.name).where(tenants.c.name > after).order_by(tenants.c.name).limit(limit)
             return list(connection.scalars(query))
 
-    def add_version(self, tenant: str, adapter: str, new: NewVersion) -> tuple[Version, bool]:
+    def add_version(
+        self, tenant: str, adapter: str, new: NewVersion, *, make_tenant: bool = False
+    ) -> tuple[Version, bool]:
         """Make a version visible under the next number, and whether it is new: the same digest is the same version.
+        With `make_tenant` its tenant comes into being with it.
 
         Raises:
             NotFound: there is no such tenant.
         """
         with self._database.writing() as connection:
+            if make_tenant:
+                connection.execute(insert(tenants).values(name=tenant).on_conflict_do_nothing())
             tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
             if tenant_id is None:
                 raise NotFound(f"there is no tenant {tenant!r}")
@@ -124,7 +129,7 @@ class Catalog:
         """
         with self._database.reading() as connection:
             adapter_id = _adapter_id(connection, tenant, adapter)
-            return _aliases_of(connection, [adapter_id]).get(adapter_id, {})
+            return _aliases_of(connection, [adapter_id])[adapter_id]
 
     def put_alias(self, tenant: str, adapter: str, alias: str, number: int, expected: int | None = -1) -> bool:
         """Point an alias at a version; whether it is new. `expected` is where it must point now: a number, None for
@@ -138,23 +143,23 @@ class Catalog:
             adapter_id = _adapter_id(connection, tenant, adapter)
             if _one(connection, adapter_id, versions.c.number == number) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
-            current = _aliases_of(connection, [adapter_id]).get(adapter_id, {}).get(alias)
-            if expected not in (-1, current):
-                raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
+            current = _require_target(connection, adapter_id, alias, expected)
             values = insert(aliases).values(adapter_id=adapter_id, name=alias, number=number)
             connection.execute(
                 values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
             )
             return current is None
 
-    def delete_alias(self, tenant: str, adapter: str, alias: str) -> None:
-        """Forget an alias.
+    def delete_alias(self, tenant: str, adapter: str, alias: str, expected: int | None = -1) -> None:
+        """Forget an alias; `expected` as in `put_alias`.
 
         Raises:
             NotFound: there is no such adapter or alias.
+            PreconditionFailed: it does not point where `expected` says.
         """
         with self._database.writing() as connection:
             adapter_id = _adapter_id(connection, tenant, adapter)
+            _require_target(connection, adapter_id, alias, expected)
             gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
             if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
@@ -218,6 +223,13 @@ def _required(version: Version | None) -> Version:
 
 def _version(row: sa.Row[Any]) -> Version:
     return Version(**{name: row._mapping[name] for name in Version.__dataclass_fields__})
+
+
+def _require_target(connection: sa.Connection, adapter_id: int, alias: str, expected: int | None) -> int | None:
+    current = _aliases_of(connection, [adapter_id])[adapter_id].get(alias)
+    if expected not in (-1, current):
+        raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
+    return current
 
 
 def _aliases_of(connection: sa.Connection, adapter_ids: Sequence[int]) -> dict[int, dict[str, int]]:

@@ -7,7 +7,7 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -62,19 +62,24 @@ class Keyring:
         self._secret = _load_secret(secret_file)
 
     def create(self, tenant: str | None, scope: Scope, name: str, expires: datetime | None = None) -> tuple[Key, str]:
-        """A new key, and the text that its owner keeps; it is not told again.
+        """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
 
         Raises:
             NotFound: there is no such tenant.
         """
+        if expires is not None and expires.tzinfo is not None:
+            expires = expires.astimezone(UTC).replace(tzinfo=None)
         key_id = secrets.token_hex(8)
         body = f"pfx_{key_id}_{secrets.token_hex(24)}"
         text = f"{body}_{_checksum(body)}"
         with self._database.writing() as connection:
-            tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-            if tenant is not None and tenant_id is None:
-                raise NotFound(f"there is no tenant {tenant!r}")
-            row = {"id": key_id, "tenant_id": tenant_id, "scope": scope, "name": name, "expires": expires}
+            row = {
+                "id": key_id,
+                "tenant_id": _tenant_id(connection, tenant),
+                "scope": scope,
+                "name": name,
+                "expires": expires,
+            }
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             return self._key(connection, key_id), text
 
@@ -101,21 +106,24 @@ class Keyring:
         return Principal(row.id, row.tenant, row.scope)
 
     def listed(self, tenant: str | None) -> list[Key]:
-        """The keys of a tenant, or of the platform, oldest first."""
-        owner = keys.c.tenant_id.is_(None) if tenant is None else tenants.c.name == tenant
+        """The keys of a tenant, or of the platform, oldest first.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
         with self._database.reading() as connection:
-            return [Key(*row) for row in connection.execute(_KEY_ROW.where(owner).order_by(keys.c.created, keys.c.id))]
+            query = _KEY_ROW.where(_owned(connection, tenant)).order_by(keys.c.created, keys.c.id)
+            return [Key(*row) for row in connection.execute(query)]
 
     def revoke(self, tenant: str | None, key_id: str) -> None:
         """Forget a key.
 
         Raises:
-            NotFound: this owner has no such key.
+            NotFound: this owner has no such key, or there is no such owner.
         """
         with self._database.writing() as connection:
-            tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-            owner = keys.c.tenant_id.is_(None) if tenant is None else keys.c.tenant_id == tenant_id
-            if connection.execute(sa.delete(keys).where(keys.c.id == key_id, owner)).rowcount == 0:
+            gone = sa.delete(keys).where(keys.c.id == key_id, _owned(connection, tenant))
+            if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"there is no key {key_id!r:.40}")
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
@@ -123,6 +131,18 @@ class Keyring:
 
     def _hash(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _tenant_id(connection: sa.Connection, tenant: str | None) -> int | None:
+    found: int | None = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+    if tenant is not None and found is None:
+        raise NotFound(f"there is no tenant {tenant!r}")
+    return found
+
+
+def _owned(connection: sa.Connection, tenant: str | None) -> sa.ColumnElement[bool]:
+    tenant_id = _tenant_id(connection, tenant)
+    return keys.c.tenant_id.is_(None) if tenant_id is None else keys.c.tenant_id == tenant_id
 
 
 def _checksum(body: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import serve
+from service.cli import demo, serve, worker
 from service.cli.output import errors_console
 from service.errors import PrefixServiceError
 
@@ -18,6 +18,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 serve.register(app)
+worker.register(app)
+demo.register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -40,5 +42,7 @@ def run() -> None:
     try:
         app()
     except PrefixServiceError as error:
-        errors_console.print(f"error ({error.code}): {error}", style="red", markup=False, highlight=False)
+        errors_console.print(
+            f"error ({error.code}): {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(1)

@@ -100,6 +100,15 @@ class PrefixClient(_Client):
         """
         return self._run(flows.list_adapters(tenant, base_model))
 
+    def is_ready(self) -> bool:
+        """Whether the service can do its work.
+
+        Raises:
+            Unavailable: it says that it cannot.
+            ConnectionFailed: it does not answer.
+        """
+        return self._run(flows.is_ready())
+
     def close(self) -> None:
         """Close every connection."""
         self._transport.close()
@@ -144,6 +153,10 @@ class AsyncPrefixClient(_Client):
     async def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """As `PrefixClient.list`."""
         return await self._run(flows.list_adapters(tenant, base_model))
+
+    async def is_ready(self) -> bool:
+        """As `PrefixClient.is_ready`."""
+        return await self._run(flows.is_ready())
 
     async def close(self) -> None:
         """Close every connection."""

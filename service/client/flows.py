@@ -84,3 +84,9 @@ def list_adapters(tenant: str, base_model: str | None) -> Flow[list[Mapping[str,
         if page["next"] is None:
             return items
         params["cursor"] = page["next"]
+
+
+def is_ready() -> Flow[bool]:
+    """Whether the service can do its work."""
+    answer = yield Request("GET", "/readyz")
+    return answer.status == 200

@@ -6,7 +6,7 @@ from typing import Any
 
 from service.errors import InvalidConfig
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 

@@ -156,7 +156,11 @@ def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
         for suffix, role in layout.roles.items():
             scope = plain.removesuffix(suffix)
             if plain.endswith(suffix) and layout.scope.fullmatch(scope):
-                scopes.setdefault(scope, {})[role] = name
+                other = scopes.setdefault(scope, {}).setdefault(role, name)
+                if other != name:
+                    raise InvalidCheckpoint(
+                        f"more than one prefix encoder in the checkpoint: {other}, {name}; keep one"
+                    )
     return [Match(layout, scope, tensors) for scope, tensors in scopes.items()]
 
 
@@ -181,6 +185,13 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
             )
         if not match.layout.linear:
             found["embedding"] = found["embedding"][::-1]  # an embedding is [tokens, width] in every layout
+    if isinstance(config, CartridgeConfig) and "trainable_embedding" in found:
+        has_frozen = "frozen_embedding" in found
+        if has_frozen != (config.num_frozen_tokens > 0):
+            raise InvalidCheckpoint(
+                f"num_frozen_tokens is {config.num_frozen_tokens} in the config, and the checkpoint "
+                f"{'holds' if has_frozen else 'lacks'} frozen_embedding ({match.layout.name})"
+            )
     expected = _expected_shapes(config, found)
     for role, name in match.tensors.items():
         if found[role] != expected[role]:
@@ -190,11 +201,10 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
 def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[str, Shape]:
     tokens, width = config.num_virtual_tokens, config.prefix_embedding_dim or 0
     if isinstance(config, CartridgeConfig):
-        frozen = config.num_frozen_tokens if "frozen_embedding" in found else 0
         return {
             "prompt_embeddings": (tokens, width),
             "frozen_embedding": (config.num_frozen_tokens, width),
-            "trainable_embedding": (tokens - frozen, width),
+            "trainable_embedding": (tokens - config.num_frozen_tokens, width),
         }
     if "transform.w1" not in found:
         return {"prompt_embeddings": (tokens, width), "embedding": (tokens, width)}

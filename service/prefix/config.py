@@ -5,6 +5,8 @@ the same fields, the same defaults, unknown keys kept. `parse_config` reads what
 """
 
 import json
+import re
+from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
@@ -14,6 +16,7 @@ from service.prefix.base_model import infer_dimensions
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 32
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
 
 # Far above every model in use, far below what could make a product of them dangerous.
 _LIMITS = {
@@ -191,7 +194,7 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 
 
 def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, of at most `limit` bytes.
+    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, no lone surrogates, of at most `limit` bytes.
 
     Raises:
         InvalidConfig: names `what` and the defect.
@@ -199,7 +202,10 @@ def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
     if len(data) > limit:
         raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
     if not isinstance(value, dict):
@@ -254,6 +260,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate key {_shown(key)}")
         found[key] = value
     return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{_shown(text)} is too large")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

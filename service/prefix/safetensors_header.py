@@ -20,6 +20,7 @@ MAX_TENSORS: Final = 65_536
 _MAX_RANK: Final = 8
 _MAX_NAME: Final = 512
 _LENGTH: Final = struct.Struct("<Q")
+_PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F32": torch.float32,
@@ -86,7 +87,8 @@ def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
 
 
 def _header_length(data: memoryview, total: int) -> int:
-    if bytes(data[:4]) == b"PK\x03\x04" or bytes(data[:2]) in {b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
+    # A header of 640 bytes begins like a pickle too, but a pickle has no '{' behind eight bytes of length.
+    if bytes(data[:4]).startswith(_PICKLES) and bytes(data[8:9]) != b"{":
         raise UnsafeCheckpoint(
             "the weights are a pickle, which is never opened here: turn them into safetensors on your own machine "
             "with `prefix-service convert`"

@@ -101,13 +101,14 @@ class _Slot:
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
     """Cast on the device of `kv`, then one copy to host memory; no copy where nothing changes on the CPU.
 
-    float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them.
+    float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them; never by less
+    than the smallest normal float32, so that a head of zeros or of subnormals divides too.
     """
     tensor, scales = kv.tensor, None
     if dtype == "float8_e4m3fn":
         exact = tensor.to(torch.float32)
         largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
-        scales = torch.where(largest > 0, largest / _FLOAT8_MAX, torch.ones_like(largest))
+        scales = (largest / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
         tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
         scales = scales.cpu().contiguous()
     values = tensor.to(dtype=KV_DTYPES[dtype]).contiguous().cpu()
@@ -221,7 +222,7 @@ def read_message(data: bytearray | memoryview) -> Received:
     try:
         header = parse_header(view, dtypes=frozenset(DTYPES))
         metadata = json.loads(header.metadata.get("prefix", "null"))
-    except (InvalidCheckpoint, ValueError) as error:
+    except (InvalidCheckpoint, ValueError, RecursionError) as error:
         raise InvalidResponse(f"the answer is not a prefix: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise InvalidResponse("the answer is a safetensors file, but not a prefix in a format that this client reads")
@@ -236,11 +237,22 @@ def read_kv(received: Received) -> PrefixKV:
     """
     about = received.metadata
     tensor = received.tensors.get("past_key_values")
-    layers, heads = tuple(about["layers"]), tuple(about["kv_heads"])
-    expected = (1, layers[1] - layers[0], 2, heads[1] - heads[0], about["num_virtual_tokens"], about["head_dim"])
+    try:
+        layers, heads = _span(about["layers"]), _span(about["kv_heads"])
+        num_layers, num_kv_heads = int(about["num_layers"]), int(about["num_kv_heads"])
+        expected = (1, layers[1] - layers[0], 2, heads[1] - heads[0], about["num_virtual_tokens"], about["head_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidResponse(f"the metadata of the answer is not that of a prefix: {error!r:.80}") from error
     if tensor is None or tuple(tensor.shape) != expected:
         found = "none" if tensor is None else list(tensor.shape)
         raise InvalidResponse(f"past_key_values should have shape {list(expected)}, got {found}")
     if (scale := received.tensors.get("past_key_values_scale")) is not None:
+        if tuple(scale.shape) != (*expected[:4], 1, 1):
+            raise InvalidResponse(f"past_key_values_scale has shape {list(scale.shape)}, beside {list(expected)}")
         tensor = tensor.to(torch.float32) * scale
-    return PrefixKV(tensor[0], layers, heads, about["num_layers"], about["num_kv_heads"])
+    return PrefixKV(tensor[0], layers, heads, num_layers, num_kv_heads)
+
+
+def _span(values: Any) -> Span:
+    first, last = values
+    return int(first), int(last)

@@ -1,0 +1,60 @@
+"""The OpenAPI document: what FastAPI cannot see in the signatures of routes."""
+
+from typing import Any, Final
+
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from service.api.auth import PUBLIC
+
+PROBLEM_TYPE: Final = "application/problem+json"
+
+Document = dict[str, Any]
+
+
+def documented(document: Document) -> Document:
+    """The document of this API: problems under their own media type, and keys for all but the public routes."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            problems = operation["responses"]["default"]["content"]
+            problems[PROBLEM_TYPE] = problems.pop("application/json")
+            if path in PUBLIC:
+                operation["security"] = []
+    return document
+
+
+def operation_id(route: APIRoute) -> str:
+    """The name of a route's function; what answers GET and HEAD has two operations."""
+    return f"head_{route.name}" if "HEAD" in (route.methods or ()) else route.name
+
+
+def json_body(model: type[BaseModel], *, required: bool = True) -> Document:
+    """The body of a route that reads it under its own limits."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def request_headers(**descriptions: str) -> Document:
+    """Optional request headers; underscores are hyphens."""
+    return {
+        "parameters": [
+            {
+                "name": name.replace("_", "-"),
+                "in": "header",
+                "required": False,
+                "description": text,
+                "schema": {"type": "string"},
+            }
+            for name, text in descriptions.items()
+        ]
+    }
+
+
+def response_headers(**descriptions: str) -> Document:
+    """Response headers; underscores are hyphens."""
+    return {
+        name.replace("_", "-"): {"description": text, "schema": {"type": "string"}}
+        for name, text in descriptions.items()
+    }

@@ -1,0 +1,188 @@
+"""`publish`, `fetch`, `list`, `inspect` and `convert`: the commands of who uses a service."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import wrap_file
+
+from service.cli.output import console, errors_console, human_bytes, print_json, print_table
+from service.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from service.client import PrefixClient
+
+Url = Annotated[str, typer.Option("--url", envvar="PREFIX_URL", help="Where the service is.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="PREFIX_API_KEY", help="The key; better in the environment.", show_envvar=True),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Where to publish.")]
+Ref = Annotated[
+    str, typer.Argument(metavar="TENANT/ADAPTER[@…]", help="An adapter; @7, @alias or @sha256:… names a version.")
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="The adapter_config.json, where it is elsewhere.", exists=True)
+]
+BaseConfig = Annotated[
+    Path | None,
+    typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
+]
+
+_DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command()(publish)
+    app.command()(fetch)
+    app.command(name="list")(list_adapters)
+    app.command()(inspect)
+    app.command()(convert)
+
+
+def publish(
+    source: Annotated[Path, typer.Argument(help="An adapter's folder, or a full training checkpoint.", exists=True)],
+    adapter: Adapter,
+    config: Config = None,
+    base_config: BaseConfig = None,
+    url: Url = _DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a trained adapter as a new version; the prefix of a full training checkpoint is cut out first."""
+    from service.client.checkpoints import prepare_upload
+
+    upload = prepare_upload(source, config)
+    if upload.cut_from is not None:
+        errors_console.print(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}", highlight=False)
+    base = None if base_config is None else base_config.read_bytes()
+    shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
+    with _client(url, api_key) as client, upload.weights, shown as weights:
+        version, is_new = client.publish(adapter, upload.config, weights, base)
+    if as_json:
+        print_json({**version, "created_now": is_new})
+        return
+    done = "published" if is_new else "already there as"
+    console.print(f"{done} {version['tenant']}/{version['adapter']}@{version['version']}", highlight=False)
+    console.print(f"digest {version['digest']}", highlight=False, soft_wrap=True)
+
+
+def fetch(
+    reference: Ref,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: only show.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    url: Url = _DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a prefix as a worker would, and show or save its tensors (safetensors)."""
+    from safetensors.torch import save_file
+
+    with _client(url, api_key) as client:
+        began = time.perf_counter()
+        prefix = client.get(reference, batch_size=batch_size, dtype=_checked_dtype(dtype))
+        seconds = time.perf_counter() - began
+    tensors = {"attention_mask": prefix.attention_mask}
+    for layer, (key, value) in enumerate(prefix.past_key_values):
+        tensors |= {f"past_key_values.{layer}.key": key, f"past_key_values.{layer}.value": value}
+    if output is not None:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
+    if as_json:
+        print_json({**prefix.metadata, "batch_size": batch_size, "seconds": seconds, "bytes": prefix.kv.nbytes})
+        return
+    rows: list[list[object]] = [
+        [name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
+        for name, tensor in list(tensors.items())[:5]
+    ]
+    if len(tensors) > len(rows):
+        rows.append([f"… {len(tensors) - len(rows)} more", "", ""])
+    title = f"{reference} = version {prefix.version}, {human_bytes(prefix.kv.nbytes)} in {seconds * 1000:.1f} ms"
+    print_table(title, ["tensor", "shape", "dtype"], rows)
+    if output is not None:
+        console.print(f"saved to {output}", highlight=False)
+
+
+def list_adapters(
+    tenant: Annotated[str, typer.Argument(help="The tenant.")],
+    base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
+    url: Url = _DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """List the adapters of a tenant."""
+    with _client(url, api_key) as client:
+        items = client.list(tenant, base_model)
+    if as_json:
+        print_json({"items": items})
+        return
+    columns = ["adapter", "latest", "tokens", "dtype", "size", "aliases", "base model"]
+    print_table(f"Adapters of {tenant}", columns, [_listed(item) for item in items])
+
+
+def _listed(item: Mapping[str, Any]) -> list[object]:
+    latest = item["latest"]
+    return [
+        item["adapter"],
+        latest["version"],
+        latest["num_virtual_tokens"],
+        latest["dtype"],
+        human_bytes(latest["size"]["key_values"]),
+        ", ".join(f"{name}={number}" for name, number in item["aliases"].items()),
+        latest["base_model_name_or_path"],
+    ]
+
+
+def inspect(reference: Ref, url: Url = _DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Show what the service knows of a version."""
+    with _client(url, api_key) as client:
+        found = client.inspect(reference)
+    if as_json:
+        print_json(found)
+        return
+    shown = {name: value for name, value in found.items() if name not in ("config", "size", "residency")}
+    shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
+    shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
+    shown["aliases"] = ", ".join(found["aliases"])
+    print_table(reference, ["what", "value"], [[name, value] for name, value in shown.items()])
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: a file or a folder.", exists=True)],
+    output: Annotated[Path, typer.Argument(help="Folder for the safe adapter.")],
+    config: Config = None,
+    base_config: BaseConfig = None,
+    unsafe: Annotated[
+        bool, typer.Option("--unsafe", help="Open a pickle that may run code. Know who wrote it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a foreign or pickled checkpoint into a safe adapter folder, on this machine."""
+    from service.client.convert import convert as run
+    from service.client.convert import write
+
+    conversion = run(source, config=config, base_config=base_config, unsafe=unsafe)
+    write(conversion, output)
+    if as_json:
+        print_json({"opened": conversion.opened, "found": conversion.found, "config": conversion.config})
+        return
+    for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}", f"wrote {output}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _client(url: str, api_key: str | None) -> "PrefixClient":
+    from service.client import PrefixClient
+
+    return PrefixClient(url, api_key)
+
+
+def _checked_dtype(name: str | None) -> Any:
+    from service.prefix.wire import KV_DTYPES
+
+    if name is not None and name not in KV_DTYPES:
+        raise InvalidRequest(f"dtype must be one of {', '.join(KV_DTYPES)}, got {name!r}")
+    return name
