@@ -1,19 +1,17 @@
 """Content-addressed bytes in a folder: durable before they are visible, verified whenever they are read."""
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
+from service.disk import translated
+from service.errors import CorruptBlob, NotFound
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class StagedBlob(Protocol):
@@ -160,25 +158,6 @@ class StagedFile:
         with contextlib.suppress(OSError):
             self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def translated(action: str) -> Iterator[None]:
-    """Turn what the operating system says into this project's errors.
-
-    Raises:
-        NotFound: there is no such file.
-        OutOfSpace: the disk or its quota is full.
-        StorageFailed: anything else.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFound(f"cannot {action}: it does not exist") from error
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise OutOfSpace(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
-        raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
 
 
 def _digest(sha256: "hashlib._Hash") -> str:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.blobs import FolderBlobStore, translated
+from service.blobs import FolderBlobStore
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
-from service.catalog.keys import Keyring, write_private
+from service.catalog.keys import Keyring
+from service.disk import translated, write_private
 from service.errors import Conflict
 from service.settings import Settings
 

@@ -13,10 +13,10 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from service.blobs import translated
 from service.catalog.database import Database
 from service.catalog.records import SCOPES, Key, Scope
 from service.catalog.schema import keys, tenants
+from service.disk import translated, write_private
 from service.errors import NotFound, StorageFailed, Unauthenticated
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
@@ -166,17 +166,3 @@ def _load_secret(path: Path) -> bytes:
     if len(secret) < 32:
         raise StorageFailed(f"the keys' secret {path} is shorter than 32 characters: restore it, or keys stay unusable")
     return secret.encode()
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, durably; refuse one that exists.
-
-    Raises:
-        FileExistsError: it exists.
-        OSError: the disk refused.
-    """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli import demo, serve, worker
-from service.cli.output import errors_console
+from service.console import errors_console
 from service.errors import PrefixServiceError
 
 app = typer.Typer(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.output import console
+from service.console import console
 
 
 def register(app: typer.Typer) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from service.cli.output import errors_console, print_json, print_table
+from service.console import errors_console, print_json, print_table
 from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
 

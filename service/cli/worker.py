@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import wrap_file
 
-from service.cli.output import console, errors_console, human_bytes, print_json, print_table
+from service.console import console, errors_console, human_bytes, print_json, print_table
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service.cli.output import human_bytes, print_table
 from service.client import Prefix, PrefixClient
 from service.client.checkpoints import prepare_upload
+from service.console import human_bytes, print_table
 from service.demo.embedded import Embedded, embedded_service
 from service.demo.model import HOW_TO_GET_IT, LanguageModel, find_model, load_model
 

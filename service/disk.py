@@ -1,0 +1,45 @@
+"""The operating system's files: what it says in this project's words, and files that only their owner may read."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from service.errors import NotFound, OutOfSpace, StorageFailed
+
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextlib.contextmanager
+def translated(action: str) -> Iterator[None]:
+    """Turn what the operating system says into this project's errors.
+
+    Raises:
+        NotFound: there is no such file.
+        OutOfSpace: the disk or its quota is full.
+        StorageFailed: anything else.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot {action}: it does not exist") from error
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise OutOfSpace(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+        raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, durably; refuse one that exists.
+
+    Raises:
+        FileExistsError: it exists.
+        OSError: the disk refused.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
