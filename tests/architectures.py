@@ -95,28 +95,28 @@ DECODERS = [
     Architecture(
         "llama-cartridge", "Llama:LlamaForCausalLM", _GROUPED, method="CARTRIDGE", adapter={"num_frozen_tokens": 1}
     ),
-    Architecture("mistral", "Mistral:MistralForCausalLM", _GROUPED | _windowed(32)),
+    Architecture("mistral", "Mistral:MistralForCausalLM", _GROUPED | _windowed(16)),
     Architecture("mistral-short-window", "Mistral:MistralForCausalLM", _GROUPED | _windowed(4)),
     Architecture("qwen3", "Qwen3:Qwen3ForCausalLM", _GROUPED | {"head_dim": 16}),
-    Architecture("gemma2", "Gemma2:Gemma2ForCausalLM", _GEMMA | _windowed(32)),
+    Architecture("gemma2", "Gemma2:Gemma2ForCausalLM", _GEMMA | _windowed(16)),
     Architecture("gemma2-short-window", "Gemma2:Gemma2ForCausalLM", _GEMMA | _windowed(4)),
-    Architecture("gemma3", "Gemma3Text:Gemma3ForCausalLM", _GEMMA | _windowed(32) | {"layer_types": None}),
+    Architecture("gemma3", "Gemma3Text:Gemma3ForCausalLM", _GEMMA | _windowed(16) | {"layer_types": None}),
     Architecture(
         "gemma3-short-window",
         "Gemma3Text:Gemma3ForCausalLM",
         _GEMMA | _windowed(4) | {"layer_types": _GEMMA4["layer_types"]},
     ),
-    Architecture("gemma4", "Gemma4Text:Gemma4ForCausalLM", _GEMMA4 | _windowed(32)),
+    Architecture("gemma4", "Gemma4Text:Gemma4ForCausalLM", _GEMMA4 | _windowed(16)),
     Architecture("gemma4-short-window", "Gemma4Text:Gemma4ForCausalLM", _GEMMA4 | _windowed(4)),
     Architecture(
         "gemma4-shared-layers",
         "Gemma4Text:Gemma4ForCausalLM",
-        _GEMMA4 | _windowed(32) | {"num_kv_shared_layers": 2},
+        _GEMMA4 | _windowed(16) | {"num_kv_shared_layers": 2},
     ),
     Architecture(
         "gemma4-wider-sliding-layers",
         "Gemma4Text:Gemma4ForCausalLM",
-        _GEMMA4 | _windowed(32) | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        _GEMMA4 | _windowed(16) | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     Architecture("opt", "OPT:OPTForCausalLM", _SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.15}),
     Architecture(

@@ -68,18 +68,18 @@ PREFIX_SERVICE = [sys.executable, "-m", "service.cli"]
 
 
 @contextmanager
-def running_server(data_dir: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """`prefix-service serve` on a free port, ready; stopped when the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def running_server(
+    data_dir: Path, *options: str, environment: dict[str, str] | None = None, uds: Path | None = None
+) -> Iterator[Server]:
+    """`prefix-service serve`, ready, on a free port unless the options say another; stopped when the block ends."""
+    port = options[options.index("--port") + 1] if "--port" in options else str(free_port())
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "serve.log"
-    command = [*PREFIX_SERVICE, "serve", "--port", str(port), "--data-dir", str(data_dir), *options]
+    command = [*PREFIX_SERVICE, "serve", "--port", port, "--data-dir", str(data_dir), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
     url = f"http://127.0.0.1:{port}"
-    _wait_until_ready(url, process, log)
+    _wait_until_ready(url, process, log, uds)
     key_file = data_dir / "bootstrap.key"
     server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log)
     try:
@@ -88,16 +88,29 @@ def running_server(data_dir: Path, *options: str, environment: dict[str, str] | 
         server.stop()
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds: Path | None) -> None:
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()}")
-        try:
-            if httpx.get(f"{url}/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.05)
+    transport = httpx.HTTPTransport(uds=None if uds is None else str(uds))
+    with httpx.Client(transport=transport) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()}")
+            if uds is not None and not uds.exists():
+                time.sleep(0.05)
+                continue
+            try:
+                if client.get(f"{url}/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.05)
     raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
 
 

@@ -13,7 +13,8 @@ import httpx
 from service.client.protocol import Answer, Request, require_success
 from service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
 
-_BACKOFF: Final = (0.1, 0.2, 0.4, 0.8, 1.6)
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,11 @@ class Connection:
 
 
 class _Attempts:
-    """What is left of a call: its deadline, and the pauses between tries."""
+    """What is left of a call: its deadline, and the growing pauses between tries."""
 
     def __init__(self, timeout: float) -> None:
         self._until = time.monotonic() + timeout
-        self._pauses = list(_BACKOFF)
+        self._pause = _FIRST_PAUSE
 
     @property
     def left(self) -> float:
@@ -65,11 +66,10 @@ class _Attempts:
         Raises:
             PrefixServiceError: this very error, when another try cannot help or has no time.
         """
-        if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob) or not self._pauses:
+        if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
             raise error
-        pause = self._pauses.pop(0)
-        if isinstance(error, Unavailable):
-            pause = max(pause, error.retry_after)
+        pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         if pause >= self.left:
             raise error
         return pause
@@ -103,7 +103,7 @@ class Transport:
                 for chunk in response.iter_raw():
                     body.add(chunk)
                 return body.answer()
-        except (httpx.TransportError, httpx.StreamError) as error:
+        except httpx.TransportError as error:
             raise _failed(error, self._connection.base_url) from error
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class AsyncTransport:
                 async for chunk in response.aiter_raw():
                     body.add(chunk)
                 return body.answer()
-        except (httpx.TransportError, httpx.StreamError) as error:
+        except httpx.TransportError as error:
             raise _failed(error, self._connection.base_url) from error
 
     async def close(self) -> None:

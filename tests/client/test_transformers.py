@@ -216,9 +216,13 @@ def test_encoder_logits_equal_pefts(name: str, mask: Tensor, pairs: Pairs, peft_
 @generating
 def test_left_padded_rows_generate_what_peft_generates(name: str, pairs: Pairs, peft_model: Peft) -> None:
     inputs = {"input_ids": padded(LEFT), "attention_mask": LEFT, **NEW}
-    expected = peft_model(name).generate(**inputs)
-    assert torch.equal(generate(base(name), pairs(name), **inputs), expected)
-    assert not torch.equal(base(name).generate(**inputs), expected), "the prefix must matter"
+    as_object = inputs | {"return_dict_in_generate": True, "output_logits": True}
+    expected = peft_model(name).generate(**as_object)
+    found = generate(base(name), pairs(name), **as_object)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=5e-5)
+    assert torch.equal(generate(base(name), pairs(name), **inputs), expected.sequences)
+    assert not torch.equal(base(name).generate(**inputs), expected.sequences), "the prefix must matter"
 
 
 @generating
@@ -261,7 +265,10 @@ def test_generation_options_do_what_they_do_in_peft(
 def test_options_hold_for_right_padded_rows_too(name: str, options: dict[str, Any], pairs: Pairs) -> None:
     options = NEW | options
     found = generate(base(name), pairs(name), padded(RIGHT), RIGHT, **options)
-    found = found.view(len(LENGTHS), -1, found.shape[1])[:, :, RIGHT.shape[1] :]
+    given, found = found.view(len(LENGTHS), -1, found.shape[1]).split(
+        [RIGHT.shape[1], found.shape[1] - RIGHT.shape[1]], 2
+    )
+    assert torch.equal(given, padded(RIGHT)[:, None].expand_as(given))
     for row, (tokens, length) in enumerate(zip(ROWS, LENGTHS, strict=True)):
         limit = {"max_length": length + 12 - RIGHT.shape[1]} if "max_length" in options else {}
         alone = generate(base(name), pairs(name), tokens, **options | limit)[:, length:]
@@ -269,13 +276,15 @@ def test_options_hold_for_right_padded_rows_too(name: str, options: dict[str, An
         assert not found[row, :, alone.shape[1] :].any(), "a finished row goes on with pad ids"
 
 
-@masks
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_an_output_object_has_the_sequences_of_the_caller(name: str, mask: Tensor, pairs: Pairs) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "falcon-alibi-16-heads", "t5"])
+def test_an_output_object_holds_the_callers_ids_and_each_rows_own_logits(name: str, pairs: Pairs) -> None:
     options = NEW | {"return_dict_in_generate": True, "output_logits": True}
-    output = generate(base(name), pairs(name), padded(mask), mask, **options)
-    assert torch.equal(output.sequences, generate(base(name), pairs(name), padded(mask), mask, **NEW))
-    assert len(output.logits) == 8
+    output = generate(base(name), pairs(name), padded(RIGHT), RIGHT, **options)
+    assert torch.equal(output.sequences, generate(base(name), pairs(name), padded(RIGHT), RIGHT, **NEW))
+    for row, tokens in enumerate(ROWS):
+        alone = generate(base(name), pairs(name), tokens, **options)
+        for step, logits in enumerate(output.logits):
+            torch.testing.assert_close(logits[row], alone.logits[step][0], rtol=0, atol=5e-5)
 
 
 def test_a_model_that_is_set_not_to_use_a_cache_uses_the_prefix(pairs: Pairs) -> None:
@@ -327,10 +336,21 @@ def test_each_row_has_its_own_prefix_of_its_own_length(name: str, mask: Tensor, 
     prefix_mask = (torch.arange(NUM_VIRTUAL_TOKENS) >= NUM_VIRTUAL_TOKENS - lengths).to(torch.int64)
     visible = prefix_mask[:, None, :, None]
     mixed = [(key * visible, value * visible) for key, value in full]
-    found = generate(base(name), mixed, padded(mask), mask, prefix_mask=prefix_mask, num_beams=2, **NEW)
+    options = NEW | {"num_beams": 2}
+    found = generate(base(name), mixed, padded(mask), mask, prefix_mask=prefix_mask, **options)
     for row, (own, tokens) in enumerate(zip((full, short, full), ROWS, strict=True)):
-        alone = generate(base(name), own, tokens, num_beams=2, **NEW)[0, -8:]
-        assert torch.equal(found[row, -8:], alone)
+        assert torch.equal(found[row, -8:], generate(base(name), own, tokens, **options)[0, -8:])
+
+
+def test_rows_with_their_own_prefixes_have_the_logits_of_each_row_alone(pairs: Pairs) -> None:
+    model, given = base("falcon-alibi-16-heads"), pairs("falcon-alibi-16-heads", 2)
+    prefix_mask = torch.tensor([[1] * NUM_VIRTUAL_TOKENS, [0] * NUM_VIRTUAL_TOKENS])
+    options = NEW | {"return_dict_in_generate": True, "output_logits": True}
+    output = generate(model, given, TOKENS[:2], prefix_mask=prefix_mask, **options)
+    with_prefix = generate(model, pairs("falcon-alibi-16-heads"), TOKENS[:1], **options)
+    for step, without in enumerate(model.generate(TOKENS[1:2], **options).logits):
+        torch.testing.assert_close(output.logits[step][0], with_prefix.logits[step][0], rtol=0, atol=5e-5)
+        torch.testing.assert_close(output.logits[step][1], without[0], rtol=0, atol=5e-5)
 
 
 # --- What generate refuses ---

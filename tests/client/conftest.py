@@ -1,0 +1,62 @@
+"""Clients on the real server, and what stands between them and it."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import AsyncPrefixClient, Prefix, PrefixClient
+from tests.conftest import CORPUS, Server
+
+LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
+
+
+class Counting(httpx.HTTPTransport):
+    """httpx's own transport, remembering what went through and able to damage it."""
+
+    def __init__(self, damage: Callable[[bytes], bytes] | None = None) -> None:
+        super().__init__()
+        self.statuses: list[int] = []
+        self._damage = damage
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Pass a request on."""
+        response = super().handle_request(request)
+        self.statuses.append(response.status_code)
+        if self._damage is None:
+            return response
+        body = self._damage(response.read())
+        return httpx.Response(response.status_code, headers=response.headers, stream=httpx.ByteStream(body))
+
+
+class Awaited:
+    """An `AsyncPrefixClient`, called as the blocking one is."""
+
+    def __init__(self, client: AsyncPrefixClient, loop: asyncio.AbstractEventLoop) -> None:
+        self._client, self._loop = client, loop
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not asyncio.iscoroutinefunction(method):
+            return method
+        return lambda *args, **options: self._loop.run_until_complete(method(*args, **options))
+
+
+@pytest.fixture(params=["blocking", "async"])
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
+    """Both clients, under one set of rules."""
+    if request.param == "blocking":
+        with PrefixClient(server.url, server.admin_key) as blocking:
+            yield blocking
+        return
+    loop = asyncio.new_event_loop()
+    awaited = Awaited(AsyncPrefixClient(server.url, server.admin_key), loop)
+    yield awaited
+    awaited.close()
+    loop.close()
+
+
+PublishAndGet = Callable[..., Prefix]

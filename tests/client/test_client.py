@@ -1,0 +1,165 @@
+"""What both clients promise: references, batches, the local cache, and one tree of errors."""
+
+import io
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from service.client import PrefixClient
+from service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
+from tests.client.conftest import GPT2, LLAMA, Counting
+from tests.conftest import CORPUS, Server
+
+
+def published(client: Any, adapter: str, folder: Path = LLAMA) -> dict[str, Any]:
+    """Publish a corpus adapter."""
+    with (folder / "adapter_model.safetensors").open("rb") as weights:
+        version, _ = client.publish(adapter, (folder / "adapter_config.json").read_bytes(), weights)
+    return dict(version)
+
+
+def test_get_returns_what_peft_computes(client: Any) -> None:
+    """The pairs of a batch are PEFT's, bit for bit, and share one memory."""
+    published(client, "clients/exact")
+    prefix = client.get("clients/exact", batch_size=3)
+    expected = load_file(CORPUS / "cases/llama-n20-emb/expected.safetensors")
+    for layer, (key, value) in enumerate(prefix.past_key_values):
+        assert torch.equal(key, expected[f"b3.layers.{layer}.key"])
+        assert torch.equal(value, expected[f"b3.layers.{layer}.value"])
+        assert key.stride(0) == 0
+    assert torch.equal(prefix.attention_mask, torch.ones(3, 20, dtype=torch.int64))
+
+
+def test_every_kind_of_reference(client: Any, server: Server) -> None:
+    """latest, a number, a digest and an alias mean the version that they name."""
+    first = published(client, "clients/refs")
+    second = published(client, "clients/refs", GPT2)
+    path = "/v1/tenants/clients/adapters/refs/aliases/prod"
+    assert server.client().put(path, json={"version": 1}).is_success
+    assert client.get("clients/refs").version == client.get("clients/refs@latest").version == 2
+    assert client.get("clients/refs@1").digest == client.get("clients/refs@prod").digest == first["digest"]
+    assert client.get(f"clients/refs@{second['digest']}").version == 2
+
+
+def test_ranges_and_dtypes(client: Any) -> None:
+    """Ranges of layers and heads and a dtype are the service's; float8 arrives as float32 within its error."""
+    published(client, "clients/forms")
+    whole = client.get("clients/forms").kv.tensor
+    part = client.get("clients/forms", layers=(1, 3), kv_heads=(0, 1), dtype="bfloat16").kv
+    assert part.layers == (1, 3)
+    assert torch.equal(part.tensor, whole[1:3, :, 0:1].to(torch.bfloat16))
+    float8 = client.get("clients/forms", dtype="float8_e4m3fn").kv.tensor
+    assert float8.dtype == torch.float32
+    assert (float8 - whole).abs().max() <= whole.abs().max() / 16
+
+
+def test_masks_and_positions(client: Any) -> None:
+    """Ones stand in front, in the mask's own dtype; real tokens count from N, padded left or right."""
+    published(client, "clients/masks")
+    prefix = client.get("clients/masks")
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    assert prefix.extend_mask(mask).tolist() == [[1] * 20 + [0, 1, 1], [1] * 20 + [1, 1, 0]]
+    assert prefix.extend_mask(mask.bool()).dtype == torch.bool
+    assert prefix.position_ids(mask).tolist() == [[20, 20, 21], [20, 21, 21]]
+
+
+def test_listing_goes_through_every_page(client: Any) -> None:
+    """A listing longer than a page comes whole, in the order of names."""
+    names = [f"many-{number}" for number in range(3)]
+    for name in names:
+        published(client, f"listing/{name}")
+    assert [item["adapter"] for item in client.list("listing")] == names
+    assert client.list("listing", "no such model") == []
+    assert client.inspect("listing/many-1")["num_virtual_tokens"] == 20
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    ids=["missing", "no tenant", "bad name", "bad range", "no rows", "bad config", "version given"],
+    argvalues=[
+        (lambda client: client.get("clients/none"), NotFound),
+        (lambda client: client.get("no-tenant"), InvalidReference),
+        (lambda client: client.get("clients/Upper"), InvalidReference),
+        (lambda client: client.get("clients/errors", layers=(0, 99)), InvalidRequest),
+        (lambda client: client.get("clients/errors", batch_size=0), InvalidRequest),
+        (lambda client: client.publish("clients/errors", b'{"peft_type": "LORA"}', io.BytesIO(b"")), InvalidConfig),
+        (lambda client: client.publish("clients/errors@7", b"{}", io.BytesIO(b"")), InvalidRequest),
+    ],
+)
+def test_errors_arrive_as_the_class_that_the_service_raised(client: Any, call: Any, error: type[Exception]) -> None:
+    """What goes wrong on the other side is raised here, under the same name."""
+    published(client, "clients/errors")
+    with pytest.raises(error):
+        call(client)
+
+
+def test_keys_that_do_not_do(server: Server) -> None:
+    """No key, a wrong one, and one of too small a scope are told apart; another tenant's adapter is not found."""
+    with PrefixClient(server.url, server.admin_key) as admin:
+        published(admin, "clients/keys")
+    with PrefixClient(server.url) as nobody, pytest.raises(Unauthenticated):
+        nobody.get("clients/keys")
+    with PrefixClient(server.url, server.key("read", "clients")) as reader:
+        assert reader.get("clients/keys").version == 1
+        with pytest.raises(Forbidden):
+            published(reader, "clients/keys", GPT2)
+    with PrefixClient(server.url, server.key("admin", "strangers")) as stranger, pytest.raises(NotFound):
+        stranger.get("clients/keys")
+
+
+def test_the_cache_revalidates_what_may_move_and_never_what_cannot(server: Server) -> None:
+    """`latest` costs a 304, a version nothing; a move is seen at once, and `clear_cache` forgets."""
+    through = Counting()
+    with PrefixClient(server.url, server.admin_key, http=through) as client:
+        published(client, "clients/cached")
+        through.statuses.clear()
+        for _ in range(3):
+            client.get("clients/cached@1", batch_size=2)
+        assert through.statuses == [200]
+        first = [client.get("clients/cached") for _ in range(2)]
+        assert through.statuses == [200, 200, 304]
+        assert first[0].kv.tensor.data_ptr() == first[1].kv.tensor.data_ptr()
+        published(client, "clients/cached", GPT2)
+        assert client.get("clients/cached").version == 2
+        client.clear_cache()
+        through.statuses.clear()
+        client.get("clients/cached@1")
+        assert through.statuses == [200]
+
+
+def test_the_cache_is_bounded(server: Server) -> None:
+    """What exceeds the budget leaves, the least recently used first."""
+    through = Counting()
+    with PrefixClient(server.url, server.admin_key, http=through, cache_bytes=20_000) as client:
+        for name in ("one", "two", "three"):
+            published(client, f"bounded/{name}")  # 7,680 bytes each
+        for name in ("one", "two", "one", "three"):
+            client.get(f"bounded/{name}@1")
+        through.statuses.clear()
+        client.get("bounded/one@1")
+        assert through.statuses == []
+        client.get("bounded/two@1")
+        assert through.statuses == [200]
+
+
+def test_one_client_serves_many_threads(server: Server) -> None:
+    """Threads share connections and the cache, and each gets the right tensors."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        published(client, "threads/llama")
+        published(client, "threads/gpt2", GPT2)
+        expected = {name: client.get(f"threads/{name}").kv.tensor for name in ("llama", "gpt2")}
+        right: list[bool] = []
+
+        def work(name: str) -> None:
+            right.extend(torch.equal(client.get(f"threads/{name}").kv.tensor, expected[name]) for _ in range(20))
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("llama", "gpt2") * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert right == [True] * 160
