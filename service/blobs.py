@@ -73,7 +73,7 @@ class FolderBlobStore:
             CorruptBlob: its bytes no longer match its digest.
             StorageFailed: the disk refused.
         """
-        with translated(f"read blob {digest}"), self.path(digest).open("rb") as file:
+        with translated(f"read blob {digest}"), self._existing(digest).open("rb") as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
             length = file.readinto(data)
         if length != len(data) or _digest(hashlib.sha256(data)) != digest:
@@ -87,12 +87,17 @@ class FolderBlobStore:
             NotFound, CorruptBlob, StorageFailed: as `read`.
         """
         with translated(f"read blob {digest}"), contextlib.ExitStack() as closing:
-            file = closing.enter_context(self.path(digest).open("rb"))
+            file = closing.enter_context(self._existing(digest).open("rb"))
             if _digest(hashlib.file_digest(file, "sha256")) != digest:
                 raise _corrupt(digest)
             file.seek(0)
             closing.pop_all()
             return file
+
+    def _existing(self, digest: str) -> Path:
+        if not (path := self.path(digest)).exists():
+            raise NotFound(f"there is no blob {digest}")
+        return path
 
     def path(self, digest: str) -> Path:
         """The file that holds a blob, whether or not it exists."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from service.errors import NotFound, OutOfSpace, StorageFailed
+from service.errors import OutOfSpace, StorageFailed
 
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -17,14 +17,11 @@ def translated(action: str) -> Iterator[None]:
     """Turn what the operating system says into this project's errors.
 
     Raises:
-        NotFound: there is no such file.
         OutOfSpace: the disk or its quota is full.
         StorageFailed: anything else.
     """
     try:
         yield
-    except FileNotFoundError as error:
-        raise NotFound(f"cannot {action}: it does not exist") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise OutOfSpace(f"cannot {action}: {os.strerror(error.errno or 0)}") from error

@@ -10,7 +10,7 @@ from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, has_body, read_mode
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
-from service.api.prefixes import RefPath
+from service.api.paths import NamePath, RefPath
 from service.api.schemas import (
     AdapterItem,
     AdapterPage,
@@ -55,7 +55,7 @@ _UPLOAD: Final[dict[str, Any]] = {
     responses={200: {"description": "The same content is a version already", "model": VersionDetail}},
 )
 async def publish(
-    request: Request, response: Response, tenant: Writing, name: str, state: StateOf, settings: SettingsOf
+    request: Request, response: Response, tenant: Writing, name: NamePath, state: StateOf, settings: SettingsOf
 ) -> VersionDetail:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix."""
     check_name("adapter", name)
@@ -127,7 +127,7 @@ async def inspect(tenant: Reading, ref: RefPath, library: LibraryOf) -> VersionD
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{name}/versions")
-async def list_versions(tenant: Reading, name: str, library: LibraryOf) -> VersionPage:
+async def list_versions(tenant: Reading, name: NamePath, library: LibraryOf) -> VersionPage:
     """Every version of an adapter, newest first."""
     check_name("adapter", name)
     versions = await to_thread.run_sync(library.catalog.versions_of, tenant, name)

@@ -9,6 +9,7 @@ from service.api.auth import Reading, Writing
 from service.api.bodies import read_model
 from service.api.documentation import json_body, request_headers
 from service.api.negotiation import is_expected, require_media_type
+from service.api.paths import AliasPath, NamePath
 from service.api.schemas import Alias, AliasTarget
 from service.api.state import LibraryOf, SettingsOf
 from service.errors import NotFound, PreconditionFailed
@@ -31,8 +32,8 @@ async def put_alias(
     request: Request,
     response: Response,
     tenant: Writing,
-    name: str,
-    alias: str,
+    name: NamePath,
+    alias: AliasPath,
     library: LibraryOf,
     settings: SettingsOf,
 ) -> Alias:
@@ -53,7 +54,7 @@ async def put_alias(
 
 
 @router.get(_PATH)
-async def get_alias(response: Response, tenant: Reading, name: str, alias: str, library: LibraryOf) -> Alias:
+async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: AliasPath, library: LibraryOf) -> Alias:
     """Where an alias points."""
     _check(name, alias)
     aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
@@ -64,7 +65,7 @@ async def get_alias(response: Response, tenant: Reading, name: str, alias: str, 
 
 
 @router.delete(_PATH, status_code=204, openapi_extra=_CONDITIONS)
-async def delete_alias(request: Request, tenant: Writing, name: str, alias: str, library: LibraryOf) -> None:
+async def delete_alias(request: Request, tenant: Writing, name: NamePath, alias: AliasPath, library: LibraryOf) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
     expected = await _expected(request, library, tenant, name, alias)

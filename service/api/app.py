@@ -55,6 +55,7 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        redoc_url=None,
         generate_unique_id_function=operation_id,
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
     )

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.paths import TenantPath
 from service.api.problems import problem
 from service.catalog.keys import Keyring, Principal
 from service.catalog.records import Scope as KeyScope
@@ -80,7 +81,7 @@ class AuthenticationMiddleware:
 
 
 def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
-    def check(request: Request, tenant: str) -> str:
+    def check(request: Request, tenant: TenantPath) -> str:
         principal: Principal = request.scope["principal"]
         check_name("tenant", tenant)
         if not principal.may_see(tenant):

@@ -1,6 +1,7 @@
 """Opaque cursors: the name behind which the next page begins."""
 
 import base64
+import contextlib
 from urllib.parse import urlencode
 
 from fastapi import Request
@@ -22,11 +23,17 @@ def decode_cursor(cursor: str | None) -> str:
     """
     if cursor is None:
         return ""
-    try:
-        padded = cursor + "=" * (-len(cursor) % 4)
+    name = _decoded(cursor)
+    if name is None or encode_cursor(name) != cursor:
+        raise InvalidRequest(f"cursor {cursor!r:.80} is not one that a listing gave")
+    return name
+
+
+def _decoded(cursor: str) -> str | None:
+    padded = cursor + "=" * (-len(cursor) % 4)
+    with contextlib.suppress(ValueError, InvalidReference):
         return check_name("cursor", base64.b64decode(padded.encode(), b"-_", validate=True).decode())
-    except (ValueError, InvalidReference) as error:
-        raise InvalidRequest(f"cursor {cursor!r:.80} is not one that a listing gave") from error
+    return None
 
 
 def next_link(request: Request, cursor: str) -> str:

@@ -4,13 +4,14 @@ from typing import Annotated, Any, Final
 
 import torch
 from anyio import to_thread
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Query, Request
 from torch import Tensor
 
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
 from service.api.documentation import request_headers, response_headers
 from service.api.negotiation import require_acceptable, require_media_type
+from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
 from service.api.state import LibraryOf, SettingsOf
 from service.errors import InvalidCheckpoint, InvalidRequest
@@ -22,7 +23,6 @@ from service.prefix.wire import MASK_DTYPES, MEDIA_TYPE
 router = APIRouter(tags=["prefixes"])
 
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
-RefPath = Annotated[str, Path(description="name, name@7, name@alias, name@latest or name@sha256:…")]
 
 _MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
 _BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}

@@ -1,7 +1,11 @@
 """A running service: uvicorn on a data folder, in one process or several."""
 
+import signal
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
@@ -20,6 +24,9 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
         StorageFailed, OutOfSpace: the disk refused.
     """
     device = choose_device(settings.device)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again after it has drained: an end in order is status 0.
+        signal.signal(number, _end)
     with opened(settings):
         where = f"unix:{settings.uds}" if settings.uds else f"http://{settings.host}:{settings.port}"
         announce(f"prefix-service {version('prefix-service')} on {where}, data in {settings.data_dir}, device {device}")
@@ -43,3 +50,7 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             log_level="warning",
             timeout_graceful_shutdown=30,
         )
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

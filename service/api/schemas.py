@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from service.catalog.records import Adapter, Scope, Version
 from service.library import Library
@@ -13,6 +13,12 @@ Moment = Annotated[
     datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
 ]
 """A point in time, sent as RFC 3339 in UTC."""
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")  # noqa: TRY004 - pydantic's protocol
+    return value
 
 
 class Problem(BaseModel):
@@ -160,7 +166,7 @@ class AliasTarget(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = Field(ge=1, strict=True)
+    version: int = Field(ge=1, lt=10**18, strict=True)  # as in references: at most 18 digits
     preload: bool = False
 
 
@@ -199,7 +205,7 @@ class NewKey(BaseModel):
 
     scope: Scope
     name: str = Field(default="", max_length=200)
-    expires: datetime | None = None
+    expires: Annotated[datetime, BeforeValidator(_no_number)] | None = None
 
 
 class KeyItem(BaseModel):

@@ -10,6 +10,7 @@ from service.api.bodies import read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.paths import KeyPath
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey, Tenant, TenantPage
 from service.api.state import LibraryOf, State, StateOf
 from service.catalog.records import Key
@@ -65,7 +66,7 @@ async def list_tenant_keys(tenant: Administering, state: StateOf) -> KeyPage:
 
 
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", tags=["keys"], status_code=204)
-async def revoke_tenant_key(tenant: Administering, key_id: str, state: StateOf) -> None:
+async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, tenant, key_id)
 
@@ -83,7 +84,7 @@ async def list_platform_keys(_caller: PlatformAdmin, state: StateOf) -> KeyPage:
 
 
 @router.delete("/v1/keys/{key_id}", tags=["keys"], status_code=204)
-async def revoke_platform_key(_caller: PlatformAdmin, key_id: str, state: StateOf) -> None:
+async def revoke_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, None, key_id)
 
@@ -100,7 +101,7 @@ async def _list(state: State, tenant: str | None) -> KeyPage:
     return KeyPage(items=[_item(key) for key in await to_thread.run_sync(state.keyring.listed, tenant)])
 
 
-async def _revoke(state: State, tenant: str | None, key_id: str) -> None:
+async def _revoke(state: State, tenant: str | None, key_id: KeyPath) -> None:
     await to_thread.run_sync(state.keyring.revoke, tenant, key_id)
     state.authenticator.forget(key_id)
 

@@ -162,7 +162,7 @@ def _load_secret(path: Path) -> bytes:
                 pass
             finally:
                 aside.unlink()
-        secret = path.read_text().strip()
+        secret = path.read_bytes().strip()
     if len(secret) < 32:
-        raise StorageFailed(f"the keys' secret {path} is shorter than 32 characters: restore it, or keys stay unusable")
-    return secret.encode()
+        raise StorageFailed(f"the keys' secret {path} is shorter than 32 bytes: restore it, or keys stay unusable")
+    return secret

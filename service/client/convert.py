@@ -7,6 +7,7 @@ without restriction (CVE-2025-32434).
 
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,8 @@ def _load_less_strictly(path: Path, *, unsafe: bool) -> tuple[str, Any]:
 
 def _load(path: Path, *, weights_only: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # on pickle protocols: it works or fails
+            return torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError:
         raise
     except (RuntimeError, EOFError, ValueError) as error:
