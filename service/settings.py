@@ -22,13 +22,15 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, Field(description="folder of the catalog, the blobs and the keys' secret")] = Path("data")
     workers: Annotated[int, Field(ge=1, le=64, description="processes that serve the same data folder")] = 1
     dev: Annotated[bool, Field(description="no keys, every caller may do everything; on loopback only")] = False
+    device: Annotated[str, Field(description="where prefixes are encoded and kept: auto, cpu, cuda or cuda:1")] = "auto"
     key_secret_file: Annotated[
         Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")
     ] = None
-    device: Annotated[str, Field(description="where prefixes are encoded and kept: auto, cpu, cuda or cuda:1")] = "auto"
-    device_bytes: Annotated[int, Field(gt=0, description="budget for prefixes on the device, in bytes")] = 4 * _GIB
+    device_bytes: Annotated[
+        int, Field(gt=0, description="budget of each process for prefixes on the device, in bytes")
+    ] = 4 * _GIB
     rendering_bytes: Annotated[
-        int, Field(gt=0, description="budget for prefixes in host memory as they travel, in bytes")
+        int, Field(gt=0, description="budget of each process for prefixes in host memory as they travel, in bytes")
     ] = 1 * _GIB
     max_batch_size: Annotated[int, Field(ge=1, le=65536, description="largest batch_size of a request")] = 256
     max_sequence_length: Annotated[
