@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -16,16 +17,18 @@ from torch import Tensor
 from service.blobs import BlobStore, StagedBlob
 from service.catalog.catalog import Catalog
 from service.catalog.records import NewVersion, Version
-from service.errors import InvalidConfig, InvalidRequest
+from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
 from service.plan import Limits, Plan, PrefixRequest, make_plan
-from service.prefix.checkpoint import load_weights
-from service.prefix.config import PrefixConfig
+from service.prefix.checkpoint import PrefixWeights, load_weights
+from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference
 from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
 from service.prefix.wire import KV_DTYPES, Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+
+log = logging.getLogger("prefix_service")
 
 _KEY_VALUES: Final = "past_key_values"
 _REMEMBERED_DIGESTS: Final = 10_000
@@ -95,7 +98,7 @@ class Library:
     def _publish(self, target: Target, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
         weights = load_weights(staged.read(), config)
         self._require_moderate(_elements(config) * weights.dtype.itemsize)
-        kv = PrefixEncoder.from_weights(config, weights, self._registry.device).encode().to(torch.device("cpu"))
+        kv = self._encode(config, weights)
         manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
         new = NewVersion(
             digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
@@ -158,9 +161,28 @@ class Library:
         return known
 
     def _load(self, version: Version) -> PrefixKV:
-        data = self._blobs.read(version.key_values)
+        try:
+            data = self._blobs.read(version.key_values)
+        except NotFound:
+            return self._encode_again(version)
         view = memoryview(data)
         return PrefixKV.whole(tensor_at(view, parse_header(view, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
+
+    def _encode_again(self, version: Version) -> PrefixKV:
+        """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
+        log.warning("the keys and values of %s/%s@%d are lost", version.tenant, version.adapter, version.number)
+        config = parse_config(version.config)
+        with _expected(version.weights):
+            weights = load_weights(self._blobs.read(version.weights), config)
+        kv = self._encode(config, weights)
+        if (digest := self._store(kv)) != version.key_values:
+            self.catalog.set_key_values(version, digest)
+            raise Unavailable("the version was encoded again, ask again for its new entity tag")
+        return kv
+
+    def _encode(self, config: PrefixConfig, weights: PrefixWeights) -> PrefixKV:
+        kv = PrefixEncoder.from_weights(config, weights, self._registry.device).encode()
+        return kv.to(device=torch.device("cpu"))
 
     async def load(self, version: Version, *, pinned: bool) -> None:
         """Bring a version into memory now, and wait; `pinned` keeps it."""
@@ -178,7 +200,8 @@ class Library:
         Raises:
             CorruptBlob, StorageFailed: the stored bytes cannot be read.
         """
-        return self._blobs.open(version.weights)
+        with _expected(version.weights):
+            return self._blobs.open(version.weights)
 
     def residency(self, version: Version) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
@@ -199,6 +222,15 @@ class Library:
         for version in gone:
             if not reference.explicit or reference.selector in (str(version.number), version.digest):
                 self.unload(version)
+
+
+@contextlib.contextmanager
+def _expected(digest: str) -> Iterator[None]:
+    """A blob that the catalog names and the store lacks is damage, not a missing resource."""
+    try:
+        yield
+    except NotFound as error:
+        raise CorruptBlob(f"the stored bytes of {digest} are lost", retry_after=60) from error
 
 
 def _elements(config: PrefixConfig) -> int:

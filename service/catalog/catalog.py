@@ -91,6 +91,13 @@ class Catalog:
             raise NotFound(f"there is no {tenant}/{reference}")
         return found
 
+    def set_key_values(self, version: Version, digest: str) -> None:
+        """Note the blob that a version's keys and values are in after they had to be made anew."""
+        with self._database.writing() as connection:
+            adapter_id = _adapter_id(connection, version.tenant, version.adapter)
+            row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+            connection.execute(sa.update(versions).where(*row).values(key_values=digest))
+
     def versions_of(self, tenant: str, adapter: str) -> list[Version]:
         """Every version of an adapter, newest first.
 

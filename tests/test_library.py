@@ -1,0 +1,104 @@
+"""What the library does where its rooms fall out of step."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.blobs import FolderBlobStore
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.records import Version
+from service.errors import CorruptBlob, Unavailable
+from service.library import Library, Target
+from service.plan import Limits, PrefixRequest
+from service.prefix.config import parse_config, parse_json
+from service.prefix.references import parse_reference
+from service.registry.registry import AdapterRegistry
+from tests.conftest import CORPUS
+
+LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 20)
+
+
+@pytest.fixture
+async def library(tmp_path: Path) -> AsyncIterator[Library]:
+    """A library on a folder."""
+    database = Database(tmp_path / "catalog.sqlite")
+    registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
+    catalog = Catalog(database)
+    catalog.add_tenant("acme")
+    yield Library(catalog, FolderBlobStore(tmp_path / "blobs"), registry, LIMITS)
+    database.close()
+
+
+async def published(library: Library, case: str) -> Version:
+    """A corpus case as a version."""
+    folder = CORPUS / "cases" / case / "adapter"
+    config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
+    weights = await library.stage()
+    try:
+        weights.write((folder / "adapter_model.safetensors").read_bytes())
+        version, _ = await library.publish(Target("acme", "a"), config, weights)
+    finally:
+        weights.discard()
+    return version
+
+
+async def body_of(library: Library, version: Version) -> bytes:
+    """The answer to a request without options."""
+    plan = library.plan(version, PrefixRequest())
+    async with library.rendering(plan) as rendering:
+        return b"".join(plan.message.chunks(rendering))
+
+
+def blob(tmp_path: Path, digest: str) -> Path:
+    """A blob's file."""
+    name = digest.removeprefix("sha256:")
+    return tmp_path / "blobs" / name[:2] / name
+
+
+async def test_a_lost_derived_blob_is_made_again_from_the_weights(library: Library, tmp_path: Path) -> None:
+    """The same bytes are served under the same entity tag, and the blob is back."""
+    version = await published(library, "llama-n20-emb")
+    before = await body_of(library, version)
+    blob(tmp_path, version.key_values).unlink()
+    library.unload(version)
+    assert await body_of(library, version) == before
+    assert blob(tmp_path, version.key_values).exists()
+
+
+async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(library: Library, tmp_path: Path) -> None:
+    """Bytes never change under a tag: the caller is asked to come again, and then gets the new one."""
+    version = await published(library, "gpt2-n20-proj-trainstate")
+    library.catalog.set_key_values(version, f"sha256:{'0' * 64}")  # as if another machine had encoded it
+    old = library.catalog.resolve("acme", parse_reference("a"))
+    with pytest.raises(Unavailable):
+        await body_of(library, old)
+    new = library.catalog.resolve("acme", parse_reference("a"))
+    assert new.key_values == version.key_values
+    assert library.plan(new, PrefixRequest()).etag != library.plan(old, PrefixRequest()).etag
+    assert await body_of(library, new)
+
+
+async def test_lost_weights_are_damage(library: Library, tmp_path: Path) -> None:
+    """Neither a missing resource nor a defect: 503, with words."""
+    version = await published(library, "llama-n20-emb")
+    for digest in (version.weights, version.key_values):
+        blob(tmp_path, digest).unlink()
+    library.unload(version)
+    with pytest.raises(CorruptBlob, match="lost"):
+        await body_of(library, version)
+    with pytest.raises(CorruptBlob, match="lost"):
+        library.open_weights(version)
+
+
+async def test_bit_rot_is_damage_for_one_version_alone(library: Library, tmp_path: Path) -> None:
+    """A byte that changed on the disk is noticed before it is served; others are unaffected."""
+    version, other = await published(library, "llama-n20-emb"), await published(library, "gpt2-n20-emb")
+    path = blob(tmp_path, version.key_values)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    library.unload(version)
+    with pytest.raises(CorruptBlob, match="no longer match"):
+        await body_of(library, version)
+    assert await body_of(library, other)
