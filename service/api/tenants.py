@@ -65,6 +65,12 @@ async def list_tenant_keys(tenant: Administering, state: StateOf) -> KeyPage:
     return await _list(state, tenant)
 
 
+@router.get("/v1/tenants/{tenant}/keys/{key_id}", tags=["keys"])
+async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of a tenant, without its secret."""
+    return _item(await to_thread.run_sync(state.keyring.get, tenant, key_id))
+
+
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", tags=["keys"], status_code=204)
 async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
@@ -81,6 +87,12 @@ async def create_platform_key(request: Request, _caller: PlatformAdmin, state: S
 async def list_platform_keys(_caller: PlatformAdmin, state: StateOf) -> KeyPage:
     """The keys of the platform, without their secrets."""
     return await _list(state, None)
+
+
+@router.get("/v1/keys/{key_id}", tags=["keys"])
+async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of the platform, without its secret."""
+    return _item(await to_thread.run_sync(state.keyring.get, None, key_id))
 
 
 @router.delete("/v1/keys/{key_id}", tags=["keys"], status_code=204)

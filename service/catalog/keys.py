@@ -115,6 +115,18 @@ class Keyring:
             query = _KEY_ROW.where(_owned(connection, tenant)).order_by(keys.c.created, keys.c.id)
             return [Key(*row) for row in connection.execute(query)]
 
+    def get(self, tenant: str | None, key_id: str) -> Key:
+        """One key.
+
+        Raises:
+            NotFound: this owner has no such key, or there is no such owner.
+        """
+        with self._database.reading() as connection:
+            row = connection.execute(_KEY_ROW.where(keys.c.id == key_id, _owned(connection, tenant))).one_or_none()
+        if row is None:
+            raise NotFound(f"there is no key {key_id!r:.40}")
+        return Key(*row)
+
     def revoke(self, tenant: str | None, key_id: str) -> None:
         """Forget a key.
 

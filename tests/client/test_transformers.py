@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, Gemma3Config
+from transformers import DynamicCache, EncoderDecoderCache, Gemma3Config, T5Config
 
 from service.client.transformers import generate, to_cache
 from service.errors import DimensionMismatch, InvalidRequest
@@ -168,6 +168,12 @@ def test_dimensions_that_do_not_fit_are_named(given: tuple[int, int, int], confi
     tensor = torch.zeros(1, heads, NUM_VIRTUAL_TOKENS, dim)
     with pytest.raises(DimensionMismatch, match=message):
         to_cache([(tensor, tensor)] * layers, base(config_of).config)
+
+
+def test_a_decoder_deeper_than_the_adapter_cannot_be_filled(pairs: Pairs) -> None:
+    config = T5Config(num_layers=4, num_decoder_layers=5, d_model=32, d_kv=8, num_heads=4)
+    with pytest.raises(DimensionMismatch, match="the prefix has 4 layers, the model has 5"):
+        to_cache(pairs("t5"), config)
 
 
 # --- Logits of the bare base model ---

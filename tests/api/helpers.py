@@ -1,0 +1,183 @@
+"""What the HTTP suites share: uploads well-formed and not, problem documents, safetensors bodies, raw sockets."""
+
+import json
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+from safetensors.torch import load, load_file, save
+
+from tests.conftest import CORPUS, Server
+
+MEDIA_TYPE = "application/vnd.safetensors"
+Tensors = dict[str, torch.Tensor]
+
+# Two layers, two heads of four, three tokens: 2 * 2 * 2 * 4 * 3 = 96 numbers.
+CONFIG: dict[str, Any] = {
+    "peft_type": "PREFIX_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 3,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "token_dim": 8,
+    "inference_mode": True,
+}
+SHAPE = (3, 32)
+
+
+def weights(seed: int = 0) -> bytes:
+    """A sound weights file for CONFIG."""
+    flat = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    return save({"prompt_embeddings": flat})
+
+
+def safetensors_file(header: Mapping[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file as told, sound or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape: list[Any], start: int, stop: int, dtype: Any = "F32") -> dict[str, Any]:
+    """One tensor of a safetensors header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def versions_path(tenant: str, adapter: str) -> str:
+    """Where versions are published."""
+    return f"/v1/tenants/{tenant}/adapters/{adapter}/versions"
+
+
+def upload(
+    client: httpx.Client,
+    tenant: str,
+    adapter: str,
+    config: Mapping[str, Any] | bytes = CONFIG,
+    file: bytes | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> httpx.Response:
+    """Publish a version from parts."""
+    parts = {"adapter_config.json": config if isinstance(config, bytes) else json.dumps(config).encode()}
+    if base is not None:
+        parts["base_model_config"] = json.dumps(base).encode()
+    parts["adapter_model.safetensors"] = weights() if file is None else file
+    return client.post(versions_path(tenant, adapter), files=parts)
+
+
+def upload_directory(client: httpx.Client, tenant: str, adapter: str, directory: Path) -> dict[str, Any]:
+    """Publish an adapter directory of the corpus; the new version's description."""
+    config = (directory / "adapter_config.json").read_bytes()
+    answer = upload(client, tenant, adapter, config, (directory / "adapter_model.safetensors").read_bytes())
+    assert answer.status_code in (200, 201), answer.text
+    version: dict[str, Any] = answer.json()
+    return version
+
+
+def adapter_of(case: str) -> Path:
+    """The adapter directory of a corpus case."""
+    return CORPUS / "cases" / case / "adapter"
+
+
+def expected_of(case: str) -> Tensors:
+    """The tensors that PEFT computes from a corpus case."""
+    return load_file(CORPUS / "cases" / case / "expected.safetensors")
+
+
+def problem(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    """Assert that an answer is a problem document with this status, and with this code."""
+    assert answer.status_code == status, f"{answer.status_code} {answer.text[:300]}"
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert body.keys() == {"type", "title", "status", "detail", "code"}
+    assert body["status"] == status
+    assert body["type"] == f"urn:prefix-service:{body['code']}"
+    if code is not None:
+        assert body["code"] == code, body
+    return body
+
+
+def about_of(body: bytes) -> dict[str, Any]:
+    """The metadata of a prefix, and that it holds the one key `prefix`."""
+    (length,) = struct.unpack("<Q", body[:8])
+    metadata = json.loads(body[8 : 8 + length])["__metadata__"]
+    assert list(metadata) == ["prefix"]
+    about: dict[str, Any] = json.loads(metadata["prefix"])
+    assert metadata["prefix"] == json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return about
+
+
+def tensors_of(answer: httpx.Response) -> Tensors:
+    """The tensors of a successful answer, read by the safetensors library."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    tensors: Tensors = load(answer.content)
+    return tensors
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal in dtype, shape and every bit."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@dataclass(frozen=True)
+class RawAnswer:
+    """An answer as it came over the socket."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def raw(server: Server, *pieces: bytes, timeout: float = 20) -> RawAnswer:
+    """Send bytes as they are, and read one answer; the request need not be complete."""
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=timeout) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        return read_answer(connection)
+
+
+def read_answer(connection: socket.socket) -> RawAnswer:
+    """One answer with a Content-Length, or as much as came before the connection ended."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += _more(connection, received)
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    while len(body) < int(headers.get("content-length", "0")):
+        body += _more(connection, body)
+    return RawAnswer(int(status.split()[1]), headers, body)
+
+
+def _more(connection: socket.socket, so_far: bytes) -> bytes:
+    chunk = connection.recv(65536)
+    assert chunk, f"the connection ended after {so_far[:200]!r}"
+    return chunk
+
+
+def head(method: str, path: str, **headers: str) -> bytes:
+    """The head of a raw request; underscores in header names are hyphens."""
+    fields = {"Host": "localhost", **{name.replace("_", "-"): value for name, value in headers.items()}}
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def assert_alive(server: Server) -> None:
+    """The process that was started still answers."""
+    assert server.process.poll() is None
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def peak_memory(server: Server) -> int:
+    """The most bytes that the server has ever had in memory."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10

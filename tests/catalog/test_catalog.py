@@ -1,0 +1,297 @@
+"""`service.catalog.catalog`: numbers, digests, aliases, listings and deletions, alone and all at once."""
+
+import multiprocessing
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.records import NewVersion, Version
+from service.errors import Conflict, NotFound, PreconditionFailed
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import Content
+
+
+@pytest.fixture(autouse=True)
+def acme(catalog: Catalog) -> None:
+    """A tenant for every test."""
+    assert catalog.add_tenant("acme")
+
+
+def publish(catalog: Catalog, new: NewVersion, adapter: str = "a", tenant: str = "acme") -> int:
+    return catalog.add_version(tenant, adapter, new)[0].number
+
+
+def resolve(catalog: Catalog, reference: str, tenant: str = "acme") -> Version:
+    return catalog.resolve(tenant, parse_reference(reference))
+
+
+def delete(catalog: Catalog, reference: str) -> None:
+    catalog.delete("acme", parse_reference(reference))
+
+
+def test_a_tenant_is_made_once(catalog: Catalog) -> None:
+    """Making it again says that it was there; listings are in the order of names."""
+    assert not catalog.add_tenant("acme")
+    assert catalog.add_tenant("beta")
+    assert (catalog.has_tenant("beta"), catalog.has_tenant("gamma")) == (True, False)
+    assert catalog.list_tenants("", 10) == ["acme", "beta"]
+    assert catalog.list_tenants("acme", 10) == ["beta"]
+    assert catalog.list_tenants("", 1) == ["acme"]
+
+
+def test_a_version_is_what_was_published(catalog: Catalog, content: Content) -> None:
+    """Every field comes back, with its number, its owner and a time."""
+    new = content("x")
+    version, is_new = catalog.add_version("acme", "a", new)
+    assert is_new
+    assert (version.tenant, version.adapter, version.number) == ("acme", "a", 1)
+    assert asdict(version).items() >= asdict(new).items()
+    assert version.config == {"word": "x"}
+    assert resolve(catalog, "a") == version
+
+
+def test_the_same_digest_is_the_same_version(catalog: Catalog, content: Content) -> None:
+    """Publishing is idempotent, and latest does not move; in another adapter it is another version."""
+    first, _ = catalog.add_version("acme", "a", content("x"))
+    publish(catalog, content("y"))
+    assert catalog.add_version("acme", "a", content("x")) == (first, False)
+    assert resolve(catalog, "a").number == 2
+    assert catalog.add_version("acme", "b", content("x"))[1]
+
+
+def test_a_version_needs_a_tenant(catalog: Catalog, content: Content) -> None:
+    """Unless it may bring one along."""
+    with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
+        publish(catalog, content("x"), tenant="ghost")
+    version, is_new = catalog.add_version("ghost", "a", content("x"), make_tenant=True)
+    assert (is_new, version.tenant, catalog.has_tenant("ghost")) == (True, "ghost", True)
+
+
+def test_every_way_to_name_a_version(catalog: Catalog, content: Content) -> None:
+    """Number, digest, alias, latest, and nothing at all."""
+    for word in "xyz":
+        publish(catalog, content(word))
+    catalog.put_alias("acme", "a", "prod", 2)
+    digest = content("x").digest
+    references = {"a": 3, "a@latest": 3, "a@1": 1, "a@prod": 2, f"a@{digest}": 1}
+    assert {reference: resolve(catalog, reference).number for reference in references} == references
+
+
+@pytest.mark.parametrize("reference", ["a@2", "a@prod", "a@sha256:" + "0" * 64, "b", "b@1", f"a@{10**17}"])
+def test_what_is_not_there(catalog: Catalog, content: Content, reference: str) -> None:
+    """NotFound, with the reference."""
+    publish(catalog, content("x"))
+    with pytest.raises(NotFound, match=f"there is no acme/{reference[0]}"):
+        resolve(catalog, reference)
+
+
+def test_tenants_do_not_see_each_other(catalog: Catalog, content: Content) -> None:
+    """The same adapter name is another adapter."""
+    catalog.add_tenant("beta")
+    publish(catalog, content("x"))
+    with pytest.raises(NotFound):
+        resolve(catalog, "a", tenant="beta")
+    assert publish(catalog, content("y"), tenant="beta") == 1
+    assert resolve(catalog, "a").digest == content("x").digest
+
+
+def test_a_number_is_never_given_twice(catalog: Catalog, content: Content) -> None:
+    """Not after the newest version was deleted, nor after the adapter was."""
+    for word in "xy":
+        publish(catalog, content(word))
+    delete(catalog, "a@2")
+    assert resolve(catalog, "a").number == 1
+    assert publish(catalog, content("y")) == 3
+    delete(catalog, "a")
+    assert publish(catalog, content("y")) == 4
+
+
+def test_an_idempotent_publication_takes_no_number(catalog: Catalog, content: Content) -> None:
+    """Numbers count contents."""
+    assert [publish(catalog, content(word)) for word in ("x", "x", "x", "y")] == [1, 1, 1, 2]
+
+
+def test_an_alias_moves(catalog: Catalog, content: Content) -> None:
+    """To any version that exists, and is told as new once."""
+    for word in "xy":
+        publish(catalog, content(word))
+    assert catalog.put_alias("acme", "a", "prod", 1)
+    assert not catalog.put_alias("acme", "a", "prod", 2)
+    assert catalog.aliases_of("acme", "a") == {"prod": 2}
+    catalog.delete_alias("acme", "a", "prod")
+    assert catalog.aliases_of("acme", "a") == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "expected", "moves"),
+    [
+        (None, None, True),
+        (1, None, False),
+        (1, 1, True),
+        (1, 2, False),
+        (None, 1, False),
+        (None, -1, True),
+        (1, -1, True),
+    ],
+)
+def test_an_alias_moves_from_where_it_is_expected(
+    catalog: Catalog, content: Content, before: int | None, expected: int | None, moves: bool
+) -> None:
+    """A number: only from there; None: only if it is new; -1: from anywhere. Otherwise nothing changes."""
+    for word in "xyz":
+        publish(catalog, content(word))
+    if before is not None:
+        catalog.put_alias("acme", "a", "prod", before)
+    if moves:
+        catalog.put_alias("acme", "a", "prod", 3, expected)
+    else:
+        with pytest.raises(PreconditionFailed, match=f"alias 'prod' points at {before or 'nothing'}"):
+            catalog.put_alias("acme", "a", "prod", 3, expected)
+    assert catalog.aliases_of("acme", "a").get("prod") == (3 if moves else before)
+
+
+def test_an_alias_is_deleted_where_it_is_expected(catalog: Catalog, content: Content) -> None:
+    """The same for its deletion."""
+    publish(catalog, content("x"))
+    catalog.put_alias("acme", "a", "prod", 1)
+    with pytest.raises(PreconditionFailed):
+        catalog.delete_alias("acme", "a", "prod", expected=2)
+    catalog.delete_alias("acme", "a", "prod", expected=1)
+    with pytest.raises(NotFound, match="has no alias 'prod'"):
+        catalog.delete_alias("acme", "a", "prod")
+
+
+def test_an_alias_needs_its_version(catalog: Catalog, content: Content) -> None:
+    """It never points at nothing."""
+    with pytest.raises(NotFound, match="there is no acme/a"):
+        catalog.put_alias("acme", "a", "prod", 1)
+    publish(catalog, content("x"))
+    with pytest.raises(NotFound, match="there is no acme/a@2"):
+        catalog.put_alias("acme", "a", "prod", 2)
+
+
+def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> None:
+    """The conflict names the aliases; by number and by digest."""
+    for word in "xy":
+        publish(catalog, content(word))
+    for alias in ("prod", "eu"):
+        catalog.put_alias("acme", "a", alias, 1)
+    for reference in ("a@1", f"a@{content('x').digest}"):
+        with pytest.raises(Conflict, match="alias eu, prod points at acme/a@"):
+            delete(catalog, reference)
+    assert resolve(catalog, "a@1").number == 1
+
+
+def test_an_adapter_goes_with_everything(catalog: Catalog, content: Content) -> None:
+    """Aliases do not protect it, and do not come back with its name."""
+    publish(catalog, content("x"))
+    catalog.put_alias("acme", "a", "prod", 1)
+    delete(catalog, "a")
+    for call in (catalog.aliases_of, catalog.versions_of):
+        with pytest.raises(NotFound, match="there is no acme/a"):
+            call("acme", "a")
+    publish(catalog, content("x"))
+    assert catalog.aliases_of("acme", "a") == {}
+
+
+def test_an_adapter_goes_with_its_last_version(catalog: Catalog, content: Content) -> None:
+    """There is no empty adapter."""
+    publish(catalog, content("x"))
+    delete(catalog, "a@1")
+    with pytest.raises(NotFound):
+        catalog.versions_of("acme", "a")
+    assert catalog.list_adapters("acme", after="", limit=9, base_model=None) == []
+
+
+@pytest.mark.parametrize("reference", ["a", "a@1", "b@1"])
+def test_what_is_not_there_cannot_be_deleted(catalog: Catalog, content: Content, reference: str) -> None:
+    """NotFound, and nothing else goes."""
+    publish(catalog, content("x"), "b")
+    delete(catalog, "b@1") if reference == "b@1" else None
+    with pytest.raises(NotFound):
+        delete(catalog, reference)
+
+
+def test_versions_come_newest_first(catalog: Catalog, content: Content) -> None:
+    """All of them."""
+    for word in "xyz":
+        publish(catalog, content(word))
+    assert [version.number for version in catalog.versions_of("acme", "a")] == [3, 2, 1]
+
+
+def test_adapters_come_in_pages(catalog: Catalog, content: Content) -> None:
+    """In the order of names, each with its newest version, its count and its aliases."""
+    for name in ("c", "a", "b"):
+        publish(catalog, content(name), name)
+    publish(catalog, content("new"), "b")
+    catalog.put_alias("acme", "b", "prod", 1)
+    first = catalog.list_adapters("acme", after="", limit=2, base_model=None)
+    assert [(item.latest.adapter, item.latest.number, item.versions) for item in first] == [("a", 1, 1), ("b", 2, 2)]
+    assert first[1].aliases == {"prod": 1}
+    rest = catalog.list_adapters("acme", after="b", limit=2, base_model=None)
+    assert [item.latest.adapter for item in rest] == ["c"]
+
+
+def test_adapters_of_one_base_model(catalog: Catalog, content: Content) -> None:
+    """That of the newest version decides."""
+    publish(catalog, content("x", "llama"), "a")
+    publish(catalog, content("y", "gpt2"), "a")
+    publish(catalog, content("z", "llama"), "b")
+    found = catalog.list_adapters("acme", after="", limit=9, base_model="llama")
+    assert [item.latest.adapter for item in found] == ["b"]
+
+
+def publish_from(path: Path, contents: list[NewVersion]) -> list[tuple[int, bool]]:
+    """What another process does: a catalog of its own on the same file."""
+    database = Database(path)
+    try:
+        published = [Catalog(database).add_version("acme", "a", new) for new in contents]
+        return [(version.number, is_new) for version, is_new in published]
+    finally:
+        database.close()
+
+
+def pool_of(kind: str, workers: int) -> Executor:
+    if kind == "threads":
+        return ThreadPoolExecutor(workers)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("threads", 8), ("processes", 2)])
+def test_many_who_publish_at_once(catalog: Catalog, path: Path, content: Content, kind: str, workers: int) -> None:
+    """The same content: one is new, the rest get its version. Different contents: consecutive numbers."""
+    same = [content("same")] * 5
+    own = [[content(f"{worker}-{n}") for n in range(5)] for worker in range(workers)]
+    with pool_of(kind, workers) as pool:
+        futures = [pool.submit(publish_from, path, same + contents) for contents in own]
+        results = [result for future in futures for result in future.result(60)]
+    numbers = {number for number, is_new in results if is_new}
+    assert len([1 for _, is_new in results if is_new]) == len(numbers) == 5 * workers + 1
+    assert numbers == set(range(1, 5 * workers + 2))
+    assert [version.number for version in catalog.versions_of("acme", "a")] == sorted(numbers, reverse=True)
+
+
+def test_many_who_move_an_alias_at_once(catalog: Catalog, content: Content) -> None:
+    """Of those who expect the same, one moves it."""
+    for word in "xyz":
+        publish(catalog, content(word))
+    catalog.put_alias("acme", "a", "prod", 1)
+
+    def move(number: int) -> bool:
+        try:
+            catalog.put_alias("acme", "a", "prod", number, expected=1)
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(move, [2, 3] * 4)) == 1
+
+
+def test_the_database_answers(catalog: Catalog) -> None:
+    """`check` says nothing while it does."""
+    catalog.check()

@@ -1,0 +1,432 @@
+"""`service.registry.registry` on a real event loop: one load for all, eviction, forgetting, failures."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Unavailable
+from service.prefix.kv import PrefixKV
+from service.prefix.wire import Rendering, render
+from service.registry.registry import (
+    AdapterRegistry,
+    RenderingKey,
+    VersionKey,
+    choose_device,
+)
+
+CPU = torch.device("cpu")
+SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test copies to one")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The registry uses asyncio's own tasks."""
+    return "asyncio"
+
+
+def version(number: int = 1) -> VersionKey:
+    return VersionKey("acme", "a", number, f"sha256:{number}")
+
+
+def whole(number: int = 1) -> RenderingKey:
+    return RenderingKey(version(number), "float32", (0, 1), (0, 1))
+
+
+def kv_of(number: int = 1) -> PrefixKV:
+    return PrefixKV.whole(torch.full((1, 2, 1, 3, 4), float(number)))
+
+
+@dataclass
+class Loader:
+    """Counts its calls; may be made to wait, or to fail."""
+
+    number: int = 1
+    calls: int = 0
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def __call__(self) -> PrefixKV:
+        self.calls += 1
+        self.started.set()
+        assert self.go_on.wait(10)
+        if self.error is not None:
+            raise self.error
+        return kv_of(self.number)
+
+    async def waiting(self) -> None:
+        """Until a load is under way."""
+        assert await asyncio.to_thread(self.started.wait, 10)
+
+
+def held() -> Loader:
+    """A loader that waits for `go_on`."""
+    loader = Loader()
+    loader.go_on.clear()
+    return loader
+
+
+def registry_of(
+    device_bytes: int = 2 * SIZE, rendering_bytes: int = 2 * SIZE, device: torch.device = CPU
+) -> AdapterRegistry:
+    return AdapterRegistry(device, device_bytes, rendering_bytes)
+
+
+def used(registry: AdapterRegistry) -> tuple[int, int]:
+    """Bytes reserved on the device, and for renderings."""
+    return registry._prefixes.residency.used, registry._renderings.residency.used
+
+
+@asynccontextmanager
+async def leased(registry: AdapterRegistry, load: Callable[[], PrefixKV], number: int = 1) -> AsyncIterator[Rendering]:
+    async with registry.rendering(whole(number), SIZE, SIZE, load) as rendering:
+        yield rendering
+
+
+async def test_many_cold_requests_are_one_load() -> None:
+    """All who ask meanwhile wait for the same load, and get the same value."""
+    registry, load = registry_of(), held()
+    tasks = [asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(50)]
+    await load.waiting()
+    load.go_on.set()
+    values = await asyncio.gather(*tasks)
+    assert load.calls == 1
+    assert all(value is values[0] for value in values)
+    assert await registry.prefix(version(), SIZE, load) is values[0]
+    assert (load.calls, used(registry)) == (1, (SIZE, 0))
+
+
+async def test_many_cold_renderings_are_one_rendering() -> None:
+    """The same for what is made of a prefix."""
+    registry, load = registry_of(), Loader()
+
+    async def data_pointer() -> int:
+        async with leased(registry, load) as rendering:
+            return rendering.values.data_ptr()
+
+    assert len(set(await asyncio.gather(*(data_pointer() for _ in range(50))))) == 1
+    assert (load.calls, used(registry)) == (1, (SIZE, SIZE))
+
+
+async def test_a_waiter_that_gives_up_leaves_the_load_to_the_others() -> None:
+    """Also if it was the one that began it."""
+    registry, load = registry_of(), held()
+    first, second = (asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(2))
+    await load.waiting()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    load.go_on.set()
+    assert torch.equal((await second).tensor, kv_of().tensor)
+    assert load.calls == 1
+
+
+async def test_a_load_that_nobody_waits_for_ends_in_memory() -> None:
+    """It was nearly done; the next request finds it."""
+    registry, load = registry_of(), held()
+    only = asyncio.create_task(registry.prefix(version(), SIZE, load))
+    await load.waiting()
+    only.cancel()
+    await asyncio.sleep(0)
+    load.go_on.set()
+    await registry.prefix(version(), SIZE, load)
+    assert load.calls == 1
+
+
+async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
+    """Nothing stays reserved for a load that failed."""
+    registry, load = registry_of(), held()
+    load.error = CorruptBlob("bit rot")
+    tasks = [asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(5)]
+    await load.waiting()
+    load.go_on.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [CorruptBlob] * 5
+    assert (load.calls, used(registry)) == (1, (0, 0))
+    load.error = None
+    assert torch.equal((await registry.prefix(version(), SIZE, load)).tensor, kv_of().tensor)
+
+
+async def test_a_failed_rendering_reserves_nothing() -> None:
+    """In either memory."""
+    registry, load = registry_of(), Loader(error=CorruptBlob("bit rot"))
+    with pytest.raises(CorruptBlob):
+        async with leased(registry, load):
+            pytest.fail("there is nothing to lease")
+    assert used(registry) == (0, 0)
+
+
+async def test_the_least_recently_used_makes_room() -> None:
+    """The budget is reserved before the load, and the oldest leaves."""
+    registry = registry_of()
+    loaders = {number: Loader(number) for number in (1, 2, 3)}
+    for number in (1, 2, 1, 3):
+        await registry.prefix(version(number), SIZE, loaders[number])
+    assert [registry.state(version(number))["resident"] for number in (1, 2, 3)] == [True, False, True]
+    assert used(registry) == (2 * SIZE, 0)
+
+
+async def test_requests_that_begin_together_do_not_evict_each_other() -> None:
+    """A load is held from its reservation on: who finds no room is told to come again."""
+    registry = registry_of(device_bytes=2 * SIZE)
+    loads = (registry.prefix(version(number), SIZE, Loader(number)) for number in range(10))
+    results = await asyncio.gather(*loads, return_exceptions=True)
+    assert [type(result) for result in results] == [PrefixKV] * 2 + [Unavailable] * 8
+    assert used(registry) == (2 * SIZE, 0)
+
+
+async def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:
+    """No byte is read for it."""
+    load = Loader()
+    with pytest.raises(OutOfSpace):
+        await registry_of(device_bytes=SIZE - 1).prefix(version(), SIZE, load)
+    assert load.calls == 0
+
+
+async def test_a_lease_is_never_evicted() -> None:
+    """While it is sent, another rendering finds no room; afterwards it does."""
+    registry = registry_of(rendering_bytes=SIZE)
+    async with leased(registry, Loader()) as rendering:
+        with pytest.raises(Unavailable):
+            async with leased(registry, Loader(2), 2):
+                pytest.fail("there was no room")
+        assert torch.equal(rendering.values, kv_of().tensor)
+    async with leased(registry, Loader(2), 2) as second:
+        assert torch.equal(second.values, kv_of(2).tensor)
+
+
+async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes count until the rendering is done, so the budget tells the truth."""
+    registry, rendering, go_on = registry_of(device_bytes=SIZE), threading.Event(), threading.Event()
+
+    def slow(*args: object) -> Rendering:
+        rendering.set()
+        assert go_on.wait(10)
+        return render(kv_of(), "float32")
+
+    monkeypatch.setattr("service.registry.registry._render", slow)
+    task = asyncio.create_task(leased(registry, Loader()).__aenter__())
+    assert await asyncio.to_thread(rendering.wait, 10)
+    with pytest.raises(Unavailable):
+        await registry.prefix(version(2), SIZE, Loader(2))
+    go_on.set()
+    await task
+    await registry.prefix(version(2), SIZE, Loader(2))
+
+
+async def test_a_pinned_version_stays_until_it_is_unpinned() -> None:
+    """And the state says so."""
+    registry = registry_of(device_bytes=SIZE)
+    await registry.prefix(version(), SIZE, Loader())
+    registry.pin(version(), pinned=True)
+    assert registry.state(version()) == {"resident": True, "pinned": True, "device": "cpu"}
+    with pytest.raises(Unavailable):
+        await registry.prefix(version(2), SIZE, Loader(2))
+    registry.pin(version(), pinned=False)
+    await registry.prefix(version(2), SIZE, Loader(2))
+
+
+async def test_a_version_that_left_cannot_be_pinned() -> None:
+    """Between a load and its pin another request may have evicted it: come again."""
+    with pytest.raises(Unavailable, match="left memory"):
+        registry_of().pin(version(), pinned=True)
+    registry_of().pin(version(), pinned=False)
+
+
+async def test_what_is_forgotten_while_leased_stays_usable() -> None:
+    """A transfer completes; its bytes are free for others at once, and its end frees nothing twice."""
+    registry = registry_of()
+    async with leased(registry, Loader()) as rendering:
+        registry.forget(version())
+        assert used(registry) == (0, 0)
+        async with leased(registry, Loader()) as again:
+            assert again is not rendering
+            assert used(registry) == (SIZE, SIZE)
+        assert torch.equal(rendering.values, kv_of().tensor)
+    assert used(registry) == (SIZE, SIZE)
+
+
+async def test_what_is_forgotten_while_loading_does_not_stay() -> None:
+    """Its waiters get their value; the next request loads anew, and only that stays."""
+    registry, load = registry_of(), held()
+    task = asyncio.create_task(registry.prefix(version(), SIZE, load))
+    await load.waiting()
+    registry.forget(version())
+    assert used(registry) == (0, 0)
+    again = Loader()
+    second = await registry.prefix(version(), SIZE, again)
+    load.go_on.set()
+    assert torch.equal((await task).tensor, kv_of().tensor)
+    assert await registry.prefix(version(), SIZE, again) is second
+    assert (again.calls, used(registry)) == (1, (SIZE, 0))
+
+
+async def test_a_forgotten_load_ends_beside_its_successor() -> None:
+    """Who asks meanwhile joins the load that stays."""
+    registry, old, new = registry_of(), held(), held()
+    first = asyncio.create_task(registry.prefix(version(), SIZE, old))
+    await old.waiting()
+    registry.forget(version())
+    second = asyncio.create_task(registry.prefix(version(), SIZE, new))
+    await new.waiting()
+    old.go_on.set()
+    await first
+    third = asyncio.create_task(registry.prefix(version(), SIZE, new))
+    await asyncio.sleep(0)
+    new.go_on.set()
+    assert await second is await third
+    assert (new.calls, used(registry)) == (1, (SIZE, 0))
+
+
+async def test_what_is_forgotten_before_its_load_began() -> None:
+    """Between the request and the first step of its load: no error, nothing stays."""
+    registry = registry_of()
+    task = asyncio.create_task(registry.prefix(version(), SIZE, Loader()))
+    asyncio.get_running_loop().call_soon(registry.forget, version())
+    assert torch.equal((await task).tensor, kv_of().tensor)
+    assert used(registry) == (0, 0)
+
+
+async def test_a_forgotten_load_that_fails_leaves_its_successor_alone() -> None:
+    """The reservation of a later load of the same version is not the failed one's."""
+    registry, load = registry_of(), held()
+    load.error = CorruptBlob("bit rot")
+    task = asyncio.create_task(registry.prefix(version(), SIZE, load))
+    await load.waiting()
+    registry.forget(version())
+    await registry.prefix(version(), SIZE, Loader())
+    load.go_on.set()
+    with pytest.raises(CorruptBlob):
+        await task
+    assert registry.state(version())["resident"] is True
+    assert used(registry) == (SIZE, 0)
+
+
+async def test_forgetting_a_version_leaves_others() -> None:
+    """Renderings go with their version alone."""
+    registry = registry_of()
+    for number in (1, 2):
+        async with leased(registry, Loader(number), number):
+            pass
+    registry.forget(version(1))
+    assert used(registry) == (SIZE, SIZE)
+    load = Loader(2)
+    async with leased(registry, load, 2):
+        assert load.calls == 0
+
+
+async def test_a_tenants_tensors_are_never_anothers() -> None:
+    """Every part of the key tells versions apart."""
+    registry = registry_of(device_bytes=9 * SIZE)
+    keys = [VersionKey("t", "a", 1, "d"), VersionKey("u", "a", 1, "d"), VersionKey("t", "b", 1, "d")]
+    keys += [VersionKey("t", "a", 2, "d"), VersionKey("t", "a", 1, "e")]
+    for number, key in enumerate(keys):
+        await registry.prefix(key, SIZE, Loader(number))
+    values = [await registry.prefix(key, SIZE, Loader(99)) for key in keys]
+    assert [value.tensor.max().item() for value in values] == [0, 1, 2, 3, 4]
+
+
+async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
+    """Layers, heads and dtype come from the key."""
+    tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)
+    key = RenderingKey(version(), "bfloat16", (1, 2), (0, 1))
+    async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
+        assert torch.equal(rendering.values, tensor[1:2, :, 0:1].to(torch.bfloat16))
+
+
+async def test_many_versions_at_once_stay_within_the_budget() -> None:
+    """A storm of requests, cancellations and unloads: the budget holds at every step, and all of it is free again."""
+    registry, before = registry_of(3 * SIZE, 3 * SIZE), asyncio.all_tasks()
+
+    served: list[int] = []
+
+    async def send(number: int) -> None:
+        async with leased(registry, Loader(number), number) as rendering:
+            assert max(used(registry)) <= 3 * SIZE
+            await asyncio.sleep(0.001 * (number % 3))
+            assert rendering.values.max().item() == number
+            served.append(number)
+
+    async def request(number: int) -> None:
+        while number not in served[-20:]:
+            try:
+                await send(number)
+            except Unavailable:
+                await asyncio.sleep(0.001)
+
+    tasks = [asyncio.create_task(request(number % 5)) for number in range(200)]
+    for number, task in enumerate(tasks):
+        await asyncio.sleep(0)
+        if number % 7 == 0:
+            task.cancel()
+        if number % 11 == 0:
+            registry.forget(version(number % 5))
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(result) for result in results} == {type(None), asyncio.CancelledError}
+    assert set(served) == set(range(5))
+    if under_way := asyncio.all_tasks() - before:
+        await asyncio.wait(under_way)  # loads that nobody waits for any more
+    for number in range(5):
+        registry.forget(version(number))
+    assert used(registry) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["", "tpu", "mps", "meta", "cpu0", "cuda:x", "CPU"])
+def test_another_device_is_refused(name: str) -> None:
+    """With the names that are known."""
+    with pytest.raises(InvalidInput, match="device must be auto, cpu, cuda or cuda:<index>, got"):
+        choose_device(name)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    """With how many there are."""
+    with pytest.raises(InvalidInput, match=rf"this machine has {torch.cuda.device_count()} CUDA devices"):
+        choose_device("cuda:999")
+
+
+def test_the_cpu_is_always_there() -> None:
+    """By name; `auto` takes the best."""
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@needs_cuda
+async def test_a_prefix_lives_on_the_device_and_its_rendering_on_the_host() -> None:
+    """Cast on the device, one copy to host memory, the same bits."""
+    registry = registry_of(device=torch.device("cuda"))
+    assert (await registry.prefix(version(), SIZE, Loader())).tensor.is_cuda
+    key = RenderingKey(version(), "bfloat16", (0, 1), (0, 1))
+    async with registry.rendering(key, SIZE, SIZE, Loader()) as rendering:
+        assert not rendering.values.is_cuda
+        assert torch.equal(rendering.values, kv_of().tensor.to(torch.bfloat16))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_the_device_rounds_as_the_cpu_does(dtype: str) -> None:
+    """A rendering's bytes stand behind an ETag, whatever made them."""
+    kv = PrefixKV.whole(torch.randn(2, 2, 2, 64, 64))
+    host, device = render(kv, dtype), render(kv.to(torch.device("cuda")), dtype)  # type: ignore[arg-type]  # parametrized
+    assert torch.equal(host.values.view(torch.uint8), device.values.view(torch.uint8))
+
+
+@needs_cuda
+async def test_what_is_forgotten_frees_the_device() -> None:
+    """Memory comes back once nobody holds the value."""
+    registry = registry_of(1 << 30, 1 << 30, torch.device("cuda"))
+    before = torch.cuda.memory_allocated()
+    big = PrefixKV.whole(torch.zeros(1, 2, 1, 1024, 1024))
+    await registry.prefix(version(), big.nbytes, lambda: big)
+    assert torch.cuda.memory_allocated() >= before + big.nbytes
+    registry.forget(version())
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before

@@ -1,0 +1,252 @@
+"""`service.blobs`: the contract of a store of bytes, and how the folder keeps it when the disk does not."""
+
+import hashlib
+import os
+import resource
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from service.blobs import BlobStore, FolderBlobStore, StagedBlob
+from service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
+
+DATA = bytes(range(256)) * 1000
+Broken = Callable[[FolderBlobStore, str], object]
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "blobs"
+
+
+@pytest.fixture
+def folder(root: Path) -> FolderBlobStore:
+    return FolderBlobStore(root)
+
+
+@pytest.fixture(params=["folder"])
+def store(request: pytest.FixtureRequest) -> BlobStore:
+    """Every implementation, for the contract."""
+    made: BlobStore = request.getfixturevalue(request.param)
+    return made
+
+
+def staged(store: BlobStore, data: bytes = DATA) -> StagedBlob:
+    blob = store.stage()
+    blob.write(data)
+    return blob
+
+
+def files_in(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+def opened(store: FolderBlobStore, digest: str) -> bytes:
+    with store.open(digest) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("data", [DATA, b"", b"x"], ids=["many", "none", "one"])
+def test_bytes_come_back(store: BlobStore, data: bytes) -> None:
+    """Whole, writable for tensors that share them, and as a file."""
+    digest = staged(store, data).commit()
+    assert digest == digest_of(data)
+    assert store.read(digest) == data
+    assert isinstance(store.read(digest), bytearray)
+    with store.open(digest) as file:
+        assert file.read() == data
+
+
+def test_a_blob_is_written_in_pieces(store: BlobStore) -> None:
+    """Size and digest count what has come so far, and it can be read back before it is committed."""
+    blob = store.stage()
+    for piece in (b"ab", bytearray(b"c"), memoryview(b"de")):
+        blob.write(piece)
+    assert (blob.size, blob.digest) == (5, digest_of(b"abcde"))
+    assert blob.read() == b"abcde"
+    blob.write(b"f")
+    assert blob.commit() == digest_of(b"abcdef")
+
+
+def test_nothing_is_visible_before_it_is_committed(store: BlobStore) -> None:
+    """Nor after it was discarded; discarding is harmless twice, and after a commit."""
+    blob = staged(store)
+    for _ in range(2):
+        with pytest.raises(NotFound):
+            store.read(blob.digest)
+        blob.discard()
+    kept = staged(store)
+    digest = kept.commit()
+    kept.discard()
+    assert store.read(digest) == DATA
+
+
+def test_the_same_bytes_are_one_blob(store: BlobStore) -> None:
+    """Also when many commit them at once while others read."""
+    digest = staged(store).commit()
+
+    def again(_: int) -> bytearray:
+        staged(store).commit()
+        return store.read(digest)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(data == DATA for data in pool.map(again, range(32)))
+
+
+@pytest.mark.parametrize("digest", [digest_of(b"?"), "", "sha256:", "sha256:../../etc/passwd", "sha256:" + "A" * 64])
+def test_what_is_not_there(store: BlobStore, digest: str) -> None:
+    """An unknown digest, and what is none: never a path of its own."""
+    for call in (store.read, store.open):
+        with pytest.raises(NotFound):
+            call(digest)
+
+
+def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> None:
+    """One file by its digest; a discarded blob leaves none."""
+    digest = staged(folder).commit()
+    staged(folder).discard()
+    assert files_in(root) == [folder.path(digest)]
+    assert folder.path(digest).read_bytes() == DATA
+
+
+def test_a_second_store_sees_the_first_ones_blobs(folder: FolderBlobStore, root: Path) -> None:
+    """Nothing is remembered in the process."""
+    assert FolderBlobStore(root).read(staged(folder).commit()) == DATA
+
+
+def test_a_sweep_removes_what_a_crash_left(folder: FolderBlobStore, root: Path) -> None:
+    """Unfinished uploads, and no blob."""
+    digest = staged(folder).commit()
+    unfinished = [staged(folder) for _ in range(3)]
+    assert FolderBlobStore(root).sweep() == 3
+    assert files_in(root) == [folder.path(digest)]
+    for blob in unfinished:
+        blob.discard()
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, lambda path: path.write_bytes(DATA[:-1]), lambda path: path.write_bytes(DATA + b"x"), Path.write_bytes],
+    ids=["bit", "shorter", "longer", "empty"],
+)
+def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
+    """Whatever happened to the file, damaged bytes are never handed out; the same content put again heals it."""
+    digest = staged(folder).commit()
+    damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
+    with pytest.raises(CorruptBlob, match="no longer match their digest") as caught:
+        read(folder, digest)
+    assert caught.value.retry_after == 60
+    staged(folder).commit()
+    assert folder.read(digest) == DATA
+
+
+@pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
+def test_a_folder_in_a_blobs_place(folder: FolderBlobStore, read: Broken) -> None:
+    """What the system refuses is StorageFailed."""
+    folder.path(digest_of(DATA)).mkdir(parents=True)
+    with pytest.raises(StorageFailed, match=f"cannot read blob {digest_of(DATA)}: Is a directory"):
+        read(folder, digest_of(DATA))
+
+
+def test_a_place_that_cannot_hold_blobs(tmp_path: Path) -> None:
+    """Said at once, not at the first upload."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageFailed, match="cannot make the blob folder: Not a directory"):
+        FolderBlobStore(tmp_path / "file" / "blobs")
+
+
+def test_a_blob_is_durable_before_it_is_visible(folder: FolderBlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is flushed, then renamed, then its folder is flushed: after a crash it is whole or absent."""
+    calls: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def spy_sync(handle: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"file of {os.fstat(handle).st_size}"
+        calls.append(kind)
+        sync(handle)
+
+    def spy_replace(path: Path, target: Path) -> Path:
+        calls.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(Path, "replace", spy_replace)
+    staged(folder).commit()
+    assert calls == [f"file of {len(DATA)}", "folder", "rename", "folder"]
+
+
+def upload(blob: StagedBlob, size: int) -> None:
+    for _ in range(size // len(DATA) + 1):
+        blob.write(DATA)
+    blob.commit()
+
+
+def fill(store: FolderBlobStore, root: Path) -> None:
+    """An upload that the disk has no room for; nothing of it may stay."""
+    before = files_in(root)
+    blob = store.stage()
+    with pytest.raises(OutOfSpace, match=r"No space left on device|File too large"):
+        upload(blob, 4 << 20)
+    blob.discard()
+    assert files_in(root) == before
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("NOT TESTED: a full disk, because this user may not mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_is_out_of_space(tiny_disk: Path) -> None:
+    """A real one: what was there stays readable, and what fits is taken again afterwards."""
+    root = tiny_disk / "blobs"
+    store = FolderBlobStore(root)
+    digest = staged(store, b"small").commit()
+    fill(store, root)
+    assert store.read(digest) == b"small"
+    assert store.read(staged(store).commit()) == DATA
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_size_limit_is_out_of_space(folder: FolderBlobStore, root: Path) -> None:
+    """The system's limit on one file, which any user can be under."""
+    with largest_file(1 << 20):
+        fill(folder, root)
+
+
+def test_a_store_whose_folder_vanished(folder: FolderBlobStore, root: Path) -> None:
+    """An upload fails as a failure of the storage, not as something that the caller looked for in vain."""
+    (root / "staging").rmdir()
+    with pytest.raises(StorageFailed):
+        folder.stage()
