@@ -1,22 +1,21 @@
 """A prefix in transformers gives what PEFT gives: keys, values, logits and greedy tokens, for every architecture."""
 
-import json
 from collections.abc import Callable
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, Gemma3Config, T5Config
 
+from service.client import Prefix, PrefixClient
+from service.client.checkpoints import prepare_upload
 from service.client.transformers import generate, to_cache
 from service.errors import DimensionMismatch, InvalidRequest
-from service.prefix.kv import PrefixKV, extend_mask, position_ids
+from service.prefix.kv import extend_mask, position_ids
 from tests.architectures import (
     DECODERS,
     ENCODER_DECODERS,
@@ -31,6 +30,7 @@ from tests.architectures import (
     base,
     padded,
 )
+from tests.conftest import Server
 
 pytestmark = [
     # transformers', for a property that PEFT reads.
@@ -63,28 +63,22 @@ def peft_model(adapter_dir: Callable[[str], Path]) -> Callable[[str], Any]:
     return cache(lambda name: NAMED[name].peft(adapter_dir(name)))
 
 
-@pytest.fixture
-def publish_and_get() -> Callable[[Path], Any]:
-    def get(folder: Path) -> Any:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        flat = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
-        kv = PrefixKV.from_flat(
-            flat,
-            num_layers=config["num_layers"],
-            num_kv_heads=config["num_attention_heads"],
-            num_transformer_submodules=config["num_transformer_submodules"],
-        )
-        return SimpleNamespace(past_key_values=kv.pairs)
+@pytest.fixture(scope="session")
+def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[str], Prefix]:
+    """What PEFT saved, published to the real server and fetched from it."""
 
-    return get
+    def publish_and_get(name: str) -> Prefix:
+        upload = prepare_upload(adapter_dir(name))
+        with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
+            client.publish(f"architectures/{name}", upload.config, weights)
+            return client.get(f"architectures/{name}")
+
+    return cache(publish_and_get)
 
 
 @pytest.fixture
-def pairs(adapter_dir: Callable[[str], Path], publish_and_get: Callable[[Path], Any]) -> Callable[..., Any]:
-    def get(name: str, batch_size: int = 1) -> list[tuple[Tensor, Tensor]]:
-        return list(publish_and_get(adapter_dir(name)).past_key_values(batch_size))
-
-    return get
+def pairs(prefix_of: Callable[[str], Prefix]) -> Pairs:
+    return lambda name, batch_size=1: prefix_of(name).for_batch(batch_size).past_key_values
 
 
 # --- to_cache ---
