@@ -1,6 +1,7 @@
 """Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
 
 import base64
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import BinaryIO, Final
@@ -21,7 +22,7 @@ _CHUNK: Final = 1 << 20
 Chunks = AsyncIterator[bytes | memoryview]
 
 
-class BytesResponse(Response):
+class BytesResponse(Response, ABC):
     """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure."""
 
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
@@ -29,12 +30,12 @@ class BytesResponse(Response):
         self._etag, self._length = etag, length
         self._fields = {"ETag": etag, **headers}
 
+    @abstractmethod
     def _content(self, request: Headers, start: int, stop: int) -> AbstractAsyncContextManager[Chunks]:
         """The bytes `start:stop`; what has to be known before the first byte may go into `self._fields`.
 
         What goes wrong before the first byte is raised as this project's error.
         """
-        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
