@@ -53,7 +53,8 @@ def run_demo(console: Console, *, stay: bool) -> bool:
         _show_travel(fetched)
         path = find_model()
         if path is None:
-            console.print(f"The model is not installed, so nobody speaks. To hear it: {HOW_TO_GET_IT}", markup=False)
+            line = f"The model is not installed, so nobody speaks. To hear it: {HOW_TO_GET_IT}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
             correct = True
         else:
             with console.status("loading SmolLM2-135M-Instruct"):
