@@ -85,10 +85,10 @@ def _show_travel(fetched: Mapping[str, _Fetched]) -> None:
     for name, one in fetched.items():
         pairs = one.prefix.past_key_values
         tensors = f"{2 * len(pairs)} of {'x'.join(str(size) for size in pairs[0][0].shape)}"
-        times = [round(ms, 1) for ms in (one.published_ms, one.fetched_ms, one.revalidated_ms)]
+        times = [round(ms) for ms in (one.published_ms, one.fetched_ms, one.revalidated_ms)]
         rows.append([name, tensors, human_bytes(one.prefix.kv.nbytes), *times])
-    columns = ["adapter", "past_key_values", "bytes", "publish", "fetch", "again"]
-    print_table("What travelled, in float32; times in ms (again: what is cached is asked for anew)", columns, rows)
+    columns = ["adapter", "tensors", "size", "publish", "fetch", "again"]
+    print_table("What travelled, in float32; times in ms (again: is the cached one current?)", columns, rows)
 
 
 def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix]) -> bool:
