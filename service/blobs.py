@@ -1,17 +1,33 @@
 """Content-addressed bytes in a folder: durable before they are visible, verified whenever they are read."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
+
+import structlog
 
 from service.disk import translated
 from service.errors import CorruptBlob, NotFound
 
+log: Final = structlog.stdlib.get_logger("prefix_service")
+
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """A blob in a listing: its bytes, and seconds since it was last committed, by the store's own clock."""
+
+    digest: str
+    size: int
+    age: float
 
 
 class StagedBlob(Protocol):
@@ -33,27 +49,73 @@ class BlobStore(Protocol):
     def stage(self) -> StagedBlob: ...
     def read(self, digest: str) -> bytearray: ...
     def open(self, digest: str) -> BinaryIO: ...
+    def exists(self, digest: str) -> bool: ...
+    def listed(self) -> Iterator[StoredBlob]: ...
+    def remove(self, digest: str, older_than: float) -> bool: ...
+    def sweep(self, older_than: float) -> int: ...
 
 
 class FolderBlobStore:
-    """Blobs as files `<root>/<first two hex>/<64 hex>`.
+    """Blobs as files `<root>/<first two hex>/<64 hex>`; what damage took is kept aside in `<root>/quarantine`.
 
     A blob is written to a temporary sibling, flushed to the disk, renamed, and its folder flushed, so after a crash
     it is whole or absent. A file is read into memory and hashed, never mapped: a mapped file that shrinks kills.
+    Renames hold the file `<root>/lock` shared, removals exclusively, each for microseconds: nothing that was
+    committed a moment ago is removed for what it was before.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._staging = root / "staging"
+        self._staging, self._quarantine = root / "staging", root / "quarantine"
         with translated("make the blob folder"):
             self._staging.mkdir(parents=True, exist_ok=True)
+            self._quarantine.mkdir(exist_ok=True)
 
-    def sweep(self) -> int:
-        """Remove what unfinished uploads left behind; only while no other process writes here. Returns how many."""
-        leftovers = list(self._staging.iterdir())
-        for path in leftovers:
-            path.unlink(missing_ok=True)
-        return len(leftovers)
+    def sweep(self, older_than: float) -> int:
+        """Remove what unfinished uploads left behind at least so many seconds ago. Returns how many."""
+        limit = self._now() - older_than
+        return sum(_remove_unless_written(path, limit) for path in self._staging.iterdir())
+
+    def listed(self) -> Iterator[StoredBlob]:
+        """Every blob, in no order."""
+        now = self._now()
+        for folder in sorted(self._root.glob("[0-9a-f][0-9a-f]")):
+            for entry in os.scandir(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    found = entry.stat()
+                    yield StoredBlob(f"sha256:{entry.name}", found.st_size, now - found.st_mtime)
+
+    def exists(self, digest: str) -> bool:
+        """Whether there is such a blob, sound or not."""
+        return self.path(digest).exists()
+
+    def remove(self, digest: str, older_than: float) -> bool:
+        """Remove a blob that was not committed again within the last `older_than` seconds; whether it is gone.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        path, now = self.path(digest), self._now()
+        with translated(f"remove blob {digest}"), self.locked(fcntl.LOCK_EX):
+            if not path.exists() or now - path.stat().st_mtime < older_than:
+                return False
+            path.unlink()
+            return True
+
+    def _now(self) -> float:
+        """The file system's time, which may not be this machine's."""
+        with translated("read the time of the blob folder"), tempfile.TemporaryFile(dir=self._staging) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+
+    @contextlib.contextmanager
+    def locked(self, how: int) -> Iterator[None]:
+        """Keep removals away (`fcntl.LOCK_SH`), or every change of what blobs there are (`fcntl.LOCK_EX`)."""
+        handle = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, how)
+            yield
+        finally:
+            os.close(handle)
 
     def stage(self) -> "StagedFile":
         """Begin a blob.
@@ -63,6 +125,7 @@ class FolderBlobStore:
         """
         with translated("begin a blob"):
             handle, name = tempfile.mkstemp(dir=self._staging)
+            fcntl.flock(handle, fcntl.LOCK_SH)  # until it is closed: no sweep takes it away
             return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
 
     def read(self, digest: str) -> bytearray:
@@ -73,12 +136,13 @@ class FolderBlobStore:
             CorruptBlob: its bytes no longer match its digest.
             StorageFailed: the disk refused.
         """
-        with translated(f"read blob {digest}"), self._existing(digest).open("rb") as file:
-            data = bytearray(os.fstat(file.fileno()).st_size)
-            length = file.readinto(data)
-        if length != len(data) or _digest(hashlib.sha256(data)) != digest:
-            raise _corrupt(digest)
-        return data
+        with self._existing(digest) as file:
+            with translated(f"read blob {digest}"):
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                length = file.readinto(data)  # type: ignore[attr-defined]  # typeshed has it on BufferedReader alone
+            if length != len(data) or _digest(hashlib.sha256(data)) != digest:
+                raise self._damaged(digest, file)
+            return data
 
     def open(self, digest: str) -> BinaryIO:
         """A blob as a file, verified, for what is too large for memory; the caller closes it.
@@ -86,18 +150,35 @@ class FolderBlobStore:
         Raises:
             NotFound, CorruptBlob, StorageFailed: as `read`.
         """
-        with translated(f"read blob {digest}"), contextlib.ExitStack() as closing:
-            file = closing.enter_context(self._existing(digest).open("rb"))
-            if _digest(hashlib.file_digest(file, "sha256")) != digest:
-                raise _corrupt(digest)
-            file.seek(0)
+        with contextlib.ExitStack() as closing:
+            file = closing.enter_context(self._existing(digest))
+            with translated(f"read blob {digest}"):
+                found = _digest(hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]  # it is an open file
+                file.seek(0)
+            if found != digest:
+                raise self._damaged(digest, file)
             closing.pop_all()
             return file
 
-    def _existing(self, digest: str) -> Path:
-        if not (path := self.path(digest)).exists():
-            raise NotFound(f"there is no blob {digest}")
-        return path
+    def _existing(self, digest: str) -> BinaryIO:
+        with translated(f"read blob {digest}"):
+            try:
+                return self.path(digest).open("rb")
+            except FileNotFoundError as error:
+                raise NotFound(f"there is no blob {digest}") from error
+
+    def _damaged(self, digest: str, file: BinaryIO) -> CorruptBlob:
+        """Move a damaged file out of the way, unless the same content was committed anew meanwhile."""
+        path = self.path(digest)
+        with translated(f"put blob {digest} aside"), self.locked(fcntl.LOCK_EX):
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                path.replace(self._quarantine / path.name)
+        log.error("blob damaged", digest=digest, kept=f"{self._quarantine.name}/{path.name}")
+        return CorruptBlob(
+            f"the stored bytes of {digest} no longer match their digest; they are put aside, publish the same files "
+            "again to mend the version",
+            retry_after=60,
+        )
 
     def path(self, digest: str) -> Path:
         """The file that holds a blob, whether or not it exists."""
@@ -149,12 +230,14 @@ class StagedFile:
         target = self._store.path(digest)
         with translated(f"store blob {digest}"):
             self._file.flush()
+            os.utime(self._file.fileno())  # its age counts from here
             os.fsync(self._file.fileno())
-            self._file.close()
             if not target.parent.exists():
                 target.parent.mkdir(exist_ok=True)
                 _sync_folder(target.parent.parent)
-            self._path.replace(target)
+            with self._store.locked(fcntl.LOCK_SH):
+                self._path.replace(target)
+            self._file.close()
             _sync_folder(target.parent)
         return digest
 
@@ -169,8 +252,14 @@ def _digest(sha256: "hashlib._Hash") -> str:
     return f"sha256:{sha256.hexdigest()}"
 
 
-def _corrupt(digest: str) -> CorruptBlob:
-    return CorruptBlob(f"the stored bytes of {digest} no longer match their digest", retry_after=60)
+def _remove_unless_written(path: Path, limit: float) -> bool:
+    """Remove a file that was last written before `limit`, and that nobody has open for writing; whether it is gone."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_mtime <= limit:
+            path.unlink()
+            return True
+    return False
 
 
 def _sync_folder(path: Path) -> None:

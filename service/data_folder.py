@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.blobs import FolderBlobStore
-from service.catalog.catalog import Catalog
 from service.catalog.database import Database
+from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
+from service.catalog.records import COMMAND_LINE
+from service.catalog.tenants import Tenants
+from service.collector import Collector, collecting
 from service.disk import translated, write_private
 from service.errors import Conflict
 from service.settings import Settings
@@ -20,6 +23,11 @@ def catalog_file(data_dir: Path) -> Path:
     return data_dir / "catalog.sqlite"
 
 
+def blob_folder(data_dir: Path) -> Path:
+    """Where the blobs are."""
+    return data_dir / "blobs"
+
+
 def bootstrap_file(data_dir: Path) -> Path:
     """Where a first start writes the platform admin's key."""
     return data_dir / "bootstrap.key"
@@ -27,7 +35,7 @@ def bootstrap_file(data_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[None]:
-    """Keep the folder for one service: lock, migrate, sweep what a crash left, and make the first key.
+    """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile.
 
     Raises:
         Conflict: another service runs on it.
@@ -42,15 +50,15 @@ def opened(settings: Settings) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
-        _prepare(settings)
-        yield
+        with _prepared(settings):
+            yield
     finally:
         os.close(handle)
 
 
 @contextlib.contextmanager
-def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Catalog]]:
-    """The keyring and the catalog of a folder, whether or not a service runs on it.
+def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
+    """The keyring and the tenants of a folder, whether or not a service runs on it.
 
     Raises:
         StorageFailed, OutOfSpace: the disk refused.
@@ -59,16 +67,24 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Catalog]]:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database(catalog_file(settings.data_dir))
     try:
-        yield Keyring(database, settings.secret_file), Catalog(database)
+        yield Keyring(database, settings.secret_file), Tenants(database)
     finally:
         database.close()
 
 
-def _prepare(settings: Settings) -> None:
+@contextlib.contextmanager
+def _prepared(settings: Settings) -> Iterator[None]:
     is_first_start = not catalog_file(settings.data_dir).exists()
-    FolderBlobStore(settings.data_dir / "blobs").sweep()
+    blobs = FolderBlobStore(blob_folder(settings.data_dir))
+    blobs.sweep(older_than=0)
     with keys_of(settings) as (keyring, _):
         if is_first_start and not settings.dev:
-            _, text = keyring.create(None, "admin", "bootstrap")
+            _, text = keyring.create(None, "admin", "bootstrap", COMMAND_LINE)
             with translated("write bootstrap.key"):
                 write_private(bootstrap_file(settings.data_dir), text)
+    database = Database(catalog_file(settings.data_dir))
+    try:
+        with collecting(Collector(Garbage(database), blobs, settings.garbage_grace), settings.garbage_grace):
+            yield
+    finally:
+        database.close()

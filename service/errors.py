@@ -17,7 +17,8 @@ PrefixServiceError
 ├── NotAcceptable               no representation that the caller accepts
 ├── UnsupportedMediaType        a content type or encoding that is not read here
 ├── RangeNotSatisfiable         a byte range outside the body
-├── OutOfSpace                  a quota, the disk or a memory budget is exhausted
+├── OutOfSpace                  the disk or a memory budget is exhausted
+│   └── QuotaExceeded           the tenant has as much as it may have
 ├── Unavailable                 try again later
 │   ├── CorruptBlob             stored bytes no longer match their digest
 │   └── StorageFailed           the disk or the catalog refused a write or a read
@@ -143,9 +144,15 @@ class RangeNotSatisfiable(PrefixServiceError):
 
 
 class OutOfSpace(PrefixServiceError):
-    """A quota, the disk or a memory budget is exhausted."""
+    """The disk or a memory budget is exhausted."""
 
     code = "out-of-space"
+
+
+class QuotaExceeded(OutOfSpace):
+    """The tenant has as many adapters or bytes as it may have."""
+
+    code = "quota-exceeded"
 
 
 class Unavailable(PrefixServiceError):

@@ -1,22 +1,25 @@
-"""The use cases: publish, resolve, fetch, list, inspect, delete. The only place where the rooms meet; no HTTP here."""
+"""The use cases: publish, resolve, fetch, delete, load. The only place where the rooms meet; no HTTP here."""
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Final
 
 import rfc8785
+import structlog
 import torch
 from anyio import to_thread
 from safetensors.torch import save
 from torch import Tensor
 
 from service.blobs import BlobStore, StagedBlob
+from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
-from service.catalog.records import NewVersion, Version
+from service.catalog.database import Database
+from service.catalog.records import NewVersion, Principal, Version
+from service.catalog.tenants import Tenants
 from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
 from service.plan import Limits, Plan, PrefixRequest, make_plan
 from service.prefix.checkpoint import PrefixWeights, load_weights
@@ -28,7 +31,7 @@ from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tenso
 from service.prefix.wire import KV_DTYPES, Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 
-log = logging.getLogger("prefix_service")
+log: Final = structlog.stdlib.get_logger("prefix_service")
 
 _KEY_VALUES: Final = "past_key_values"
 _REMEMBERED_DIGESTS: Final = 10_000
@@ -36,21 +39,24 @@ _REMEMBERED_DIGESTS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a version is published; `make_tenant` lets the tenant come into being with it."""
+    """Where a version is published, and by whom; `make_tenant` lets the tenant come into being with it."""
 
     tenant: str
     adapter: str
+    by: Principal
     make_tenant: bool = False
 
 
 class Library:
     """What the service does, for callers that have been authorised already."""
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, registry: AdapterRegistry, limits: Limits) -> None:
-        self.catalog = catalog
+    def __init__(self, database: Database, blobs: BlobStore, registry: AdapterRegistry, limits: Limits) -> None:
+        self.catalog = Catalog(database)
+        self.tenants = Tenants(database)
+        self.audit = AuditLog(database)
         self.limits = limits
         self._blobs = blobs
-        self._registry = registry
+        self.registry = registry
         self._digests: dict[str, bytes] = {}
 
     async def stage(self) -> StagedBlob:
@@ -63,9 +69,13 @@ class Library:
         Raises:
             InvalidConfig, InvalidCheckpoint: nothing is visible then.
             NotFound: there is no such tenant.
+            QuotaExceeded: the tenant's quotas do not allow it.
             OutOfSpace, StorageFailed: the disk or the catalog refused.
         """
-        return await to_thread.run_sync(self._publish, target, config, weights)
+        version, is_new = await to_thread.run_sync(self._publish, target, config, weights)
+        if not is_new:
+            self.registry.forget(_key(version))  # its blobs may just have been mended
+        return version, is_new
 
     async def publish_fresh(
         self, target: Target, config: PrefixConfig, init: InitWeights, seed: int
@@ -79,16 +89,17 @@ class Library:
         trained = 0 if config.inference_mode else config.trainable_parameters or 0
         self._require_moderate(4 * max(trained, _elements(config)))
 
-        def publish() -> tuple[Version, bool]:
+        def staged() -> StagedBlob:
             flat = PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()
-            staged = self._blobs.stage()
-            try:
-                staged.write(save({"prompt_embeddings": flat}))
-                return self._publish(target, config, staged)
-            finally:
-                staged.discard()
+            weights = self._blobs.stage()
+            weights.write(save({"prompt_embeddings": flat}))
+            return weights
 
-        return await to_thread.run_sync(publish)
+        weights = await to_thread.run_sync(staged)
+        try:
+            return await self.publish(target, config, weights)
+        finally:
+            await to_thread.run_sync(weights.discard)
 
     def _require_moderate(self, nbytes: int) -> None:
         """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
@@ -97,21 +108,28 @@ class Library:
 
     def _publish(self, target: Target, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
         weights = load_weights(staged.read(), config)
-        self._require_moderate(_elements(config) * weights.dtype.itemsize)
-        kv = self._encode(config, weights)
+        key_values_bytes = _elements(config) * weights.dtype.itemsize
+        self._require_moderate(key_values_bytes)
         manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
+        digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+        tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
+        # Known content, or no room for it: nothing needs to be encoded.
+        existing = self.catalog.find(tenant, adapter, digest, staged.size + key_values_bytes, make_tenant=makes)
+        if existing is not None:
+            staged.commit()
+            return existing, False
         new = NewVersion(
-            digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+            digest=digest,
             manifest=manifest.decode(),
             base_model=config.base_model_name_or_path,
             weights=staged.digest,
             weights_bytes=staged.size,
             weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == weights.dtype),
-            key_values=self._store(kv),
-            key_values_bytes=kv.nbytes,
+            key_values=self._store(self._encode(config, weights)),
+            key_values_bytes=key_values_bytes,
         )
         staged.commit()
-        return self.catalog.add_version(target.tenant, target.adapter, new, make_tenant=target.make_tenant)
+        return self.catalog.add_version(tenant, adapter, new, target.by, make_tenant=makes)
 
     def _store(self, kv: PrefixKV) -> str:
         staged = self._blobs.stage()
@@ -148,7 +166,7 @@ class Library:
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version)
-        leased = self._registry.rendering(key, plan.rendering_nbytes, version.key_values_bytes, load)
+        leased = self.registry.rendering(key, plan.rendering_nbytes, version.key_values_bytes, load)
         async with leased as rendering:
             yield rendering
 
@@ -170,7 +188,7 @@ class Library:
 
     def _encode_again(self, version: Version) -> PrefixKV:
         """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
-        log.warning("the keys and values of %s/%s@%d are lost", version.tenant, version.adapter, version.number)
+        log.warning("keys and values lost", version=_name(version), digest=version.key_values)
         config = parse_config(version.config)
         with _expected(version.weights):
             weights = load_weights(self._blobs.read(version.weights), config)
@@ -181,18 +199,24 @@ class Library:
         return kv
 
     def _encode(self, config: PrefixConfig, weights: PrefixWeights) -> PrefixKV:
-        kv = PrefixEncoder.from_weights(config, weights, self._registry.device).encode()
+        kv = PrefixEncoder.from_weights(config, weights, self.registry.device).encode()
         return kv.to(device=torch.device("cpu"))
 
-    async def load(self, version: Version, *, pinned: bool) -> None:
-        """Bring a version into memory now, and wait; `pinned` keeps it."""
-        key = _key(version)
-        await self._registry.prefix(key, version.key_values_bytes, partial(self._load, version))
-        self._registry.pin(key, pinned=pinned)
+    async def load(self, version: Version) -> None:
+        """Bring a version into memory now, and wait."""
+        await self.registry.prefix(_key(version), version.key_values_bytes, partial(self._load, version))
 
-    def unload(self, version: Version) -> None:
-        """Take a version out of memory."""
-        self._registry.forget(_key(version))
+    async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
+        """The same, at somebody's wish; `pinned` keeps it there."""
+        await self.load(version)
+        self.registry.pin(_key(version), pinned=pinned)
+        add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
+        await to_thread.run_sync(add)
+
+    async def unload(self, version: Version, by: Principal) -> None:
+        """Take a version out of memory; the next request loads it again."""
+        self.registry.forget(_key(version))
+        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
 
     def open_weights(self, version: Version) -> BinaryIO:
         """The weights file, byte for byte as it was uploaded, verified; blocking, and the caller closes it.
@@ -205,9 +229,9 @@ class Library:
 
     def residency(self, version: Version) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
-        return self._registry.state(_key(version))
+        return self.registry.state(_key(version))
 
-    async def delete(self, tenant: str, reference: Reference) -> None:
+    async def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
         """Delete an adapter, or the version that a number or digest names; transfers under way complete.
 
         Raises:
@@ -217,11 +241,17 @@ class Library:
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        gone = await to_thread.run_sync(self.catalog.versions_of, tenant, reference.adapter)
-        await to_thread.run_sync(self.catalog.delete, tenant, reference)
-        for version in gone:
-            if not reference.explicit or reference.selector in (str(version.number), version.digest):
-                self.unload(version)
+        for version in await to_thread.run_sync(self.catalog.delete, tenant, reference, by):
+            self.registry.forget(_key(version))
+
+    async def delete_tenant(self, tenant: str, by: Principal) -> None:
+        """Delete a tenant with all it has; transfers under way complete.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        await to_thread.run_sync(self.tenants.delete, tenant, by)
+        self.registry.forget_tenant(tenant)
 
 
 @contextlib.contextmanager
@@ -235,6 +265,10 @@ def _expected(digest: str) -> Iterator[None]:
 
 def _elements(config: PrefixConfig) -> int:
     return config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
+
+
+def _name(version: Version) -> str:
+    return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
 def _key(version: Version) -> VersionKey:

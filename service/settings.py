@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     rendering_bytes: Annotated[
         int, Field(gt=0, description="budget of each process for prefixes in host memory as they travel, in bytes")
     ] = 1 * _GIB
+    garbage_grace: Annotated[
+        float, Field(ge=0, description="seconds that the bytes of what was deleted, or never finished, stay")
+    ] = 3600
     max_batch_size: Annotated[int, Field(ge=1, le=65536, description="largest batch_size of a request")] = 256
     max_sequence_length: Annotated[
         int, Field(ge=1, description="longest row of an attention_mask in a request, in tokens")

@@ -1,13 +1,12 @@
-"""Publishing, listing, inspecting and deleting adapters; their weights and residency."""
+"""Publishing, listing, inspecting and deleting adapters."""
 
 from typing import Annotated, Any, Final
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
-from service.api.auth import Reading, Writing
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, has_body, read_model, read_upload
-from service.api.documentation import json_body
+from service.api.auth import Caller, Reading, Writing
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_model, read_upload
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.paths import NamePath, RefPath
@@ -15,15 +14,12 @@ from service.api.schemas import (
     AdapterItem,
     AdapterPage,
     FreshVersion,
-    ResidencyRequest,
-    ResidencyState,
     VersionDetail,
     VersionPage,
     VersionSummary,
 )
-from service.api.state import LibraryOf, SettingsOf, StateOf
-from service.catalog.records import Version
-from service.errors import NotFound
+from service.api.state import LibraryOf, SettingsOf
+from service.catalog.records import Principal, Version
 from service.library import Library, Target
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import check_name, parse_reference
@@ -55,13 +51,18 @@ _UPLOAD: Final[dict[str, Any]] = {
     responses={200: {"description": "The same content is a version already", "model": VersionDetail}},
 )
 async def publish(
-    request: Request, response: Response, tenant: Writing, name: NamePath, state: StateOf, settings: SettingsOf
+    request: Request,
+    response: Response,
+    tenant: Writing,
+    name: NamePath,
+    by: Caller,
+    library: LibraryOf,
+    settings: SettingsOf,
 ) -> VersionDetail:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix."""
     check_name("adapter", name)
-    library = state.library
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
-    target = await _target(request, library, tenant, name)
+    target = await _target(library, tenant, name, by)
     if media_type == "application/json":
         wanted = await read_model(request, FreshVersion, settings.max_request_bytes)
         config = parse_config(wanted.config)
@@ -85,13 +86,12 @@ async def _publish_upload(request: Request, library: Library, target: Target) ->
         await to_thread.run_sync(weights.discard)
 
 
-async def _target(request: Request, library: Library, tenant: str, name: str) -> Target:
+async def _target(library: Library, tenant: str, name: str, by: Principal) -> Target:
     """A platform admin's first upload makes the tenant; for everybody else it must exist."""
-    principal = request.scope["principal"]
-    makes_tenants = principal.tenant is None and principal.has("admin")
-    if not makes_tenants and not await to_thread.run_sync(library.catalog.has_tenant, tenant):
-        raise NotFound(f"there is no tenant {tenant!r}")
-    return Target(tenant, name, makes_tenants)
+    makes_tenants = by.tenant is None and by.has("admin")
+    if not makes_tenants:
+        await to_thread.run_sync(library.tenants.require, tenant)
+    return Target(tenant, name, by, makes_tenants)
 
 
 @router.get("/v1/tenants/{tenant}/adapters")
@@ -106,8 +106,7 @@ async def list_adapters(
 ) -> AdapterPage:
     """The adapters of a tenant, in the order of their names."""
     after = decode_cursor(cursor)
-    if not await to_thread.run_sync(library.catalog.has_tenant, tenant):
-        raise NotFound(f"there is no tenant {tenant!r}")
+    await to_thread.run_sync(library.tenants.require, tenant)
 
     def load() -> list[AdapterItem]:
         found = library.catalog.list_adapters(tenant, after=after, limit=limit + 1, base_model=base_model)
@@ -136,36 +135,9 @@ async def list_versions(tenant: Reading, name: NamePath, library: LibraryOf) -> 
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: Writing, ref: RefPath, library: LibraryOf) -> None:
+async def delete(tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
-    await library.delete(tenant, parse_reference(ref))
-
-
-@router.put("/v1/tenants/{tenant}/adapters/{ref}/residency", openapi_extra=json_body(ResidencyRequest, required=False))
-async def load(
-    request: Request, tenant: Writing, ref: RefPath, library: LibraryOf, settings: SettingsOf
-) -> ResidencyState:
-    """Load a version into memory now, and wait; `pinned` keeps it there."""
-    wanted = ResidencyRequest()
-    if has_body(request.headers):
-        require_media_type(request.headers, "application/json")
-        wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
-    version = await library.resolve(tenant, parse_reference(ref))
-    await library.load(version, pinned=wanted.pinned)
-    return ResidencyState.model_validate(library.residency(version))
-
-
-@router.get("/v1/tenants/{tenant}/adapters/{ref}/residency")
-async def residency(tenant: Reading, ref: RefPath, library: LibraryOf) -> ResidencyState:
-    """Whether a version is in memory."""
-    version = await library.resolve(tenant, parse_reference(ref))
-    return ResidencyState.model_validate(library.residency(version))
-
-
-@router.delete("/v1/tenants/{tenant}/adapters/{ref}/residency", status_code=204)
-async def unload(tenant: Writing, ref: RefPath, library: LibraryOf) -> None:
-    """Take a version out of memory; the next request loads it again."""
-    library.unload(await library.resolve(tenant, parse_reference(ref)))
+    await library.delete(tenant, parse_reference(ref), by)
 
 
 async def _detail(library: Library, version: Version) -> VersionDetail:

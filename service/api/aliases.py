@@ -5,7 +5,7 @@ from typing import Final
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from service.api.auth import Reading, Writing
+from service.api.auth import Caller, Reading, Writing
 from service.api.bodies import read_model
 from service.api.documentation import json_body, request_headers
 from service.api.negotiation import is_expected, require_media_type
@@ -34,6 +34,7 @@ async def put_alias(
     tenant: Writing,
     name: NamePath,
     alias: AliasPath,
+    by: Caller,
     library: LibraryOf,
     settings: SettingsOf,
 ) -> Alias:
@@ -45,9 +46,9 @@ async def put_alias(
     expected = await _expected(request, library, tenant, name, alias)
     if target.preload:
         reference = Reference(name, str(target.version), explicit=True)
-        await library.load(await library.resolve(tenant, reference), pinned=False)
+        await library.load(await library.resolve(tenant, reference))
     put = library.catalog.put_alias
-    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, expected)
+    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, by, expected)
     response.status_code = 201 if is_new else 200
     response.headers["ETag"] = _etag(target.version)
     return Alias(alias=alias, version=target.version)
@@ -65,11 +66,13 @@ async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: 
 
 
 @router.delete(_PATH, status_code=204, openapi_extra=_CONDITIONS)
-async def delete_alias(request: Request, tenant: Writing, name: NamePath, alias: AliasPath, library: LibraryOf) -> None:
+async def delete_alias(
+    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Caller, library: LibraryOf
+) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
     expected = await _expected(request, library, tenant, name, alias)
-    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, expected)
+    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, by, expected)
 
 
 async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from service.api import adapters, aliases, ops, prefixes, problems, tenants
+from service.api import adapters, aliases, audit, keys, ops, prefixes, problems, residency, tenants
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
 from service.api.middleware import StrictPathMiddleware
@@ -15,10 +15,9 @@ from service.api.negotiation import require_json_acceptable
 from service.api.schemas import Problem
 from service.api.state import State
 from service.blobs import FolderBlobStore
-from service.catalog.catalog import Catalog
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
-from service.data_folder import catalog_file
+from service.data_folder import blob_folder, catalog_file
 from service.library import Library
 from service.plan import Limits
 from service.registry.registry import AdapterRegistry, choose_device
@@ -62,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(prefixes.router)
     app.include_router(ops.router)
-    for room in (adapters, aliases, tenants):
+    for room in (adapters, aliases, residency, tenants, keys, audit):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     app.add_middleware(AuthenticationMiddleware, authenticator=lambda: app.state.prefix_service.authenticator)
@@ -78,6 +77,6 @@ def _compose(settings: Settings, database: Database) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
-    library = Library(Catalog(database), FolderBlobStore(settings.data_dir / "blobs"), registry, limits)
+    library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits)
     keyring = Keyring(database, settings.secret_file)
     return State(settings, library, keyring, Authenticator(None if settings.dev else keyring))

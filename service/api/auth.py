@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.paths import TenantPath
 from service.api.problems import problem
-from service.catalog.keys import Keyring, Principal
+from service.catalog.keys import Keyring
+from service.catalog.records import Principal
 from service.catalog.records import Scope as KeyScope
 from service.errors import Forbidden, NotFound, PrefixServiceError, Unauthenticated
 from service.prefix.references import check_name
@@ -54,6 +55,10 @@ class Authenticator:
         """A key that was revoked here stops working at once."""
         self._known = {name: known for name, known in self._known.items() if known[0].key_id != key_id}
 
+    def forget_tenant(self, tenant: str) -> None:
+        """The keys of a tenant that was deleted here stop working at once."""
+        self._known = {name: known for name, known in self._known.items() if known[0].tenant != tenant}
+
     def _remember(self, name: bytes, principal: Principal) -> None:
         now = time.monotonic()
         if len(self._known) >= 10_000:
@@ -82,7 +87,7 @@ class AuthenticationMiddleware:
 
 def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
     def check(request: Request, tenant: TenantPath) -> str:
-        principal: Principal = request.scope["principal"]
+        principal = _caller(request)
         check_name("tenant", tenant)
         if not principal.may_see(tenant):
             # In the words of a missing one, so that nothing is learnt about other tenants.
@@ -94,12 +99,20 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
     return check
 
 
-def _platform_admin(request: Request) -> Principal:
+def _caller(request: Request) -> Principal:
     principal: Principal = request.scope["principal"]
-    if principal.tenant is not None:
-        raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
-    _require(principal, "admin")
     return principal
+
+
+def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
+    def check(request: Request) -> Principal:
+        principal = _caller(request)
+        if principal.tenant is not None:
+            raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
+        _require(principal, scope)
+        return principal
+
+    return check
 
 
 def _require(principal: Principal, scope: KeyScope) -> None:
@@ -113,5 +126,9 @@ Writing = Annotated[str, Depends(_tenant_with("write"))]
 """The path's tenant, for a caller who may change it."""
 Administering = Annotated[str, Depends(_tenant_with("admin"))]
 """The path's tenant, for a caller who may manage its keys."""
-PlatformAdmin = Annotated[Principal, Depends(_platform_admin)]
+Caller = Annotated[Principal, Depends(_caller)]
+"""Who asks."""
+PlatformReader = Annotated[Principal, Depends(_platform_with("read"))]
+"""A caller with a key of the platform."""
+PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]
 """A platform admin."""

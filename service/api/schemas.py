@@ -1,11 +1,12 @@
 """What the JSON routes send and take, as pydantic models; the OpenAPI document is made of these."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from service.catalog.records import Adapter, Scope, Version
+from service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
 from service.library import Library
 from service.prefix.config import parse_config
 
@@ -185,16 +186,45 @@ class ResidencyRequest(BaseModel):
     pinned: bool = False
 
 
-class Tenant(BaseModel):
-    """A tenant."""
+_Quota = Annotated[int | None, Field(ge=0, lt=1 << 63, strict=True)]
+
+
+class TenantQuotas(BaseModel):
+    """What a tenant may have: adapters, bytes of all their versions, and requests in a second; null is no limit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_adapters: _Quota = None
+    max_bytes: _Quota = None
+    requests_per_second: Annotated[int | None, Field(ge=1, lt=1 << 31, strict=True)] = None
+
+    def quotas(self) -> Quotas:
+        """For the catalog."""
+        return Quotas(**self.model_dump())
+
+
+class TenantItem(BaseModel):
+    """A tenant, its quotas, and what it has: adapters, and bytes of all their versions."""
 
     tenant: str
+    created: Moment
+    max_adapters: int | None
+    max_bytes: int | None
+    requests_per_second: int | None
+    adapters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> "TenantItem":
+        """From the catalog's row."""
+        used = {"adapters": tenant.adapters, "bytes": tenant.bytes}
+        return cls(tenant=tenant.name, created=tenant.created, **asdict(tenant.quotas), **used)
 
 
 class TenantPage(BaseModel):
     """Tenants in the order of their names."""
 
-    items: list[Tenant]
+    items: list[TenantItem]
     next: str | None
 
 

@@ -1,15 +1,18 @@
-"""Who owns what: tenants, adapters, immutable versions and aliases, in one database."""
+"""Adapters, their immutable versions, and aliases."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
-from service.catalog.database import Database
-from service.catalog.records import Adapter, NewVersion, Version
+from service.catalog.audit import record
+from service.catalog.database import Database, insert
+from service.catalog.garbage import let_go
+from service.catalog.records import Adapter, NewVersion, Principal, Version
 from service.catalog.schema import adapters, aliases, numbers, tenants, versions
+from service.catalog.tenants import lock, make, require_room
 from service.errors import Conflict, NotFound, PreconditionFailed
 from service.prefix.references import Reference
 
@@ -32,50 +35,49 @@ class Catalog:
         with self._database.reading() as connection:
             connection.execute(sa.select(1))
 
-    def add_tenant(self, name: str) -> bool:
-        """Make a tenant; False if it existed."""
-        with self._database.writing() as connection:
-            statement = insert(tenants).values(name=name).on_conflict_do_nothing()
-            return connection.execute(statement).rowcount == 1
+    def find(self, tenant: str, adapter: str, digest: str, nbytes: int, *, make_tenant: bool = False) -> Version | None:
+        """The version that has this content already; None if it would be a new one, and there is room for its bytes.
 
-    def has_tenant(self, name: str) -> bool:
-        """Whether there is such a tenant."""
+        Raises:
+            NotFound: there is no such tenant, and it may not come into being.
+            QuotaExceeded: the tenant's quotas do not allow it.
+        """
         with self._database.reading() as connection:
-            return connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == name)) is not None
-
-    def list_tenants(self, after: str, limit: int) -> list[str]:
-        """Up to `limit` tenants in the order of their names, beginning behind `after`."""
-        with self._database.reading() as connection:
-            query = sa.select(tenants.c.name).where(tenants.c.name > after).order_by(tenants.c.name).limit(limit)
-            return list(connection.scalars(query))
+            owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
+            if owner is None:
+                if make_tenant:
+                    return None
+                raise NotFound(f"there is no tenant {tenant!r}")
+            existing = _same(connection, owner.id, adapter, digest)
+            if existing is None:
+                require_room(connection, owner, adapter, nbytes)
+            return existing
 
     def add_version(
-        self, tenant: str, adapter: str, new: NewVersion, *, make_tenant: bool = False
+        self, tenant: str, adapter: str, new: NewVersion, by: Principal, *, make_tenant: bool = False
     ) -> tuple[Version, bool]:
         """Make a version visible under the next number, and whether it is new: the same digest is the same version.
         With `make_tenant` its tenant comes into being with it.
 
         Raises:
             NotFound: there is no such tenant.
+            QuotaExceeded: the tenant's quotas do not allow it.
         """
         with self._database.writing() as connection:
             if make_tenant:
-                connection.execute(insert(tenants).values(name=tenant).on_conflict_do_nothing())
-            tenant_id = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-            if tenant_id is None:
-                raise NotFound(f"there is no tenant {tenant!r}")
-            connection.execute(insert(adapters).values(tenant_id=tenant_id, name=adapter).on_conflict_do_nothing())
-            adapter_id = _adapter_id(connection, tenant, adapter)
-            existing = _one(connection, adapter_id, versions.c.digest == new.digest)
+                make(connection, tenant, by)
+            owner = lock(connection, tenant)
+            existing = _same(connection, owner.id, adapter, new.digest)
             if existing is not None:
                 return existing, False
-            counted = insert(numbers).values(tenant=tenant, adapter=adapter, last=1)
-            number = connection.scalar(
-                counted.on_conflict_do_update(
-                    index_elements=["tenant", "adapter"], set_={"last": numbers.c.last + 1}
-                ).returning(numbers.c.last)
+            require_room(connection, owner, adapter, new.nbytes)
+            connection.execute(
+                insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
             )
+            adapter_id = _adapter_id(connection, tenant, adapter)
+            number = _next_number(connection, tenant, adapter)
             connection.execute(sa.insert(versions).values(adapter_id=adapter_id, number=number, **asdict(new)))
+            record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
@@ -138,7 +140,9 @@ class Catalog:
             adapter_id = _adapter_id(connection, tenant, adapter)
             return _aliases_of(connection, [adapter_id])[adapter_id]
 
-    def put_alias(self, tenant: str, adapter: str, alias: str, number: int, expected: int | None = -1) -> bool:
+    def put_alias(
+        self, tenant: str, adapter: str, alias: str, number: int, by: Principal, expected: int | None = -1
+    ) -> bool:
         """Point an alias at a version; whether it is new. `expected` is where it must point now: a number, None for
         nowhere, -1 for anywhere.
 
@@ -146,62 +150,97 @@ class Catalog:
             NotFound: there is no such adapter or version.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._database.writing() as connection:
-            adapter_id = _adapter_id(connection, tenant, adapter)
+        with self._changing(tenant, adapter) as (connection, adapter_id):
             if _one(connection, adapter_id, versions.c.number == number) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
-            values = insert(aliases).values(adapter_id=adapter_id, name=alias, number=number)
+            values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
             connection.execute(
                 values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
             )
+            if current != number:
+                target = f"{tenant}/{adapter}@{alias}"
+                record(connection, by, "alias.moved", tenant, target, version=number, before=current)
             return current is None
 
-    def delete_alias(self, tenant: str, adapter: str, alias: str, expected: int | None = -1) -> None:
+    def delete_alias(self, tenant: str, adapter: str, alias: str, by: Principal, expected: int | None = -1) -> None:
         """Forget an alias; `expected` as in `put_alias`.
 
         Raises:
             NotFound: there is no such adapter or alias.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._database.writing() as connection:
-            adapter_id = _adapter_id(connection, tenant, adapter)
-            _require_target(connection, adapter_id, alias, expected)
+        with self._changing(tenant, adapter) as (connection, adapter_id):
+            current = _require_target(connection, adapter_id, alias, expected)
             gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
             if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
+            record(connection, by, "alias.deleted", tenant, f"{tenant}/{adapter}@{alias}", before=current)
 
-    def delete(self, tenant: str, reference: Reference) -> None:
-        """Delete an adapter, or one version of it.
+    def delete(self, tenant: str, reference: Reference, by: Principal) -> list[Version]:
+        """Delete an adapter, or one version of it; the versions that are gone. An adapter goes with its last version.
 
         Raises:
             NotFound: there is no such thing.
             Conflict: an alias points at the version.
         """
-        with self._database.writing() as connection:
-            adapter_id = _adapter_id(connection, tenant, reference.adapter)
+        with self._changing(tenant, reference.adapter) as (connection, adapter_id):
+            condition = versions.c.adapter_id == adapter_id
             if reference.explicit:
-                found = _one(connection, adapter_id, _selected(adapter_id, reference))
-                if found is None:
+                condition = sa.and_(condition, _selected(adapter_id, reference))
+            gone = [_version(row) for row in connection.execute(_VERSION.where(condition))]
+            if reference.explicit:
+                if not gone:
                     raise NotFound(f"there is no {tenant}/{reference}")
-                pointing = [
-                    n for n, v in _aliases_of(connection, [adapter_id])[adapter_id].items() if v == found.number
-                ]
-                if pointing:
-                    raise Conflict(f"alias {', '.join(pointing)} points at {tenant}/{reference}: move it first")
-                connection.execute(
-                    sa.delete(versions).where(versions.c.adapter_id == adapter_id, versions.c.number == found.number)
-                )
+                _require_no_alias(connection, adapter_id, gone[0].number, f"{tenant}/{reference}")
+            let_go(connection, condition)
+            connection.execute(sa.delete(versions).where(condition))
             left = connection.scalar(sa.select(sa.func.count()).where(versions.c.adapter_id == adapter_id))
-            if not reference.explicit or left == 0:
+            if left == 0:
                 connection.execute(sa.delete(adapters).where(adapters.c.id == adapter_id))
+            action = "version.deleted" if reference.explicit else "adapter.deleted"
+            record(connection, by, action, tenant, f"{tenant}/{reference}", versions=[one.number for one in gone])
+            return gone
+
+    @contextlib.contextmanager
+    def _changing(self, tenant: str, adapter: str) -> Iterator[tuple[sa.Connection, int]]:
+        """A write transaction on an adapter that exists, alone among the changes of its tenant."""
+        with self._database.writing() as connection:
+            try:
+                lock(connection, tenant)
+            except NotFound as error:
+                raise _missing(tenant, adapter) from error
+            yield connection, _adapter_id(connection, tenant, adapter)
+
+
+def _same(connection: sa.Connection, tenant_id: int, adapter: str, digest: str) -> Version | None:
+    owned = sa.and_(adapters.c.tenant_id == tenant_id, adapters.c.name == adapter)
+    row = connection.execute(_VERSION.where(owned, versions.c.digest == digest)).one_or_none()
+    return None if row is None else _version(row)
+
+
+def _next_number(connection: sa.Connection, tenant: str, adapter: str) -> int:
+    counted = insert(connection, numbers).values(tenant=tenant, adapter=adapter, last=1)
+    counted = counted.on_conflict_do_update(index_elements=["tenant", "adapter"], set_={"last": numbers.c.last + 1})
+    number: int = connection.execute(counted.returning(numbers.c.last)).scalar_one()
+    return number
+
+
+def _require_no_alias(connection: sa.Connection, adapter_id: int, number: int, reference: str) -> None:
+    pointing = [name for name, target in _aliases_of(connection, [adapter_id])[adapter_id].items() if target == number]
+    if pointing:
+        raise Conflict(f"alias {', '.join(pointing)} points at {reference}: move it first")
+
+
+def _missing(tenant: str, adapter: str) -> NotFound:
+    return NotFound(f"there is no {tenant}/{adapter}")
 
 
 def _adapter_id(connection: sa.Connection, tenant: str, adapter: str) -> int:
     query = sa.select(adapters.c.id).join(tenants).where(tenants.c.name == tenant, adapters.c.name == adapter)
     found: int | None = connection.scalar(query)
     if found is None:
-        raise NotFound(f"there is no {tenant}/{adapter}")
+        raise _missing(tenant, adapter)
     return found
 
 

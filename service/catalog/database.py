@@ -1,9 +1,10 @@
 """The catalog's database: how it is opened, migrated, and how its failures are told."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
 from alembic import command
@@ -11,22 +12,26 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.errors import OutOfSpace, StorageFailed
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+_MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
+
+Insert: TypeAlias = sqlite.Insert | postgresql.Insert
 
 
 class Database:
-    """A migrated SQLite file, used from many threads and processes; every write transaction is exclusive."""
+    """A migrated database, used from many threads and processes: SQLite in a file, or PostgreSQL at a URL
+    (`postgresql+psycopg://…`). On SQLite every write transaction is exclusive; on PostgreSQL writers lock the row of
+    the tenant whose things they change."""
 
-    def __init__(self, path: Path) -> None:
-        self._engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": 30})
-        event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", _begin)
-        self._migrate(path)
+    def __init__(self, place: Path | str) -> None:
+        self._engine = _sqlite(place) if isinstance(place, Path) else _postgresql(place)
+        self._migrate(place)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -40,33 +45,66 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that writes, durable when the block ends.
+        """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called.
 
         Raises:
             OutOfSpace, StorageFailed: the database refused.
         """
+        calls: list[Callable[[], object]] = []
         with _translated(), self._engine.connect() as plain:
-            connection = plain.execution_options(writes=True)
+            connection = plain.execution_options(writes=True, afterwards=calls)
             with connection.begin():
                 yield connection
+        for call in calls:
+            call()
 
     def close(self) -> None:
         """Give back every connection."""
         self._engine.dispose()
 
-    def _migrate(self, path: Path) -> None:
+    def _migrate(self, place: Path | str) -> None:
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         with self.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             found = MigrationContext.configure(connection).get_current_revision()
             if found is not None and found not in known:
+                name = place if isinstance(place, Path) else sa.make_url(place).render_as_string()
                 raise StorageFailed(
-                    f"the catalog {path} was written by a newer prefix-service (schema {found}): run that version, or "
+                    f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
                     "start with a copy made before the upgrade"
                 )
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+def afterwards(connection: sa.Connection, call: Callable[[], object]) -> None:
+    """Call this once the write transaction is durable; never, if it fails."""
+    connection.get_execution_options()["afterwards"].append(call)
+
+
+def insert(connection: sa.Connection, table: sa.Table) -> Insert:
+    """An INSERT that knows ON CONFLICT, in the words of this database."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def now(connection: sa.Connection) -> datetime:
+    """The database's time, naive and in UTC: the only clock that is compared with stored times."""
+    moment: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
+    return moment.replace(tzinfo=None)
+
+
+def _sqlite(path: Path) -> sa.Engine:
+    engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": 30})
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _postgresql(url: str) -> sa.Engine:
+    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"})
 
 
 def _configure(connection: Any, _record: Any) -> None:
@@ -87,7 +125,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if "full" in str(error.orig):
+        if "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == "53100":
             raise OutOfSpace("the catalog's disk is full") from error
         raise StorageFailed(f"the catalog refused: {type(error.orig).__name__}") from error
     except PoolTimeout as error:

@@ -1,27 +1,28 @@
 """Bearer keys: made, verified, listed, revoked; only a keyed hash is stored."""
 
+import contextlib
 import hashlib
 import hmac
 import os
 import re
 import secrets
 import zlib
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 import sqlalchemy as sa
 
-from service.catalog.database import Database
-from service.catalog.records import SCOPES, Key, Scope
+from service.catalog.audit import record
+from service.catalog.database import Database, now
+from service.catalog.records import Key, Principal, Scope
 from service.catalog.schema import keys, tenants
 from service.disk import translated, write_private
-from service.errors import NotFound, StorageFailed, Unauthenticated
+from service.errors import NotFound, OutOfSpace, StorageFailed, Unauthenticated
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
 _KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
-_USE_GRANULARITY: Final = 60  # seconds between two notes of a key's last use
+_USE_GRANULARITY: Final = timedelta(seconds=60)  # between two notes of a key's last use
 
 _KEY_ROW: Final = sa.select(
     keys.c.id,
@@ -34,23 +35,6 @@ _KEY_ROW: Final = sa.select(
 ).select_from(keys.outerjoin(tenants, keys.c.tenant_id == tenants.c.id))
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who asks: a tenant, or the platform (`tenant` None), with a scope."""
-
-    key_id: str
-    tenant: str | None
-    scope: Scope
-
-    def may_see(self, tenant: str) -> bool:
-        """Whether this tenant's resources exist for the caller."""
-        return self.tenant is None or self.tenant == tenant
-
-    def has(self, scope: Scope) -> bool:
-        """Whether the caller's scope holds this one."""
-        return SCOPES.index(self.scope) >= SCOPES.index(scope)
-
-
 class Keyring:
     """The keys of one catalog, hashed with HMAC-SHA-256 under the secret of `secret_file`. Blocking.
 
@@ -61,7 +45,9 @@ class Keyring:
         self._database = database
         self._secret = _load_secret(secret_file)
 
-    def create(self, tenant: str | None, scope: Scope, name: str, expires: datetime | None = None) -> tuple[Key, str]:
+    def create(
+        self, tenant: str | None, scope: Scope, name: str, by: Principal, expires: datetime | None = None
+    ) -> tuple[Key, str]:
         """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
 
         Raises:
@@ -81,6 +67,7 @@ class Keyring:
                 "expires": expires,
             }
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
+            record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
             return self._key(connection, key_id), text
 
     def verify(self, text: str) -> Principal:
@@ -92,17 +79,17 @@ class Keyring:
         match = _KEY.fullmatch(text)
         if match is None or _checksum(match[1]) != match[3]:
             raise Unauthenticated("the key is malformed: it should look like pfx_…, copied whole")
-        now = sa.func.now()
-        alive = sa.or_(keys.c.expires.is_(None), keys.c.expires > now)
-        stale = sa.func.coalesce(sa.func.unixepoch(now) - sa.func.unixepoch(keys.c.last_used), _USE_GRANULARITY)
+        alive = sa.or_(keys.c.expires.is_(None), keys.c.expires > sa.func.now())
         with self._database.reading() as connection:
-            query = _KEY_ROW.add_columns(keys.c.hash, stale.label("stale")).where(keys.c.id == match[2], alive)
+            query = _KEY_ROW.add_columns(keys.c.hash).where(keys.c.id == match[2], alive)
             row = connection.execute(query).one_or_none()
+            moment = now(connection)
         if not hmac.compare_digest(self._hash(text), "" if row is None else row.hash) or row is None:
             raise Unauthenticated("the key is unknown, expired or revoked")
-        if row.stale >= _USE_GRANULARITY:
-            with self._database.writing() as connection:
-                connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=now))
+        if row.last_used is None or moment - row.last_used >= _USE_GRANULARITY:
+            # A full disk must not make a sound key useless.
+            with contextlib.suppress(OutOfSpace, StorageFailed), self._database.writing() as connection:
+                connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=moment))
         return Principal(row.id, row.tenant, row.scope)
 
     def listed(self, tenant: str | None) -> list[Key]:
@@ -127,7 +114,7 @@ class Keyring:
             raise NotFound(f"there is no key {key_id!r:.40}")
         return Key(*row)
 
-    def revoke(self, tenant: str | None, key_id: str) -> None:
+    def revoke(self, tenant: str | None, key_id: str, by: Principal) -> None:
         """Forget a key.
 
         Raises:
@@ -137,6 +124,7 @@ class Keyring:
             gone = sa.delete(keys).where(keys.c.id == key_id, _owned(connection, tenant))
             if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"there is no key {key_id!r:.40}")
+            record(connection, by, "key.revoked", tenant, key_id)
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
         return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())

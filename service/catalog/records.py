@@ -4,13 +4,54 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from service.prefix.wire import KVDtype
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
 """From the smallest to the largest; each holds those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: a tenant, or the platform (`tenant` None), with a scope."""
+
+    key_id: str
+    tenant: str | None
+    scope: Scope
+
+    def may_see(self, tenant: str) -> bool:
+        """Whether this tenant's resources exist for the caller."""
+        return self.tenant is None or self.tenant == tenant
+
+    def has(self, scope: Scope) -> bool:
+        """Whether the caller's scope holds this one."""
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+COMMAND_LINE: Final = Principal("command-line", None, "admin")
+"""Who works on a data folder with the command line, and needs no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What a tenant may have, and ask for in a second; None is no limit."""
+
+    max_adapters: int | None = None
+    max_bytes: int | None = None
+    requests_per_second: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant, its quotas, and what it has: adapters, and bytes of all their versions."""
+
+    name: str
+    created: datetime
+    quotas: Quotas
+    adapters: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +69,11 @@ class NewVersion:
     weights_dtype: KVDtype
     key_values: str
     key_values_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """What counts towards its tenant's quota, whoever else has the same bytes."""
+        return self.weights_bytes + self.key_values_bytes
 
 
 @dataclass(frozen=True)
@@ -66,3 +112,18 @@ class Key:
     created: datetime
     expires: datetime | None
     last_used: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One change: who did what to which resource, and when. `tenant` is whose resource it was (None: the platform's),
+    `actor` is the key's tenant, or `platform`."""
+
+    id: int
+    at: datetime
+    tenant: str | None
+    actor: str
+    key_id: str
+    action: str
+    target: str
+    details: dict[str, Any]

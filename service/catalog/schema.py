@@ -11,12 +11,19 @@ metadata = sa.MetaData(
     }
 )
 
+# Names are compared and ordered byte by byte, also where a database would rather follow a language.
+Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+# A quota of NULL is none.
 tenants = sa.Table(
     "tenants",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("name", Name, nullable=False, unique=True),
     sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("max_adapters", sa.BigInteger),
+    sa.Column("max_bytes", sa.BigInteger),
+    sa.Column("requests_per_second", sa.BigInteger),
 )
 
 keys = sa.Table(
@@ -37,7 +44,7 @@ adapters = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
-    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("name", Name, nullable=False),
     sa.UniqueConstraint("tenant_id", "name"),
 )
 
@@ -59,10 +66,10 @@ versions = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("manifest", sa.Text, nullable=False),
     sa.Column("base_model", sa.Text),
-    sa.Column("weights", sa.Text, nullable=False),
+    sa.Column("weights", sa.Text, nullable=False, index=True),
     sa.Column("weights_bytes", sa.BigInteger, nullable=False),
     sa.Column("weights_dtype", sa.Text, nullable=False),
-    sa.Column("key_values", sa.Text, nullable=False),
+    sa.Column("key_values", sa.Text, nullable=False, index=True),
     sa.Column("key_values_bytes", sa.BigInteger, nullable=False),
     sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
     sa.UniqueConstraint("adapter_id", "number"),
@@ -73,6 +80,29 @@ aliases = sa.Table(
     "aliases",
     metadata,
     sa.Column("adapter_id", sa.ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("name", Name, primary_key=True),
     sa.Column("number", sa.Integer, nullable=False),
+)
+
+# Blobs that a deletion let go, and since when: their bytes stay for the grace period.
+garbage = sa.Table(
+    "garbage",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now()),
+)
+
+# `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="SET NULL"), index=True),
+    sa.Column("tenant", sa.Text),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("key_id", sa.Text, nullable=False),
+    sa.Column("action", sa.Text, nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),
 )

@@ -17,9 +17,9 @@ from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
 
 if TYPE_CHECKING:
-    from service.catalog.catalog import Catalog
     from service.catalog.keys import Keyring
     from service.catalog.records import Key
+    from service.catalog.tenants import Tenants
     from service.settings import Settings
 
 key_app = typer.Typer(help="Make, list and revoke keys in a data folder, also while no service runs.")
@@ -83,7 +83,7 @@ def _owner(tenant: str | None, platform: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def _keyring(data_dir: Path | None) -> "Iterator[tuple[Keyring, Catalog]]":
+def _keyring(data_dir: Path | None) -> "Iterator[tuple[Keyring, Tenants]]":
     from service.data_folder import keys_of
 
     with keys_of(load_settings({"data_dir": data_dir})) as found:
@@ -107,11 +107,13 @@ def create_key(
     as_json: Json = False,
 ) -> None:
     """Make a key and print it once; a tenant that does not exist yet is made."""
+    from service.catalog.records import COMMAND_LINE
+
     owner = _owner(tenant, platform)
-    with _keyring(data_dir) as (keyring, catalog):
+    with _keyring(data_dir) as (keyring, tenants):
         if owner is not None:
-            catalog.add_tenant(owner)
-        key, text = keyring.create(owner, scope, name, expires)
+            tenants.put(owner, COMMAND_LINE)
+        key, text = keyring.create(owner, scope, name, COMMAND_LINE, expires)
     if as_json:
         print_json({**_shown(key), "key": text})
     else:
@@ -142,9 +144,11 @@ def revoke_key(
     data_dir: DataDir = None,
 ) -> None:
     """Revoke a key: running services refuse it within seconds."""
+    from service.catalog.records import COMMAND_LINE
+
     owner = _owner(tenant, platform)
     with _keyring(data_dir) as (keyring, _):
-        keyring.revoke(owner, key_id)
+        keyring.revoke(owner, key_id, COMMAND_LINE)
 
 
 def openapi(

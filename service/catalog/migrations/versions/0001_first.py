@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from service.catalog.schema import Name
+
 revision = "0001"
 down_revision = None
 
@@ -12,7 +14,7 @@ def upgrade() -> None:
     op.create_table(
         "tenants",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("name", Name, nullable=False),
         sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
         sa.UniqueConstraint("name", name="uq_tenants_name"),
     )
@@ -37,7 +39,7 @@ def upgrade() -> None:
             sa.ForeignKey("tenants.id", ondelete="CASCADE", name="fk_adapters_tenant_id"),
             nullable=False,
         ),
-        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("name", Name, nullable=False),
         sa.UniqueConstraint("tenant_id", "name", name="uq_adapters_tenant_id_name"),
     )
     op.create_table(
@@ -73,6 +75,6 @@ def upgrade() -> None:
             sa.ForeignKey("adapters.id", ondelete="CASCADE", name="fk_aliases_adapter_id"),
             primary_key=True,
         ),
-        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("name", Name, primary_key=True),
         sa.Column("number", sa.Integer, nullable=False),
     )

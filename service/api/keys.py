@@ -1,0 +1,86 @@
+"""The keys of tenants and of the platform."""
+
+from functools import partial
+
+from anyio import to_thread
+from fastapi import APIRouter, Request
+
+from service.api.auth import Administering, Caller, PlatformAdmin
+from service.api.bodies import read_model
+from service.api.documentation import json_body
+from service.api.negotiation import require_media_type
+from service.api.paths import KeyPath
+from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey
+from service.api.state import State, StateOf
+from service.catalog.records import Key, Principal
+
+router = APIRouter(tags=["keys"])
+
+
+@router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
+async def create_tenant_key(request: Request, tenant: Administering, by: Caller, state: StateOf) -> CreatedKey:
+    """A new key of a tenant, beside those that it has; the answer alone tells it."""
+    return await _create(request, state, tenant, by)
+
+
+@router.get("/v1/tenants/{tenant}/keys")
+async def list_tenant_keys(tenant: Administering, state: StateOf) -> KeyPage:
+    """The keys of a tenant, without their secrets."""
+    return await _list(state, tenant)
+
+
+@router.get("/v1/tenants/{tenant}/keys/{key_id}")
+async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of a tenant, without its secret."""
+    return _item(await to_thread.run_sync(state.keyring.get, tenant, key_id))
+
+
+@router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
+async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Caller, state: StateOf) -> None:
+    """Revoke a key: at once here, within seconds in other processes."""
+    await _revoke(state, tenant, key_id, by)
+
+
+@router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewKey))
+async def create_platform_key(request: Request, by: PlatformAdmin, state: StateOf) -> CreatedKey:
+    """A new key of the platform, beside those that it has; the answer alone tells it."""
+    return await _create(request, state, None, by)
+
+
+@router.get("/v1/keys")
+async def list_platform_keys(_caller: PlatformAdmin, state: StateOf) -> KeyPage:
+    """The keys of the platform, without their secrets."""
+    return await _list(state, None)
+
+
+@router.get("/v1/keys/{key_id}")
+async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of the platform, without its secret."""
+    return _item(await to_thread.run_sync(state.keyring.get, None, key_id))
+
+
+@router.delete("/v1/keys/{key_id}", status_code=204)
+async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf) -> None:
+    """Revoke a key: at once here, within seconds in other processes."""
+    await _revoke(state, None, key_id, by)
+
+
+async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
+    require_media_type(request.headers, "application/json")
+    wanted = await read_model(request, NewKey, state.settings.max_request_bytes)
+    create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
+    key, text = await to_thread.run_sync(create)
+    return CreatedKey(**_item(key).model_dump(), key=text)
+
+
+async def _list(state: State, tenant: str | None) -> KeyPage:
+    return KeyPage(items=[_item(key) for key in await to_thread.run_sync(state.keyring.listed, tenant)])
+
+
+async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
+    await to_thread.run_sync(state.keyring.revoke, tenant, key_id, by)
+    state.authenticator.forget(key_id)
+
+
+def _item(key: Key) -> KeyItem:
+    return KeyItem.model_validate(key, from_attributes=True)

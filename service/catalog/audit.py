@@ -1,0 +1,61 @@
+"""Every change: a row in the same transaction, and a line in the log once it is durable."""
+
+from functools import partial
+from typing import Any, Final
+
+import sqlalchemy as sa
+import structlog
+
+from service.catalog.database import Database, afterwards
+from service.catalog.records import AuditEntry, Principal
+from service.catalog.schema import audit, tenants
+from service.errors import NotFound
+
+log: Final = structlog.stdlib.get_logger("prefix_service")
+
+_PLATFORM: Final = "platform"
+_ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
+
+
+def record(
+    connection: sa.Connection, by: Principal, action: str, tenant: str | None, target: str, **details: Any
+) -> None:
+    """Note that `by` did `action` to `target`, a resource of `tenant` or of the platform."""
+    actor = by.tenant or _PLATFORM
+    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).scalar_subquery()
+    row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
+    connection.execute(sa.insert(audit).values(tenant_id=owner, details=details, **row))
+    afterwards(connection, partial(log.info, "audit", **row, details=details))
+
+
+class AuditLog:
+    """The changes that were made. Blocking."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, by: Principal, action: str, tenant: str | None, target: str, **details: Any) -> None:
+        """Note a change that the catalog does not hold.
+
+        Raises:
+            OutOfSpace, StorageFailed: the database refused.
+        """
+        with self._database.writing() as connection:
+            record(connection, by, action, tenant, target, **details)
+
+    def listed(self, tenant: str | None, *, before: int | None, limit: int) -> list[AuditEntry]:
+        """Up to `limit` changes, newest first, beginning before an entry's id: those of a tenant, or with None all.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        query = _ENTRY.order_by(audit.c.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(audit.c.id < before)
+        with self._database.reading() as connection:
+            if tenant is not None:
+                owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+                if owner is None:
+                    raise NotFound(f"there is no tenant {tenant!r}")
+                query = query.where(audit.c.tenant_id == owner)
+            return [AuditEntry(*row) for row in connection.execute(query)]

@@ -1,0 +1,64 @@
+"""Which blobs the catalog names, and which it let go only lately."""
+
+from collections.abc import Collection, Iterator
+from datetime import timedelta
+from typing import Final
+
+import sqlalchemy as sa
+
+from service.catalog.database import Database, insert, now
+from service.catalog.schema import adapters, garbage, tenants, versions
+
+_PAGE: Final = 1000
+
+
+class Garbage:
+    """Blobs from the catalog's side. Blocking; only the database's own time is compared."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def wanted(self, digests: Collection[str], grace: float) -> set[str]:
+        """Of these blobs, those that must stay: a version names them, or one did within the last `grace` seconds."""
+        with self._database.reading() as connection:
+            lately = garbage.c.since > now(connection) - timedelta(seconds=grace)
+            queries = (
+                sa.select(versions.c.weights).where(versions.c.weights.in_(digests)),
+                sa.select(versions.c.key_values).where(versions.c.key_values.in_(digests)),
+                sa.select(garbage.c.digest).where(garbage.c.digest.in_(digests), lately),
+            )
+            return {digest for query in queries for digest in connection.scalars(query)}
+
+    def forget(self, grace: float) -> None:
+        """Forget what was let go longer ago than `grace` seconds."""
+        with self._database.writing() as connection:
+            early = garbage.c.since <= now(connection) - timedelta(seconds=grace)
+            connection.execute(sa.delete(garbage).where(early))
+
+    def named(self) -> Iterator[tuple[str, str, str]]:
+        """Every version as `tenant/adapter@number`, with the digests of its weights and of its keys and values."""
+        last = 0
+        while True:
+            query = (
+                sa.select(versions, tenants.c.name.label("tenant"), adapters.c.name.label("adapter"))
+                .select_from(versions.join(adapters, versions.c.adapter_id == adapters.c.id).join(tenants))
+                .where(versions.c.id > last)
+                .order_by(versions.c.id)
+                .limit(_PAGE)
+            )
+            with self._database.reading() as connection:
+                rows = connection.execute(query).all()
+            for row in rows:
+                yield f"{row.tenant}/{row.adapter}@{row.number}", row.weights, row.key_values
+            if len(rows) < _PAGE:
+                return
+            last = rows[-1].id
+
+
+def let_go(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
+    """Before versions are deleted: note their blobs, whose grace period begins now."""
+    for column in (versions.c.weights, versions.c.key_values):
+        found = sa.select(column).distinct().where(condition)
+        statement = insert(connection, garbage).from_select(["digest"], found)
+        statement = statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()})
+        connection.execute(statement)

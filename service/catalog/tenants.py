@@ -1,0 +1,151 @@
+"""Tenants: who has what, and how much of it they may have."""
+
+from dataclasses import asdict
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from service.catalog.audit import record
+from service.catalog.database import Database, insert
+from service.catalog.garbage import let_go
+from service.catalog.records import Principal, Quotas, Tenant
+from service.catalog.schema import adapters, tenants, versions
+from service.errors import NotFound, QuotaExceeded
+
+_NBYTES: Final = versions.c.weights_bytes + versions.c.key_values_bytes
+
+
+class Tenants:
+    """Blocking. Every method is one transaction, and may also raise OutOfSpace or StorageFailed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def put(self, name: str, by: Principal, quotas: Quotas | None = None) -> bool:
+        """Make a tenant, or give one other quotas; whether it is new. None leaves the quotas as they are."""
+        values = asdict(quotas or Quotas())
+        with self._database.writing() as connection:
+            if make(connection, name, by, quotas):
+                return True
+            before = lock(connection, name)
+            if quotas is not None and any(before._mapping[quota] != value for quota, value in values.items()):
+                connection.execute(sa.update(tenants).where(tenants.c.name == name).values(values))
+                record(connection, by, "tenant.changed", name, name, **values)
+            return False
+
+    def delete(self, name: str, by: Principal) -> None:
+        """Delete a tenant with its keys, adapters and versions; its version numbers are never given again.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        with self._database.writing() as connection:
+            owner = lock(connection, name)
+            record(connection, by, "tenant.deleted", name, name)
+            let_go(connection, _versions_of(owner.id))
+            connection.execute(sa.delete(tenants).where(tenants.c.id == owner.id))
+
+    def get(self, name: str) -> Tenant:
+        """A tenant with its quotas and what it has.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        with self._database.reading() as connection:
+            row = connection.execute(_USAGE.where(tenants.c.name == name)).one_or_none()
+        if row is None:
+            raise NotFound(f"there is no tenant {name!r}")
+        return _tenant(row)
+
+    def listed(self, after: str, limit: int) -> list[Tenant]:
+        """Up to `limit` tenants in the order of their names, beginning behind `after`."""
+        query = _USAGE.where(tenants.c.name > after).order_by(tenants.c.name).limit(limit)
+        with self._database.reading() as connection:
+            return [_tenant(row) for row in connection.execute(query)]
+
+    def require(self, name: str) -> None:
+        """That there is such a tenant.
+
+        Raises:
+            NotFound: there is none.
+        """
+        with self._database.reading() as connection:
+            if connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == name)) is None:
+                raise NotFound(f"there is no tenant {name!r}")
+
+    def requests_per_second(self, name: str) -> int | None:
+        """How many requests a tenant may make in a second; None for no limit, or no such tenant."""
+        query = sa.select(tenants.c.requests_per_second).where(tenants.c.name == name)
+        with self._database.reading() as connection:
+            rate: int | None = connection.scalar(query)
+        return rate
+
+
+def _versions_of(tenant_id: Any) -> sa.ColumnElement[bool]:
+    owned = sa.select(adapters.c.id).where(adapters.c.tenant_id == tenant_id).correlate(tenants)
+    return versions.c.adapter_id.in_(owned)
+
+
+def _counted(tenant_id: Any) -> tuple[sa.ScalarSelect[int], sa.ScalarSelect[int]]:
+    """How many adapters a tenant has, and bytes of all their versions."""
+    count = sa.select(sa.func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id)
+    total = sa.select(sa.cast(sa.func.coalesce(sa.func.sum(_NBYTES), 0), sa.BigInteger)).where(_versions_of(tenant_id))
+    return count.scalar_subquery(), total.scalar_subquery()
+
+
+_COUNT, _TOTAL = _counted(tenants.c.id)
+_USAGE: Final = sa.select(tenants, _COUNT.label("adapters"), _TOTAL.label("bytes"))
+
+
+def _tenant(row: sa.Row[Any]) -> Tenant:
+    return Tenant(row.name, row.created, _quotas(row), row.adapters, row.bytes)
+
+
+def _quotas(row: sa.Row[Any]) -> Quotas:
+    return Quotas(**{name: row._mapping[name] for name in Quotas.__dataclass_fields__})
+
+
+def make(connection: sa.Connection, name: str, by: Principal, quotas: Quotas | None = None) -> bool:
+    """Make a tenant unless it exists; whether it is new."""
+    given = {key: value for key, value in asdict(quotas or Quotas()).items() if value is not None}
+    statement = insert(connection, tenants).values(name=name, **given).on_conflict_do_nothing()
+    if connection.execute(statement).rowcount != 1:
+        return False
+    record(connection, by, "tenant.created", name, name, **given)
+    return True
+
+
+def lock(connection: sa.Connection, name: str) -> sa.Row[Any]:
+    """Begin a change of a tenant's things; its row. On PostgreSQL such changes wait for each other here; SQLite's
+    writers always do.
+
+    Raises:
+        NotFound: there is no such tenant.
+    """
+    row = connection.execute(sa.select(tenants).where(tenants.c.name == name).with_for_update()).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no tenant {name!r}")
+    return row
+
+
+def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
+    """That a version of so many bytes fits its tenant's quotas, those of this moment.
+
+    Raises:
+        QuotaExceeded: says which quota, what is used of it, and what to do.
+    """
+    quotas = _quotas(owner)
+    if quotas.max_adapters is None and quotas.max_bytes is None:
+        return
+    count, total = connection.execute(sa.select(*_counted(owner.id))).one()
+    known = sa.select(adapters.c.id).where(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
+    if quotas.max_adapters is not None and count >= quotas.max_adapters and connection.scalar(known) is None:
+        raise QuotaExceeded(
+            f"tenant {owner.name!r} has {count} adapters and may have {quotas.max_adapters}: delete one, or ask the "
+            "platform for more"
+        )
+    if quotas.max_bytes is not None and total + nbytes > quotas.max_bytes:
+        raise QuotaExceeded(
+            f"tenant {owner.name!r} has {total} of {quotas.max_bytes} bytes, and this version takes {nbytes}: "
+            "delete versions, or ask the platform for more"
+        )
