@@ -1,17 +1,17 @@
 """Every change: a row in the same transaction, and a line in the log once it is durable."""
 
+import logging
 from functools import partial
 from typing import Any, Final
 
 import sqlalchemy as sa
-import structlog
 
 from service.catalog.database import Database, afterwards
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.schema import audit, tenants
 from service.errors import NotFound
 
-log: Final = structlog.stdlib.get_logger("prefix_service")
+log = logging.getLogger("prefix_service")
 
 _PLATFORM: Final = "platform"
 _ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
@@ -25,7 +25,7 @@ def record(
     owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).scalar_subquery()
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
     connection.execute(sa.insert(audit).values(tenant_id=owner, details=details, **row))
-    afterwards(connection, partial(log.info, "audit", **row, details=details))
+    afterwards(connection, partial(log.info, "audit", extra={**row, "details": details}))
 
 
 class AuditLog:
