@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,8 +70,7 @@ def at_once(calls: list[Callable[[], httpx.Response]]) -> list[httpx.Response]:
 def test_hardening_38_uploads_of_the_same_content_at_once(server: Server) -> None:
     """One 201, the rest 200 with the same version."""
     clients = [server.client() for _ in range(12)]
-    calls = [lambda client=client: upload(client, "races-same", "a") for client in clients]
-    answers = at_once(calls)
+    answers = at_once([partial(upload, client, "races-same", "a") for client in clients])
     assert sorted(answer.status_code for answer in answers) == [200] * 11 + [201]
     assert {(answer.json()["version"], answer.json()["digest"]) for answer in answers} == {
         (1, answers[0].json()["digest"])
@@ -80,11 +80,9 @@ def test_hardening_38_uploads_of_the_same_content_at_once(server: Server) -> Non
 def test_hardening_38_uploads_of_different_contents_at_once(server: Server) -> None:
     """Consecutive versions, each with its own content."""
     clients = [server.client() for _ in range(12)]
-    calls = [
-        lambda client=client, seed=seed: upload(client, "races-own", "a", file=weights(seed))
-        for seed, client in enumerate(clients)
-    ]
-    answers = at_once(calls)
+    answers = at_once(
+        [partial(upload, client, "races-own", "a", file=weights(seed)) for seed, client in enumerate(clients)]
+    )
     assert {answer.status_code for answer in answers} == {201}
     assert sorted(answer.json()["version"] for answer in answers) == list(range(1, 13))
     for seed, answer in enumerate(answers):
@@ -97,7 +95,7 @@ def test_hardening_39_cold_requests_for_one_adapter_at_once(small: Server) -> No
     unload(small, 0)
     before = tiers(small)
     clients = [small.client() for _ in range(16)]
-    answers = at_once([lambda client=client: client.get(prefix_path(0)) for client in clients])
+    answers = at_once([partial(client.get, prefix_path(0)) for client in clients])
     after = tiers(small)
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
@@ -174,7 +172,7 @@ def test_hardening_41_a_waiter_that_goes_away(small: Server) -> None:
         with socket.create_connection((address.hostname, address.port)) as gone:
             gone.sendall(request)
     clients = [small.client() for _ in range(4)]
-    answers = at_once([lambda client=client: client.get(prefix_path(2)) for client in clients])
+    answers = at_once([partial(client.get, prefix_path(2)) for client in clients])
     assert {answer.status_code for answer in answers} == {200}
     assert tiers(small)[0]["loads"] - before[0]["loads"] == 1
 
@@ -199,9 +197,7 @@ def test_hardening_43_moves_at_once(server: Server) -> None:
     seen = client.put(path, json={"version": 1}).headers["etag"]
     clients = [server.client() for _ in range(8)]
     calls = [
-        lambda client=client, version=2 + number % 2: client.put(
-            path, json={"version": version}, headers={"If-Match": seen}
-        )
+        partial(client.put, path, json={"version": 2 + number % 2}, headers={"If-Match": seen})
         for number, client in enumerate(clients)
     ]
     assert sorted(answer.status_code for answer in at_once(calls)) == [200] + [412] * 7
@@ -215,8 +211,7 @@ def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
     def watch() -> None:
         client = small.client()
         while not stop.is_set():
-            for tier in client.get("/v1/residency").json()["tiers"]:
-                seen.append((tier["used"], tier["budget"]))
+            seen.extend((tier["used"], tier["budget"]) for tier in client.get("/v1/residency").json()["tiers"])
 
     def fetch(number: int) -> None:
         client = small.client()
