@@ -4,7 +4,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ def unload(server: Server, number: int) -> None:
     assert server.client().delete(f"/v1/tenants/races/adapters/large-{number}/residency").status_code == 204
 
 
-def at_once(calls: list[Callable[[], httpx.Response]]) -> list[httpx.Response]:
+def at_once(calls: Sequence[Callable[[], httpx.Response]]) -> list[httpx.Response]:
     """All calls, released together."""
     barrier = threading.Barrier(len(calls))
 
@@ -206,7 +206,8 @@ def test_hardening_43_moves_at_once(server: Server) -> None:
 def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
     """Bytes are reserved before they are allocated: the budget holds at every moment, who finds no room is told when
     to come again, and all are served in the end."""
-    stop, seen = threading.Event(), []
+    stop = threading.Event()
+    seen: list[tuple[int, int]] = []
 
     def watch() -> None:
         client = small.client()
