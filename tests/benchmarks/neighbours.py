@@ -66,7 +66,7 @@ def run(plan: Plan, folder: Path, console: Console) -> dict[str, Phase]:
     wanted = [("quiet", f"q-{number:04}", SHAPE) for number in range(plan.quiet)]
     wanted += [("noisy", f"n-{number:04}", SHAPE) for number in range(plan.scanned + 1)]
     budget = str(plan.held * SHAPE.nbytes)
-    budgets = {name: budget for name in ("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES")}
+    budgets = dict.fromkeys(("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES"), budget)
     with running_server(folder / "data", environment=budgets) as server, Progress(console=console) as progress:
         task = progress.add_task("publishing", total=len(wanted))
         hosted = publish_all(server.url, server.admin_key, wanted, 4, lambda: progress.advance(task))
