@@ -9,6 +9,7 @@ from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
 
 from service.api.paths import TenantPath
 from service.api.problems import problem
@@ -73,10 +74,12 @@ class AuthenticationMiddleware:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
             try:
                 header = Headers(scope=scope).get("authorization")
-                scope["principal"] = await self._authenticator().authenticate(header)
+                principal = await self._authenticator().authenticate(header)
             except PrefixServiceError as error:
                 await problem(error)(scope, receive, send)
                 return
+            scope["principal"], scope["tenant"] = principal, principal.tenant
+            bind_contextvars(key_id=principal.key_id)
         await self._app(scope, receive, send)
 
 
@@ -89,17 +92,21 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
             inside = request.path_params.get("ref") or request.path_params.get("name")
             raise NotFound(f"there is no {tenant}/{inside}" if inside else f"there is no tenant {tenant!r}")
         _require(principal, scope)
+        request.scope["tenant"] = tenant
         return tenant
 
     return check
 
 
-def _platform_admin(request: Request) -> Principal:
-    principal: Principal = request.scope["principal"]
-    if principal.tenant is not None:
-        raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
-    _require(principal, "admin")
-    return principal
+def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
+    def check(request: Request) -> Principal:
+        principal: Principal = request.scope["principal"]
+        if principal.tenant is not None:
+            raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
+        _require(principal, scope)
+        return principal
+
+    return check
 
 
 def _require(principal: Principal, scope: KeyScope) -> None:
@@ -113,5 +120,7 @@ Writing = Annotated[str, Depends(_tenant_with("write"))]
 """The path's tenant, for a caller who may change it."""
 Administering = Annotated[str, Depends(_tenant_with("admin"))]
 """The path's tenant, for a caller who may manage its keys."""
-PlatformAdmin = Annotated[Principal, Depends(_platform_admin)]
+PlatformReader = Annotated[Principal, Depends(_platform_with("read"))]
+"""Any key of the platform."""
+PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]
 """A platform admin."""

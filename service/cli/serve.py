@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from service.console import errors_console, print_json, print_table
+from service.console import print_json, print_table
 from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
 
@@ -52,7 +52,7 @@ def serve(
     settings = load_settings(chosen)
     from service.api.run import run
 
-    run(settings, announce=lambda line: errors_console.print(line, markup=False, highlight=False, soft_wrap=True))
+    run(settings)
 
 
 def load_settings(chosen: dict[str, Any]) -> "Settings":
@@ -85,8 +85,11 @@ def _owner(tenant: str | None, platform: bool) -> str | None:
 @contextlib.contextmanager
 def _keyring(data_dir: Path | None) -> "Iterator[tuple[Keyring, Catalog]]":
     from service.data_folder import keys_of
+    from service.logs import configure
 
-    with keys_of(load_settings({"data_dir": data_dir})) as found:
+    settings = load_settings({"data_dir": data_dir})
+    configure(settings.log_level)
+    with keys_of(settings) as found:
         yield found
 
 
