@@ -25,7 +25,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {"PREFIX_LOG_LEVEL": "debug"}
     data = tmp_path_factory.mktemp("tenancy") / "data"
     with running_server(data, *options, environment=environment) as running:
-        assert upload(running.client(), TENANT, "a").status_code == 201
+        for name in ("a", "z"):  # two, so that a page may have a next
+            assert upload(running.client(), TENANT, name).status_code == 201
         yield running
 
 
