@@ -53,7 +53,7 @@ def serve(
     settings = load_settings(chosen)
     from service.api.run import run
 
-    run(settings, announce=lambda line: errors_console.print(line, markup=False, highlight=False, soft_wrap=True))
+    run(settings)
 
 
 def load_settings(chosen: dict[str, Any]) -> "Settings":
