@@ -51,7 +51,7 @@ class AuditLog:
         """
         query = _ENTRY.order_by(audit.c.id.desc()).limit(limit)
         if before is not None:
-            query = query.where(audit.c.id < before)
+            query = query.where(audit.c.id < sa.literal(before, sa.BigInteger))
         with self._database.reading() as connection:
             if tenant is not None:
                 owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))

@@ -1,4 +1,4 @@
-"""`service.catalog.database`: migrations, settings, refusals, and failures in this project's words."""
+"""`service.catalog.database`: transactions, settings, refusals, and failures in this project's words."""
 
 import sqlite3
 import threading
@@ -7,42 +7,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
 
 from service.catalog.database import Database
-from service.catalog.schema import metadata, tenants
+from service.catalog.schema import tenants
 from service.errors import OutOfSpace, StorageFailed
+from tests.catalog.conftest import on_postgresql, on_sqlite
 
 
-def pragma(database: Database, name: str) -> object:
-    with database.reading() as connection:
-        return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-
-
-def test_migrations_make_the_schema(database: Database) -> None:
-    """What the migrations made and what the code expects are one."""
-    with database.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-
-
-def test_constraints_have_their_names(database: Database) -> None:
-    """compare_metadata does not look at these; a later migration needs them to be as the naming convention says."""
-
-    def names(connection: sa.Connection) -> dict[str, set[str | None]]:
-        look = sa.inspect(connection)
-        return {
-            table: {found["name"] for found in (*look.get_unique_constraints(table), *look.get_foreign_keys(table))}
-            for table in metadata.tables
-        }
-
-    made = sa.create_engine("sqlite://")
-    metadata.create_all(made)
-    with made.connect() as expected, database.reading() as found:
-        assert names(found) == names(expected)
-    made.dispose()
-
-
+@on_sqlite
 @pytest.mark.parametrize(("name", "value"), [("journal_mode", "truncate"), ("synchronous", 2), ("foreign_keys", 1)])
 def test_settings_are_on_in_every_connection(database: Database, name: str, value: object) -> None:
     """Durable without WAL, and with foreign keys, also in the connections that threads open."""
@@ -57,32 +29,9 @@ def test_settings_are_on_in_every_connection(database: Database, name: str, valu
         assert [future.result() for future in [pool.submit(look) for _ in range(4)]] == [value] * 4
 
 
-def test_opening_again_keeps_everything(path: Path) -> None:
-    """Migrating a migrated database changes nothing."""
-    first = Database(path)
-    with first.writing() as connection:
-        connection.execute(sa.insert(tenants).values(name="acme"))
-    first.close()
-    again = Database(path)
-    with again.reading() as connection:
-        assert connection.scalars(sa.select(tenants.c.name)).all() == ["acme"]
-    again.close()
-
-
-def test_a_newer_database_is_refused(path: Path) -> None:
-    """Going back is refused in words that say what to do, and the file is left as it was."""
-    Database(path).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.close()
-    before = path.read_bytes()
-    with pytest.raises(StorageFailed, match=r"written by a newer prefix-service \(schema 9999\): run that version"):
-        Database(path)
-    assert path.read_bytes() == before
-
-
-def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     """And not overwritten."""
+    path = tmp_path / "catalog.sqlite"
     path.write_bytes(b"not a database, but quite long enough to be read as one" * 100)
     before = path.read_bytes()
     with pytest.raises(StorageFailed, match="the catalog refused: DatabaseError"):
@@ -102,12 +51,13 @@ def write(database: Database, *statements: str, error: Exception | None = None) 
 def test_a_block_that_fails_leaves_nothing(database: Database) -> None:
     """A transaction is all or nothing, tables too."""
     with pytest.raises(KeyError):
-        write(database, "INSERT INTO tenants (name) VALUES ('acme')", "CREATE TABLE t (x)", error=KeyError())
+        write(database, "INSERT INTO tenants (name) VALUES ('acme')", "CREATE TABLE t (x integer)", error=KeyError())
     with database.reading() as connection:
         assert connection.scalars(sa.select(tenants.c.name)).all() == []
         assert "t" not in sa.inspect(connection).get_table_names()
 
 
+@on_sqlite
 def test_writers_wait_for_each_other(database: Database) -> None:
     """Read, then write, in one exclusive transaction: no update is lost between threads."""
     with database.writing() as connection:
@@ -116,7 +66,7 @@ def test_writers_wait_for_each_other(database: Database) -> None:
     def count(_: int) -> None:
         with database.writing() as connection:
             n = connection.exec_driver_sql("SELECT n FROM counter").scalar_one()
-            connection.exec_driver_sql("UPDATE counter SET n = ?", (n + 1,))
+            connection.execute(sa.text("UPDATE counter SET n = :n"), {"n": n + 1})
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(count, range(40)))
@@ -143,6 +93,7 @@ def test_failures_are_told_in_this_projects_words(
     assert "secret" not in str(caught.value)
 
 
+@on_sqlite
 def test_a_full_disk_is_out_of_space(database: Database) -> None:
     """SQLite's own word for it, brought about by a limit on the file's pages."""
     with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
