@@ -22,9 +22,10 @@ def record(
 ) -> None:
     """Note that `by` did `action` to `target`, a resource of `tenant` or of the platform."""
     actor = by.tenant or _PLATFORM
-    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).scalar_subquery()
+    # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
+    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
-    connection.execute(sa.insert(audit).values(tenant_id=owner, details=details, **row))
+    connection.execute(sa.insert(audit).values(tenant_id=owner.scalar_subquery(), details=details, **row))
     afterwards(connection, partial(log.info, "audit", **row, details=details))
 
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from service.catalog.database import Database
 from service.catalog.schema import tenants
 from service.errors import OutOfSpace, StorageFailed
-from tests.catalog.conftest import on_postgresql, on_sqlite
+from tests.catalog.conftest import on_sqlite
 
 
 @on_sqlite
