@@ -27,7 +27,8 @@ def binaries() -> Path | None:
 
 
 class PostgreSQL:
-    """A server on a Unix socket in a temporary folder. It sorts by a language, as servers commonly do."""
+    """A server on a Unix socket in a temporary folder. As servers commonly do, it sorts by a language, and keeps a time
+    zone of its own."""
 
     def __init__(self, bin_: Path) -> None:
         self._bin = bin_
@@ -44,7 +45,8 @@ class PostgreSQL:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         socket = ("-k", str(self._folder), "-c", "listen_addresses=")
-        options = ("-c", "fsync=off", "-c", "max_connections=200", "-c", "timezone=Asia/Tokyo", *socket)
+        settings = ("fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
+        options = (*(word for setting in settings for word in ("-c", setting)), *socket)
         with (self._folder / "log").open("ab") as log:
             command = self._command("postgres", *options)
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)

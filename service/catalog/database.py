@@ -113,7 +113,8 @@ def _sqlite(path: Path) -> sa.Engine:
 
 
 def _postgresql(url: str) -> sa.Engine:
-    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"})
+    # The ping is a round trip; without it a restarted server would fail the first request of each idle process.
+    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"}, pool_pre_ping=True)
 
 
 def _configure(connection: Any, _record: Any) -> None:

@@ -1,17 +1,26 @@
 """`service.catalog.database`: transactions, settings, refusals, and failures in this project's words."""
 
+import re
 import sqlite3
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.database import Database
+import service.catalog
+from service.catalog.audit import AuditLog
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database, now
+from service.catalog.records import NewVersion
 from service.catalog.schema import tenants
-from service.errors import OutOfSpace, StorageFailed
-from tests.catalog.conftest import on_sqlite
+from service.catalog.tenants import Tenants
+from service.errors import InvalidRequest, OutOfSpace, StorageFailed
+from tests.catalog.conftest import BY, on_postgresql, on_sqlite
+from tests.postgresql import PostgreSQL
 
 
 @on_sqlite
@@ -106,3 +115,108 @@ def test_no_free_connection(database: Database) -> None:
     """The pool's own failure is told too."""
     with pytest.raises(StorageFailed, match="the catalog has no free connection"):
         write(database, error=sa.exc.TimeoutError())
+
+
+def test_a_reader_sees_one_moment(database: Database) -> None:
+    """What is committed while it reads, it does not see; on SQLite the writer waits until it has read."""
+    with ThreadPoolExecutor(1) as pool:
+        with database.reading() as connection:
+            assert connection.scalars(sa.select(tenants.c.name)).all() == []
+            writer = pool.submit(write, database, "INSERT INTO tenants (name) VALUES ('acme')")
+            wait([writer], 0.5)
+            assert connection.scalars(sa.select(tenants.c.name)).all() == []
+        writer.result(30)
+    with database.reading() as connection:
+        assert connection.scalars(sa.select(tenants.c.name)).all() == ["acme"]
+
+
+def test_times_are_in_utc(database: Database) -> None:
+    """Those that the database notes, and its present, wherever the server stands."""
+    write(database, "INSERT INTO tenants (name) VALUES ('acme')")
+    with database.reading() as connection:
+        created = connection.scalar(sa.select(tenants.c.created))
+        present = now(connection)
+    for moment in (created, present):
+        assert moment is not None
+        assert moment.tzinfo is None
+        assert abs(moment.replace(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=10)
+
+
+def test_only_the_databases_time_is_compared() -> None:
+    """Nothing in the catalog asks this process what time it is."""
+    sources = {path: path.read_text() for path in Path(service.catalog.__path__[0]).rglob("*.py")}
+    asks = re.compile(r"\b(datetime\.(utc)?now|today|time\.time|import time|monotonic)\b")
+    assert [path.name for path, source in sources.items() if asks.search(source)] == []
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda database, text: Tenants(database).put(text, BY),
+        lambda database, text: Catalog(database).list_adapters("acme", after="", limit=1, base_model=text),
+        lambda database, text: Catalog(database).add_version("acme", "a", new(base_model=text), BY, make_tenant=True),
+        lambda database, text: AuditLog(database).add(BY, "looked.at", None, text),
+    ],
+    ids=["tenant", "filter", "base model", "audit"],
+)
+def test_text_with_nul_is_the_callers_error(database: Database, call: Callable[[Database, str], object]) -> None:
+    """PostgreSQL cannot hold it, in a row or in a question."""
+    with pytest.raises(InvalidRequest, match=r"the catalog cannot hold this: .* cannot contain NUL"):
+        call(database, "a\0b")
+
+
+def new(base_model: str) -> NewVersion:
+    return NewVersion("d", "{}", base_model, "w", 1, "bfloat16", "kv", 1)
+
+
+@on_postgresql
+def test_a_full_disk_of_the_server_is_out_of_space(database: Database) -> None:
+    """Told by its code, whatever language the server speaks."""
+    with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
+        write(database, "DO $$ BEGIN RAISE 'kein Platz' USING ERRCODE = 'disk_full'; END $$")
+
+
+@on_postgresql
+def test_a_connection_that_breaks(database: Database) -> None:
+    """Its transaction fails in this project's words and leaves nothing; the next one works."""
+    broken = ("INSERT INTO tenants (name) VALUES ('acme')", "SELECT pg_terminate_backend(pg_backend_pid())")
+    with pytest.raises(StorageFailed, match="the catalog refused: "):
+        write(database, *broken)
+    Tenants(database).put("beta", BY)
+    assert [tenant.name for tenant in Tenants(database).listed("", 9)] == ["beta"]
+
+
+@on_postgresql
+def test_a_server_that_is_away(database: Database, postgresql: PostgreSQL) -> None:
+    """StorageFailed while it is; once it is back every call works, the first one too, and keeps what was told."""
+    room = Tenants(database)
+    assert room.put("acme", BY)
+    with ThreadPoolExecutor(4) as pool:  # several connections, all of them stale
+        list(pool.map(room.require, ["acme"] * 8))
+    postgresql.stop()
+    for call in (room.require, lambda name: room.put(name, BY)):
+        with pytest.raises(StorageFailed, match="the catalog refused: OperationalError"):
+            call("acme")
+    postgresql.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(room.require, ["acme"] * 8))
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    """Opening says so, without the password."""
+    with pytest.raises(StorageFailed) as told:
+        Database(f"postgresql+psycopg://someone:hunter2@/db?host={tmp_path}")
+    assert "hunter2" not in str(told.value)
+
+
+@on_postgresql
+def test_names_are_ordered_by_their_bytes(database: Database) -> None:
+    """Though the server would sort by a language: there this order differs."""
+    names = ["a-c", "a.b", "a0", "a_b", "ab"]
+    for name in reversed(names):
+        Tenants(database).put(name, BY)
+    assert [tenant.name for tenant in Tenants(database).listed("", 9)] == names
+    with database.reading() as connection:
+        by_language = sa.text('SELECT name::text COLLATE "default" FROM tenants ORDER BY 1')
+        assert connection.scalars(by_language).all() != names
