@@ -22,9 +22,10 @@ def record(
 ) -> None:
     """Note that `by` did `action` to `target`, a resource of `tenant` or of the platform."""
     actor = by.tenant or _PLATFORM
-    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).scalar_subquery()
+    # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
+    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
-    connection.execute(sa.insert(audit).values(tenant_id=owner, details=details, **row))
+    connection.execute(sa.insert(audit).values(tenant_id=owner.scalar_subquery(), details=details, **row))
     afterwards(connection, partial(log.info, "audit", extra={**row, "details": details}))
 
 
@@ -51,7 +52,7 @@ class AuditLog:
         """
         query = _ENTRY.order_by(audit.c.id.desc()).limit(limit)
         if before is not None:
-            query = query.where(audit.c.id < before)
+            query = query.where(audit.c.id < sa.literal(before, sa.BigInteger))
         with self._database.reading() as connection:
             if tenant is not None:
                 owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))

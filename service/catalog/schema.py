@@ -98,11 +98,12 @@ audit = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", sa.DateTime, nullable=False, server_default=sa.func.now()),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="SET NULL"), index=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="SET NULL")),
     sa.Column("tenant", sa.Text),
     sa.Column("actor", sa.Text, nullable=False),
     sa.Column("key_id", sa.Text, nullable=False),
     sa.Column("action", sa.Text, nullable=False),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),
+    sa.Index(None, "tenant_id", "id"),
 )

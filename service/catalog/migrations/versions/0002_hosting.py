@@ -30,4 +30,4 @@ def upgrade() -> None:
         sa.Column("target", sa.Text, nullable=False),
         sa.Column("details", sa.JSON, nullable=False),
     )
-    op.create_index("ix_audit_tenant_id", "audit", ["tenant_id"])
+    op.create_index("ix_audit_tenant_id_id", "audit", ["tenant_id", "id"])
