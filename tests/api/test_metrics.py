@@ -1,5 +1,6 @@
 """`GET /metrics`: the service's numbers for Prometheus, of one process or of several."""
 
+import json
 import os
 import signal
 import time
@@ -212,15 +213,24 @@ def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
         files = sorted(path.name for path in folder.iterdir())
         killed = _workers(server)[0]
         os.kill(killed, signal.SIGKILL)
-        _until(lambda: len(_workers(server)) == 2 and killed not in _workers(server))
-        _until(lambda: sorted(path.name for path in folder.iterdir()) == files)
+        _until(lambda: killed not in _workers(server) and sum(map(_counts, _workers(server))) == 2)
         _fetch(server, 10)
         _expect(server, counter, 50)
         assert sorted(path.name for path in folder.iterdir()) == files
         assert scraped(server.client())["requests_in_flight"] >= 1
+        server.process.send_signal(signal.SIGTTOU)  # one worker less: what it held is not the service's any more
+        _until(lambda: len(_workers(server)) == len(list(folder.glob("gauge_livesum_*"))) == 1)
+        _expect(server, counter, 50)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 0
     assert list(tmp_path.glob("prefix-service-metrics-*")) == []
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]  # from every process, in one form
+    assert sum(line.get("route") == ROUTE and line["status"] == 200 for line in lines) == 50
+
+
+def _counts(worker: int) -> bool:
+    """Whether a process has begun to keep numbers."""
+    return "gauge_livesum" in Path(f"/proc/{worker}/maps").read_text()
 
 
 def _fetch(server: Server, times: int) -> None:
