@@ -45,7 +45,6 @@ def take_place() -> Place:
     """
     folder = Path(os.environ[_FOLDER])
     place = next(place for number in count() if (place := _locked(folder, number)) is not None)
-    place.leave()
     by_place = values.MultiProcessValue(lambda: place.number)  # type: ignore[no-untyped-call]
     values.ValueClass = by_place
     return place
