@@ -74,6 +74,8 @@ versions = sa.Table(
     sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
     sa.UniqueConstraint("adapter_id", "number"),
     sa.UniqueConstraint("adapter_id", "digest"),
+    # What a tenant has is summed from the index alone, without a look at the manifests.
+    sa.Index(None, "adapter_id", "weights_bytes", "key_values_bytes"),
 )
 
 aliases = sa.Table(

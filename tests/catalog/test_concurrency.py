@@ -13,11 +13,11 @@ from service.catalog.database import Database
 from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
 from service.catalog.records import Quotas
-from service.catalog.schema import adapters, aliases, versions
+from service.catalog.schema import adapters, aliases, garbage, tenants, versions
 from service.catalog.tenants import Tenants
 from service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
 from service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content
+from tests.catalog.conftest import BY, Content, on_postgresql
 
 SECONDS = 3.0
 REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated)
@@ -106,15 +106,30 @@ def test_everything_at_once(database: Database, keyring: Keyring, content: Conte
         assert connection.execute(empty).all() == []
 
 
-def test_tenants_that_share_blobs_go_at_once(database: Database, content: Content) -> None:
-    """Each lets the same rows of garbage go, in the same order: nobody waits in a circle."""
-    catalog, tenants = Catalog(database), Tenants(database)
-    words = [str(n) for n in range(60)]
-    for _ in range(3):
-        names = [f"t{n}" for n in range(6)]
-        for n, tenant in enumerate(names):
-            tenants.put(tenant, BY)
-            for word in random.Random(n).sample(words, len(words)):  # noqa: S311
-                catalog.add_version(tenant, "a", content(word), BY)
-        with ThreadPoolExecutor(len(names)) as pool:
-            list(pool.map(lambda name: tenants.delete(name, BY), names))
+def fill(database: Database, tenant: str, blobs: list[int]) -> None:
+    """A tenant with a version for each of these blobs."""
+    Tenants(database).put(tenant, BY)
+    with database.writing() as connection:
+        owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+        new = sa.insert(adapters).values(tenant_id=owner, name="a").returning(adapters.c.id)
+        adapter_id = connection.scalar(new)
+        for number, blob in enumerate(blobs, 1):
+            row = {"adapter_id": adapter_id, "number": number, "digest": str(number), "manifest": "{}"}
+            row |= {"weights": f"w{blob}", "weights_bytes": 1, "weights_dtype": "bfloat16"}
+            connection.execute(sa.insert(versions).values(key_values=f"w{blob}", key_values_bytes=1, **row))
+
+
+@on_postgresql
+def test_tenants_that_share_blobs_go_at_once(database: Database) -> None:
+    """Each lets the same rows of garbage go, in the same order, and forgetting waits for none of them."""
+    names = [f"t{n}" for n in range(8)]
+    for n, name in enumerate(names):
+        fill(database, name, random.Random(n).sample(range(400), 400 - 40 * n))  # noqa: S311
+    with database.writing() as connection:
+        for blob in random.Random(0).sample(range(400), 400):  # noqa: S311
+            connection.execute(sa.insert(garbage).values(digest=f"w{blob}"))
+    with ThreadPoolExecutor(len(names) + 2) as pool:
+        forgetting = [pool.submit(Garbage(database).forget, 0) for _ in range(20)]
+        list(pool.map(lambda name: Tenants(database).delete(name, BY), names))
+        for future in forgetting:
+            future.result(60)
