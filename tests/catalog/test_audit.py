@@ -69,7 +69,7 @@ def captured() -> Iterator[list[dict[str, Any]]]:
     """What the catalog logs meanwhile: the fields of each line."""
     lines: list[dict[str, Any]] = []
     log, handler = logging.getLogger("prefix_service"), logging.Handler()
-    handler.emit = lambda line: lines.append(vars(line))  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(vars(record))  # type: ignore[method-assign]
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
