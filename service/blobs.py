@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -11,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-import structlog
-
 from service.disk import translated
 from service.errors import CorruptBlob, NotFound
 
-log: Final = structlog.stdlib.get_logger("prefix_service")
+log = logging.getLogger("prefix_service")
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -173,7 +172,7 @@ class FolderBlobStore:
         with translated(f"put blob {digest} aside"), self.locked(fcntl.LOCK_EX):
             if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 path.replace(self._quarantine / path.name)
-        log.error("blob damaged", digest=digest, kept=f"{self._quarantine.name}/{path.name}")
+        log.error("blob damaged", extra={"digest": digest, "kept": f"{self._quarantine.name}/{path.name}"})
         return CorruptBlob(
             f"the stored bytes of {digest} no longer match their digest; they are put aside, publish the same files "
             "again to mend the version",

@@ -1,19 +1,18 @@
 """Garbage collection: blobs that no version names any more go, while everything else goes on."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-import structlog
-
 from service.blobs import BlobStore, StoredBlob
 from service.catalog.garbage import Garbage
 from service.errors import PrefixServiceError
 
-log: Final = structlog.stdlib.get_logger("prefix_service")
+log = logging.getLogger("prefix_service")
 
 _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
@@ -61,7 +60,7 @@ class Collector:
                     blobs, nbytes = blobs + 1, nbytes + blob.size
         self._garbage.forget(self._grace)
         if blobs or leftovers:
-            log.info("garbage collected", blobs=blobs, bytes=nbytes, leftovers=leftovers)
+            log.info("garbage collected", extra={"blobs": blobs, "bytes": nbytes, "leftovers": leftovers})
         return Collected(blobs, nbytes, leftovers)
 
     def reconcile(self) -> list[Lost]:
@@ -76,7 +75,7 @@ class Collector:
             if lost.weights or lost.key_values:
                 found.append(lost)
                 what = [name for name in ("weights", "key_values") if getattr(lost, name)]
-                log.error("blobs lost", version=version, lost=what)
+                log.error("blobs lost", extra={"version": version, "lost": what})
         return found
 
 
@@ -90,7 +89,7 @@ def _logged(call: Callable[[], object]) -> None:
     try:
         call()
     except PrefixServiceError as error:
-        log.error("garbage collection failed", error=str(error))  # noqa: TRY400 - its words say it all
+        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its words say it all
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ PrefixServiceError
 ├── OutOfSpace                  the disk or a memory budget is exhausted
 │   └── QuotaExceeded           the tenant has as much as it may have
 ├── Unavailable                 try again later
+│   ├── RateLimited             more requests than the tenant's rate
 │   ├── CorruptBlob             stored bytes no longer match their digest
 │   └── StorageFailed           the disk or the catalog refused a write or a read
 ├── Internal                    a defect of the service
@@ -163,6 +164,12 @@ class Unavailable(PrefixServiceError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimited(Unavailable):
+    """More requests a second than the tenant may send."""
+
+    code = "rate-limited"
 
 
 class CorruptBlob(Unavailable):

@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Final
 
 import rfc8785
-import structlog
 import torch
 from anyio import to_thread
 from safetensors.torch import save
@@ -31,7 +31,7 @@ from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tenso
 from service.prefix.wire import KV_DTYPES, Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 
-log: Final = structlog.stdlib.get_logger("prefix_service")
+log = logging.getLogger("prefix_service")
 
 _KEY_VALUES: Final = "past_key_values"
 _REMEMBERED_DIGESTS: Final = 10_000
@@ -188,7 +188,7 @@ class Library:
 
     def _encode_again(self, version: Version) -> PrefixKV:
         """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
-        log.warning("keys and values lost", version=_name(version), digest=version.key_values)
+        log.warning("keys and values lost", extra={"version": _name(version), "digest": version.key_values})
         config = parse_config(version.config)
         with _expected(version.weights):
             weights = load_weights(self._blobs.read(version.weights), config)

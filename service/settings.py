@@ -6,6 +6,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.logs import LogLevel
+
 _MIB = 1 << 20
 _GIB = 1 << 30
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -43,6 +45,13 @@ class Settings(BaseSettings):
         int, Field(gt=0, description="largest request body that is not an upload, in bytes")
     ] = 64 * _MIB
     max_upload_bytes: Annotated[int, Field(gt=0, description="largest weights file, in bytes")] = 2 * _GIB
+
+    log_level: Annotated[LogLevel, Field(description="debug, info, warning or error; health and metrics at debug")] = (
+        "info"
+    )
+    metrics_port: Annotated[
+        int | None, Field(ge=1, le=65535, description="TCP port that serves /metrics without a key, on the same host")
+    ] = None
 
     @model_validator(mode="after")
     def _dev_stays_at_home(self) -> Self:

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.postgresql import PostgreSQL, binaries
+
 CORPUS = Path(__file__).parent / "data" / "corpus"
 
 
@@ -125,6 +127,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def admin(server: Server) -> httpx.Client:
     """An HTTP client with the platform admin's key."""
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server of these tests; only CI must have one."""
+    bin_ = binaries()
+    if bin_ is None:
+        (pytest.fail if "CI" in os.environ else pytest.skip)("NOT TESTED: PostgreSQL is not installed")
+    server = PostgreSQL(bin_)
+    yield server
+    server.remove()
 
 
 Publish = Callable[..., httpx.Response]

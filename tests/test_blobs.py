@@ -1,5 +1,6 @@
 """`service.blobs`: the contract of a store of bytes, and how the folder keeps it when the disk does not."""
 
+import fcntl
 import hashlib
 import os
 import resource
@@ -47,7 +48,11 @@ def staged(store: BlobStore, data: bytes = DATA) -> StagedBlob:
 
 
 def files_in(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*") if path.is_file()]
+    return [path for path in root.rglob("*") if path.is_file() and path != root / "lock"]
+
+
+def blobs_in(root: Path) -> list[Path]:
+    return [path for path in files_in(root) if path.parent.name != "quarantine"]
 
 
 def opened(store: FolderBlobStore, digest: str) -> bytes:
@@ -114,7 +119,7 @@ def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> Non
     """One file by its digest; a discarded blob leaves none."""
     digest = staged(folder).commit()
     staged(folder).discard()
-    assert files_in(root) == [folder.path(digest)]
+    assert blobs_in(root) == [folder.path(digest)]
     assert folder.path(digest).read_bytes() == DATA
 
 
@@ -123,14 +128,74 @@ def test_a_second_store_sees_the_first_ones_blobs(folder: FolderBlobStore, root:
     assert FolderBlobStore(root).read(staged(folder).commit()) == DATA
 
 
+def abandoned(root: Path, seconds_ago: float = 0) -> Path:
+    """What a process that was killed in an upload leaves."""
+    path = root / "staging" / f"left-{seconds_ago}"
+    path.write_bytes(b"half")
+    moment = path.stat().st_mtime - seconds_ago
+    os.utime(path, (moment, moment))
+    return path
+
+
 def test_a_sweep_removes_what_a_crash_left(folder: FolderBlobStore, root: Path) -> None:
-    """Unfinished uploads, and no blob."""
+    """Unfinished uploads of the dead, old enough; no blob, and no upload that somebody writes."""
     digest = staged(folder).commit()
-    unfinished = [staged(folder) for _ in range(3)]
-    assert FolderBlobStore(root).sweep() == 3
-    assert files_in(root) == [folder.path(digest)]
-    for blob in unfinished:
-        blob.discard()
+    old, new, running = abandoned(root, 100), abandoned(root, 10), staged(folder)
+    assert FolderBlobStore(root).sweep(older_than=60) == 1
+    assert (old.exists(), new.exists()) == (False, True)
+    assert FolderBlobStore(root).sweep(older_than=0) == 1
+    assert running.commit() == digest
+    assert blobs_in(root) == [folder.path(digest)]
+
+
+def aged(folder: FolderBlobStore, data: bytes, seconds: float) -> str:
+    """A blob that was committed so long ago."""
+    digest = staged(folder, data).commit()
+    path = folder.path(digest)
+    moment = path.stat().st_mtime - seconds
+    os.utime(path, (moment, moment))
+    return digest
+
+
+def test_a_listing_tells_sizes_and_ages(folder: FolderBlobStore) -> None:
+    """Every blob, and nothing that is staged."""
+    digests = {aged(folder, b"old", 1000): 3, aged(folder, b"newer", 10): 5}
+    unfinished = staged(folder, b"unfinished")
+    found = {blob.digest: blob for blob in folder.listed()}
+    unfinished.discard()
+    assert {digest: blob.size for digest, blob in found.items()} == digests
+    ages = [found[digest].age for digest in digests]
+    assert ages == pytest.approx([1000, 10], abs=5)
+
+
+def test_removal_spares_what_was_committed_again(folder: FolderBlobStore) -> None:
+    """Age counts from the last commit, also of the same bytes, so what a running upload stored stays."""
+    old, again = aged(folder, b"old", 1000), aged(folder, b"again", 1000)
+    staged(folder, b"again").commit()
+    assert [folder.remove(digest, older_than=60) for digest in (old, again)] == [True, False]
+    assert (folder.exists(old), folder.exists(again)) == (False, True)
+    assert not folder.remove(old, older_than=60)
+
+
+def test_an_upload_that_began_long_ago_is_new_when_it_is_committed(folder: FolderBlobStore, root: Path) -> None:
+    """A slow upload's last byte may be old by the time that its version is published."""
+    blob = staged(folder)
+    for path in (root / "staging").iterdir():
+        os.utime(path, (0, 0))
+    assert not folder.remove(blob.commit(), older_than=60)
+
+
+def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
+    """Under the lock a rename and a removal never overlap: the old blob is looked at again once the new one is in."""
+    digest = aged(folder, DATA, 1000)
+    with ThreadPoolExecutor(1) as pool:
+        with folder.locked(fcntl.LOCK_SH):
+            removal = pool.submit(folder.remove, digest, 60)
+            with pytest.raises(TimeoutError):
+                removal.result(0.2)
+            os.utime(folder.path(digest))
+        assert removal.result(10) is False
+    assert folder.read(digest) == DATA
 
 
 def flipped(path: Path) -> None:
@@ -146,12 +211,17 @@ def flipped(path: Path) -> None:
     ids=["bit", "shorter", "longer", "empty"],
 )
 def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
-    """Whatever happened to the file, damaged bytes are never handed out; the same content put again heals it."""
+    """Whatever happened to the file, damaged bytes are never handed out: they are put aside for who wants to look, and
+    the same content put again heals the blob."""
     digest = staged(folder).commit()
     damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
+    bad = folder.path(digest).read_bytes()
     with pytest.raises(CorruptBlob, match="no longer match their digest") as caught:
         read(folder, digest)
     assert caught.value.retry_after == 60
+    assert (folder.path(digest).parents[1] / "quarantine" / folder.path(digest).name).read_bytes() == bad
+    with pytest.raises(NotFound):
+        read(folder, digest)
     staged(folder).commit()
     assert folder.read(digest) == DATA
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.blobs import FolderBlobStore
-from service.catalog.keys import Principal
+from service.catalog.records import COMMAND_LINE, Principal
 from service.data_folder import bootstrap_file, catalog_file, keys_of, opened
 from service.errors import Conflict, StorageFailed, Unauthenticated
 from service.settings import Settings
@@ -123,12 +123,12 @@ def test_a_start_sweeps_what_a_crash_left(settings: Settings) -> None:
 
 def test_keys_can_be_made_while_a_service_runs(settings: Settings) -> None:
     """And on a folder that was never used: the command line needs no service."""
-    with opened(settings), keys_of(settings) as (keyring, catalog):
-        catalog.add_tenant("acme")
-        _, text = keyring.create("acme", "read", "ci")
+    with opened(settings), keys_of(settings) as (keyring, tenants):
+        tenants.put("acme", COMMAND_LINE)
+        _, text = keyring.create("acme", "read", "ci", COMMAND_LINE)
     assert whose(settings, text).tenant == "acme"
     with keys_of(settings.model_copy(update={"data_dir": settings.data_dir / "new"})) as (keyring, _):
-        keyring.create(None, "read", "ci")
+        keyring.create(None, "read", "ci", COMMAND_LINE)
 
 
 def test_replicas_share_the_keys_secret(settings: Settings, tmp_path: Path) -> None:

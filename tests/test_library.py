@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from service.blobs import FolderBlobStore
-from service.catalog.catalog import Catalog
 from service.catalog.database import Database
-from service.catalog.records import Version
-from service.errors import CorruptBlob, Unavailable
+from service.catalog.records import COMMAND_LINE, Quotas, Version
+from service.errors import CorruptBlob, QuotaExceeded, Unavailable
 from service.library import Library, Target
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
@@ -26,9 +25,9 @@ async def library(tmp_path: Path) -> AsyncIterator[Library]:
     """A library on a folder."""
     database = Database(tmp_path / "catalog.sqlite")
     registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
-    catalog = Catalog(database)
-    catalog.add_tenant("acme")
-    yield Library(catalog, FolderBlobStore(tmp_path / "blobs"), registry, LIMITS)
+    made = Library(database, FolderBlobStore(tmp_path / "blobs"), registry, LIMITS)
+    made.tenants.put("acme", COMMAND_LINE)
+    yield made
     database.close()
 
 
@@ -39,7 +38,7 @@ async def published(library: Library, case: str) -> Version:
     weights = await library.stage()
     try:
         weights.write((folder / "adapter_model.safetensors").read_bytes())
-        version, _ = await library.publish(Target("acme", "a"), config, weights)
+        version, _ = await library.publish(Target("acme", "a", COMMAND_LINE), config, weights)
     finally:
         weights.discard()
     return version
@@ -63,7 +62,7 @@ async def test_a_lost_derived_blob_is_made_again_from_the_weights(library: Libra
     version = await published(library, "llama-n20-emb")
     before = await body_of(library, version)
     blob(tmp_path, version.key_values).unlink()
-    library.unload(version)
+    await library.unload(version, COMMAND_LINE)
     assert await body_of(library, version) == before
     assert blob(tmp_path, version.key_values).exists()
 
@@ -86,7 +85,7 @@ async def test_lost_weights_are_damage(library: Library, tmp_path: Path) -> None
     version = await published(library, "llama-n20-emb")
     for digest in (version.weights, version.key_values):
         blob(tmp_path, digest).unlink()
-    library.unload(version)
+    await library.unload(version, COMMAND_LINE)
     with pytest.raises(CorruptBlob, match="lost"):
         await body_of(library, version)
     with pytest.raises(CorruptBlob, match="lost"):
@@ -97,8 +96,35 @@ async def test_bit_rot_is_damage_for_one_version_alone(library: Library, tmp_pat
     """A byte that changed on the disk is noticed before it is served; others are unaffected."""
     version, other = await published(library, "llama-n20-emb"), await published(library, "gpt2-n20-emb")
     path = blob(tmp_path, version.key_values)
+    before = await body_of(library, version)
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    library.unload(version)
+    await library.unload(version, COMMAND_LINE)
     with pytest.raises(CorruptBlob, match="no longer match"):
         await body_of(library, version)
     assert await body_of(library, other)
+    await library.unload(version, COMMAND_LINE)
+    assert await body_of(library, version) == before  # made again from its weights
+
+
+async def test_the_same_files_again_mend_a_version(library: Library, tmp_path: Path) -> None:
+    """Also when nothing of it is left: what was remembered of its damage is forgotten."""
+    version = await published(library, "llama-n20-emb")
+    before = await body_of(library, version)
+    for digest in (version.weights, version.key_values):
+        blob(tmp_path, digest).unlink()
+    await library.unload(version, COMMAND_LINE)
+    with pytest.raises(CorruptBlob, match="lost"):
+        await body_of(library, version)
+    assert await published(library, "llama-n20-emb") == version
+    assert await body_of(library, version) == before
+
+
+async def test_a_quota_is_met_before_the_encoder_runs(library: Library, tmp_path: Path) -> None:
+    """What has no room leaves no blob; what is there already needs none, however full its tenant is."""
+    version = await published(library, "llama-n20-emb")
+    library.tenants.put("acme", COMMAND_LINE, Quotas(max_bytes=version.nbytes))
+    before = sorted((tmp_path / "blobs").rglob("*"))
+    with pytest.raises(QuotaExceeded, match=rf"has {version.nbytes} of {version.nbytes} bytes"):
+        await published(library, "gpt2-n20-emb")
+    assert sorted((tmp_path / "blobs").rglob("*")) == before
+    assert await published(library, "llama-n20-emb") == version

@@ -6,19 +6,25 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
+from starlette.types import ASGIApp
 
 from service.api import adapters, aliases, audit, keys, ops, prefixes, problems, residency, tenants
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
+from service.api.metrics import Metrics
 from service.api.middleware import StrictPathMiddleware
 from service.api.negotiation import require_json_acceptable
+from service.api.rates import RateLimitMiddleware, RateLimits
+from service.api.requests import RequestMiddleware
 from service.api.schemas import Problem
 from service.api.state import State
+from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
 from service.data_folder import blob_folder, catalog_file
 from service.library import Library
+from service.logs import configure
 from service.plan import Limits
 from service.registry.registry import AdapterRegistry, choose_device
 from service.settings import Settings
@@ -30,25 +36,36 @@ _DESCRIPTION = (
 
 
 class _App(FastAPI):
+    def __init__(self, metrics: Metrics, **options: Any) -> None:
+        super().__init__(**options)
+        self._metrics = metrics
+
+    def build_middleware_stack(self) -> ASGIApp:
+        # Around FastAPI's own outermost, which answers defects.
+        return RequestMiddleware(super().build_middleware_stack(), self._metrics)
+
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             self.openapi_schema = documented(super().openapi())
         return self.openapi_schema
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     """The ASGI app of one process; the data folder is opened when its lifespan begins."""
+    metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir))
         try:
-            app.state.prefix_service = _compose(settings, database)
-            yield
+            app.state.prefix_service = _compose(settings, database, metrics)
+            async with metrics.sampled():
+                yield
         finally:
             database.close()
 
     app = _App(
+        metrics,
         title="prefix-service",
         version=version("prefix-service"),
         description=_DESCRIPTION,
@@ -64,19 +81,25 @@ def create_app(settings: Settings) -> FastAPI:
     for room in (adapters, aliases, residency, tenants, keys, audit):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
+    app.add_middleware(RateLimitMiddleware, limits=lambda: app.state.prefix_service.rates)
     app.add_middleware(AuthenticationMiddleware, authenticator=lambda: app.state.prefix_service.authenticator)
     return app
 
 
 def create_app_from_environment() -> FastAPI:
     """For worker processes, which get their settings from the environment."""
-    return create_app(Settings())
+    settings = Settings()
+    configure(settings.log_level)
+    return create_app(settings, Metrics(take_place()))
 
 
-def _compose(settings: Settings, database: Database) -> State:
+def _compose(settings: Settings, database: Database, metrics: Metrics) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
+    metrics.watch(registry.tiers)
     library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits)
     keyring = Keyring(database, settings.secret_file)
-    return State(settings, library, keyring, Authenticator(None if settings.dev else keyring))
+    authenticator = Authenticator(None if settings.dev else keyring)
+    rates = RateLimits(library.tenants.requests_per_second)
+    return State(settings, library, keyring, authenticator, rates, metrics)

@@ -9,6 +9,7 @@ from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
 
 from service.api.paths import TenantPath
 from service.api.problems import problem
@@ -78,10 +79,12 @@ class AuthenticationMiddleware:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
             try:
                 header = Headers(scope=scope).get("authorization")
-                scope["principal"] = await self._authenticator().authenticate(header)
+                principal = await self._authenticator().authenticate(header)
             except PrefixServiceError as error:
                 await problem(error)(scope, receive, send)
                 return
+            scope["principal"], scope["tenant"] = principal, principal.tenant
+            bind_contextvars(key_id=principal.key_id)
         await self._app(scope, receive, send)
 
 
@@ -94,6 +97,7 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
             inside = request.path_params.get("ref") or request.path_params.get("name")
             raise NotFound(f"there is no {tenant}/{inside}" if inside else f"there is no tenant {tenant!r}")
         _require(principal, scope)
+        request.scope["tenant"] = tenant
         return tenant
 
     return check

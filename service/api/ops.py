@@ -1,22 +1,37 @@
-"""Live and ready: two different questions."""
+"""What those who run the service ask: is it live, is it ready, what does it count."""
 
 from anyio import to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 
+from service.api.auth import PlatformReader
 from service.api.schemas import Health
 from service.api.state import StateOf
 
-router = APIRouter(tags=["health"])
+router = APIRouter()
 
 
-@router.get("/livez")
+@router.get("/livez", tags=["health"])
 async def live() -> Health:
     """The process answers: restart it if this fails."""
     return Health()
 
 
-@router.get("/readyz")
+@router.get("/readyz", tags=["health"])
 async def ready(state: StateOf) -> Health:
     """The service can do its work: send it no requests while this fails."""
     await to_thread.run_sync(state.library.catalog.check)
     return Health()
+
+
+@router.get(
+    "/metrics",
+    tags=["metrics"],
+    response_class=Response,
+    responses={200: {"description": "Prometheus' text, or OpenMetrics", "content": {"text/plain": {}}}},
+)
+async def metrics(request: Request, _caller: PlatformReader, state: StateOf) -> Response:
+    """What the service counts, for Prometheus: of all its processes, whichever answers."""
+    state.metrics.sample()
+    accept = request.headers.get("accept", "")
+    content, media_type = await to_thread.run_sync(state.metrics.exposition, accept)
+    return Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})

@@ -7,6 +7,7 @@ from urllib.parse import urlencode
 from fastapi import Request
 
 from service.errors import InvalidReference, InvalidRequest
+from service.logs import redacted
 from service.prefix.references import check_name
 
 
@@ -38,5 +39,5 @@ def _decoded(cursor: str) -> str | None:
 
 def next_link(request: Request, cursor: str) -> str:
     """The Link header (RFC 8288) of the following page."""
-    query = {**request.query_params, "cursor": cursor}
-    return f'<{request.scope["path"]}?{urlencode(query)}>; rel="next"'
+    query = redacted(urlencode({**request.query_params, "cursor": cursor}))
+    return f'<{request.scope["path"]}?{query}>; rel="next"'

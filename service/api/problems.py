@@ -1,17 +1,19 @@
 """Every failure as `application/problem+json` (RFC 9457): the one table from errors to HTTP statuses."""
 
 import json
-import logging
 from typing import Any, Final
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service import errors
+from service.logs import redacted
 
-log = logging.getLogger("prefix_service")
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
 STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.InvalidInput: 422,
@@ -25,6 +27,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.UnsupportedMediaType: 415,
     errors.RangeNotSatisfiable: 416,
     errors.OutOfSpace: 507,
+    errors.RateLimited: 429,
     errors.Unavailable: 503,
     errors.Internal: 500,
 }
@@ -45,14 +48,22 @@ def problem(error: errors.PrefixServiceError) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.length}"
-    return _response(status_of(error), error.code, error.message, headers)
+    return _ProblemResponse(status_of(error), error.code, error.message, headers)
 
 
-def _response(status: int, code: str, detail: str, headers: dict[str, str]) -> Response:
-    title = code.replace("-", " ").capitalize()
-    body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": detail, "code": code}
-    content = json.dumps(body).encode()
-    return Response(content, status, {"Cache-Control": "no-store", **headers}, "application/problem+json")
+class _ProblemResponse(Response):
+    """A problem document; the request's line in the log tells its code."""
+
+    def __init__(self, status: int, code: str, detail: str, headers: dict[str, str]) -> None:
+        title = code.replace("-", " ").capitalize()
+        body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": redacted(detail)}
+        content = json.dumps({**body, "code": code}).encode()
+        super().__init__(content, status, {"Cache-Control": "no-store", **headers}, "application/problem+json")
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["problem"] = self._code
+        await super().__call__(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:
@@ -63,13 +74,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _defect)
 
 
-def _known(_request: Request, error: Exception) -> Response:
+async def _known(_request: Request, error: Exception) -> Response:
     if not isinstance(error, errors.PrefixServiceError):
         raise TypeError(type(error))
     return problem(error)
 
 
-def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(_request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise TypeError(type(error))
     return problem(invalid_request(error.errors()))
@@ -82,15 +93,15 @@ def invalid_request(found: Any) -> errors.InvalidRequest:
     return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {first.get('input')!r:.80}")
 
 
-def _routing(_request: Request, error: Exception) -> Response:
+async def _routing(_request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise TypeError(type(error))
     if error.status_code == 404:
         return problem(errors.NotFound("there is no such resource"))
     code = "method-not-allowed" if error.status_code == 405 else "http-error"
-    return _response(error.status_code, code, str(error.detail), dict(error.headers or {}))
+    return _ProblemResponse(error.status_code, code, str(error.detail), dict(error.headers or {}))
 
 
-def _defect(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
+async def _defect(_request: Request, error: Exception) -> Response:
+    log.error("a request met a defect of the service", exc_info=error)
     return problem(errors.Internal("a defect of the service; its log says more"))

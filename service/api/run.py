@@ -1,43 +1,55 @@
 """A running service: uvicorn on a data folder, in one process or several."""
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
+import structlog
 import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, start_http_server
 
 from service.api.app import create_app
+from service.api.metrics import Metrics
+from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
+from service.errors import Conflict
+from service.logs import configure
 from service.registry.registry import choose_device
 from service.settings import LOOPBACK, Settings
 
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
-def run(settings: Settings, announce: Callable[[str], None]) -> None:
+
+def run(settings: Settings) -> None:
     """Serve until a signal ends it; requests under way are finished first.
 
     Raises:
-        Conflict: another service runs on the data folder.
+        Conflict: another service runs on the data folder, or another program listens on the metrics port.
         InvalidInput: the device is not there.
         StorageFailed, OutOfSpace: the disk refused.
     """
+    configure(settings.log_level)
     device = choose_device(settings.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again after it has drained: an end in order is status 0.
         signal.signal(number, _end)
-    with opened(settings):
+    with opened(settings), _app(settings) as app:
         where = f"unix:{settings.uds}" if settings.uds else f"http://{settings.host}:{settings.port}"
-        announce(f"prefix-service {version('prefix-service')} on {where}, data in {settings.data_dir}, device {device}")
+        log.info(
+            "serving", version=version("prefix-service"), at=where, data=str(settings.data_dir), device=str(device)
+        )
         if settings.dev:
-            announce("dev mode: no keys, every caller on this machine may do everything")
+            log.warning("dev mode: no keys, every caller on this machine may do everything")
         elif bootstrap_file(settings.data_dir).exists():
-            announce(f"the platform admin's first key is in {bootstrap_file(settings.data_dir)}")
-        single = settings.workers == 1
+            log.info("the platform admin's first key is in a file", file=str(bootstrap_file(settings.data_dir)))
         uvicorn.run(
-            create_app(settings) if single else "service.api.app:create_app_from_environment",
-            factory=not single,
+            app,
+            factory=isinstance(app, str),
             workers=settings.workers,
             host=settings.host,
             port=settings.port,
@@ -45,11 +57,40 @@ def run(settings: Settings, announce: Callable[[str], None]) -> None:
             # httptools is the faster parser, and lets two Host headers and any number of others through.
             http="httptools" if settings.uds or settings.host in LOOPBACK else "h11",
             ws="none",
+            log_config=None,
             access_log=False,
             server_header=False,
-            log_level="warning",
             timeout_graceful_shutdown=30,
         )
+
+
+@contextlib.contextmanager
+def _app(settings: Settings) -> Iterator[FastAPI | str]:
+    """The app, or for several workers where each finds it; its metrics on their port, if they have one."""
+    if settings.workers == 1:
+        metrics = Metrics()
+        with _metrics_port(settings, metrics.exposed):
+            yield create_app(settings, metrics)
+    else:
+        with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):
+            yield "service.api.app:create_app_from_environment"
+
+
+@contextlib.contextmanager
+def _metrics_port(settings: Settings, exposed: CollectorRegistry) -> Iterator[None]:
+    if settings.metrics_port is None:
+        yield
+        return
+    try:
+        server, thread = start_http_server(settings.metrics_port, settings.host, exposed)
+    except OSError as error:
+        raise Conflict(f"metrics cannot be served on {settings.host}:{settings.metrics_port}: {error}") from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:

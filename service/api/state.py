@@ -6,6 +6,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.api.auth import Authenticator
+from service.api.metrics import Metrics
+from service.api.rates import RateLimits
 from service.catalog.keys import Keyring
 from service.library import Library
 from service.settings import Settings
@@ -19,6 +21,8 @@ class State:
     library: Library
     keyring: Keyring
     authenticator: Authenticator
+    rates: RateLimits
+    metrics: Metrics
 
 
 def _state(request: Request) -> State:

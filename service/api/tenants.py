@@ -49,6 +49,7 @@ async def put_tenant(
         quotas = (await read_model(request, TenantQuotas, state.settings.max_request_bytes)).quotas()
     tenants = state.library.tenants
     is_new = await to_thread.run_sync(tenants.put, tenant, by, quotas)
+    state.rates.forget(tenant)
     response.status_code = 201 if is_new else 200
     return TenantItem.of(await to_thread.run_sync(tenants.get, tenant))
 

@@ -1,17 +1,17 @@
 """Every change: a row in the same transaction, and a line in the log once it is durable."""
 
+import logging
 from functools import partial
 from typing import Any, Final
 
 import sqlalchemy as sa
-import structlog
 
 from service.catalog.database import Database, afterwards
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.schema import audit, tenants
 from service.errors import NotFound
 
-log: Final = structlog.stdlib.get_logger("prefix_service")
+log = logging.getLogger("prefix_service")
 
 _PLATFORM: Final = "platform"
 _ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
@@ -22,10 +22,11 @@ def record(
 ) -> None:
     """Note that `by` did `action` to `target`, a resource of `tenant` or of the platform."""
     actor = by.tenant or _PLATFORM
-    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).scalar_subquery()
+    # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
+    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
-    connection.execute(sa.insert(audit).values(tenant_id=owner, details=details, **row))
-    afterwards(connection, partial(log.info, "audit", **row, details=details))
+    connection.execute(sa.insert(audit).values(tenant_id=owner.scalar_subquery(), details=details, **row))
+    afterwards(connection, partial(log.info, "audit", extra={**row, "details": details}))
 
 
 class AuditLog:
@@ -51,7 +52,7 @@ class AuditLog:
         """
         query = _ENTRY.order_by(audit.c.id.desc()).limit(limit)
         if before is not None:
-            query = query.where(audit.c.id < before)
+            query = query.where(audit.c.id < sa.literal(before, sa.BigInteger))
         with self._database.reading() as connection:
             if tenant is not None:
                 owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))

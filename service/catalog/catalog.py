@@ -151,7 +151,7 @@ class Catalog:
             PreconditionFailed: it does not point where `expected` says.
         """
         with self._changing(tenant, adapter) as (connection, adapter_id):
-            if _one(connection, adapter_id, versions.c.number == number) is None:
+            if _one(connection, adapter_id, _numbered(number)) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
             values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
@@ -244,9 +244,14 @@ def _adapter_id(connection: sa.Connection, tenant: str, adapter: str) -> int:
     return found
 
 
+def _numbered(number: int) -> sa.ColumnElement[bool]:
+    # A caller's number may be larger than the column's, which on PostgreSQL would not even compare.
+    return versions.c.number == sa.literal(number, sa.BigInteger)
+
+
 def _selected(adapter_id: int, reference: Reference) -> sa.ColumnElement[bool]:
     if reference.version is not None:
-        return versions.c.number == reference.version
+        return _numbered(reference.version)
     if reference.digest is not None:
         return versions.c.digest == reference.digest
     if reference.selector == "latest":

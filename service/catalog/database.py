@@ -13,10 +13,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service.errors import OutOfSpace, StorageFailed
+from service.errors import InvalidRequest, OutOfSpace, StorageFailed
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
@@ -31,16 +31,24 @@ class Database:
 
     def __init__(self, place: Path | str) -> None:
         self._engine = _sqlite(place) if isinstance(place, Path) else _postgresql(place)
-        self._migrate(place)
+        self._reads = self._engine
+        if self._engine.dialect.name == "postgresql":
+            self._reads = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        try:
+            self._migrate(place)
+        except BaseException:
+            self.close()
+            raise
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A transaction that only reads.
+        """A transaction that only reads, and sees the database as it is at one moment.
 
         Raises:
+            InvalidRequest: a value that the database cannot hold.
             StorageFailed: the database refused.
         """
-        with _translated(), self._engine.begin() as connection:
+        with _translated(), self._reads.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -48,6 +56,7 @@ class Database:
         """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called.
 
         Raises:
+            InvalidRequest: a value that the database cannot hold.
             OutOfSpace, StorageFailed: the database refused.
         """
         calls: list[Callable[[], object]] = []
@@ -71,7 +80,7 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             found = MigrationContext.configure(connection).get_current_revision()
             if found is not None and found not in known:
-                name = place if isinstance(place, Path) else sa.make_url(place).render_as_string()
+                name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
                 raise StorageFailed(
                     f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
                     "start with a copy made before the upgrade"
@@ -104,7 +113,8 @@ def _sqlite(path: Path) -> sa.Engine:
 
 
 def _postgresql(url: str) -> sa.Engine:
-    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"})
+    # The ping is a round trip; without it a restarted server would fail the first request of each idle process.
+    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"}, pool_pre_ping=True)
 
 
 def _configure(connection: Any, _record: Any) -> None:
@@ -124,6 +134,9 @@ def _begin(connection: sa.Connection) -> None:
 def _translated() -> Iterator[None]:
     try:
         yield
+    except DataError as error:
+        # PostgreSQL's text holds no NUL.
+        raise InvalidRequest(f"the catalog cannot hold this: {error.orig}") from error
     except DBAPIError as error:
         if "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == "53100":
             raise OutOfSpace("the catalog's disk is full") from error

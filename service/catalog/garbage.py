@@ -33,14 +33,23 @@ class Garbage:
         """Forget what was let go longer ago than `grace` seconds."""
         with self._database.writing() as connection:
             early = garbage.c.since <= now(connection) - timedelta(seconds=grace)
-            connection.execute(sa.delete(garbage).where(early))
+            # What another transaction holds is being let go again, or forgotten there.
+            free = sa.select(garbage.c.digest).where(early).with_for_update(skip_locked=True)
+            connection.execute(sa.delete(garbage).where(garbage.c.digest.in_(free)))
 
     def named(self) -> Iterator[tuple[str, str, str]]:
         """Every version as `tenant/adapter@number`, with the digests of its weights and of its keys and values."""
         last = 0
         while True:
             query = (
-                sa.select(versions, tenants.c.name.label("tenant"), adapters.c.name.label("adapter"))
+                sa.select(
+                    versions.c.id,
+                    versions.c.number,
+                    versions.c.weights,
+                    versions.c.key_values,
+                    tenants.c.name.label("tenant"),
+                    adapters.c.name.label("adapter"),
+                )
                 .select_from(versions.join(adapters, versions.c.adapter_id == adapters.c.id).join(tenants))
                 .where(versions.c.id > last)
                 .order_by(versions.c.id)
@@ -57,8 +66,7 @@ class Garbage:
 
 def let_go(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
     """Before versions are deleted: note their blobs, whose grace period begins now."""
-    for column in (versions.c.weights, versions.c.key_values):
-        found = sa.select(column).distinct().where(condition)
-        statement = insert(connection, garbage).from_select(["digest"], found)
-        statement = statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()})
-        connection.execute(statement)
+    found = sa.union(*(sa.select(column).where(condition) for column in (versions.c.weights, versions.c.key_values)))
+    # In order: tenants share blobs, and on PostgreSQL two who locked these rows each in its own order would deadlock.
+    statement = insert(connection, garbage).from_select(["digest"], found.order_by(sa.text("1")))
+    connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()}))

@@ -17,6 +17,7 @@ from service.catalog.audit import record
 from service.catalog.database import Database, now
 from service.catalog.records import Key, Principal, Scope
 from service.catalog.schema import keys, tenants
+from service.catalog.tenants import lock
 from service.disk import translated, write_private
 from service.errors import NotFound, OutOfSpace, StorageFailed, Unauthenticated
 
@@ -59,13 +60,8 @@ class Keyring:
         body = f"pfx_{key_id}_{secrets.token_hex(24)}"
         text = f"{body}_{_checksum(body)}"
         with self._database.writing() as connection:
-            row = {
-                "id": key_id,
-                "tenant_id": _tenant_id(connection, tenant),
-                "scope": scope,
-                "name": name,
-                "expires": expires,
-            }
+            owner = _changed(connection, tenant)
+            row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": expires}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
             return self._key(connection, key_id), text
@@ -99,7 +95,8 @@ class Keyring:
             NotFound: there is no such tenant.
         """
         with self._database.reading() as connection:
-            query = _KEY_ROW.where(_owned(connection, tenant)).order_by(keys.c.created, keys.c.id)
+            query = _KEY_ROW.where(keys.c.tenant_id == _tenant_id(connection, tenant))
+            query = query.order_by(keys.c.created, keys.c.id)
             return [Key(*row) for row in connection.execute(query)]
 
     def get(self, tenant: str | None, key_id: str) -> Key:
@@ -109,7 +106,8 @@ class Keyring:
             NotFound: this owner has no such key, or there is no such owner.
         """
         with self._database.reading() as connection:
-            row = connection.execute(_KEY_ROW.where(keys.c.id == key_id, _owned(connection, tenant))).one_or_none()
+            owned = keys.c.tenant_id == _tenant_id(connection, tenant)
+            row = connection.execute(_KEY_ROW.where(keys.c.id == key_id, owned)).one_or_none()
         if row is None:
             raise NotFound(f"there is no key {key_id!r:.40}")
         return Key(*row)
@@ -121,7 +119,8 @@ class Keyring:
             NotFound: this owner has no such key, or there is no such owner.
         """
         with self._database.writing() as connection:
-            gone = sa.delete(keys).where(keys.c.id == key_id, _owned(connection, tenant))
+            owner = _changed(connection, tenant)
+            gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"there is no key {key_id!r:.40}")
             record(connection, by, "key.revoked", tenant, key_id)
@@ -134,15 +133,18 @@ class Keyring:
 
 
 def _tenant_id(connection: sa.Connection, tenant: str | None) -> int | None:
+    """A tenant's id; None, which SQLAlchemy compares with IS NULL, for the platform."""
+    if tenant is None:
+        return None
     found: int | None = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-    if tenant is not None and found is None:
+    if found is None:
         raise NotFound(f"there is no tenant {tenant!r}")
     return found
 
 
-def _owned(connection: sa.Connection, tenant: str | None) -> sa.ColumnElement[bool]:
-    tenant_id = _tenant_id(connection, tenant)
-    return keys.c.tenant_id.is_(None) if tenant_id is None else keys.c.tenant_id == tenant_id
+def _changed(connection: sa.Connection, tenant: str | None) -> int | None:
+    """The id of the tenant whose keys are about to change; None for the platform."""
+    return None if tenant is None else lock(connection, tenant).id
 
 
 def _checksum(body: str) -> str:

@@ -74,6 +74,8 @@ versions = sa.Table(
     sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
     sa.UniqueConstraint("adapter_id", "number"),
     sa.UniqueConstraint("adapter_id", "digest"),
+    # What a tenant has is summed from the index alone, without a look at the manifests.
+    sa.Index(None, "adapter_id", "weights_bytes", "key_values_bytes"),
 )
 
 aliases = sa.Table(
@@ -98,11 +100,12 @@ audit = sa.Table(
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("at", sa.DateTime, nullable=False, server_default=sa.func.now()),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="SET NULL"), index=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="SET NULL")),
     sa.Column("tenant", sa.Text),
     sa.Column("actor", sa.Text, nullable=False),
     sa.Column("key_id", sa.Text, nullable=False),
     sa.Column("action", sa.Text, nullable=False),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),
+    sa.Index(None, "tenant_id", "id"),
 )

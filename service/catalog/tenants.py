@@ -109,7 +109,7 @@ def make(connection: sa.Connection, name: str, by: Principal, quotas: Quotas | N
     """Make a tenant unless it exists; whether it is new."""
     given = {key: value for key, value in asdict(quotas or Quotas()).items() if value is not None}
     statement = insert(connection, tenants).values(name=name, **given).on_conflict_do_nothing()
-    if connection.execute(statement).rowcount != 1:
+    if connection.scalar(statement.returning(tenants.c.id)) is None:
         return False
     record(connection, by, "tenant.created", name, name, **given)
     return True

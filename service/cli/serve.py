@@ -1,4 +1,4 @@
-"""`serve`, `key` and `openapi`: the commands of who runs the service."""
+"""`serve`, `key`, `backup` and `openapi`: the commands of who runs the service."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from service.cli.options import Json
-from service.console import errors_console, print_json, print_table
+from service.console import console, errors_console, human_bytes, print_json, print_table
 from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
 
@@ -33,6 +33,7 @@ TenantOption = Annotated[str | None, typer.Option("--tenant", help="The tenant t
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command()(serve)
+    app.command()(backup)
     app.command()(openapi)
     app.add_typer(key_app, name="key", no_args_is_help=True)
 
@@ -52,7 +53,7 @@ def serve(
     settings = load_settings(chosen)
     from service.api.run import run
 
-    run(settings, announce=lambda line: errors_console.print(line, markup=False, highlight=False, soft_wrap=True))
+    run(settings)
 
 
 def load_settings(chosen: dict[str, Any]) -> "Settings":
@@ -149,6 +150,31 @@ def revoke_key(
     owner = _owner(tenant, platform)
     with _keyring(data_dir) as (keyring, _):
         keyring.revoke(owner, key_id, COMMAND_LINE)
+
+
+def backup(
+    target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a data folder, also while the service runs: the copy is a data folder for `serve --data-dir`."""
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
+
+    from service.backup import back_up
+
+    settings = load_settings({"data_dir": data_dir})
+    columns = (SpinnerColumn(), "copying", DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors_console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        done = back_up(settings, target, lambda nbytes: progress.advance(task, nbytes))
+    if as_json:
+        print_json({"path": str(target), "blobs": done.blobs, "bytes": done.nbytes, "lost": done.lost})
+    else:
+        console.print(f"copied {done.blobs} blobs, {human_bytes(done.nbytes)}, to {target}", highlight=False)
+        for digest in done.lost:
+            console.print(f"lost or damaged: {digest}", style="red", highlight=False, soft_wrap=True)
+    if done.lost:
+        raise typer.Exit(1)
 
 
 def openapi(

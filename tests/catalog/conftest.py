@@ -1,4 +1,4 @@
-"""A catalog on a new SQLite file."""
+"""A catalog on a new database, SQLite and PostgreSQL in turn: one contract for both."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -6,21 +6,49 @@ from pathlib import Path
 
 import pytest
 
+from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
-from service.catalog.records import NewVersion
+from service.catalog.garbage import Garbage
+from service.catalog.keys import Keyring
+from service.catalog.records import NewVersion, Principal
+from service.catalog.tenants import Tenants
+from tests.postgresql import PostgreSQL
 
 Content = Callable[..., NewVersion]
+Place = Path | str
+"""Where a database is: a file for SQLite, a URL for PostgreSQL."""
+
+BY = Principal("platform-key", None, "admin")
+"""Who makes the changes that a test is not about."""
+
+# Tests of what one of the two alone does.
+on_sqlite = pytest.mark.parametrize("place", ["sqlite"], indirect=True)
+on_postgresql = pytest.mark.parametrize("place", ["postgresql"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def template(postgresql: PostgreSQL) -> str:
+    """A PostgreSQL database that was migrated once, to be copied."""
+    name = postgresql.new_database()
+    Database(postgresql.url(name)).close()
+    return name
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "sqlite":
+        yield tmp_path / "catalog.sqlite"
+        return
+    server: PostgreSQL = request.getfixturevalue("postgresql")
+    name = server.new_database(request.getfixturevalue("template"))
+    yield server.url(name)
+    server.drop(name)
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "catalog.sqlite"
-
-
-@pytest.fixture
-def database(path: Path) -> Iterator[Database]:
-    opened = Database(path)
+def database(place: Place) -> Iterator[Database]:
+    opened = Database(place)
     yield opened
     opened.close()
 
@@ -31,8 +59,33 @@ def catalog(database: Database) -> Catalog:
 
 
 @pytest.fixture
+def tenants(database: Database) -> Tenants:
+    return Tenants(database)
+
+
+@pytest.fixture
+def audit(database: Database) -> AuditLog:
+    return AuditLog(database)
+
+
+@pytest.fixture
+def garbage(database: Database) -> Garbage:
+    return Garbage(database)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    return tmp_path / "secrets" / "key.secret"
+
+
+@pytest.fixture
+def keyring(database: Database, secret: Path) -> Keyring:
+    return Keyring(database, secret)
+
+
+@pytest.fixture
 def content() -> Content:
-    """What publishing would put into the catalog, for a content that is told apart by a word."""
+    """What publishing would put into the catalog, for a content that is told apart by a word: 10 + 20 bytes."""
 
     def make(word: str, base_model: str | None = "gpt2") -> NewVersion:
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"

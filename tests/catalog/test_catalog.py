@@ -3,26 +3,26 @@
 import multiprocessing
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
 from service.catalog.records import NewVersion, Version
+from service.catalog.tenants import Tenants
 from service.errors import Conflict, NotFound, PreconditionFailed
 from service.prefix.references import parse_reference
-from tests.catalog.conftest import Content
+from tests.catalog.conftest import BY, Content, Place
 
 
 @pytest.fixture(autouse=True)
-def acme(catalog: Catalog) -> None:
+def acme(tenants: Tenants) -> None:
     """A tenant for every test."""
-    assert catalog.add_tenant("acme")
+    assert tenants.put("acme", BY)
 
 
 def publish(catalog: Catalog, new: NewVersion, adapter: str = "a", tenant: str = "acme") -> int:
-    return catalog.add_version(tenant, adapter, new)[0].number
+    return catalog.add_version(tenant, adapter, new, BY)[0].number
 
 
 def resolve(catalog: Catalog, reference: str, tenant: str = "acme") -> Version:
@@ -30,23 +30,13 @@ def resolve(catalog: Catalog, reference: str, tenant: str = "acme") -> Version:
 
 
 def delete(catalog: Catalog, reference: str) -> None:
-    catalog.delete("acme", parse_reference(reference))
-
-
-def test_a_tenant_is_made_once(catalog: Catalog) -> None:
-    """Making it again says that it was there; listings are in the order of names."""
-    assert not catalog.add_tenant("acme")
-    assert catalog.add_tenant("beta")
-    assert (catalog.has_tenant("beta"), catalog.has_tenant("gamma")) == (True, False)
-    assert catalog.list_tenants("", 10) == ["acme", "beta"]
-    assert catalog.list_tenants("acme", 10) == ["beta"]
-    assert catalog.list_tenants("", 1) == ["acme"]
+    catalog.delete("acme", parse_reference(reference), BY)
 
 
 def test_a_version_is_what_was_published(catalog: Catalog, content: Content) -> None:
     """Every field comes back, with its number, its owner and a time."""
     new = content("x")
-    version, is_new = catalog.add_version("acme", "a", new)
+    version, is_new = catalog.add_version("acme", "a", new, BY)
     assert is_new
     assert (version.tenant, version.adapter, version.number) == ("acme", "a", 1)
     assert asdict(version).items() >= asdict(new).items()
@@ -56,26 +46,26 @@ def test_a_version_is_what_was_published(catalog: Catalog, content: Content) -> 
 
 def test_the_same_digest_is_the_same_version(catalog: Catalog, content: Content) -> None:
     """Publishing is idempotent, and latest does not move; in another adapter it is another version."""
-    first, _ = catalog.add_version("acme", "a", content("x"))
+    first, _ = catalog.add_version("acme", "a", content("x"), BY)
     publish(catalog, content("y"))
-    assert catalog.add_version("acme", "a", content("x")) == (first, False)
+    assert catalog.add_version("acme", "a", content("x"), BY) == (first, False)
     assert resolve(catalog, "a").number == 2
-    assert catalog.add_version("acme", "b", content("x"))[1]
+    assert catalog.add_version("acme", "b", content("x"), BY)[1]
 
 
-def test_a_version_needs_a_tenant(catalog: Catalog, content: Content) -> None:
+def test_a_version_needs_a_tenant(catalog: Catalog, tenants: Tenants, content: Content) -> None:
     """Unless it may bring one along."""
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
         publish(catalog, content("x"), tenant="ghost")
-    version, is_new = catalog.add_version("ghost", "a", content("x"), make_tenant=True)
-    assert (is_new, version.tenant, catalog.has_tenant("ghost")) == (True, "ghost", True)
+    version, is_new = catalog.add_version("ghost", "a", content("x"), BY, make_tenant=True)
+    assert (is_new, version.tenant, tenants.get("ghost").adapters) == (True, "ghost", 1)
 
 
 def test_every_way_to_name_a_version(catalog: Catalog, content: Content) -> None:
     """Number, digest, alias, latest, and nothing at all."""
     for word in "xyz":
         publish(catalog, content(word))
-    catalog.put_alias("acme", "a", "prod", 2)
+    catalog.put_alias("acme", "a", "prod", 2, BY)
     digest = content("x").digest
     references = {"a": 3, "a@latest": 3, "a@1": 1, "a@prod": 2, f"a@{digest}": 1}
     assert {reference: resolve(catalog, reference).number for reference in references} == references
@@ -89,9 +79,9 @@ def test_what_is_not_there(catalog: Catalog, content: Content, reference: str) -
         resolve(catalog, reference)
 
 
-def test_tenants_do_not_see_each_other(catalog: Catalog, content: Content) -> None:
+def test_tenants_do_not_see_each_other(catalog: Catalog, tenants: Tenants, content: Content) -> None:
     """The same adapter name is another adapter."""
-    catalog.add_tenant("beta")
+    tenants.put("beta", BY)
     publish(catalog, content("x"))
     with pytest.raises(NotFound):
         resolve(catalog, "a", tenant="beta")
@@ -119,10 +109,10 @@ def test_an_alias_moves(catalog: Catalog, content: Content) -> None:
     """To any version that exists, and is told as new once."""
     for word in "xy":
         publish(catalog, content(word))
-    assert catalog.put_alias("acme", "a", "prod", 1)
-    assert not catalog.put_alias("acme", "a", "prod", 2)
+    assert catalog.put_alias("acme", "a", "prod", 1, BY)
+    assert not catalog.put_alias("acme", "a", "prod", 2, BY)
     assert catalog.aliases_of("acme", "a") == {"prod": 2}
-    catalog.delete_alias("acme", "a", "prod")
+    catalog.delete_alias("acme", "a", "prod", BY)
     assert catalog.aliases_of("acme", "a") == {}
 
 
@@ -145,33 +135,33 @@ def test_an_alias_moves_from_where_it_is_expected(
     for word in "xyz":
         publish(catalog, content(word))
     if before is not None:
-        catalog.put_alias("acme", "a", "prod", before)
+        catalog.put_alias("acme", "a", "prod", before, BY)
     if moves:
-        catalog.put_alias("acme", "a", "prod", 3, expected)
+        catalog.put_alias("acme", "a", "prod", 3, BY, expected)
     else:
         with pytest.raises(PreconditionFailed, match=f"alias 'prod' points at {before or 'nothing'}"):
-            catalog.put_alias("acme", "a", "prod", 3, expected)
+            catalog.put_alias("acme", "a", "prod", 3, BY, expected)
     assert catalog.aliases_of("acme", "a").get("prod") == (3 if moves else before)
 
 
 def test_an_alias_is_deleted_where_it_is_expected(catalog: Catalog, content: Content) -> None:
     """The same for its deletion."""
     publish(catalog, content("x"))
-    catalog.put_alias("acme", "a", "prod", 1)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
     with pytest.raises(PreconditionFailed):
-        catalog.delete_alias("acme", "a", "prod", expected=2)
-    catalog.delete_alias("acme", "a", "prod", expected=1)
+        catalog.delete_alias("acme", "a", "prod", BY, expected=2)
+    catalog.delete_alias("acme", "a", "prod", BY, expected=1)
     with pytest.raises(NotFound, match="has no alias 'prod'"):
-        catalog.delete_alias("acme", "a", "prod")
+        catalog.delete_alias("acme", "a", "prod", BY)
 
 
 def test_an_alias_needs_its_version(catalog: Catalog, content: Content) -> None:
     """It never points at nothing."""
     with pytest.raises(NotFound, match="there is no acme/a"):
-        catalog.put_alias("acme", "a", "prod", 1)
+        catalog.put_alias("acme", "a", "prod", 1, BY)
     publish(catalog, content("x"))
     with pytest.raises(NotFound, match="there is no acme/a@2"):
-        catalog.put_alias("acme", "a", "prod", 2)
+        catalog.put_alias("acme", "a", "prod", 2, BY)
 
 
 def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> None:
@@ -179,7 +169,7 @@ def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> 
     for word in "xy":
         publish(catalog, content(word))
     for alias in ("prod", "eu"):
-        catalog.put_alias("acme", "a", alias, 1)
+        catalog.put_alias("acme", "a", alias, 1, BY)
     for reference in ("a@1", f"a@{content('x').digest}"):
         with pytest.raises(Conflict, match="alias eu, prod points at acme/a@"):
             delete(catalog, reference)
@@ -189,7 +179,7 @@ def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> 
 def test_an_adapter_goes_with_everything(catalog: Catalog, content: Content) -> None:
     """Aliases do not protect it, and do not come back with its name."""
     publish(catalog, content("x"))
-    catalog.put_alias("acme", "a", "prod", 1)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
     delete(catalog, "a")
     for call in (catalog.aliases_of, catalog.versions_of):
         with pytest.raises(NotFound, match="there is no acme/a"):
@@ -228,7 +218,7 @@ def test_adapters_come_in_pages(catalog: Catalog, content: Content) -> None:
     for name in ("c", "a", "b"):
         publish(catalog, content(name), name)
     publish(catalog, content("new"), "b")
-    catalog.put_alias("acme", "b", "prod", 1)
+    catalog.put_alias("acme", "b", "prod", 1, BY)
     first = catalog.list_adapters("acme", after="", limit=2, base_model=None)
     assert [(item.latest.adapter, item.latest.number, item.versions) for item in first] == [("a", 1, 1), ("b", 2, 2)]
     assert first[1].aliases == {"prod": 1}
@@ -245,11 +235,11 @@ def test_adapters_of_one_base_model(catalog: Catalog, content: Content) -> None:
     assert [item.latest.adapter for item in found] == ["b"]
 
 
-def publish_from(path: Path, contents: list[NewVersion]) -> list[tuple[int, bool]]:
-    """What another process does: a catalog of its own on the same file."""
-    database = Database(path)
+def publish_from(place: Place, contents: list[NewVersion]) -> list[tuple[int, bool]]:
+    """What another process does: a catalog of its own on the same database."""
+    database = Database(place)
     try:
-        published = [Catalog(database).add_version("acme", "a", new) for new in contents]
+        published = [Catalog(database).add_version("acme", "a", new, BY) for new in contents]
         return [(version.number, is_new) for version, is_new in published]
     finally:
         database.close()
@@ -262,12 +252,12 @@ def pool_of(kind: str, workers: int) -> Executor:
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("threads", 8), ("processes", 2)])
-def test_many_who_publish_at_once(catalog: Catalog, path: Path, content: Content, kind: str, workers: int) -> None:
+def test_many_who_publish_at_once(catalog: Catalog, place: Place, content: Content, kind: str, workers: int) -> None:
     """The same content: one is new, the rest get its version. Different contents: consecutive numbers."""
     same = [content("same")] * 5
     own = [[content(f"{worker}-{n}") for n in range(5)] for worker in range(workers)]
     with pool_of(kind, workers) as pool:
-        futures = [pool.submit(publish_from, path, same + contents) for contents in own]
+        futures = [pool.submit(publish_from, place, same + contents) for contents in own]
         results = [result for future in futures for result in future.result(60)]
     numbers = {number for number, is_new in results if is_new}
     assert len([1 for _, is_new in results if is_new]) == len(numbers) == 5 * workers + 1
@@ -279,11 +269,11 @@ def test_many_who_move_an_alias_at_once(catalog: Catalog, content: Content) -> N
     """Of those who expect the same, one moves it."""
     for word in "xyz":
         publish(catalog, content(word))
-    catalog.put_alias("acme", "a", "prod", 1)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
 
     def move(number: int) -> bool:
         try:
-            catalog.put_alias("acme", "a", "prod", number, expected=1)
+            catalog.put_alias("acme", "a", "prod", number, BY, expected=1)
         except PreconditionFailed:
             return False
         return True

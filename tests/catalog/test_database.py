@@ -1,48 +1,29 @@
-"""`service.catalog.database`: migrations, settings, refusals, and failures in this project's words."""
+"""`service.catalog.database`: transactions, settings, refusals, and failures in this project's words."""
 
+import re
 import sqlite3
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
 
-from service.catalog.database import Database
-from service.catalog.schema import metadata, tenants
-from service.errors import OutOfSpace, StorageFailed
-
-
-def pragma(database: Database, name: str) -> object:
-    with database.reading() as connection:
-        return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-
-
-def test_migrations_make_the_schema(database: Database) -> None:
-    """What the migrations made and what the code expects are one."""
-    with database.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+import service.catalog
+from service.catalog.audit import AuditLog
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database, now
+from service.catalog.records import NewVersion
+from service.catalog.schema import tenants
+from service.catalog.tenants import Tenants
+from service.errors import InvalidRequest, OutOfSpace, StorageFailed
+from tests.catalog.conftest import BY, on_postgresql, on_sqlite
+from tests.postgresql import PostgreSQL
 
 
-def test_constraints_have_their_names(database: Database) -> None:
-    """compare_metadata does not look at these; a later migration needs them to be as the naming convention says."""
-
-    def names(connection: sa.Connection) -> dict[str, set[str | None]]:
-        look = sa.inspect(connection)
-        return {
-            table: {found["name"] for found in (*look.get_unique_constraints(table), *look.get_foreign_keys(table))}
-            for table in metadata.tables
-        }
-
-    made = sa.create_engine("sqlite://")
-    metadata.create_all(made)
-    with made.connect() as expected, database.reading() as found:
-        assert names(found) == names(expected)
-    made.dispose()
-
-
+@on_sqlite
 @pytest.mark.parametrize(("name", "value"), [("journal_mode", "truncate"), ("synchronous", 2), ("foreign_keys", 1)])
 def test_settings_are_on_in_every_connection(database: Database, name: str, value: object) -> None:
     """Durable without WAL, and with foreign keys, also in the connections that threads open."""
@@ -57,32 +38,9 @@ def test_settings_are_on_in_every_connection(database: Database, name: str, valu
         assert [future.result() for future in [pool.submit(look) for _ in range(4)]] == [value] * 4
 
 
-def test_opening_again_keeps_everything(path: Path) -> None:
-    """Migrating a migrated database changes nothing."""
-    first = Database(path)
-    with first.writing() as connection:
-        connection.execute(sa.insert(tenants).values(name="acme"))
-    first.close()
-    again = Database(path)
-    with again.reading() as connection:
-        assert connection.scalars(sa.select(tenants.c.name)).all() == ["acme"]
-    again.close()
-
-
-def test_a_newer_database_is_refused(path: Path) -> None:
-    """Going back is refused in words that say what to do, and the file is left as it was."""
-    Database(path).close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.close()
-    before = path.read_bytes()
-    with pytest.raises(StorageFailed, match=r"written by a newer prefix-service \(schema 9999\): run that version"):
-        Database(path)
-    assert path.read_bytes() == before
-
-
-def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     """And not overwritten."""
+    path = tmp_path / "catalog.sqlite"
     path.write_bytes(b"not a database, but quite long enough to be read as one" * 100)
     before = path.read_bytes()
     with pytest.raises(StorageFailed, match="the catalog refused: DatabaseError"):
@@ -102,12 +60,13 @@ def write(database: Database, *statements: str, error: Exception | None = None) 
 def test_a_block_that_fails_leaves_nothing(database: Database) -> None:
     """A transaction is all or nothing, tables too."""
     with pytest.raises(KeyError):
-        write(database, "INSERT INTO tenants (name) VALUES ('acme')", "CREATE TABLE t (x)", error=KeyError())
+        write(database, "INSERT INTO tenants (name) VALUES ('acme')", "CREATE TABLE t (x integer)", error=KeyError())
     with database.reading() as connection:
         assert connection.scalars(sa.select(tenants.c.name)).all() == []
         assert "t" not in sa.inspect(connection).get_table_names()
 
 
+@on_sqlite
 def test_writers_wait_for_each_other(database: Database) -> None:
     """Read, then write, in one exclusive transaction: no update is lost between threads."""
     with database.writing() as connection:
@@ -116,7 +75,7 @@ def test_writers_wait_for_each_other(database: Database) -> None:
     def count(_: int) -> None:
         with database.writing() as connection:
             n = connection.exec_driver_sql("SELECT n FROM counter").scalar_one()
-            connection.exec_driver_sql("UPDATE counter SET n = ?", (n + 1,))
+            connection.execute(sa.text("UPDATE counter SET n = :n"), {"n": n + 1})
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(count, range(40)))
@@ -143,6 +102,7 @@ def test_failures_are_told_in_this_projects_words(
     assert "secret" not in str(caught.value)
 
 
+@on_sqlite
 def test_a_full_disk_is_out_of_space(database: Database) -> None:
     """SQLite's own word for it, brought about by a limit on the file's pages."""
     with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
@@ -155,3 +115,108 @@ def test_no_free_connection(database: Database) -> None:
     """The pool's own failure is told too."""
     with pytest.raises(StorageFailed, match="the catalog has no free connection"):
         write(database, error=sa.exc.TimeoutError())
+
+
+def test_a_reader_sees_one_moment(database: Database) -> None:
+    """What is committed while it reads, it does not see; on SQLite the writer waits until it has read."""
+    with ThreadPoolExecutor(1) as pool:
+        with database.reading() as connection:
+            assert connection.scalars(sa.select(tenants.c.name)).all() == []
+            writer = pool.submit(write, database, "INSERT INTO tenants (name) VALUES ('acme')")
+            wait([writer], 0.5)
+            assert connection.scalars(sa.select(tenants.c.name)).all() == []
+        writer.result(30)
+    with database.reading() as connection:
+        assert connection.scalars(sa.select(tenants.c.name)).all() == ["acme"]
+
+
+def test_times_are_in_utc(database: Database) -> None:
+    """Those that the database notes, and its present, wherever the server stands."""
+    write(database, "INSERT INTO tenants (name) VALUES ('acme')")
+    with database.reading() as connection:
+        created = connection.scalar(sa.select(tenants.c.created))
+        present = now(connection)
+    for moment in (created, present):
+        assert moment is not None
+        assert moment.tzinfo is None
+        assert abs(moment.replace(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=10)
+
+
+def test_only_the_databases_time_is_compared() -> None:
+    """Nothing in the catalog asks this process what time it is."""
+    sources = {path: path.read_text() for path in Path(service.catalog.__path__[0]).rglob("*.py")}
+    asks = re.compile(r"\b(datetime\.(utc)?now|today|time\.time|import time|monotonic)\b")
+    assert [path.name for path, source in sources.items() if asks.search(source)] == []
+
+
+@on_postgresql
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda database, text: Tenants(database).put(text, BY),
+        lambda database, text: Catalog(database).list_adapters("acme", after="", limit=1, base_model=text),
+        lambda database, text: Catalog(database).add_version("acme", "a", new(base_model=text), BY, make_tenant=True),
+        lambda database, text: AuditLog(database).add(BY, "looked.at", None, text),
+    ],
+    ids=["tenant", "filter", "base model", "audit"],
+)
+def test_text_with_nul_is_the_callers_error(database: Database, call: Callable[[Database, str], object]) -> None:
+    """PostgreSQL cannot hold it, in a row or in a question."""
+    with pytest.raises(InvalidRequest, match=r"the catalog cannot hold this: .* cannot contain NUL"):
+        call(database, "a\0b")
+
+
+def new(base_model: str) -> NewVersion:
+    return NewVersion("d", "{}", base_model, "w", 1, "bfloat16", "kv", 1)
+
+
+@on_postgresql
+def test_a_full_disk_of_the_server_is_out_of_space(database: Database) -> None:
+    """Told by its code, whatever language the server speaks."""
+    with pytest.raises(OutOfSpace, match="the catalog's disk is full"):
+        write(database, "DO $$ BEGIN RAISE 'kein Platz' USING ERRCODE = 'disk_full'; END $$")
+
+
+@on_postgresql
+def test_a_connection_that_breaks(database: Database) -> None:
+    """Its transaction fails in this project's words and leaves nothing; the next one works."""
+    broken = ("INSERT INTO tenants (name) VALUES ('acme')", "SELECT pg_terminate_backend(pg_backend_pid())")
+    with pytest.raises(StorageFailed, match="the catalog refused: "):
+        write(database, *broken)
+    Tenants(database).put("beta", BY)
+    assert [tenant.name for tenant in Tenants(database).listed("", 9)] == ["beta"]
+
+
+@on_postgresql
+def test_a_server_that_is_away(database: Database, postgresql: PostgreSQL) -> None:
+    """StorageFailed while it is; once it is back every call works, the first one too, and keeps what was told."""
+    room = Tenants(database)
+    assert room.put("acme", BY)
+    with ThreadPoolExecutor(4) as pool:  # several connections, all of them stale
+        list(pool.map(room.require, ["acme"] * 8))
+    postgresql.stop()
+    for call in (room.require, lambda name: room.put(name, BY)):
+        with pytest.raises(StorageFailed, match="the catalog refused: OperationalError"):
+            call("acme")
+    postgresql.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(room.require, ["acme"] * 8))
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    """Opening says so, without the password."""
+    with pytest.raises(StorageFailed) as told:
+        Database(f"postgresql+psycopg://someone:hunter2@/db?host={tmp_path}")
+    assert "hunter2" not in str(told.value)
+
+
+@on_postgresql
+def test_names_are_ordered_by_their_bytes(database: Database) -> None:
+    """Though the server would sort by a language: there this order differs."""
+    names = ["a-c", "a.b", "a0", "a_b", "ab"]
+    for name in reversed(names):
+        Tenants(database).put(name, BY)
+    assert [tenant.name for tenant in Tenants(database).listed("", 9)] == names
+    with database.reading() as connection:
+        by_language = sa.text('SELECT name::text COLLATE "default" FROM tenants ORDER BY 1')
+        assert connection.scalars(by_language).all() != names

@@ -8,23 +8,19 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.catalog import Catalog
 from service.catalog.database import Database
-from service.catalog.keys import Keyring, Principal
-from service.catalog.records import SCOPES, Scope
-from service.catalog.schema import keys
+from service.catalog.keys import Keyring
+from service.catalog.records import SCOPES, Principal, Scope
+from service.catalog.schema import keys, metadata
+from service.catalog.tenants import Tenants
 from service.errors import NotFound, StorageFailed, Unauthenticated
+from tests.catalog.conftest import BY
 
 
-@pytest.fixture
-def secret(tmp_path: Path) -> Path:
-    return tmp_path / "secrets" / "key.secret"
-
-
-@pytest.fixture
-def keyring(database: Database, catalog: Catalog, secret: Path) -> Keyring:
-    catalog.add_tenant("acme")
-    return Keyring(database, secret)
+@pytest.fixture(autouse=True)
+def acme(tenants: Tenants) -> None:
+    """A tenant for every test."""
+    assert tenants.put("acme", BY)
 
 
 def soon(**distance: float) -> datetime:
@@ -35,23 +31,24 @@ def soon(**distance: float) -> datetime:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_key_says_whose_it_is(keyring: Keyring, tenant: str | None, scope: Scope) -> None:
     """Its text alone; its record has everything else."""
-    key, text = keyring.create(tenant, scope, "ci")
+    key, text = keyring.create(tenant, scope, "ci", BY)
     assert keyring.verify(text) == Principal(key.id, tenant, scope)
     assert (key.tenant, key.scope, key.name, key.expires, key.last_used) == (tenant, scope, "ci", None, None)
 
 
 def test_no_two_keys_are_alike(keyring: Keyring) -> None:
     """Nor can one be guessed from another: 24 random bytes each."""
-    texts = [keyring.create("acme", "read", "")[1] for _ in range(20)]
+    texts = [keyring.create("acme", "read", "", BY)[1] for _ in range(20)]
     assert len({text[20:68] for text in texts}) == len(set(texts)) == 20
 
 
-def test_only_a_keyed_hash_is_stored(keyring: Keyring, database: Database, secret: Path, path: Path) -> None:
-    """Neither the text nor its random part is in the file; another secret verifies nothing."""
-    _, text = keyring.create("acme", "read", "")
-    assert text.split("_")[2].encode() not in path.read_bytes()
+def test_only_a_keyed_hash_is_stored(keyring: Keyring, database: Database, secret: Path) -> None:
+    """The random part of the text is in no table; another secret verifies nothing."""
+    key, text = keyring.create("acme", "read", "", BY)
     with database.reading() as connection:
-        assert connection.scalars(sa.select(keys.c.hash)).one() != text
+        rows = [tuple(row) for table in metadata.sorted_tables for row in connection.execute(sa.select(table))]
+    assert key.id in str(rows)
+    assert text.split("_")[2] not in str(rows)
     secret.write_text("another secret of more than thirty-two characters")
     with pytest.raises(Unauthenticated):
         Keyring(database, secret).verify(text)
@@ -64,7 +61,7 @@ def altered(text: str, at: int) -> str:
 @pytest.mark.parametrize("at", [0, 4, 19, 20, 67, 69, 76])
 def test_an_altered_key_is_nobodys(keyring: Keyring, at: int) -> None:
     """Wherever a character was changed."""
-    _, text = keyring.create("acme", "read", "")
+    _, text = keyring.create("acme", "read", "", BY)
     with pytest.raises(Unauthenticated, match="malformed"):
         keyring.verify(altered(text, at))
 
@@ -80,7 +77,7 @@ def test_what_does_not_look_like_a_key_is_refused(keyring: Keyring, text: str) -
 
 def test_a_well_formed_key_that_was_never_made(keyring: Keyring, database: Database) -> None:
     """Its checksum is right, and it is unknown."""
-    key, text = keyring.create("acme", "read", "")
+    key, text = keyring.create("acme", "read", "", BY)
     with database.writing() as connection:
         connection.execute(sa.delete(keys).where(keys.c.id == key.id))
     with pytest.raises(Unauthenticated, match="unknown, expired or revoked"):
@@ -93,7 +90,7 @@ def test_a_key_lives_until_it_expires(keyring: Keyring, zone: timezone | None, d
     """In whatever time zone that was said; without one it is UTC."""
     moment = soon(seconds=distance)
     expires = moment.astimezone(zone) if zone else moment.replace(tzinfo=None)
-    key, text = keyring.create("acme", "read", "", expires)
+    key, text = keyring.create("acme", "read", "", BY, expires)
     assert key.expires == moment.replace(tzinfo=None)
     if alive:
         keyring.verify(text)
@@ -104,30 +101,30 @@ def test_a_key_lives_until_it_expires(keyring: Keyring, zone: timezone | None, d
 
 def test_a_revoked_key_is_nobodys(keyring: Keyring) -> None:
     """At once."""
-    key, text = keyring.create("acme", "read", "")
-    keyring.revoke("acme", key.id)
+    key, text = keyring.create("acme", "read", "", BY)
+    keyring.revoke("acme", key.id, BY)
     with pytest.raises(Unauthenticated):
         keyring.verify(text)
     with pytest.raises(NotFound):
-        keyring.revoke("acme", key.id)
+        keyring.revoke("acme", key.id, BY)
 
 
 @pytest.mark.parametrize(("owner", "other"), [("acme", "beta"), ("acme", None), (None, "acme"), (None, "ghost")])
 def test_a_key_is_revoked_by_its_owner_alone(
-    keyring: Keyring, catalog: Catalog, owner: str | None, other: str | None
+    keyring: Keyring, tenants: Tenants, owner: str | None, other: str | None
 ) -> None:
     """Not by another tenant, not by one that does not exist, and a platform's not by a tenant."""
-    catalog.add_tenant("beta")
-    key, text = keyring.create(owner, "read", "")
+    tenants.put("beta", BY)
+    key, text = keyring.create(owner, "read", "", BY)
     with pytest.raises(NotFound):
-        keyring.revoke(other, key.id)
+        keyring.revoke(other, key.id, BY)
     keyring.verify(text)
 
 
-def test_a_listing_has_the_owners_keys(keyring: Keyring, catalog: Catalog) -> None:
+def test_a_listing_has_the_owners_keys(keyring: Keyring, tenants: Tenants) -> None:
     """Oldest first, and nobody else's."""
-    catalog.add_tenant("beta")
-    made = [keyring.create(tenant, "read", str(n))[0] for n, tenant in enumerate(("acme", None, "beta", "acme"))]
+    tenants.put("beta", BY)
+    made = [keyring.create(tenant, "read", str(n), BY)[0] for n, tenant in enumerate(("acme", None, "beta", "acme"))]
     assert {key.name for key in keyring.listed("acme")} == {"0", "3"}
     assert keyring.listed(None) == [made[1]]
     assert keyring.listed("beta") == [made[2]]
@@ -138,12 +135,12 @@ def test_a_listing_has_the_owners_keys(keyring: Keyring, catalog: Catalog) -> No
 def test_a_key_needs_its_tenant(keyring: Keyring) -> None:
     """A key of nobody would be the platform's."""
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
-        keyring.create("ghost", "read", "")
+        keyring.create("ghost", "read", "", BY)
 
 
 def test_the_last_use_is_noted_once_a_minute(keyring: Keyring, database: Database) -> None:
     """So that reading does not write each time."""
-    key, text = keyring.create("acme", "read", "")
+    key, text = keyring.create("acme", "read", "", BY)
 
     def last_used() -> datetime | None:
         return next(found.last_used for found in keyring.listed("acme") if found.id == key.id)
@@ -184,12 +181,11 @@ def test_the_secret_is_made_once_and_is_private(database: Database, secret: Path
     assert len(bytes.fromhex(made.strip())) == 32
 
 
-def test_two_who_start_at_once_agree_on_the_secret(database: Database, secret: Path, catalog: Catalog) -> None:
+def test_two_who_start_at_once_agree_on_the_secret(database: Database, secret: Path) -> None:
     """Each verifies the other's keys, and no half-written file is left."""
-    catalog.add_tenant("acme")
     with ThreadPoolExecutor(8) as pool:
         rings = [future.result() for future in [pool.submit(Keyring, database, secret) for _ in range(8)]]
-    _, text = rings[0].create("acme", "read", "")
+    _, text = rings[0].create("acme", "read", "", BY)
     assert len({ring.verify(text) for ring in rings}) == 1
     assert list(secret.parent.iterdir()) == [secret]
 
@@ -203,11 +199,11 @@ def test_a_secret_that_is_unusable_is_refused(database: Database, secret: Path, 
         Keyring(database, secret)
 
 
-def test_a_secret_may_be_any_bytes(database: Database, secret: Path, catalog: Catalog) -> None:
+def test_a_secret_may_be_any_bytes(database: Database, secret: Path) -> None:
     """Whoever brings one need not write it in hex."""
     secret.parent.mkdir()
     secret.write_bytes(b"\xff\x00" * 16)
-    _, text = Keyring(database, secret).create(None, "read", "")
+    _, text = Keyring(database, secret).create(None, "read", "", BY)
     assert Keyring(database, secret).verify(text).tenant is None
 
 

@@ -81,13 +81,15 @@ def test_several_workers_serve_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
-    """SIGTERM: exit status 0, nothing printed but what was announced, and the key never."""
+    """SIGTERM: exit status 0, nothing printed but lines of the log, and the key never."""
     with running_server(tmp_path / "data") as server:
         key = server.admin_key
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 0
         printed = server.log.read_text()
-    assert printed.startswith("prefix-service 0.1.0 on http://127.0.0.1:")
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert (lines[0]["event"], lines[0]["version"]) == ("serving", "0.1.0")
+    assert lines[0]["at"] == server.url
     assert "Traceback" not in printed
     assert key not in printed
 

@@ -13,6 +13,8 @@ def upgrade() -> None:
         op.add_column("tenants", sa.Column(quota, sa.BigInteger))
     op.create_index("ix_versions_weights", "versions", ["weights"])
     op.create_index("ix_versions_key_values", "versions", ["key_values"])
+    sizes = ["adapter_id", "weights_bytes", "key_values_bytes"]
+    op.create_index("ix_versions_adapter_id_weights_bytes_key_values_bytes", "versions", sizes)
     op.create_table(
         "garbage",
         sa.Column("digest", sa.Text, primary_key=True),
@@ -30,4 +32,4 @@ def upgrade() -> None:
         sa.Column("target", sa.Text, nullable=False),
         sa.Column("details", sa.JSON, nullable=False),
     )
-    op.create_index("ix_audit_tenant_id", "audit", ["tenant_id"])
+    op.create_index("ix_audit_tenant_id_id", "audit", ["tenant_id", "id"])

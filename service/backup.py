@@ -1,0 +1,101 @@
+"""A copy of a data folder while the service runs: itself a data folder, for `serve` to start on elsewhere."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.blobs import FolderBlobStore
+from service.catalog.database import Database
+from service.catalog.garbage import Garbage
+from service.data_folder import blob_folder, catalog_file
+from service.disk import translated, write_private
+from service.errors import Conflict, CorruptBlob, NotFound
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What was copied: blobs and their bytes, and the digests that the catalog names and the folder lacks, or holds
+    damaged."""
+
+    blobs: int
+    nbytes: int
+    lost: list[str]
+
+
+def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -> Backup:
+    """Copy the data folder to `target`; `progress` is told the bytes of each blob that is there.
+
+    Blobs first, then a snapshot of the catalog, then the blobs that were published meanwhile: what the snapshot names
+    is there, since a blob that is let go stays for the grace period. Every blob is verified as it is read. The keys'
+    secret comes along where it is kept in the folder; `bootstrap.key` does not.
+
+    Raises:
+        NotFound: the folder holds no catalog.
+        Conflict: there is something at `target`.
+        OutOfSpace, StorageFailed: the disk refused.
+    """
+    source = catalog_file(settings.data_dir)
+    if not source.exists():
+        raise NotFound(f"{settings.data_dir} is no data folder: it has no {source.name}")
+    if target.exists():
+        raise Conflict(f"{target} is there already: name a folder that is not")
+    partial = target.with_name(f"{target.name}.partial")
+    with translated(f"write the backup {target}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700, parents=True)
+        copy = _Copy(FolderBlobStore(blob_folder(settings.data_dir)), blob_folder(partial), progress)
+        copy.add(blob.digest for blob in copy.source.listed())
+        _snapshot(source, catalog_file(partial))
+        named = _named(catalog_file(partial))
+        copy.add(named)
+        if settings.key_secret_file is None and settings.secret_file.exists():
+            write_private(partial / settings.secret_file.name, settings.secret_file.read_text().strip())
+        os.sync()
+        partial.rename(target)
+    return Backup(len(copy.done), copy.nbytes, sorted(named - copy.done))
+
+
+class _Copy:
+    def __init__(self, source: FolderBlobStore, folder: Path, progress: Callable[[int], None]) -> None:
+        self.source, self.target = source, FolderBlobStore(folder)
+        self.done: set[str] = set()
+        self.nbytes = 0
+        self._progress = progress
+
+    def add(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            if digest not in self.done:
+                # Collected meanwhile, lost or damaged: whether it is missed, the catalog's snapshot tells.
+                with contextlib.suppress(NotFound, CorruptBlob):
+                    self._copy(digest)
+
+    def _copy(self, digest: str) -> None:
+        path = self.target.path(digest)
+        with self.source.open(digest) as file:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as copied:
+                shutil.copyfileobj(file, copied, 1 << 20)
+        self.done.add(digest)
+        self.nbytes += path.stat().st_size
+        self._progress(path.stat().st_size)
+
+
+def _snapshot(source: Path, target: Path) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
+        contextlib.closing(sqlite3.connect(target)) as after,
+    ):
+        before.backup(after)
+
+
+def _named(catalog: Path) -> set[str]:
+    database = Database(catalog)
+    try:
+        return {digest for _, *digests in Garbage(database).named() for digest in digests}
+    finally:
+        database.close()

@@ -1,0 +1,157 @@
+"""The audit over HTTP: every change once, with who made it, for the tenant's admin and for nobody else."""
+
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.helpers import problem, upload, weights
+from tests.conftest import PREFIX_SERVICE, Server
+
+Entry = dict[str, Any]
+TENANT = "audited"
+
+
+def entries(client: httpx.Client, path: str = f"/v1/tenants/{TENANT}/audit") -> list[Entry]:
+    """All of them, oldest first."""
+    found: list[Entry] = []
+    params: dict[str, Any] = {"limit": 1000}
+    while True:
+        page = client.get(path, params=params).json()
+        found += page["items"]
+        if page["next"] is None:
+            return found[::-1]
+        params["cursor"] = page["next"]
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server) -> httpx.Client:
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def own(server: Server, admin: httpx.Client) -> Iterator[tuple[str, httpx.Client]]:
+    """The id of a key of the tenant's admin, and a client with it."""
+    admin.put(f"/v1/tenants/{TENANT}")
+    made = admin.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "admin", "name": "ops"}).json()
+    yield made["id"], server.client(made["key"])
+    admin.delete(f"/v1/tenants/{TENANT}")
+
+
+def test_every_change_is_told_once(admin: httpx.Client, own: tuple[str, httpx.Client]) -> None:
+    """Who, what and when, in order; reads, and changes that change nothing, are none."""
+    key_id, client = own
+    before = len(entries(client))
+    base = f"/v1/tenants/{TENANT}/adapters/a"
+    for _ in range(2):
+        upload(client, TENANT, "a")
+    upload(client, TENANT, "a", file=weights(1))
+    for version in (1, 2, 2):
+        client.put(f"{base}/aliases/prod", json={"version": version})
+    client.get(f"{base}/prefix")
+    client.put(f"{base}@1/residency", json={"pinned": True})
+    client.delete(f"{base}@1/residency")
+    client.delete(f"{base}/aliases/prod")
+    made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read", "name": "worker"}).json()
+    client.delete(f"/v1/tenants/{TENANT}/keys/{made['id']}")
+    client.delete(f"{base}@1")
+    client.delete(base)
+    admin.put(f"/v1/tenants/{TENANT}", json={"max_adapters": 7})
+    admin.put(f"/v1/tenants/{TENANT}", json={"max_adapters": 7})
+    found = entries(client)[before:]
+    assert [(entry["action"], entry["target"]) for entry in found] == [
+        ("version.published", f"{TENANT}/a@1"),
+        ("version.published", f"{TENANT}/a@2"),
+        ("alias.moved", f"{TENANT}/a@prod"),
+        ("alias.moved", f"{TENANT}/a@prod"),
+        ("residency.loaded", f"{TENANT}/a@1"),
+        ("residency.unloaded", f"{TENANT}/a@1"),
+        ("alias.deleted", f"{TENANT}/a@prod"),
+        ("key.created", made["id"]),
+        ("key.revoked", made["id"]),
+        ("version.deleted", f"{TENANT}/a@1"),
+        ("adapter.deleted", f"{TENANT}/a"),
+        ("tenant.changed", TENANT),
+    ]
+    assert {(entry["actor"], entry["key_id"]) for entry in found[:-1]} == {(TENANT, key_id)}
+    assert found[-1]["actor"] == "platform"
+    assert {entry["tenant"] for entry in found} == {TENANT}
+    assert found[3]["details"] == {"version": 2, "before": 1}
+    assert all(entry["at"].endswith("Z") for entry in found)
+
+
+def test_what_was_refused_is_no_change(own: tuple[str, httpx.Client]) -> None:
+    """Nothing happened, so nothing is told."""
+    _, client = own
+    before = entries(client)
+    problem(client.delete(f"/v1/tenants/{TENANT}/adapters/none"), 404)
+    problem(client.put(f"/v1/tenants/{TENANT}/adapters/none/aliases/prod", json={"version": 1}), 404)
+    problem(upload(client, TENANT, "a", file=b"x" * 20), 422)
+    problem(client.put(f"/v1/tenants/{TENANT}", json={"max_adapters": 1}), 403)
+    assert entries(client) == before
+
+
+def test_a_namesake_does_not_inherit(server: Server, admin: httpx.Client) -> None:
+    """A tenant that is made anew has a history of its own; the platform still reads the old one."""
+    admin.put("/v1/tenants/audited-twice")
+    upload(admin, "audited-twice", "a")
+    admin.delete("/v1/tenants/audited-twice")
+    admin.put("/v1/tenants/audited-twice")
+    assert [entry["action"] for entry in entries(admin, "/v1/tenants/audited-twice/audit")] == ["tenant.created"]
+    all_of_them = [entry["action"] for entry in entries(admin, "/v1/audit") if entry["tenant"] == "audited-twice"]
+    assert all_of_them == ["tenant.created", "version.published", "tenant.deleted", "tenant.created"]
+
+
+def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
+    """Keys of the platform are nobody's but its own; what the command line does is told as its doing."""
+    made = admin.post("/v1/keys", json={"scope": "read"}).json()
+    command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
+    subprocess.run(command, check=True, capture_output=True)
+    last = entries(admin, "/v1/audit")[-2:]
+    assert [(entry["action"], entry["tenant"], entry["target"]) for entry in last] == [
+        ("key.created", None, made["id"]),
+        ("key.revoked", None, made["id"]),
+    ]
+    assert last[1]["key_id"] == "command-line"
+
+
+def test_it_holds_no_secret(server: Server, own: tuple[str, httpx.Client]) -> None:
+    """A key's id, never the key."""
+    _, client = own
+    made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()
+    told = client.get(f"/v1/tenants/{TENANT}/audit").text
+    assert made["id"] in told
+    assert made["key"].split("_")[2] not in told
+
+
+def test_it_comes_in_pages(own: tuple[str, httpx.Client]) -> None:
+    """Newest first, each entry once, with a Link to older ones."""
+    _, client = own
+    for _ in range(5):
+        made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()
+        client.delete(f"/v1/tenants/{TENANT}/keys/{made['id']}")
+    whole = [entry["id"] for entry in entries(client)][::-1]
+    found, path = [], f"/v1/tenants/{TENANT}/audit?limit=3"
+    while path:
+        answer = client.get(path)
+        found += [item["id"] for item in answer.json()["items"]]
+        path = answer.headers.get("link", "").partition(">")[0].removeprefix("<")
+    assert found == whole == sorted(whole, reverse=True)
+
+
+@pytest.mark.parametrize("cursor", ["x", "YQ", "", "MTIz="])
+def test_cursors_that_it_did_not_give(own: tuple[str, httpx.Client], cursor: str) -> None:
+    """422."""
+    problem(own[1].get(f"/v1/tenants/{TENANT}/audit", params={"cursor": cursor}), 422, "invalid-request")
+
+
+def test_it_is_for_admins(server: Server, own: tuple[str, httpx.Client]) -> None:
+    """A tenant's other keys, and another tenant's, do not read it; nor does a tenant read the platform's."""
+    _, client = own
+    for scope in ("read", "write"):
+        key = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": scope}).json()["key"]
+        problem(server.client(key).get(f"/v1/tenants/{TENANT}/audit"), 403, "forbidden")
+    problem(client.get("/v1/audit"), 403, "forbidden")
+    problem(client.get("/v1/tenants/auth-other/audit"), 404, "not-found")

@@ -1,0 +1,232 @@
+"""`service.catalog.audit`: one row and one line for each change, none for what changed nothing."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from service.catalog.audit import AuditLog, record
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.keys import Keyring
+from service.catalog.records import AuditEntry, Principal, Quotas
+from service.catalog.schema import metadata
+from service.catalog.tenants import Tenants
+from service.errors import Conflict, NotFound, PreconditionFailed, PrefixServiceError, QuotaExceeded, StorageFailed
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, Content
+
+ACME = Principal("acme-key", "acme", "write")
+
+
+@pytest.fixture(autouse=True)
+def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
+    """A tenant with two versions of an adapter, the first one behind an alias."""
+    tenants.put("acme", BY, Quotas(max_bytes=100))
+    for word in "xy":
+        catalog.add_version("acme", "a", content(word), BY)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+
+
+@pytest.fixture
+def changes(tenants: Tenants, catalog: Catalog, keyring: Keyring, content: Content) -> dict[str, Callable[[], object]]:
+    """One of every change."""
+    key, _ = keyring.create("acme", "read", "", BY)
+    return {
+        "tenant.created": lambda: tenants.put("beta", ACME, Quotas(max_bytes=9)),
+        "tenant.changed": lambda: tenants.put("acme", ACME, Quotas(max_adapters=9)),
+        "tenant.deleted": lambda: tenants.delete("acme", ACME),
+        "key.created": lambda: keyring.create("acme", "read", "ci", ACME),
+        "key.revoked": lambda: keyring.revoke("acme", key.id, ACME),
+        "version.published": lambda: catalog.add_version("acme", "a", content("z"), ACME),
+        "version.deleted": lambda: catalog.delete("acme", parse_reference("a@2"), ACME),
+        "adapter.deleted": lambda: catalog.delete("acme", parse_reference("a"), ACME),
+        "alias.moved": lambda: catalog.put_alias("acme", "a", "prod", 2, ACME),
+        "alias.deleted": lambda: catalog.delete_alias("acme", "a", "prod", ACME),
+    }
+
+
+EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "tenant.created": ("beta", "beta", {"max_bytes": 9}),
+    "tenant.changed": ("acme", "acme", {"max_adapters": 9, "max_bytes": None, "requests_per_second": None}),
+    "tenant.deleted": ("acme", "acme", {}),
+    "key.created": ("acme", "", {"scope": "read", "name": "ci"}),
+    "key.revoked": ("acme", "", {}),
+    "version.published": ("acme", "acme/a@3", {}),
+    "version.deleted": ("acme", "acme/a@2", {"versions": [2]}),
+    "adapter.deleted": ("acme", "acme/a", {"versions": [1, 2]}),
+    "alias.moved": ("acme", "acme/a@prod", {"version": 2, "before": 1}),
+    "alias.deleted": ("acme", "acme/a@prod", {"before": 1}),
+}
+
+
+@contextmanager
+def captured() -> Iterator[list[dict[str, Any]]]:
+    """What the catalog logs meanwhile: the fields of each line."""
+    lines: list[dict[str, Any]] = []
+    log, handler = logging.getLogger("prefix_service"), logging.Handler()
+    handler.emit = lambda record: lines.append(vars(record))  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def entries(audit: AuditLog, tenant: str | None = None) -> list[AuditEntry]:
+    return audit.listed(tenant, before=None, limit=1000)
+
+
+@pytest.mark.parametrize("action", EXPECTED)
+def test_every_change_is_one_row_and_one_line(
+    changes: dict[str, Callable[[], object]], audit: AuditLog, action: str
+) -> None:
+    """Who, what, when, and from which key; the line says the same."""
+    before = entries(audit)
+    with captured() as lines:
+        changes[action]()
+    entry, *rest = entries(audit)
+    assert rest == before
+    tenant, target, details = EXPECTED[action]
+    assert (entry.actor, entry.key_id, entry.action, entry.tenant) == ("acme", "acme-key", action, tenant)
+    assert entry.target.startswith(target)
+    assert entry.details.items() >= details.items()
+    assert abs(entry.at.replace(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=10)
+    (line,) = lines
+    assert {name: line[name] for name in ("actor", "key_id", "action", "tenant", "target", "details")} == {
+        name: getattr(entry, name) for name in ("actor", "key_id", "action", "tenant", "target", "details")
+    }
+
+
+def everything(database: Database) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    with database.reading() as connection:
+        return {table.name: list(connection.execute(sa.select(table))) for table in metadata.sorted_tables}
+
+
+@pytest.mark.parametrize("action", EXPECTED)
+def test_what_cannot_be_noted_is_not_done(
+    changes: dict[str, Callable[[], object]], database: Database, action: str
+) -> None:
+    """The row and the change are one transaction; no line tells of one that failed."""
+    before = everything(database)
+    with database.writing() as connection:
+        connection.exec_driver_sql("ALTER TABLE audit RENAME TO away")
+    with captured() as lines, pytest.raises(StorageFailed):
+        changes[action]()
+    with database.writing() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO audit")
+    assert (everything(database), lines) == (before, [])
+
+
+def note_and_fail(database: Database) -> None:
+    with database.writing() as connection:
+        record(connection, BY, "looked.at", None, "x")
+        raise KeyError
+
+
+def test_what_fails_after_its_note_is_not_noted(database: Database, audit: AuditLog) -> None:
+    """Neither row nor line."""
+    before = entries(audit)
+    with captured() as lines, pytest.raises(KeyError):
+        note_and_fail(database)
+    assert (entries(audit), lines) == (before, [])
+
+
+def test_what_changes_nothing_is_not_noted(
+    tenants: Tenants, catalog: Catalog, audit: AuditLog, content: Content
+) -> None:
+    """The same content, the same quotas, an alias put where it is."""
+    before = entries(audit)
+    with captured() as lines:
+        tenants.put("acme", BY)
+        tenants.put("acme", BY, Quotas(max_bytes=100))
+        catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
+        catalog.put_alias("acme", "a", "prod", 1, BY)
+        catalog.set_key_values(catalog.resolve("acme", parse_reference("a")), content("z").digest)
+    assert (entries(audit), lines) == (before, [])
+
+
+def test_what_is_refused_is_not_noted(
+    tenants: Tenants, catalog: Catalog, keyring: Keyring, audit: AuditLog, content: Content
+) -> None:
+    """Whatever the reason."""
+    refused: list[tuple[type[PrefixServiceError], Callable[[], object]]] = [
+        (NotFound, lambda: tenants.delete("ghost", BY)),
+        (NotFound, lambda: keyring.create("ghost", "read", "", BY)),
+        (NotFound, lambda: keyring.revoke("acme", "0" * 16, BY)),
+        (NotFound, lambda: catalog.add_version("ghost", "a", content("x"), BY)),
+        (QuotaExceeded, lambda: catalog.add_version("acme", "b", content("z"), BY)),
+        (Conflict, lambda: catalog.delete("acme", parse_reference("a@1"), BY)),
+        (PreconditionFailed, lambda: catalog.put_alias("acme", "a", "prod", 2, BY, expected=2)),
+        (NotFound, lambda: catalog.delete_alias("acme", "a", "dev", BY)),
+    ]
+    tenants.put("acme", BY, Quotas(max_bytes=60))
+    before = entries(audit)
+    with captured() as lines:
+        for wanted, call in refused:
+            with pytest.raises(wanted):
+                call()
+    assert (entries(audit), lines) == (before, [])
+
+
+def test_a_publication_may_bring_its_tenant(catalog: Catalog, audit: AuditLog, content: Content) -> None:
+    """Two changes, two rows, both the new tenant's."""
+    catalog.add_version("beta", "a", content("x"), BY, make_tenant=True)
+    assert [entry.action for entry in entries(audit, "beta")] == ["version.published", "tenant.created"]
+
+
+def test_the_line_comes_after_the_commit(database: Database, audit: AuditLog) -> None:
+    """Whoever reads the line finds the row."""
+    with captured() as lines:
+        with database.writing() as connection:
+            record(connection, BY, "looked.at", None, "x")
+            assert lines == []
+        assert [line["action"] for line in lines] == ["looked.at"]
+    assert entries(audit)[0].action == "looked.at"
+
+
+def test_changes_that_the_catalog_does_not_hold(audit: AuditLog) -> None:
+    """`add` notes them: a tenant's, the platform's, and those of a tenant that is gone."""
+    audit.add(BY, "residency.loaded", "acme", "acme/a@1", tier="host")
+    audit.add(BY, "tenant.looked-at", "ghost", "ghost")
+    audit.add(ACME, "limits.changed", None, "limits")
+    limits, ghost, loaded = entries(audit)[:3]
+    assert (loaded.tenant, loaded.actor, loaded.details) == ("acme", "platform", {"tier": "host"})
+    assert (ghost.tenant, limits.tenant, limits.actor) == ("ghost", None, "acme")
+    assert [entry for entry in entries(audit, "acme") if entry.id >= loaded.id] == [loaded]
+
+
+def test_a_listing_is_the_tenants(tenants: Tenants, catalog: Catalog, audit: AuditLog, content: Content) -> None:
+    """Its own resources' changes, whoever made them; None for all there are."""
+    catalog.add_version("beta", "a", content("x"), BY, make_tenant=True)
+    own = entries(audit, "acme")
+    assert [entry.target for entry in own] == ["acme/a@prod", "acme/a@2", "acme/a@1", "acme"]
+    assert entries(audit) == [*entries(audit, "beta"), *own]
+    with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
+        entries(audit, "ghost")
+
+
+def test_a_listing_comes_in_pages(audit: AuditLog) -> None:
+    """Newest first, each page before an entry's id, which may be of any size."""
+    every = entries(audit, "acme")
+    assert audit.listed("acme", before=None, limit=2) == every[:2]
+    assert audit.listed("acme", before=every[1].id, limit=2) == every[2:4]
+    assert audit.listed("acme", before=every[-1].id, limit=2) == []
+    assert audit.listed("acme", before=10**17, limit=9) == every
+
+
+def test_a_namesake_does_not_see_what_was_before(tenants: Tenants, audit: AuditLog) -> None:
+    """The platform still does."""
+    before = entries(audit)
+    tenants.delete("acme", BY)
+    tenants.put("acme", BY)
+    assert [entry.action for entry in entries(audit, "acme")] == ["tenant.created"]
+    assert entries(audit)[2:] == before

@@ -1,0 +1,142 @@
+"""`service.catalog.garbage`: a blob stays while a version names it, and for the grace period after."""
+
+from datetime import timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database, now
+from service.catalog.garbage import Garbage
+from service.catalog.records import NewVersion
+from service.catalog.schema import garbage as let_go
+from service.catalog.schema import versions
+from service.catalog.tenants import Tenants
+from service.errors import Conflict
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY
+
+GRACE = 3600.0
+BLOBS = {"w1", "kv1", "w2", "kv2"}
+
+
+def version(n: int, weights: int | None = None) -> NewVersion:
+    """Version `n`, whose weights may be another one's."""
+    return NewVersion(f"d{n}", "{}", None, f"w{weights or n}", 10, "bfloat16", f"kv{n}", 20)
+
+
+def publish(catalog: Catalog, tenant: str, adapter: str, new: NewVersion) -> None:
+    catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
+
+
+def delete(catalog: Catalog, tenant: str, reference: str) -> None:
+    catalog.delete(tenant, parse_reference(reference), BY)
+
+
+def age(database: Database, seconds: float) -> None:
+    """As if everything had been let go so long ago, by the database's time."""
+    with database.writing() as connection:
+        connection.execute(sa.update(let_go).values(since=now(connection) - timedelta(seconds=seconds)))
+
+
+def held(database: Database) -> set[str]:
+    with database.reading() as connection:
+        return set(connection.scalars(sa.select(let_go.c.digest)))
+
+
+def test_what_a_version_names_is_wanted(catalog: Catalog, garbage: Garbage) -> None:
+    """Weights, and keys and values; what nobody ever named is not."""
+    publish(catalog, "acme", "a", version(1))
+    assert garbage.wanted(BLOBS, 0) == {"w1", "kv1"}
+    assert garbage.wanted([], 0) == set()
+
+
+@pytest.mark.parametrize("reference", ["a@1", "a", None])
+def test_what_was_let_go_is_wanted_for_a_while(
+    catalog: Catalog, tenants: Tenants, garbage: Garbage, database: Database, reference: str | None
+) -> None:
+    """However it went: with its version, its adapter or its tenant."""
+    publish(catalog, "acme", "a", version(1))
+    tenants.delete("acme", BY) if reference is None else delete(catalog, "acme", reference)
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
+    age(database, GRACE - 60)
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
+    age(database, GRACE + 1)
+    assert garbage.wanted(BLOBS, GRACE) == set()
+
+
+@pytest.mark.parametrize(("tenant", "adapter"), [("acme", "b"), ("beta", "a")])
+def test_what_another_version_names_stays(
+    catalog: Catalog, garbage: Garbage, database: Database, tenant: str, adapter: str
+) -> None:
+    """Of another adapter, or another tenant, however long ago it was let go."""
+    publish(catalog, "acme", "a", version(1))
+    publish(catalog, tenant, adapter, version(2, weights=1))
+    delete(catalog, "acme", "a")
+    age(database, GRACE + 1)
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv2"}
+
+
+def test_the_grace_begins_anew(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """With each deletion."""
+    for adapter in "ab":
+        publish(catalog, "acme", adapter, version(1))
+    delete(catalog, "acme", "a")
+    age(database, GRACE + 1)
+    delete(catalog, "acme", "b")
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
+
+
+def test_a_deletion_that_is_refused_lets_nothing_go(catalog: Catalog, database: Database) -> None:
+    """The note is of its transaction."""
+    publish(catalog, "acme", "a", version(1))
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+    with pytest.raises(Conflict):
+        delete(catalog, "acme", "a@1")
+    assert held(database) == set()
+
+
+def test_other_versions_are_not_let_go(catalog: Catalog, tenants: Tenants, database: Database) -> None:
+    """A deletion notes the blobs of what it deletes."""
+    for n in (1, 2):
+        publish(catalog, "acme", "a", version(n))
+    publish(catalog, "beta", "a", version(3))
+    delete(catalog, "acme", "a@2")
+    assert held(database) == {"w2", "kv2"}
+    tenants.delete("acme", BY)
+    assert held(database) == BLOBS
+
+
+def test_what_was_let_go_long_ago_is_forgotten(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """What was let go lately is not."""
+    publish(catalog, "acme", "a", version(1))
+    delete(catalog, "acme", "a")
+    garbage.forget(GRACE)
+    assert held(database) == {"w1", "kv1"}
+    age(database, GRACE + 1)
+    publish(catalog, "acme", "a", version(2))
+    delete(catalog, "acme", "a")
+    garbage.forget(GRACE)
+    assert held(database) == {"w2", "kv2"}
+
+
+def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage) -> None:
+    """Their version names the new blob alone."""
+    publish(catalog, "acme", "a", version(1))
+    catalog.set_key_values(catalog.resolve("acme", parse_reference("a")), "kv2")
+    assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv2"}
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1001])
+def test_every_version_is_named_once(catalog: Catalog, garbage: Garbage, database: Database, count: int) -> None:
+    """Page for page, a whole page too."""
+    publish(catalog, "acme", "a", version(0))
+    publish(catalog, "beta", "a", version(0))
+    with database.writing() as connection:
+        row = connection.execute(sa.select(versions).where(versions.c.number == 1).limit(1)).one()._asdict()
+        row.pop("id")
+        for n in range(1, count + 1):
+            connection.execute(sa.insert(versions).values(row | {"number": 1 + n, "digest": f"d{n}"}))
+    named = list(garbage.named())
+    assert len(named) == len(set(named)) == count + 2
+    assert set(named) >= {("acme/a@1", "w0", "kv0"), ("beta/a@1", "w0", "kv0")}

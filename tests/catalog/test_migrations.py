@@ -1,0 +1,213 @@
+"""`service.catalog.migrations`: the schema is what the code expects, older catalogs come along, newer ones stay."""
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+
+from service.catalog import migrations
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.keys import Keyring
+from service.catalog.records import Principal
+from service.catalog.schema import metadata
+from service.catalog.tenants import Tenants
+from service.errors import StorageFailed
+from service.prefix.references import parse_qualified
+from tests.catalog.conftest import BY, Content, Place
+
+FOLDER_0001 = Path(__file__).parents[1] / "data" / "folder-0001"
+"""A data folder as release 0001 left it, and what it told of itself."""
+
+
+def plain(place: Place) -> sa.Engine:
+    """The database without what this project makes of it."""
+    return sa.create_engine(f"sqlite+pysqlite:///{place}" if isinstance(place, Path) else place)
+
+
+def execute(place: Place, *statements: str) -> None:
+    engine = plain(place)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+def contents(place: Place) -> dict[str, list[tuple[object, ...]]]:
+    """Every table that there is, and its rows."""
+    engine = plain(place)
+    with engine.connect() as connection:
+        tables = sa.MetaData()
+        tables.reflect(connection)
+        found = {
+            name: [tuple(row) for row in connection.execute(sa.select(table).order_by(*table.primary_key))]
+            for name, table in tables.tables.items()
+        }
+    engine.dispose()
+    return found
+
+
+@pytest.fixture
+def old(place: Place, tmp_path: Path) -> Place:
+    """The old release's catalog; on PostgreSQL the same rows, in the tables that its migration makes."""
+    shutil.copy(FOLDER_0001 / "catalog.sqlite", tmp_path / "old.sqlite")
+    if isinstance(place, Path):
+        return tmp_path / "old.sqlite"
+    execute(place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    engine = plain(place)
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+        command.upgrade(config, "0001")
+    engine.dispose()
+    _copy(tmp_path / "old.sqlite", place)
+    return place
+
+
+def _copy(source: Path, target: Place) -> None:
+    tables = sa.MetaData()
+    reading, writing = plain(source), plain(target)
+    tables.reflect(writing)
+    with reading.connect() as old, writing.begin() as new:
+        new.execute(sa.delete(tables.tables["alembic_version"]))
+        for table in tables.sorted_tables:
+            for row in old.execute(sa.select(table)).mappings():
+                new.execute(sa.insert(table), dict(row))
+            if "id" in table.c and isinstance(table.c.id.type, sa.Integer):
+                sequence = sa.func.pg_get_serial_sequence(table.name, "id")
+                new.execute(sa.select(sa.func.setval(sequence, sa.func.max(table.c.id))))
+    reading.dispose()
+    writing.dispose()
+
+
+def test_migrations_make_the_schema(database: Database) -> None:
+    """What the migrations made and what the code expects are one."""
+    with database.reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_constraints_have_their_names(database: Database) -> None:
+    """compare_metadata does not look at these; a later migration needs them to be as the naming convention says."""
+
+    def names(connection: sa.Connection) -> dict[str, set[str | None]]:
+        look = sa.inspect(connection)
+        return {
+            table: {found["name"] for found in (*look.get_unique_constraints(table), *look.get_foreign_keys(table))}
+            | {found["name"] for found in look.get_indexes(table) if not found["unique"]}
+            for table in metadata.tables
+        }
+
+    made = sa.create_engine("sqlite://")
+    metadata.create_all(made)
+    with made.connect() as expected, database.reading() as found:
+        assert names(found) == names(expected)
+    made.dispose()
+
+
+def test_opening_again_keeps_everything(place: Place) -> None:
+    """Migrating a migrated database changes nothing."""
+    first = Database(place)
+    Tenants(first).put("acme", BY)
+    first.close()
+    before = contents(place)
+    Database(place).close()
+    assert contents(place) == before
+
+
+@pytest.fixture
+def migrated(old: Place) -> Iterator[Database]:
+    database = Database(old)
+    yield database
+    database.close()
+
+
+def test_an_older_catalog_comes_along(migrated: Database) -> None:
+    """Every version with its digests, every alias, and every key."""
+    told = json.loads((FOLDER_0001 / "told.json").read_text())
+    with migrated.reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    catalog = Catalog(migrated)
+    for name, digests in told["versions"].items():
+        version = catalog.resolve(*parse_qualified(name))
+        assert {field: getattr(version, field) for field in digests} == digests
+    assert catalog.aliases_of("acme", "summarize") == {"prod": 1}
+    caller = Keyring(migrated, FOLDER_0001 / "key.secret").verify(told["key"])
+    assert caller == Principal(told["key"].split("_")[1], "acme", "write")
+
+
+def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
+    """Numbers count on, the same content is the same version, usage counts what was there."""
+    catalog, tenants = Catalog(migrated), Tenants(migrated)
+    known = catalog.resolve(*parse_qualified("acme/summarize@1"))
+    assert catalog.find("acme", "summarize", known.digest, known.nbytes) == known
+    usage = tenants.get("acme")
+    assert (usage.adapters, usage.bytes) == (1, sum(one.nbytes for one in catalog.versions_of("acme", "summarize")))
+    assert catalog.add_version("acme", "summarize", content("x"), BY)[0].number == 3
+    assert catalog.add_version("gamma", "a", content("x"), BY, make_tenant=True)[0].number == 1
+
+
+def test_a_newer_database_is_refused(place: Place) -> None:
+    """Going back is refused in words that say what to do, without a password, and the catalog is left as it was."""
+    Database(place).close()
+    execute(place, "UPDATE alembic_version SET version_num = '9999'")
+    before = contents(place)
+    secret = place
+    if isinstance(place, str):
+        secret = place.replace("postgres@", "postgres:hunter2@") + "&password=hunter2"
+    with pytest.raises(
+        StorageFailed, match=r"written by a newer prefix-service \(schema 9999\): run that vers"
+    ) as told:
+        Database(secret)
+    assert "hunter2" not in str(told.value)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("obstacle", ["garbage", "audit"])
+def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> None:
+    """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""
+    execute(old, f"CREATE TABLE {obstacle} (x integer primary key)")
+    before = contents(old)
+    with pytest.raises(StorageFailed, match="the catalog refused"):
+        Database(old)
+    assert contents(old) == before
+    execute(old, f"DROP TABLE {obstacle}")
+    Database(old).close()
+    assert contents(old)["alembic_version"] != before["alembic_version"]
+
+
+def migrate(place: Place, barrier: Barrier) -> None:
+    """What a process does that starts."""
+    barrier.wait(60)
+    Database(place).close()
+
+
+def migrate_at_once(place: Place) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        barrier = manager.Barrier(2)
+        for future in [pool.submit(migrate, place, barrier) for _ in range(2)]:
+            future.result(60)
+
+
+def test_two_who_start_at_once(old: Place) -> None:
+    """One migrates, and the other finds it done."""
+    migrate_at_once(old)
+    assert "audit" in contents(old)
+
+
+def test_two_who_start_at_once_on_an_empty_database(place: Place) -> None:
+    """The same where there is nothing yet."""
+    if isinstance(place, str):
+        execute(place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    migrate_at_once(place)
+    assert contents(place)["tenants"] == []

@@ -1,0 +1,91 @@
+"""Every question to the catalog is answered from an index, whatever the number of adapters and tenants."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import event
+
+from service.catalog.audit import AuditLog
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.garbage import Garbage
+from service.catalog.keys import Keyring
+from service.catalog.records import Quotas
+from service.catalog.schema import metadata
+from service.catalog.tenants import Tenants
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, Content, on_sqlite
+
+Asked = list[tuple[str, tuple[object, ...]]]
+
+
+@pytest.fixture
+def asked(database: Database) -> Iterator[Asked]:
+    """Every statement that is run, with its values."""
+    statements: Asked = []
+
+    def note(_connection: object, _cursor: object, statement: str, values: tuple[object, ...], *_: object) -> None:
+        statements.append((statement, values))
+
+    event.listen(database._engine, "before_cursor_execute", note)
+    yield statements
+    event.remove(database._engine, "before_cursor_execute", note)
+
+
+def plan(database: Database, asked: Asked) -> list[str]:
+    """The steps that SQLite takes for all of them."""
+    statements = [one for one in asked if not one[0].startswith("BEGIN")]
+    with database.reading() as connection:
+        return [
+            step
+            for statement, values in statements
+            for *_, step in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
+        ]
+
+
+@on_sqlite
+def test_no_table_is_read_whole(
+    database: Database,
+    catalog: Catalog,
+    tenants: Tenants,
+    audit: AuditLog,
+    garbage: Garbage,
+    keyring: Keyring,
+    content: Content,
+    asked: Asked,
+) -> None:
+    """Reading, publishing, moving, deleting, counting and listing; `named` alone goes through all there is."""
+    tenants.put("acme", BY, Quotas(9, 10**9))
+    for word in "xy":
+        catalog.find("acme", "a", content(word).digest, 1)
+        catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+    for reference in ("a", "a@1", "a@prod", f"a@{content('x').digest}"):
+        catalog.resolve("acme", parse_reference(reference))
+    catalog.versions_of("acme", "a")
+    for base_model in (None, "gpt2"):
+        catalog.list_adapters("acme", after="", limit=9, base_model=base_model)
+    key, text = keyring.create("acme", "read", "", BY)
+    keyring.verify(text)
+    keyring.listed("acme")
+    keyring.revoke("acme", key.id, BY)
+    tenants.get("acme")
+    tenants.listed("a", 9)
+    tenants.requests_per_second("acme")
+    audit.listed("acme", before=9, limit=9)
+    audit.listed(None, before=9, limit=9)
+    garbage.wanted([content("x").weights], 0)
+    catalog.delete("acme", parse_reference("a@2"), BY)
+    catalog.delete("acme", parse_reference("a"), BY)
+    tenants.delete("acme", BY)
+    assert {step.split()[1] for step in plan(database, asked) if step.startswith("SCAN")} & set(
+        metadata.tables
+    ) == set()
+
+
+@on_sqlite
+def test_sizes_are_summed_without_their_versions(database: Database, tenants: Tenants, asked: Asked) -> None:
+    """A version's row is large, for the sake of its manifest: what a tenant has comes from the index alone."""
+    tenants.listed("", 9)
+    (step,) = [step for step in plan(database, asked) if "versions" in step]
+    assert step.startswith("SEARCH versions USING COVERING INDEX")

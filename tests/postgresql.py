@@ -1,0 +1,103 @@
+"""A PostgreSQL server that the tests start themselves, and fresh databases on it."""
+
+import getpass
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import psycopg
+
+_TEMPLATE: Final = "template"
+_SUPERUSER: Final = "postgres"
+
+
+def binaries() -> Path | None:
+    """The folder of `initdb` and `postgres`: where PATH says, else the newest that Debian keeps off it."""
+    on_path = shutil.which("initdb")
+    if on_path is not None:
+        return Path(on_path).resolve().parent
+    installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    return max((found.parent for found in installed), key=lambda bin_: int(bin_.parent.name), default=None)
+
+
+class PostgreSQL:
+    """A server on a Unix socket in a temporary folder. As servers commonly do, it sorts by a language, and keeps a time
+    zone of its own."""
+
+    def __init__(self, bin_: Path) -> None:
+        self._bin = bin_
+        # Not pytest's folder: that is the owner's alone, and PostgreSQL refuses to run as root.
+        self._folder = Path(tempfile.mkdtemp(prefix="prefix-pg-"))
+        self._user = _SUPERUSER if os.getuid() == 0 else getpass.getuser()
+        shutil.chown(self._folder, self._user)
+        self._count = itertools.count()
+        language = ("--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US")
+        options = (f"--username={_SUPERUSER}", "--auth=trust", "--no-sync", "--no-instructions", *language)
+        subprocess.run(self._command("initdb", *options), check=True, capture_output=True, cwd=self._folder)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        socket = ("-k", str(self._folder), "-c", "listen_addresses=")
+        settings = ("fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
+        options = (*(word for setting in settings for word in ("-c", setting)), *socket)
+        with (self._folder / "log").open("ab") as log:
+            command = self._command("postgres", *options)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder)
+        deadline = time.monotonic() + 60
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Stop it at once: every session is broken off."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(30)
+
+    def remove(self) -> None:
+        """Stop it, and take its folder away."""
+        self.stop()
+        shutil.rmtree(self._folder)
+
+    def url(self, database: str) -> str:
+        """Where a database is."""
+        return f"postgresql+psycopg://{_SUPERUSER}@/{database}?host={self._folder}"
+
+    def new_database(self, template: str = "template0") -> str:
+        """The name of a new database, a copy of another one."""
+        name = f"test_{next(self._count)}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def drop(self, database: str) -> None:
+        """Take a database away, whoever is still connected."""
+        self.execute(f"DROP DATABASE {database} WITH (FORCE)")
+
+    def execute(self, statement: str, database: str = "postgres") -> None:
+        """Run a statement, as the superuser."""
+        with self._connect(database) as connection:
+            connection.execute(statement.encode())
+
+    def _connect(self, database: str) -> psycopg.Connection:
+        return psycopg.connect(host=str(self._folder), user=_SUPERUSER, dbname=database, autocommit=True)
+
+    def _answers(self) -> bool:
+        try:
+            self._connect("postgres").close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _command(self, name: str, *options: str) -> list[str]:
+        # It ends with these tests, also when they are killed.
+        setpriv = ["setpriv", "--pdeathsig=INT"]
+        if self._user != getpass.getuser():
+            setpriv += [f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"]
+        return [*setpriv, str(self._bin / name), "-D", str(self._folder / "data"), *options]

@@ -1,0 +1,134 @@
+"""`service.logs`: one form for every line, whoever writes it, and no key in any."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from service.logs import redacted
+
+KEY = "pfx_0123456789abcdef_" + "5" * 48 + "_89abcdef"
+_BEGIN = """
+import logging, structlog, warnings
+from structlog.contextvars import bind_contextvars
+from service.logs import configure
+configure({level!r})
+log = structlog.stdlib.get_logger("prefix_service")
+"""
+
+
+def _run(code: str, level: str = "info") -> list[dict[str, Any]]:
+    """The lines that a process of its own logs, which prints nothing else."""
+    command = [sys.executable, "-c", _BEGIN.format(level=level) + code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == ""
+    return [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_structlog_and_the_standard_library_write_the_same_form() -> None:
+    """Lines of JSON with time, level and what is bound, from either."""
+    lines = _run("""
+bind_contextvars(request_id="r1", key_id="k1")
+log.info("audit", action="create", tenant="acme")
+logging.getLogger("prefix_service").warning("the values of %s are lost", "acme/a@1")
+logging.getLogger("uvicorn.error").error("no")
+warnings.warn("old")
+""")
+    assert [(line["event"].splitlines()[0][-29:], line["level"]) for line in lines[:3]] == [
+        ("audit", "info"),
+        ("the values of acme/a@1 are lost"[-29:], "warning"),
+        ("no", "error"),
+    ]
+    assert (lines[0]["action"], lines[0]["tenant"]) == ("create", "acme")
+    assert "old" in lines[3]["event"]
+    for line in lines:
+        assert (line["request_id"], line["key_id"]) == ("r1", "k1")
+        assert line["timestamp"].endswith("Z")
+
+
+def test_levels() -> None:
+    """Less than the level is not heard; other libraries are heard from warnings on, also at debug."""
+    code = """
+for name in ("prefix_service", "sqlalchemy.engine", "alembic"):
+    logging.getLogger(name).debug(name)
+    logging.getLogger(name).info(name)
+    logging.getLogger(name).warning(name)
+log.debug("mine")
+"""
+    assert [(line["event"], line["level"]) for line in _run(code, "debug")] == [
+        ("prefix_service", "debug"),
+        ("prefix_service", "info"),
+        ("prefix_service", "warning"),
+        ("sqlalchemy.engine", "warning"),
+        ("alembic", "warning"),
+        ("mine", "debug"),
+    ]
+    assert [line["level"] for line in _run(code, "error")] == []
+
+
+def test_a_traceback_is_one_line() -> None:
+    """An exception stays with its event, whoever logs it."""
+    lines = _run("""
+try:
+    1 / 0
+except ZeroDivisionError as error:
+    log.error("mine", exc_info=error)
+    logging.getLogger("prefix_service").exception("theirs")
+""")
+    assert [line["event"] for line in lines] == ["mine", "theirs"]
+    for line in lines:
+        assert line["exception"].startswith("Traceback")
+        assert line["exception"].endswith("ZeroDivisionError: division by zero")
+
+
+@pytest.mark.parametrize("length", [4, 5, 12, 30, 60, len(KEY)])
+def test_keys_are_redacted_whole_or_cut_off(length: int) -> None:
+    """Messages cut what they quote; what is left of a key is no one's business either."""
+    text = redacted(f"got '{KEY[:length]}', twice {KEY[:length]}")
+    expected = "pfx_***" if length > 4 else "pfx_"
+    assert text == f"got '{expected}', twice {expected}"
+    assert redacted("it should look like pfx_…, copied whole") == "it should look like pfx_…, copied whole"
+
+
+def test_no_key_is_logged_wherever_it_is() -> None:
+    """In an event, a value, a name, the context, an exception, or another library's arguments."""
+    lines = _run(f"""
+key = {KEY!r}
+bind_contextvars(request_id=key)
+log.info(key, value=key, nested={{"deep": [key]}}, **{{key: 1}})
+logging.getLogger("uvicorn.error").error("%s", key)
+try:
+    raise ValueError(key)
+except ValueError:
+    log.exception("failed")
+""")
+    assert len(lines) == 3
+    assert "pfx_0" not in json.dumps(lines)
+    assert "55555" not in json.dumps(lines)
+
+
+def test_a_terminal_gets_lines_for_people() -> None:
+    """Not JSON, still without keys; tracebacks do not show the values of variables."""
+    parent, child = pty.openpty()
+    code = f"""
+secret = {KEY!r}
+other = "a local value"
+log.info("hello", key=secret)
+try:
+    raise ValueError(secret)
+except ValueError:
+    log.exception("failed")
+"""
+    subprocess.run([sys.executable, "-c", _BEGIN.format(level="info") + code], check=True, stderr=child)
+    os.close(child)
+    shown = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert "hello" in shown
+    assert "Traceback" in shown
+    assert not shown.startswith("{")
+    assert "5555" not in shown
+    assert "a local value" not in shown
