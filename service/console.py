@@ -34,6 +34,11 @@ def print_table(title: str, columns: list[str], rows: list[list[object]]) -> Non
     console.print(table)
 
 
+def say(line: str) -> None:
+    """One line on standard output, whole and as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def working(what: str) -> Status:
     """A sign on a terminal that something is under way, while the block runs."""
     return errors_console.status(what)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
-from service.console import console, print_json, print_table, working
+from service.console import print_json, print_table, say, working
 
 alias_app = typer.Typer(help="Point names at versions: workers that read TENANT/ADAPTER@ALIAS follow.")
 
@@ -39,7 +39,7 @@ def set_alias(
     if as_json:
         print_json({"alias": alias, "version": version, "created_now": is_new})
         return
-    console.print(f"{'made ' if is_new else ''}{adapter}@{alias}: version {version}", highlight=False)
+    say(f"{'made ' if is_new else ''}{adapter}@{alias}: version {version}")
 
 
 @alias_app.command("list")
@@ -62,4 +62,4 @@ def remove_alias(adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key
 
     with connect(url, api_key) as client:
         client.run(management.delete_alias(adapter, alias))
-    console.print(f"deleted {adapter}@{alias}", highlight=False)
+    say(f"deleted {adapter}@{alias}")

@@ -4,7 +4,10 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.prompt import Confirm
+from rich.text import Text
 
+from service.console import errors_console
 from service.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -42,4 +45,5 @@ def confirm(deletion: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise InvalidRequest(f"to {deletion} needs a yes: answer on a terminal, or add --yes")
-    typer.confirm(f"{deletion}?", abort=True, err=True)
+    if not Confirm.ask(Text(f"{deletion}?"), console=errors_console, default=False):
+        raise typer.Abort

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
-from service.console import console, human_bytes, print_json, print_table, used_of, working
+from service.console import human_bytes, print_json, print_table, say, used_of, working
 
 
 class _ShowByDefault(TyperGroup):
@@ -67,7 +67,7 @@ def load(
         print_json(state)
         return
     pinned = ", pinned" if state["pinned"] else ""
-    console.print(f"{reference} is in memory on {state['device']}{pinned}", highlight=False)
+    say(f"{reference} is in memory on {state['device']}{pinned}")
 
 
 @residency_app.command("unload")
@@ -77,7 +77,7 @@ def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> No
 
     with connect(url, api_key) as client:
         client.run(management.unload(reference))
-    console.print(f"unloaded {reference}", highlight=False)
+    say(f"unloaded {reference}")
 
 
 def _tier(tier: Mapping[str, Any]) -> list[object]:

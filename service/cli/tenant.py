@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect
-from service.console import console, human_bytes, parse_bytes, print_json, print_table, used_of
+from service.console import human_bytes, parse_bytes, print_json, print_table, say, used_of
 from service.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def remove_tenant(name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key:
             what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
             confirm(f"delete tenant {name} with {what}", yes=yes)
         client.run(management.delete_tenant(name))
-    console.print(f"deleted tenant {name}", highlight=False)
+    say(f"deleted tenant {name}")
 
 
 def audit(

@@ -9,7 +9,7 @@ import typer
 from rich.progress import wrap_file
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
-from service.console import console, errors_console, human_bytes, print_json, print_table
+from service.console import errors_console, human_bytes, print_json, print_table, say
 from service.errors import InvalidRequest
 
 Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Where to publish.")]
@@ -55,8 +55,8 @@ def publish(
         print_json({**version, "created_now": is_new})
         return
     done = "published" if is_new else "already there as"
-    console.print(f"{done} {version['tenant']}/{version['adapter']}@{version['version']}", highlight=False)
-    console.print(f"digest {version['digest']}", highlight=False, soft_wrap=True)
+    say(f"{done} {version['tenant']}/{version['adapter']}@{version['version']}")
+    say(f"digest {version['digest']}")
 
 
 def fetch(
@@ -92,7 +92,7 @@ def fetch(
     title = f"{reference} = version {prefix.version}, {human_bytes(prefix.kv.nbytes)} in {seconds * 1000:.1f} ms"
     print_table(title, ["tensor", "shape", "dtype"], rows)
     if output is not None:
-        console.print(f"saved to {output}", highlight=False)
+        say(f"saved to {output}")
 
 
 def list_adapters(
@@ -153,7 +153,7 @@ def remove(
     confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
     with connect(url, api_key) as client:
         client.run(management.delete(reference))
-    console.print(f"deleted {reference}", highlight=False)
+    say(f"deleted {reference}")
 
 
 def convert(
@@ -176,7 +176,7 @@ def convert(
         print_json({"opened": conversion.opened, "found": conversion.found, "config": conversion.config})
         return
     for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}", f"wrote {output}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _checked_dtype(name: str | None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import httpx
 
 from service.client.protocol import Answer, Request, require_success
-from service.errors import ConnectionFailed, CorruptBlob, NotFound, PrefixServiceError, Unavailable
+from service.errors import ConnectionFailed, CorruptBlob, NotFound, PrefixServiceError, RateLimited, Unavailable
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
@@ -71,7 +71,7 @@ class _Attempts:
         """
         if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
             raise error
-        if not isinstance(error.__cause__, _NEVER_SENT):
+        if not _was_refused(error):
             if not self._request.is_idempotent:
                 raise error
             self._may_be_done = True
@@ -84,6 +84,11 @@ class _Attempts:
     def found_done(self, error: PrefixServiceError) -> bool:
         """Whether a deletion finds nothing because an earlier try, whose answer was lost, has done it."""
         return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
+
+
+def _was_refused(error: PrefixServiceError) -> bool:
+    """Whether the request was certainly not carried out."""
+    return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
 
 
 class Transport:

@@ -13,7 +13,8 @@ from tests.conftest import Server, running_server
 def test_version_and_help() -> None:
     """The version is one line; every command has a help."""
     assert run_command("--version").stdout == "prefix-service 0.1.0\n"
-    for command in ("serve", "demo", "publish", "fetch", "list", "inspect", "key", "convert", "openapi"):
+    worker = ("publish", "fetch", "list", "inspect", "alias", "rm", "convert")
+    for command in (*worker, "serve", "demo", "tenant", "key", "audit", "residency", "backup", "openapi"):
         shown = run_command(command, "--help")
         assert shown.returncode == 0
         assert f" {command} " in shown.stdout

@@ -1,4 +1,4 @@
-"""`publish`, `fetch`, `list`, `inspect`: what a person sees, and what a script reads."""
+"""`publish`, `fetch`, `list`, `inspect`, `rm`: what a person sees, and what a script reads."""
 
 import json
 from pathlib import Path
@@ -90,6 +90,31 @@ def test_inspect_shows_counts_and_digest(run: Run) -> None:
     shown = run("inspect", "cli/inspected@1").stdout
     assert told["digest"] in shown
     assert told["trainable_parameters"] == 20 * 3 * 2 * 16
+
+
+def test_rm_asks_on_a_terminal(run: Run) -> None:
+    """Only a yes deletes; the question says how much would go."""
+    run("publish", LLAMA, "cli/asked")
+    kept = run("rm", "cli/asked", typed="n\n")
+    assert kept.returncode == 1
+    assert "delete cli/asked with all its versions?" in kept.stderr
+    assert run("inspect", "cli/asked").returncode == 0
+    gone = run("rm", "cli/asked", typed="y\n")
+    assert (gone.returncode, gone.stdout) == (0, "deleted cli/asked\n")
+    assert run("inspect", "cli/asked").returncode == 1
+
+
+def test_rm_without_a_terminal_needs_yes(run: Run) -> None:
+    """A script says it, or nothing happens; a version goes by its number, never by an alias."""
+    run("publish", LLAMA, "cli/scripted")
+    refused = run("rm", "cli/scripted@1")
+    assert refused.returncode == 1
+    assert "add --yes" in refused.stderr
+    moving = run("rm", "cli/scripted@latest", "--yes")
+    assert moving.returncode == 1
+    assert "by version number or digest" in moving.stderr
+    assert run("rm", "cli/scripted@1", "--yes").stdout == "deleted cli/scripted@1\n"
+    assert "error (not-found)" in run("rm", "cli/scripted@1", "--yes").stderr
 
 
 def test_errors_are_a_sentence_and_status_1(run: Run) -> None:

@@ -1,0 +1,33 @@
+"""`residency`: what is in memory, at a glance, and brought there by hand."""
+
+import json
+
+from tests.cli.conftest import Run
+from tests.conftest import CORPUS
+
+
+def test_a_version_is_loaded_shown_and_unloaded(run: Run) -> None:
+    """The overview names it with its reason while it is there; --json is what the service says."""
+    run("publish", CORPUS / "cases" / "llama-n20-emb" / "adapter", "climemory/a")
+    done = run("residency", "load", "climemory/a@1", "--pin")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "climemory/a@1 is in memory on cpu, pinned\n"
+    shown = run("residency", "--limit", "1000").stdout
+    row = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["climemory/a@1"])
+    assert row[1:3] == ["7.5", "KiB"]
+    assert row[-1] == "pinned"
+    assert any(line.split()[:2] == ["climemory", "device"] for line in shown.splitlines())
+    told = json.loads(run("residency", "--json").stdout)
+    assert [tier["name"] for tier in told["tiers"]] == ["device", "host"]
+    let_go = json.loads(run("residency", "load", "climemory/a", "--json").stdout)
+    assert (let_go["resident"], let_go["pinned"]) == (True, False)
+    assert run("residency", "unload", "climemory/a").stdout == "unloaded climemory/a\n"
+    assert "climemory/a@1" not in run("residency", "show", "--limit", "1000").stdout
+
+
+def test_alone_it_is_the_overview_and_its_help_names_the_rest(run: Run) -> None:
+    """Options without a command are those of `show`; what is no command is wrong use."""
+    assert "Memory" in run("residency").stdout
+    assert "unload" in run("residency", "--help").stdout
+    assert run("residency", "frobnicate").returncode == 2
+    assert "error (not-found)" in run("residency", "load", "climemory/none").stderr

@@ -1,0 +1,234 @@
+"""What both clients promise of managing: aliases, deletion, residency, tenants, audit, and what a retry may do."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import AsyncPrefixClient, PrefixClient, management
+from service.errors import (
+    Conflict,
+    ConnectionFailed,
+    Forbidden,
+    InvalidReference,
+    InvalidRequest,
+    NotFound,
+    PreconditionFailed,
+)
+from tests.client.conftest import GPT2, LLAMA, Awaited
+from tests.client.test_client import published
+from tests.conftest import Server
+
+_names = itertools.count()
+
+
+@pytest.fixture
+def adapter(client: Any) -> str:
+    """An adapter of its own with the versions 1 and 2."""
+    name = f"managed/a{next(_names)}"
+    for folder in (LLAMA, GPT2):
+        published(client, name, folder)
+    return name
+
+
+def test_an_alias_is_made_moved_and_forgotten(client: Any, adapter: str) -> None:
+    """Each step says whether the alias is new, and the listing shows where all of them point."""
+    assert client.run(management.aliases(adapter)) == {}
+    assert client.run(management.put_alias(adapter, "prod", 1)) is True
+    assert client.run(management.put_alias(adapter, "prod", 2, preload=True)) is False
+    assert client.inspect(f"{adapter}@prod")["residency"]["resident"] is True
+    client.run(management.put_alias(adapter, "old", 1))
+    client.run(management.put_alias(adapter, "canary", 2))
+    assert list(client.run(management.aliases(adapter)).items()) == [("canary", 2), ("old", 1), ("prod", 2)]
+    client.run(management.delete_alias(adapter, "old"))
+    assert client.run(management.aliases(adapter)) == {"canary": 2, "prod": 2}
+
+
+def test_an_alias_moves_only_under_its_condition(client: Any, adapter: str) -> None:
+    """`if_match` and `create_only` refuse what somebody else changed; both at once contradict each other."""
+    client.run(management.put_alias(adapter, "prod", 1, create_only=True))
+    with pytest.raises(PreconditionFailed):
+        client.run(management.put_alias(adapter, "prod", 2, create_only=True))
+    with pytest.raises(PreconditionFailed):
+        client.run(management.put_alias(adapter, "prod", 2, if_match=2))
+    assert client.run(management.aliases(adapter)) == {"prod": 1}
+    client.run(management.put_alias(adapter, "prod", 2, if_match=1))
+    assert client.run(management.aliases(adapter)) == {"prod": 2}
+    with pytest.raises(InvalidRequest):
+        client.run(management.put_alias(adapter, "prod", 2, if_match=1, create_only=True))
+
+
+def test_a_version_or_the_whole_adapter_is_deleted(client: Any, adapter: str) -> None:
+    """A version that an alias points at stays; an adapter goes with all it has."""
+    client.run(management.put_alias(adapter, "prod", 2))
+    with pytest.raises(Conflict):
+        client.run(management.delete(f"{adapter}@2"))
+    client.run(management.delete(f"{adapter}@{client.inspect(f'{adapter}@1')['digest']}"))
+    with pytest.raises(NotFound):
+        client.inspect(f"{adapter}@1")
+    client.run(management.delete(adapter))
+    with pytest.raises(NotFound):
+        client.run(management.delete(adapter))
+
+
+def test_a_version_is_loaded_pinned_and_unloaded(client: Any, adapter: str) -> None:
+    """The overview shows a pinned version and why it is there, and no more once it was unloaded."""
+    state = client.run(management.load(f"{adapter}@1", pinned=True))
+    assert (state["resident"], state["pinned"]) == (True, True)
+
+    def reasons() -> list[str]:
+        tenant, name = adapter.split("/")
+        found = client.run(management.residency(1000))
+        assert {tier["name"] for tier in found["tiers"]} == {"device", "host"}
+        return [one["reason"] for one in found["resident"] if (one["tenant"], one["adapter"]) == (tenant, name)]
+
+    assert reasons() == ["pinned"]
+    assert len(client.run(management.residency(1))["resident"]) == 1
+    client.run(management.unload(f"{adapter}@1"))
+    assert reasons() == []
+
+
+def test_a_tenant_is_made_given_quotas_and_deleted(client: Any) -> None:
+    """Quotas are set at once, and stay where none are given."""
+    name = f"hosted-{next(_names)}"
+    item, is_new = client.run(management.put_tenant(name))
+    assert (is_new, item["max_adapters"], item["adapters"]) == (True, None, 0)
+    item, is_new = client.run(management.put_tenant(name, {"max_adapters": 7}))
+    assert (is_new, item["max_adapters"], item["max_bytes"]) == (False, 7, None)
+    assert client.run(management.put_tenant(name))[0]["max_adapters"] == 7
+    client.run(management.put_tenant(name, {"max_bytes": 1 << 40}))
+    assert client.run(management.tenant(name))["max_adapters"] is None
+    assert name in [one["tenant"] for one in client.run(management.tenants())]
+    client.run(management.delete_tenant(name))
+    with pytest.raises(NotFound):
+        client.run(management.tenant(name))
+
+
+def test_the_audit_comes_newest_first_through_every_page(
+    client: Any, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tenant and of the platform, no more than asked for, also where that takes several pages."""
+    for number in (1, 2, 1):
+        client.run(management.put_alias(adapter, "prod", number))
+    monkeypatch.setattr("service.client.flows._PAGE", 2)
+    latest = client.run(management.audit("managed", 3))
+    assert [(one["action"], one["details"]["version"]) for one in latest] == [
+        ("alias.moved", 1),
+        ("alias.moved", 2),
+        ("alias.moved", 1),
+    ]
+    assert client.run(management.audit(limit=3)) == latest
+    everything = client.run(management.audit("managed", 1000))
+    assert [one["id"] for one in everything] == sorted({one["id"] for one in everything}, reverse=True)
+    assert everything[-1]["action"] == "tenant.created"
+
+
+@pytest.mark.parametrize(
+    ("flow", "error"),
+    ids=["alias of a version", "alias named as a number", "no tenant", "path in a tenant's name"],
+    argvalues=[
+        (lambda: management.put_alias("managed/a@1", "prod", 1), InvalidRequest),
+        (lambda: management.delete_alias("managed/a", "7"), InvalidReference),
+        (lambda: management.delete("a"), InvalidReference),
+        (lambda: management.tenant("../keys"), InvalidReference),
+    ],
+)
+def test_what_is_not_well_formed_never_leaves(client: Any, flow: Any, error: type[Exception]) -> None:
+    """A malformed name is told before anything is sent."""
+    with pytest.raises(error):
+        client.run(flow())
+
+
+def test_a_tenants_key_does_not_manage_the_platform(server: Server) -> None:
+    """A tenant's admin reads its own audit; tenants and residency are the platform's."""
+    with PrefixClient(server.url, server.key("admin", "customers")) as customer:
+        assert customer.run(management.audit("customers"))[-1]["action"] == "tenant.created"
+        for flow in (management.tenants(), management.residency(), management.put_tenant("customers", {})):
+            with pytest.raises(Forbidden):
+                customer.run(flow)
+        with pytest.raises(NotFound):
+            customer.run(management.audit("managed"))
+
+
+class Forgetful(httpx.HTTPTransport):
+    """httpx's own transport, which loses the first answer after the service did what it was asked."""
+
+    has_lost = False
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Pass a request on."""
+        response = super().handle_request(request)
+        if not self.has_lost:
+            response.read()
+            self.has_lost = True
+            raise httpx.ReadError("the answer is lost")
+        return response
+
+
+class AsyncForgetful(httpx.AsyncHTTPTransport):
+    """The same for asyncio."""
+
+    has_lost = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Pass a request on."""
+        response = await super().handle_async_request(request)
+        if not self.has_lost:
+            await response.aread()
+            self.has_lost = True
+            raise httpx.ReadError("the answer is lost")
+        return response
+
+
+@pytest.fixture(params=["blocking", "async"])
+def forgetful(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
+    """Both clients, on a way that loses the first answer."""
+    if request.param == "blocking":
+        with PrefixClient(server.url, server.admin_key, http=Forgetful()) as blocking:
+            yield blocking
+        return
+    loop = asyncio.new_event_loop()
+    awaited = Awaited(AsyncPrefixClient(server.url, server.admin_key, http=AsyncForgetful()), loop)
+    yield awaited
+    awaited.close()
+    loop.close()
+
+
+@pytest.fixture
+def direct(server: Server) -> Iterator[PrefixClient]:
+    """A client that nothing stands before."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        yield client
+
+
+def test_a_deletion_whose_answer_was_lost_is_done(forgetful: Any, direct: PrefixClient) -> None:
+    """The second try finds nothing, and that is what was asked for."""
+    name = f"managed/lost{next(_names)}"
+    published(direct, name)
+    forgetful.run(management.delete(name))
+    with pytest.raises(NotFound):
+        direct.inspect(name)
+    with pytest.raises(NotFound):
+        forgetful.run(management.delete(name))
+
+
+def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, direct: PrefixClient) -> None:
+    """Twice the same is once."""
+    name = f"managed/again{next(_names)}"
+    published(direct, name)
+    forgetful.run(management.put_alias(name, "prod", 1))
+    assert direct.run(management.aliases(name)) == {"prod": 1}
+
+
+def test_a_change_under_a_condition_whose_answer_was_lost_is_not_made_again(
+    forgetful: Any, direct: PrefixClient
+) -> None:
+    """Another try would be refused by its own first: the caller hears that the connection failed, and looks."""
+    name = f"managed/once{next(_names)}"
+    published(direct, name)
+    with pytest.raises(ConnectionFailed):
+        forgetful.run(management.put_alias(name, "prod", 1, create_only=True))
+    assert direct.run(management.aliases(name)) == {"prod": 1}
