@@ -1,30 +1,28 @@
 """`AdapterRegistry`: what is in memory now, loaded once for all who wait, evicted under byte budgets."""
 
-import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from typing import Final, Generic, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar, get_args
 
 import torch
-from anyio import to_thread
 
-from service.errors import InvalidInput, Unavailable
+from service.errors import InvalidInput, OutOfSpace, Unavailable
 from service.prefix.kv import PrefixKV, Span
 from service.prefix.wire import KVDtype, Rendering, render
-from service.registry.residency import Entry, K, Residency
+from service.registry.memory import exhausted, of_device
+from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
+from service.registry.tenants import Entry
+from service.registry.tier import Tier
+from service.registry.turns import Turns
 
+log = logging.getLogger("prefix_service")
 
-class Sized(Protocol):
-    """Something that takes memory."""
+T = TypeVar("T")
 
-    @property
-    def nbytes(self) -> int: ...
-
-
-V = TypeVar("V", bound=Sized)
-
+_LOADS: Final = 8  # threads: more read no faster from one disk, and a few that hang leave the others some
 _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
 
@@ -37,6 +35,9 @@ class VersionKey:
     version: int
     digest: str
 
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.version}"
+
 
 @dataclass(frozen=True, slots=True)
 class RenderingKey:
@@ -48,80 +49,30 @@ class RenderingKey:
     kv_heads: Span
 
 
-class _Tier(Generic[K, V]):
-    """One budget and the values under it; loads are single-flight and outlive the waiters that give up."""
-
-    def __init__(self, budget: int) -> None:
-        self.residency: Residency[K] = Residency(budget)
-        self._values: dict[K, V] = {}
-        self._loads: dict[K, asyncio.Task[V]] = {}
-
-    async def get(self, key: K, nbytes: int, load: Callable[[], Awaitable[V]]) -> V:
-        """The value of `key`; its bytes are reserved before `load` allocates them."""
-        async with self.lease(key, nbytes, load) as value:
-            return value
-
-    @contextlib.asynccontextmanager
-    async def lease(self, key: K, nbytes: int, load: Callable[[], Awaitable[V]]) -> AsyncIterator[V]:
-        """The value of `key`, not evicted from the reservation of its bytes until the block ends."""
-        if key in self._values:
-            self.residency.touch(key)
-        elif key not in self._loads:
-            for victim in self.residency.admit(key, nbytes):
-                del self._values[victim]
-            self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
-        entry = self.residency.lease(key)
-        try:
-            value = self._values.get(key)
-            # A waiter that is cancelled must not take the load away from the others.
-            yield await asyncio.shield(self._loads[key]) if value is None else value
-        finally:
-            self.residency.release(entry)
-
-    async def _load(self, key: K, reservation: Entry, load: Callable[[], Awaitable[V]]) -> V:
-        try:
-            value = await load()
-        except BaseException:
-            if self.residency.holds(key, reservation):
-                self.residency.remove(key)
-            raise
-        finally:
-            self.residency.release(reservation)
-            if self._loads.get(key) is asyncio.current_task():
-                del self._loads[key]
-        if self.residency.holds(key, reservation):
-            self._values[key] = value
-        return value
-
-    def remove(self, matches: Callable[[K], bool]) -> None:
-        """Forget values and loads; what is being sent stays alive until its last byte has left."""
-        for key in [key for key in (*self._values, *self._loads) if matches(key)]:
-            self._values.pop(key, None)
-            self._loads.pop(key, None)
-            self.residency.remove(key)
-
-
 class AdapterRegistry:
-    """Resident prefixes on one device, and their renderings in host memory.
+    """Resident prefixes on one device, and their renderings in host memory; each budget is shared by the tenants.
 
     A resident prefix is a trained encoder in inference form: the keys and values themselves. All methods run on one
-    event loop; loading, casting and copying run in threads.
+    event loop; loading, casting and copying run in threads, tenants in turn. What finds no memory although its budget
+    has room makes what may leave go and tries once more; a prefix that the device still does not take then stays in
+    host memory, and its bytes go on counting against the device's budget.
     """
 
     def __init__(self, device: torch.device, device_bytes: int, rendering_bytes: int) -> None:
         self.device = device
-        self._prefixes: _Tier[VersionKey, PrefixKV] = _Tier(device_bytes)
-        self._renderings: _Tier[RenderingKey, Rendering] = _Tier(rendering_bytes)
+        self._prefixes: Tier[VersionKey, PrefixKV] = Tier("device", str(device), device_bytes)
+        self._renderings: Tier[RenderingKey, Rendering] = Tier("host", "host", rendering_bytes)
+        self._turns = Turns(_LOADS)
 
     async def prefix(self, key: VersionKey, nbytes: int, load: Callable[[], PrefixKV]) -> PrefixKV:
         """A prefix of `nbytes` on the device; `load` brings it to the CPU, in a thread, once for all who wait.
 
         Raises:
-            OutOfSpace: it does not fit the budget.
-            Unavailable: everything else is in use.
+            OutOfSpace: it does not fit the budget, or there is no memory.
+            Unavailable: everything else is in use, pinned, or other tenants' fair share.
+            PrefixServiceError: what `load` raised, now or within the last seconds.
         """
-
-        return await self._prefixes.get(key, nbytes, self._on_device(load))
+        return await self._prefixes.get(key, key.tenant, nbytes, self._on_device(key, load))
 
     @contextlib.asynccontextmanager
     async def rendering(
@@ -130,19 +81,50 @@ class AdapterRegistry:
         """A rendering of `nbytes`, not evicted while the block runs; made from the prefix if need be.
 
         Raises:
-            OutOfSpace: it does not fit the budget.
-            Unavailable: everything else is in use.
+            OutOfSpace, Unavailable, PrefixServiceError: as `prefix`, for either memory.
         """
+        version = key.version
 
         async def rendered() -> Rendering:
-            async with self._prefixes.lease(key.version, prefix_nbytes, self._on_device(load)) as kv:
-                return await to_thread.run_sync(_render, kv, key)
+            bring = self._on_device(version, load)
+            async with self._prefixes.lease(version, version.tenant, prefix_nbytes, bring) as kv:
+                return await self._run(version, lambda: _render(kv, key))
 
-        async with self._renderings.lease(key, nbytes, rendered) as rendering:
+        async with self._renderings.lease(key, version.tenant, nbytes, rendered) as rendering:
             yield rendering
 
-    def _on_device(self, load: Callable[[], PrefixKV]) -> Callable[[], Awaitable[PrefixKV]]:
-        return lambda: to_thread.run_sync(lambda: load().to(device=self.device))
+    def _on_device(self, key: VersionKey, load: Callable[[], PrefixKV]) -> Callable[[], Awaitable[PrefixKV]]:
+        async def bring() -> PrefixKV:
+            kv = await self._run(key, load)
+            if self.device.type == "cpu":
+                return kv
+            try:
+                return await self._run(key, lambda: kv.to(device=self.device))
+            except OutOfSpace as error:
+                log.warning("%s stays in host memory: %s", key, error)
+                return kv
+
+        return bring
+
+    async def _run(self, key: VersionKey, step: Callable[[], T]) -> T:
+        """One step in a thread; where it finds no memory, once more after what may leave has left."""
+        for _ in range(2):
+            try:
+                return await self._turns.run(key.tenant, step)
+            except (MemoryError, RuntimeError) as error:
+                if not exhausted(error):
+                    raise
+                on_device = of_device(error)
+            self._spare(key.tenant, on_device=on_device)
+        where = f"device {self.device}" if on_device else "host"
+        raise OutOfSpace(f"the {where} has no memory left for {key}: its budget is larger than what is there")
+
+    def _spare(self, tenant: str, *, on_device: bool) -> None:
+        self._prefixes.spare(tenant)
+        if on_device:
+            torch.cuda.empty_cache()
+        else:
+            self._renderings.spare(tenant)
 
     def pin(self, key: VersionKey, *, pinned: bool) -> None:
         """Keep a resident version, or let it go again.
@@ -153,7 +135,7 @@ class AdapterRegistry:
         if key in self._prefixes.residency:
             self._prefixes.residency.pin(key, pinned=pinned)
         elif pinned:
-            raise Unavailable(f"{key.tenant}/{key.adapter}@{key.version} has left memory meanwhile: load it again")
+            raise Unavailable(f"{key} has left memory meanwhile: load it again")
 
     def state(self, key: VersionKey) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and where."""
@@ -161,9 +143,50 @@ class AdapterRegistry:
         return {"resident": key in residency, "pinned": residency.is_pinned(key), "device": str(self.device)}
 
     def forget(self, key: VersionKey) -> None:
-        """Unload a version and its renderings; transfers under way complete."""
+        """Unload a version and its renderings, and forget that its load failed; transfers under way complete."""
         self._prefixes.remove(lambda resident: resident == key)
         self._renderings.remove(lambda rendering: rendering.version == key)
+
+    def forget_tenant(self, tenant: str) -> None:
+        """The same for all versions of a tenant."""
+        self._prefixes.remove(lambda resident: resident.tenant == tenant)
+        self._renderings.remove(lambda rendering: rendering.version.tenant == tenant)
+
+    def tiers(self) -> list[TierReport]:
+        """Both budgets, the device's first."""
+        return [self._prefixes.report(), self._renderings.report()]
+
+    def shares(self) -> list[ShareReport]:
+        """What each tenant has, the device first, the largest first."""
+        return [*self._prefixes.shares(), *self._renderings.shares()]
+
+    def resident(self) -> list[ResidentReport]:
+        """What is in memory, one row a version, the largest first."""
+        rows: dict[VersionKey, ResidentReport] = {}
+        for key, entry in self._prefixes.residency.items():
+            rows[key] = replace(_row(key, entry, self._prefixes.reason(key)), device_bytes=entry.nbytes)
+        for rendering, part in self._renderings.residency.items():
+            key, row = rendering.version, _row(rendering.version, part, self._renderings.reason(rendering))
+            row = replace(row, host_bytes=part.nbytes, renderings=1)
+            rows[key] = _joined(rows[key], row) if key in rows else row
+        return sorted(rows.values(), key=lambda row: -(row.device_bytes + row.host_bytes))
+
+
+def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
+    readers = entry.leases - (reason == "loading")  # a load leases what it brings
+    return ResidentReport(
+        key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
+    )
+
+
+def _joined(first: ResidentReport, second: ResidentReport) -> ResidentReport:
+    sums = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
+    return replace(
+        first,
+        pinned=first.pinned or second.pinned,
+        reason=min(first.reason, second.reason, key=get_args(Reason).index),
+        **{name: getattr(first, name) + getattr(second, name) for name in sums},
+    )
 
 
 def _render(kv: PrefixKV, key: RenderingKey) -> Rendering:

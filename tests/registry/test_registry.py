@@ -145,15 +145,50 @@ async def test_a_load_that_nobody_waits_for_ends_in_memory() -> None:
 async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
     """Nothing stays reserved for a load that failed."""
     registry, load = registry_of(), held()
-    load.error = CorruptBlob("bit rot")
+    load.error = Unavailable("encoded again")
     tasks = [asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(5)]
     await load.waiting()
     load.go_on.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(result) for result in results] == [CorruptBlob] * 5
+    assert [type(result) for result in results] == [Unavailable] * 5
     assert (load.calls, used(registry)) == (1, (0, 0))
     load.error = None
     assert torch.equal((await registry.prefix(version(), SIZE, load)).tensor, kv_of().tensor)
+
+
+async def test_a_storm_on_a_broken_version_loads_it_once() -> None:
+    """For a moment all get the same error at once, prefix or rendering, and nothing leaves for it; what is put right
+    is loaded again."""
+    registry, load = registry_of(), Loader(error=CorruptBlob("bit rot", 60))
+    for number in (2, 3):
+        await registry.prefix(version(number), SIZE, Loader(number))
+    for _ in range(20):
+        with pytest.raises(CorruptBlob, match="bit rot") as caught:
+            await registry.prefix(version(), SIZE, load)
+        with pytest.raises(CorruptBlob, match="bit rot"):
+            async with leased(registry, load):
+                pytest.fail("there is nothing to lease")
+        assert caught.value.retry_after == 60
+    assert (load.calls, registry.tiers()[0].evictions, registry.tiers()[0].failures) == (1, 1, 1)
+    await registry.prefix(version(2), SIZE, Loader(2))
+    registry.forget(version())
+    load.error = None
+    await registry.prefix(version(), SIZE, load)
+    assert load.calls == 2
+
+
+async def test_a_load_that_was_forgotten_leaves_no_failure_behind() -> None:
+    """The version was published or unloaded meanwhile: the next request loads anew."""
+    registry, load = registry_of(), held()
+    load.error = CorruptBlob("bit rot")
+    task = asyncio.create_task(registry.prefix(version(), SIZE, load))
+    await load.waiting()
+    registry.forget(version())
+    load.go_on.set()
+    with pytest.raises(CorruptBlob):
+        await task
+    load.error = None
+    await registry.prefix(version(), SIZE, load)
 
 
 async def test_a_failed_rendering_reserves_nothing() -> None:
@@ -165,11 +200,11 @@ async def test_a_failed_rendering_reserves_nothing() -> None:
     assert used(registry) == (0, 0)
 
 
-async def test_the_least_recently_used_makes_room() -> None:
-    """The budget is reserved before the load, and the oldest leaves."""
+async def test_what_is_read_once_makes_room() -> None:
+    """The budget is reserved before the load, and what was used again stays."""
     registry = registry_of()
     loaders = {number: Loader(number) for number in (1, 2, 3)}
-    for number in (1, 2, 1, 3):
+    for number in (1, 2, 1, 1, 3):
         await registry.prefix(version(number), SIZE, loaders[number])
     assert [registry.state(version(number))["resident"] for number in (1, 2, 3)] == [True, False, True]
     assert used(registry) == (2 * SIZE, 0)
@@ -333,6 +368,82 @@ async def test_a_tenants_tensors_are_never_anothers() -> None:
         await registry.prefix(key, SIZE, Loader(number))
     values = [await registry.prefix(key, SIZE, Loader(99)) for key in keys]
     assert [value.tensor.max().item() for value in values] == [0, 1, 2, 3, 4]
+
+
+async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
+    """Its prefixes, renderings and loads; a transfer under way completes, and other tenants stay."""
+    registry, load = registry_of(9 * SIZE, 9 * SIZE), held()
+    other = VersionKey("beta", "a", 1, "sha256:1")
+    await registry.prefix(other, SIZE, Loader())
+    loading = asyncio.create_task(registry.prefix(version(2), SIZE, load))
+    async with leased(registry, Loader()) as rendering:
+        await load.waiting()
+        registry.forget_tenant("acme")
+        assert used(registry) == (SIZE, 0)
+        assert torch.equal(rendering.values, kv_of().tensor)
+    load.go_on.set()
+    await loading
+    assert [row.tenant for row in registry.resident()] == ["beta"]
+
+
+async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
+    """Each entry belongs to the tenant of its key, in both memories."""
+    registry = registry_of(20 * SIZE, 20 * SIZE)
+
+    async def read(tenant: str, number: int) -> int:
+        load = Loader(number)
+        key = RenderingKey(VersionKey(tenant, "a", number, "d"), "float32", (0, 1), (0, 1))
+        async with registry.rendering(key, SIZE, SIZE, load):
+            return load.calls
+
+    for number in range(18):
+        await read("beta", number)
+    for number in range(100):
+        await read("acme", number)
+    assert sum([await read("beta", number) for number in range(18)]) == 0
+    assert {row.tenant: row.used // SIZE for row in registry.shares()} == {"beta": 18, "acme": 2}
+
+
+async def test_what_a_registry_tells_of_itself() -> None:
+    """Budgets, bytes, leases and counts of both memories, and who has how much of its share."""
+    registry, load = registry_of(4 * SIZE, 4 * SIZE), held()
+    other = VersionKey("beta", "b", 1, "d")
+    await registry.prefix(other, SIZE, Loader())
+    await registry.prefix(other, SIZE, Loader())
+    registry.pin(other, pinned=True)
+    loading = [asyncio.create_task(registry.prefix(version(2), SIZE, load)) for _ in range(2)]
+    async with leased(registry, Loader()):
+        await load.waiting()
+        device, host = registry.tiers()
+        assert (device.name, device.place, device.budget, device.used, device.pinned) == (
+            "device", "cpu", 4 * SIZE, 3 * SIZE, SIZE,
+        )  # fmt: skip
+        assert (device.entries, device.loading, device.readers) == (3, 1, 2)
+        assert (device.hits, device.misses, device.waits, device.loads, device.failures) == (1, 3, 1, 2, 0)
+        assert (host.name, host.place, host.used, host.readers, host.misses, host.loads) == (
+            "host", "host", SIZE, 1, 1, 1,
+        )  # fmt: skip
+        assert host.load_seconds > 0
+        rows = {(row.tenant, row.version): row for row in registry.resident()}
+        first, second, third = rows["acme", 1], rows["acme", 2], rows["beta", 1]
+        assert registry.resident()[0] == first
+        assert (first.device_bytes, first.host_bytes, first.renderings, first.readers) == (SIZE, SIZE, 1, 1)
+        assert (first.reason, second.reason, third.reason) == ("reading", "loading", "pinned")
+        assert (second.uses, second.readers, third.uses, third.pinned) == (1, 2, 1, True)
+        shares = [(row.tenant, row.tier, row.used, row.share) for row in registry.shares()]
+        assert shares == [
+            ("acme", "device", 2 * SIZE, 2 * SIZE),
+            ("beta", "device", SIZE, 2 * SIZE),
+            ("acme", "host", SIZE, 4 * SIZE),
+        ]
+    load.go_on.set()
+    await asyncio.gather(*loading)
+    registry.pin(other, pinned=False)
+    assert {row.reason for row in registry.resident()} == {"share"}
+    for number in (3, 4):
+        await registry.prefix(version(number), SIZE, Loader(number))
+    assert {row.tenant: row.reason for row in registry.resident()} == {"acme": "kept", "beta": "share"}
+    assert registry.tiers()[0].evictions == 1
 
 
 async def test_a_rendering_is_that_slice_in_that_dtype() -> None:

@@ -1,4 +1,4 @@
-"""`service.registry.residency`: pure state under a budget of bytes."""
+"""`service.registry.residency`: pure state under a budget of bytes that tenants share."""
 
 import pytest
 from hypothesis import settings
@@ -6,20 +6,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OutOfSpace, Unavailable
-from service.registry.residency import Entry, Residency
+from service.registry.residency import Residency
+from service.registry.tenants import Entry
 
-BUDGET = 10
-KEYS = st.sampled_from("abcdefg")
+BUDGET = 24
+KEYS = [tenant + name for tenant in "abc" for name in "123456"]
+keys = st.sampled_from(KEYS)
 
 
 class Rules(RuleBasedStateMachine):
-    """Against a model: a list of what is resident, least recently used first."""
+    """Against a model: the sizes of what is resident. A key's first letter is its tenant."""
 
     def __init__(self) -> None:
         super().__init__()
         self.residency: Residency[str] = Residency(BUDGET)
-        self.sizes: dict[str, int] = {}  # in the order of use
-        self.leases: list[tuple[str, Entry]] = []
+        self.sizes: dict[str, int] = {}
+        self.leases: list[tuple[str, Entry[str]]] = []
         self.pinned: set[str] = set()
 
     @property
@@ -27,36 +29,67 @@ class Rules(RuleBasedStateMachine):
         """What may not leave."""
         return self.pinned | {key for key, entry in self.leases if self.residency.holds(key, entry)}
 
-    @rule(key=KEYS, nbytes=st.integers(0, BUDGET + 2))
+    def used(self, tenant: str, without: list[str] | None = None) -> int:
+        return sum(size for key, size in self.sizes.items() if key[0] == tenant and key not in (without or []))
+
+    def check_victims(self, tenant: str, victims: list[str], share: int) -> None:
+        """Each in its turn: nothing held; nobody within the share loses to somebody above it, nor before that one
+        has given all that it can."""
+        assert not self.held & set(victims)
+        assert set(victims) <= set(self.sizes)
+        for number, victim in enumerate(victims):
+            gone = victims[:number]
+            if victim[0] == tenant or self.used(victim[0], gone) > share:
+                continue
+            assert self.used(tenant, gone) <= share
+            left = {key for key in self.sizes if key[0] == tenant and self.sizes[key]} - set(gone) - self.held
+            assert not left
+
+    def share(self, tenant: str) -> int:
+        return BUDGET // len({key[0] for key in self.sizes} | {tenant})
+
+    @rule(key=keys, nbytes=st.one_of(st.integers(1, 5), st.integers(0, BUDGET + 2)))
     def admit(self, key: str, nbytes: int) -> None:
         if key in self.sizes:
             return
-        before, held = dict(self.sizes), self.held
-        could_leave = sum(size for other, size in before.items() if other not in held)
+        share, free = self.share(key[0]), BUDGET - sum(self.sizes.values())
         try:
-            victims = self.residency.admit(key, nbytes)
+            victims = self.residency.admit(key, nbytes, key[0])
         except OutOfSpace:
             assert nbytes > BUDGET
         except Unavailable:
-            assert sum(before.values()) - could_leave + nbytes > BUDGET
+            self.check_refusal(key[0], nbytes, free, share)
         else:
-            assert not held & set(victims)
-            assert victims == [other for other in before if other not in held][: len(victims)]
-            kept = BUDGET - sum(before.values())
-            assert not victims or kept + sum(before[victim] for victim in victims[:-1]) < nbytes
-            self.sizes = {other: size for other, size in before.items() if other not in victims} | {key: nbytes}
+            self.check_victims(key[0], victims, share)
+            assert not victims or free + sum(self.sizes[victim] for victim in victims[:-1]) < nbytes
+            self.sizes = {other: size for other, size in self.sizes.items() if other not in victims} | {key: nbytes}
+
+    def check_refusal(self, tenant: str, nbytes: int, free: int, share: int) -> None:
+        """Not even all of its own would be enough, nor all of everybody's while it is within its share."""
+        loose = {key: size for key, size in self.sizes.items() if key not in self.held}
+        own = sum(size for key, size in loose.items() if key[0] == tenant)
+        assert free + own < nbytes
+        if self.used(tenant) <= share:
+            assert free + sum(loose.values()) < nbytes
+
+    @rule(tenant=st.sampled_from("abc"))
+    def spare(self, tenant: str) -> None:
+        share = self.share(tenant)
+        victims = self.residency.spare(tenant)
+        self.check_victims(tenant, victims, share)
+        for victim in victims:
+            del self.sizes[victim]
+        assert all(key in self.held or not size for key, size in self.sizes.items() if key[0] == tenant)
 
     @precondition(lambda self: self.sizes)
     @rule(data=st.data())
     def touch(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(list(self.sizes)))
-        self.residency.touch(key)
-        self.sizes[key] = self.sizes.pop(key)
+        self.residency.touch(data.draw(st.sampled_from(sorted(self.sizes))))
 
     @precondition(lambda self: self.sizes)
     @rule(data=st.data())
     def lease(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(list(self.sizes)))
+        key = data.draw(st.sampled_from(sorted(self.sizes)))
         self.leases.append((key, self.residency.lease(key)))
 
     @precondition(lambda self: self.leases)
@@ -68,11 +101,11 @@ class Rules(RuleBasedStateMachine):
     @precondition(lambda self: self.sizes)
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data: st.DataObject, pinned: bool) -> None:
-        key = data.draw(st.sampled_from(list(self.sizes)))
+        key = data.draw(st.sampled_from(sorted(self.sizes)))
         self.residency.pin(key, pinned=pinned)
         (self.pinned.add if pinned else self.pinned.discard)(key)
 
-    @rule(key=KEYS)
+    @rule(key=keys)
     def remove(self, key: str) -> None:
         self.residency.remove(key)
         self.sizes.pop(key, None)
@@ -84,29 +117,81 @@ class Rules(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost_and_nothing_held_has_left(self) -> None:
-        assert {key for key in "abcdefg" if key in self.residency} == set(self.sizes) >= self.pinned
+        assert {key for key in KEYS if key in self.residency} == set(self.sizes) >= self.pinned
         assert len(self.residency) == len(self.sizes)
         assert {key for key in self.sizes if self.residency.is_pinned(key)} == self.pinned
 
+    @invariant()
+    def the_bytes_of_all_tenants_add_up(self) -> None:
+        tenants = {tenant.name: tenant for tenant in self.residency.tenants()}
+        assert set(tenants) == {key[0] for key in self.sizes}
+        for name, tenant in tenants.items():
+            held = sum(self.sizes[key] for key in self.held if key[0] == name)
+            assert (tenant.used, tenant.held) == (self.used(name), held)
+        assert self.residency.pinned == sum(self.sizes[key] for key in self.pinned)
+        assert self.residency.held == sum(self.sizes[key] for key in self.held)
 
-# Any sequence of calls: the budget holds, what is leased or pinned stays, the least recently used leaves.
+
+# Any sequence of calls: the budget holds, what is leased or pinned stays, no tenant takes what is another's share.
 TestRules = Rules.TestCase
 TestRules.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
-def full() -> Residency[str]:
-    residency: Residency[str] = Residency(BUDGET)
+def full(budget: int = 10) -> Residency[str]:
+    residency: Residency[str] = Residency(budget)
     for key in "ab":
-        assert residency.admit(key, 5) == []
+        assert residency.admit(key, 5, "acme") == []
     return residency
 
 
-def test_the_least_recently_used_leaves_first() -> None:
-    """A use counts, and no more leave than must."""
+def filled(budget: int, tenant: str, count: int) -> Residency[str]:
+    """`count` entries of one byte, `<tenant>0` …"""
+    residency: Residency[str] = Residency(budget)
+    for number in range(count):
+        residency.admit(f"{tenant}{number}", 1, tenant)
+    return residency
+
+
+def kept(residency: Residency[str], tenant: str) -> int:
+    return sum(key.startswith(tenant) for key, _ in residency.items())
+
+
+def test_the_first_to_come_leaves_first() -> None:
+    """While nothing was used twice, and no more leave than must."""
+    assert full().admit("c", 1, "acme") == ["a"]
+
+
+def test_what_was_used_twice_on_probation_stays() -> None:
+    """It moves to the main queue when its turn comes; one use might be a burst."""
     residency = full()
     residency.touch("a")
-    assert residency.admit("c", 1) == ["b"]
-    assert "a" in residency
+    residency.touch("a")
+    assert residency.admit("c", 1, "acme") == ["b"]
+
+
+def test_a_scan_passes_through_a_tenth() -> None:
+    """A hundred keys once each, and what was proven before is still there."""
+    residency = filled(20, "hot", 18)
+    for key, _ in list(residency.items()):
+        residency.touch(key)
+        residency.touch(key)
+    for number in range(100):
+        residency.admit(f"cold{number}", 1, "acme")
+    assert (kept(residency, "hot"), kept(residency, "cold")) == (18, 2)
+
+
+def test_what_comes_back_soon_is_proven() -> None:
+    """It left, it is asked for again before as many others left: that is a use, too."""
+    residency = filled(10, "k", 10)
+    for number in range(10, 13):
+        residency.admit(f"k{number}", 1, "k")
+    assert "k1" not in residency
+    residency.remove("k12")
+    residency.admit("k1", 1, "k")
+    assert residency.entry("k1").proven
+    residency.remove("k11")
+    residency.admit("never seen", 1, "k")
+    assert not residency.entry("never seen").proven
 
 
 @pytest.mark.parametrize("how", ["lease", "pin"])
@@ -117,25 +202,89 @@ def test_what_is_held_stays(how: str) -> None:
         residency.lease("a")
     else:
         residency.pin("a", pinned=True)
-    assert residency.admit("c", 1) == ["b"]
+    assert residency.admit("c", 1, "acme") == ["b"]
+
+
+def test_a_tenants_scan_takes_a_tenth_of_its_share() -> None:
+    """However much of the budget the other fills: the scan pays for itself."""
+    residency = filled(1000, "hot", 1000)
+    for number in range(5000):
+        residency.admit(f"cold{number}", 1, "scanner")
+    assert 50 <= kept(residency, "cold") <= 51  # a tenth of 500
+    assert kept(residency, "hot") >= 949
+
+
+def test_what_is_asked_for_again_takes_the_whole_share() -> None:
+    """A tenant that comes second grows to its half with what comes back, and no further."""
+    residency = filled(100, "first", 100)
+    for number in [*range(48)] * 3 + [*range(48, 60)] * 20:
+        if (key := f"second{number}") in residency:
+            residency.touch(key)
+        else:
+            residency.admit(key, 1, "second")
+    assert kept(residency, "first") == kept(residency, "second") == 50
+
+
+def test_what_a_tenant_does_not_use_of_its_share_is_the_others() -> None:
+    """And the one with the most gives it back first."""
+    residency = filled(90, "large", 60)
+    for number in range(30):
+        residency.admit(f"middle{number}", 1, "middle")
+    assert residency.share == 45
+    residency.admit("small", 1, "small")
+    assert [(tenant.name, tenant.used) for tenant in residency.tenants()] == [
+        ("large", 59),
+        ("middle", 30),
+        ("small", 1),
+    ]
+
+
+def test_an_entry_larger_than_a_share_costs_its_tenant_everything_else_first() -> None:
+    """It has to be served; then the others lose what is still missing."""
+    residency = filled(12, "a", 4)
+    for tenant in "bc":
+        for number in range(4):
+            residency.admit(f"{tenant}{number}", 1, tenant)
+    victims = residency.admit("whole", 6, "a")
+    assert sorted(victims[:4]) == ["a0", "a1", "a2", "a3"]
+    assert len(victims) == 6
+
+
+def test_who_is_above_its_share_takes_nothing_from_who_is_within() -> None:
+    """All of its own is in use, so it waits, although others have idle entries; nothing has left."""
+    residency = filled(10, "a", 5)
+    for number in range(5):
+        residency.admit(f"b{number}", 1, "b")
+        residency.lease(f"b{number}")
+    residency.remove("a4")
+    residency.admit("b5", 1, "b")
+    residency.lease("b5")
+    with pytest.raises(Unavailable, match="of 10 bytes 0 are pinned, 6 in use"):
+        residency.admit("b6", 1, "b")
+    assert kept(residency, "a") == 4
 
 
 def test_too_large_for_the_budget() -> None:
     """No waiting would help, so it is OutOfSpace, and nothing leaves."""
     residency = full()
     with pytest.raises(OutOfSpace, match="11 bytes do not fit the memory budget of 10 bytes"):
-        residency.admit("c", 11)
+        residency.admit("c", 11, "acme")
     assert len(residency) == 2
 
 
 def test_everything_is_in_use() -> None:
-    """Waiting helps, so it is Unavailable with a time, and nothing leaves, not even what could."""
-    residency = full()
+    """Waiting helps, so it is Unavailable with a time and with what holds the bytes; nothing leaves, and what could
+    have keeps its place."""
+    residency = full(12)
+    residency.admit("c", 2, "acme")
     residency.lease("a")
-    with pytest.raises(Unavailable, match="6 bytes are needed, and all but 5 of 10 are in use") as caught:
-        residency.admit("c", 6)
+    residency.pin("c", pinned=True)
+    with pytest.raises(Unavailable, match=r"6 bytes are needed .* of 12 bytes 2 are pinned, 5 in use") as caught:
+        residency.admit("d", 6, "acme")
     assert caught.value.retry_after == 1
     assert "b" in residency
+    residency.pin("c", pinned=False)
+    assert residency.admit("d", 6, "acme") == ["b", "c"]
 
 
 def test_a_lease_of_what_was_removed_holds_nothing() -> None:
@@ -143,8 +292,21 @@ def test_a_lease_of_what_was_removed_holds_nothing() -> None:
     residency = full()
     old = residency.lease("a")
     residency.remove("a")
-    residency.admit("a", 5)
+    residency.admit("a", 5, "acme")
     new = residency.lease("a")
     assert not residency.holds("a", old)
     residency.release(old)
-    assert (new.leases, residency.holds("a", new)) == (1, True)
+    assert (new.leases, residency.holds("a", new), residency.held) == (1, True, 5)
+
+
+def test_memory_itself_is_exhausted() -> None:
+    """What may leave for the tenant leaves, whatever the budget says; others' shares do not."""
+    residency = filled(100, "a", 60)
+    for number in range(10):
+        residency.admit(f"b{number}", 1, "b")
+    for number in range(60):
+        residency.lease(f"a{number}")
+    assert residency.spare("a") == []
+    residency.release(residency.entry("a0"))
+    assert residency.spare("a") == ["a0"]
+    assert sorted(residency.spare("b")) == [f"b{number}" for number in range(10)]

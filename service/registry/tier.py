@@ -1,0 +1,147 @@
+"""One budget of bytes and the values under it, loaded once for all who wait."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+from service.registry.failures import Failures
+from service.registry.report import Reason, ShareReport, TierName, TierReport
+from service.registry.residency import Residency
+from service.registry.tenants import Entry, K
+
+
+class Sized(Protocol):
+    """Something that takes memory."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+V = TypeVar("V", bound=Sized)
+
+
+class Tier(Generic[K, V]):
+    """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment."""
+
+    def __init__(self, name: TierName, place: str, budget: int) -> None:
+        self.residency: Residency[K] = Residency(budget)
+        self._name, self._place = name, place
+        self._values: dict[K, V] = {}
+        self._loads: dict[K, asyncio.Task[V]] = {}
+        self._failures: Failures[K] = Failures()
+        self._readers = self._hits = self._misses = self._waits = self._evictions = 0
+        self._loaded = self._failed = 0
+        self._load_seconds = 0.0
+
+    async def get(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> V:
+        """The value of a tenant's `key`; its bytes are reserved before `load` allocates them."""
+        async with self.lease(key, tenant, nbytes, load) as value:
+            return value
+
+    @contextlib.asynccontextmanager
+    async def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> AsyncIterator[V]:
+        """The value of a tenant's `key`, not evicted from the reservation of its bytes until the block ends.
+
+        Raises:
+            OutOfSpace: it does not fit the budget.
+            Unavailable: what may leave is not enough.
+            PrefixServiceError: what `load` raised, now or a moment ago.
+        """
+        if key in self._values:
+            self._hits += 1
+            self.residency.touch(key)
+        elif key in self._loads:
+            self._waits += 1
+            self.residency.touch(key)
+        else:
+            self._begin(key, tenant, nbytes, load)
+        entry = self.residency.lease(key)
+        self._readers += 1
+        try:
+            value = self._values.get(key)
+            # A waiter that is cancelled must not take the load away from the others.
+            yield await asyncio.shield(self._loads[key]) if value is None else value
+        finally:
+            self._readers -= 1
+            self.residency.release(entry)
+
+    def _begin(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+        self._misses += 1
+        self._failures.check(key)
+        self._free(self.residency.admit(key, nbytes, tenant))
+        self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
+
+    async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
+        began = time.monotonic()
+        try:
+            value = await load()
+        except BaseException as error:
+            self._failed += 1
+            if self.residency.holds(key, reservation):
+                self.residency.remove(key)
+                self._failures.remember(key, error)
+            raise
+        finally:
+            self._load_seconds += time.monotonic() - began
+            self.residency.release(reservation)
+            if self._loads.get(key) is asyncio.current_task():
+                del self._loads[key]
+        self._loaded += 1
+        if self.residency.holds(key, reservation):
+            self._values[key] = value
+        return value
+
+    def spare(self, tenant: str) -> None:
+        """Let go what may leave for a tenant: the memory itself is exhausted."""
+        self._free(self.residency.spare(tenant))
+
+    def _free(self, victims: list[K]) -> None:
+        self._evictions += len(victims)
+        for victim in victims:
+            del self._values[victim]
+
+    def remove(self, matches: Callable[[K], bool]) -> None:
+        """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
+        self._failures.forget(matches)
+        for key in [key for key in (*self._values, *self._loads) if matches(key)]:
+            self._values.pop(key, None)
+            self._loads.pop(key, None)
+            self.residency.remove(key)
+
+    def reason(self, key: K) -> Reason:
+        """Why a resident key stays."""
+        entry = self.residency.entry(key)
+        if key in self._loads:
+            return "loading"
+        if entry.leases:
+            return "reading"
+        if entry.pinned:
+            return "pinned"
+        return "share" if entry.owner.used <= self.residency.share else "kept"
+
+    def report(self) -> TierReport:
+        """The budget, what is under it, and the counts since the start."""
+        return TierReport(
+            name=self._name,
+            place=self._place,
+            budget=self.residency.budget,
+            used=self.residency.used,
+            pinned=self.residency.pinned,
+            entries=len(self.residency),
+            loading=len(self._loads),
+            readers=self._readers,
+            hits=self._hits,
+            misses=self._misses,
+            waits=self._waits,
+            evictions=self._evictions,
+            loads=self._loaded,
+            failures=self._failed,
+            load_seconds=self._load_seconds,
+        )
+
+    def shares(self) -> list[ShareReport]:
+        """What each tenant has, the largest first."""
+        tenants = sorted(self.residency.tenants(), key=lambda tenant: (-tenant.used, tenant.name))
+        return [ShareReport(tenant.name, self._name, tenant.used, self.residency.share) for tenant in tenants]

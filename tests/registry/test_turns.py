@@ -1,0 +1,115 @@
+"""`service.registry.turns`: a few threads, tenants in turn."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from anyio import to_thread
+
+from service.registry.turns import Turns
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The registry uses asyncio's own tasks."""
+    return "asyncio"
+
+
+class Gate:
+    """Calls that note their name when they run, and wait to be let go one by one."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.running = 0
+        self.most = 0
+        self.started = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._go = threading.Semaphore(0)
+
+    def call(self, name: str) -> Callable[[], str]:
+        def run() -> str:
+            with self._lock:
+                self.order.append(name)
+                self.running += 1
+                self.most = max(self.most, self.running)
+            self.started.release()
+            assert self._go.acquire(timeout=10)
+            with self._lock:
+                self.running -= 1
+            return name
+
+        return run
+
+    def open(self, times: int) -> None:
+        self._go.release(times)
+
+
+async def begun(turns: Turns, gate: Gate, tenant: str, names: list[str]) -> list[asyncio.Task[str]]:
+    """Tasks that have asked for their turn, in this order."""
+    tasks = [asyncio.create_task(turns.run(tenant, gate.call(name))) for name in names]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_one_load_does_not_wait_behind_another_tenants_five_hundred() -> None:
+    """The first place that becomes free is its own."""
+    turns, gate = Turns(2), Gate()
+    many = await begun(turns, gate, "many", [f"many{number}" for number in range(500)])
+    one = await begun(turns, gate, "one", ["one"])
+    gate.open(501)
+    await asyncio.gather(*many, *one)
+    # Two ran already, then one of the queue of each tenant; two threads may note themselves in either order.
+    assert gate.order.index("one") <= 4
+    assert len(gate.order) == 501
+    assert gate.most <= 2
+
+
+async def test_tenants_take_turns() -> None:
+    """And each one's calls keep their order."""
+    turns, gate = Turns(1), Gate()
+    tasks = await begun(turns, gate, "a", ["a0", "a1", "a2"])
+    tasks += await begun(turns, gate, "b", ["b0", "b1"])
+    tasks += await begun(turns, gate, "c", ["c0"])
+    gate.open(6)
+    await asyncio.gather(*tasks)
+    assert gate.order == ["a0", "a1", "b0", "c0", "a2", "b1"]
+
+
+async def test_others_threads_stay_free() -> None:
+    """While every place is taken and many wait, what SQL and files run in is not touched."""
+    turns, gate = Turns(4), Gate()
+    tasks = await begun(turns, gate, "many", [str(number) for number in range(100)])
+    for _ in range(4):
+        assert await asyncio.to_thread(gate.started.acquire, timeout=10)
+    assert gate.running == 4
+    assert await asyncio.wait_for(to_thread.run_sync(partial(str, "sql")), 10) == "sql"
+    assert to_thread.current_default_thread_limiter().borrowed_tokens == 0
+    gate.open(100)
+    await asyncio.gather(*tasks)
+
+
+async def test_who_gives_up_leaves_its_turn_to_the_next() -> None:
+    """Waiting, or at the very moment when its turn came."""
+    turns, gate = Turns(1), Gate()
+    first, waiting, given, last = await begun(turns, gate, "a", ["first", "waiting", "given", "last"])
+    waiting.cancel()
+    gate.open(1)
+    await first
+    given.cancel()
+    gate.open(1)
+    assert await asyncio.wait_for(last, 10) == "last"
+    results = await asyncio.gather(waiting, given, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError] * 2
+    assert gate.order == ["first", "last"]
+    gate.open(1)
+    assert await turns.run("a", gate.call("again")) == "again"
+
+
+async def test_a_call_that_fails_gives_its_place_back() -> None:
+    """And its error reaches the caller."""
+    turns = Turns(1)
+    with pytest.raises(ZeroDivisionError):
+        await turns.run("a", lambda: 1 // 0)
+    assert await turns.run("a", lambda: 1) == 1
