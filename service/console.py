@@ -2,12 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from service.errors import InvalidInput
 
 console = Console()
 errors_console = Console(stderr=True)
@@ -29,10 +34,32 @@ def print_table(title: str, columns: list[str], rows: list[list[object]]) -> Non
     console.print(table)
 
 
+def working(what: str) -> Status:
+    """A sign on a terminal that something is under way, while the block runs."""
+    return errors_console.status(what)
+
+
 def human_bytes(count: float) -> str:
     """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:.1f} TiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes as a person writes them: `10GiB`, `500MB`, `4096`.
+
+    Raises:
+        InvalidInput: it is no size.
+    """
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError as error:
+        raise InvalidInput(f"{text!r} is not a size: write it as in 10GiB, 500MB or 4096") from error
+
+
+def used_of(used: int, budget: int | None, shown: Callable[[int], str] = str) -> str:
+    """What is used, beside its budget if it has one."""
+    return shown(used) if budget is None else f"{shown(used)} of {shown(budget)}"

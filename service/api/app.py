@@ -96,7 +96,6 @@ def create_app_from_environment() -> FastAPI:
 def _compose(settings: Settings, database: Database, metrics: Metrics) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
-    metrics.watch(registry.tiers)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
     metrics.watch(registry.tiers)
     library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits)

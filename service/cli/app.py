@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import demo, serve, worker
+from service.cli import alias, demo, residency, serve, tenant, worker
 from service.console import errors_console
 from service.errors import PrefixServiceError
 
@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 serve.register(app)
 worker.register(app)
+alias.register(app)
+tenant.register(app)
+residency.register(app)
 demo.register(app)
 
 

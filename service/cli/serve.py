@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
+from service.cli.options import Json
 from service.console import console, errors_console, human_bytes, print_json, print_table
 from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 key_app = typer.Typer(help="Make, list and revoke keys in a data folder, also while no service runs.")
 
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Data folder [env: PREFIX_DATA_DIR; default: data].")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Platform = Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")]
 TenantOption = Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")]
 

@@ -1,29 +1,18 @@
-"""`publish`, `fetch`, `list`, `inspect` and `convert`: the commands of who uses a service."""
+"""`publish`, `fetch`, `list`, `inspect`, `rm` and `convert`: the commands of who uses a service."""
 
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import wrap_file
 
+from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
 from service.console import console, errors_console, human_bytes, print_json, print_table
 from service.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from service.client import PrefixClient
-
-Url = Annotated[str, typer.Option("--url", envvar="PREFIX_URL", help="Where the service is.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="PREFIX_API_KEY", help="The key; better in the environment.", show_envvar=True),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Where to publish.")]
-Ref = Annotated[
-    str, typer.Argument(metavar="TENANT/ADAPTER[@…]", help="An adapter; @7, @alias or @sha256:… names a version.")
-]
 Config = Annotated[
     Path | None, typer.Option("--config", help="The adapter_config.json, where it is elsewhere.", exists=True)
 ]
@@ -32,8 +21,6 @@ BaseConfig = Annotated[
     typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
 ]
 
-_DEFAULT_URL = "http://127.0.0.1:8080"
-
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
@@ -41,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command()(fetch)
     app.command(name="list")(list_adapters)
     app.command()(inspect)
+    app.command(name="rm")(remove)
     app.command()(convert)
 
 
@@ -49,7 +37,7 @@ def publish(
     adapter: Adapter,
     config: Config = None,
     base_config: BaseConfig = None,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
@@ -61,7 +49,7 @@ def publish(
         errors_console.print(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}", highlight=False)
     base = None if base_config is None else base_config.read_bytes()
     shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
-    with _client(url, api_key) as client, upload.weights, shown as weights:
+    with connect(url, api_key) as client, upload.weights, shown as weights:
         version, is_new = client.publish(adapter, upload.config, weights, base)
     if as_json:
         print_json({**version, "created_now": is_new})
@@ -76,14 +64,14 @@ def fetch(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: only show.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """Fetch a prefix as a worker would, and show or save its tensors (safetensors)."""
     from safetensors.torch import save_file
 
-    with _client(url, api_key) as client:
+    with connect(url, api_key) as client:
         began = time.perf_counter()
         prefix = client.get(reference, batch_size=batch_size, dtype=_checked_dtype(dtype))
         seconds = time.perf_counter() - began
@@ -110,12 +98,12 @@ def fetch(
 def list_adapters(
     tenant: Annotated[str, typer.Argument(help="The tenant.")],
     base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
-    url: Url = _DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """List the adapters of a tenant."""
-    with _client(url, api_key) as client:
+    with connect(url, api_key) as client:
         items = client.list(tenant, base_model)
     if as_json:
         print_json({"items": items})
@@ -137,9 +125,9 @@ def _listed(item: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def inspect(reference: Ref, url: Url = _DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+def inspect(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show what the service knows of a version."""
-    with _client(url, api_key) as client:
+    with connect(url, api_key) as client:
         found = client.inspect(reference)
     if as_json:
         print_json(found)
@@ -149,6 +137,23 @@ def inspect(reference: Ref, url: Url = _DEFAULT_URL, api_key: ApiKey = None, as_
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
     print_table(reference, ["what", "value"], [[name, value] for name, value in shown.items()])
+
+
+def remove(
+    reference: Annotated[
+        str, typer.Argument(metavar="TENANT/ADAPTER[@…]", help="An adapter; @7 or @sha256:… is one version of it.")
+    ],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete an adapter with all its versions, or one version that no alias points at."""
+    from service.client import management
+
+    confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
+    with connect(url, api_key) as client:
+        client.run(management.delete(reference))
+    console.print(f"deleted {reference}", highlight=False)
 
 
 def convert(
@@ -172,12 +177,6 @@ def convert(
         return
     for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}", f"wrote {output}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _client(url: str, api_key: str | None) -> "PrefixClient":
-    from service.client import PrefixClient
-
-    return PrefixClient(url, api_key)
 
 
 def _checked_dtype(name: str | None) -> Any:

@@ -69,7 +69,7 @@ class PrefixClient(_Client):
             ConnectionFailed: the service did not answer in time.
             InvalidResponse: what arrived is damaged.
         """
-        return self._run(self._get(reference, options))
+        return self.run(self._get(reference, options))
 
     def publish(
         self, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
@@ -82,7 +82,7 @@ class PrefixClient(_Client):
         Raises:
             InvalidConfig, InvalidCheckpoint, TooLarge, …: the service said so; nothing was published.
         """
-        return self._run(flows.publish(adapter, config, weights, base_model_config))
+        return self.run(flows.publish(adapter, config, weights, base_model_config))
 
     def inspect(self, reference: str) -> Mapping[str, Any]:
         """What the service knows of a version: config, shapes, parameter counts, digest, size, aliases, residency.
@@ -90,7 +90,7 @@ class PrefixClient(_Client):
         Raises:
             NotFound, …: the service said so.
         """
-        return self._run(flows.inspect(reference))
+        return self.run(flows.inspect(reference))
 
     def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """Every adapter of a tenant, in the order of their names.
@@ -98,7 +98,7 @@ class PrefixClient(_Client):
         Raises:
             NotFound, …: the service said so.
         """
-        return self._run(flows.list_adapters(tenant, base_model))
+        return self.run(flows.list_adapters(tenant, base_model))
 
     def is_ready(self) -> bool:
         """Whether the service can do its work.
@@ -107,7 +107,21 @@ class PrefixClient(_Client):
             Unavailable: it says that it cannot.
             ConnectionFailed: it does not answer.
         """
-        return self._run(flows.is_ready())
+        return self.run(flows.is_ready())
+
+    def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow of `service.client.management`: aliases, deletion, residency, tenants, audit.
+
+        Raises:
+            NotFound, Forbidden, …: the service said so.
+        """
+        try:
+            request = next(flow)
+            while True:
+                request = flow.send(self._transport.send(request))
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     def close(self) -> None:
         """Close every connection."""
@@ -119,15 +133,6 @@ class PrefixClient(_Client):
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _run(self, flow: Flow[T]) -> T:
-        try:
-            request = next(flow)
-            while True:
-                request = flow.send(self._transport.send(request))
-        except StopIteration as end:
-            result: T = end.value
-            return result
-
 
 class AsyncPrefixClient(_Client):
     """The same for asyncio: same options, same methods, awaitable. Belongs to one event loop."""
@@ -138,25 +143,35 @@ class AsyncPrefixClient(_Client):
 
     async def get(self, reference: str, **options: Unpack[PrefixOptions]) -> Prefix:
         """As `PrefixClient.get`."""
-        return await self._run(self._get(reference, options))
+        return await self.run(self._get(reference, options))
 
     async def publish(
         self, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
     ) -> tuple[Mapping[str, Any], bool]:
         """As `PrefixClient.publish`."""
-        return await self._run(flows.publish(adapter, config, weights, base_model_config))
+        return await self.run(flows.publish(adapter, config, weights, base_model_config))
 
     async def inspect(self, reference: str) -> Mapping[str, Any]:
         """As `PrefixClient.inspect`."""
-        return await self._run(flows.inspect(reference))
+        return await self.run(flows.inspect(reference))
 
     async def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """As `PrefixClient.list`."""
-        return await self._run(flows.list_adapters(tenant, base_model))
+        return await self.run(flows.list_adapters(tenant, base_model))
 
     async def is_ready(self) -> bool:
         """As `PrefixClient.is_ready`."""
-        return await self._run(flows.is_ready())
+        return await self.run(flows.is_ready())
+
+    async def run(self, flow: Flow[T]) -> T:
+        """As `PrefixClient.run`."""
+        try:
+            request = next(flow)
+            while True:
+                request = flow.send(await self._transport.send(request))
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
     async def close(self) -> None:
         """Close every connection."""
@@ -167,12 +182,3 @@ class AsyncPrefixClient(_Client):
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
-
-    async def _run(self, flow: Flow[T]) -> T:
-        try:
-            request = next(flow)
-            while True:
-                request = flow.send(await self._transport.send(request))
-        except StopIteration as end:
-            result: T = end.value
-            return result

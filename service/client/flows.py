@@ -4,18 +4,20 @@
 """
 
 from collections.abc import Generator, Mapping
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 from service.client.cache import Cached, LocalCache
 from service.client.prefix import Prefix
-from service.client.protocol import Answer, Request, adapter_path, check_digest, prefix_request
+from service.client.protocol import Answer, Request, adapter_path, check_digest, prefix_request, tenant_path
 from service.errors import InvalidRequest, InvalidResponse
 from service.prefix.kv import Span
-from service.prefix.references import check_name, parse_qualified
+from service.prefix.references import parse_qualified
 from service.prefix.wire import KVDtype, read_kv, read_message
 
 T = TypeVar("T")
 Flow = Generator[Request, Answer, T]
+
+_PAGE: Final = 1000  # the most that the service gives at once
 
 
 def get(
@@ -54,15 +56,26 @@ def publish(
     adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, and whether it is new."""
-    tenant, parsed = parse_qualified(adapter)
-    if parsed.explicit:
-        raise InvalidRequest(f"publish to {tenant}/{parsed.adapter}, without @{parsed.selector}: versions are numbered")
+    tenant, name = adapter_alone(adapter)
     files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     files["adapter_model.safetensors"] = weights
-    answer = yield Request("POST", adapter_path(tenant, parsed.adapter, "versions"), files=files)
+    answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
     return answer.json(), answer.status == 201
+
+
+def adapter_alone(text: str) -> tuple[str, str]:
+    """The tenant and the name of an adapter, where no version of it is meant.
+
+    Raises:
+        InvalidReference: it is not of the form `tenant/name`.
+        InvalidRequest: it names a version.
+    """
+    tenant, parsed = parse_qualified(text)
+    if parsed.explicit:
+        raise InvalidRequest(f"{tenant}/{parsed.adapter} alone is meant here, without @{parsed.selector}")
+    return tenant, parsed.adapter
 
 
 def inspect(reference: str) -> Flow[Mapping[str, Any]]:
@@ -74,16 +87,24 @@ def inspect(reference: str) -> Flow[Mapping[str, Any]]:
 
 
 def list_adapters(tenant: str, base_model: str | None) -> Flow[list[Mapping[str, Any]]]:
-    """Every adapter of a tenant, page by page."""
+    """Every adapter of a tenant."""
     params = {} if base_model is None else {"base_model": base_model}
+    return (yield from pages(tenant_path(tenant, "adapters"), params))
+
+
+def pages(
+    path: str, params: Mapping[str, str] | None = None, limit: int | None = None
+) -> Flow[list[Mapping[str, Any]]]:
+    """A listing, page by page, to its end or to `limit` items."""
     items: list[Mapping[str, Any]] = []
-    path = f"/v1/tenants/{check_name('tenant', tenant)}/adapters"
+    asked = dict(params or {})
     while True:
-        page = (yield Request("GET", path, {**params, "limit": "1000"})).json()
+        asked["limit"] = str(_PAGE if limit is None else min(_PAGE, limit - len(items)))
+        page = (yield Request("GET", path, asked)).json()
         items += page["items"]
-        if page["next"] is None:
+        if page["next"] is None or len(items) == limit:
             return items
-        params["cursor"] = page["next"]
+        asked["cursor"] = page["next"]
 
 
 def is_ready() -> Flow[bool]:

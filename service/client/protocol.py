@@ -11,7 +11,7 @@ from urllib.parse import quote
 from service import errors
 from service.errors import InvalidResponse, PrefixServiceError, Unavailable
 from service.prefix.kv import Span
-from service.prefix.references import Reference
+from service.prefix.references import Reference, check_name
 from service.prefix.wire import MEDIA_TYPE, KVDtype
 
 Files = Mapping[str, bytes | BinaryIO]
@@ -27,6 +27,11 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     files: Files | None = None
     json: Any = None
+
+    @property
+    def is_idempotent(self) -> bool:
+        """Whether doing it twice does as once: all but a change under a condition, which the first may make false."""
+        return self.method == "GET" or not self.headers.keys() & {"If-Match", "If-None-Match"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,14 @@ class Answer:
             raise InvalidResponse(f"the answer is not JSON: {bytes(self.body[:80])!r}") from error
 
 
+def tenant_path(tenant: str, *rest: str) -> str:
+    """The path of a tenant, or of something of it."""
+    return "/".join(("/v1/tenants", check_name("tenant", tenant), *rest))
+
+
 def adapter_path(tenant: str, reference: Reference | str, *rest: str) -> str:
     """The path of an adapter, or of something of it."""
-    return "/".join(("/v1/tenants", tenant, "adapters", quote(str(reference), safe="@:"), *rest))
+    return tenant_path(tenant, "adapters", quote(str(reference), safe="@:"), *rest)
 
 
 def prefix_request(

@@ -11,10 +11,11 @@ from typing import Any, Final
 import httpx
 
 from service.client.protocol import Answer, Request, require_success
-from service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
+from service.errors import ConnectionFailed, CorruptBlob, NotFound, PrefixServiceError, Unavailable
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
+_NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,11 @@ class Connection:
 
 
 class _Attempts:
-    """What is left of a call: its deadline, and the growing pauses between tries."""
+    """What is left of a call: its deadline, the growing pauses between tries, and what a try may have done."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, request: Request, timeout: float) -> None:
+        self._request = request
+        self._may_be_done = False
         self._until = time.monotonic() + timeout
         self._pause = _FIRST_PAUSE
 
@@ -68,11 +71,19 @@ class _Attempts:
         """
         if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
             raise error
+        if not isinstance(error.__cause__, _NEVER_SENT):
+            if not self._request.is_idempotent:
+                raise error
+            self._may_be_done = True
         pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         if pause >= self.left:
             raise error
         return pause
+
+    def found_done(self, error: PrefixServiceError) -> bool:
+        """Whether a deletion finds nothing because an earlier try, whose answer was lost, has done it."""
+        return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
 
 
 class Transport:
@@ -89,11 +100,13 @@ class Transport:
             ConnectionFailed: there was none before the deadline.
             PrefixServiceError: the service reported it.
         """
-        attempts = _Attempts(self._connection.timeout)
+        attempts = _Attempts(request, self._connection.timeout)
         while True:
             try:
                 return require_success(self._once(request, attempts.left))
             except PrefixServiceError as error:
+                if attempts.found_done(error):
+                    return Answer(204, {}, bytearray())
                 time.sleep(attempts.pause_after(error))
 
     def _once(self, request: Request, timeout: float) -> Answer:
@@ -125,11 +138,13 @@ class AsyncTransport:
             ConnectionFailed: there was none before the deadline.
             PrefixServiceError: the service reported it.
         """
-        attempts = _Attempts(self._connection.timeout)
+        attempts = _Attempts(request, self._connection.timeout)
         while True:
             try:
                 return require_success(await self._once(request, attempts.left))
             except PrefixServiceError as error:
+                if attempts.found_done(error):
+                    return Answer(204, {}, bytearray())
                 await asyncio.sleep(attempts.pause_after(error))
 
     async def _once(self, request: Request, timeout: float) -> Answer:  # noqa: ASYNC109 - handed on to httpx
