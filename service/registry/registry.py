@@ -154,7 +154,8 @@ class AdapterRegistry:
 
     def forgive(self, key: VersionKey) -> None:
         """Forget that a version could not be loaded: its bytes have just been put right."""
-        self._prefixes.forgive(key)
+        self._prefixes.forgive(lambda failed: failed == key)
+        self._renderings.forgive(lambda rendering: rendering.version == key)
 
     def forget_tenant(self, tenant: str) -> None:
         """The same for all versions of a tenant."""

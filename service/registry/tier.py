@@ -136,13 +136,13 @@ class Tier(Generic[K, V]):
         self.residency.pin(key, pinned=pinned)
         self._make_known()
 
-    def forgive(self, key: K) -> None:
-        """Forget that a load failed: what was wrong has been put right."""
-        self._failures.forget(lambda failed: failed == key)
+    def forgive(self, matches: Callable[[K], bool]) -> None:
+        """Forget that loads failed: what was wrong has been put right."""
+        self._failures.forget(matches)
 
     def remove(self, matches: Callable[[K], bool]) -> None:
         """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
-        self._failures.forget(matches)
+        self.forgive(matches)
         for key in [key for key in (*self._values, *self._loads) if matches(key)]:
             self._values.pop(key, None)
             self._loads.pop(key, None)
