@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.residency`: the tables on the terminal, and in README.md with a plot beside this file."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, get_args
@@ -135,7 +135,7 @@ def _percent(part: float) -> str:
 def main() -> None:
     """Everything, in a few minutes."""
     tasks = [(sizes, trace, share) for sizes in get_args(Sizes) for trace in traces(sizes) for share in SHARES]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, tasks))
     grids = {
         "UNIFORM": hit_ratios(rows, "uniform"),
