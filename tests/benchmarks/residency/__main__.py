@@ -108,7 +108,7 @@ def durations() -> Grid:
 
 
 def plot(rows: list[Row]) -> None:
-    """How much of what lies between LRU and Belady's optimum each policy gains, uniform sizes."""
+    """Hits of each policy as a part of those of Belady's optimum, uniform sizes."""
     mpl.use("Agg")
     shown = [row for row in rows if row.sizes == "uniform"]
     names = [f"{row.trace}\n{row.share:.0%}" for row in shown]
