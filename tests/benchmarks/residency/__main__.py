@@ -1,7 +1,7 @@
 """`python -m tests.benchmarks.residency`: the tables on the terminal, and in README.md with a plot beside this file."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, get_args
@@ -108,7 +108,7 @@ def durations() -> Grid:
 
 
 def plot(rows: list[Row]) -> None:
-    """How much of what lies between LRU and Belady's optimum each policy gains, uniform sizes."""
+    """Hits of each policy as a part of those of Belady's optimum, uniform sizes."""
     mpl.use("Agg")
     shown = [row for row in rows if row.sizes == "uniform"]
     names = [f"{row.trace}\n{row.share:.0%}" for row in shown]
@@ -135,7 +135,7 @@ def _percent(part: float) -> str:
 def main() -> None:
     """Everything, in a few minutes."""
     tasks = [(sizes, trace, share) for sizes in get_args(Sizes) for trace in traces(sizes) for share in SHARES]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, tasks))
     grids = {
         "UNIFORM": hit_ratios(rows, "uniform"),
