@@ -74,7 +74,7 @@ class Library:
         """
         version, is_new = await to_thread.run_sync(self._publish, target, config, weights)
         if not is_new:
-            self.registry.forget(_key(version))  # its blobs may just have been mended
+            self.registry.forgive(_key(version))
         return version, is_new
 
     async def publish_fresh(

@@ -1,5 +1,6 @@
 """A PostgreSQL server that the tests start themselves, and fresh databases on it."""
 
+import contextlib
 import getpass
 import itertools
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -56,14 +58,18 @@ class PostgreSQL:
                 raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()}")
             time.sleep(0.05)
 
-    def stop(self) -> None:
-        """Stop it at once: every session is broken off."""
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(30)
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Stopped, every session broken off, until the block ends."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     def remove(self) -> None:
         """Stop it, and take its folder away."""
-        self.stop()
+        self._stop()
         shutil.rmtree(self._folder)
 
     def url(self, database: str) -> str:
@@ -84,6 +90,10 @@ class PostgreSQL:
         """Run a statement, as the superuser."""
         with self._connect(database) as connection:
             connection.execute(statement.encode())
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(30)
 
     def _connect(self, database: str) -> psycopg.Connection:
         return psycopg.connect(host=str(self._folder), user=_SUPERUSER, dbname=database, autocommit=True)

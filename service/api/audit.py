@@ -68,7 +68,7 @@ async def _page(
     request: Request, response: Response, library: Library, tenant: str | None, limit: int, cursor: str | None
 ) -> AuditPage:
     name = decode_cursor(cursor)
-    if name and not name.isdigit():
+    if name and not (name.isdigit() and len(name) <= 18):
         raise InvalidRequest(f"cursor {cursor!r:.80} is not one that this listing gave")
     before = int(name) if name else None
     found = await to_thread.run_sync(lambda: library.audit.listed(tenant, before=before, limit=limit + 1))

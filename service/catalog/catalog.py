@@ -31,9 +31,9 @@ class Catalog:
         self._database = database
 
     def check(self) -> None:
-        """Whether the database answers."""
+        """That the database answers, and its tables are there."""
         with self._database.reading() as connection:
-            connection.execute(sa.select(1))
+            connection.execute(sa.select(versions.c.id).limit(1))
 
     def find(self, tenant: str, adapter: str, digest: str, nbytes: int, *, make_tenant: bool = False) -> Version | None:
         """The version that has this content already; None if it would be a new one, and there is room for its bytes.

@@ -22,6 +22,9 @@ log = logging.getLogger("prefix_service")
 
 T = TypeVar("T")
 
+PATIENCE: Final = 2.0
+"""Seconds that a request waits for room before it is told to come again."""
+
 _LOADS: Final = 8  # threads: more read no faster from one disk, and a few that hang leave the others some
 _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
@@ -58,10 +61,12 @@ class AdapterRegistry:
     host memory, and its bytes go on counting against the device's budget.
     """
 
-    def __init__(self, device: torch.device, device_bytes: int, rendering_bytes: int) -> None:
+    def __init__(
+        self, device: torch.device, device_bytes: int, rendering_bytes: int, patience: float = PATIENCE
+    ) -> None:
         self.device = device
-        self._prefixes: Tier[VersionKey, PrefixKV] = Tier("device", str(device), device_bytes)
-        self._renderings: Tier[RenderingKey, Rendering] = Tier("host", "host", rendering_bytes)
+        self._prefixes: Tier[VersionKey, PrefixKV] = Tier("device", str(device), device_bytes, patience)
+        self._renderings: Tier[RenderingKey, Rendering] = Tier("host", "host", rendering_bytes, patience)
         self._turns = Turns(_LOADS)
 
     async def prefix(self, key: VersionKey, nbytes: int, load: Callable[[], PrefixKV]) -> PrefixKV:
@@ -133,7 +138,7 @@ class AdapterRegistry:
             Unavailable: it is to be kept, and was unloaded meanwhile.
         """
         if key in self._prefixes.residency:
-            self._prefixes.residency.pin(key, pinned=pinned)
+            self._prefixes.pin(key, pinned=pinned)
         elif pinned:
             raise Unavailable(f"{key} has left memory meanwhile: load it again")
 
@@ -146,6 +151,11 @@ class AdapterRegistry:
         """Unload a version and its renderings, and forget that its load failed; transfers under way complete."""
         self._prefixes.remove(lambda resident: resident == key)
         self._renderings.remove(lambda rendering: rendering.version == key)
+
+    def forgive(self, key: VersionKey) -> None:
+        """Forget that a version could not be loaded: its bytes have just been put right."""
+        self._prefixes.forgive(lambda failed: failed == key)
+        self._renderings.forgive(lambda rendering: rendering.version == key)
 
     def forget_tenant(self, tenant: str) -> None:
         """The same for all versions of a tenant."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Generic
 
 from service.errors import OutOfSpace, Unavailable
-from service.registry.tenants import Entry, K, Tenant, use
+from service.registry.tenants import CREDIT, Entry, K, Tenant
 
 
 class Residency(Generic[K]):
@@ -27,7 +27,8 @@ class Residency(Generic[K]):
         self.pinned = 0
         self._entries: dict[K, Entry[K]] = {}
         self._tenants: dict[str, Tenant[K]] = {}
-        self._most: list[tuple[int, str]] = []  # a heap of (-used, tenant); what no longer holds is skipped
+        self._uses = 0
+        self._most: list[tuple[int, int, str]] = []  # a heap of (-used, used_at, tenant), corrected when it is read
 
     def __contains__(self, key: K) -> bool:
         return key in self._entries
@@ -66,6 +67,7 @@ class Residency(Generic[K]):
         self._tenants[tenant] = owner
         entry = self._entries[key] = Entry(nbytes, owner)
         owner.entries += 1
+        self._used_by(owner)
         owner.recall(key, entry)
         owner.enqueue(key, entry)
         self._count(owner, nbytes)
@@ -106,18 +108,22 @@ class Residency(Generic[K]):
         return self._with_most(0) if owner.used <= share else None
 
     def _with_most(self, above: int) -> Tenant[K] | None:
-        """The tenant with the most bytes, more than `above`, that has something to give."""
+        """The tenant with the most bytes, more than `above`, that has something to give; of several with as many the
+        one that used none for the longest time."""
         found, passed = None, []
         while self._most and found is None and -self._most[0][0] > above:
-            used, name = self._most[0]
+            used, used_at, name = self._most[0]
             tenant = self._tenants.get(name)
-            if tenant is not None and tenant.used == -used and tenant.evictable:
+            if tenant is None or tenant.used != -used:
+                heapq.heappop(self._most)
+            elif tenant.used_at != used_at:
+                heapq.heapreplace(self._most, (used, tenant.used_at, name))
+            elif tenant.evictable:
                 found = tenant
             else:
                 passed.append(heapq.heappop(self._most))
-        for used, name in passed:
-            if name in self._tenants and self._tenants[name].used == -used:
-                heapq.heappush(self._most, (used, name))
+        for item in passed:
+            heapq.heappush(self._most, item)
         return found
 
     def _take(self, loser: Tenant[K], share: int) -> tuple[K, Entry[K]]:
@@ -138,9 +144,9 @@ class Residency(Generic[K]):
     def _count(self, tenant: Tenant[K], change: int) -> None:
         self.used += change
         tenant.used += change
-        heapq.heappush(self._most, (-tenant.used, tenant.name))
+        heapq.heappush(self._most, (-tenant.used, tenant.used_at, tenant.name))
         if len(self._most) > 2 * len(self._tenants) + 64:
-            self._most = [(-tenant.used, name) for name, tenant in self._tenants.items()]
+            self._most = [(-tenant.used, tenant.used_at, name) for name, tenant in self._tenants.items()]
             heapq.heapify(self._most)
 
     def _drop(self, key: K, entry: Entry[K]) -> None:
@@ -158,7 +164,14 @@ class Residency(Generic[K]):
 
     def touch(self, key: K) -> None:
         """Note a use."""
-        use(self._entries[key])
+        entry = self._entries[key]
+        entry.uses += 1
+        entry.credit = min(entry.credit + 1, CREDIT)
+        self._used_by(entry.owner)
+
+    def _used_by(self, tenant: Tenant[K]) -> None:
+        self._uses += 1
+        tenant.used_at = self._uses
 
     def lease(self, key: K) -> Entry[K]:
         """Keep a resident key while it is being used; give what this returns to `release`."""

@@ -15,7 +15,7 @@ K = TypeVar("K", bound=Hashable)
 _PROBATION: Final = 0.1
 _GHOSTS: Final = 0.9
 _PROMOTED: Final = 2  # uses on probation that lead to the main queue
-_CREDIT: Final = 3  # rounds in the main queue that uses may earn
+CREDIT: Final = 3  # rounds in the main queue that uses may earn
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +45,7 @@ class Tenant(Generic[K]):
         self.entries = 0
         self.used = 0
         self.held = 0
+        self.used_at = 0  # the residency's count of uses at the last one
         self._probation: OrderedDict[K, Entry[K]] = OrderedDict()
         self._main: OrderedDict[K, Entry[K]] = OrderedDict()
         self._probation_bytes = 0
@@ -103,9 +104,3 @@ class Tenant(Generic[K]):
         self._ghost_bytes += nbytes
         while self._ghost_bytes > _GHOSTS * max(share, self.used):
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
-
-
-def use(entry: Entry[K]) -> None:
-    """Note a use."""
-    entry.uses += 1
-    entry.credit = min(entry.credit + 1, _CREDIT)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
+from service.errors import Unavailable
 from service.registry.failures import Failures
 from service.registry.report import Reason, ShareReport, TierName, TierReport
 from service.registry.residency import Residency
@@ -23,11 +24,13 @@ V = TypeVar("V", bound=Sized)
 
 
 class Tier(Generic[K, V]):
-    """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment."""
+    """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment.
+    What finds no room waits up to `patience` seconds for somebody else's lease to end."""
 
-    def __init__(self, name: TierName, place: str, budget: int) -> None:
+    def __init__(self, name: TierName, place: str, budget: int, patience: float) -> None:
         self.residency: Residency[K] = Residency(budget)
-        self._name, self._place = name, place
+        self._name, self._place, self._patience = name, place, patience
+        self._room: asyncio.Event = asyncio.Event()
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -46,7 +49,7 @@ class Tier(Generic[K, V]):
 
         Raises:
             OutOfSpace: it does not fit the budget.
-            Unavailable: what may leave is not enough.
+            Unavailable: what may leave is not enough, and did not become so in time.
             PrefixServiceError: what `load` raised, now or a moment ago.
         """
         if key in self._values:
@@ -56,7 +59,8 @@ class Tier(Generic[K, V]):
             self._waits += 1
             self.residency.touch(key)
         else:
-            self._begin(key, tenant, nbytes, load)
+            self._misses += 1
+            await self._begin(key, tenant, nbytes, load)
         entry = self.residency.lease(key)
         self._readers += 1
         try:
@@ -65,13 +69,38 @@ class Tier(Generic[K, V]):
             yield await asyncio.shield(self._loads[key]) if value is None else value
         finally:
             self._readers -= 1
-            self.residency.release(entry)
+            self._release(entry)
 
-    def _begin(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
-        self._misses += 1
-        self._failures.check(key)
-        self._free(self.residency.admit(key, nbytes, tenant))
-        self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
+    async def _begin(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+        """Reserve and begin to load, unless somebody else does while there is no room yet."""
+        until = time.monotonic() + self._patience
+        while key not in self._values and key not in self._loads:
+            self._failures.check(key)
+            try:
+                self._free(self.residency.admit(key, nbytes, tenant))
+            except Unavailable:
+                if not await self._room_before(until):
+                    raise
+            else:
+                self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
+
+    async def _room_before(self, until: float) -> bool:
+        """Whether something may have become free in time."""
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                await self._room.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _release(self, entry: Entry[K]) -> None:
+        self.residency.release(entry)
+        self._make_known()
+
+    def _make_known(self) -> None:
+        """Those who wait now look again; who comes later waits for the next time."""
+        self._room.set()
+        self._room = asyncio.Event()
 
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
@@ -85,7 +114,7 @@ class Tier(Generic[K, V]):
             raise
         finally:
             self._load_seconds += time.monotonic() - began
-            self.residency.release(reservation)
+            self._release(reservation)
             if self._loads.get(key) is asyncio.current_task():
                 del self._loads[key]
         self._loaded += 1
@@ -102,13 +131,23 @@ class Tier(Generic[K, V]):
         for victim in victims:
             del self._values[victim]
 
+    def pin(self, key: K, *, pinned: bool) -> None:
+        """Keep a resident key, or let it go again."""
+        self.residency.pin(key, pinned=pinned)
+        self._make_known()
+
+    def forgive(self, matches: Callable[[K], bool]) -> None:
+        """Forget that loads failed: what was wrong has been put right."""
+        self._failures.forget(matches)
+
     def remove(self, matches: Callable[[K], bool]) -> None:
         """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
-        self._failures.forget(matches)
+        self.forgive(matches)
         for key in [key for key in (*self._values, *self._loads) if matches(key)]:
             self._values.pop(key, None)
             self._loads.pop(key, None)
             self.residency.remove(key)
+        self._make_known()
 
     def reason(self, key: K) -> Reason:
         """Why a resident key stays."""

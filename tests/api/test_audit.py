@@ -141,7 +141,7 @@ def test_it_comes_in_pages(own: tuple[str, httpx.Client]) -> None:
     assert found == whole == sorted(whole, reverse=True)
 
 
-@pytest.mark.parametrize("cursor", ["x", "YQ", "", "MTIz="])
+@pytest.mark.parametrize("cursor", ["x", "YQ", "", "MTIz=", "OTk5OTk5OTk5OTk5OTk5OTk5OQ"])
 def test_cursors_that_it_did_not_give(own: tuple[str, httpx.Client], cursor: str) -> None:
     """422."""
     problem(own[1].get(f"/v1/tenants/{TENANT}/audit", params={"cursor": cursor}), 422, "invalid-request")

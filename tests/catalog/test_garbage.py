@@ -1,5 +1,6 @@
 """`service.catalog.garbage`: a blob stays while a version names it, and for the grace period after."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -14,7 +15,7 @@ from service.catalog.schema import versions
 from service.catalog.tenants import Tenants
 from service.errors import Conflict
 from service.prefix.references import parse_reference
-from tests.catalog.conftest import BY
+from tests.catalog.conftest import BY, on_postgresql
 
 GRACE = 3600.0
 BLOBS = {"w1", "kv1", "w2", "kv2"}
@@ -118,6 +119,18 @@ def test_what_was_let_go_long_ago_is_forgotten(catalog: Catalog, garbage: Garbag
     delete(catalog, "acme", "a")
     garbage.forget(GRACE)
     assert held(database) == {"w2", "kv2"}
+
+
+@on_postgresql
+def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: Garbage, database: Database) -> None:
+    """Forgetting passes over what another transaction holds, and does not wait for it."""
+    publish(catalog, "acme", "a", version(1))
+    delete(catalog, "acme", "a")
+    again = sa.update(let_go).values(since=sa.func.now()).where(let_go.c.digest == "w1")
+    with ThreadPoolExecutor(1) as pool, database.writing() as connection:
+        connection.execute(again)
+        pool.submit(garbage.forget, 0).result(10)
+    assert held(database) == {"w1"}
 
 
 def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage) -> None:

@@ -45,15 +45,15 @@ EXHAUSTING = textwrap.dedent(
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (800 << 20),) * 2)
-        for number in range(40):  # 2.5 GB
+        for number in range(24):  # 1.5 GB
             await registry.prefix(key(number), SIZE, by_torch if number % 2 else by_python)
         print("evictions", registry.tiers()[0].evictions > 0)
-        for number in range(40):
+        for number in range(24):
             rendering = RenderingKey(key(number), "bfloat16", (0, 1), (0, 1))
             async with registry.rendering(rendering, SIZE // 2, SIZE, by_torch) as made:
                 assert made.values.nbytes == SIZE // 2
         try:
-            for number in range(40):
+            for number in range(24):
                 await registry.prefix(key(number), SIZE, by_torch)
                 registry.pin(key(number), pinned=True)
         except OutOfSpace as error:

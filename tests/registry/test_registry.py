@@ -76,9 +76,9 @@ def held() -> Loader:
 
 
 def registry_of(
-    device_bytes: int = 2 * SIZE, rendering_bytes: int = 2 * SIZE, device: torch.device = CPU
+    device_bytes: int = 2 * SIZE, rendering_bytes: int = 2 * SIZE, device: torch.device = CPU, patience: float = 0
 ) -> AdapterRegistry:
-    return AdapterRegistry(device, device_bytes, rendering_bytes)
+    return AdapterRegistry(device, device_bytes, rendering_bytes, patience)
 
 
 def used(registry: AdapterRegistry) -> tuple[int, int]:
@@ -217,6 +217,53 @@ async def test_requests_that_begin_together_do_not_evict_each_other() -> None:
     results = await asyncio.gather(*loads, return_exceptions=True)
     assert [type(result) for result in results] == [PrefixKV] * 2 + [Unavailable] * 8
     assert used(registry) == (2 * SIZE, 0)
+
+
+async def test_who_finds_no_room_waits_for_it() -> None:
+    """For somebody else's load or lease to end, not for ever; nobody is told to come again who can be served soon."""
+    registry = registry_of(device_bytes=2 * SIZE, patience=10)
+    loads = (registry.prefix(version(number), SIZE, Loader(number)) for number in range(10))
+    values = await asyncio.gather(*loads)
+    assert [value.tensor.max().item() for value in values] == list(range(10))
+    assert used(registry) == (2 * SIZE, 0)
+
+
+async def test_who_waits_for_room_joins_a_load_that_begins_meanwhile() -> None:
+    """Two who want the same version, and have no room, are one load."""
+    registry, load = registry_of(rendering_bytes=SIZE, patience=10), Loader(2)
+    async with leased(registry, Loader()):
+        tasks = [asyncio.create_task(leased(registry, load, 2).__aenter__()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert load.calls == 0
+    first, second = await asyncio.gather(*tasks)
+    assert first is second
+    assert load.calls == 1
+
+
+async def test_who_waits_for_room_in_vain_is_told() -> None:
+    """After the patience is over, and not before."""
+    registry = registry_of(rendering_bytes=SIZE, patience=0.05)
+    async with leased(registry, Loader()):
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Unavailable):
+            async with leased(registry, Loader(2), 2):
+                pytest.fail("there was no room")
+        assert asyncio.get_running_loop().time() - began >= 0.05
+
+
+@pytest.mark.parametrize("how", ["unload", "unpin"])
+async def test_what_may_leave_now_makes_room_for_who_waits(how: str) -> None:
+    """Not only the end of a lease."""
+    registry = registry_of(device_bytes=SIZE, patience=10)
+    await registry.prefix(version(), SIZE, Loader())
+    registry.pin(version(), pinned=True)
+    waiting = asyncio.create_task(registry.prefix(version(2), SIZE, Loader(2)))
+    await asyncio.sleep(0.01)
+    if how == "unload":
+        registry.forget(version())
+    else:
+        registry.pin(version(), pinned=False)
+    assert torch.equal((await waiting).tensor, kv_of(2).tensor)
 
 
 async def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:

@@ -273,8 +273,7 @@ def test_too_large_for_the_budget() -> None:
 
 
 def test_everything_is_in_use() -> None:
-    """Waiting helps, so it is Unavailable with a time and with what holds the bytes; nothing leaves, and what could
-    have keeps its place."""
+    """Waiting helps, so it is Unavailable with a time and with what holds the bytes; nothing leaves."""
     residency = full(12)
     residency.admit("c", 2, "acme")
     residency.lease("a")
@@ -283,8 +282,15 @@ def test_everything_is_in_use() -> None:
         residency.admit("d", 6, "acme")
     assert caught.value.retry_after == 1
     assert "b" in residency
-    residency.pin("c", pinned=False)
-    assert residency.admit("d", 6, "acme") == ["b", "c"]
+
+
+def test_what_could_not_make_enough_room_keeps_its_place() -> None:
+    """A request that is refused changes nothing, not even the order."""
+    residency = filled(10, "k", 10)
+    residency.lease("k9")
+    with pytest.raises(Unavailable):
+        residency.admit("large", 10, "k")
+    assert [residency.admit(f"next{number}", 1, "k") for number in range(3)] == [["k0"], ["k1"], ["k2"]]
 
 
 def test_a_lease_of_what_was_removed_holds_nothing() -> None:

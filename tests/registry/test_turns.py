@@ -90,21 +90,29 @@ async def test_others_threads_stay_free() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_who_gives_up_leaves_its_turn_to_the_next() -> None:
-    """Waiting, or at the very moment when its turn came."""
+async def test_who_gives_up_waiting_leaves_its_turn_to_the_next() -> None:
+    """It never runs."""
     turns, gate = Turns(1), Gate()
-    first, waiting, given, last = await begun(turns, gate, "a", ["first", "waiting", "given", "last"])
+    first, waiting, last = await begun(turns, gate, "a", ["first", "waiting", "last"])
     waiting.cancel()
-    gate.open(1)
-    await first
-    given.cancel()
-    gate.open(1)
-    assert await asyncio.wait_for(last, 10) == "last"
-    results = await asyncio.gather(waiting, given, return_exceptions=True)
-    assert [type(result) for result in results] == [asyncio.CancelledError] * 2
+    gate.open(2)
+    assert [await first, await asyncio.wait_for(last, 10)] == ["first", "last"]
     assert gate.order == ["first", "last"]
-    gate.open(1)
-    assert await turns.run("a", gate.call("again")) == "again"
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_who_gives_up_at_the_moment_of_its_turn_gives_it_back() -> None:
+    """The place had been given to it, and it had not noticed yet."""
+    turns = Turns(1)
+    await turns._begin("a")
+    task = asyncio.create_task(turns.run("a", lambda: 1))
+    await asyncio.sleep(0)
+    turns._end()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.wait_for(turns.run("a", lambda: 2), 10) == 2
 
 
 async def test_a_call_that_fails_gives_its_place_back() -> None:

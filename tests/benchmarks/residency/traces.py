@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Sizes = Literal["uniform", "mixed"]
 
 ADAPTERS: Final = 10_000
 REQUESTS: Final = 200_000
@@ -81,13 +82,48 @@ _KINDS: Final[dict[str, Callable[[np.random.Generator], Ints]]] = {
 }
 
 
-def traces(kinds: Any = _KINDS) -> list[Trace]:
-    """Every kind with uniform sizes and with mixed sizes, one tenant."""
+def traces(sizes: Sizes) -> list[Trace]:
+    """Every kind, asked for by one tenant."""
     found = []
-    for number, kind in enumerate(kinds):
-        random = np.random.default_rng(number)
-        keys = _KINDS[kind](random)
-        mixed = np.where(random.random(ADAPTERS) < CARTRIDGES, CARTRIDGE, PREFIX)
-        for name, sizes in (("uniform", np.full(ADAPTERS, PREFIX)), ("mixed", mixed)):
-            found.append(Trace(f"{kind}, {name}", keys, sizes, np.zeros(ADAPTERS, dtype=np.int64)))
+    for seed, (name, kind) in enumerate(_KINDS.items()):
+        random = np.random.default_rng(seed)
+        keys = kind(random)
+        large = random.random(ADAPTERS) < (CARTRIDGES if sizes == "mixed" else 0)
+        found.append(Trace(name, keys, np.where(large, CARTRIDGE, PREFIX), np.zeros(ADAPTERS, dtype=np.int64)))
     return found
+
+
+def by_tenants(tenants: int, *, in_blocks: bool) -> Trace:
+    """Zipf; each adapter has its tenant: the popular ones have the same tenants (blocks), or all of them have some."""
+    ranks = zipf(np.random.default_rng(99), 0.9, ADAPTERS, REQUESTS)
+    numbers = np.arange(ADAPTERS)
+    owners = numbers // (ADAPTERS // tenants) if in_blocks else numbers % tenants
+    name = f"{tenants} tenants, popularity by {'tenant' if in_blocks else 'adapter'}"
+    return Trace(name, ranks, np.full(ADAPTERS, PREFIX), owners)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Tenant 0 asks for `adapters` by Zipf 0.9, in every second request of the latter half beside tenant 1, which
+    asks for each of its own `repeats` times in a row. All prefixes have one byte: a budget counts them."""
+
+    adapters: int
+    scanned: int = 5_000
+    repeats: int = 1
+    rate: int = 1  # requests of tenant 1 for each of tenant 0
+
+    def trace(self) -> tuple[Trace, int]:
+        """The requests, and how many precede the scan."""
+        random = np.random.default_rng(self.adapters)
+        scan = np.repeat(np.arange(self.scanned), self.repeats) + self.adapters
+        beside = len(scan) // self.rate
+        before = 40_000
+        own = zipf(random, 0.9, self.adapters, before + beside)
+        mixed = np.empty(beside * (1 + self.rate), dtype=np.int64)
+        mixed[:: 1 + self.rate] = own[before:]
+        for turn in range(self.rate):
+            mixed[turn + 1 :: 1 + self.rate] = scan[turn : beside * self.rate : self.rate]
+        count = self.adapters + self.scanned
+        tenants = (np.arange(count) >= self.adapters).astype(np.int64)
+        keys = np.concatenate([own[:before], mixed])
+        return Trace(f"{self.adapters} adapters", keys, np.ones(count, dtype=np.int64), tenants), before
