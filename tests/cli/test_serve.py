@@ -89,8 +89,8 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
         assert server.process.wait(timeout=30) == 0
         printed = server.log.read_text()
     lines = [json.loads(line) for line in printed.splitlines()]
-    assert (lines[0]["event"], lines[0]["version"]) == ("serving", "0.1.0")
-    assert lines[0]["at"] == server.url
+    serving = next(line for line in lines if line["event"] == "serving")
+    assert (serving["version"], serving["at"]) == ("0.1.0", server.url)
     assert "Traceback" not in printed
     assert key not in printed
 
