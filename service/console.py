@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
@@ -17,6 +17,8 @@ from service.errors import InvalidInput
 console = Console()
 errors_console = Console(stderr=True)
 
+_WORD: Final = 20  # characters of what is not broken: a name, an action, a key's id
+
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
@@ -24,13 +26,15 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[object]]) -> None:
-    """A table; numbers stand to the right."""
+    """A table; numbers stand to the right, and where it is too wide long cells are folded, not short words."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        words = all(len(row[index]) <= _WORD and " " not in row[index] for row in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=words)
+    for row in cells:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
@@ -51,6 +55,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def human_time(moment: str) -> str:
+    """A moment as the service sends it, in UTC; a narrow table breaks it at the blank."""
+    return moment.removesuffix("Z").replace("T", " ")
 
 
 def parse_bytes(text: str) -> int:

@@ -42,7 +42,7 @@ def show(
     if as_json:
         print_json(found)
         return
-    columns = ["tier", "place", "used", "pinned", "entries", "hit ratio", "loads", "failures", "evictions"]
+    columns = ["tier", "used", "pinned", "hit ratio", "evictions"]
     print_table("Memory", columns, [_tier(tier) for tier in found["tiers"]])
     shares = sorted(found["tenants"], key=lambda share: share["used"], reverse=True)[:limit]
     print_table("Tenants", ["tenant", "tier", "used of fair share"], [_share(share) for share in shares])
@@ -83,9 +83,9 @@ def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> No
 def _tier(tier: Mapping[str, Any]) -> list[object]:
     lookups = tier["hits"] + tier["misses"] + tier["waits"]
     ratio = f"{tier['hits'] / lookups:.1%}" if lookups else "no lookups"
+    name = tier["name"] if tier["place"] == tier["name"] else f"{tier['name']} {tier['place']}"
     used, pinned = used_of(tier["used"], tier["budget"], human_bytes), human_bytes(tier["pinned"])
-    counts = [tier["loads"], tier["failures"], tier["evictions"]]
-    return [tier["name"], tier["place"], used, pinned, tier["entries"], ratio, *counts]
+    return [name, used, pinned, ratio, tier["evictions"]]
 
 
 def _share(share: Mapping[str, Any]) -> list[object]:

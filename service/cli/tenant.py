@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect
-from service.console import human_bytes, parse_bytes, print_json, print_table, say, used_of
+from service.console import human_bytes, human_time, parse_bytes, print_json, print_table, say, used_of
 from service.errors import InvalidInput, NotFound
 
 if TYPE_CHECKING:
     from service.client import PrefixClient
 
 tenant_app = typer.Typer(help="Tenants and their quotas; for the platform's admin.")
+
+_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "requests/s"]
 
 Name = Annotated[str, typer.Argument(help="The tenant.")]
 
@@ -33,8 +35,7 @@ def list_tenants(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json =
     if as_json:
         print_json({"items": found})
         return
-    columns = ["tenant", "created", "adapters", "bytes", "requests per second"]
-    print_table("Tenants", columns, [_shown(item) for item in found])
+    print_table("Tenants", _COLUMNS, [_shown(item) for item in found])
 
 
 @tenant_app.command("show")
@@ -102,27 +103,26 @@ def audit(
     if as_json:
         print_json({"items": found})
         return
-    columns = ["time", "who", "key", "action", "target", "details"]
+    columns = ["time (UTC)", "who", "key", "action", "target", "details"]
     print_table(f"Changes of {tenant or 'the platform'}", columns, [_change(entry) for entry in found])
 
 
 def _change(entry: Mapping[str, Any]) -> list[object]:
     details = ", ".join(f"{name}={value}" for name, value in entry["details"].items())
-    return [entry["at"], entry["actor"], entry["key_id"], entry["action"], entry["target"], details]
+    return [human_time(entry["at"]), entry["actor"], entry["key_id"], entry["action"], entry["target"], details]
 
 
 def _shown(item: Mapping[str, Any]) -> list[object]:
     adapters = used_of(item["adapters"], item["max_adapters"])
     nbytes = used_of(item["bytes"], item["max_bytes"], human_bytes)
-    return [item["tenant"], item["created"], adapters, nbytes, item["requests_per_second"] or "no limit"]
+    return [item["tenant"], human_time(item["created"]), adapters, nbytes, item["requests_per_second"] or "no limit"]
 
 
 def _print(item: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(item)
         return
-    names = ["tenant", "created", "adapters", "bytes", "requests per second"]
-    print_table(item["tenant"], ["what", "value"], [list(row) for row in zip(names, _shown(item), strict=True)])
+    print_table(item["tenant"], ["what", "value"], [list(row) for row in zip(_COLUMNS, _shown(item), strict=True)])
 
 
 def _count(text: str) -> int:
