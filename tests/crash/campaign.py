@@ -1,0 +1,63 @@
+"""Many interruptions, spread over every point of every change, on all processors."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from tests.crash.folder import quiet
+from tests.crash.operations import CASES, OPERATIONS
+from tests.crash.trial import Base, Point, Verdict, base_of, points_of, tried
+
+ERRORS: Final = ("error=ENOSPC", "error=EIO", "error=EDQUOT")
+
+
+def ready() -> None:
+    """What a process needs before it forks: one thread, and no lines of log."""
+    torch.set_num_threads(1)
+    quiet()
+
+
+class Campaign:
+    """Trials in processes of their own, each with everything imported before it forks."""
+
+    def __init__(self, pool: ProcessPoolExecutor, place: Path) -> None:
+        self._pool, self._place = pool, place
+        self._bases: dict[int, list[Base]] = {}
+
+    def points(self, *faults: str, at_least: int = 0, at_most: int | None = None) -> list[Point]:
+        """Every point at which these faults can happen, again with other content until there are enough; where there
+        are too many, evenly chosen."""
+        found: list[Point] = []
+        for number in count():
+            found += [point for base in self._pass(number) for fault in faults for point in points_of(base, fault)]
+            if len(found) >= at_least:
+                break
+        wanted = len(found) if at_most is None else min(at_most, len(found))
+        return [found[index * len(found) // wanted] for index in range(wanted)]
+
+    def _pass(self, number: int) -> list[Base]:
+        case = CASES[number % len(CASES)]
+        if number not in self._bases:
+            folders = [self._place / f"{number} {name}" for name in OPERATIONS]
+            self._bases[number] = list(self._pool.map(base_of, OPERATIONS, [case] * len(folders), folders))
+        return self._bases[number]
+
+    def tried(self, points: Sequence[Point]) -> Iterator[Verdict]:
+        """The verdicts, as they come."""
+        for done in as_completed([self._pool.submit(tried, point) for point in points]):
+            yield done.result()
+
+
+@contextmanager
+def campaign(place: Path) -> Iterator[Campaign]:
+    """A campaign whose folders are made in `place`."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=ready) as pool:
+        yield Campaign(pool, place)
