@@ -245,7 +245,8 @@ class StagedFile:
         """Forget a blob that was not committed; harmless afterwards."""
         with contextlib.suppress(OSError):
             self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a sweep takes what stays
+            self._path.unlink()
 
 
 def _digest(sha256: "hashlib._Hash") -> str:
