@@ -5,7 +5,7 @@ import pickle
 import signal
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -77,7 +77,7 @@ def _serve(operation: str, case: str, data_dir: Path, parent: socket.socket) -> 
             while question := parent.recv(1):
                 answer = _outcome(change) if question == _CHANGE else _visible(data_dir)
                 parent.sendall(pickle.dumps(answer))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent must not run on in the child
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
@@ -88,7 +88,7 @@ def _outcome(change: Change) -> str:
         change()
     except PrefixServiceError as error:
         return error.code
-    except Exception:
+    except Exception:  # noqa: BLE001 - it is told
         return traceback.format_exc()
     return DONE
 
@@ -97,5 +97,5 @@ def _visible(data_dir: Path) -> Any:
     try:
         with serving(data_dir) as service:
             return snapshot(service)
-    except Exception:
+    except Exception:  # noqa: BLE001 - it is told
         return traceback.format_exc()

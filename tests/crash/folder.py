@@ -14,9 +14,10 @@ import torch
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.garbage import Garbage
+from service.catalog.keys import Keyring
 from service.catalog.records import Version
 from service.collector import Collector
-from service.data_folder import blob_folder, bootstrap_file, catalog_file, keys_of
+from service.data_folder import blob_folder, bootstrap_file, catalog_file
 from service.library import Library
 from service.plan import Limits, PrefixRequest
 from service.prefix.references import parse_reference
@@ -44,6 +45,7 @@ class Service:
     library: Library
     blobs: FolderBlobStore
     garbage: Garbage
+    keyring: Keyring
 
     def collector(self) -> Collector:
         """One that waits for nothing."""
@@ -57,7 +59,8 @@ def serving(data_dir: Path) -> Iterator[Service]:
     blobs = FolderBlobStore(blob_folder(data_dir))
     registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
     try:
-        yield Service(data_dir, Library(database, blobs, registry, _LIMITS), blobs, Garbage(database))
+        library = Library(database, blobs, registry, _LIMITS)
+        yield Service(data_dir, library, blobs, Garbage(database), Keyring(database, data_dir / "key.secret"))
     finally:
         database.close()
 
@@ -73,7 +76,7 @@ def snapshot(service: Service) -> Snapshot:
 
 async def _snapshot(service: Service) -> Snapshot:
     library = service.library
-    found: Snapshot = {"admin": _first_key_works(service.data_dir)}
+    found: Snapshot = {"admin": _first_key_works(service)}
     for tenant in library.tenants.listed("", 1000):
         found[tenant.name] = (tenant.adapters, tenant.bytes)
         for adapter in library.catalog.list_adapters(tenant.name, after="", limit=1000, base_model=None):
@@ -100,9 +103,8 @@ async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
     return version.digest, weights, hashlib.sha256(body).hexdigest()
 
 
-def _first_key_works(data_dir: Path) -> bool:
-    with keys_of(settings_of(data_dir)) as (keyring, _):
-        principal = keyring.verify(bootstrap_file(data_dir).read_text().strip())
+def _first_key_works(service: Service) -> bool:
+    principal = service.keyring.verify(bootstrap_file(service.data_dir).read_text().strip())
     return principal.tenant is None and principal.scope == "admin"
 
 
