@@ -42,14 +42,14 @@ class Service:
     """What a running service has in its hands."""
 
     data_dir: Path
+    database: Database
     library: Library
     blobs: FolderBlobStore
-    garbage: Garbage
     keyring: Keyring
 
     def collector(self) -> Collector:
         """One that waits for nothing."""
-        return Collector(self.garbage, self.blobs, 0)
+        return Collector(Garbage(self.database), self.blobs, 0)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def serving(data_dir: Path) -> Iterator[Service]:
     registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
     try:
         library = Library(database, blobs, registry, _LIMITS)
-        yield Service(data_dir, library, blobs, Garbage(database), Keyring(database, data_dir / "key.secret"))
+        yield Service(data_dir, database, library, blobs, Keyring(database, data_dir / "key.secret"))
     finally:
         database.close()
 
@@ -112,6 +112,6 @@ def leftovers(service: Service) -> list[str]:
     """What the blob folder holds too much or lacks, compared with the catalog; nothing, after a collection."""
     root = blob_folder(service.data_dir)
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
-    digests = {digest for _, *pair in service.garbage.named() for digest in pair}
+    digests = {digest for _, *pair in Garbage(service.database).named() for digest in pair}
     named = {str(service.blobs.path(digest).relative_to(root)) for digest in digests}
     return sorted(there ^ named)
