@@ -44,10 +44,10 @@ def wrong(verdicts: list[Verdict]) -> list[str]:
 def test_hardening_45_kill_at_every_write(trials: Campaign) -> None:
     """Whichever call kills it, after a restart the change is whole or absent; what was acknowledged is whole, all
     versions are byte-identical, a collection leaves just the blobs that are named, and the change can be made again."""
-    points = trials.points(KILL, at_most=KILLS)
+    points = trials.points(KILL, wanted=KILLS)
     verdicts = list(trials.tried(points))
     assert wrong(verdicts) == []
-    assert len(verdicts) == KILLS
+    assert len(verdicts) >= KILLS
     kinds = {point.call for point in points}
     assert kinds >= {"write", "pwrite64", "fsync", "fdatasync", "rename", "link", "unlink", "ftruncate", "mkdir"}
     found = Counter((verdict.point.base.operation, verdict.found) for verdict in verdicts)
@@ -59,7 +59,7 @@ def test_hardening_45_kill_at_every_write(trials: Campaign) -> None:
 def test_hardening_47_failures_at_every_write(trials: Campaign) -> None:
     """Whichever call fails, a full disk is OutOfSpace and an I/O error StorageFailed; nothing is visible, what was
     there stays, and the same process makes the change at the next attempt."""
-    verdicts = list(trials.tried(trials.points(*ERRORS, at_most=FAILURES)))
+    verdicts = list(trials.tried(trials.points(*ERRORS, wanted=FAILURES)))
     assert wrong(verdicts) == []
     assert {verdict.point.fault for verdict in verdicts} == set(ERRORS)
     assert any(verdict.found == "absent" for verdict in verdicts)

@@ -28,9 +28,8 @@ def main(
     if (reason := why_not()) is not None:
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as place, campaign(Path(place)) as trials:
-        points = trials.points(KILL, at_least=kills, at_most=kills) if kills else []
-        if failures:
-            points += trials.points(*ERRORS, at_least=failures, at_most=failures)
+        points = trials.points(KILL, wanted=kills)
+        points += trials.points(*ERRORS, wanted=failures)
         verdicts = list(track(trials.tried(points), "Interrupting", len(points), console=console))
     console.print(_table(verdicts))
     wrong = [verdict for verdict in verdicts if verdict.found == "wrong"]

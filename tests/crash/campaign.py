@@ -31,16 +31,15 @@ class Campaign:
         self._pool, self._place = pool, place
         self._bases: dict[int, list[Base]] = {}
 
-    def points(self, *faults: str, at_least: int = 0, at_most: int | None = None) -> list[Point]:
-        """Every point at which these faults can happen, again with other content until there are enough; where there
-        are too many, evenly chosen."""
+    def points(self, *faults: str, wanted: int) -> list[Point]:
+        """So many points at which these faults can happen, or a few more: all of them, again with other content until
+        there are enough; where there are too many, evenly chosen of each kind of call of each change."""
         found: list[Point] = []
         for number in count():
             found += [point for base in self._pass(number) for fault in faults for point in points_of(base, fault)]
-            if len(found) >= at_least:
-                break
-        wanted = len(found) if at_most is None else min(at_most, len(found))
-        return [found[index * len(found) // wanted] for index in range(wanted)]
+            if len(found) >= wanted:
+                return _spread(found, wanted)
+        raise AssertionError("count() has no end")
 
     def _pass(self, number: int) -> list[Base]:
         case = CASES[number % len(CASES)]
@@ -53,6 +52,18 @@ class Campaign:
         """The verdicts, as they come."""
         for done in as_completed([self._pool.submit(tried, point) for point in points]):
             yield done.result()
+
+
+def _spread(points: Sequence[Point], wanted: int) -> list[Point]:
+    kinds: dict[tuple[str, str, str], list[Point]] = {}
+    for point in points:
+        kinds.setdefault((point.base.operation, point.call, point.fault), []).append(point)
+    share = next(share for share in count() if sum(min(share, len(kind)) for kind in kinds.values()) >= wanted)
+    return [
+        kind[index * len(kind) // min(share, len(kind))]
+        for kind in kinds.values()
+        for index in range(min(share, len(kind)))
+    ]
 
 
 @contextmanager
