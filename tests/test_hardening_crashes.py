@@ -16,10 +16,10 @@ from service.errors import NotFound
 from service.prefix.references import parse_reference
 from tests.crash import strace
 from tests.crash.campaign import ERRORS, Campaign, campaign
-from tests.crash.child import DONE, forked
+from tests.crash.child import DONE
 from tests.crash.folder import serving
-from tests.crash.operations import CASES, publish, start, two_tenants
-from tests.crash.trial import KILL, Verdict
+from tests.crash.operations import CASES, publish, start
+from tests.crash.trial import KILL, Verdict, attempted_twice
 
 KILLS, FAILURES = 240, 120
 
@@ -71,21 +71,6 @@ def data_dir(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def published(data_dir: Path, *inject: str) -> tuple[list[str | None], list[strace.Call]]:
-    """Two attempts of one process to publish the same content, and the calls that both made; `inject` is for the
-    first."""
-    strace.require()
-    two_tenants(data_dir)
-    outcomes, calls = [], []
-    with forked("second version", CASES[0], data_dir) as child:
-        for faults in (inject, ()):
-            trace = data_dir.with_name("trace")
-            with strace.traced(child.pid, trace, *faults):
-                outcomes.append(child.change())
-            calls += strace.calls_in(trace)
-    return outcomes, calls
-
-
 def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
     """Each call and what kind of file it is about, without repetition."""
     kinds = {"staging/.*": "staged", "blobs": "root", "blobs/../.{64}": "blob", "blobs/..": "folder", "": "data"}
@@ -99,10 +84,10 @@ def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
     return told
 
 
-def test_hardening_46_durable_before_visible(data_dir: Path) -> None:
+def test_hardening_46_durable_before_visible(trials: Campaign, data_dir: Path) -> None:
     """Each blob is flushed, renamed, and its folder flushed, and only then does the catalog change: its journal is
     flushed before the catalog's file is written, and that before the journal ends."""
-    outcomes, calls = published(data_dir)
+    outcomes, calls = trials.call(attempted_twice, data_dir)
     assert outcomes == [DONE, DONE]
     first = places(data_dir, calls)[: [call.name for call in calls].index("ftruncate")]
     order = [step for step in first if step[0] not in ("utimensat", "mkdir", "unlink") and step != ("fsync", "root")]
@@ -124,9 +109,9 @@ def test_hardening_46_durable_before_visible(data_dir: Path) -> None:
     assert first[made + 1] == ("fsync", "root")
 
 
-def test_hardening_47_a_failed_fsync_is_never_repeated(data_dir: Path) -> None:
+def test_hardening_47_a_failed_fsync_is_never_repeated(trials: Campaign, data_dir: Path) -> None:
     """The file that could not be flushed is given up; the next attempt writes all bytes anew, into another."""
-    outcomes, calls = published(data_dir, "fsync:error=EIO:when=1")
+    outcomes, calls = trials.call(attempted_twice, data_dir, "fsync:error=EIO:when=1")
     assert outcomes == ["storage-failed", DONE]
     failed = next(index for index, call in enumerate(calls) if call.injected)
     lost = calls[failed].path

@@ -2,18 +2,21 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 import torch
 
 from tests.crash.folder import quiet
 from tests.crash.operations import CASES, OPERATIONS
 from tests.crash.trial import Base, Point, Verdict, base_of, points_of, tried
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ERRORS: Final = ("error=ENOSPC", "error=EIO", "error=EDQUOT")
 
@@ -47,6 +50,10 @@ class Campaign:
             folders = [self._place / f"{number} {name}" for name in OPERATIONS]
             self._bases[number] = list(self._pool.map(base_of, OPERATIONS, [case] * len(folders), folders))
         return self._bases[number]
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function gives in a process that may fork."""
+        return self._pool.submit(function, *args, **kwargs).result()
 
     def tried(self, points: Sequence[Point]) -> Iterator[Verdict]:
         """The verdicts, as they come."""

@@ -195,7 +195,8 @@ def log_line(server: Server, *words: str) -> str:
 
 def test_hardening_49_reconciled_at_start(data_dir: Path) -> None:
     """A version whose blobs are gone is told in the log; lost keys and values come back when they are asked for, lost
-    weights when they are published again. A blob that no version names is collected, and that is told too."""
+    weights when they are published again. A blob that no version names is collected, and that is told too; what is
+    no blob stays."""
     base = "/v1/tenants/acme/adapters"
     with running_server(data_dir) as server:
         for adapter, seed in (("a", 1), ("b", 2), ("c", 3)):
@@ -207,12 +208,15 @@ def test_hardening_49_reconciled_at_start(data_dir: Path) -> None:
     orphan = FolderBlobStore(blob_folder(data_dir)).stage()
     orphan.write(b"nobody's")
     lonely = file_of(data_dir, orphan.commit())
+    foreign = lonely.with_name("not a blob")
+    foreign.touch()
     with running_server(data_dir, environment={"PREFIX_GARBAGE_GRACE": "1"}) as server:
         client = server.client()
         assert "key_values" not in log_line(server, "blobs lost", "acme/a@1")
         assert "weights" not in log_line(server, "blobs lost", "acme/b@1")
         log_line(server, "garbage collected")
         assert not lonely.exists()
+        assert foreign.exists()
         told = [line for line in server.log.read_text().splitlines() if "blobs lost" in line]
         assert not any("acme/c@1" in line for line in told)
         assert body(client.get(f"{base}/b@1/prefix")) == prefix

@@ -13,7 +13,7 @@ from typing import Any, Final
 from service.data_folder import opened
 from tests.crash.child import DONE, forked
 from tests.crash.folder import Snapshot, leftovers, serving, settings_of, snapshot
-from tests.crash.operations import OPERATIONS
+from tests.crash.operations import CASES, OPERATIONS
 from tests.crash.strace import Call, calls_in, traced
 
 KILL: Final = "signal=KILL"
@@ -86,6 +86,21 @@ def points_of(base: Base, fault: str) -> list[Point]:
         seen[call.name] += 1
         points.append(Point(base, call.name, seen[call.name], fault))
     return points
+
+
+def attempted_twice(data_dir: Path, *inject: str) -> tuple[list[str | None], list[Call]]:
+    """Two attempts of one process to publish the same new version, and the calls that both made; `inject` is for the
+    first."""
+    name = "second version"
+    OPERATIONS[name].prepare(data_dir)
+    outcomes, calls = [], []
+    with forked(name, CASES[0], data_dir) as child:
+        for faults in (inject, ()):
+            trace = data_dir.with_name("trace")
+            with traced(child.pid, trace, *faults):
+                outcomes.append(child.change())
+            calls += calls_in(trace)
+    return outcomes, calls
 
 
 def tried(point: Point) -> Verdict:
