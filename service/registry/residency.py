@@ -95,7 +95,7 @@ class Residency(Generic[K]):
         return self._evict(owner, lambda: self.budget - self.used < nbytes, nbytes)
 
     def _evict(self, owner: Tenant[K], more: Callable[[], bool], needed: int | None = None) -> list[K]:
-        """Let leave what may leave for `owner` while there is to be `more`; all or nothing, where bytes are `needed`."""
+        """Let leave what may leave for `owner` while there is to be `more`; all or nothing if bytes are `needed`."""
         part = self.budget // (len(self._tenants) + (owner.name not in self._tenants))
         leaving: list[tuple[K, Entry[K]]] = []
         while more():
