@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.disk import translated
+from service.disk import sync_folder, translated
 from service.errors import CorruptBlob, NotFound
 
 log = logging.getLogger("prefix_service")
@@ -69,24 +69,35 @@ class FolderBlobStore:
         with translated("make the blob folder"):
             self._staging.mkdir(parents=True, exist_ok=True)
             self._quarantine.mkdir(exist_ok=True)
+            sync_folder(root.parent)
+        self._flushed: set[Path] = set()  # folders whose own entry is on the disk for certain
 
     def sweep(self, older_than: float) -> int:
         """Remove what unfinished uploads left behind at least so many seconds ago. Returns how many."""
         limit = self._now() - older_than
-        return sum(_remove_unless_written(path, limit) for path in self._staging.iterdir())
+        with translated("sweep unfinished uploads"):
+            return sum(_remove_unless_written(path, limit) for path in self._staging.iterdir())
 
     def listed(self) -> Iterator[StoredBlob]:
-        """Every blob, in no order."""
+        """Every blob, in no order; what else lies there is not this store's.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
         now = self._now()
         for folder in sorted(self._root.glob("[0-9a-f][0-9a-f]")):
-            for entry in os.scandir(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    found = entry.stat()
-                    yield StoredBlob(f"sha256:{entry.name}", found.st_size, now - found.st_mtime)
+            with translated(f"list the blobs in {folder.name}"):
+                found = list(_stored(folder, now))
+            yield from found
 
     def exists(self, digest: str) -> bool:
-        """Whether there is such a blob, sound or not."""
-        return self.path(digest).exists()
+        """Whether there is such a blob, sound or not.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
+        with translated(f"look for blob {digest}"):
+            return self.path(digest).exists()
 
     def remove(self, digest: str, older_than: float) -> bool:
         """Remove a blob that was not committed again within the last `older_than` seconds; whether it is gone.
@@ -115,6 +126,13 @@ class FolderBlobStore:
             yield
         finally:
             os.close(handle)
+
+    def prepare(self, folder: Path) -> None:
+        """Have a folder of blobs; that it exists does not say that it would outlive a power loss."""
+        if folder not in self._flushed:
+            folder.mkdir(exist_ok=True)
+            sync_folder(self._root)
+            self._flushed.add(folder)
 
     def stage(self) -> "StagedFile":
         """Begin a blob.
@@ -231,24 +249,31 @@ class StagedFile:
             self._file.flush()
             os.utime(self._file.fileno())  # its age counts from here
             os.fsync(self._file.fileno())
-            if not target.parent.exists():
-                target.parent.mkdir(exist_ok=True)
-                _sync_folder(target.parent.parent)
+            self._store.prepare(target.parent)
             with self._store.locked(fcntl.LOCK_SH):
                 self._path.replace(target)
             self._file.close()
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         return digest
 
     def discard(self) -> None:
         """Forget a blob that was not committed; harmless afterwards."""
         with contextlib.suppress(OSError):
             self._file.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a sweep takes what stays
+            self._path.unlink()
 
 
 def _digest(sha256: "hashlib._Hash") -> str:
     return f"sha256:{sha256.hexdigest()}"
+
+
+def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:
+    for entry in os.scandir(folder):
+        digest = f"sha256:{entry.name}"
+        with contextlib.suppress(FileNotFoundError):
+            if _DIGEST.fullmatch(digest):
+                yield StoredBlob(digest, entry.stat().st_size, now - entry.stat().st_mtime)
 
 
 def _remove_unless_written(path: Path, limit: float) -> bool:
@@ -259,11 +284,3 @@ def _remove_unless_written(path: Path, limit: float) -> bool:
             path.unlink()
             return True
     return False
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,7 @@ from service.catalog.keys import Keyring
 from service.catalog.records import COMMAND_LINE
 from service.catalog.tenants import Tenants
 from service.collector import Collector, collecting
-from service.disk import translated, write_private
+from service.disk import sync_folder, translated, write_private
 from service.errors import Conflict
 from service.settings import Settings
 
@@ -74,17 +74,37 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
 
 @contextlib.contextmanager
 def _prepared(settings: Settings) -> Iterator[None]:
-    is_first_start = not catalog_file(settings.data_dir).exists()
     blobs = FolderBlobStore(blob_folder(settings.data_dir))
     blobs.sweep(older_than=0)
-    with keys_of(settings) as (keyring, _):
-        if is_first_start and not settings.dev:
-            _, text = keyring.create(None, "admin", "bootstrap", COMMAND_LINE)
-            with translated("write bootstrap.key"):
-                write_private(bootstrap_file(settings.data_dir), text)
+    if not catalog_file(settings.data_dir).exists():
+        with translated("make the catalog"):
+            _make(settings)
     database = Database(catalog_file(settings.data_dir))
     try:
         with collecting(Collector(Garbage(database), blobs, settings.garbage_grace), settings.garbage_grace):
             yield
     finally:
         database.close()
+
+
+def _make(settings: Settings) -> None:
+    """A first start: the catalog appears with the first key in it, whose file is there already, or not at all. Where
+    the command line makes a key meanwhile, its catalog stays, and that key is the first."""
+    place, first_key = catalog_file(settings.data_dir), bootstrap_file(settings.data_dir)
+    aside = place.with_name(f"{place.name}.new")
+    for left in (aside, first_key):
+        left.unlink(missing_ok=True)  # of a first start that was cut short: no catalog knows this key
+    database = Database(aside)
+    try:
+        if not settings.dev:
+            _, text = Keyring(database, settings.secret_file).create(None, "admin", "bootstrap", COMMAND_LINE)
+            write_private(first_key, text)
+    finally:
+        database.close()
+    try:
+        os.link(aside, place)
+    except FileExistsError:
+        first_key.unlink(missing_ok=True)
+    for left in (aside, aside.with_name(f"{aside.name}-journal")):
+        left.unlink(missing_ok=True)
+    sync_folder(settings.data_dir)

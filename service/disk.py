@@ -28,15 +28,33 @@ def translated(action: str) -> Iterator[None]:
         raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
 
 
+def sync_folder(path: Path) -> None:
+    """Flush a folder to the disk, and with it the names that were made, moved or removed in it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, durably; refuse one that exists.
+    """Write a file that only its owner may read, durably; refuse one that exists, and leave none that is not whole.
 
     Raises:
         FileExistsError: it exists.
         OSError: the disk refused.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(path.parent)
+    except OSError:
+        path.unlink()
+        raise

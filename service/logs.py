@@ -1,9 +1,10 @@
 """Structured logs: everything that a service says goes through one renderer, onto standard error."""
 
+import contextlib
 import logging
 import re
 import sys
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
 from structlog.contextvars import merge_contextvars
@@ -36,9 +37,10 @@ def configure(level: LogLevel) -> None:
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(sys.stderr))),
         cache_logger_on_first_use=True,
     )
+    logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         ProcessorFormatter(
@@ -50,6 +52,23 @@ def configure(level: LogLevel) -> None:
     logging.getLogger().setLevel(max(lowest, logging.WARNING))
     logging.getLogger("prefix_service").setLevel(lowest)
     logging.captureWarnings(capture=True)
+
+
+class _Unfailing:
+    """A log whose disk is full, or whose reader is gone, must not fail what is logged."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Write, or not."""
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
 
 
 def _rendering(*, colours: bool) -> list[Processor]:

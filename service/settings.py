@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         int, Field(gt=0, description="budget of each process for prefixes in host memory as they travel, in bytes")
     ] = 1 * _GIB
     garbage_grace: Annotated[
-        float, Field(ge=0, description="seconds that the bytes of what was deleted, or never finished, stay")
+        float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
     max_batch_size: Annotated[int, Field(ge=1, le=65536, description="largest batch_size of a request")] = 256
     max_sequence_length: Annotated[

@@ -132,3 +132,18 @@ except ValueError:
     assert not shown.startswith("{")
     assert "5555" not in shown
     assert "a local value" not in shown
+
+
+def test_a_log_that_cannot_be_written_fails_nothing() -> None:
+    """What is logged has happened: a full disk under the log must not undo it."""
+    code = (
+        _BEGIN.format(level="info")
+        + """
+log.info("one")
+logging.getLogger("prefix_service").info("two")
+print("done")
+"""
+    )
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")

@@ -18,7 +18,7 @@ from service.catalog.database import Database, now
 from service.catalog.records import Key, Principal, Scope
 from service.catalog.schema import keys, tenants
 from service.catalog.tenants import lock
-from service.disk import translated, write_private
+from service.disk import sync_folder, translated, write_private
 from service.errors import NotFound, OutOfSpace, StorageFailed, Unauthenticated
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
@@ -164,6 +164,7 @@ def _load_secret(path: Path) -> bytes:
                 pass
             finally:
                 aside.unlink()
+            sync_folder(path.parent)
         secret = path.read_bytes().strip()
     if len(secret) < 32:
         raise StorageFailed(f"the keys' secret {path} is shorter than 32 bytes: restore it, or keys stay unusable")

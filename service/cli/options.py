@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from service.client import PrefixClient
 
 DEFAULT_URL: Final = "http://127.0.0.1:8080"
+_PATIENCE: Final = 5.0  # seconds
 
 Url = Annotated[str, typer.Option("--url", envvar="PREFIX_URL", help="Where the service is.")]
 ApiKey = Annotated[
@@ -28,9 +29,15 @@ Ref = Annotated[
 
 
 def connect(url: str, api_key: str | None) -> "PrefixClient":
-    """A client of the service."""
+    """A client of the service.
+
+    Raises:
+        ConnectionFailed, Unavailable: it is not there; said within seconds, for a person waits.
+    """
     from service.client import PrefixClient
 
+    with PrefixClient(url, timeout=_PATIENCE) as probe:
+        probe.is_ready()
     return PrefixClient(url, api_key)
 
 

@@ -45,7 +45,7 @@ def show(
     columns = ["tier", "used", "pinned", "hit ratio", "evictions"]
     print_table("Memory", columns, [_tier(tier) for tier in found["tiers"]])
     shares = sorted(found["tenants"], key=lambda share: share["used"], reverse=True)[:limit]
-    print_table("Tenants", ["tenant", "tier", "used of fair share"], [_share(share) for share in shares])
+    print_table("Tenants", ["tenant", "tier", "used of guaranteed share"], [_share(share) for share in shares])
     columns = ["version", "device", "host", "renderings", "uses", "readers", "why"]
     print_table("Largest versions", columns, [_resident(version) for version in found["resident"]])
 

@@ -74,7 +74,7 @@ class AdapterRegistry:
 
         Raises:
             OutOfSpace: it does not fit the budget, or there is no memory.
-            Unavailable: everything else is in use, pinned, or other tenants' fair share.
+            Unavailable: everything else is in use, pinned, or guaranteed to other tenants.
             PrefixServiceError: what `load` raised, now or within the last seconds.
         """
         return await self._prefixes.get(key, key.tenant, nbytes, self._on_device(key, load))

@@ -5,8 +5,8 @@ from typing import Literal
 
 TierName = Literal["device", "host"]
 Reason = Literal["loading", "reading", "pinned", "share", "kept"]
-"""Why a version is in memory: it is being loaded or read, it is pinned, its tenant is within its fair share, or the
-policy has kept it so far."""
+"""Why a version is in memory: it is being loaded or read, it is pinned, its tenant is within its guaranteed share, or
+the policy has kept it so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class ResidentReport:
 
 @dataclass(frozen=True, slots=True)
 class ShareReport:
-    """What a tenant has in one tier, in bytes, beside its fair share of the budget."""
+    """What a tenant has in one tier, in bytes, beside the share of the budget that is guaranteed to it."""
 
     tenant: str
     tier: TierName

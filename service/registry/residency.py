@@ -1,11 +1,23 @@
-"""What may stay in memory under a budget of bytes that tenants share: pure state."""
+"""What may stay in memory under a budget of bytes that tenants share: pure state.
+
+S3-FIFO by bytes (Yang, Zhang, Qiu, Yue and Vigfusson, "FIFO queues are all you need for cache eviction", SOSP 2023):
+what is new stands on probation, a tenth of the bytes; what was used again there, or comes back soon after it left,
+moves to the main queue, and stays for as many rounds as it was used. So what is read once passes through the tenth and
+leaves the rest alone.
+"""
 
 import heapq
-from collections.abc import Iterator
-from typing import Generic
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Final, Generic
 
 from service.errors import OutOfSpace, Unavailable
-from service.registry.tenants import CREDIT, Entry, K, Tenant
+from service.registry.tenants import Entry, K, Tenant
+
+_PROBATION: Final = 0.1
+_PROMOTED: Final = 2  # uses on probation that lead to the main queue
+_ROUNDS: Final = 4  # in which every entry of the main queue has lost its credit
+_GUARANTEED: Final = 2  # the part of the budget that is divided among the tenants: one half
 
 
 class Residency(Generic[K]):
@@ -14,10 +26,10 @@ class Residency(Generic[K]):
     No I/O and no locks: the owner calls it from one thread, and frees what `admit` returns. Bytes are reserved
     before they are allocated. What is leased or pinned is never evicted.
 
-    The fair share of a tenant is the budget divided by the tenants that have something resident. Room comes from the
-    tenant with the most bytes above it; one that asks for things that nobody asked for lately makes room itself
-    (`Tenant.on_probation_above`), so a scan takes a tenth of its share. Who is within its share loses nothing to who
-    is above: that one evicts its own, all of it if a single entry is larger than the share, before anybody else's.
+    Half of the budget is divided among the tenants that have something resident: a tenant within that share loses
+    nothing to others, unless it asked for nothing while as much as the whole budget was admitted. The other half goes
+    to what is used, whoever's it is: the order is one for all. On probation each pays for itself, then the one with
+    the most there, so a scan takes nothing but a tenth of an equal part.
     """
 
     def __init__(self, budget: int) -> None:
@@ -27,8 +39,10 @@ class Residency(Generic[K]):
         self.pinned = 0
         self._entries: dict[K, Entry[K]] = {}
         self._tenants: dict[str, Tenant[K]] = {}
-        self._uses = 0
-        self._most: list[tuple[int, int, str]] = []  # a heap of (-used, used_at, tenant), corrected when it is read
+        self._main: OrderedDict[K, Entry[K]] = OrderedDict()
+        self._on_probation = 0
+        self._most: list[tuple[int, str]] = []  # a heap of (-bytes on probation, tenant); what is outdated is skipped
+        self._admitted = 0  # bytes since the start: the clock of `Tenant.seen`
 
     def __contains__(self, key: K) -> bool:
         return key in self._entries
@@ -46,8 +60,8 @@ class Residency(Generic[K]):
 
     @property
     def share(self) -> int:
-        """The fair share of each tenant that has something resident, in bytes."""
-        return self.budget // max(1, len(self._tenants))
+        """What is guaranteed to each tenant that has something resident, in bytes."""
+        return self.budget // (_GUARANTEED * max(1, len(self._tenants)))
 
     def tenants(self) -> Iterator[Tenant[K]]:
         """All that have something resident."""
@@ -58,96 +72,135 @@ class Residency(Generic[K]):
 
         Raises:
             OutOfSpace: it would not fit even alone.
-            Unavailable: what could leave is not enough, because the rest is in use, pinned, or others' fair share.
+            Unavailable: what could leave is not enough, because the rest is in use, pinned, or guaranteed to others.
         """
         if nbytes > self.budget:
             raise OutOfSpace(f"{nbytes} bytes do not fit the memory budget of {self.budget} bytes")
         owner = self._tenants.get(tenant) or Tenant(tenant)
         victims = self._make_room(owner, nbytes)
         self._tenants[tenant] = owner
-        entry = self._entries[key] = Entry(nbytes, owner)
+        self._admitted += nbytes
+        owner.seen = self._admitted
+        entry = self._entries[key] = Entry(nbytes, owner, proven=owner.recalls(key))
         owner.entries += 1
-        self._used_by(owner)
-        owner.recall(key, entry)
-        owner.enqueue(key, entry)
-        self._count(owner, nbytes)
+        self._enqueue(key, entry)
+        self._count(entry, nbytes)
         return victims
 
     def spare(self, tenant: str) -> list[K]:
         """The keys that may leave for a tenant, already removed: memory itself is exhausted, whatever the budget."""
-        owner = self._tenants.get(tenant) or Tenant(tenant)
-        share = self._share_with(owner)
-        leaving: list[tuple[K, Entry[K]]] = []
-        while (loser := self._loser(owner, share)) is not None:
-            leaving.append(self._take(loser, share))
-        return self._gone(leaving, share)
+        return self._evict(self._tenants.get(tenant) or Tenant(tenant), lambda: True)
 
     def _make_room(self, owner: Tenant[K], nbytes: int) -> list[K]:
-        share = self._share_with(owner)
+        return self._evict(owner, lambda: self.budget - self.used < nbytes, nbytes)
+
+    def _evict(self, owner: Tenant[K], more: Callable[[], bool], needed: int | None = None) -> list[K]:
+        """Let leave what may leave for `owner` while there is to be `more`; all or nothing if bytes are `needed`."""
+        part = self.budget // (len(self._tenants) + (owner.name not in self._tenants))
         leaving: list[tuple[K, Entry[K]]] = []
-        while self.budget - self.used < nbytes:
-            loser = self._loser(owner, share)
-            if loser is None:
+        while more():
+            victim = self._victim(owner, part)
+            if victim is None and needed is not None:
                 for key, entry in reversed(leaving):
-                    self._return(key, entry)
-                raise Unavailable(self._why_not(nbytes), 1)
-            leaving.append(self._take(loser, share))
-        return self._gone(leaving, share)
-
-    def _share_with(self, owner: Tenant[K]) -> int:
-        return self.budget // (len(self._tenants) + (owner.name not in self._tenants))
-
-    def _loser(self, owner: Tenant[K], share: int) -> Tenant[K] | None:
-        """Whose entry leaves for one of `owner`."""
-        if owner.evictable and owner.on_probation_above(share):
-            return owner
-        if (most := self._with_most(share)) is not None:
-            return most
-        if owner.evictable:
-            return owner
-        return self._with_most(0) if owner.used <= share else None
-
-    def _with_most(self, above: int) -> Tenant[K] | None:
-        """The tenant with the most bytes, more than `above`, that has something to give; of several with as many the
-        one that used none for the longest time."""
-        found, passed = None, []
-        while self._most and found is None and -self._most[0][0] > above:
-            used, used_at, name = self._most[0]
-            tenant = self._tenants.get(name)
-            if tenant is None or tenant.used != -used:
-                heapq.heappop(self._most)
-            elif tenant.used_at != used_at:
-                heapq.heapreplace(self._most, (used, tenant.used_at, name))
-            elif tenant.evictable:
-                found = tenant
-            else:
-                passed.append(heapq.heappop(self._most))
-        for item in passed:
-            heapq.heappush(self._most, item)
-        return found
-
-    def _take(self, loser: Tenant[K], share: int) -> tuple[K, Entry[K]]:
-        key, entry = loser.victim(share)
-        self._count(loser, -entry.nbytes)
-        return key, entry
-
-    def _return(self, key: K, entry: Entry[K]) -> None:
-        entry.owner.enqueue(key, entry, first=True)
-        self._count(entry.owner, entry.nbytes)
-
-    def _gone(self, leaving: list[tuple[K, Entry[K]]], share: int) -> list[K]:
+                    self._enqueue(key, entry, first=True)
+                    self._count(entry, entry.nbytes)
+                raise Unavailable(self._why_not(needed), 1)
+            if victim is None:
+                break
+            self._dequeue(*victim)
+            self._count(victim[1], -victim[1].nbytes)
+            leaving.append(victim)
         for key, entry in leaving:
-            entry.owner.remember(key, entry.nbytes, share)
+            entry.owner.remember(key, entry.nbytes, part)
             self._drop(key, entry)
         return [key for key, _ in leaving]
 
-    def _count(self, tenant: Tenant[K], change: int) -> None:
-        self.used += change
-        tenant.used += change
-        heapq.heappush(self._most, (-tenant.used, tenant.used_at, tenant.name))
+    def _victim(self, owner: Tenant[K], part: int) -> tuple[K, Entry[K]] | None:
+        """What leaves next for one of `owner`, whose equal part of the budget this is; still in its queue."""
+        share = part // _GUARANTEED
+
+        def spared(tenant: Tenant[K]) -> bool:
+            awake = self._admitted - tenant.seen <= self.budget
+            return tenant is not owner and tenant.used <= share and awake
+
+        found = None
+        if owner.on_probation > _PROBATION * max(part, owner.used):
+            found = self._leaving(owner)
+        found = found or self._next(spared)
+        if found is None and owner.used <= share:
+            found = self._next(lambda tenant: False)
+        return found
+
+    def _next(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        if self._on_probation > _PROBATION * self.budget:
+            return self._from_probation(spared) or self._from_main(spared)
+        return self._from_main(spared) or self._from_probation(spared)
+
+    def _from_main(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        for _ in range(_ROUNDS * len(self._main)):
+            key, entry = next(iter(self._main.items()))
+            if not (entry.leases or entry.credit or spared(entry.owner)):
+                return key, entry
+            entry.credit = max(entry.credit - 1, 0)
+            self._main.move_to_end(key)
+        return None
+
+    def _from_probation(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        while (tenant := self._with_most(spared)) is not None:
+            if (found := self._leaving(tenant)) is not None:
+                return found
+        return None
+
+    def _leaving(self, tenant: Tenant[K]) -> tuple[K, Entry[K]] | None:
+        """What leaves a tenant's probation; what proved itself there moves to the main queue on the way."""
+        while (found := tenant.first_on_probation()) is not None and found[1].credit >= _PROMOTED:
+            key, entry = found
+            self._dequeue(key, entry)
+            entry.proven, entry.credit = True, 0
+            self._enqueue(key, entry)
+        return found
+
+    def _with_most(self, spared: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
+        """The tenant with the most bytes on probation that gives something."""
+        found, passed = None, []
+        while self._most and found is None:
+            nbytes, name = self._most[0]
+            tenant = self._tenants.get(name)
+            if tenant is None or tenant.on_probation != -nbytes:
+                heapq.heappop(self._most)
+            elif spared(tenant) or tenant.first_on_probation() is None:
+                passed.append(heapq.heappop(self._most))
+            else:
+                found = tenant
+        for item in set(passed):
+            heapq.heappush(self._most, item)
+        return found
+
+    def _enqueue(self, key: K, entry: Entry[K], *, first: bool = False) -> None:
+        """Let an entry stand in its queue, at the end or at the exit."""
+        queue = self._main if entry.proven else entry.owner.probation
+        queue[key] = entry
+        queue.move_to_end(key, last=not first)
+        self._count_probation(entry, entry.nbytes)
+
+    def _dequeue(self, key: K, entry: Entry[K]) -> None:
+        (self._main if entry.proven else entry.owner.probation).pop(key)
+        self._count_probation(entry, -entry.nbytes)
+
+    def _count_probation(self, entry: Entry[K], change: int) -> None:
+        if entry.proven:
+            return
+        owner = entry.owner
+        self._on_probation += change
+        owner.on_probation += change
+        heapq.heappush(self._most, (-owner.on_probation, owner.name))
         if len(self._most) > 2 * len(self._tenants) + 64:
-            self._most = [(-tenant.used, tenant.used_at, name) for name, tenant in self._tenants.items()]
+            self._most = [(-tenant.on_probation, name) for name, tenant in self._tenants.items() if tenant.probation]
             heapq.heapify(self._most)
+
+    def _count(self, entry: Entry[K], change: int) -> None:
+        self.used += change
+        entry.owner.used += change
 
     def _drop(self, key: K, entry: Entry[K]) -> None:
         entry.resident = False
@@ -159,19 +212,14 @@ class Residency(Generic[K]):
     def _why_not(self, nbytes: int) -> str:
         return (
             f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {self.pinned} are pinned, "
-            f"{self.held - self.pinned} in use, and the rest is not enough or other tenants' fair share"
+            f"{self.held - self.pinned} in use, and the rest is not enough or guaranteed to other tenants"
         )
 
     def touch(self, key: K) -> None:
         """Note a use."""
         entry = self._entries[key]
-        entry.uses += 1
-        entry.credit = min(entry.credit + 1, CREDIT)
-        self._used_by(entry.owner)
-
-    def _used_by(self, tenant: Tenant[K]) -> None:
-        self._uses += 1
-        tenant.used_at = self._uses
+        entry.use()
+        entry.owner.seen = self._admitted
 
     def lease(self, key: K) -> Entry[K]:
         """Keep a resident key while it is being used; give what this returns to `release`."""
@@ -196,19 +244,19 @@ class Residency(Generic[K]):
         return self._entries.get(key) is entry
 
     def pin(self, key: K, *, pinned: bool) -> None:
-        """Keep a resident key until it is unpinned; it counts as used again then."""
+        """Keep a resident key until it is unpinned, outside the queues; it counts as used again then."""
         entry = self._entries[key]
         if entry.pinned == pinned:
             return
         if pinned:
-            entry.owner.dequeue(key, entry)
+            self._dequeue(key, entry)
         held, entry.pinned = entry.held, pinned
         if held != entry.held:
             self._hold(entry, entry.nbytes if pinned else -entry.nbytes)
         self.pinned += entry.nbytes if pinned else -entry.nbytes
         if not pinned:
             entry.proven = True
-            entry.owner.enqueue(key, entry)
+            self._enqueue(key, entry)
 
     def is_pinned(self, key: K) -> bool:
         """Whether a key is resident and pinned."""
@@ -223,6 +271,6 @@ class Residency(Generic[K]):
         if entry.pinned:
             self.pinned -= entry.nbytes
         else:
-            entry.owner.dequeue(key, entry)
-        self._count(entry.owner, -entry.nbytes)
+            self._dequeue(key, entry)
+        self._count(entry, -entry.nbytes)
         self._drop(key, entry)

@@ -1,0 +1,117 @@
+"""A data folder as a service sees it, and all of it that must survive a crash."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import structlog
+import torch
+
+from service.blobs import FolderBlobStore
+from service.catalog.database import Database
+from service.catalog.garbage import Garbage
+from service.catalog.keys import Keyring
+from service.catalog.records import Version
+from service.collector import Collector
+from service.data_folder import blob_folder, bootstrap_file, catalog_file
+from service.library import Library
+from service.plan import Limits, PrefixRequest
+from service.prefix.references import parse_reference
+from service.registry.registry import AdapterRegistry
+from service.settings import Settings
+
+_LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 24)
+
+
+def quiet() -> None:
+    """Log nothing: a line is a write, and these are counted."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+
+def settings_of(data_dir: Path) -> Settings:
+    """A service's settings on this folder."""
+    return Settings(data_dir=data_dir, garbage_grace=3600)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a running service has in its hands."""
+
+    data_dir: Path
+    database: Database
+    library: Library
+    blobs: FolderBlobStore
+    keyring: Keyring
+
+    def collector(self) -> Collector:
+        """One that waits for nothing."""
+        return Collector(Garbage(self.database), self.blobs, 0)
+
+
+@contextmanager
+def serving(data_dir: Path) -> Iterator[Service]:
+    """The collaborators of a service on a folder that exists."""
+    database = Database(catalog_file(data_dir))
+    blobs = FolderBlobStore(blob_folder(data_dir))
+    registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
+    try:
+        library = Library(database, blobs, registry, _LIMITS)
+        yield Service(data_dir, database, library, blobs, Keyring(database, data_dir / "key.secret"))
+    finally:
+        database.close()
+
+
+Snapshot = dict[str, Any]
+
+
+def snapshot(service: Service) -> Snapshot:
+    """All that a caller can see, read back through the service: every version with the bytes of its weights and of
+    its prefix, `latest`, aliases, tenants, the audit, and whether the first key works."""
+    return anyio.run(_snapshot, service)
+
+
+async def _snapshot(service: Service) -> Snapshot:
+    library = service.library
+    found: Snapshot = {"admin": _first_key_works(service)}
+    for tenant in library.tenants.listed("", 1000):
+        found[tenant.name] = (tenant.adapters, tenant.bytes)
+        for adapter in library.catalog.list_adapters(tenant.name, after="", limit=1000, base_model=None):
+            name = adapter.latest.adapter
+            latest = await library.resolve(tenant.name, parse_reference(name))
+            found[f"{tenant.name}/{name}"] = (latest.number, adapter.aliases)
+            for version in library.catalog.versions_of(tenant.name, name):
+                found[f"{tenant.name}/{name}@{version.number}"] = await _whole(library, version)
+    entries = library.audit.listed(None, before=None, limit=1000)
+    found["audit"] = [(entry.action, entry.tenant, entry.target, entry.details) for entry in entries if entry.tenant]
+    return found
+
+
+async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
+    """A version's digest, and the hashes of its weights and of its prefix as they are handed out."""
+    manifest = f"sha256:{hashlib.sha256(version.manifest.encode()).hexdigest()}"
+    if manifest != version.digest:
+        raise AssertionError(f"{version.digest} is the digest of another manifest")
+    with library.open_weights(version) as file:
+        weights = hashlib.sha256(file.read()).hexdigest()
+    plan = library.plan(version, PrefixRequest())
+    async with library.rendering(plan) as rendering:
+        body = b"".join(plan.message.chunks(rendering))
+    return version.digest, weights, hashlib.sha256(body).hexdigest()
+
+
+def _first_key_works(service: Service) -> bool:
+    principal = service.keyring.verify(bootstrap_file(service.data_dir).read_text().strip())
+    return principal.tenant is None and principal.scope == "admin"
+
+
+def leftovers(service: Service) -> list[str]:
+    """What the blob folder holds too much or lacks, compared with the catalog; nothing, after a collection."""
+    root = blob_folder(service.data_dir)
+    there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
+    digests = {digest for _, *pair in Garbage(service.database).named() for digest in pair}
+    named = {str(service.blobs.path(digest).relative_to(root)) for digest in digests}
+    return sorted(there ^ named)
