@@ -39,9 +39,9 @@ class Plan:
     scanned: int = 5000
     held: int = 700
     skew: float = 1.0
-    quiet_rate: int = 60
-    scan_rate: int = 60
-    rounds: int = 3
+    quiet_rate: int = 40
+    scan_rate: int = 70
+    rounds: int = 2
 
 
 @dataclass(slots=True)
