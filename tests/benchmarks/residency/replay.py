@@ -1,13 +1,13 @@
 """Traces against this service's residency, and against the policies of libcachesim."""
 
-import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import Final
 
+import libcachesim
 import numpy as np
 
 from service.registry.residency import Residency
@@ -72,7 +72,6 @@ def _send_hits(sending: Connection, name: str, trace: Trace, budget: int) -> Non
 
 
 def _peer(name: str, trace: Trace, budget: int) -> Ints:
-    libcachesim: Any = importlib.import_module("libcachesim")  # the extra `bench`; the tests do without
     cache = getattr(libcachesim, name)(budget, hashpower=16)
     sizes = trace.sizes.tolist()
     request = libcachesim.Request()

@@ -12,7 +12,6 @@ from tests.benchmarks.residency.traces import PREFIX, by_tenants
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
 def test_it_hits_as_often_as_libcachesims_s3fifo(share: float) -> None:
     """One tenant and uniform sizes: the same policy; and more often than the least recently used."""
-    pytest.importorskip("libcachesim", reason="the peers of the benchmark are the extra `bench`")
     trace = by_tenants(1, in_blocks=True)
     trace = replace(trace, keys=trace.keys[:40_000])
     found = ratios(trace, ours(trace, int(trace.bytes * share))).objects
