@@ -103,6 +103,20 @@ def anyone(server: Server) -> httpx.Client:
     return server.client("")
 
 
+@pytest.fixture(scope="module")
+def revoked(admin: httpx.Client) -> list[str]:
+    """Keys of the platform and of a tenant that were used, and revoked."""
+    found = []
+    admin.put(f"/v1/tenants/{MINE}")
+    for path in ("/v1/keys", f"/v1/tenants/{MINE}/keys"):
+        made = admin.post(path, json={"scope": "admin"}).json()
+        used = admin.get(f"/v1/tenants/{MINE}", headers={"Authorization": f"Bearer {made['key']}"})
+        assert used.status_code == 200
+        assert admin.delete(f"{path}/{made['id']}").status_code == 204
+        found.append(made["key"])
+    return found
+
+
 def _call(anyone: httpx.Client, call: Call, path: str, key: str) -> httpx.Response:
     """A request that would be well-formed, as far as that is known without a body."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -119,9 +133,17 @@ def test_the_list_of_routes_is_not_empty() -> None:
 
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
-def test_without_a_key(server: Server, anyone: httpx.Client, call: Call) -> None:
-    """401 with a challenge, on every route that is not public, whether the resource exists or not."""
-    bad = ["", "x", "pfx_0000000000000000_" + "0" * 48 + "_00000000", server.admin_key[:-1], server.admin_key + "0"]
+def test_without_a_valid_key(server: Server, anyone: httpx.Client, revoked: list[str], call: Call) -> None:
+    """401 with a challenge, on every route that is not public, whether the resource exists or not; a key that was
+    revoked is none."""
+    bad = [
+        *revoked,
+        "",
+        "x",
+        "pfx_0000000000000000_" + "0" * 48 + "_00000000",
+        server.admin_key[:-1],
+        server.admin_key + "0",
+    ]
     for key in bad:
         for tenant in (MINE, "auth-none"):
             answer = _call(anyone, call, call.to(tenant), key)
