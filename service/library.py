@@ -89,14 +89,12 @@ class Library:
         trained = 0 if config.inference_mode else config.trainable_parameters or 0
         self._require_moderate(4 * max(trained, _elements(config)))
 
-        def staged() -> StagedBlob:
-            flat = PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()
-            weights = self._blobs.stage()
-            weights.write(save({"prompt_embeddings": flat}))
-            return weights
+        def file() -> bytes:
+            return save({"prompt_embeddings": PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()})
 
-        weights = await to_thread.run_sync(staged)
+        weights = await self.stage()
         try:
+            await to_thread.run_sync(weights.write, await to_thread.run_sync(file))
             return await self.publish(target, config, weights)
         finally:
             await to_thread.run_sync(weights.discard)

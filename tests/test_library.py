@@ -9,13 +9,14 @@ import torch
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.records import COMMAND_LINE, Quotas, Version
-from service.errors import CorruptBlob, QuotaExceeded, Unavailable
+from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, Unavailable
 from service.library import Library, Target
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import parse_reference
 from service.registry.registry import AdapterRegistry
 from tests.conftest import CORPUS
+from tests.test_blobs import largest_file
 
 LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 20)
 
@@ -128,3 +129,13 @@ async def test_a_quota_is_met_before_the_encoder_runs(library: Library, tmp_path
         await published(library, "gpt2-n20-emb")
     assert sorted((tmp_path / "blobs").rglob("*")) == before
     assert await published(library, "llama-n20-emb") == version
+
+
+async def test_an_untrained_prefix_that_finds_no_room_leaves_nothing(library: Library, tmp_path: Path) -> None:
+    """Neither a version nor a half-written file."""
+    folder = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+    config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
+    large = parse_config({**config.model_dump(mode="json"), "num_virtual_tokens": 200})
+    with largest_file(4096), pytest.raises(OutOfSpace):
+        await library.publish_fresh(Target("acme", "a", COMMAND_LINE), large, "zero", 0)
+    assert list((tmp_path / "blobs" / "staging").iterdir()) == []

@@ -225,7 +225,7 @@ class Residency(Generic[K]):
         """Keep a resident key while it is being used; give what this returns to `release`."""
         entry = self._entries[key]
         if not entry.held:
-            self._hold(entry, entry.nbytes)
+            self.held += entry.nbytes
         entry.leases += 1
         return entry
 
@@ -233,11 +233,7 @@ class Residency(Generic[K]):
         """The end of a lease, also of a key that was removed in the meantime."""
         entry.leases -= 1
         if entry.resident and not entry.held:
-            self._hold(entry, -entry.nbytes)
-
-    def _hold(self, entry: Entry[K], change: int) -> None:
-        entry.owner.held += change
-        self.held += change
+            self.held -= entry.nbytes
 
     def holds(self, key: K, entry: Entry[K]) -> bool:
         """Whether this very entry is resident: a key may have been removed and admitted again."""
@@ -252,7 +248,7 @@ class Residency(Generic[K]):
             self._dequeue(key, entry)
         held, entry.pinned = entry.held, pinned
         if held != entry.held:
-            self._hold(entry, entry.nbytes if pinned else -entry.nbytes)
+            self.held += entry.nbytes if pinned else -entry.nbytes
         self.pinned += entry.nbytes if pinned else -entry.nbytes
         if not pinned:
             entry.proven = True
@@ -267,7 +263,7 @@ class Residency(Generic[K]):
         if (entry := self._entries.get(key)) is None:
             return
         if entry.held:
-            self._hold(entry, -entry.nbytes)
+            self.held -= entry.nbytes
         if entry.pinned:
             self.pinned -= entry.nbytes
         else:

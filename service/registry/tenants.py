@@ -36,13 +36,12 @@ class Entry(Generic[K]):
 
 
 class Tenant(Generic[K]):
-    """`used` bytes, of which `held` may not leave now; `seen` is when it last asked for something."""
+    """`used` bytes; `seen` is when it last asked for something."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.entries = 0
         self.used = 0
-        self.held = 0
         self.seen = 0
         self.probation: OrderedDict[K, Entry[K]] = OrderedDict()
         self.on_probation = 0
