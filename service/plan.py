@@ -10,8 +10,9 @@ from torch import Tensor
 from service.catalog.records import Version
 from service.errors import InvalidRequest
 from service.prefix.config import parse_config
-from service.prefix.kv import Span, check_span, extend_mask, position_ids, prefix_mask
-from service.prefix.wire import MASK_DTYPES, Form, Identity, KVDtype, Layout, MaskDtype, Message, bytes_of
+from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
+from service.prefix.kv import check_span, extend_mask, position_ids, prefix_mask
+from service.prefix.wire import MASK_DTYPES, Message, bytes_of
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 

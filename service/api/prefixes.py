@@ -16,9 +16,10 @@ from service.api.responses import ParametersResponse, PrefixResponse
 from service.api.state import LibraryOf, SettingsOf
 from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import PrefixRequest
+from service.prefix.form import MEDIA_TYPE
 from service.prefix.references import parse_reference
 from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
-from service.prefix.wire import MASK_DTYPES, MEDIA_TYPE
+from service.prefix.wire import MASK_DTYPES
 
 router = APIRouter(tags=["prefixes"])
 

@@ -15,7 +15,7 @@ from service.api.negotiation import is_current, requested_range, wants_digest
 from service.catalog.records import Version
 from service.library import Library
 from service.plan import Plan
-from service.prefix.wire import MEDIA_TYPE
+from service.prefix.form import MEDIA_TYPE
 
 _CHUNK: Final = 1 << 20
 

@@ -10,9 +10,9 @@ from service.client.cache import Cached, LocalCache
 from service.client.prefix import Prefix
 from service.client.protocol import Answer, Request, adapter_path, check_digest, prefix_request, tenant_path
 from service.errors import InvalidRequest, InvalidResponse
-from service.prefix.kv import Span
+from service.prefix.form import KVDtype, Span
 from service.prefix.references import parse_qualified
-from service.prefix.wire import KVDtype, read_kv, read_message
+from service.prefix.wire import read_kv, read_message
 
 T = TypeVar("T")
 Flow = Generator[Request, Answer, T]

@@ -5,8 +5,7 @@ from typing import TypedDict
 
 import httpx
 
-from service.prefix.kv import Span
-from service.prefix.wire import KVDtype
+from service.prefix.form import KVDtype, Span
 
 
 class ClientOptions(TypedDict, total=False):

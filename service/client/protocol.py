@@ -10,9 +10,8 @@ from urllib.parse import quote
 
 from service import errors
 from service.errors import InvalidResponse, PrefixServiceError, Unavailable
-from service.prefix.kv import Span
+from service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from service.prefix.references import Reference, check_name
-from service.prefix.wire import MEDIA_TYPE, KVDtype
 
 Files = Mapping[str, bytes | BinaryIO]
 

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidRequest
-
-Span = tuple[int, int]
-"""A half-open range `a:b`."""
+from service.prefix.form import Span
 
 
 @dataclass(frozen=True, slots=True)

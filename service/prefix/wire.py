@@ -18,54 +18,16 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidResponse
-from service.prefix.kv import PrefixKV, Span
+from service.prefix.form import FORMAT, Form, Identity, KVDtype, MaskDtype, Span
+from service.prefix.kv import PrefixKV
 from service.prefix.safetensors_header import DTYPES, NAMES, parse_header, tensor_at
 
-MEDIA_TYPE: Final = "application/vnd.safetensors"
-FORMAT: Final = 1
 _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
 _CHUNK: Final = 1 << 20  # what one slow reader may hold in the server's write buffer
 
-Layout = Literal["layers", "stacked"]
-KVDtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
-MaskDtype = Literal["int64", "float32", "bool"]
-
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which version a message holds, and the sizes of the whole prefix."""
-
-    tenant: str
-    adapter: str
-    version: int
-    digest: str
-    peft_type: str
-    base_model_name_or_path: str | None
-    num_virtual_tokens: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The form in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
-
-    dtype: KVDtype
-    batch_size: int
-    layers: Span
-    kv_heads: Span
-    layout: Layout
-    expand: bool
-
-    @property
-    def rows(self) -> int:
-        """How often each key and value is sent."""
-        return self.batch_size if self.expand else 1
 
 
 @dataclass(frozen=True, slots=True)

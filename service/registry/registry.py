@@ -10,8 +10,9 @@ from typing import Any, Final, TypeVar, get_args
 import torch
 
 from service.errors import InvalidInput, OutOfSpace, Unavailable
-from service.prefix.kv import PrefixKV, Span
-from service.prefix.wire import KVDtype, Rendering, render
+from service.prefix.form import KVDtype, Span
+from service.prefix.kv import PrefixKV
+from service.prefix.wire import Rendering, render
 from service.registry.memory import exhausted, of_device
 from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
 from service.registry.tenants import Entry

@@ -16,15 +16,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from service.errors import InvalidResponse
-from service.prefix.kv import PrefixKV, Span, prefix_mask
+from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
+from service.prefix.kv import PrefixKV, prefix_mask
 from service.prefix.wire import (
     KV_DTYPES,
     MASK_DTYPES,
-    Form,
-    Identity,
-    KVDtype,
-    Layout,
-    MaskDtype,
     Message,
     Received,
     Rendering,
