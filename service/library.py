@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -17,8 +17,10 @@ from torch import Tensor
 from service.blobs import BlobStore, StagedBlob
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
+from service.catalog.changes import Changes
 from service.catalog.database import Database
-from service.catalog.records import NewVersion, Principal, Version
+from service.catalog.records import AuditEntry, NewVersion, Principal, Version
+from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
 from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
 from service.plan import Limits, Plan, PrefixRequest, make_plan
@@ -26,7 +28,7 @@ from service.prefix.checkpoint import PrefixWeights, load_weights
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
-from service.prefix.references import Reference
+from service.prefix.references import Reference, parse_qualified
 from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
 from service.prefix.wire import KV_DTYPES, Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
@@ -52,6 +54,8 @@ class Library:
 
     def __init__(self, database: Database, blobs: BlobStore, registry: AdapterRegistry, limits: Limits) -> None:
         self.catalog = Catalog(database)
+        self.changes = Changes(database)
+        self._versions = RememberedVersions(self.catalog, self.changes)
         self.tenants = Tenants(database)
         self.audit = AuditLog(database)
         self.limits = limits
@@ -143,7 +147,12 @@ class Library:
         Raises:
             NotFound: there is none.
         """
-        return await to_thread.run_sync(self.catalog.resolve, tenant, reference)
+        known = self._versions.get(tenant, reference)
+        return await to_thread.run_sync(self._versions.resolve, tenant, reference) if known is None else known
+
+    def is_current(self, version: Version, reference: Reference) -> bool:
+        """Whether a reference is known to mean this version still, without a look into the catalog."""
+        return self._versions.get(version.tenant, reference) is version
 
     def plan(self, version: Version, request: PrefixRequest, mask: Tensor | None = None) -> Plan:
         """Everything of an answer but its tensors.
@@ -164,7 +173,7 @@ class Library:
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version)
-        leased = self.registry.rendering(key, plan.rendering_nbytes, version.key_values_bytes, load)
+        leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load)
         async with leased as rendering:
             yield rendering
 
@@ -239,8 +248,7 @@ class Library:
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        for version in await to_thread.run_sync(self.catalog.delete, tenant, reference, by):
-            self.registry.forget(_key(version))
+        await to_thread.run_sync(self.catalog.delete, tenant, reference, by)
 
     async def delete_tenant(self, tenant: str, by: Principal) -> None:
         """Delete a tenant with all it has; transfers under way complete.
@@ -249,7 +257,15 @@ class Library:
             NotFound: there is no such tenant.
         """
         await to_thread.run_sync(self.tenants.delete, tenant, by)
-        self.registry.forget_tenant(tenant)
+
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """What was deleted, here or by another process, leaves memory."""
+        for change in changes:
+            if change.action == "tenant.deleted":
+                self.registry.forget_tenant(change.target)
+            elif change.action in ("version.deleted", "adapter.deleted"):
+                tenant, reference = parse_qualified(change.target)
+                self.registry.forget_versions(tenant, reference.adapter, change.details["versions"])
 
 
 @contextlib.contextmanager

@@ -1,19 +1,27 @@
 """Structured logs: everything that a service says goes through one renderer, onto standard error."""
 
 import contextlib
+import json
 import logging
 import re
 import sys
-from typing import Any, Final, Literal, TextIO, cast
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, TextIO
 
+import orjson
 import structlog
-from structlog.contextvars import merge_contextvars
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_logger_name
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+_NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _KEY: Final = re.compile(r"pfx_\w+")
+
+
+about: ContextVar[dict[str, str]] = ContextVar("about")
+"""What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
 
 
 def redacted(text: str) -> str:
@@ -24,11 +32,11 @@ def redacted(text: str) -> str:
 def configure(level: LogLevel) -> None:
     """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library.
 
-    The context that is bound (`structlog.contextvars`) comes with each. Other libraries are heard from warnings on.
+    What `about` says comes with each. Other libraries are heard from warnings on.
     """
-    lowest = logging.getLevelNamesMapping()[level.upper()]
+    lowest = _NUMBERS[level]
     before: list[Processor] = [
-        merge_contextvars,
+        _with_context,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -37,7 +45,7 @@ def configure(level: LogLevel) -> None:
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _Unfailing(sys.stderr))),
+        logger_factory=lambda *_: _Lines(sys.stderr),
         cache_logger_on_first_use=True,
     )
     logging.raiseExceptions = False
@@ -54,28 +62,60 @@ def configure(level: LogLevel) -> None:
     logging.captureWarnings(capture=True)
 
 
-class _Unfailing:
-    """A log whose disk is full, or whose reader is gone, must not fail what is logged."""
+class RequestLog:
+    """The lines of requests, in the form of all others.
+
+    Not through structlog where lines are JSON: that takes 10 µs a line, this 3.
+    """
+
+    def __init__(self) -> None:
+        self._lines = None if sys.stderr.isatty() else _Lines(sys.stderr)
+        self._log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+        self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
+
+    def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
+        """Tell of a request."""
+        if _NUMBERS[level] < self._lowest:
+            return
+        if self._lines is None:
+            getattr(self._log, level)("request", **fields)
+        else:
+            moment = datetime.now(UTC)
+            self._lines.msg(
+                _redact(None, "", _json({**fields, "event": "request", "level": level, "timestamp": moment}))
+            )
+
+
+class _Lines:
+    """What structlog writes to. A log whose disk is full, or whose reader is gone, must not fail what is logged."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
-    def write(self, text: str) -> None:
-        """Write, or not."""
+    def msg(self, line: str) -> None:
+        """Write a line, or not; standard error flushes by lines."""
         with contextlib.suppress(OSError):
-            self._file.write(text)
+            self._file.write(line + "\n")
 
-    def flush(self) -> None:
-        """Flush, or not."""
-        with contextlib.suppress(OSError):
-            self._file.flush()
+    debug = info = warning = error = msg
 
 
 def _rendering(*, colours: bool) -> list[Processor]:
     if colours:
         # Rich's tracebacks, the default, show the values of local variables: keys among them.
         return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback), _redact]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(), _redact]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json), _redact]
+
+
+def _with_context(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    return {**about.get({}), **event}
+
+
+def _json(event: Any, **_options: Any) -> str:
+    try:
+        return orjson.dumps(event, default=repr, option=orjson.OPT_UTC_Z).decode()
+    except TypeError:  # a number of more than 64 bits, a lone surrogate
+        return json.dumps(event, default=repr)
 
 
 def _redact(_logger: Any, _method: str, line: Any) -> Any:

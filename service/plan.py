@@ -1,7 +1,7 @@
 """An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,12 +52,6 @@ class Plan:
     def is_one_rendering(self) -> bool:
         """Whether keys and values are sent once."""
         return self.message.form.rows == 1
-
-    @property
-    def rendering_nbytes(self) -> int:
-        """An upper bound of the rendering's bytes in memory."""
-        form = replace(self.message.form, batch_size=1)
-        return Message(self.message.identity, form, {}).content_length
 
 
 def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:

@@ -1,14 +1,16 @@
 """The composition root: from settings to a running app."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import Depends, FastAPI
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import adapters, aliases, audit, keys, ops, prefixes, problems, residency, tenants
+from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
 from service.api.metrics import Metrics
@@ -20,8 +22,10 @@ from service.api.schemas import Problem
 from service.api.state import State
 from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
+from service.catalog.changes import Listener
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
+from service.catalog.records import AuditEntry
 from service.data_folder import blob_folder, catalog_file
 from service.library import Library
 from service.logs import configure
@@ -36,13 +40,17 @@ _DESCRIPTION = (
 
 
 class _App(FastAPI):
+    """What every request passes stands in front of FastAPI: what was answered before never comes to its own layers."""
+
     def __init__(self, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
-        self._metrics = metrics
+        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: self.state.prefix_service.answers)
+        behind = RateLimitMiddleware(behind, lambda: self.state.prefix_service.rates)
+        behind = AuthenticationMiddleware(behind, lambda: self.state.prefix_service.authenticator)
+        self._front = RequestMiddleware(behind, metrics)
 
-    def build_middleware_stack(self) -> ASGIApp:
-        # Around FastAPI's own outermost, which answers defects.
-        return RequestMiddleware(super().build_middleware_stack(), self._metrics)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -58,9 +66,10 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir))
         try:
-            app.state.prefix_service = _compose(settings, database, metrics)
-            async with metrics.sampled():
-                yield
+            state = app.state.prefix_service = _compose(settings, database, metrics)
+            with state.library.changes.followed():
+                async with metrics.sampled():
+                    yield
         finally:
             database.close()
 
@@ -81,8 +90,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     for room in (adapters, aliases, residency, tenants, keys, audit):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
-    app.add_middleware(RateLimitMiddleware, limits=lambda: app.state.prefix_service.rates)
-    app.add_middleware(AuthenticationMiddleware, authenticator=lambda: app.state.prefix_service.authenticator)
     return app
 
 
@@ -91,6 +98,16 @@ def create_app_from_environment() -> FastAPI:
     settings = Settings()
     configure(settings.log_level)
     return create_app(settings, Metrics(take_place()))
+
+
+def _on_this_loop(listener: Listener) -> Listener:
+    """Before anything that its thread hands to the loop afterwards: a caller finds its own change heard."""
+    loop = asyncio.get_running_loop()
+
+    def hear(changes: Sequence[AuditEntry]) -> None:
+        loop.call_soon_threadsafe(listener, changes)
+
+    return hear
 
 
 def _compose(settings: Settings, database: Database, metrics: Metrics) -> State:
@@ -102,4 +119,6 @@ def _compose(settings: Settings, database: Database, metrics: Metrics) -> State:
     keyring = Keyring(database, settings.secret_file)
     authenticator = Authenticator(None if settings.dev else keyring)
     rates = RateLimits(library.tenants.requests_per_second)
-    return State(settings, library, keyring, authenticator, rates, metrics)
+    for hear in (library.hear, authenticator.hear, rates.hear):
+        library.changes.listen(_on_this_loop(hear))
+    return State(settings, library, keyring, authenticator, rates, metrics, Answers(library))

@@ -2,21 +2,20 @@
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Final
 
 from anyio import to_thread
 from fastapi import Depends, Request
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars
 
 from service.api.paths import TenantPath
 from service.api.problems import problem
 from service.catalog.keys import Keyring
-from service.catalog.records import Principal
+from service.catalog.records import AuditEntry, Principal
 from service.catalog.records import Scope as KeyScope
 from service.errors import Forbidden, NotFound, PrefixServiceError, Unauthenticated
+from service.logs import about
 from service.prefix.references import check_name
 
 PUBLIC: Final = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect"})
@@ -32,33 +31,43 @@ class Authenticator:
     def __init__(self, keyring: Keyring | None) -> None:
         self._keyring = keyring
         self._known: dict[bytes, tuple[Principal, float]] = {}
+        self._heard = 0
 
-    async def authenticate(self, header: str | None) -> Principal:
-        """Who asks.
+    def remembered(self, header: bytes) -> Principal | None:
+        """Who asks, if that was verified lately."""
+        if self._keyring is None:
+            return _ANYONE
+        principal, until = self._known.get(hashlib.sha256(header).digest(), (None, 0.0))
+        return principal if time.monotonic() < until else None
+
+    async def authenticate(self, header: bytes) -> Principal:
+        """Who asks, by the value of an `Authorization` header; empty for none.
 
         Raises:
             Unauthenticated: no key, or not a valid one.
         """
-        if self._keyring is None:
-            return _ANYONE
-        scheme, _, key = (header or "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
+        if (known := self.remembered(header)) is not None:
+            return known
+        scheme, _, key = header.decode("latin-1").partition(" ")
+        if self._keyring is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
-        name = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        principal, until = self._known.get(name, (None, 0.0))
-        if principal is None or time.monotonic() > until:
-            self._known.pop(name, None)
-            principal = await to_thread.run_sync(self._keyring.verify, key.strip())
-            self._remember(name, principal)
+        heard = self._heard
+        principal = await to_thread.run_sync(self._keyring.verify, key.strip())
+        if heard == self._heard:  # else it may have been revoked since it was read
+            self._remember(hashlib.sha256(header).digest(), principal)
         return principal
 
-    def forget(self, key_id: str) -> None:
-        """A key that was revoked here stops working at once."""
-        self._known = {name: known for name, known in self._known.items() if known[0].key_id != key_id}
-
-    def forget_tenant(self, tenant: str) -> None:
-        """The keys of a tenant that was deleted here stop working at once."""
-        self._known = {name: known for name, known in self._known.items() if known[0].tenant != tenant}
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """Keys that were revoked, or whose tenant was deleted, stop working now."""
+        revoked = {change.target for change in changes if change.action == "key.revoked"}
+        gone = {change.target for change in changes if change.action == "tenant.deleted"}
+        if revoked or gone:
+            self._heard += 1
+            self._known = {
+                name: known
+                for name, known in self._known.items()
+                if known[0].key_id not in revoked and known[0].tenant not in gone
+            }
 
     def _remember(self, name: bytes, principal: Principal) -> None:
         now = time.monotonic()
@@ -76,16 +85,24 @@ class AuthenticationMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
-        if scope["type"] == "http" and scope["path"] not in PUBLIC:
+        if scope["path"] not in PUBLIC:
             try:
-                header = Headers(scope=scope).get("authorization")
-                principal = await self._authenticator().authenticate(header)
+                authenticator, header = self._authenticator(), _authorization(scope)
+                principal = authenticator.remembered(header) or await authenticator.authenticate(header)
             except PrefixServiceError as error:
                 await problem(error)(scope, receive, send)
                 return
             scope["principal"], scope["tenant"] = principal, principal.tenant
-            bind_contextvars(key_id=principal.key_id)
+            about.get()["key_id"] = principal.key_id
         await self._app(scope, receive, send)
+
+
+def _authorization(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            found: bytes = value
+            return found
+    return b""
 
 
 def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:

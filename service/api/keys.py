@@ -79,7 +79,6 @@ async def _list(state: State, tenant: str | None) -> KeyPage:
 
 async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
     await to_thread.run_sync(state.keyring.revoke, tenant, key_id, by)
-    state.authenticator.forget(key_id)
 
 
 def _item(key: Key) -> KeyItem:

@@ -13,7 +13,7 @@ from service.api.documentation import request_headers, response_headers
 from service.api.negotiation import require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf, SettingsOf, StateOf
 from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import PrefixRequest
 from service.prefix.form import MEDIA_TYPE
@@ -73,14 +73,17 @@ async def get_prefix(
     request: Request,
     tenant: Reading,
     ref: RefPath,
-    library: LibraryOf,
+    state: StateOf,
     options: Annotated[PrefixRequest, Query()],
 ) -> PrefixResponse:
     """`past_key_values` and the attention mask of an adapter, as a safetensors file."""
     require_acceptable(request.headers, MEDIA_TYPE)
     reference = parse_reference(ref)
+    library = state.library
     version = await library.resolve(tenant, reference)
-    return PrefixResponse(library, library.plan(version, options), immutable=reference.immutable)
+    response = PrefixResponse(library, library.plan(version, options), immutable=reference.immutable)
+    state.answers.remember(request.scope, reference, response)
+    return response
 
 
 @router.post(

@@ -103,5 +103,10 @@ async def _routing(_request: Request, error: Exception) -> Response:
 
 
 async def _defect(_request: Request, error: Exception) -> Response:
+    return defect(error)
+
+
+def defect(error: Exception) -> Response:
+    """The response to what should not have happened, which goes to the log."""
     log.error("a request met a defect of the service", exc_info=error)
     return problem(errors.Internal("a defect of the service; its log says more"))

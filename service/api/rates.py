@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +13,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem
-from service.catalog.records import Principal
+from service.catalog.records import AuditEntry, Principal
 from service.errors import InvalidReference, PrefixServiceError, RateLimited
 from service.prefix.references import check_name
 
@@ -57,6 +57,11 @@ class RateLimits:
         self._windows = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._known: dict[str, tuple[RateLimitItemPerSecond | None, float]] = {}
 
+    def lets_through(self, tenant: str) -> bool:
+        """Whether a tenant is known to have no limit."""
+        rate, until = self._known.get(tenant, (None, 0.0))
+        return rate is None and time.monotonic() < until
+
     async def charge(self, tenant: str) -> Allowance | None:
         """Count a request of a tenant; None where there is no limit."""
         rate = await self._rate(tenant)
@@ -66,9 +71,11 @@ class RateLimits:
         left = self._windows.get_window_stats(rate, tenant)
         return Allowance(granted, rate.amount, left.remaining, max(math.ceil(left.reset_time - time.time()), 1))
 
-    def forget(self, tenant: str) -> None:
-        """A rate that was changed here holds at once."""
-        self._known.pop(tenant, None)
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """A rate that was changed holds now."""
+        for change in changes:
+            if change.action.startswith("tenant."):
+                self._known.pop(change.target, None)
 
     async def _rate(self, tenant: str) -> RateLimitItemPerSecond | None:
         rate, until = self._known.get(tenant, (None, 0.0))
@@ -91,12 +98,12 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Charge whom the request is for."""
-        tenant = _charged(scope)
-        if tenant is None:
+        limits, tenant = self._limits(), _charged(scope)
+        if tenant is None or limits.lets_through(tenant):
             await self._app(scope, receive, send)
             return
         try:
-            allowance = await self._limits().charge(tenant)
+            allowance = await limits.charge(tenant)
         except PrefixServiceError as error:
             await problem(error)(scope, receive, send)
             return

@@ -1,18 +1,15 @@
 """What is told of every request: its id to the caller, its numbers to the metrics, one line to the log."""
 
+import random
 import re
-import secrets
 import time
-from collections.abc import Callable
 from typing import Final
 
-import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from service.api.metrics import Metrics
-
-log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+from service.api.problems import defect
+from service.logs import LogLevel, RequestLog, about
 
 UNROUTED: Final = "none"
 """The route of a request that was answered before it had one, or that has none."""
@@ -31,24 +28,21 @@ class RequestMiddleware:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and tell of it when it ended."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         request_id = _request_id(scope)
-        clear_contextvars()  # a request that was pipelined inherits what its predecessor bound
-        bind_contextvars(request_id=request_id.decode())
+        about.set({"request_id": request_id.decode()})
         outcome = _Outcome(send, request_id)
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
             await self._app(scope, receive, outcome.send)
-        except Exception:
-            # It has been answered and logged already, see `problems`; uvicorn would log it again.
+        except Exception as error:  # noqa: BLE001 - the last one who can answer
+            # What the app itself raises has been answered and logged; uvicorn would log it again.
             if not outcome.status:
-                raise
+                await defect(error)(scope, receive, outcome.send)
         finally:
             self._metrics.in_flight -= 1
             self._tell(scope, outcome, time.perf_counter() - started)
@@ -58,14 +52,23 @@ class RequestMiddleware:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
-        fields = {"method": method, "route": route, "status": outcome.status, "seconds": round(seconds, 6)}
-        _level(route, outcome.status)(
-            "request", **fields, bytes=sent, tenant=scope.get("tenant"), code=scope.get("problem")
-        )
+        fields = {
+            **about.get(),
+            "method": method,
+            "route": route,
+            "status": outcome.status,
+            "seconds": round(seconds, 6),
+            "bytes": sent,
+            "tenant": scope.get("tenant"),
+            "code": scope.get("problem"),
+        }
+        self._log.line(_level(route, outcome.status), fields)
 
 
 class _Outcome:
     """An answer as it passes: its status (0 until it begins) and bytes of its body."""
+
+    __slots__ = ("_header", "_send", "sent", "status")
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self.status = self.sent = 0
@@ -74,11 +77,11 @@ class _Outcome:
 
     async def send(self, message: Message) -> None:
         """Note a message, and pass it on."""
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.body":
+            self.sent += len(message.get("body", b""))
+        elif message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), self._header]
-        elif message["type"] == "http.response.body":
-            self.sent += len(message.get("body", b""))
         await self._send(message)
 
 
@@ -87,10 +90,10 @@ def _request_id(scope: Scope) -> bytes:
         if name == b"x-request-id" and _ID.fullmatch(value) and b"pfx_" not in value:
             found: bytes = value
             return found
-    return secrets.token_hex(16).encode()
+    return b"%032x" % random.getrandbits(128)
 
 
-def _level(route: str, status: int) -> Callable[..., object]:
+def _level(route: str, status: int) -> LogLevel:
     if route in _QUIET:
-        return log.debug
-    return log.warning if status >= 500 else log.info
+        return "debug"
+    return "warning" if status >= 500 else "info"

@@ -2,8 +2,9 @@
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
 from anyio import to_thread
@@ -19,53 +20,58 @@ from service.prefix.form import MEDIA_TYPE
 
 _CHUNK: Final = 1 << 20
 
-Chunks = AsyncIterator[bytes | memoryview]
+Fields = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
+
+    chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
+    fields: Fields = field(default_factory=list)
 
 
 class BytesResponse(Response, ABC):
-    """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure."""
+    """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure.
+
+    It keeps nothing of a request, and may answer many.
+    """
 
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
         self.background = None
         self._etag, self._length = etag, length
-        self._fields = {"ETag": etag, **headers}
+        self._about = _raw({"ETag": etag, **headers})
+        self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
 
     @abstractmethod
-    def _content(self, request: Headers, start: int, stop: int) -> AbstractAsyncContextManager[Chunks]:
-        """The bytes `start:stop`; what has to be known before the first byte may go into `self._fields`.
-
-        What goes wrong before the first byte is raised as this project's error.
-        """
+    def _content(self, request: Headers, start: int, stop: int) -> AbstractAsyncContextManager[Content]:
+        """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         request = Headers(scope=scope)
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
-            await send(self._start(304))
+            await send({"type": "http.response.start", "status": 304, "headers": self._about})
             await send({"type": "http.response.body"})
             return
         found = requested_range(request, self._etag, self._length) if reading else None
         start, stop = found or (0, self._length)
-        self._fields |= {
-            "Content-Type": MEDIA_TYPE,
-            "Content-Length": str(stop - start),
-            "Accept-Ranges": "bytes",
-            "X-Content-Type-Options": "nosniff",
-        }
+        fields = [*self._about, *self._common, (b"content-length", b"%d" % (stop - start))]
         if found:
-            self._fields["Content-Range"] = f"bytes {start}-{stop - 1}/{self._length}"
+            fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
         if scope["method"] == "HEAD":
             stop = start
-        async with self._content(request, start, stop) as chunks:
-            await send(self._start(206 if found else 200))
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async with self._content(request, start, stop) as content:
+            status = 206 if found else 200
+            await send({"type": "http.response.start", "status": status, "headers": fields + content.fields})
+            if isinstance(content.chunks, AsyncIterable):
+                async for chunk in content.chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            else:
+                for chunk in content.chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body"})
-
-    def _start(self, status: int) -> dict[str, object]:
-        raw = [(name.lower().encode(), value.encode()) for name, value in self._fields.items()]
-        return {"type": "http.response.start", "status": status, "headers": raw}
 
 
 class PrefixResponse(BytesResponse):
@@ -73,18 +79,25 @@ class PrefixResponse(BytesResponse):
 
     def __init__(self, library: Library, plan: Plan, *, immutable: bool) -> None:
         super().__init__(plan.etag, plan.message.content_length, _about(plan.version, immutable=immutable))
+        self.version = plan.version
         self._library, self._plan = library, plan
 
+    @property
+    def planned_nbytes(self) -> int:
+        """An estimate of the memory that the plan takes."""
+        return (
+            4096 + 4 * len(self._plan.message.header) + sum(mask.nbytes for mask in self._plan.message.extras.values())
+        )
+
     @asynccontextmanager
-    async def _content(self, request: Headers, start: int, stop: int) -> AsyncIterator[Chunks]:
+    async def _content(self, request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
         hashed = self._plan.is_one_rendering or wants_digest(request)
         if start == stop and not hashed:
-            yield _each(())
+            yield Content(())
             return
         async with self._library.rendering(self._plan) as rendering:
-            if hashed:
-                self._fields["Repr-Digest"] = _repr_digest(await self._library.body_digest(self._plan, rendering))
-            yield _each(self._plan.message.chunks(rendering, start, stop))
+            fields = [_repr_digest(await self._library.body_digest(self._plan, rendering))] if hashed else []
+            yield Content(self._plan.message.chunks(rendering, start, stop), fields)
 
 
 class ParametersResponse(BytesResponse):
@@ -93,17 +106,21 @@ class ParametersResponse(BytesResponse):
     def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
         super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
         self._library, self._version = library, version
-        self._fields["Repr-Digest"] = _repr_digest(bytes.fromhex(version.weights.removeprefix("sha256:")))
-        self._fields["Content-Disposition"] = 'attachment; filename="adapter_model.safetensors"'
+        self._about.append(_repr_digest(bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
-    async def _content(self, _request: Headers, start: int, stop: int) -> AsyncIterator[Chunks]:
+    async def _content(self, _request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
         file = await to_thread.run_sync(self._library.open_weights, self._version)
         try:
             file.seek(start)
-            yield _read(file, stop - start)
+            yield Content(_read(file, stop - start))
         finally:
             file.close()
+
+
+def _raw(headers: Mapping[str, str]) -> Fields:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
 def _about(version: Version, *, immutable: bool) -> dict[str, str]:
@@ -114,16 +131,11 @@ def _about(version: Version, *, immutable: bool) -> dict[str, str]:
     }
 
 
-def _repr_digest(sha256: bytes) -> str:
-    return f"sha-256=:{base64.b64encode(sha256).decode()}:"
+def _repr_digest(sha256: bytes) -> tuple[bytes, bytes]:
+    return b"repr-digest", b"sha-256=:%s:" % base64.b64encode(sha256)
 
 
-async def _each(chunks: Iterable[memoryview]) -> Chunks:
-    for chunk in chunks:
-        yield chunk
-
-
-async def _read(file: BinaryIO, count: int) -> Chunks:
+async def _read(file: BinaryIO, count: int) -> AsyncIterator[bytes]:
     while count > 0 and (chunk := await to_thread.run_sync(file.read, min(count, _CHUNK))):
         yield chunk
         count -= len(chunk)

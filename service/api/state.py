@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.answers import Answers
 from service.api.auth import Authenticator
 from service.api.metrics import Metrics
 from service.api.rates import RateLimits
@@ -23,6 +24,7 @@ class State:
     authenticator: Authenticator
     rates: RateLimits
     metrics: Metrics
+    answers: Answers
 
 
 def _state(request: Request) -> State:

@@ -49,7 +49,6 @@ async def put_tenant(
         quotas = (await read_model(request, TenantQuotas, state.settings.max_request_bytes)).quotas()
     tenants = state.library.tenants
     is_new = await to_thread.run_sync(tenants.put, tenant, by, quotas)
-    state.rates.forget(tenant)
     response.status_code = 201 if is_new else 200
     return TenantItem.of(await to_thread.run_sync(tenants.get, tenant))
 
@@ -64,4 +63,3 @@ async def get_tenant(tenant: Reading, library: LibraryOf) -> TenantItem:
 async def delete_tenant(tenant: Reading, by: PlatformAdmin, state: StateOf) -> None:
     """Delete a tenant with its keys, adapters and versions."""
     await state.library.delete_tenant(tenant, by)
-    state.authenticator.forget_tenant(tenant)

@@ -14,7 +14,8 @@ from service.errors import NotFound
 log = logging.getLogger("prefix_service")
 
 _PLATFORM: Final = "platform"
-_ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
+ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
+"""The rows of the audit log, as `AuditEntry` takes them."""
 
 
 def record(
@@ -50,7 +51,7 @@ class AuditLog:
         Raises:
             NotFound: there is no such tenant.
         """
-        query = _ENTRY.order_by(audit.c.id.desc()).limit(limit)
+        query = ENTRY.order_by(audit.c.id.desc()).limit(limit)
         if before is not None:
             query = query.where(audit.c.id < sa.literal(before, sa.BigInteger))
         with self._database.reading() as connection:

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from service.catalog.audit import record
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
-from service.catalog.records import Adapter, NewVersion, Principal, Version
+from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Version
 from service.catalog.schema import adapters, aliases, numbers, tenants, versions
 from service.catalog.tenants import lock, make, require_room
 from service.errors import Conflict, NotFound, PreconditionFailed
@@ -98,7 +98,9 @@ class Catalog:
         with self._database.writing() as connection:
             adapter_id = _adapter_id(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
-            connection.execute(sa.update(versions).where(*row).values(key_values=digest))
+            if connection.execute(sa.update(versions).where(*row).values(key_values=digest)).rowcount:
+                target = f"{version.tenant}/{version.adapter}@{version.number}"
+                record(connection, SERVICE, "version.encoded", version.tenant, target, key_values=digest)
 
     def versions_of(self, tenant: str, adapter: str) -> list[Version]:
         """Every version of an adapter, newest first.

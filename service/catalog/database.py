@@ -32,6 +32,7 @@ class Database:
     def __init__(self, place: Path | str) -> None:
         self._engine = _sqlite(place) if isinstance(place, Path) else _postgresql(place)
         self._reads = self._engine
+        self._after_writes: list[Callable[[], object]] = []
         if self._engine.dialect.name == "postgresql":
             self._reads = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:
@@ -53,7 +54,8 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called.
+        """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
+        what was given to `after_writes`.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
@@ -64,8 +66,12 @@ class Database:
             connection = plain.execution_options(writes=True, afterwards=calls)
             with connection.begin():
                 yield connection
-        for call in calls:
+        for call in (*calls, *self._after_writes):
             call()
+
+    def after_writes(self, call: Callable[[], object]) -> None:
+        """Call this after every write transaction of this process that is durable, before its writer goes on."""
+        self._after_writes.append(call)
 
     def close(self) -> None:
         """Give back every connection."""

@@ -30,6 +30,9 @@ class Principal:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
 
+SERVICE: Final = Principal("service", None, "admin")
+"""The service itself, where it mends what is its own."""
+
 COMMAND_LINE: Final = Principal("command-line", None, "admin")
 """Who works on a data folder with the command line, and needs no key."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,13 +24,17 @@ from service.prefix.safetensors_header import DTYPES, NAMES, parse_header, tenso
 
 _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
+_JOINED: Final = 1 << 16  # what is cheaper to copy once than to send by itself
 _CHUNK: Final = 1 << 20  # what one slow reader may hold in the server's write buffer
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
 
-@dataclass(frozen=True, slots=True)
+_Source = Literal["values", "scales", "extra"]
+
+
+@dataclass(frozen=True)
 class Rendering:
     """Keys and values as they travel, in host memory: `values` `[L', 2, H', N, D]`, and for float8 `scales`
     float32 `[L', 2, H', 1, 1]`."""
@@ -43,6 +47,20 @@ class Rendering:
         """Bytes in host memory."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
+    def bytes_of(self, part: _Source) -> memoryview:
+        """The memory of `values` or `scales`."""
+        return self._values_bytes if part == "values" else self._scales_bytes
+
+    @cached_property
+    def _values_bytes(self) -> memoryview:
+        return bytes_of(self.values)
+
+    @cached_property
+    def _scales_bytes(self) -> memoryview:
+        if self.scales is None:
+            raise AssertionError("a float8 message needs a float8 rendering")
+        return bytes_of(self.scales)
+
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
@@ -51,13 +69,22 @@ class _Slot:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: Literal["values", "scales", "extra"]
+    source: _Source
     index: tuple[int, ...] = ()
     times: int = 1
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+class _Span(NamedTuple):
+    """Bytes `start:stop` of a part of a rendering, sent `times` times."""
+
+    source: _Source
+    start: int
+    stop: int
+    times: int
 
 
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
@@ -113,6 +140,11 @@ class Message:
         return slots
 
     @cached_property
+    def rendering_nbytes(self) -> int:
+        """Bytes of the rendering that this is made of."""
+        return sum(slot.nbytes // slot.times for slot in self._slots if slot.source != "extra")
+
+    @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
         about = {"format": FORMAT, **asdict(self.identity), **asdict(self.form)}
@@ -132,31 +164,60 @@ class Message:
         """Bytes of the whole file."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
-    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
-        """The bytes `start:stop` of the file, as views of at most 1 MiB; the same row is sent again, never copied."""
+    @cached_property
+    def _pieces(self) -> list[bytes | memoryview | _Span]:
+        """The file in order: what is known without a rendering, and spans of one. Neighbours are joined where they can
+        be."""
+        pieces: list[bytes | memoryview | _Span] = [self.header]
+        for slot in self._slots:
+            last = pieces[-1]
+            if slot.source == "extra":
+                extra = bytes_of(self.extras[slot.name].contiguous())
+                if isinstance(last, bytes) and len(extra) <= _JOINED:
+                    pieces[-1] = b"".join((last, extra))
+                else:
+                    pieces.append(extra)
+                continue
+            span = self._span_of(slot)
+            if isinstance(last, _Span) and _adjoin(last, span):
+                span, pieces = last._replace(stop=span.stop), pieces[:-1]
+            pieces.append(span)
+        return pieces
+
+    def _span_of(self, slot: _Slot) -> _Span:
+        row = slot.nbytes // slot.times
+        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
+        start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
+        return _Span(slot.source, start, start + row, slot.times)
+
+    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
+        """The bytes `start:stop` of the file in chunks of at most 1 MiB; the same row is sent again, never copied."""
         stop = self.content_length if stop is None else stop
         position = 0
         for buffer in self._buffers(rendering):
             first, last = max(start - position, 0), min(stop - position, len(buffer))
-            for at in range(first, last, _CHUNK):
-                yield buffer[at : min(at + _CHUNK, last)]
+            if last - first == len(buffer) <= _CHUNK:
+                yield buffer
+            else:
+                for at in range(first, last, _CHUNK):
+                    yield buffer[at : min(at + _CHUNK, last)]
             position += len(buffer)
             if position >= stop:
                 return
 
-    def _buffers(self, rendering: Rendering) -> Iterator[memoryview]:
-        yield memoryview(self.header)
-        for slot in self._slots:
-            if slot.source == "extra":
-                tensor = self.extras[slot.name].contiguous()
+    def _buffers(self, rendering: Rendering) -> Iterator[bytes | memoryview]:
+        for piece in self._pieces:
+            if isinstance(piece, _Span):
+                row = rendering.bytes_of(piece.source)[piece.start : piece.stop]
+                for _ in range(piece.times):
+                    yield row
             else:
-                whole = rendering.values if slot.source == "values" else rendering.scales
-                if whole is None:
-                    raise AssertionError("a float8 message needs a float8 rendering")
-                tensor = whole[slot.index]
-            view = bytes_of(tensor)
-            for _ in range(slot.times):
-                yield view
+                yield piece
+
+
+def _adjoin(first: _Span, second: _Span) -> bool:
+    """Whether two spans that are sent once are one."""
+    return first.source == second.source and first.stop == second.start and first.times == second.times == 1
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, get_args
 
@@ -157,6 +157,15 @@ class AdapterRegistry:
         """Forget that a version could not be loaded: its bytes have just been put right."""
         self._prefixes.forgive(lambda failed: failed == key)
         self._renderings.forgive(lambda rendering: rendering.version == key)
+
+    def forget_versions(self, tenant: str, adapter: str, numbers: Collection[int]) -> None:
+        """The same for some versions of an adapter."""
+
+        def gone(key: VersionKey) -> bool:
+            return key.tenant == tenant and key.adapter == adapter and key.version in numbers
+
+        self._prefixes.remove(gone)
+        self._renderings.remove(lambda rendering: gone(rendering.version))
 
     def forget_tenant(self, tenant: str) -> None:
         """The same for all versions of a tenant."""

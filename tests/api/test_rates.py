@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 
 from service.api.app import create_app
 from service.api.rates import REMEMBERED_SECONDS, RateLimits
-from service.catalog.records import COMMAND_LINE
+from service.catalog.records import COMMAND_LINE, AuditEntry
 from service.client import PrefixClient
 from service.data_folder import keys_of
 from service.errors import PrefixServiceError, RateLimited, StorageFailed
@@ -67,10 +68,15 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
 
     with served(app) as url:
         app.state.prefix_service.rates = limits = RateLimits(rate_of)
-        found = Limited(url, rates, keys, limits.forget, asked)
+        found = Limited(url, rates, keys, lambda tenant: limits.hear([changed(tenant)]), asked)
         with found.client("platform") as admin:
             assert upload(admin, "acme", "a").status_code == 201
         yield found
+
+
+def changed(tenant: str) -> AuditEntry:
+    """What the audit log says of a tenant that got another rate."""
+    return AuditEntry(1, datetime.now(UTC), tenant, "platform", "k", "tenant.changed", tenant, {})
 
 
 def _burst(client: httpx.Client, path: str, times: int) -> list[httpx.Response]:

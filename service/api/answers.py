@@ -1,0 +1,89 @@
+"""Answers that were planned once, and are given again without a route: the fast path of `GET …/prefix`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api.problems import problem
+from service.api.responses import PrefixResponse
+from service.catalog.records import Principal
+from service.errors import PrefixServiceError
+from service.library import Library
+from service.prefix.references import Reference
+
+_MOST_BYTES: Final = 64 << 20
+
+_Question = tuple[bytes, bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    response: PrefixResponse
+    reference: Reference
+    route: object
+
+
+class Answers:
+    """What the route answered, by all that the answer depends on: path and query as they were sent, and `Accept`.
+
+    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes; the oldest
+    go first.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._known: dict[_Question, _Answer] = {}
+        self._nbytes = 0
+
+    def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
+        """Keep what a route is about to answer."""
+        question = _question(scope)
+        self._forget(question)
+        self._known[question] = _Answer(response, reference, scope["route"])
+        self._nbytes += response.planned_nbytes
+        while self._nbytes > _MOST_BYTES:
+            self._forget(next(iter(self._known)))
+
+    def _forget(self, question: _Question) -> None:
+        if (answer := self._known.pop(question, None)) is not None:
+            self._nbytes -= answer.response.planned_nbytes
+
+    def find(self, scope: Scope) -> PrefixResponse | None:
+        """The answer to a request, if it was given before, is still true, and the caller may have it."""
+        if scope["method"] not in ("GET", "HEAD"):
+            return None
+        answer = self._known.get(_question(scope))
+        if answer is None or not self._library.is_current(answer.response.version, answer.reference):
+            return None
+        principal: Principal = scope["principal"]
+        tenant = answer.response.version.tenant
+        if not principal.may_see(tenant):
+            return None
+        scope["tenant"], scope["route"] = tenant, answer.route
+        return answer.response
+
+
+def _question(scope: Scope) -> _Question:
+    accept = b"".join(value for name, value in scope["headers"] if name == b"accept")
+    return scope["raw_path"], scope["query_string"], accept
+
+
+class AnswersMiddleware:
+    """Gives the answers that are remembered, behind the checks of keys and rates."""
+
+    def __init__(self, app: ASGIApp, answers: Callable[[], Answers]) -> None:
+        self._app = app
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the routes do it."""
+        answer = self._answers().find(scope) if "principal" in scope else None
+        if answer is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await answer(scope, receive, send)
+        except PrefixServiceError as error:
+            await problem(error)(scope, receive, send)

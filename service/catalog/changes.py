@@ -1,0 +1,98 @@
+"""What changed in the catalog, whoever changed it: this process, another worker, or the command line."""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import sqlalchemy as sa
+
+from service.catalog.audit import ENTRY
+from service.catalog.database import Database
+from service.catalog.records import AuditEntry
+from service.catalog.schema import audit
+from service.errors import PrefixServiceError
+
+log = logging.getLogger("prefix_service")
+
+Listener = Callable[[Sequence[AuditEntry]], None]
+"""Hears changes in their order, in the thread that found them; it must not block."""
+
+_PAUSE: Final = 0.25  # seconds between two looks
+_STALE: Final = 30.0  # seconds that what is known holds while the catalog cannot be read
+
+
+class Changes:
+    """The audit log, followed: each listener hears of each change once. Safe to share between threads.
+
+    Changes of this process are heard before its writer goes on, those of others within `_PAUSE` while the block of
+    `followed` runs. The audit's ids are in the order of commits on SQLite, whose write transactions exclude each other.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._listeners: list[Listener] = []
+        with database.reading() as connection:
+            self._last: int = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(audit.c.id), 0))) or 0
+        self._read_at = time.monotonic()
+        database.after_writes(self._after_write)
+
+    def listen(self, listener: Listener) -> None:
+        """Tell this listener too, from now on."""
+        self._listeners.append(listener)
+
+    @property
+    def are_known(self) -> bool:
+        """Whether the catalog could be read lately: what was remembered of it may be relied on."""
+        return time.monotonic() - self._read_at < _STALE
+
+    def catch_up(self) -> None:
+        """Hear what has been committed so far.
+
+        Raises:
+            StorageFailed: the database refused.
+        """
+        with self._lock:
+            began = time.monotonic()
+            with self._database.reading() as connection:
+                query = ENTRY.where(audit.c.id > self._last).order_by(audit.c.id)
+                entries = [AuditEntry(*row) for row in connection.execute(query)]
+            if entries:
+                self._last = entries[-1].id
+                for listener in self._listeners:
+                    listener(entries)
+            self._read_at = began
+
+    def _after_write(self) -> None:
+        try:
+            self.catch_up()
+        except PrefixServiceError:
+            # The change was made, and is not known here: nothing that is remembered may be relied on.
+            self._read_at = -math.inf
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Look again and again, in a thread, while the block runs."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._follow, args=(stop,), name="changes", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=5)
+
+    def _follow(self, stop: threading.Event) -> None:
+        failing = False
+        while not stop.wait(_PAUSE):
+            try:
+                self.catch_up()
+                failing = False
+            except PrefixServiceError as error:
+                if not failing:
+                    log.error("changes of the catalog cannot be read: %s", error)  # noqa: TRY400 - its words say it all
+                failing = True

@@ -1,0 +1,56 @@
+"""What references mean, remembered in this process until their adapter changes."""
+
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from service.catalog.catalog import Catalog
+from service.catalog.changes import Changes
+from service.catalog.records import AuditEntry, Version
+from service.prefix.references import Reference
+
+_ADAPTERS: Final = 65_536
+
+
+class RememberedVersions:
+    """Safe to share between threads. What is missing is not remembered: it may be there the next moment."""
+
+    def __init__(self, catalog: Catalog, changes: Changes) -> None:
+        self._catalog = catalog
+        self._changes = changes
+        self._lock = threading.Lock()
+        self._forgotten = 0
+        self._known: dict[tuple[str, str], dict[str, Version]] = {}
+        changes.listen(self._hear)
+
+    def get(self, tenant: str, reference: Reference) -> Version | None:
+        """The version that a reference means, if that is known without a look into the catalog."""
+        known = self._known.get((tenant, reference.adapter))
+        return known.get(reference.selector) if known is not None and self._changes.are_known else None
+
+    def resolve(self, tenant: str, reference: Reference) -> Version:
+        """The version that a reference means now. Blocking.
+
+        Raises:
+            NotFound: there is none.
+            StorageFailed: the catalog cannot be read.
+        """
+        before = self._forgotten
+        version = self._catalog.resolve(tenant, reference)
+        with self._lock:
+            if before == self._forgotten:  # else it may have been read before a change that was heard meanwhile
+                self._known.setdefault((tenant, reference.adapter), {})[reference.selector] = version
+                if len(self._known) > _ADAPTERS:
+                    del self._known[next(iter(self._known))]
+        return version
+
+    def _hear(self, entries: Sequence[AuditEntry]) -> None:
+        with self._lock:
+            self._forgotten += 1
+            for entry in entries:
+                if entry.action == "tenant.deleted":
+                    self._known = {key: known for key, known in self._known.items() if key[0] != entry.tenant}
+                elif entry.tenant is not None:
+                    # The target of what concerns an adapter is tenant/adapter or tenant/adapter@selector.
+                    adapter = entry.target.partition("/")[2].partition("@")[0]
+                    self._known.pop((entry.tenant, adapter), None)
