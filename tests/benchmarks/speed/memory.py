@@ -1,21 +1,25 @@
 """The memory of a process, as the kernel counts it."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 
+class Growth:
+    """How a process grows from the moment that this is made."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts again from what it has now
+        self._before = resident(pid)
+
+    def peak(self) -> int:
+        """Bytes of the highest peak since then, above what the process had."""
+        return max(_status(self._pid, "VmHWM") - self._before, 0)
+
+
 def resident(pid: int) -> int:
-    """Bytes that it has now."""
+    """Bytes that a process has now."""
     return _status(pid, "VmRSS")
-
-
-def peak_growth(pid: int, work: Callable[[], object]) -> int:
-    """How much the peak while something is done lies above what the process had before, in bytes."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak starts again from what it has now
-    before = resident(pid)
-    work()
-    return max(_status(pid, "VmHWM") - before, 0)
 
 
 def _status(pid: int, name: str) -> int:

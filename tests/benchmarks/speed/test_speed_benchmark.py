@@ -13,7 +13,7 @@ from tests.benchmarks.speed import __main__ as speed
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import in_turns, ratio
 from tests.benchmarks.speed.load import Reader, closed_loop, get, open_loop, redis
-from tests.benchmarks.speed.memory import peak_growth
+from tests.benchmarks.speed.memory import Growth
 
 _MIB = 1 << 20
 _HOLDS = "import sys\nfor line in sys.stdin:\n    held = b'x' * int(line)\n    print(len(held), flush=True)\n"
@@ -87,7 +87,9 @@ def test_the_growth_of_a_process_is_its_peak_above_what_it_had() -> None:
                 assert int(stdout.readline()) == nbytes
 
         hold(100 * _MIB, 1)
-        grown = peak_growth(process.pid, lambda: hold(60 * _MIB, 1))
+        growth = Growth(process.pid)
+        hold(60 * _MIB, 1)
+        grown = growth.peak()
         output.close()
     assert 59 * _MIB < grown < 62 * _MIB
 

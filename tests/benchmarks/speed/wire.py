@@ -17,7 +17,7 @@ from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.load import Reader, get, redis
-from tests.benchmarks.speed.memory import peak_growth
+from tests.benchmarks.speed.memory import Growth
 from tests.benchmarks.speed.ours import Ours, path_of, serving
 
 OURS: Final = "ours"
@@ -42,10 +42,10 @@ def measure(*, quick: bool) -> Outcome:
         folder = Path(name)
         ours = stack.enter_context(serving(folder / "data"))
         ours.publish(shape, 1)
+        memory = _memory(ours, shape, batches)
         files = _saved(ours, folder / "files", batches)
         readers = _readers(stack, ours, files, folder)
         times = {batch: _measured(readers, batch, rounds if batch < 256 else 5) for batch in batches}
-        memory = [_memory(ours, shape, batch) for batch in batches]
     speeds = {
         batch: {peer: (files_size(shape, batch) / Spread.of(seconds).median) / 1e9 for peer, seconds in found.items()}
         for batch, found in times.items()
@@ -57,7 +57,7 @@ def measure(*, quick: bool) -> Outcome:
         [f"batch {batch}" for batch in batches],
         {peer: [speeds[batch].get(peer) for batch in batches] for peer in PEERS},
     )
-    return Outcome([_speeds(times, speeds), _ratios(times), Grid(*_MEMORY, memory)], chart)
+    return Outcome([_speeds(times, speeds), _ratios(times), memory], chart)
 
 
 def files_size(shape: Shape, batch: int) -> int:
@@ -142,20 +142,30 @@ def _ratios(times: dict[int, Times]) -> Grid:
 
 
 _MEMORY: Final = (
-    "Memory of ours above what it had, while it sends; a rendering has 2.5 MiB",
-    ["batch", "body", "to a fast reader", "to a slow reader", "slow, in renderings"],
+    "The server's highest peak above what it had after a first answer of one row; a rendering has 2.5 MiB",
+    ["batch", "body", "to a slow reader", "then to a fast one", "in renderings"],
 )
 
 
-def _memory(ours: Ours, shape: Shape, batch: int) -> list[str]:
-    """A slow reader takes 64 KiB a millisecond for the first hundred milliseconds."""
-    say(f"  memory at batch {batch}")
-    request = ours.get(_path(batch))
+def _memory(ours: Ours, shape: Shape, batches: tuple[int, ...]) -> Grid:
+    """Before anything else, so that no earlier answer has made room; from the small batches to the large."""
+    rows = []
     with Reader(ours.address) as reader:
-        fast = peak_growth(ours.pid, lambda: reader.read(request))
-        slowed = iter(range(100))
-        slow = peak_growth(
-            ours.pid, lambda: reader.read(request, pause=lambda: time.sleep(0.001 if next(slowed, None) else 0))
-        )
-    body = human_bytes(files_size(shape, batch))
-    return [str(batch), body, human_bytes(fast), human_bytes(slow), f"{slow / shape.nbytes:.2f}"]
+        reader.read(ours.get(_path(1)))
+        growth = Growth(ours.pid)
+        for batch in batches:
+            say(f"  memory at batch {batch}")
+            request = ours.get(_path(batch))
+            reader.read(request, pause=_slowed(100))
+            slow = growth.peak()
+            reader.read(request)
+            fast = growth.peak()
+            body = human_bytes(files_size(shape, batch))
+            rows.append([str(batch), body, human_bytes(slow), human_bytes(fast), f"{fast / shape.nbytes:.2f}"])
+    return Grid(*_MEMORY, rows)
+
+
+def _slowed(times: int) -> Callable[[], None]:
+    """A pause of a millisecond the first times, and none later."""
+    pauses = iter([0.001] * times)
+    return lambda: time.sleep(next(pauses, 0))
