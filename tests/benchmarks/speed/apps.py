@@ -134,7 +134,15 @@ def main() -> None:
     name, port, folder = sys.argv[1:]
     options: dict[str, Any] = {"loop": "uvloop", "http": "httptools", "ws": "none", "lifespan": "off"}
     app = APPS[name](Files(Path(folder)))
-    uvicorn.run(app, port=int(port), log_level="warning", access_log=False, server_header=False, **options)
+    uvicorn.run(
+        app,
+        port=int(port),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=3600,
+        **options,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The memory of a process, as the kernel counts it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Growth:
 def resident(pid: int) -> int:
     """Bytes that a process has now."""
     return _status(pid, "VmRSS")
+
+
+def anonymous() -> int:
+    """Bytes that this process has to itself: neither files nor memory that it shares."""
+    return _status(os.getpid(), "RssAnon")
 
 
 def _status(pid: int, name: str) -> int:

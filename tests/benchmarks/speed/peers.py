@@ -26,6 +26,7 @@ http {{
     sendfile on;
     tcp_nopush on;
     keepalive_requests 1000000000;
+    keepalive_timeout 1h;
     types {{ application/vnd.safetensors safetensors; }}
     client_body_temp_path {folder}/body;
     proxy_temp_path {folder}/proxy;
