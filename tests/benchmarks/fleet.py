@@ -23,6 +23,7 @@ class Shape:
     heads: int = 8
     head_dim: int = 128
     tokens: int = 20
+    peft_type: str = "PREFIX_TUNING"
 
     @property
     def nbytes(self) -> int:
@@ -33,7 +34,7 @@ class Shape:
     def config(self) -> bytes:
         """As PEFT's `adapter_config.json`."""
         values = {
-            "peft_type": "PREFIX_TUNING",
+            "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": "meta-llama/Meta-Llama-3-8B",
             "num_virtual_tokens": self.tokens,

@@ -1,0 +1,116 @@
+"""What every part shares: rounds in turns, ratios with their spread, and what a part hands to the page."""
+
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Final, Literal, Self
+
+from rich.console import Console
+from rich.table import Table
+
+progress: Final = Console(stderr=True)
+
+QUIET: Final = {"PREFIX_LOG_LEVEL": "warning"}
+"""Peers log no requests, so ours does not either where it is compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Self:
+        """Of one value a round."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def __str__(self) -> str:
+        digits = 0 if self.median >= 20 else 2
+        low, median, high = (f"{value:,.{digits}f}" for value in (self.low, self.median, self.high))
+        return f"{median} ({low} to {high})"
+
+
+def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """What each case returns, round by round: A B C, B C A, …, so that what drifts meets all alike."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    names = list(cases)
+    for number in range(-warm_up, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            value = cases[name]()
+            if number >= 0:
+                found[name].append(value)
+    return found
+
+
+def ratio(values: list[float], to: list[float]) -> Spread:
+    """Of paired rounds."""
+    return Spread.of([one / other for one, other in zip(values, to, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table, for the terminal and for the page."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(*self.head, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For the page."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A plot: bars of each series over the names in `x`, or lines over the numbers in `x`; None is a gap."""
+
+    kind: Literal["bars", "lines"]
+    title: str
+    y_label: str
+    x: list[str]
+    series: dict[str, list[float | None]]
+    x_label: str = ""
+    log_y: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a part found."""
+
+    grids: list[Grid]
+    chart: Chart
+    machine: str = field(default_factory=lambda: machine())
+
+
+def machine() -> str:
+    """Where this runs, in words."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "httptools", "torch"))
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    progress.print(line, markup=False, highlight=False)
+
+
+def warn_missing(what: str, package: str) -> None:
+    """A peer that is not installed is left out, loudly."""
+    sys.stderr.write(f"LEFT OUT: {what} is not installed (Debian package {package})\n")

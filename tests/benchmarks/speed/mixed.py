@@ -1,0 +1,87 @@
+"""1,000 adapters that fit into memory, asked for by Zipf's law over 16 connections: throughput and latency.
+
+Two ways: in a closed loop each connection asks again when it has its answer, which two cores cannot do without
+queueing; in an open one requests fall due at random at half of that rate, whatever the answers do.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from service.console import human_bytes
+from tests.benchmarks.fleet import Hosted, Shape, percentile, zipf
+from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, say
+from tests.benchmarks.speed.load import Load, Reader, closed_loop, open_loop
+from tests.benchmarks.speed.memory import resident
+from tests.benchmarks.speed.ours import Ours, serving
+
+SHAPE: Final = Shape(head_dim=8)  # Llama-3-8B's layers and heads, their 128 dimensions scaled down: 160 KiB
+SKEW: Final = 1.0
+SHARES: Final = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+_CONNECTIONS: Final = 16
+_LOOPS: Final = ("closed", "half")
+
+
+def measure(*, quick: bool) -> Outcome:
+    """Rounds of both loops in turns."""
+    adapters, rounds, seconds = (50, 2, 1.0) if quick else (1000, 7, 5.0)
+    with tempfile.TemporaryDirectory(prefix="prefix-mixed-") as name, serving(Path(name) / "data") as ours:
+        ours.publish(SHAPE, adapters)
+        warm_up(ours)
+        loads: dict[str, list[Load]] = {loop: [] for loop in _LOOPS}
+        for number in range(rounds):
+            say(f"  round {number + 1} of {rounds}")
+            requests = asked(ours, SKEW, seed=number)
+            loads["closed"].append(closed_loop(ours.address, requests, _CONNECTIONS, seconds))
+            half = loads["closed"][-1].rate / 2
+            loads["half"].append(open_loop(ours.address, requests, _CONNECTIONS, seconds, half))
+        must_be_right(ours, loads["closed"] + loads["half"])
+        held = human_bytes(resident(ours.pid))
+    rows = [_row(loads[loop], title) for loop, title in zip(_LOOPS, _TITLES, strict=True)]
+    title = (
+        f"{adapters:,} adapters of {human_bytes(SHAPE.nbytes)}, Zipf {SKEW}, {_CONNECTIONS} connections; "
+        f"the server has {held}: medians of {rounds} rounds (quartiles)"
+    )
+    series: dict[str, list[float | None]] = {
+        title: [Spread.of(_milliseconds(loads[loop], share)).median for share in SHARES.values()]
+        for loop, title in zip(_LOOPS, _TITLES, strict=True)
+    }
+    chart = Chart("bars", f"Latency over {adapters:,} adapters", "milliseconds", [*SHARES], series)
+    return Outcome([Grid(title, ["", "a second", *(f"{share} ms" for share in SHARES), "p99 / p50"], rows)], chart)
+
+
+_TITLES: Final = ("closed loop", "at half of that rate")
+
+
+def _row(loads: list[Load], title: str) -> list[str]:
+    tails = [percentile(load.latencies, 0.99) / percentile(load.latencies, 0.5) for load in loads]
+    shares = [str(Spread.of(_milliseconds(loads, share))) for share in SHARES.values()]
+    return [title, str(Spread.of([load.rate for load in loads])), *shares, str(Spread.of(tails))]
+
+
+def _milliseconds(loads: list[Load], share: float) -> list[float]:
+    return [percentile(load.latencies, share) * 1000 for load in loads]
+
+
+def asked(ours: Ours, skew: float, seed: int) -> Iterator[bytes]:
+    """Requests without end, the same favourites whatever the seed."""
+    requests = [ours.get(hosted.path) for hosted in ours.hosted]
+    return (requests[number] for number in zipf(len(requests), skew, seed))
+
+
+def warm_up(ours: Ours, first: int = 0) -> None:
+    """Every adapter from `first` on once, so that it is in memory."""
+    with Reader(ours.address) as reader:
+        for hosted in ours.hosted[first:]:
+            reader.read(ours.get(hosted.path))
+
+
+def must_be_right(ours: Ours, loads: list[Load]) -> None:
+    """Every answer was a 200, and what a sample of adapters answers now is what was published."""
+    statuses = {status for load in loads for status in load.statuses}
+    sample: list[Hosted] = random.Random(0).sample(ours.hosted, min(20, len(ours.hosted)))  # noqa: S311
+    wrong = [hosted.adapter for hosted in sample if not hosted.is_right(ours.ask(hosted.path).content)]
+    if statuses != {200} or wrong:
+        raise RuntimeError(f"statuses {statuses}, wrong keys and values of {wrong}")

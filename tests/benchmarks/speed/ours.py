@@ -1,0 +1,65 @@
+"""The service under measurement: started for real, filled through its API, read with a key that may only read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.benchmarks.fleet import Hosted, Shape, publish_all
+from tests.benchmarks.speed.harness import QUIET, say
+from tests.benchmarks.speed.load import Address, get
+from tests.conftest import Server, running_server
+
+TENANT = "acme"
+
+
+@dataclass(slots=True)
+class Ours:
+    """A running service, and a key for it."""
+
+    server: Server
+    key: str
+    hosted: list[Hosted]
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        url = httpx.URL(self.server.url)
+        return url.host, url.port or 80
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self.server.process.pid
+
+    def get(self, path: str, **fields: str) -> bytes:
+        """A request with the key, as it travels."""
+        return get(path, self.address, authorization=f"Bearer {self.key}", **fields)
+
+    def ask(self, path: str, **fields: str) -> httpx.Response:
+        """An answer, outside of what is timed."""
+        headers = {"Authorization": f"Bearer {self.key}", **fields}
+        return httpx.get(f"{self.server.url}{path}", headers=headers, timeout=60).raise_for_status()
+
+    def publish(self, shape: Shape, count: int) -> None:
+        """Adapters of one shape, until there are so many."""
+        first = len(self.hosted)
+        say(f"  publishing {count - first} adapters")
+        wanted = [(TENANT, f"a-{number:05}", shape) for number in range(first, count)]
+        self.hosted += publish_all(self.server.url, self.server.admin_key, wanted, 4, lambda: None)
+
+
+@contextmanager
+def serving(folder: Path, *options: str, environment: dict[str, str] | None = None, **arguments: Any) -> Iterator[Ours]:
+    """`prefix-service serve` in an empty folder, quiet; the rest as for `running_server`."""
+    with running_server(folder, *options, environment=QUIET | (environment or {}), **arguments) as server:
+        made = server.client().post("/v1/keys", json={"scope": "read"}).raise_for_status()
+        yield Ours(server, made.json()["key"], [])
+
+
+def path_of(number: int, query: str, version: str = "@1") -> str:
+    """A prefix of the `number`-th adapter."""
+    return f"/v1/tenants/{TENANT}/adapters/a-{number:05}{version}/prefix?{query}"

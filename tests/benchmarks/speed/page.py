@@ -1,0 +1,68 @@
+"""README.md and its plots, made from `page.md` and what the parts found, now or before."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+from tests.benchmarks.speed.harness import Chart, Grid, Outcome
+from tests.benchmarks.speed.peers import version_of
+
+HERE: Final = Path(__file__).parent
+_RESULTS: Final = HERE / "results.json"
+_LEFT_OUT: Final = "*Not measured yet.*"
+
+
+def keep(found: dict[str, Outcome]) -> None:
+    """Put what was found beside what was found before, and write the page anew."""
+    kept: dict[str, Any] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
+    peers = [told for told in map(version_of, ("nginx", "redis-server")) if told]
+    for part, outcome in found.items():
+        kept[part] = {**asdict(outcome), "peers": peers}
+        draw(outcome.chart, HERE / f"{part}.svg")
+    _RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    (HERE / "README.md").write_text(_filled((HERE / "page.md").read_text(), kept))
+
+
+def _filled(page: str, kept: dict[str, Any]) -> str:
+    lines = []
+    for line in page.splitlines():
+        part = line.removeprefix("<!-- ").removesuffix(" -->") if line.startswith("<!-- ") else None
+        lines.append(line if part is None else _section(part, kept[part]) if part in kept else _LEFT_OUT)
+    return "\n".join(lines) + "\n"
+
+
+def _section(part: str, found: dict[str, Any]) -> str:
+    command = f"`python -m tests.benchmarks.speed {part}`: {'; '.join([found['machine'], *found['peers']])}."
+    grids = [Grid(**grid).markdown() for grid in found["grids"]]
+    return "\n\n".join([command, *grids, f"![{found['chart']['title']}]({part}.svg)"])
+
+
+def draw(chart: Chart, path: Path) -> None:
+    """A plot as SVG, the same bytes for the same figures."""
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "prefix-service"
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    if chart.kind == "bars":
+        _bars(axes, chart)
+    else:
+        for name, values in chart.series.items():
+            axes.plot(chart.x, [float("nan") if value is None else value for value in values], "o-", label=name)
+    axes.set(title=chart.title, ylabel=chart.y_label, xlabel=chart.x_label)
+    if chart.log_y:
+        axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _bars(axes: Any, chart: Chart) -> None:
+    width = 0.85 / len(chart.series)
+    for index, (name, values) in enumerate(chart.series.items()):
+        places = [at + (index - (len(chart.series) - 1) / 2) * width for at in range(len(chart.x))]
+        axes.bar(places, [value or 0 for value in values], width, label=name)
+    axes.set_xticks(range(len(chart.x)), chart.x)

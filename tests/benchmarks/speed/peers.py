@@ -1,0 +1,121 @@
+"""What ours is compared with, started for real: each in a process of its own, stopped when the block ends."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.benchmarks.speed.harness import warn_missing
+from tests.benchmarks.speed.load import Address
+from tests.conftest import free_port
+
+_NGINX = """
+daemon off;
+{user}
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    sendfile on;
+    tcp_nopush on;
+    keepalive_requests 1000000000;
+    keepalive_timeout 1h;
+    types {{ application/vnd.safetensors safetensors; }}
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
+
+@contextmanager
+def python_peer(app: str, files: Path) -> Iterator[Address]:
+    """One of `apps` over the files of a folder."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.benchmarks.speed.apps", app, str(port), str(files)]
+    with _running(command, port) as address:
+        yield address
+
+
+@contextmanager
+def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
+    """nginx with `sendfile` over the files in `root`, one worker process; None where it is not installed."""
+    program = nginx_program()
+    if program is None:
+        warn_missing("nginx", "nginx-light")
+        yield None
+        return
+    folder.mkdir()
+    port = free_port()
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(_NGINX.format(user=user, folder=folder, root=root, port=port))
+    with _running([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], port) as address:
+        yield address
+
+
+@contextmanager
+def redis(values: dict[str, bytes]) -> Iterator[Address | None]:
+    """Redis that holds these values and writes nothing to the disk; None where it is not installed."""
+    program = shutil.which("redis-server")
+    if program is None:
+        warn_missing("Redis", "redis-server")
+        yield None
+        return
+    port = free_port()
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with _running(command, port) as address:
+        with socket.create_connection(address, timeout=60) as connection:
+            for key, value in values.items():
+                connection.sendall(command_of("SET", key) + b"$%d\r\n" % len(value) + value + b"\r\n")
+                if (told := connection.recv(1024)) != b"+OK\r\n":
+                    raise RuntimeError(f"Redis: {told!r}")
+        yield address
+
+
+def command_of(name: str, key: str) -> bytes:
+    """A command of Redis for a key; after `SET` follows the value."""
+    count = {"GET": 2, "SET": 3}[name]
+    return f"*{count}\r\n$3\r\n{name}\r\n${len(key)}\r\n{key}\r\n".encode()
+
+
+def nginx_program() -> str | None:
+    """Where nginx is: not always on the path of those who are not root."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
+def version_of(program: str) -> str:
+    """The first line of what a program says of its version, or nothing where it is missing."""
+    path = nginx_program() if program == "nginx" else shutil.which(program)
+    if path is None:
+        return ""
+    done = subprocess.run([path, "-v"], capture_output=True, text=True, check=True)
+    return (done.stdout + done.stderr).splitlines()[0]
+
+
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[Address]:
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command[0]} did not start: {' '.join(command)}") from None
+                time.sleep(0.05)
+        yield "127.0.0.1", port
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

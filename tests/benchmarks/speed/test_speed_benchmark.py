@@ -1,0 +1,109 @@
+"""The benchmarks behind README.md still run and measure what they say."""
+
+import os
+import random
+import subprocess
+import sys
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.speed import __main__ as speed
+from tests.benchmarks.speed import peers
+from tests.benchmarks.speed.harness import in_turns, ratio
+from tests.benchmarks.speed.load import Reader, closed_loop, get, open_loop, redis
+from tests.benchmarks.speed.memory import Growth
+
+_MIB = 1 << 20
+_HOLDS = "import sys\nfor line in sys.stdin:\n    held = b'x' * int(line)\n    print(len(held), flush=True)\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """3 MB that nobody compresses, and a head."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "1.safetensors").write_bytes(random.Random(1).randbytes(3 * _MIB))  # noqa: S311
+    (folder / "head.json").write_text("{}")
+    return folder
+
+
+def test_a_part_runs_and_finds_an_answer_for_every_peer_that_is_there() -> None:
+    """From the command's own function, small; peers that are not installed are missed in CI alone."""
+    found = speed.run(["revalidation"], quick=True)["revalidation"]
+    rates = {row[0]: float(row[1].split()[0].replace(",", "")) for row in found.grids[0].rows}
+    assert {"ours", "Starlette route", "bare ASGI callable"} <= set(rates)
+    assert all(rate > 0 for rate in rates.values())
+    assert rates["bare ASGI callable"] > rates["ours"]  # else the client would be measured
+
+
+@pytest.mark.parametrize("program", ["nginx", "redis-server"])
+def test_peers_send_the_bytes_that_they_were_given(program: str, files: Path, tmp_path: Path) -> None:
+    """Framing, length and status, as the wire part reads them."""
+    if not peers.version_of(program):
+        (pytest.fail if "CI" in os.environ else pytest.skip)(f"NOT TESTED: {program} is not installed")
+    body = (files / "1.safetensors").read_bytes()
+    if program == "nginx":
+        with peers.nginx(files, tmp_path / "nginx") as address:
+            assert address is not None
+            with Reader(address) as reader:
+                for _ in range(3):
+                    assert len(body) < reader.read(get("/1.safetensors", address)) < len(body) + 1000
+                with pytest.raises(RuntimeError, match="404"):
+                    reader.read(get("/2.safetensors", address))
+    else:
+        with peers.redis({"1": body}) as address:
+            assert address is not None
+            with Reader(address, redis) as reader:
+                for _ in range(3):
+                    assert len(body) < reader.read(peers.command_of("GET", "1")) < len(body) + 20
+
+
+def test_loads_count_every_answer_and_an_open_one_keeps_its_rate(files: Path) -> None:
+    """Latencies, statuses and bytes agree; requests fall due whatever the answers do."""
+    size = (files / "1.safetensors").stat().st_size
+    with peers.python_peer("one_object", files) as address:
+        request = get("/1", address)
+        closed = closed_loop(address, repeat(request), 4, 0.5)
+        opened = open_loop(address, repeat(request), 4, 1.0, rate=50)
+    assert closed.statuses == {200: len(closed.latencies)}
+    assert size < closed.nbytes / len(closed.latencies) < size + 1000
+    assert closed.rate == pytest.approx(4 / (sum(closed.latencies) / len(closed.latencies)), rel=0.3)
+    assert 25 < len(opened.latencies) < 85  # 50 of a Poisson process
+
+
+def test_the_growth_of_a_process_is_its_peak_above_what_it_had() -> None:
+    """Memory that was taken and given back counts; what it had before does not."""
+    with subprocess.Popen([sys.executable, "-c", _HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        output, stdout = process.stdin, process.stdout
+
+        def hold(*sizes: int) -> None:
+            for nbytes in sizes:
+                output.write(f"{nbytes}\n".encode())
+                output.flush()
+                assert int(stdout.readline()) == nbytes
+
+        hold(100 * _MIB, 1)
+        growth = Growth(process.pid)
+        hold(60 * _MIB, 1)
+        grown = growth.peak()
+        output.close()
+    assert 59 * _MIB < grown < 62 * _MIB
+
+
+def test_rounds_are_paired_and_in_turns() -> None:
+    """A drift that doubles everything from round to round leaves the ratio as it is."""
+    order: list[str] = []
+    clock = iter(range(100))
+
+    def case(name: str, factor: float) -> float:
+        order.append(name)
+        return float(factor * 2 ** (next(clock) // 2))
+
+    found = in_turns({"a": lambda: case("a", 1), "b": lambda: case("b", 3)}, rounds=4, warm_up=1)
+    assert len(found["a"]) == 4
+    assert "".join(order) == "baabbaabba"
+    assert ratio(found["b"], found["a"]).median == 3
