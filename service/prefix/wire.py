@@ -20,7 +20,7 @@ from torch import Tensor
 from service.errors import InvalidCheckpoint, InvalidResponse
 from service.prefix.form import FORMAT, Form, Identity, KVDtype, MaskDtype, Span
 from service.prefix.kv import PrefixKV
-from service.prefix.safetensors_header import DTYPES, NAMES, parse_header, tensor_at
+from service.prefix.safetensors_header import DTYPES, NAMES, TensorEntry, parse_header
 
 _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
@@ -188,7 +188,21 @@ def read_message(data: bytearray | memoryview) -> Received:
         raise InvalidResponse(f"the answer is not a prefix: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise InvalidResponse("the answer is a safetensors file, but not a prefix in a format that this client reads")
-    return Received(metadata, {name: tensor_at(view, entry) for name, entry in header.tensors.items()})
+    memory = _memory_of(view)
+    return Received(metadata, {name: _tensor_in(memory, entry) for name, entry in header.tensors.items()})
+
+
+def _memory_of(view: memoryview) -> Tensor:
+    """uint8 `[len(view)]` over the same bytes. The tensor that `bytes_of` made a view of is found again: CUDA follows a
+    copy out of pinned memory by the storage that owns it, and would not know a new one over a part of it."""
+    owner = getattr(view.obj, "tensor", None)
+    return owner if isinstance(owner, Tensor) else torch.frombuffer(view, dtype=torch.uint8)
+
+
+def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
+    """A view, but of what is not aligned to its dtype, which this service never sends: a copy."""
+    dtype, part = DTYPES[entry.dtype], memory[entry.start : entry.stop]
+    return (part.clone() if entry.start % dtype.itemsize else part).view(dtype).view(entry.shape)
 
 
 def read_kv(received: Received) -> PrefixKV:
