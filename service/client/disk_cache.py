@@ -1,6 +1,6 @@
 """Bodies of prefixes on disk: they outlive a worker, and processes of one machine share them.
 
-One file each, `<name>.prefix`: a magic number, the length of a JSON record, the record, the body. The name hashes which
+One file each, `<name>.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The name hashes which
 service, key, reference and form it is; the record repeats it, with the entity tag and the body's size and SHA-256,
 which is verified at every read. What does not fit its record is no entry. Written beside its place and renamed: a
 reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
@@ -28,6 +28,7 @@ from service.errors import InvalidRequest
 _MAGIC: Final = b"PREFIX\x00\x01"
 _LENGTH: Final = struct.Struct("<I")
 _MAX_RECORD: Final = 4096
+_SEAL: Final = hashlib.sha256().digest_size
 _NAME: Final = re.compile(r"[0-9a-f]{64}\.prefix")
 _TEMPORARY: Final = ".writing-"
 _ABANDONED_AFTER: Final = 3600.0  # seconds until a file that nobody finished is taken for an ended process's
@@ -84,7 +85,7 @@ class DiskCache:
             "sha256": (sha256 or hashlib.sha256(entry.body).digest()).hex(),
         }
         record = json.dumps(about).encode()
-        head = _MAGIC + _LENGTH.pack(len(record)) + record
+        head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
         size = len(head) + len(entry.body)
         if size > self._budget or len(record) > _MAX_RECORD:
             return
@@ -147,13 +148,16 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
     (length,) = _LENGTH.unpack(start[len(_MAGIC) :])
     if length > _MAX_RECORD:
         return None
+    record, seal = file.read(length), file.read(_SEAL)
+    if hashlib.sha256(record).digest() != seal:
+        return None
     try:
-        about = json.loads(file.read(length))
+        about = json.loads(record)
         size, etag, sha256 = int(about["size"]), str(about["etag"]), str(about["sha256"])
         is_its_own = about["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
-    if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != len(start) + length + size:
+    if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:
         return None
     body = allocate(size)
     if file.readinto(body) != size or hashlib.sha256(body).hexdigest() != sha256:

@@ -48,7 +48,7 @@ def read_carefully(begun: bytes, more: Callable[[], bytes]) -> tuple[Head, bytea
     """
     import h11  # hardly ever needed
 
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD - 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("Host", "service")]))
     connection.send(h11.EndOfMessage())
     status, headers, body = 0, dict[str, str](), bytearray()
