@@ -1,8 +1,8 @@
 """Bodies of prefixes on disk: they outlive a worker, and processes of one machine share them.
 
-One file each, `<name>.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The name hashes which
-service, key, reference and form it is; the record repeats it, with the entity tag and the body's size and SHA-256,
-which is verified at every read. What does not fit its record is no entry. Written beside its place and renamed: a
+One file each, `<name>.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The name
+hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size and
+SHA-256. All of it is verified at every read, and what does not fit is no entry. Written beside its place and renamed: a
 reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
 """
 

@@ -32,8 +32,8 @@ def adapter(server: Server) -> str:
 def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
     """A fetch by a worker that has just started: its tensor, and the statuses of its requests."""
     through = Counting()
-    options = {"cache_dir": folder, "http": through} | options
-    with PrefixClient(server.url, options.pop("key", server.admin_key), **options) as client:
+    key = options.pop("key", server.admin_key)
+    with PrefixClient(server.url, key, cache_dir=folder, http=through, **options) as client:
         return client.get(reference).kv.tensor, through.statuses
 
 
@@ -81,6 +81,12 @@ def change_etag(path: Path) -> None:
     path.write_bytes(data[:at] + b"0" * 8 + data[at + 8 :])
 
 
+def become_a_folder(path: Path) -> None:
+    """Nothing that can be replaced."""
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a flipped bit": flip_last,
     "another entity tag": change_etag,
@@ -91,7 +97,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a long record": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff" * 4 + path.read_bytes()[12:]),
     "foreign": lambda path: path.write_bytes(b"something else entirely, and long enough" * 100),
     "a record that is no JSON": lambda path: path.write_bytes(path.read_bytes().replace(b'{"name"', b"[[[[[[[", 1)),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a folder": become_a_folder,
 }
 
 

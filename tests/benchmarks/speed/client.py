@@ -4,8 +4,8 @@ python -m tests.benchmarks.speed.client [--rounds N] [--sizes 20 80 2048]
 
 Each size is a Llama-3-8B prefix of so many virtual tokens in bfloat16. A service runs in a process of its own; beside
 it a bare asyncio server gives the service's own answer from memory, so that the client's part is seen where the service
-is the slower half. In each round every contestant fetches once, in turn; figures are medians with quartiles, and ratios to
-the raw loop of the same run. Nothing is cached: every fetch brings all bytes.
+is the slower half. In each round every contestant fetches once, in turn; figures are medians with quartiles, and ratios
+to the raw loop of the same run. Nothing is cached: every fetch brings all bytes.
 
 raw       one connection, a prebuilt request, `recv_into` until the fresh memory is full; nothing is parsed
 client    PrefixClient.get
