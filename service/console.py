@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
 from rich.status import Status
@@ -68,6 +67,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         InvalidInput: it is no size.
     """
+    from pydantic import ByteSize, TypeAdapter, ValidationError  # takes longer than most commands
+
     try:
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError as error:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
 from service.cli.options import Json
 from service.console import console, errors_console, human_bytes, print_json, print_table
@@ -62,6 +61,8 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     Raises:
         InvalidInput: a value is out of bounds.
     """
+    from pydantic import ValidationError
+
     from service.settings import Settings
 
     # As environment variables, so that worker processes read the same.

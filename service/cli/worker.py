@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.progress import wrap_file
@@ -11,6 +11,7 @@ from rich.progress import wrap_file
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
 from service.console import errors_console, human_bytes, print_json, print_table, say
 from service.errors import InvalidRequest
+from service.prefix.form import KVDtype
 
 Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Where to publish.")]
 Config = Annotated[
@@ -180,8 +181,7 @@ def convert(
 
 
 def _checked_dtype(name: str | None) -> Any:
-    from service.prefix.wire import KV_DTYPES
-
-    if name is not None and name not in KV_DTYPES:
-        raise InvalidRequest(f"dtype must be one of {', '.join(KV_DTYPES)}, got {name!r}")
+    known = get_args(KVDtype)
+    if name is not None and name not in known:
+        raise InvalidRequest(f"dtype must be one of {', '.join(known)}, got {name!r}")
     return name

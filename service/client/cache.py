@@ -4,15 +4,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from service.client.prefix import Prefix
+if TYPE_CHECKING:
+    from service.client.prefix import Prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
     """A prefix with the entity tag that revalidates it."""
 
-    prefix: Prefix
+    prefix: "Prefix"
     etag: str
 
 

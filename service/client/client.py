@@ -1,14 +1,23 @@
 """`PrefixClient` and `AsyncPrefixClient`: what a worker talks to the service with."""
 
-from collections.abc import Mapping
-from typing import Any, BinaryIO, Self, TypeVar, Unpack
+import asyncio
+import hashlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, Unpack
 
 from service.client import flows
 from service.client.cache import LocalCache
-from service.client.flows import Flow
+from service.client.connection import Connection
+from service.client.disk_cache import DiskCache
+from service.client.fetcher import Fetcher
+from service.client.flows import Flow, Reading
 from service.client.options import ClientOptions, PrefixOptions
-from service.client.prefix import Prefix
-from service.client.transport import AsyncTransport, Connection, Transport
+from service.client.transport import AsyncTransport, Transport
+
+if TYPE_CHECKING:
+    from service.client.prefix import Prefix
 
 T = TypeVar("T")
 
@@ -23,53 +32,89 @@ class _Client:
             timeout=options.get("timeout", 60.0),
             http=options.get("http"),
         )
-        self._cache = LocalCache(options.get("cache_bytes", 1 << 30))
+        self._pin_memory = options.get("pin_memory", False)
         verify_digest = options.get("verify_digest")
-        self._verify_digest = not self._connection.is_local if verify_digest is None else verify_digest
+        self._reading = Reading(
+            LocalCache(options.get("cache_bytes", 1 << 30)),
+            self._disk_cache(options.get("cache_dir"), options.get("cache_dir_bytes", 10 << 30)),
+            self._allocate,
+            verify_digest=not self._connection.is_local if verify_digest is None else verify_digest,
+            is_service_known=api_key is not None,
+        )
+
+    def _disk_cache(self, folder: str | Path | None, budget: int) -> DiskCache | None:
+        if folder is None:
+            return None
+        url, uds, key = (self._connection.url, self._connection.uds, self._connection.api_key)
+        secret = None if key is None else hashlib.sha256(key.encode()).hexdigest()
+        return DiskCache(Path(folder), budget, (str(url).rstrip("/"), None if uds is None else str(uds), secret))
+
+    def _fetcher(self, connections: int) -> Fetcher | None:
+        return None if self._connection.http else Fetcher(self._connection, self._allocate, connections)
+
+    def _allocate(self, size: int) -> memoryview:
+        from service.client.decode import allocate
+
+        return allocate(size, pinned=self._pin_memory)
 
     def clear_cache(self) -> None:
-        """Forget every prefix that was fetched. Only this does: a deletion or a revoked key does not reach into the
-        cache of a worker."""
-        self._cache.clear()
-
-    def _get(self, reference: str, options: PrefixOptions) -> Flow[Prefix]:
-        return flows.get(
-            self._cache,
-            reference,
-            batch_size=options.get("batch_size", 1),
-            dtype=options.get("dtype"),
-            layers=options.get("layers"),
-            kv_heads=options.get("kv_heads"),
-            verify_digest=self._verify_digest,
-        )
+        """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched.
+        Only this does: a deletion or a revoked key does not reach into the cache of a worker."""
+        self._reading.memory.clear()
+        if self._reading.disk is not None:
+            self._reading.disk.clear()
 
 
 class PrefixClient(_Client):
     """A client of prefix-service; safe to share between threads, and a context manager.
 
-    Options, all by keyword: `uds` (Unix socket to connect to), `ca_file` (certificate authorities to trust),
-    `timeout` (deadline of a call with its retries, in seconds; 60), `cache_bytes` (budget of the local cache; 1 GiB),
-    `verify_digest` (compare bodies with their digest; on unless the service is on this machine), `http` (an httpx
-    transport). Every method raises the errors of `service.errors`; reads and publishing are retried when the service
-    is not there or says so.
+    Options, all by keyword:
+
+    - `uds` (Unix socket to connect to), `ca_file` (certificate authorities to trust), `timeout` (deadline of a call
+      with its retries, in seconds; 60).
+    - `cache_bytes` (budget of the local cache in memory; 1 GiB), `cache_dir` (a private folder where bodies are kept
+      too, shared by the processes of this machine; none), `cache_dir_bytes` (its budget; 10 GiB). Without a key, what
+      is on disk is always revalidated.
+    - `verify_digest` (compare bodies with their digest; on unless the service is on this machine).
+    - `pin_memory` (receive into pinned memory, from which `prefix.to("cuda")` copies fastest; False).
+    - `connections` (fetch bodies of more than 32 MiB in ranges over as many connections; 1). It pays where one
+      connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.
+    - `http` (an httpx transport that takes the place of the client's own).
+
+    Every method raises the errors of `service.errors`; reads and publishing are retried when the service is not there
+    or says so.
     """
 
     def __init__(self, base_url: str, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
         super().__init__(base_url, api_key, options)
-        self._transport = Transport(self._connection)
+        self._transport = Transport(self._connection, self._fetcher(options.get("connections", 1)))
 
-    def get(self, reference: str, **options: Unpack[PrefixOptions]) -> Prefix:
+    def get(self, reference: str, **options: Unpack[PrefixOptions]) -> "Prefix":
         """The prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
 
-        Options: `batch_size` (rows, made locally; 1), `dtype` (default: that of the stored weights; float8 is decoded
-        to float32 on arrival), `layers` and `kv_heads` (half-open ranges `(a, b)`).
+        Options: `batch_size` (rows; 1), `dtype` (default: that of the stored weights; float8 is decoded to float32 on
+        arrival), `layers` and `kv_heads` (half-open ranges `(a, b)`), `materialise` (False). One row travels whatever
+        the batch; the rows are views of it, or with `materialise` copies of their own to write to, made here, which is
+        faster than to send them.
 
         Raises:
             NotFound, Unauthenticated, InvalidInput, …: the service said so.
             ConnectionFailed: the service did not answer in time.
             InvalidResponse: what arrived is damaged.
         """
-        return self.run(self._get(reference, options))
+        return self.run(flows.get(self._reading, reference, options))
+
+    def prefetch(self, references: Iterable[str], *, concurrency: int = 8, **options: Unpack[PrefixOptions]) -> None:
+        """Bring many prefixes into the cache, `concurrency` at once.
+
+        Raises:
+            PrefixServiceError: the first, in the order of `references`, that failed, as `get`; the others are there.
+        """
+        with ThreadPoolExecutor(concurrency, "prefix-prefetch") as threads:
+            fetched = [threads.submit(self.get, reference, **options) for reference in references]
+            wait(fetched)
+        for future in fetched:
+            future.result()
 
     def publish(
         self, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
@@ -116,9 +161,9 @@ class PrefixClient(_Client):
             NotFound, Forbidden, …: the service said so.
         """
         try:
-            request = next(flow)
+            step = next(flow)
             while True:
-                request = flow.send(self._transport.send(request))
+                step = flow.send(self._transport.carry_out(step))
         except StopIteration as end:
             result: T = end.value
             return result
@@ -139,11 +184,25 @@ class AsyncPrefixClient(_Client):
 
     def __init__(self, base_url: str, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
         super().__init__(base_url, api_key, options)
-        self._transport = AsyncTransport(self._connection)
+        self._transport = AsyncTransport(self._connection, self._fetcher(options.get("connections", 1)))
 
-    async def get(self, reference: str, **options: Unpack[PrefixOptions]) -> Prefix:
+    async def get(self, reference: str, **options: Unpack[PrefixOptions]) -> "Prefix":
         """As `PrefixClient.get`."""
-        return await self.run(self._get(reference, options))
+        return await self.run(flows.get(self._reading, reference, options))
+
+    async def prefetch(
+        self, references: Iterable[str], *, concurrency: int = 8, **options: Unpack[PrefixOptions]
+    ) -> None:
+        """As `PrefixClient.prefetch`."""
+        turns = asyncio.Semaphore(concurrency)
+
+        async def fetch(reference: str) -> None:
+            async with turns:
+                await self.get(reference, **options)
+
+        for failure in await asyncio.gather(*map(fetch, references), return_exceptions=True):
+            if failure is not None:
+                raise failure
 
     async def publish(
         self, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
@@ -166,9 +225,9 @@ class AsyncPrefixClient(_Client):
     async def run(self, flow: Flow[T]) -> T:
         """As `PrefixClient.run`."""
         try:
-            request = next(flow)
+            step = next(flow)
             while True:
-                request = flow.send(await self._transport.send(request))
+                step = flow.send(await self._transport.carry_out(step))
         except StopIteration as end:
             result: T = end.value
             return result

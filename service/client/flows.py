@@ -3,53 +3,105 @@
 `PrefixClient` and `AsyncPrefixClient` drive the same flows, so there is one way to do each thing.
 """
 
-from collections.abc import Generator, Mapping
-from typing import Any, BinaryIO, Final, TypeVar
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from service.client.cache import Cached, LocalCache
-from service.client.prefix import Prefix
-from service.client.protocol import Answer, Request, adapter_path, check_digest, prefix_request, tenant_path
+from service.client.disk_cache import DiskCache, Entry
+from service.client.options import PrefixOptions
+from service.client.protocol import (
+    Answer,
+    Buffer,
+    Request,
+    Step,
+    Work,
+    adapter_path,
+    check_digest,
+    prefix_request,
+    tenant_path,
+)
 from service.errors import InvalidRequest, InvalidResponse
-from service.prefix.form import KVDtype, Span
 from service.prefix.references import parse_qualified
-from service.prefix.wire import read_kv, read_message
+
+if TYPE_CHECKING:
+    from service.client.prefix import Prefix
 
 T = TypeVar("T")
-Flow = Generator[Request, Answer, T]
+Flow = Generator[Step, Any, T]
 
 _PAGE: Final = 1000  # the most that the service gives at once
 
 
-def get(
-    cache: LocalCache,
-    reference: str,
-    *,
-    batch_size: int,
-    dtype: KVDtype | None,
-    layers: Span | None,
-    kv_heads: Span | None,
-    verify_digest: bool,
-) -> Flow[Prefix]:
-    """A prefix from the cache, revalidated unless it is immutable, or from the service."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How prefixes are read: what is kept of them, memory for those that are read from disk, and what is verified.
+
+    `is_service_known` says that entries on disk certainly are this service's: without a key, nothing tells it from an
+    earlier one at the same address, and even versions are revalidated.
+    """
+
+    memory: LocalCache
+    disk: DiskCache | None
+    allocate: Callable[[int], memoryview]
+    verify_digest: bool
+    is_service_known: bool
+
+
+def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
+    """A prefix from a cache, revalidated unless it is immutable, or from the service."""
     tenant, parsed = parse_qualified(reference)
+    dtype, layers, kv_heads = options.get("dtype"), options.get("layers"), options.get("kv_heads")
     key = (tenant, parsed.adapter, parsed.selector, dtype, layers, kv_heads)
-    cached = cache.get(key)
-    if cached is None or not parsed.immutable:
-        etag = None if cached is None else cached.etag
-        answer = yield prefix_request(tenant, parsed, dtype=dtype, layers=layers, kv_heads=kv_heads, etag=etag)
-        if answer.status != 304 or cached is None:
-            cached = _received(answer, verify_digest=verify_digest)
-            cache.put(key, cached)
-    return cached.prefix.for_batch(batch_size)
+    cached, is_current = reading.memory.get(key), parsed.immutable
+    if cached is None and reading.disk is not None:
+        cached, is_current = (yield Work(partial(_load, reading, key))), is_current and reading.is_service_known
+    if cached is None or not is_current:
+        cached = yield prefix_request(
+            tenant,
+            parsed,
+            dtype=dtype,
+            layers=layers,
+            kv_heads=kv_heads,
+            etag=None if cached is None else cached.etag,
+            read=partial(_received, reading, key, cached),
+            is_hashed=reading.verify_digest or reading.disk is not None,
+        )
+    reading.memory.put(key, cached)
+    prefix: Prefix = cached.prefix.for_batch(options.get("batch_size", 1))
+    if options.get("materialise"):
+        prefix = yield Work(prefix.materialise)
+    return prefix
 
 
-def _received(answer: Answer, *, verify_digest: bool) -> Cached:
+def _load(reading: Reading, key: tuple[Any, ...]) -> Cached | None:
+    """What the disk has."""
+    entry = None if reading.disk is None else reading.disk.load(key, reading.allocate)
+    try:
+        return None if entry is None else _decoded(entry.body, entry.etag)
+    except InvalidResponse:  # of another release's format
+        return None
+
+
+def _received(reading: Reading, key: tuple[Any, ...], cached: Cached | None, answer: Answer) -> Cached:
+    """What the service answered, decoded and kept on disk; what is cached already where that is current."""
+    if answer.status == 304 and cached is not None:
+        return cached
     if answer.status != 200:
         raise InvalidResponse(f"status {answer.status} where 200 was expected")
-    if verify_digest:
+    if reading.verify_digest:
         check_digest(answer)
-    received = read_message(answer.body)
-    return Cached(Prefix(read_kv(received), received.metadata), answer.headers.get("etag", ""))
+    found = _decoded(answer.body, answer.headers.get("etag", ""))
+    if reading.disk is not None:
+        reading.disk.store(key, Entry(answer.body, found.etag), answer.sha256)
+    return found
+
+
+def _decoded(body: Buffer, etag: str) -> Cached:
+    from service.client.decode import decode
+
+    return Cached(decode(body), etag)
 
 
 def publish(
@@ -109,5 +161,5 @@ def pages(
 
 def is_ready() -> Flow[bool]:
     """Whether the service can do its work."""
-    answer = yield Request("GET", "/readyz")
+    answer: Answer = yield Request("GET", "/readyz")
     return answer.status == 200

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.client.flows import Flow, adapter_alone, pages
-from service.client.protocol import Request, adapter_path, tenant_path
+from service.client.protocol import Answer, Request, adapter_path, tenant_path
 from service.errors import InvalidRequest
 from service.prefix.references import check_alias, parse_qualified
 
@@ -49,7 +49,8 @@ def put_alias(
     if if_match is not None:
         headers["If-Match"] = f'"{if_match}"'
     path = _alias_path(adapter, alias)
-    answer = yield Request("PUT", path, headers=headers, json={"version": version, "preload": preload})
+    change = Request("PUT", path, headers=headers, json={"version": version, "preload": preload})
+    answer: Answer = yield change
     return answer.status == 201
 
 

@@ -16,7 +16,11 @@ class ClientOptions(TypedDict, total=False):
     timeout: float
     http: httpx.BaseTransport | httpx.AsyncBaseTransport | None
     cache_bytes: int
+    cache_dir: str | Path | None
+    cache_dir_bytes: int
     verify_digest: bool | None
+    pin_memory: bool
+    connections: int
 
 
 class PrefixOptions(TypedDict, total=False):
@@ -26,3 +30,4 @@ class PrefixOptions(TypedDict, total=False):
     dtype: KVDtype | None
     layers: Span | None
     kv_heads: Span | None
+    materialise: bool

@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A prefix for a batch. Its rows share one memory, which the local cache may share too: do not write to it."""
+    """A prefix for a batch. Its rows share one memory, which the local cache may share too: do not write to it, but to
+    rows that `materialise` has made."""
 
     kv: PrefixKV
     metadata: Mapping[str, Any]
     """What the service said of it: tenant, adapter, version, digest, peft_type, num_virtual_tokens, …"""
     batch_size: int = 1
+    rows: Tensor | None = None
+    """`[L', 2, B, H', N, D]`, where the rows have memory of their own."""
 
     @property
     def past_key_values(self) -> list[tuple[Tensor, Tensor]]:
         """One `(key, value)` a layer, each `[B, H, N, D]`."""
-        return self.kv.pairs(self.batch_size)
+        if self.rows is None:
+            return self.kv.pairs(self.batch_size)
+        return [(layer[0], layer[1]) for layer in self.rows]
 
     @property
     def attention_mask(self) -> Tensor:
@@ -49,19 +54,28 @@ class Prefix:
         return str(self.metadata["digest"])
 
     def for_batch(self, batch_size: int) -> Self:
-        """The same prefix for another number of rows; nothing is copied.
+        """The same prefix for another number of rows, which share one memory; nothing is copied.
 
         Raises:
             InvalidRequest: fewer than one row.
         """
         if batch_size < 1:
             raise InvalidRequest(f"batch_size must be at least 1, got {batch_size}")
-        return replace(self, batch_size=batch_size)
+        return replace(self, batch_size=batch_size, rows=None)
+
+    def materialise(self) -> Self:
+        """The same with memory of its own for each row, to be written to: one copy, pinned where the prefix is."""
+        shared = self.kv.tensor
+        # (L', 2, H', N, D) -> (L', 2, B, H', N, D)
+        shape = (*shared.shape[:2], self.batch_size, *shared.shape[2:])
+        rows = torch.empty(shape, dtype=shared.dtype, device=shared.device, pin_memory=shared.is_pinned())
+        return replace(self, rows=rows.copy_(shared.unsqueeze(2)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """On another device, or in another dtype."""
         target = None if device is None else torch.device(device)
-        return replace(self, kv=self.kv.to(device=target, dtype=dtype))
+        rows = None if self.rows is None else self.rows.to(device=target, dtype=dtype)
+        return replace(self, kv=self.kv.to(device=target, dtype=dtype), rows=rows)
 
     def extend_mask(self, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Ones for the prefix in front of an input's mask: `[B, S]` -> `[B, N + S]`, in its own dtype by default.
@@ -93,4 +107,5 @@ class Prefix:
         """
         from service.client.transformers import generate
 
-        return generate(model, self.kv.pairs(), *args, **options)
+        pairs = self.kv.pairs() if self.rows is None else self.past_key_values
+        return generate(model, pairs, *args, **options)

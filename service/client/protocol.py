@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 from urllib.parse import quote
@@ -14,6 +14,8 @@ from service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from service.prefix.references import Reference, check_name
 
 Files = Mapping[str, bytes | BinaryIO]
+Buffer = bytearray | memoryview
+"""Memory that a body has arrived in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer; `headers` have lower-case names."""
+    """One answer; `headers` have lower-case names, `sha256` is the body's where it was hashed as it came."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytearray
+    body: Buffer
+    sha256: bytes | None = None
 
     def json(self) -> Any:
         """The body as JSON.
@@ -48,9 +51,28 @@ class Answer:
             InvalidResponse: it is none.
         """
         try:
-            return json.loads(self.body)
+            return json.loads(bytes(self.body))
         except ValueError as error:
             raise InvalidResponse(f"the answer is not JSON: {bytes(self.body[:80])!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Request):
+    """A GET of tensors. `read` makes of its answer what the flow is sent, where the answer arrived: for asyncio that
+    is a worker thread. `is_hashed` asks for the body's SHA-256."""
+
+    read: Callable[[Answer], Any] = Answer.json
+    is_hashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What blocks and is no request: a disk, a large copy. For asyncio it is done in a worker thread."""
+
+    run: Callable[[], Any]
+
+
+Step = Request | Work
 
 
 def tenant_path(tenant: str, *rest: str) -> str:
@@ -71,7 +93,9 @@ def prefix_request(
     layers: Span | None = None,
     kv_heads: Span | None = None,
     etag: str | None = None,
-) -> Request:
+    read: Callable[[Answer], Any],
+    is_hashed: bool,
+) -> Fetch:
     """Ask for one row of a prefix in one tensor; a batch is made of it on arrival."""
     params = {"layout": "stacked", "expand": "false"}
     if dtype is not None:
@@ -80,7 +104,8 @@ def prefix_request(
         if span is not None:
             params[name] = f"{span[0]}:{span[1]}"
     headers = {"Accept": MEDIA_TYPE} | ({} if etag is None else {"If-None-Match": etag})
-    return Request("GET", adapter_path(tenant, reference, "prefix"), params, headers)
+    path = adapter_path(tenant, reference, "prefix")
+    return Fetch("GET", path, params, headers, read=read, is_hashed=is_hashed)
 
 
 def check_digest(answer: Answer) -> None:
@@ -89,7 +114,8 @@ def check_digest(answer: Answer) -> None:
     Raises:
         InvalidResponse: they differ, or there is no SHA-256 digest.
     """
-    expected = f"sha-256=:{base64.b64encode(hashlib.sha256(answer.body).digest()).decode()}:"
+    sha256 = answer.sha256 or hashlib.sha256(answer.body).digest()
+    expected = f"sha-256=:{base64.b64encode(sha256).decode()}:"
     found = answer.headers.get("repr-digest")
     if found is None:
         raise InvalidResponse("the answer has no Repr-Digest to verify it by; verify_digest=False accepts it")

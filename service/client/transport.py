@@ -1,52 +1,25 @@
-"""Requests over httpx, into memory that is allocated once; deadlines, and retries of what is safe to retry."""
+"""Steps of flows carried out: tensors over their own lane, all else over httpx; deadlines, and retries of what is safe
+to retry."""
 
 import asyncio
-import ssl
 import time
-from dataclasses import dataclass
-from ipaddress import ip_address
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final
 
 import httpx
 
-from service.client.protocol import Answer, Request, require_success
+from service.client.connection import Connection, connection_failed
+from service.client.fetcher import Fetcher
+from service.client.lane import Interrupt
+from service.client.protocol import Answer, Fetch, Request, Step, Work, require_success
 from service.errors import ConnectionFailed, CorruptBlob, NotFound, PrefixServiceError, RateLimited, Unavailable
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 _NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """How to reach a service: its URL, key, Unix socket, certificate authorities, and the deadline of a call in
-    seconds. `http` replaces httpx's own transport."""
-
-    base_url: str
-    api_key: str | None = None
-    uds: str | Path | None = None
-    ca_file: str | Path | None = None
-    timeout: float = 60.0
-    http: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether bytes stay on this machine."""
-        host = httpx.URL(self.base_url).host
-        try:
-            return self.uds is not None or host == "localhost" or ip_address(host).is_loopback
-        except ValueError:
-            return False
-
-    def options(self, transport: type[httpx.HTTPTransport] | type[httpx.AsyncHTTPTransport]) -> dict[str, Any]:
-        """The arguments of `httpx.Client` and `httpx.AsyncClient`."""
-        headers = {"Accept-Encoding": "identity", "User-Agent": "prefix-service-client"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        trusted = True if self.ca_file is None else ssl.create_default_context(cafile=str(self.ca_file))
-        made = self.http or transport(uds=None if self.uds is None else str(self.uds), verify=trusted)
-        return {"base_url": self.base_url, "headers": headers, "transport": made, "timeout": self.timeout}
+_MOST_THREADS: Final = 32
 
 
 class _Attempts:
@@ -55,13 +28,13 @@ class _Attempts:
     def __init__(self, request: Request, timeout: float) -> None:
         self._request = request
         self._may_be_done = False
-        self._until = time.monotonic() + timeout
+        self.until = time.monotonic() + timeout
         self._pause = _FIRST_PAUSE
 
     @property
     def left(self) -> float:
         """Seconds until the deadline, at least one millisecond."""
-        return max(self._until - time.monotonic(), 0.001)
+        return max(self.until - time.monotonic(), 0.001)
 
     def pause_after(self, error: PrefixServiceError) -> float:
         """Seconds to wait before another try.
@@ -94,27 +67,35 @@ def _was_refused(error: PrefixServiceError) -> bool:
 class Transport:
     """Blocking; safe to share between threads."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, fetcher: Fetcher | None) -> None:
+        self._connection, self._fetcher = connection, fetcher
         self._http = httpx.Client(**connection.options(httpx.HTTPTransport))
 
-    def send(self, request: Request) -> Answer:
-        """The answer to a request, a success.
+    def carry_out(self, step: Step) -> Any:
+        """What a flow is sent for its step: the answer to a request, a success, or what a fetch made of it.
 
         Raises:
             ConnectionFailed: there was none before the deadline.
             PrefixServiceError: the service reported it.
         """
-        attempts = _Attempts(request, self._connection.timeout)
+        if isinstance(step, Work):
+            return step.run()
+        attempts = _Attempts(step, self._connection.timeout)
         while True:
             try:
-                return require_success(self._once(request, attempts.left))
+                return self._once(step, attempts)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
                 time.sleep(attempts.pause_after(error))
 
-    def _once(self, request: Request, timeout: float) -> Answer:
+    def _once(self, request: Request, attempts: _Attempts) -> Any:
+        if isinstance(request, Fetch) and self._fetcher is not None:
+            return self._fetcher.fetch(request, attempts.until, Interrupt())
+        answer = require_success(self._send(request, attempts.left))
+        return request.read(answer) if isinstance(request, Fetch) else answer
+
+    def _send(self, request: Request, timeout: float) -> Answer:
         try:
             with self._http.stream(**_arguments(request, timeout)) as response:
                 body = _Body(response)
@@ -122,37 +103,48 @@ class Transport:
                     body.add(chunk)
                 return body.answer()
         except httpx.TransportError as error:
-            raise _failed(error, self._connection.base_url) from error
+            raise connection_failed(error, self._connection.base_url) from error
 
     def close(self) -> None:
         """Close every connection."""
         self._http.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
 
 
 class AsyncTransport:
-    """The same for asyncio; belongs to one event loop."""
+    """The same for asyncio; belongs to one event loop, and keeps it free: what blocks is done in threads."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, fetcher: Fetcher | None) -> None:
+        self._connection, self._fetcher = connection, fetcher
         self._http = httpx.AsyncClient(**connection.options(httpx.AsyncHTTPTransport))
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, "prefix-client")
 
-    async def send(self, request: Request) -> Answer:
-        """The answer to a request, a success.
-
-        Raises:
-            ConnectionFailed: there was none before the deadline.
-            PrefixServiceError: the service reported it.
-        """
-        attempts = _Attempts(request, self._connection.timeout)
+    async def carry_out(self, step: Step) -> Any:
+        """As `Transport.carry_out`."""
+        if isinstance(step, Work):
+            return await self._in_thread(step.run)
+        attempts = _Attempts(step, self._connection.timeout)
         while True:
             try:
-                return require_success(await self._once(request, attempts.left))
+                return await self._once(step, attempts)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
                 await asyncio.sleep(attempts.pause_after(error))
 
-    async def _once(self, request: Request, timeout: float) -> Answer:  # noqa: ASYNC109 - handed on to httpx
+    async def _once(self, request: Request, attempts: _Attempts) -> Any:
+        if isinstance(request, Fetch) and self._fetcher is not None:
+            interrupt = Interrupt()
+            try:
+                return await self._in_thread(partial(self._fetcher.fetch, request, attempts.until, interrupt))
+            except asyncio.CancelledError:
+                interrupt.break_off()
+                raise
+        answer = require_success(await self._send(request, attempts.left))
+        return await self._in_thread(partial(request.read, answer)) if isinstance(request, Fetch) else answer
+
+    async def _send(self, request: Request, timeout: float) -> Answer:  # noqa: ASYNC109 - handed on to httpx
         try:
             async with self._http.stream(**_arguments(request, timeout)) as response:
                 body = _Body(response)
@@ -160,11 +152,17 @@ class AsyncTransport:
                     body.add(chunk)
                 return body.answer()
         except httpx.TransportError as error:
-            raise _failed(error, self._connection.base_url) from error
+            raise connection_failed(error, self._connection.base_url) from error
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def close(self) -> None:
         """Close every connection."""
         await self._http.aclose()
+        if self._fetcher is not None:
+            self._fetcher.close()
+        self._threads.shutdown(wait=False)
 
 
 def _arguments(request: Request, timeout: float) -> dict[str, Any]:
@@ -197,8 +195,3 @@ class _Body:
         """The whole answer."""
         del self._data[self._position :]
         return Answer(self._response.status_code, dict(self._response.headers), self._data)
-
-
-def _failed(error: Exception, base_url: str) -> ConnectionFailed:
-    kind = "did not answer in time" if isinstance(error, httpx.TimeoutException) else "cannot be reached"
-    return ConnectionFailed(f"{base_url} {kind}: {str(error) or type(error).__name__}")

@@ -1,6 +1,8 @@
 """What both clients promise: references, batches, the local cache, and one tree of errors."""
 
 import io
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from service.client import PrefixClient
+from service.client import PrefixClient, management
 from service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
 from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Server
@@ -163,3 +165,74 @@ def test_one_client_serves_many_threads(server: Server) -> None:
         for thread in threads:
             thread.join()
         assert right == [True] * 160
+
+
+def test_prefetch_brings_many_at_once(client: Any) -> None:
+    """What was prefetched is there without a request, in the form that was asked for."""
+    versions = [published(client, f"prefetch/{name}") for name in ("one", "two", "three")]
+    names = [f"prefetch/{version['adapter']}@{version['version']}" for version in versions]
+    client.prefetch(names, dtype="bfloat16", concurrency=2)
+    for name in names:
+        client.run(management.delete(name))
+        assert client.get(name, dtype="bfloat16").kv.tensor.dtype == torch.bfloat16
+        with pytest.raises(NotFound):
+            client.get(name)
+
+
+def test_prefetch_raises_the_first_failure_when_all_is_done(client: Any) -> None:
+    """One that is missing costs the others nothing."""
+    last = f"prefetch/last@{published(client, 'prefetch/last')['version']}"
+    with pytest.raises(NotFound, match="missing-1"):
+        client.prefetch(["prefetch/missing-1", "prefetch/missing-2", "Prefetch/bad", last], concurrency=1)
+    client.run(management.delete("prefetch/last"))
+    assert client.get(last).num_virtual_tokens == 20
+
+
+def test_materialised_rows_may_be_written_to(client: Any) -> None:
+    """Each row has memory of its own; neither the other rows nor the cache see what is written."""
+    published(client, "clients/rows")
+    prefix = client.get("clients/rows@1", batch_size=3, materialise=True)
+    shared = client.get("clients/rows@1", batch_size=3)
+    for own, other in zip(prefix.past_key_values, shared.past_key_values, strict=True):
+        for kind in (0, 1):
+            assert torch.equal(own[kind], other[kind])
+            assert own[kind].is_contiguous()
+    prefix.past_key_values[1][0][2].fill_(7.0)
+    again = prefix.past_key_values[1][0]
+    assert bool((again[2] == 7.0).all())
+    assert torch.equal(again[:2], shared.past_key_values[1][0][:2])
+    assert not bool((client.get("clients/rows@1").past_key_values[1][0] == 7.0).any())
+    assert prefix.to(dtype=torch.bfloat16).past_key_values[1][0][2].eq(7.0).all()
+    assert prefix.for_batch(2).past_key_values[1][0].stride(0) == 0
+
+
+WITHOUT_TORCH = """
+import sys
+from service.client import AsyncPrefixClient, PrefixClient, management
+client = PrefixClient(*sys.argv[1:])
+assert client.list("lazy")[0]["adapter"] == "a"
+assert client.inspect("lazy/a")["version"] == 1
+assert client.run(management.aliases("lazy/a")) == {}
+heavy = sorted({"torch", "numpy", "pydantic", "safetensors"} & sys.modules.keys())
+assert not heavy, heavy
+assert client.get("lazy/a").version == 1
+assert "torch" in sys.modules
+from service.client import Prefix
+assert isinstance(client.get("lazy/a"), Prefix)
+client.close()
+"""
+
+
+def test_torch_comes_with_the_first_prefix(server: Server) -> None:
+    """Neither the import nor what manages adapters waits for torch, which takes seconds."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        published(client, "lazy/a")
+    command = [sys.executable, "-c", WITHOUT_TORCH, server.url, server.admin_key]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_do_without_torch() -> None:
+    """`prefix-service list` and its like load no more than they need."""
+    code = "import sys, service.cli.app; assert not {'torch', 'pydantic', 'httpx'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,58 @@
+"""Fetches of tensors over the lane: memory for the body, its hash as it comes, large ones in ranges."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from service.client.connection import Connection, connection_failed
+from service.client.http1 import Head
+from service.client.lane import Interrupt, Lane
+from service.client.protocol import Answer, Fetch, require_success
+from service.client.ranges import Changed, Pieces
+from service.errors import InvalidResponse
+
+_MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
+
+
+class Fetcher:
+    """Blocking; safe to share between threads. `allocate` gives memory for a body; a body may come in ranges over
+    `connections` at once."""
+
+    def __init__(self, connection: Connection, allocate: Callable[[int], memoryview], connections: int) -> None:
+        self._base_url, self._lane = connection.base_url, Lane(connection)
+        self._allocate, self._connections = allocate, connections
+
+    def fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
+        """What the fetch makes of its answer, which is there before the moment `until` of `time.monotonic`.
+
+        Raises:
+            ConnectionFailed: it is not there by then, or not all of it.
+            PrefixServiceError: the service reported it, or the fetch refused it.
+        """
+        try:
+            answer = self._answer(fetch, until, interrupt)
+        except OSError as error:
+            raise connection_failed(error, self._base_url) from error
+        return fetch.read(require_success(answer))
+
+    def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
+        if self._connections > 1:
+            try:
+                head, body = Pieces(self._lane, fetch, until, interrupt).receive(self._place, self._connections)
+                return Answer(200 if head.status == 206 else head.status, head.headers, body)
+            except Changed:
+                pass  # whole, over one connection, it cannot be torn
+        hasher = hashlib.sha256() if fetch.is_hashed else None
+        head, body = self._lane.exchange(fetch, self._place, until, interrupt, hasher=hasher)
+        return Answer(head.status, head.headers, body, None if hasher is None else hasher.digest())
+
+    def _place(self, head: Head) -> memoryview:
+        if head.status in (200, 206):
+            return self._allocate(head.length)
+        if head.length > _MOST_TOLD:
+            raise InvalidResponse(f"status {head.status} with {head.length} bytes: is the URL right?")
+        return memoryview(bytearray(head.length))
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._lane.close()

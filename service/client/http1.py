@@ -1,0 +1,75 @@
+"""Heads of HTTP/1.1 (RFC 9112): the plain answer is read here, every other form by h11."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+MAX_HEAD: Final = 64 << 10
+"""Bytes that an answer's head may have."""
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_PLAIN: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})[^\r\n\0]*\r\n((?:" + _TOKEN + rb":[^\r\n\0]*\r\n)*)\r\n")
+_LENGTH: Final = re.compile(r"[0-9]{1,18}")
+_BODILESS: Final = (204, 304)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Status and headers (names in lower case, repeated ones joined) of an answer, and the length of its body."""
+
+    status: int
+    headers: Mapping[str, str]
+    length: int
+    keeps_alive: bool
+
+
+def read_plain(head: bytes) -> Head | None:
+    """An answer whose length its head alone tells; None where h11 must decide: 1xx, chunks, two lengths, none, or
+    what is malformed."""
+    match = _PLAIN.fullmatch(head)
+    if match is None:
+        return None
+    headers = _joined(line.partition(b":")[::2] for line in match[2].split(b"\r\n")[:-1])
+    status, keeps_alive = int(match[1]), headers.get("connection", "keep-alive").lower() == "keep-alive"
+    if status in _BODILESS:
+        return Head(status, headers, 0, keeps_alive)
+    length = headers.get("content-length", "")
+    if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):
+        return None
+    return Head(status, headers, int(length), keeps_alive)
+
+
+def read_carefully(begun: bytes, more: Callable[[], bytes]) -> tuple[Head, bytearray]:
+    """An answer to a GET in any form that h11 accepts: its first bytes, then what `more` gives (b"" at the end).
+
+    Raises:
+        ConnectionError: it is malformed, or ends too early.
+    """
+    import h11  # hardly ever needed
+
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD - 1)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "service")]))
+    connection.send(h11.EndOfMessage())
+    status, headers, body = 0, dict[str, str](), bytearray()
+    try:
+        connection.receive_data(begun)
+        while not isinstance(event := connection.next_event(), h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                connection.receive_data(more())
+            elif isinstance(event, h11.Response):
+                status, headers = event.status_code, _joined(event.headers)
+            elif isinstance(event, h11.Data):
+                body += event.data
+    except h11.RemoteProtocolError as error:
+        raise ConnectionError(f"the answer is not sound HTTP/1.1: {error}") from error
+    keeps_alive = connection.their_state is h11.DONE and not connection.trailing_data[0]
+    return Head(status, headers, len(body), keeps_alive), body
+
+
+def _joined(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in pairs:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.strip(b" \t").decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers

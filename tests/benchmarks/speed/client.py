@@ -1,0 +1,203 @@
+"""How long until a prefix's tensors are usable, for the clients of this project and what they are compared with.
+
+python -m tests.benchmarks.speed.client [--rounds N] [--sizes 20 80 2048]
+
+Each size is a Llama-3-8B prefix of so many virtual tokens in bfloat16. A service runs in a process of its own; beside
+it a bare asyncio server gives the service's own answer from memory, so that the client's part is seen where the service
+is the slower half. In each round every contestant fetches once, in turn; figures are medians with quartiles, and ratios
+to the raw loop of the same run. Nothing is cached: every fetch brings all bytes.
+
+raw       one connection, a prebuilt request, `recv_into` until the fresh memory is full; nothing is parsed
+client    PrefixClient.get
+async     AsyncPrefixClient.get
++ digest  the same with verify_digest=True
+httpx     a reused httpx.Client().get(…).content, then safetensors.torch.load
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import multiprocessing
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import httpx
+import safetensors.torch
+import torch
+
+from service.client import AsyncPrefixClient, PrefixClient
+from service.prefix.wire import bytes_of
+from tests.benchmarks.fleet import Shape
+from tests.conftest import running_server
+
+_CHUNK = 1 << 20
+
+Fetch = Callable[[], float]
+"""Fetches once; seconds until it was done."""
+
+
+def timed(fetch: Callable[[], object]) -> Fetch:
+    """The seconds that a call takes; what it returned is freed afterwards."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        kept = fetch()
+        seconds = time.perf_counter() - began
+        del kept
+        return seconds
+
+    return once
+
+
+def timed_async(runner: asyncio.Runner, fetch: Callable[[], Awaitable[object]]) -> Fetch:
+    """The same inside a running event loop."""
+
+    async def once() -> float:
+        began = time.perf_counter()
+        kept = await fetch()
+        seconds = time.perf_counter() - began
+        del kept
+        return seconds
+
+    return lambda: runner.run(once())
+
+
+def raw_loop(port: int, path: str, key: str) -> Callable[[], object]:
+    """The least that a client can do."""
+    connected = socket.create_connection(("127.0.0.1", port))
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    scratch = bytearray(65536)
+
+    def fetch() -> object:
+        connected.sendall(request)
+        count = connected.recv_into(scratch)
+        start = scratch.index(b"\r\n\r\n", 0, count) + 4
+        head = bytes(scratch[:start]).lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        memory = torch.empty(length, dtype=torch.uint8)
+        view, position = bytes_of(memory), count - start
+        view[:position] = memoryview(scratch)[start:count]
+        while position < length:
+            position += connected.recv_into(view[position:])
+        return memory
+
+    return fetch
+
+
+@contextlib.contextmanager
+def bare_server(answer: bytes) -> Iterator[int]:
+    """A server that gives one answer to everything; its port."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there, answer), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _serve(told: Connection, answer: bytes) -> None:
+    import uvloop
+
+    class Always(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._transport = transport
+
+        def data_received(self, _data: bytes) -> None:
+            view = memoryview(answer)
+            for start in range(0, len(view), _CHUNK):
+                self._transport.write(view[start : start + _CHUNK])  # type: ignore[attr-defined]
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(Always, "127.0.0.1", 0)
+        told.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    uvloop.run(serve())
+
+
+@contextlib.contextmanager
+def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict[str, Fetch]]:
+    """Each with a connection of its own that has been used."""
+    url = f"http://127.0.0.1:{port}"
+    with (
+        PrefixClient(url, key, cache_bytes=0) as client,
+        PrefixClient(url, key, cache_bytes=0, verify_digest=True) as careful,
+        asyncio.Runner() as runner,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http,
+    ):
+        later = AsyncPrefixClient(url, key, cache_bytes=0)
+        later_careful = AsyncPrefixClient(url, key, cache_bytes=0, verify_digest=True)
+        found = {
+            "raw": timed(raw_loop(port, path, key)),
+            "client": timed(lambda: client.get(reference)),
+            "async": timed_async(runner, lambda: later.get(reference)),
+            "client + digest": timed(lambda: careful.get(reference)),
+            "async + digest": timed_async(runner, lambda: later_careful.get(reference)),
+            "httpx": timed(lambda: safetensors.torch.load(http.get(path).content)),
+        }
+        for fetch in found.values():
+            fetch()
+        yield found
+        runner.run(later.close())
+        runner.run(later_careful.close())
+
+
+def measure(title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> None:
+    """Every contestant once a round; a table."""
+    seconds: dict[str, list[float]] = {name: [] for name in fetches}
+    for _ in range(rounds):
+        for name, fetch in fetches.items():
+            seconds[name].append(fetch())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    say(f"\n{title}, {size / 1e6:.1f} MB, {rounds} rounds")
+    say(f"{'':16} {'median':>10} {'quartiles':>21} {'GB/s':>6} {'of raw':>7} {'x httpx':>8}")
+    for name, median in medians.items():
+        low, _, high = statistics.quantiles(seconds[name], n=4)
+        say(
+            f"{name:16} {median * 1e3:7.3f} ms {low * 1e3:8.3f} - {high * 1e3:7.3f} ms {size / median / 1e9:6.2f} "
+            f"{medians['raw'] / median:7.2f} {medians['httpx'] / median:8.2f}"
+        )
+
+
+def say(line: str) -> None:
+    """One line, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Publish, fetch, tell."""
+    arguments = argparse.ArgumentParser(description="Seconds until tensors are usable.")
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[20, 80, 2048], help="virtual tokens")
+    arguments.add_argument("--rounds", type=int, default=200, help="for the smallest size; larger ones get fewer")
+    chosen = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "data") as server:
+        port = int(server.url.rpartition(":")[2])
+        for tokens in chosen.sizes:
+            shape, reference = Shape(tokens=tokens), f"bench/tokens-{tokens}@1"
+            with PrefixClient(server.url, server.admin_key) as publisher:
+                weights, _ = shape.weights(tokens)
+                publisher.publish(f"bench/tokens-{tokens}", shape.config, io.BytesIO(weights))
+            path = f"/v1/tenants/bench/adapters/tokens-{tokens}@1/prefix?layout=stacked&expand=false"
+            answer = server.client().get(path)
+            head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+            whole = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + answer.content
+            rounds = max(10, chosen.rounds * 20 // tokens)
+            with contestants(port, path, server.admin_key, reference) as fetches:
+                measure(f"{tokens} tokens from the service", fetches, shape.nbytes, rounds)
+            with bare_server(whole) as bare, contestants(bare, path, server.admin_key, reference) as fetches:
+                measure(f"{tokens} tokens from a bare server", fetches, shape.nbytes, rounds)
+
+
+if __name__ == "__main__":
+    main()

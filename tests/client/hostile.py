@@ -1,0 +1,104 @@
+"""A server that answers as it is told, byte by byte, and a small prefix to answer with."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from service.prefix.form import Form, Identity
+from service.prefix.wire import Message, Rendering
+
+Script = Callable[[socket.socket], None]
+"""What is done with one connection."""
+
+
+def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
+    """A prefix as the service sends it to this client: `[1, layers, 2, 2, tokens, 8]` float32, counting up."""
+    identity = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", tokens, layers, 2, 8)
+    form = Form("float32", 1, (0, layers), (0, 2), "stacked", expand=False)
+    values = torch.arange(layers * 2 * 2 * tokens * 8, dtype=torch.float32).view(layers, 2, 2, tokens, 8)
+    mask = torch.ones(1, tokens, dtype=torch.int64)
+    return b"".join(Message(identity, form, {"attention_mask": mask}).chunks(Rendering(values, None)))
+
+
+BODY = prefix_body()
+
+
+def answer(body: bytes = BODY, *lines: str, status: str = "200 OK") -> bytes:
+    """A plain answer, with more header lines."""
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', *lines]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+@dataclass
+class Hostile:
+    """Where it listens, and what it has read: the requests of each connection, in order."""
+
+    url: str
+    requests: list[list[bytes]] = field(default_factory=list)
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """One request's head; what came of it where the client has gone."""
+    received = b""
+    while not received.endswith(b"\r\n\r\n") and (data := connection.recv(65536)):
+        received += data
+    return received
+
+
+def says(*answers: bytes) -> Script:
+    """Answers to the requests of one connection, which then ends."""
+
+    def script(connection: socket.socket) -> None:
+        for each in answers:
+            read_request(connection)
+            connection.sendall(each)
+
+    return script
+
+
+@contextlib.contextmanager
+def hostile_server(*scripts: Script) -> Iterator[Hostile]:
+    """One script for each connection that comes; the last one again for those beyond."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Hostile(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        threading.Thread(target=_accept, args=(listener, server, scripts), daemon=True).start()
+        yield server
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
+
+
+def _accept(listener: socket.socket, server: Hostile, scripts: tuple[Script, ...]) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        script = scripts[min(len(server.requests), len(scripts) - 1)]
+        seen: list[bytes] = []
+        server.requests.append(seen)
+        threading.Thread(target=_serve, args=(connection, script, seen), daemon=True).start()
+
+
+class _Recording:
+    """A connection whose requests are remembered."""
+
+    def __init__(self, connection: socket.socket, seen: list[bytes]) -> None:
+        self._connection, self._seen = connection, seen
+
+    def recv(self, size: int) -> bytes:
+        data = self._connection.recv(size)
+        if data:
+            self._seen.append(data)
+        return data
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._connection, name)
+
+
+def _serve(connection: socket.socket, script: Script, seen: list[bytes]) -> None:
+    with connection, contextlib.suppress(OSError):
+        script(_Recording(connection, seen))  # type: ignore[arg-type]  # all of a socket that scripts use
