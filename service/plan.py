@@ -54,6 +54,13 @@ class Plan:
         return self.message.form.rows == 1
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
+        identity, form = self.message.identity, self.message.form
+        whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
+        return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
+
+    @property
     def rendering_nbytes(self) -> int:
         """An upper bound of the rendering's bytes in memory."""
         form = replace(self.message.form, batch_size=1)

@@ -132,6 +132,16 @@ class Message:
         """Bytes of the whole file."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
+    def around_values(self) -> tuple[bytes, bytes]:
+        """What stands in front of keys and values, and behind them, where they are sent once and without scales."""
+        before, after = self.header, b""
+        for slot in self._slots:
+            if slot.source == "values":
+                before, after = before + after, b""
+            else:
+                after += bytes_of(self.extras[slot.name].contiguous())
+        return before, after
+
     def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes `start:stop` of the file, as views of at most 1 MiB; the same row is sent again, never copied."""
         stop = self.content_length if stop is None else stop
