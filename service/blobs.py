@@ -7,17 +7,25 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from service.disk import sync_folder, translated
 from service.errors import CorruptBlob, NotFound
+from service.host_memory import host_memory
 
 log = logging.getLogger("prefix_service")
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_PIECE: Final = 1 << 20  # read, and hashed while it is in the processor's cache
+
+Memory = Callable[[int], memoryview]
+"""Where a blob is read into: so many writable bytes."""
+
+Beside = Callable[[memoryview], object]
+"""Called with each piece of a blob in order, before any of it is verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,7 @@ class StagedBlob(Protocol):
     @property
     def digest(self) -> str: ...
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
-    def read(self) -> bytearray: ...
+    def read(self) -> memoryview: ...
     def commit(self) -> str: ...
     def discard(self) -> None: ...
 
@@ -46,7 +54,7 @@ class BlobStore(Protocol):
     """What the library needs of a store of bytes; digests are `sha256:<64 hex>`."""
 
     def stage(self) -> StagedBlob: ...
-    def read(self, digest: str) -> bytearray: ...
+    def read(self, digest: str, memory: Memory = ..., beside: Beside | None = None) -> memoryview: ...
     def open(self, digest: str) -> BinaryIO: ...
     def exists(self, digest: str) -> bool: ...
     def listed(self) -> Iterator[StoredBlob]: ...
@@ -145,19 +153,24 @@ class FolderBlobStore:
             fcntl.flock(handle, fcntl.LOCK_SH)  # until it is closed: no sweep takes it away
             return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
 
-    def read(self, digest: str) -> bytearray:
-        """All bytes of a blob, verified.
+    def read(self, digest: str, memory: Memory = host_memory, beside: Beside | None = None) -> memoryview:
+        """All bytes of a blob, verified, in new `memory`; `beside` is for who may work on them meanwhile in private.
 
         Raises:
             NotFound: there is no such blob.
             CorruptBlob: its bytes no longer match its digest.
             StorageFailed: the disk refused.
         """
+        found, length = hashlib.sha256(), 0
         with self._existing(digest) as file:
             with translated(f"read blob {digest}"):
-                data = bytearray(os.fstat(file.fileno()).st_size)
-                length = file.readinto(data)  # type: ignore[attr-defined]  # typeshed has it on BufferedReader alone
-            if length != len(data) or _digest(hashlib.sha256(data)) != digest:
+                data = memory(os.fstat(file.fileno()).st_size)
+                for piece in _pieces(file, data):
+                    if beside is not None:
+                        beside(piece)
+                    found.update(piece)
+                    length += len(piece)
+            if length != len(data) or _digest(found) != digest:
                 raise self._damaged(digest, file)
             return data
 
@@ -229,11 +242,11 @@ class StagedFile:
         """The digest of the bytes so far."""
         return _digest(self._hash)
 
-    def read(self) -> bytearray:
+    def read(self) -> memoryview:
         """All bytes so far."""
         with translated("read a blob back"):
             self._file.seek(0)
-            data = bytearray(self.size)
+            data = host_memory(self.size)
             self._file.readinto(data)  # type: ignore[attr-defined]  # typeshed has it on BufferedRandom alone
         return data
 
@@ -266,6 +279,14 @@ class StagedFile:
 
 def _digest(sha256: "hashlib._Hash") -> str:
     return f"sha256:{sha256.hexdigest()}"
+
+
+def _pieces(file: BinaryIO, data: memoryview) -> Iterator[memoryview]:
+    """Fill memory from a file, one piece after another; fewer if the file has become shorter."""
+    at = 0
+    while count := file.readinto(data[at : at + _PIECE]):  # type: ignore[attr-defined]  # BufferedReader alone has it
+        yield data[at : at + count]
+        at += count
 
 
 def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:

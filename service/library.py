@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from service.blobs import BlobStore, StagedBlob
+from service.body_digests import BodyDigests
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
@@ -36,7 +37,6 @@ from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 log = logging.getLogger("prefix_service")
 
 _KEY_VALUES: Final = "past_key_values"
-_REMEMBERED_DIGESTS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Library:
         self.limits = limits
         self._blobs = blobs
         self.registry = registry
-        self._digests: dict[str, bytes] = {}
+        self._digests = BodyDigests()
 
     async def stage(self) -> StagedBlob:
         """Begin an upload; the caller writes to it, and discards it in the end."""
@@ -172,26 +172,24 @@ class Library:
         """
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
-        load = partial(self._load, version)
+        load = partial(self._load, version, plan)
         leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load)
         async with leased as rendering:
             yield rendering
 
     async def body_digest(self, plan: Plan, rendering: Rendering) -> bytes:
         """SHA-256 of the whole body (RFC 9530's representation digest), computed once for each entity tag."""
-        if (known := self._digests.get(plan.etag)) is None:
-            known = self._digests[plan.etag] = await to_thread.run_sync(_hash, plan, rendering)
-            if len(self._digests) > _REMEMBERED_DIGESTS:
-                del self._digests[next(iter(self._digests))]
-        return known
+        return await self._digests.of(plan, rendering)
 
-    def _load(self, version: Version) -> PrefixKV:
+    def _load(self, version: Version, plan: Plan | None = None) -> PrefixKV:
+        """Keys and values as they are stored, and meanwhile the digest of the body that `plan` makes of them."""
+        hashing = contextlib.nullcontext() if plan is None else self._digests.beside(plan)
         try:
-            data = self._blobs.read(version.key_values)
+            with hashing as beside:
+                data = self._blobs.read(version.key_values, beside=beside)
         except NotFound:
             return self._encode_again(version)
-        view = memoryview(data)
-        return PrefixKV.whole(tensor_at(view, parse_header(view, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
+        return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
 
     def _encode_again(self, version: Version) -> PrefixKV:
         """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
@@ -287,13 +285,6 @@ def _name(version: Version) -> str:
 
 def _key(version: Version) -> VersionKey:
     return VersionKey(version.tenant, version.adapter, version.number, version.digest)
-
-
-def _hash(plan: Plan, rendering: Rendering) -> bytes:
-    body = hashlib.sha256()
-    for chunk in plan.message.chunks(rendering):
-        body.update(chunk)
-    return body.digest()
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:

@@ -53,6 +53,13 @@ class Plan:
         """Whether keys and values are sent once."""
         return self.message.form.rows == 1
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
+        identity, form = self.message.identity, self.message.form
+        whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
+        return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
+
 
 def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:
     """Check a request against a version; `mask` is the input's `[batch, seq]` of zeros and ones.

@@ -108,7 +108,7 @@ class PrefixWeights:
     tensors: Mapping[str, Tensor]
 
 
-def load_weights(data: bytearray, config: PrefixConfig) -> PrefixWeights:
+def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWeights:
     """The weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
 
     Raises:

@@ -165,6 +165,16 @@ class Message:
         """Bytes of the whole file."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
+    def around_values(self) -> tuple[bytes, bytes]:
+        """What stands in front of keys and values, and behind them, where they are sent once and without scales."""
+        before, after = self.header, b""
+        for slot in self._slots:
+            if slot.source == "values":
+                before, after = before + after, b""
+            else:
+                after += bytes_of(self.extras[slot.name].contiguous())
+        return before, after
+
     @cached_property
     def _pieces(self) -> list[bytes | memoryview | _Span]:
         """The file in order: what is known without a rendering, and spans of one. Neighbours are joined where they can

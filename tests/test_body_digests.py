@@ -1,0 +1,118 @@
+"""`service.body_digests`: each digest is computed once, and is that of the body as it travels."""
+
+import asyncio
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.catalog.records import COMMAND_LINE
+from service.errors import CorruptBlob
+from service.library import Library
+from service.plan import Plan, PrefixRequest
+from service.prefix.wire import Message
+from tests.test_library import blob, library, published
+
+__all__ = ["library"]
+
+CASES = ["llama-n20-emb", "gpt2-n20-proj-trainstate"]
+
+
+async def digest_and_body(library: Library, plan: Plan) -> tuple[bytes, bytes]:
+    async with library.rendering(plan) as rendering:
+        digest = await library.body_digest(plan, rendering)
+        return digest, b"".join(plan.message.chunks(rendering))
+
+
+class Counted:
+    """How many bodies were hashed from their renderings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        chunks = Message.chunks
+
+        def counted(message: Message, *arguments: Any) -> Any:
+            self.count += 1
+            return chunks(message, *arguments)
+
+        monkeypatch.setattr(Message, "chunks", counted)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "stacked"},
+        {"batch_size": 3, "expand": False},
+        {"batch_size": 3},
+        {"mask_dtype": "bool", "dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float8_e4m3fn"},
+        {"layers": "0:1"},
+        {"kv_heads": "1:2"},
+    ],
+    ids=str,
+)
+async def test_the_digest_is_that_of_the_body(library: Library, case: str, options: dict[str, Any]) -> None:
+    """Whether it was hashed beside the load or from the rendering, and whatever stands around the tensors."""
+    plan = library.plan(await published(library, case), PrefixRequest(**options))
+    digest, body = await digest_and_body(library, plan)
+    assert digest == hashlib.sha256(body).digest()
+
+
+async def test_a_body_of_stored_bytes_is_hashed_while_it_is_loaded(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not as it is stored is hashed afterwards."""
+    version = await published(library, "llama-n20-emb")
+    counted = Counted(monkeypatch)
+    for options, expected in (({}, 0), ({"kv_heads": "1:2"}, 1)):
+        plan = library.plan(version, PrefixRequest(**options))
+        async with library.rendering(plan) as rendering:
+            await library.body_digest(plan, rendering)
+        assert counted.count == expected
+
+
+async def test_a_digest_is_computed_once(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all who ask at once and later; also when the first gives up."""
+    plan = library.plan(await published(library, "llama-n20-emb"), PrefixRequest(kv_heads="1:2"))
+    counted = Counted(monkeypatch)
+    async with library.rendering(plan) as rendering:
+        first = asyncio.create_task(library.body_digest(plan, rendering))
+        await asyncio.sleep(0)
+        first.cancel()
+        digests = await asyncio.gather(*(library.body_digest(plan, rendering) for _ in range(8)))
+    assert len(set(digests)) == 1
+    assert await library.body_digest(plan, rendering) == digests[0]
+    assert counted.count == 1
+
+
+async def test_what_was_not_verified_leaves_no_digest(library: Library, tmp_path: Path) -> None:
+    """The digest of damaged bytes, which was computed beside, is not that of the version made again."""
+    version = await published(library, "llama-n20-emb")
+    plan = library.plan(version, PrefixRequest())
+    path = blob(tmp_path, version.key_values)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CorruptBlob):
+        await digest_and_body(library, plan)
+    await library.unload(version, COMMAND_LINE)
+    digest, body = await digest_and_body(library, plan)
+    assert digest == hashlib.sha256(body).digest()
+
+
+async def test_a_hash_that_fails_is_tried_again(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread without memory today may have some tomorrow."""
+    plan = library.plan(await published(library, "llama-n20-emb"), PrefixRequest(kv_heads="1:2"))
+
+    def failing(*_: Any) -> Any:
+        raise MemoryError
+
+    async with library.rendering(plan) as rendering:
+        with monkeypatch.context() as broken:
+            broken.setattr(Message, "chunks", failing)
+            with pytest.raises(MemoryError):
+                await library.body_digest(plan, rendering)
+        body = b"".join(plan.message.chunks(rendering))
+        assert await library.body_digest(plan, rendering) == hashlib.sha256(body).digest()
