@@ -6,10 +6,8 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.problems import problem
 from service.api.responses import PrefixResponse
 from service.catalog.records import Principal
-from service.errors import PrefixServiceError
 from service.library import Library
 from service.prefix.references import Reference
 
@@ -66,7 +64,7 @@ class Answers:
 
 
 def _question(scope: Scope) -> _Question:
-    accept = b"".join(value for name, value in scope["headers"] if name == b"accept")
+    accept = b",".join([value for name, value in scope["headers"] if name == b"accept"])
     return scope["raw_path"], scope["query_string"], accept
 
 
@@ -80,10 +78,4 @@ class AnswersMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the routes do it."""
         answer = self._answers().find(scope) if "principal" in scope else None
-        if answer is None:
-            await self._app(scope, receive, send)
-            return
-        try:
-            await answer(scope, receive, send)
-        except PrefixServiceError as error:
-            await problem(error)(scope, receive, send)
+        await (answer or self._app)(scope, receive, send)

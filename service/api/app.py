@@ -42,12 +42,13 @@ _DESCRIPTION = (
 class _App(FastAPI):
     """What every request passes stands in front of FastAPI: what was answered before never comes to its own layers."""
 
-    def __init__(self, metrics: Metrics, **options: Any) -> None:
-        super().__init__(**options)
-        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: self.state.prefix_service.answers)
-        behind = RateLimitMiddleware(behind, lambda: self.state.prefix_service.rates)
-        behind = AuthenticationMiddleware(behind, lambda: self.state.prefix_service.authenticator)
-        self._front = RequestMiddleware(behind, metrics)
+    def open(self, state: State) -> None:
+        """Serve with these collaborators from now on."""
+        self.state.prefix_service = state
+        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: state.answers)
+        behind = RateLimitMiddleware(behind, lambda: state.rates)
+        behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
+        self._front = RequestMiddleware(behind, state.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -63,10 +64,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: _App) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir))
         try:
-            state = app.state.prefix_service = _compose(settings, database, metrics)
+            state = _compose(settings, database, metrics)
+            app.open(state)
             with state.library.changes.followed():
                 async with metrics.sampled():
                     yield
@@ -74,7 +76,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
             database.close()
 
     app = _App(
-        metrics,
         title="prefix-service",
         version=version("prefix-service"),
         description=_DESCRIPTION,

@@ -10,11 +10,10 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.paths import TenantPath
-from service.api.problems import problem
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.records import Scope as KeyScope
-from service.errors import Forbidden, NotFound, PrefixServiceError, Unauthenticated
+from service.errors import Forbidden, NotFound, Unauthenticated
 from service.logs import about
 from service.prefix.references import check_name
 
@@ -77,7 +76,7 @@ class Authenticator:
 
 
 class AuthenticationMiddleware:
-    """Puts the principal into the ASGI scope, or answers 401."""
+    """Puts the principal into the ASGI scope, or raises Unauthenticated."""
 
     def __init__(self, app: ASGIApp, authenticator: Callable[[], Authenticator]) -> None:
         self._app = app
@@ -86,12 +85,8 @@ class AuthenticationMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
         if scope["path"] not in PUBLIC:
-            try:
-                authenticator, header = self._authenticator(), _authorization(scope)
-                principal = authenticator.remembered(header) or await authenticator.authenticate(header)
-            except PrefixServiceError as error:
-                await problem(error)(scope, receive, send)
-                return
+            authenticator, header = self._authenticator(), _authorization(scope)
+            principal = authenticator.remembered(header) or await authenticator.authenticate(header)
             scope["principal"], scope["tenant"] = principal, principal.tenant
             about.get()["key_id"] = principal.key_id
         await self._app(scope, receive, send)

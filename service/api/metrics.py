@@ -99,7 +99,8 @@ class _Requests:
         total, histogram, bytes_sent = children
         total.inc()
         histogram.observe(seconds)
-        bytes_sent.inc(sent)
+        if sent:
+            bytes_sent.inc(sent)
         if status == 401:
             self._refused.inc()
         elif status == 429:

@@ -73,18 +73,17 @@ def _joined(headers: Headers, name: str) -> str:
 
 def is_current(headers: Headers, etag: str) -> bool:
     """Whether If-None-Match names this entity tag, by weak comparison."""
-    tags = [tag.strip().removeprefix("W/") for tag in _listed(headers, "if-none-match")]
+    named = headers.getlist("if-none-match")
+    if not named or named == [etag]:
+        return bool(named)
+    tags = [tag.strip().removeprefix("W/") for tag in ",".join(named).split(",")]
     return "*" in tags or etag in tags
 
 
 def is_expected(headers: Headers, etag: str) -> bool:
     """Whether If-Match names this entity tag, by strong comparison."""
-    tags = [tag.strip() for tag in _listed(headers, "if-match")]
+    tags = [tag.strip() for tag in ",".join(headers.getlist("if-match")).split(",")]
     return "*" in tags or etag in tags
-
-
-def _listed(headers: Headers, name: str) -> list[str]:
-    return ",".join(headers.getlist(name)).split(",")
 
 
 def wants_digest(headers: Headers) -> bool:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem
 from service.catalog.records import AuditEntry, Principal
-from service.errors import InvalidReference, PrefixServiceError, RateLimited
+from service.errors import InvalidReference, RateLimited
 from service.prefix.references import check_name
 
 REMEMBERED_SECONDS: Final = 5.0
@@ -102,11 +102,7 @@ class RateLimitMiddleware:
         if tenant is None or limits.lets_through(tenant):
             await self._app(scope, receive, send)
             return
-        try:
-            allowance = await limits.charge(tenant)
-        except PrefixServiceError as error:
-            await problem(error)(scope, receive, send)
-            return
+        allowance = await limits.charge(tenant)
         if allowance is None:
             await self._app(scope, receive, send)
         elif allowance.granted:

@@ -8,7 +8,8 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.metrics import Metrics
-from service.api.problems import defect
+from service.api.problems import defect, problem
+from service.errors import PrefixServiceError
 from service.logs import LogLevel, RequestLog, about
 
 UNROUTED: Final = "none"
@@ -40,9 +41,10 @@ class RequestMiddleware:
         try:
             await self._app(scope, receive, outcome.send)
         except Exception as error:  # noqa: BLE001 - the last one who can answer
-            # What the app itself raises has been answered and logged; uvicorn would log it again.
+            # What the routes raise has been answered and logged; uvicorn would log it again.
             if not outcome.status:
-                await defect(error)(scope, receive, outcome.send)
+                answer = problem(error) if isinstance(error, PrefixServiceError) else defect(error)
+                await answer(scope, receive, outcome.send)
         finally:
             self._metrics.in_flight -= 1
             self._tell(scope, outcome, time.perf_counter() - started)

@@ -49,7 +49,7 @@ class BytesResponse(Response, ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        request = Headers(scope=scope)
+        request = Headers(raw=scope["headers"])
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
             await send({"type": "http.response.start", "status": 304, "headers": self._about})
