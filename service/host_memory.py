@@ -4,7 +4,7 @@ import contextlib
 import mmap
 from typing import Final
 
-_LARGE: Final = 1 << 20  # below it a mapping of its own costs more than it saves, and a process may have 65,530
+_LARGE: Final = 32 << 20  # from here on malloc never uses memory again that was touched before
 
 
 def host_memory(nbytes: int) -> memoryview:

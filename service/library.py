@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, Final
 
@@ -31,7 +31,8 @@ from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
 from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
-from service.prefix.wire import KV_DTYPES, Rendering
+from service.prefix.streams import own_stream
+from service.prefix.wire import KV_DTYPES, Rendering, to_host
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 
 log = logging.getLogger("prefix_service")
@@ -186,7 +187,7 @@ class Library:
         hashing = contextlib.nullcontext() if plan is None else self._digests.beside(plan)
         try:
             with hashing as beside:
-                data = self._blobs.read(version.key_values, beside=beside)
+                data = self._blobs.read(version.key_values, self.registry.host_memory, beside)
         except NotFound:
             return self._encode_again(version)
         return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
@@ -204,8 +205,9 @@ class Library:
         return kv
 
     def _encode(self, config: PrefixConfig, weights: PrefixWeights) -> PrefixKV:
-        kv = PrefixEncoder.from_weights(config, weights, self.registry.device).encode()
-        return kv.to(device=torch.device("cpu"))
+        with own_stream(self.registry.device):
+            kv = PrefixEncoder.from_weights(config, weights, self.registry.device).encode()
+            return replace(kv, tensor=to_host(kv.tensor))
 
     async def load(self, version: Version) -> None:
         """Bring a version into memory now, and wait."""

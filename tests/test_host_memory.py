@@ -8,7 +8,7 @@ import pytest
 from service.host_memory import host_memory
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, (1 << 20) - 1, 1 << 20, (5 << 20) + 3])
+@pytest.mark.parametrize("nbytes", [0, 1, (32 << 20) - 1, 32 << 20, (33 << 20) + 3])
 def test_memory_is_as_large_as_asked_and_writable(nbytes: int) -> None:
     """To the byte, small and large."""
     memory = host_memory(nbytes)
@@ -19,7 +19,7 @@ def test_memory_is_as_large_as_asked_and_writable(nbytes: int) -> None:
 
 def test_large_memory_goes_back_with_its_last_view() -> None:
     """A view of a part keeps the whole."""
-    memory = host_memory(1 << 20)
+    memory = host_memory(32 << 20)
     block, part = memory.obj, memory[5:6]
     assert isinstance(block, mmap.mmap)
     memory.release()

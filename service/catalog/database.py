@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, DBAPIError
@@ -78,21 +74,35 @@ class Database:
         self._engine.dispose()
 
     def _migrate(self, place: Path | str) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS))
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        known = {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+        with self.reading() as connection:
+            if _revision(connection) == max(known):
+                return
+        # Only who migrates waits for its import, a tenth of a second.
+        from alembic import command
+        from alembic.config import Config
+
         with self.writing() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            found = MigrationContext.configure(connection).get_current_revision()
+            found = _revision(connection)
             if found is not None and found not in known:
                 name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
                 raise StorageFailed(
                     f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
                     "start with a copy made before the upgrade"
                 )
-            config.attributes["connection"] = connection
+            config = Config(attributes={"connection": connection})
+            config.set_main_option("script_location", str(_MIGRATIONS))
             command.upgrade(config, "head")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    """Where Alembic notes the schema's revision; none in an empty database."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    return found
 
 
 def afterwards(connection: sa.Connection, call: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """`serve`, `key`, `backup` and `openapi`: the commands of who runs the service."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -49,9 +50,13 @@ def serve(
     """Run the service. Every option is also a setting from the environment (PREFIX_HOST, …)."""
     chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
     chosen |= {"device": device, "workers": workers, "dev": dev}
+    # What is imported stays: no collection, at the start or later, needs to look through it for garbage.
+    gc.disable()
     settings = load_settings(chosen)
     from service.api.run import run
 
+    gc.freeze()
+    gc.enable()
     run(settings)
 
 

@@ -21,6 +21,7 @@ from service.errors import InvalidCheckpoint, InvalidResponse
 from service.prefix.form import FORMAT, Form, Identity, KVDtype, MaskDtype, Span
 from service.prefix.kv import PrefixKV
 from service.prefix.safetensors_header import DTYPES, NAMES, TensorEntry, parse_header
+from service.prefix.streams import own_stream
 
 _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
@@ -89,20 +90,30 @@ class _Span(NamedTuple):
 
 
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
-    """Cast on the device of `kv`, then one copy to host memory; no copy where nothing changes on the CPU.
+    """Sliced and cast on the device of `kv`, then one copy to host memory, pinned; no copy where nothing changes on
+    the CPU. Renderings of several threads do not wait for each other.
 
     float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them; never by less
     than the smallest normal float32, so that a head of zeros or of subnormals divides too.
     """
-    tensor, scales = kv.tensor, None
-    if dtype == "float8_e4m3fn":
-        exact = tensor.to(torch.float32)
-        largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
-        scales = (largest / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-        tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
-        scales = scales.cpu().contiguous()
-    values = tensor.to(dtype=KV_DTYPES[dtype]).contiguous().cpu()
-    return Rendering(values, scales)
+    with own_stream(kv.tensor.device):
+        tensor, scales = kv.tensor, None
+        if dtype == "float8_e4m3fn":
+            exact = tensor.to(torch.float32)
+            largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
+            scales = (largest / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
+        values = tensor.to(dtype=KV_DTYPES[dtype])
+        return Rendering(to_host(values), None if scales is None else to_host(scales))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The contiguous values in host memory; from a device pinned, and there once the current stream's work is done."""
+    tensor = tensor.contiguous()
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)

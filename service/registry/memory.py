@@ -1,10 +1,23 @@
-"""What an allocator says when there is no memory: of the device, of the host, of a thread's stack."""
+"""Host memory that a device copies from, and what an allocator says when there is none left."""
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
 
+from service.host_memory import host_memory
+from service.prefix.wire import bytes_of
+
 _HOST: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "new thread")
+
+
+def memory_for(device: torch.device) -> Callable[[int], memoryview]:
+    """Allocates so many bytes of host memory; pinned where they go on to a CUDA device."""
+    return _pinned if device.type == "cuda" else host_memory
+
+
+def _pinned(nbytes: int) -> memoryview:
+    return bytes_of(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
 
 
 def exhausted(error: BaseException) -> bool:

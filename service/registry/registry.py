@@ -12,8 +12,9 @@ import torch
 from service.errors import InvalidInput, OutOfSpace, Unavailable
 from service.prefix.form import KVDtype, Span
 from service.prefix.kv import PrefixKV
+from service.prefix.streams import own_stream
 from service.prefix.wire import Rendering, render
-from service.registry.memory import exhausted, of_device
+from service.registry.memory import exhausted, memory_for, of_device
 from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
 from service.registry.tenants import Entry
 from service.registry.tier import Tier
@@ -66,8 +67,13 @@ class AdapterRegistry:
         self, device: torch.device, device_bytes: int, rendering_bytes: int, patience: float = PATIENCE
     ) -> None:
         self.device = device
-        self._prefixes: Tier[VersionKey, PrefixKV] = Tier("device", str(device), device_bytes, patience)
-        self._renderings: Tier[RenderingKey, Rendering] = Tier("host", "host", rendering_bytes, patience)
+        self.host_memory = memory_for(device)  # what is to go onto the device is best read into it
+        self._prefixes: Tier[VersionKey, PrefixKV, VersionKey] = Tier(
+            "device", str(device), device_bytes, patience, lambda key: key
+        )
+        self._renderings: Tier[RenderingKey, Rendering, VersionKey] = Tier(
+            "host", "host", rendering_bytes, patience, lambda key: key.version
+        )
         self._turns = Turns(_LOADS)
 
     async def prefix(self, key: VersionKey, nbytes: int, load: Callable[[], PrefixKV]) -> PrefixKV:
@@ -105,7 +111,7 @@ class AdapterRegistry:
             if self.device.type == "cpu":
                 return kv
             try:
-                return await self._run(key, lambda: kv.to(device=self.device))
+                return await self._run(key, lambda: _copied(kv, self.device))
             except OutOfSpace as error:
                 log.warning("%s stays in host memory: %s", key, error)
                 return kv
@@ -150,13 +156,13 @@ class AdapterRegistry:
 
     def forget(self, key: VersionKey) -> None:
         """Unload a version and its renderings, and forget that its load failed; transfers under way complete."""
-        self._prefixes.remove(lambda resident: resident == key)
-        self._renderings.remove(lambda rendering: rendering.version == key)
+        self._prefixes.remove(key)
+        self._renderings.remove(key)
 
     def forgive(self, key: VersionKey) -> None:
         """Forget that a version could not be loaded: its bytes have just been put right."""
-        self._prefixes.forgive(lambda failed: failed == key)
-        self._renderings.forgive(lambda rendering: rendering.version == key)
+        self._prefixes.forgive(key)
+        self._renderings.forgive(key)
 
     def forget_versions(self, tenant: str, adapter: str, numbers: Collection[int]) -> None:
         """The same for some versions of an adapter."""
@@ -169,8 +175,8 @@ class AdapterRegistry:
 
     def forget_tenant(self, tenant: str) -> None:
         """The same for all versions of a tenant."""
-        self._prefixes.remove(lambda resident: resident.tenant == tenant)
-        self._renderings.remove(lambda rendering: rendering.version.tenant == tenant)
+        for tier in (self._prefixes, self._renderings):
+            tier.remove_where(lambda version: version.tenant == tenant)
 
     def tiers(self) -> list[TierReport]:
         """Both budgets, the device's first."""
@@ -207,6 +213,14 @@ def _joined(first: ResidentReport, second: ResidentReport) -> ResidentReport:
         reason=min(first.reason, second.reason, key=get_args(Reason).index),
         **{name: getattr(first, name) + getattr(second, name) for name in sums},
     )
+
+
+def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
+    # From the default stream's pool, not that of one of many streams; each that uses it is waited for.
+    tensor = torch.empty_like(kv.tensor, device=device)
+    with own_stream(device):
+        tensor.copy_(kv.tensor, non_blocking=True)
+    return replace(kv, tensor=tensor)
 
 
 def _render(kv: PrefixKV, key: RenderingKey) -> Rendering:

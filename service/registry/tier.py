@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
 from service.errors import Unavailable
@@ -21,14 +21,18 @@ class Sized(Protocol):
 
 
 V = TypeVar("V", bound=Sized)
+G = TypeVar("G", bound=Hashable)
 
 
-class Tier(Generic[K, V]):
+class Tier(Generic[K, V, G]):
     """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment.
-    What finds no room waits up to `patience` seconds for somebody else's lease to end."""
+    What finds no room waits up to `patience` seconds for somebody else's lease to end. Each key belongs to a `group`,
+    with which it is forgotten."""
 
-    def __init__(self, name: TierName, place: str, budget: int, patience: float) -> None:
+    def __init__(self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], G]) -> None:
         self.residency: Residency[K] = Residency(budget)
+        self._group = group
+        self._groups: dict[G, set[K]] = {}  # of what is resident
         self._name, self._place, self._patience = name, place, patience
         self._room: asyncio.Event = asyncio.Event()
         self._values: dict[K, V] = {}
@@ -82,6 +86,7 @@ class Tier(Generic[K, V]):
                 if not await self._room_before(until):
                     raise
             else:
+                self._groups.setdefault(self._group(key), set()).add(key)
                 self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
 
     async def _room_before(self, until: float) -> bool:
@@ -110,6 +115,7 @@ class Tier(Generic[K, V]):
             self._failed += 1
             if self.residency.holds(key, reservation):
                 self.residency.remove(key)
+                self._leave(key)
                 self._failures.remember(key, error)
             raise
         finally:
@@ -130,24 +136,37 @@ class Tier(Generic[K, V]):
         self._evictions += len(victims)
         for victim in victims:
             del self._values[victim]
+            self._leave(victim)
+
+    def _leave(self, key: K) -> None:
+        group = self._group(key)
+        self._groups[group].discard(key)
+        if not self._groups[group]:
+            del self._groups[group]
 
     def pin(self, key: K, *, pinned: bool) -> None:
         """Keep a resident key, or let it go again."""
         self.residency.pin(key, pinned=pinned)
         self._make_known()
 
-    def forgive(self, matches: Callable[[K], bool]) -> None:
+    def forgive(self, group: G) -> None:
         """Forget that loads failed: what was wrong has been put right."""
-        self._failures.forget(matches)
+        self._failures.forget(lambda key: self._group(key) == group)
 
-    def remove(self, matches: Callable[[K], bool]) -> None:
+    def remove(self, group: G) -> None:
         """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
-        self.forgive(matches)
-        for key in [key for key in (*self._values, *self._loads) if matches(key)]:
+        self.forgive(group)
+        for key in self._groups.pop(group, ()):
             self._values.pop(key, None)
             self._loads.pop(key, None)
             self.residency.remove(key)
         self._make_known()
+
+    def remove_where(self, matches: Callable[[G], bool]) -> None:
+        """The same for all groups that match."""
+        self._failures.forget(lambda key: matches(self._group(key)))
+        for group in [group for group in self._groups if matches(group)]:
+            self.remove(group)
 
     def reason(self, key: K) -> Reason:
         """Why a resident key stays."""

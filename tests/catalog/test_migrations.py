@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -14,6 +16,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
 from service.catalog import migrations
 from service.catalog.catalog import Catalog
@@ -94,6 +97,28 @@ def test_migrations_make_the_schema(database: Database) -> None:
     """What the migrations made and what the code expects are one."""
     with database.reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
+def test_a_migration_is_named_after_its_revision() -> None:
+    """The file's name tells whether a catalog is up to date, before Alembic is imported; the last one is the newest."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    found = [
+        Path(script.path).name.partition("_")[0] for script in ScriptDirectory.from_config(config).walk_revisions()
+    ]
+    assert found == [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()]
+    assert found == sorted(found, reverse=True)
+
+
+def test_alembic_is_imported_by_who_migrates_alone(tmp_path: Path) -> None:
+    """A start on a catalog that is up to date does not wait for it."""
+    Database(tmp_path / "catalog.sqlite").close()
+    opening = (
+        "import sys; from pathlib import Path; from service.catalog.database import Database; "
+        f"Database(Path({str(tmp_path / 'catalog.sqlite')!r})).close(); print('alembic' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", opening], check=True, capture_output=True, text=True)
+    assert told.stdout.strip() == "False"
 
 
 def test_constraints_have_their_names(database: Database) -> None:

@@ -406,6 +406,29 @@ async def test_forgetting_a_version_leaves_others() -> None:
         assert load.calls == 0
 
 
+def assert_groups_hold_what_is_resident(registry: AdapterRegistry) -> None:
+    """Evictions, failures and removals leave nothing behind, by which a version is found to be forgotten."""
+    for tier in (registry._prefixes, registry._renderings):
+        keys = sorted(str(key) for group in tier._groups.values() for key in group)
+        assert keys == sorted(str(key) for key, _ in tier.residency.items())
+        assert all(tier._groups.values())
+
+
+async def test_what_left_is_not_looked_for_when_a_version_is_forgotten() -> None:
+    """Whether it was evicted, could not be loaded or was forgotten: forgetting one version costs its renderings."""
+    registry = registry_of(2 * SIZE, 2 * SIZE)
+    for number in (1, 2, 3):
+        async with leased(registry, Loader(number), number):
+            pass
+    assert len(registry.resident()) == 2
+    assert_groups_hold_what_is_resident(registry)
+    with pytest.raises(CorruptBlob):
+        await registry.prefix(version(4), SIZE, Loader(4, error=CorruptBlob("damaged")))
+    assert_groups_hold_what_is_resident(registry)
+    registry.forget(version(3))
+    assert_groups_hold_what_is_resident(registry)
+
+
 async def test_a_tenants_tensors_are_never_anothers() -> None:
     """Every part of the key tells versions apart."""
     registry = registry_of(device_bytes=9 * SIZE)

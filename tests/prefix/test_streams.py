@@ -1,0 +1,69 @@
+"""`service.prefix.streams` and what renders on a device: threads that do not wait for each other."""
+
+import threading
+from typing import get_args
+
+import pytest
+import torch
+
+from service.prefix.form import KVDtype
+from service.prefix.kv import PrefixKV
+from service.prefix.streams import own_stream
+from service.prefix.wire import render, to_host
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")
+CUDA = torch.device("cuda")
+
+
+def test_on_the_cpu_there_is_no_stream() -> None:
+    """The block runs as it is, and a contiguous tensor is not copied."""
+    tensor = torch.arange(6)
+    with own_stream(tensor.device):
+        assert to_host(tensor).data_ptr() == tensor.data_ptr()
+        assert to_host(tensor.view(2, 3).T).is_contiguous()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", get_args(KVDtype))
+def test_a_slice_of_the_device_is_that_of_the_cpu(dtype: KVDtype) -> None:
+    """Bit for bit, in pinned memory."""
+    kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64))
+    host = render(kv.sliced((1, 3), (2, 7)), dtype)
+    device = render(kv.to(CUDA).sliced((1, 3), (2, 7)), dtype)
+    assert device.values.is_pinned()
+    assert torch.equal(host.values.view(torch.uint8), device.values.view(torch.uint8))
+    if host.scales is not None and device.scales is not None:
+        assert device.scales.is_pinned()
+        assert torch.equal(host.scales, device.scales)
+
+
+@needs_cuda
+def test_a_rendering_does_not_wait_for_another_stream() -> None:
+    """It is done while a kernel of another thread's stream still runs."""
+    kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64)).to(CUDA)
+    render(kv, "bfloat16")  # kernels are loaded once, which waits for the device
+    busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    begun = threading.Event()
+
+    def keep_busy() -> None:
+        with own_stream(CUDA):
+            torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]
+            busy.record()
+            begun.set()
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    begun.wait(60)
+    rendering = render(kv, "bfloat16")
+    assert not busy.query()  # type: ignore[no-untyped-call]
+    thread.join()
+    assert torch.equal(rendering.values, kv.tensor.to(torch.bfloat16).cpu())
+
+
+@needs_cuda
+def test_the_end_of_the_block_is_the_end_of_its_work() -> None:
+    """What was computed in it may be used on any other stream."""
+    with own_stream(CUDA):
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+        made = torch.ones(1 << 20, device=CUDA)
+    assert int(made.sum()) == 1 << 20
