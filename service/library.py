@@ -265,7 +265,8 @@ class Library:
                 self.registry.forget_tenant(change.target)
             elif change.action in ("version.deleted", "adapter.deleted"):
                 tenant, reference = parse_qualified(change.target)
-                self.registry.forget_versions(tenant, reference.adapter, change.details["versions"])
+                for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
+                    self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
 
 
 @contextlib.contextmanager

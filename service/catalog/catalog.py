@@ -201,7 +201,8 @@ class Catalog:
             if left == 0:
                 connection.execute(sa.delete(adapters).where(adapters.c.id == adapter_id))
             action = "version.deleted" if reference.explicit else "adapter.deleted"
-            record(connection, by, action, tenant, f"{tenant}/{reference}", versions=[one.number for one in gone])
+            deleted = {"versions": [one.number for one in gone], "digests": [one.digest for one in gone]}
+            record(connection, by, action, tenant, f"{tenant}/{reference}", **deleted)
             return gone
 
     @contextlib.contextmanager

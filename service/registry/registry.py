@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, get_args
 
@@ -163,15 +163,6 @@ class AdapterRegistry:
         """Forget that a version could not be loaded: its bytes have just been put right."""
         self._prefixes.forgive(key)
         self._renderings.forgive(key)
-
-    def forget_versions(self, tenant: str, adapter: str, numbers: Collection[int]) -> None:
-        """The same for some versions of an adapter."""
-
-        def gone(key: VersionKey) -> bool:
-            return key.tenant == tenant and key.adapter == adapter and key.version in numbers
-
-        self._prefixes.remove(gone)
-        self._renderings.remove(lambda rendering: gone(rendering.version))
 
     def forget_tenant(self, tenant: str) -> None:
         """The same for all versions of a tenant."""

@@ -1,0 +1,226 @@
+"""`service.catalog.changes` and `service.catalog.remembered`: who hears of what, when, and what is relied on since."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from service.catalog import changes as module
+from service.catalog.catalog import Catalog
+from service.catalog.changes import Changes
+from service.catalog.database import Database
+from service.catalog.keys import Keyring
+from service.catalog.records import AuditEntry
+from service.catalog.remembered import RememberedVersions
+from service.catalog.tenants import Tenants
+from service.errors import NotFound, StorageFailed
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, Content, Place, on_sqlite
+
+
+@pytest.fixture
+def changes(database: Database) -> Changes:
+    return Changes(database)
+
+
+@pytest.fixture
+def heard(changes: Changes) -> list[str]:
+    """The actions that a listener has heard of."""
+    actions: list[str] = []
+    changes.listen(lambda entries: actions.extend(entry.action for entry in entries))
+    return actions
+
+
+@pytest.fixture
+def elsewhere(place: Place) -> Iterator[Database]:
+    """The same database, opened by another process as it were."""
+    opened = Database(place)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def remembered(catalog: Catalog, changes: Changes) -> RememberedVersions:
+    return RememberedVersions(catalog, changes)
+
+
+@pytest.fixture(autouse=True)
+def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
+    """A tenant with two versions of an adapter, the first behind an alias."""
+    tenants.put("acme", BY)
+    for word in "xy":
+        catalog.add_version("acme", "a", content(word), BY)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+
+
+def test_own_changes_are_heard_before_the_writer_goes_on(catalog: Catalog, heard: list[str]) -> None:
+    """Nobody has to wait, and nothing is heard twice."""
+    catalog.put_alias("acme", "a", "prod", 2, BY)
+    assert heard == ["alias.moved"]
+    catalog.put_alias("acme", "a", "dev", 2, BY)
+    assert heard == ["alias.moved", "alias.moved"]
+
+
+def test_what_was_before_is_not_heard(changes: Changes, heard: list[str]) -> None:
+    """A listener begins with what comes."""
+    changes.catch_up()
+    assert heard == []
+
+
+def test_changes_of_others_are_heard_within_a_moment(
+    changes: Changes, heard: list[str], elsewhere: Database, content: Content
+) -> None:
+    """Each once, in their order."""
+    with changes.followed():
+        Catalog(elsewhere).add_version("acme", "b", content("z"), BY)
+        Tenants(elsewhere).delete("acme", BY)
+        began = time.monotonic()
+        while len(heard) < 2 and time.monotonic() - began < 5:
+            time.sleep(0.01)
+        assert time.monotonic() - began < 1
+        time.sleep(2 * module._PAUSE)
+    assert heard == ["version.published", "tenant.deleted"]
+
+
+@on_sqlite
+def test_many_writers_are_heard_once_each(
+    changes: Changes, heard: list[str], database: Database, elsewhere: Database, secret: Path
+) -> None:
+    """Whoever hears first, nothing is lost between two looks and nothing comes twice."""
+    mine, theirs = Keyring(database, secret), Keyring(elsewhere, secret)
+
+    def make(keyring: Keyring) -> None:
+        for _ in range(10):
+            keyring.create("acme", "read", "", BY)
+
+    with changes.followed():
+        threads = [threading.Thread(target=make, args=(keyring,)) for keyring in (mine, mine, theirs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    changes.catch_up()
+    assert heard == ["key.created"] * 30
+
+
+REFERENCES = ["a", "a@latest", "a@1", "a@prod"]
+
+CHANGES: dict[str, Callable[[Database, Content], object]] = {
+    "publish": lambda database, content: Catalog(database).add_version("acme", "a", content("z"), BY),
+    "move": lambda database, _: Catalog(database).put_alias("acme", "a", "prod", 2, BY),
+    "forget": lambda database, _: Catalog(database).delete_alias("acme", "a", "prod", BY),
+    "delete version": lambda database, _: Catalog(database).delete("acme", parse_reference("a@2"), BY),
+    "delete adapter": lambda database, _: Catalog(database).delete("acme", parse_reference("a"), BY),
+    "delete tenant": lambda database, _: Tenants(database).delete("acme", BY),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("own", [True, False], ids=["own", "others"])
+def test_a_change_is_forgotten_nowhere(
+    remembered: RememberedVersions,
+    catalog: Catalog,
+    changes: Changes,
+    database: Database,
+    elsewhere: Database,
+    content: Content,
+    change: str,
+    own: bool,
+) -> None:
+    """What was remembered of the adapter is looked up again; then it is what the catalog says."""
+    parsed = [parse_reference(reference) for reference in REFERENCES]
+    for reference in parsed:
+        version = remembered.resolve("acme", reference)
+        assert remembered.get("acme", reference) is version
+    CHANGES[change](database if own else elsewhere, content)
+    if not own:
+        changes.catch_up()
+    assert [remembered.get("acme", reference) for reference in parsed] == [None] * len(parsed)
+    for reference in parsed:
+        try:
+            expected = catalog.resolve("acme", reference)
+        except NotFound:
+            with pytest.raises(NotFound):
+                remembered.resolve("acme", reference)
+        else:
+            assert remembered.resolve("acme", reference) == expected
+
+
+def test_other_adapters_stay_remembered(
+    remembered: RememberedVersions, catalog: Catalog, tenants: Tenants, content: Content
+) -> None:
+    """A fleet does not look everything up again for each adapter that is published."""
+    tenants.put("beta", BY)
+    for tenant, adapter in (("acme", "b"), ("beta", "a")):
+        catalog.add_version(tenant, adapter, content("x"), BY)
+        remembered.resolve(tenant, parse_reference(adapter))
+    catalog.add_version("acme", "a", content("z"), BY)
+    assert remembered.get("acme", parse_reference("b")) is not None
+    assert remembered.get("beta", parse_reference("a")) is not None
+    tenants.delete("acme", BY)
+    assert remembered.get("acme", parse_reference("b")) is None
+    assert remembered.get("beta", parse_reference("a")) is not None
+
+
+class _Slow(Catalog):
+    """Something happens between a look into the catalog and its end."""
+
+    meanwhile: Callable[[], object]
+
+    def resolve(self, tenant: str, reference: object) -> object:  # type: ignore[override]
+        version = super().resolve(tenant, reference)  # type: ignore[arg-type]
+        self.meanwhile()
+        return version
+
+
+def test_what_was_read_before_a_change_is_not_remembered_after_it(
+    database: Database, changes: Changes, catalog: Catalog
+) -> None:
+    """Or an alias would stay where it was until its next move."""
+    slow = _Slow(database)
+    slow.meanwhile = lambda: catalog.put_alias("acme", "a", "prod", 2, BY)
+    remembered = RememberedVersions(slow, changes)
+    reference = parse_reference("a@prod")
+    assert remembered.resolve("acme", reference).number == 1
+    assert remembered.get("acme", reference) is None
+    slow.meanwhile = lambda: None
+    assert remembered.resolve("acme", reference).number == 2
+
+
+@on_sqlite
+def test_without_the_catalog_what_is_remembered_holds_for_a_while(
+    remembered: RememberedVersions, changes: Changes, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resident adapters are served meanwhile; after that nobody is told what may be long untrue."""
+    reference = parse_reference("a@prod")
+    remembered.resolve("acme", reference)
+    with database.writing() as connection:
+        connection.exec_driver_sql("ALTER TABLE audit RENAME TO away")
+    # The writer's own look has failed: nothing is relied on until one succeeds.
+    assert remembered.get("acme", reference) is None
+    with pytest.raises(StorageFailed):
+        changes.catch_up()
+    with database.writing() as connection:
+        connection.exec_driver_sql("ALTER TABLE away RENAME TO audit")
+    assert remembered.get("acme", reference) is not None
+    monkeypatch.setattr(module, "_STALE", 0.05)
+    time.sleep(0.1)
+    assert remembered.get("acme", reference) is None
+    changes.catch_up()
+    assert remembered.get("acme", reference) is not None
+
+
+def test_a_listener_is_told_what_happened(changes: Changes, catalog: Catalog) -> None:
+    """Enough to take the right thing out of memory."""
+    told: list[AuditEntry] = []
+
+    def listen(entries: Sequence[AuditEntry]) -> None:
+        told.extend(entries)
+
+    changes.listen(listen)
+    gone = catalog.delete("acme", parse_reference("a@2"), BY)
+    (entry,) = told
+    assert (entry.action, entry.tenant, entry.target) == ("version.deleted", "acme", "acme/a@2")
+    assert entry.details == {"versions": [2], "digests": [gone[0].digest]}
