@@ -55,6 +55,7 @@ def test_every_form_of_answer_is_read(form: str) -> None:
         client.get("a/b@1")
         assert is_right(client.get("a/b@1"))
         assert is_right(client.get("a/b@2"))
+        assert len(server.requests) == 2  # the first try was answered
 
 
 FAULTS = {
@@ -64,6 +65,7 @@ FAULTS = {
     "nothing": b"",
     "longer than its length": answer() + b"x",
     "two lengths": OK + LENGTH + b"Content-Length: 1\r\n\r\n" + BODY,
+    "two lengths, the last right": OK + b"Content-Length: 1\r\n" + LENGTH + b"\r\n" + BODY,
     "a length that is none": OK + b"Content-Length: -1\r\n\r\n" + BODY,
     "another encoding": OK + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunked(BODY),
     "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
@@ -150,12 +152,23 @@ def closes_at_the_second_request(connection: socket.socket) -> None:
     read_request(connection)
 
 
-@pytest.mark.parametrize("first", [says(answer()), closes_at_the_second_request], ids=["idle", "asked"])
+def says_that_it_waited_too_long(connection: socket.socket) -> None:
+    """As some proxies do before they close what is idle; it answers no request."""
+    read_request(connection)
+    connection.sendall(answer())
+    time.sleep(0.02)
+    connection.sendall(answer(b"", "Connection: close", status="408 Request Timeout"))
+
+
+ENDS = {"idle": says(answer()), "asked": closes_at_the_second_request, "told": says_that_it_waited_too_long}
+
+
+@pytest.mark.parametrize("first", ENDS.values(), ids=ENDS)
 def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script) -> None:
     """Whether its end is seen before the request or after it: no failure, and no pause before the other one."""
     with hostile_server(first, says(answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
-        time.sleep(0.05)
+        time.sleep(0.1)
         began = time.monotonic()
         assert is_right(client.get("a/b@2"))
         assert time.monotonic() - began < 0.1  # the first pause between tries
