@@ -111,7 +111,7 @@ class Library:
 
     def _publish(self, target: Target, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
         weights = load_weights(staged.read(), config)
-        key_values_bytes = _elements(config) * weights.dtype.itemsize
+        key_values_bytes = _elements(config) * weights.encoded_dtype.itemsize
         self._require_moderate(key_values_bytes)
         manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
@@ -139,3 +140,19 @@ async def test_an_untrained_prefix_that_finds_no_room_leaves_nothing(library: Li
     with largest_file(4096), pytest.raises(OutOfSpace):
         await library.publish_fresh(Target("acme", "a", COMMAND_LINE), large, "zero", 0)
     assert list((tmp_path / "blobs" / "staging").iterdir()) == []
+
+
+async def test_the_bytes_that_count_are_those_that_are_kept(library: Library, tmp_path: Path) -> None:
+    """Also those of an MLP with weights in half precision, whose result is float32: budgets and quotas rely on it."""
+    folder = CORPUS / "cases" / "gpt2-n20-proj-trainstate" / "adapter"
+    config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
+    halved = {name: value.to(torch.bfloat16) for name, value in load_file(folder / "adapter_model.safetensors").items()}
+    for tensors in (load_file(folder / "adapter_model.safetensors"), halved):
+        weights = await library.stage()
+        try:
+            weights.write(save(tensors))
+            version, _ = await library.publish(Target("acme", "a", COMMAND_LINE), config, weights)
+        finally:
+            weights.discard()
+        stored = load_file(blob(tmp_path, version.key_values))
+        assert sum(tensor.nbytes for tensor in stored.values()) == version.key_values_bytes

@@ -107,6 +107,11 @@ class PrefixWeights:
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
 
+    @property
+    def encoded_dtype(self) -> torch.dtype:
+        """That of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
+        return torch.float32 if "transform.w1" in self.tensors else self.dtype
+
 
 def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWeights:
     """The weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
