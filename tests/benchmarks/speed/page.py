@@ -23,7 +23,7 @@ def keep(found: dict[str, Outcome]) -> None:
     for part, outcome in found.items():
         kept[part] = {**asdict(outcome), "peers": peers}
         draw(outcome.chart, HERE / f"{part}.svg")
-    _RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    _RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n")
     (HERE / "README.md").write_text(_filled((HERE / "page.md").read_text(), kept))
 
 
@@ -54,7 +54,8 @@ def draw(chart: Chart, path: Path) -> None:
     axes.set(title=chart.title, ylabel=chart.y_label, xlabel=chart.x_label)
     if chart.log_y:
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    if len(chart.series) > 1:
+        figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
