@@ -17,13 +17,14 @@ _LEFT_OUT: Final = "*Not measured yet.*"
 
 
 def keep(found: dict[str, Outcome]) -> None:
-    """Put what was found beside what was found before, and write the page anew."""
+    """Put what was found beside what was found before, and make the page and all plots anew."""
     kept: dict[str, Any] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     peers = [told for told in map(version_of, ("nginx", "redis-server")) if told]
     for part, outcome in found.items():
         kept[part] = {**asdict(outcome), "peers": peers}
-        draw(outcome.chart, HERE / f"{part}.svg")
-    _RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    for part, one in kept.items():
+        draw(Chart(**one["chart"]), HERE / f"{part}.svg")
+    _RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n")
     (HERE / "README.md").write_text(_filled((HERE / "page.md").read_text(), kept))
 
 
@@ -45,7 +46,7 @@ def draw(chart: Chart, path: Path) -> None:
     """A plot as SVG, the same bytes for the same figures."""
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "prefix-service"
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     if chart.kind == "bars":
         _bars(axes, chart)
     else:
@@ -54,7 +55,8 @@ def draw(chart: Chart, path: Path) -> None:
     axes.set(title=chart.title, ylabel=chart.y_label, xlabel=chart.x_label)
     if chart.log_y:
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    if len(chart.series) > 1:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -65,4 +67,4 @@ def _bars(axes: Any, chart: Chart) -> None:
     for index, (name, values) in enumerate(chart.series.items()):
         places = [at + (index - (len(chart.series) - 1) / 2) * width for at in range(len(chart.x))]
         axes.bar(places, [value or 0 for value in values], width, label=name)
-    axes.set_xticks(range(len(chart.x)), chart.x)
+    axes.set_xticks(range(len(chart.x)), [name.replace(", ", ",\n") for name in chart.x])

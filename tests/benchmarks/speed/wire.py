@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import httpx
+
 from service.console import human_bytes
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
-from tests.benchmarks.speed.load import Reader, get, redis
+from tests.benchmarks.speed.load import Address, Reader, get, redis
 from tests.benchmarks.speed.memory import Growth
 from tests.benchmarks.speed.ours import Ours, path_of, serving
 
@@ -55,7 +57,8 @@ def measure(*, quick: bool) -> Outcome:
         "Bytes on loopback, Llama-3-8B, 20 tokens",
         "GB/s",
         [f"batch {batch}" for batch in batches],
-        {peer: [speeds[batch].get(peer) for batch in batches] for peer in PEERS},
+        {peer: [speeds[batch].get(peer) for batch in batches] for peer in _shown(times)},
+        log_y=False,
     )
     return Outcome([_speeds(times, speeds), _ratios(times), memory], chart)
 
@@ -85,16 +88,17 @@ Ask = Callable[[int], int]
 
 
 def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[str, Ask]:
-    def file_of(reader: Reader, address: tuple[str, int], batch: int) -> int:
+    def file_of(reader: Reader, address: Address, batch: int) -> int:
         return reader.read(get(f"/{batch}.safetensors", address))
 
-    def from_app(reader: Reader, address: tuple[str, int], batch: int) -> int:
+    def from_app(reader: Reader, address: Address, batch: int) -> int:
         return reader.read(get(f"/{batch}", address))
 
     reader = stack.enter_context(Reader(ours.address))
     readers: dict[str, Ask] = {OURS: lambda batch: reader.read(ours.get(_path(batch)))}
     for name, app in ((ONE_OBJECT, "one_object"), (SCATTER, "scatter"), (FASTAPI, "fastapi_response")):
         address = stack.enter_context(peers.python_peer(app, files))
+        _must_agree(name, address, files)
         readers[name] = partial(from_app, stack.enter_context(Reader(address)), address)
     if (at := stack.enter_context(peers.nginx(files, folder / "nginx"))) is not None:
         readers[NGINX] = partial(file_of, stack.enter_context(Reader(at)), at)
@@ -103,6 +107,14 @@ def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[st
         from_redis = stack.enter_context(Reader(at, redis))
         readers[REDIS] = lambda batch: from_redis.read(peers.command_of("GET", str(batch)))
     return readers
+
+
+def _must_agree(name: str, address: Address, files: Path) -> None:
+    """A peer sends the same bytes, rows repeated."""
+    for batch in (1, 8):
+        body = httpx.get(f"http://{address[0]}:{address[1]}/{batch}", timeout=60).content
+        if body != (files / f"{batch}.safetensors").read_bytes():
+            raise RuntimeError(f"{name} sends other bytes than ours at batch {batch}")
 
 
 def _measured(readers: dict[str, Ask], batch: int, rounds: int) -> Times:
@@ -120,23 +132,25 @@ def _seconds(ask: Ask, batch: int, repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
+def _shown(times: dict[int, Times]) -> list[str]:
+    """Ours and the peers that are there."""
+    return [peer for peer in PEERS if any(peer in found for found in times.values())]
+
+
 def _speeds(times: dict[int, Times], speeds: dict[int, dict[str, float]]) -> Grid:
     rows = [
         [peer, *(f"{speeds[batch][peer]:.2f}" if peer in speeds[batch] else "—" for batch in times)]
-        for peer in PEERS
-        if any(peer in found for found in times.values())
+        for peer in _shown(times)
     ]
     return Grid("GB/s by batch, median", ["", *(f"batch {batch}" for batch in times)], rows)
 
 
 def _ratios(times: dict[int, Times]) -> Grid:
     rows = []
-    for peer in PEERS[1:]:
-        cells = [
-            str(ratio(found[peer], found[OURS])) if peer in found else "—" for found in times.values()
-        ]  # seconds of the peer by ours: how many times as fast ours is
-        if set(cells) != {"—"}:
-            rows.append([f"against {peer}", *cells])
+    for peer in _shown(times)[1:]:
+        # Seconds of the peer by ours: how many times as fast ours is.
+        cells = [str(ratio(found[peer], found[OURS])) if peer in found else "—" for found in times.values()]
+        rows.append([f"against {peer}", *cells])
     title = "How many times as fast ours is: median of paired rounds (quartiles)"
     return Grid(title, ["", *(f"batch {batch}" for batch in times)], rows)
 

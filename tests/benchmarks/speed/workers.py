@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> Outcome:
         what: [Spread.of(rates[_name(what, number)]).median for number in processes] for what in requests
     }
     names = [str(number) for number in processes]
-    chart = Chart("lines", "Several processes", "answers a second", names, series, "processes")
+    chart = Chart("lines", "Several processes", "answers a second", names, series, "processes", log_y=False)
     return Outcome([Grid(f"{_CONNECTIONS} connections: median of rounds (quartiles)", head, rows)], chart)
 
 
