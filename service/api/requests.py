@@ -3,6 +3,7 @@
 import random
 import re
 import time
+from collections.abc import Awaitable
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,12 +40,12 @@ class RequestMiddleware:
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
-            await self._app(scope, receive, outcome.send)
+            await self._app(scope, receive, outcome)
         except Exception as error:  # noqa: BLE001 - the last one who can answer
             # What the routes raise has been answered and logged; uvicorn would log it again.
             if not outcome.status:
                 answer = problem(error) if isinstance(error, PrefixServiceError) else defect(error)
-                await answer(scope, receive, outcome.send)
+                await answer(scope, receive, outcome)
         finally:
             self._metrics.in_flight -= 1
             self._tell(scope, outcome, time.perf_counter() - started)
@@ -77,14 +78,14 @@ class _Outcome:
         self._send = send
         self._header = (b"x-request-id", request_id)
 
-    async def send(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
         """Note a message, and pass it on."""
         if message["type"] == "http.response.body":
             self.sent += len(message.get("body", b""))
         elif message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), self._header]
-        await self._send(message)
+        return self._send(message)
 
 
 def _request_id(scope: Scope) -> bytes:

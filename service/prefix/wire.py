@@ -27,7 +27,7 @@ _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
 _JOINED: Final = 1 << 16  # what is cheaper to copy once than to send by itself
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
-_CHUNK: Final = 1 << 20  # what one slow reader may hold in the server's write buffer
+_CHUNK: Final = 8 << 20  # what a slow reader may hold where the event loop copies what it cannot send at once
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
@@ -213,26 +213,27 @@ class Message:
         return _Span(slot.source, start, start + row, slot.times)
 
     def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
-        """The bytes `start:stop` of the file in chunks of at most 1 MiB; the same row is sent again, never copied."""
+        """The bytes `start:stop` of the file in chunks of at most 8 MiB; the same row is sent again, never copied."""
         stop = self.content_length if stop is None else stop
+        if (start, stop) == (0, self.content_length):
+            yield from self._chunks(rendering)
+            return
         position = 0
-        for buffer in self._buffers(rendering):
-            first, last = max(start - position, 0), min(stop - position, len(buffer))
-            if last - first == len(buffer) <= _CHUNK:
-                yield buffer
-            else:
-                for at in range(first, last, _CHUNK):
-                    yield buffer[at : min(at + _CHUNK, last)]
-            position += len(buffer)
+        for chunk in self._chunks(rendering):
+            first, last = max(start - position, 0), min(stop - position, len(chunk))
+            if first < last:
+                yield chunk[first:last]
+            position += len(chunk)
             if position >= stop:
                 return
 
-    def _buffers(self, rendering: Rendering) -> Iterator[bytes | memoryview]:
+    def _chunks(self, rendering: Rendering) -> Iterator[bytes | memoryview]:
         for piece in self._pieces:
             if isinstance(piece, _Span):
                 row = rendering.bytes_of(piece.source)[piece.start : piece.stop]
+                chunks = [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)]
                 for _ in range(piece.times):
-                    yield row
+                    yield from chunks
             else:
                 yield piece
 
