@@ -29,13 +29,15 @@ class Server:
     admin_key: str
     process: subprocess.Popen[bytes]
     log: Path
+    uds: Path | None = None
     _clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, key: str | None = None) -> httpx.Client:
         """An HTTP client with this key; by default the platform admin's, "" for none."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        transport = httpx.HTTPTransport(uds=None if self.uds is None else str(self.uds))
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60, transport=transport)
         self._clients.append(client)
         return client
 
@@ -83,7 +85,7 @@ def running_server(
     url = f"http://127.0.0.1:{port}"
     _wait_until_ready(url, process, log, uds)
     key_file = data_dir / "bootstrap.key"
-    server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log)
+    server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log, uds)
     try:
         yield server
     finally:

@@ -10,13 +10,14 @@ from torch import Tensor
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
 from service.api.documentation import request_headers, response_headers
-from service.api.negotiation import require_acceptable, require_media_type
+from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
+from service.api.shared_files import SharedFileResponse, shares_file
 from service.api.state import LibraryOf, SettingsOf, StateOf
 from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import PrefixRequest
-from service.prefix.form import MEDIA_TYPE
+from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from service.prefix.references import parse_reference
 from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
 from service.prefix.wire import MASK_DTYPES
@@ -81,7 +82,13 @@ async def get_prefix(
     reference = parse_reference(ref)
     library = state.library
     version = await library.resolve(tenant, reference)
-    response = PrefixResponse(library, library.plan(version, options), immutable=reference.immutable)
+    plan = library.plan(version, options)
+    response: PrefixResponse
+    if shares_file(request, state.settings, plan):
+        kind = SharedFileResponse if lists(request.headers, SHARED_FILE_TYPE) else PrefixResponse
+        response = kind(library, plan, immutable=reference.immutable, varies=True)
+    else:
+        response = PrefixResponse(library, plan, immutable=reference.immutable)
     state.answers.remember(request.scope, reference, response)
     return response
 

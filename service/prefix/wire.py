@@ -42,6 +42,8 @@ class Rendering:
 
     values: Tensor
     scales: Tensor | None
+    file: str | None = None
+    """The file in which they lie, where others on this host may map it."""
 
     @property
     def nbytes(self) -> int:
