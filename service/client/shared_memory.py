@@ -53,8 +53,8 @@ def _told(answer: Answer) -> tuple[str, int, str | None]:
     told = answer.json() if len(answer.body) <= _MOST_TOLD else None
     if isinstance(told, dict):
         path, size, digest = told.get("file"), told.get("bytes"), told.get("repr_digest")
-        are_sound = type(size) is int and size > 0 and (digest is None or isinstance(digest, str))
-        if isinstance(path, str) and path.startswith("/") and "\0" not in path and are_sound:
+        is_digest = digest is None or isinstance(digest, str)
+        if isinstance(path, str) and path.startswith("/") and "\0" not in path and type(size) is int and is_digest:
             return path, size, digest
     raise InvalidResponse(f"the answer names no file that could be mapped: {bytes(answer.body[:200])!r}")
 
@@ -63,7 +63,7 @@ def _mapped(path: str, size: int) -> memoryview:
     handle = os.open(path, _FLAGS)
     try:
         found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o222 or found.st_size != size:
+        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o222 or not 0 < size == found.st_size:
             raise InvalidResponse(f"{path} is not a file of {size} bytes that nobody writes to")
         return memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_COPY))
     finally:
