@@ -182,7 +182,7 @@ class Library:
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version, plan)
-        place = None if self._shared_files is None else partial(self._shared_files.place, plan)
+        place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
         leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
         async with leased as rendering:
             yield rendering

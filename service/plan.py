@@ -1,7 +1,7 @@
 """An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,19 +59,6 @@ class Plan:
         identity, form = self.message.identity, self.message.form
         whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
         return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
-
-    @property
-    def canonical(self) -> Message:
-        """The message in which this project's client asks for the same rendering: one tensor, one row."""
-        identity, form = self.message.identity, self.message.form
-        mask = prefix_mask(1, identity.num_virtual_tokens)
-        form = replace(form, batch_size=1, layout="stacked", expand=False)
-        return Message(identity, form, {"attention_mask": mask})
-
-    @property
-    def is_canonical(self) -> bool:
-        """Whether the body is that message: the header tells every form apart, and also a mask that was posted."""
-        return self.message.header == self.canonical.header
 
 
 def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:

@@ -20,32 +20,36 @@ from typing import Final
 
 from service.disk import translated
 from service.errors import InvalidInput
-from service.plan import Plan
 from service.prefix.wire import Message, Rendering, read_message
 
 _NAME: Final = "process-"
+_MOST: Final = 32_768  # each is a mapping, and Linux gives a process 65,530
 
 log = logging.getLogger("prefix_service")
 
 
 class SharedFiles:
-    """The files of this process, below the folder `parent`, which is made if it is not there.
+    """The files of this process, at most so many, below the folder `parent`, which is made if it is not there.
 
     Raises:
         InvalidInput: others may replace what lies in `parent`.
         StorageFailed, OutOfSpace: the system refused.
     """
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, most: int = _MOST) -> None:
+        self._most = most
+        self._files: set[Path] = set()
         sweep(parent)
         with translated(f"share files in {parent}"):
             self._folder, self._lock = _own_folder(parent.absolute())
 
-    def place(self, plan: Plan, rendering: Rendering) -> Rendering:
-        """The rendering of a plan in a file of its own, or as it is where there is no room for one."""
+    def place(self, message: Message, rendering: Rendering) -> Rendering:
+        """What a message is made of in a file of its own, or as it is where there is no room for one."""
+        if len(self._files) >= self._most:
+            return rendering
         path = self._folder / f"{secrets.token_hex(16)}.safetensors"
         try:
-            mapped = _written(path, plan.canonical, rendering)
+            mapped = _written(path, message.canonical, rendering)
         except OSError as error:
             log.warning(
                 "a rendering is not shared: %s", os.strerror(error.errno or 0), extra={"folder": str(path.parent)}
@@ -55,8 +59,13 @@ class SharedFiles:
         tensors = read_message(memoryview(mapped)).tensors
         scales = tensors.get("past_key_values_scale")
         placed = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
-        weakref.finalize(placed, _remove, path)
+        self._files.add(path)
+        weakref.finalize(placed, self._forget, path)
         return placed
+
+    def _forget(self, path: Path) -> None:
+        self._files.discard(path)
+        _remove(path)
 
     def close(self) -> None:
         """Remove the folder; who has mapped a file keeps what it holds."""

@@ -107,7 +107,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()}")
-            if uds is not None and not uds.exists():
+            if uds is not None and not _is_listening(uds):  # httpcore leaves a socket open that found nobody
                 time.sleep(0.05)
                 continue
             try:
@@ -116,6 +116,11 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
             except httpx.TransportError:
                 time.sleep(0.05)
     raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
+
+
+def _is_listening(uds: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(uds)) == 0
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,28 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
     304: {"description": "What the caller has is current"},
 }
+_SHARED_FILE: Final[dict[str, Any]] = {
+    "schema": {
+        "type": "object",
+        "description": "where the safetensors file lies; only on the Unix socket, where the service shares files",
+        "properties": {
+            "file": {"type": "string", "description": "absolute path"},
+            "bytes": {"type": "integer", "description": "its size"},
+            "repr_digest": {
+                "type": "string",
+                "description": "its sha-256 (RFC 9530), if Want-Repr-Digest asked for it",
+            },
+        },
+        "required": ["file", "bytes"],
+    }
+}
+_WHOLE: Final[dict[str, Any]] = {
+    **_RESPONSES[200],
+    "description": "A safetensors file, or where it lies on this host",
+    "content": {MEDIA_TYPE: _BINARY, SHARED_FILE_TYPE: _SHARED_FILE},
+}
 _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, "openapi_extra": _CONDITIONS}
+_READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
 _MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
@@ -68,8 +89,8 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
-@router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
+@router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
+@router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
 async def get_prefix(
     request: Request,
     tenant: Reading,

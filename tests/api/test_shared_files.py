@@ -218,7 +218,12 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
     for mode in (0o777, 0o770):
         shared.chmod(mode)
         refused = run_command(
-            "serve", "--uds", tmp_path / "s", "--data-dir", tmp_path / "d", environment={"PREFIX_SHARED_DIR": str(shared)}
+            "serve",
+            "--uds",
+            tmp_path / "s",
+            "--data-dir",
+            tmp_path / "d",
+            environment={"PREFIX_SHARED_DIR": str(shared)},
         )
         assert refused.returncode == 1
         assert f"others may replace what lies in {shared}" in " ".join(refused.stderr.split())
