@@ -34,6 +34,7 @@ from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tenso
 from service.prefix.streams import own_stream
 from service.prefix.wire import KV_DTYPES, Rendering, to_host
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.shared_files import SharedFiles
 
 log = logging.getLogger("prefix_service")
 
@@ -53,7 +54,14 @@ class Target:
 class Library:
     """What the service does, for callers that have been authorised already."""
 
-    def __init__(self, database: Database, blobs: BlobStore, registry: AdapterRegistry, limits: Limits) -> None:
+    def __init__(
+        self,
+        database: Database,
+        blobs: BlobStore,
+        registry: AdapterRegistry,
+        limits: Limits,
+        shared_files: SharedFiles | None = None,
+    ) -> None:
         self.catalog = Catalog(database)
         self.changes = Changes(database)
         self._versions = RememberedVersions(self.catalog, self.changes)
@@ -63,6 +71,7 @@ class Library:
         self._blobs = blobs
         self.registry = registry
         self._digests = BodyDigests()
+        self._shared_files = shared_files
 
     async def stage(self) -> StagedBlob:
         """Begin an upload; the caller writes to it, and discards it in the end."""
@@ -174,7 +183,8 @@ class Library:
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version, plan)
-        leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load)
+        place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
+        leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
         async with leased as rendering:
             yield rendering
 

@@ -34,6 +34,10 @@ class Settings(BaseSettings):
     rendering_bytes: Annotated[
         int, Field(gt=0, description="budget of each process for prefixes in host memory as they travel, in bytes")
     ] = 1 * _GIB
+    shared_dir: Annotated[
+        Path | None,
+        Field(description="folder in memory for files that workers on the Unix socket map instead of receiving"),
+    ] = None
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

@@ -29,13 +29,15 @@ class Server:
     admin_key: str
     process: subprocess.Popen[bytes]
     log: Path
+    uds: Path | None = None
     _clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, key: str | None = None) -> httpx.Client:
         """An HTTP client with this key; by default the platform admin's, "" for none."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        transport = httpx.HTTPTransport(uds=None if self.uds is None else str(self.uds))
+        client = httpx.Client(base_url=self.url, headers=headers, timeout=60, transport=transport)
         self._clients.append(client)
         return client
 
@@ -83,7 +85,7 @@ def running_server(
     url = f"http://127.0.0.1:{port}"
     _wait_until_ready(url, process, log, uds)
     key_file = data_dir / "bootstrap.key"
-    server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log)
+    server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log, uds)
     try:
         yield server
     finally:
@@ -105,7 +107,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended with status {process.returncode}:\n{log.read_text()}")
-            if uds is not None and not uds.exists():
+            if uds is not None and not _is_listening(uds):  # httpcore leaves a socket open that found nobody
                 time.sleep(0.05)
                 continue
             try:
@@ -114,6 +116,11 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
             except httpx.TransportError:
                 time.sleep(0.05)
     raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
+
+
+def _is_listening(uds: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(uds)) == 0
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ class Answers:
     """What the route answered, by all that the answer depends on: path and query as they were sent, and `Accept`.
 
     The key of the caller and the version behind the reference are looked at each time. Bounded by bytes; the oldest
-    go first.
+    go first. That a caller is on the Unix socket need not be part of it: a service listens there or on TCP, never both.
     """
 
     def __init__(self, library: Library) -> None:

@@ -32,6 +32,7 @@ from service.logs import configure
 from service.plan import Limits
 from service.registry.registry import AdapterRegistry, choose_device
 from service.settings import Settings
+from service.shared_files import SharedFiles
 
 _DESCRIPTION = (
     "Hosts trained prefix-tuning adapters for many tenants and hands their `past_key_values` and attention masks to "
@@ -67,11 +68,12 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     async def lifespan(app: _App) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir))
         try:
-            state = _compose(settings, database, metrics)
-            app.open(state)
-            with state.library.changes.followed():
-                async with metrics.sampled():
-                    yield
+            with _shared_files(settings) as shared_files:
+                state = _compose(settings, database, metrics, shared_files)
+                app.open(state)
+                with state.library.changes.followed():
+                    async with metrics.sampled():
+                        yield
         finally:
             database.close()
 
@@ -111,12 +113,18 @@ def _on_this_loop(listener: Listener) -> Listener:
     return hear
 
 
-def _compose(settings: Settings, database: Database, metrics: Metrics) -> State:
+def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[SharedFiles | None]:
+    if settings.shared_dir is None:
+        return contextlib.nullcontext()
+    return contextlib.closing(SharedFiles(settings.shared_dir))
+
+
+def _compose(settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
     metrics.watch(registry.tiers)
-    library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits)
+    library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits, shared_files)
     keyring = Keyring(database, settings.secret_file)
     authenticator = Authenticator(None if settings.dev else keyring)
     rates = RateLimits(library.tenants.requests_per_second)

@@ -32,6 +32,15 @@ def require_acceptable(headers: Headers, media_type: str) -> None:
         raise NotAcceptable(f"the answer is {media_type}, which Accept: {accept!r:.100} leaves out")
 
 
+def lists(headers: Headers, media_type: str) -> bool:
+    """Whether a caller names `media_type` itself among what he accepts."""
+    for item in _joined(headers, "accept").split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        if name == media_type and _quality(parameters) > 0:
+            return True
+    return False
+
+
 def require_json_acceptable(request: Request) -> None:
     """For routes that answer with JSON; a deletion answers with nothing.
 

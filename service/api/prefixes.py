@@ -10,13 +10,14 @@ from torch import Tensor
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
 from service.api.documentation import request_headers, response_headers
-from service.api.negotiation import require_acceptable, require_media_type
+from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
+from service.api.shared_files import SharedFileResponse, shares_file
 from service.api.state import LibraryOf, SettingsOf, StateOf
 from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import PrefixRequest
-from service.prefix.form import MEDIA_TYPE
+from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from service.prefix.references import parse_reference
 from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
 from service.prefix.wire import MASK_DTYPES
@@ -44,7 +45,28 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
     304: {"description": "What the caller has is current"},
 }
+_SHARED_FILE: Final[dict[str, Any]] = {
+    "schema": {
+        "type": "object",
+        "description": "where the safetensors file lies; only on the Unix socket, where the service shares files",
+        "properties": {
+            "file": {"type": "string", "description": "absolute path"},
+            "bytes": {"type": "integer", "description": "its size"},
+            "repr_digest": {
+                "type": "string",
+                "description": "its sha-256 (RFC 9530), if Want-Repr-Digest asked for it",
+            },
+        },
+        "required": ["file", "bytes"],
+    }
+}
+_WHOLE: Final[dict[str, Any]] = {
+    **_RESPONSES[200],
+    "description": "A safetensors file, or where it lies on this host",
+    "content": {MEDIA_TYPE: _BINARY, SHARED_FILE_TYPE: _SHARED_FILE},
+}
 _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, "openapi_extra": _CONDITIONS}
+_READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
 _MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
@@ -67,8 +89,8 @@ _BODY: Final[dict[str, Any]] = {
 }
 
 
-@router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
-@router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING)
+@router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
+@router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
 async def get_prefix(
     request: Request,
     tenant: Reading,
@@ -81,7 +103,13 @@ async def get_prefix(
     reference = parse_reference(ref)
     library = state.library
     version = await library.resolve(tenant, reference)
-    response = PrefixResponse(library, library.plan(version, options), immutable=reference.immutable)
+    plan = library.plan(version, options)
+    response: PrefixResponse
+    if shares_file(request, state.settings, plan):
+        kind = SharedFileResponse if lists(request.headers, SHARED_FILE_TYPE) else PrefixResponse
+        response = kind(library, plan, immutable=reference.immutable, varies=True)
+    else:
+        response = PrefixResponse(library, plan, immutable=reference.immutable)
     state.answers.remember(request.scope, reference, response)
     return response
 

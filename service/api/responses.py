@@ -77,8 +77,10 @@ class BytesResponse(Response, ABC):
 class PrefixResponse(BytesResponse):
     """A planned prefix; its rendering stays pinned until the last byte left."""
 
-    def __init__(self, library: Library, plan: Plan, *, immutable: bool) -> None:
+    def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
         super().__init__(plan.etag, plan.message.content_length, _about(plan.version, immutable=immutable))
+        if varies:
+            self._about.append((b"vary", b"Accept"))
         self.version = plan.version
         self._library, self._plan = library, plan
 
@@ -96,7 +98,7 @@ class PrefixResponse(BytesResponse):
             yield Content(())
             return
         async with self._library.rendering(self._plan) as rendering:
-            fields = [_repr_digest(await self._library.body_digest(self._plan, rendering))] if hashed else []
+            fields = [repr_digest(await self._library.body_digest(self._plan, rendering))] if hashed else []
             yield Content(self._plan.message.chunks(rendering, start, stop), fields)
 
 
@@ -106,7 +108,7 @@ class ParametersResponse(BytesResponse):
     def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
         super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
         self._library, self._version = library, version
-        self._about.append(_repr_digest(bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._about.append(repr_digest(bytes.fromhex(version.weights.removeprefix("sha256:"))))
         self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
@@ -131,7 +133,8 @@ def _about(version: Version, *, immutable: bool) -> dict[str, str]:
     }
 
 
-def _repr_digest(sha256: bytes) -> tuple[bytes, bytes]:
+def repr_digest(sha256: bytes) -> tuple[bytes, bytes]:
+    """The header field of a body's SHA-256 (RFC 9530)."""
     return b"repr-digest", b"sha-256=:%s:" % base64.b64encode(sha256)
 
 

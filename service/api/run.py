@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -17,10 +18,11 @@ from service.api.app import create_app
 from service.api.metrics import Metrics
 from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
-from service.errors import Conflict
+from service.errors import Conflict, InvalidInput
 from service.logs import configure
 from service.registry.registry import choose_device
 from service.settings import LOOPBACK, Settings
+from service.shared_files import sweep
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
@@ -30,11 +32,13 @@ def run(settings: Settings) -> None:
 
     Raises:
         Conflict: another service runs on the data folder, or another program listens on the metrics port.
-        InvalidInput: the device is not there.
+        InvalidInput: the device is not there, or the folder for shared files cannot be used.
         StorageFailed, OutOfSpace: the disk refused.
     """
     configure(settings.log_level)
     device = choose_device(settings.device)
+    if settings.shared_dir is not None:
+        _check_shared(settings.shared_dir, settings.uds)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again after it has drained: an end in order is status 0.
         signal.signal(number, _end)
@@ -62,6 +66,13 @@ def run(settings: Settings) -> None:
             server_header=False,
             timeout_graceful_shutdown=30,
         )
+
+
+def _check_shared(shared_dir: Path, uds: Path | None) -> None:
+    """What each process finds out too, here in words."""
+    if uds is None:
+        raise InvalidInput(f"files in {shared_dir} are for workers on a Unix socket: set PREFIX_UDS or --uds too")
+    sweep(shared_dir)
 
 
 @contextlib.contextmanager

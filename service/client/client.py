@@ -49,8 +49,12 @@ class _Client:
         secret = None if key is None else hashlib.sha256(key.encode()).hexdigest()
         return DiskCache(Path(folder), budget, (str(url).rstrip("/"), None if uds is None else str(uds), secret))
 
-    def _fetcher(self, connections: int) -> Fetcher | None:
-        return None if self._connection.http else Fetcher(self._connection, self._allocate, connections)
+    def _fetcher(self, options: ClientOptions) -> Fetcher | None:
+        if self._connection.http is not None:
+            return None
+        # What is mapped is not pinned.
+        shares = self._connection.uds is not None and options.get("shared_memory", True) and not self._pin_memory
+        return Fetcher(self._connection, self._allocate, options.get("connections", 1), shared_memory=shares)
 
     def _allocate(self, size: int) -> memoryview:
         from service.client.decode import allocate
@@ -79,6 +83,8 @@ class PrefixClient(_Client):
     - `pin_memory` (receive into pinned memory, from which `prefix.to("cuda")` copies fastest; False).
     - `connections` (fetch bodies of more than 32 MiB in ranges over as many connections; 1). It pays where one
       connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.
+    - `shared_memory` (with `uds`, map what the service has in shared memory instead of receiving it: no copy; True).
+      Not with `pin_memory`.
     - `http` (an httpx transport that takes the place of the client's own).
 
     Every method raises the errors of `service.errors`; reads and publishing are retried when the service is not there
@@ -87,7 +93,7 @@ class PrefixClient(_Client):
 
     def __init__(self, base_url: str, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
         super().__init__(base_url, api_key, options)
-        self._transport = Transport(self._connection, self._fetcher(options.get("connections", 1)))
+        self._transport = Transport(self._connection, self._fetcher(options))
 
     def get(self, reference: str, **options: Unpack[PrefixOptions]) -> "Prefix":
         """The prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
@@ -184,7 +190,7 @@ class AsyncPrefixClient(_Client):
 
     def __init__(self, base_url: str, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
         super().__init__(base_url, api_key, options)
-        self._transport = AsyncTransport(self._connection, self._fetcher(options.get("connections", 1)))
+        self._transport = AsyncTransport(self._connection, self._fetcher(options))
 
     async def get(self, reference: str, **options: Unpack[PrefixOptions]) -> "Prefix":
         """As `PrefixClient.get`."""

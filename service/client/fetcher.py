@@ -1,7 +1,8 @@
-"""Fetches of tensors over the lane: memory for the body, its hash as it comes, large ones in ranges."""
+"""Fetches of tensors over the lane: memory for the body, its hash as it comes, large ones in ranges, and on the same
+host no body at all."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from service.client.connection import Connection, connection_failed
@@ -9,6 +10,7 @@ from service.client.http1 import Head
 from service.client.lane import Interrupt, Lane
 from service.client.protocol import Answer, Fetch, require_success
 from service.client.ranges import Changed, Pieces
+from service.client.shared_memory import asking, in_shared_memory
 from service.errors import InvalidResponse
 
 _MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
@@ -16,11 +18,14 @@ _MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
 
 class Fetcher:
     """Blocking; safe to share between threads. `allocate` gives memory for a body; a body may come in ranges over
-    `connections` at once."""
+    `connections` at once, or with `shared_memory` be mapped where the service says that it lies."""
 
-    def __init__(self, connection: Connection, allocate: Callable[[int], memoryview], connections: int) -> None:
+    def __init__(
+        self, connection: Connection, allocate: Callable[[int], memoryview], connections: int, *, shared_memory: bool
+    ) -> None:
         self._base_url, self._lane = connection.base_url, Lane(connection)
         self._allocate, self._connections = allocate, connections
+        self._shared_memory = shared_memory
 
     def fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
         """What the fetch makes of its answer, which is there before the moment `until` of `time.monotonic`.
@@ -36,14 +41,23 @@ class Fetcher:
         return fetch.read(require_success(answer))
 
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
+        if self._shared_memory:
+            found = in_shared_memory(self._whole(fetch, until, interrupt, asking(fetch)))
+            if found is not None:
+                return found
         if self._connections > 1:
             try:
                 head, body = Pieces(self._lane, fetch, until, interrupt).receive(self._place, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
                 pass  # whole, over one connection, it cannot be torn
+        return self._whole(fetch, until, interrupt)
+
+    def _whole(
+        self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
+    ) -> Answer:
         hasher = hashlib.sha256() if fetch.is_hashed else None
-        head, body = self._lane.exchange(fetch, self._place, until, interrupt, hasher=hasher)
+        head, body = self._lane.exchange(fetch, self._place, until, interrupt, headers=headers, hasher=hasher)
         return Answer(head.status, head.headers, body, None if hasher is None else hasher.digest())
 
     def _place(self, head: Head) -> memoryview:

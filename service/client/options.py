@@ -21,6 +21,7 @@ class ClientOptions(TypedDict, total=False):
     verify_digest: bool | None
     pin_memory: bool
     connections: int
+    shared_memory: bool
 
 
 class PrefixOptions(TypedDict, total=False):

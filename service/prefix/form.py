@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 MEDIA_TYPE: Final = "application/vnd.safetensors"
+SHARED_FILE_TYPE: Final = "application/vnd.prefix-service.shared-file+json"
+"""Where on this host the same safetensors file lies: `{"file": <absolute path>, "bytes": <its size>}`."""
+
 FORMAT: Final = 1
 
 Layout = Literal["layers", "stacked"]

@@ -9,7 +9,7 @@ import ctypes
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidResponse
 from service.prefix.form import FORMAT, Form, Identity, KVDtype, MaskDtype, Span
-from service.prefix.kv import PrefixKV
+from service.prefix.kv import PrefixKV, prefix_mask
 from service.prefix.safetensors_header import DTYPES, NAMES, TensorEntry, parse_header
 from service.prefix.streams import own_stream
 
@@ -43,6 +43,8 @@ class Rendering:
 
     values: Tensor
     scales: Tensor | None
+    file: str | None = None
+    """The file in which they lie, where others on this host may map it."""
 
     @property
     def nbytes(self) -> int:
@@ -123,6 +125,17 @@ class Message:
     identity: Identity
     form: Form
     extras: Mapping[str, Tensor]
+
+    @property
+    def canonical(self) -> "Message":
+        """The message in which this project's client asks for the same rendering: one tensor, one row."""
+        form = replace(self.form, batch_size=1, layout="stacked", expand=False)
+        return Message(self.identity, form, {"attention_mask": prefix_mask(1, self.identity.num_virtual_tokens)})
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is that message: the header tells every form apart, and also a mask that was posted."""
+        return self.header == self.canonical.header
 
     @cached_property
     def _slots(self) -> list[_Slot]:

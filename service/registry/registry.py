@@ -88,9 +88,15 @@ class AdapterRegistry:
 
     @contextlib.asynccontextmanager
     async def rendering(
-        self, key: RenderingKey, nbytes: int, prefix_nbytes: int, load: Callable[[], PrefixKV]
+        self,
+        key: RenderingKey,
+        nbytes: int,
+        prefix_nbytes: int,
+        load: Callable[[], PrefixKV],
+        place: Callable[[Rendering], Rendering] | None = None,
     ) -> AsyncIterator[Rendering]:
-        """A rendering of `nbytes`, not evicted while the block runs; made from the prefix if need be.
+        """A rendering of `nbytes`, not evicted while the block runs; made from the prefix if need be, and kept where
+        `place`, in the same thread, puts it.
 
         Raises:
             OutOfSpace, Unavailable, PrefixServiceError: as `prefix`, for either memory.
@@ -100,7 +106,7 @@ class AdapterRegistry:
         async def rendered() -> Rendering:
             bring = self._on_device(version, load)
             async with self._prefixes.lease(version, version.tenant, prefix_nbytes, bring) as kv:
-                return await self._run(version, lambda: _render(kv, key))
+                return await self._run(version, lambda: _render(kv, key, place))
 
         async with self._renderings.lease(key, version.tenant, nbytes, rendered) as rendering:
             yield rendering
@@ -214,9 +220,10 @@ def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
     return replace(kv, tensor=tensor)
 
 
-def _render(kv: PrefixKV, key: RenderingKey) -> Rendering:
+def _render(kv: PrefixKV, key: RenderingKey, place: Callable[[Rendering], Rendering] | None) -> Rendering:
     with torch.inference_mode():
-        return render(kv.sliced(key.layers, key.kv_heads), key.dtype)
+        rendering = render(kv.sliced(key.layers, key.kv_heads), key.dtype)
+        return rendering if place is None else place(rendering)
 
 
 def choose_device(name: str) -> torch.device:

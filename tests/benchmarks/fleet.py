@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import torch
@@ -76,7 +77,12 @@ class Hosted:
 
 
 def publish_all(
-    url: str, key: str, wanted: list[tuple[str, str, Shape]], threads: int, progress: Callable[[], None]
+    url: str,
+    key: str,
+    wanted: list[tuple[str, str, Shape]],
+    threads: int,
+    progress: Callable[[], None],
+    uds: Path | None = None,
 ) -> list[Hosted]:
     """Publish `(tenant, adapter, shape)` through the API, each with weights of its own; in the order of `wanted`."""
 
@@ -92,7 +98,8 @@ def publish_all(
         return Hosted(tenant, adapter, shape, digest)
 
     headers = {"Authorization": f"Bearer {key}"}
-    clients = [httpx.Client(base_url=url, headers=headers, timeout=60) for _ in range(threads)]
+    sockets = [httpx.HTTPTransport(uds=None if uds is None else str(uds)) for _ in range(threads)]
+    clients = [httpx.Client(base_url=url, headers=headers, timeout=60, transport=socket) for socket in sockets]
     try:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda number: publish(clients, number), range(len(wanted))))

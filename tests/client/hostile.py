@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Hostile:
     """Where it listens, and what it has read: the requests of each connection, in order."""
 
     url: str
+    uds: str | None
     requests: list[list[bytes]] = field(default_factory=list)
 
 
@@ -61,10 +63,16 @@ def says(*answers: bytes) -> Script:
 
 
 @contextlib.contextmanager
-def hostile_server(*scripts: Script) -> Iterator[Hostile]:
-    """One script for each connection that comes; the last one again for those beyond."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Hostile(f"http://127.0.0.1:{listener.getsockname()[1]}")
+def hostile_server(*scripts: Script, uds: bool = False) -> Iterator[Hostile]:
+    """One script for each connection that comes, over TCP or a Unix socket; the last one again for those beyond."""
+    with contextlib.ExitStack() as stack:
+        if uds:
+            path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/s"
+            listener = stack.enter_context(socket.create_server(path, family=socket.AF_UNIX))
+            server = Hostile("http://hostile", path)
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            server = Hostile(f"http://127.0.0.1:{listener.getsockname()[1]}", None)
         threading.Thread(target=_accept, args=(listener, server, scripts), daemon=True).start()
         yield server
         with contextlib.suppress(OSError):

@@ -49,7 +49,8 @@ class Ours:
         first = len(self.hosted)
         say(f"  publishing {count - first} adapters")
         wanted = [(TENANT, f"a-{number:05}", shape) for number in range(first, count)]
-        self.hosted += publish_all(self.server.url, self.server.admin_key, wanted, 4, lambda: None)
+        server = self.server
+        self.hosted += publish_all(server.url, server.admin_key, wanted, 4, lambda: None, server.uds)
 
 
 @contextmanager
