@@ -14,6 +14,9 @@ PrefixServiceError
 ├── Conflict                    the state of the resource forbids it
 ├── PreconditionFailed          If-Match or If-None-Match did not hold
 ├── TooLarge                    more bytes than the configured limit
+├── RequestTimeout              a request did not arrive in time
+├── MalformedRequest            not HTTP/1.1, or ambiguous
+├── HeaderFieldsTooLarge        the head of a request has too many bytes or fields
 ├── NotAcceptable               no representation that the caller accepts
 ├── UnsupportedMediaType        a content type or encoding that is not read here
 ├── RangeNotSatisfiable         a byte range outside the body
@@ -120,6 +123,24 @@ class TooLarge(PrefixServiceError):
     """More bytes than the configured limit."""
 
     code = "too-large"
+
+
+class RequestTimeout(PrefixServiceError):
+    """The head or the body of a request did not arrive in time; the connection ends."""
+
+    code = "request-timeout"
+
+
+class MalformedRequest(PrefixServiceError):
+    """What came is not HTTP/1.1, or says two things about where it goes or ends; the connection ends."""
+
+    code = "malformed-request"
+
+
+class HeaderFieldsTooLarge(PrefixServiceError):
+    """The head of a request has more bytes or fields than any caller needs; the connection ends."""
+
+    code = "header-fields-too-large"
 
 
 class NotAcceptable(PrefixServiceError):

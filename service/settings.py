@@ -1,7 +1,7 @@
 """Every knob of the service, with its default; each is also an environment variable with the prefix `PREFIX_`."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -41,6 +41,16 @@ class Settings(BaseSettings):
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
+    http_parser: Annotated[
+        Literal["auto", "httptools", "h11"],
+        Field(description="auto: httptools on loopback and Unix sockets, h11 elsewhere"),
+    ] = "auto"
+    receive_timeout: Annotated[
+        float, Field(gt=0, description="seconds for the head of a request, and for its body without progress")
+    ] = 30
+    send_timeout: Annotated[
+        float, Field(gt=0, description="seconds after which a reader that does not read is cut off")
+    ] = 60
     max_batch_size: Annotated[int, Field(ge=1, le=65536, description="largest batch_size of a request")] = 256
     max_sequence_length: Annotated[
         int, Field(ge=1, description="longest row of an attention_mask in a request, in tokens")
@@ -62,6 +72,13 @@ class Settings(BaseSettings):
         if self.dev and self.uds is None and self.host not in LOOPBACK:
             raise ValueError(f"dev mode has no keys, so it listens on loopback only, not on {self.host}")
         return self
+
+    @property
+    def parser(self) -> Literal["httptools", "h11"]:
+        """The HTTP parser: the fast one where only this machine comes in, unless one is chosen."""
+        if self.http_parser != "auto":
+            return self.http_parser
+        return "httptools" if self.uds or self.host in LOOPBACK else "h11"
 
     @property
     def secret_file(self) -> Path:

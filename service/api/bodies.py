@@ -1,5 +1,7 @@
 """Request bodies, read under limits while they arrive."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from anyio import to_thread
@@ -10,9 +12,11 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from service.api.patience import MINIMUM_RATE, Patience
 from service.api.problems import invalid_request
+from service.api.state import state_of
 from service.blobs import StagedBlob
-from service.errors import InvalidConfig, InvalidRequest, TooLarge, UnsafeCheckpoint
+from service.errors import InvalidConfig, InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
 from service.prefix.config import MAX_CONFIG_BYTES, parse_json
 
 if TYPE_CHECKING:
@@ -37,17 +41,12 @@ async def read_body(request: Request, limit: int) -> bytearray:
 
     Raises:
         TooLarge: it has more than `limit` bytes, declared or not.
+        RequestTimeout: it did not arrive in time.
         InvalidRequest: the caller went away.
     """
-    _refuse_declared(request, limit)
     body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise TooLarge(f"the body has more than {limit} bytes")
-    except ClientDisconnect as error:
-        raise InvalidRequest("the connection ended before the body did") from error
+    async for piece in _arriving(request, limit):
+        body += piece
     return body
 
 
@@ -94,22 +93,19 @@ async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tupl
         InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
         UnsafeCheckpoint: a field named like a pickle.
         TooLarge: weights of more than `limit` bytes, or a config of more than a megabyte.
+        RequestTimeout: it did not arrive in time.
     """
     whole = limit + 4 * MAX_CONFIG_BYTES  # room for the configs, and for what stands between the parts
-    _refuse_declared(request, whole)
     _, options = parse_options_header(request.headers["content-type"])
     boundary = options.get(b"boundary")
     if not boundary:
         raise InvalidRequest("the multipart body needs a boundary in its Content-Type")
     upload = _Upload(weights, limit)
-    pending, received = bytearray(), 0
+    pending = bytearray()
     try:
         parser = MultipartParser(boundary, upload.callbacks())
-        async for chunk in request.stream():
-            pending += chunk
-            received += len(chunk)
-            if received > whole:
-                raise TooLarge(f"the body has more than {whole} bytes")
+        async for piece in _arriving(request, whole):
+            pending += piece
             if len(pending) >= _BATCH:
                 await to_thread.run_sync(parser.write, bytes(pending))
                 pending.clear()
@@ -117,15 +113,34 @@ async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tupl
         parser.finalize()
     except FormParserError as error:
         raise InvalidRequest(f"the multipart body is malformed: {error!s:.200}") from error
-    except ClientDisconnect as error:
-        raise InvalidRequest("the connection ended before the upload did") from error
     return upload.finished()
 
 
-def _refuse_declared(request: Request, limit: int) -> None:
+async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """A body, piece by piece; its sender may pause as long as `receive_timeout`."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise TooLarge(f"the body has {declared} bytes, more than {limit}")
+    patience = Patience(state_of(request).settings.receive_timeout)
+    clock = asyncio.get_running_loop().time
+    stream, received = request.stream(), 0
+    while True:
+        began = clock()
+        try:
+            async with asyncio.timeout(patience.left):
+                piece = await anext(stream, None)
+        except TimeoutError as error:
+            slow = f"the body stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second: send it anew"
+            raise RequestTimeout(slow) from error
+        except ClientDisconnect as error:
+            raise InvalidRequest("the connection ended before the body did") from error
+        if piece is None:
+            return
+        received += len(piece)
+        if received > limit:
+            raise TooLarge(f"the body has more than {limit} bytes")
+        patience.spend(clock() - began, len(piece))
+        yield piece
 
 
 class _Upload:

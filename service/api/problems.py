@@ -23,6 +23,9 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Conflict: 409,
     errors.PreconditionFailed: 412,
     errors.TooLarge: 413,
+    errors.RequestTimeout: 408,
+    errors.MalformedRequest: 400,
+    errors.HeaderFieldsTooLarge: 431,
     errors.NotAcceptable: 406,
     errors.UnsupportedMediaType: 415,
     errors.RangeNotSatisfiable: 416,
@@ -32,6 +35,9 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Internal: 500,
 }
 """The most specific class in an error's ancestry decides."""
+
+_LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
+"""What came next on the connection would be the rest of what was refused."""
 
 
 def status_of(error: errors.PrefixServiceError) -> int:
@@ -48,6 +54,8 @@ def problem(error: errors.PrefixServiceError) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, errors.RangeNotSatisfiable):
         headers["Content-Range"] = f"bytes */{error.length}"
+    if isinstance(error, _LAST):
+        headers["Connection"] = "close"
     return _ProblemResponse(status_of(error), error.code, error.message, headers)
 
 

@@ -15,13 +15,14 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, start_http_server
 
 from service.api.app import create_app
+from service.api.connections import KEEP_ALIVE, Deadlines, protocol_class
 from service.api.metrics import Metrics
 from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
 from service.errors import Conflict, InvalidInput
 from service.logs import configure
 from service.registry.registry import choose_device
-from service.settings import LOOPBACK, Settings
+from service.settings import Settings
 from service.shared_files import sweep
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
@@ -58,8 +59,8 @@ def run(settings: Settings) -> None:
             host=settings.host,
             port=settings.port,
             uds=None if settings.uds is None else str(settings.uds),
-            # httptools is the faster parser, and lets two Host headers and any number of others through.
-            http="httptools" if settings.uds or settings.host in LOOPBACK else "h11",
+            http=protocol_class(settings.parser, Deadlines(settings.receive_timeout, settings.send_timeout)),
+            timeout_keep_alive=KEEP_ALIVE,
             ws="none",
             log_config=None,
             access_log=False,

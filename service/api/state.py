@@ -27,19 +27,20 @@ class State:
     answers: Answers
 
 
-def _state(request: Request) -> State:
+def state_of(request: Request) -> State:
+    """Those of the app that a request came to."""
     state: State = request.app.state.prefix_service
     return state
 
 
 def _library(request: Request) -> Library:
-    return _state(request).library
+    return state_of(request).library
 
 
 def _settings(request: Request) -> Settings:
-    return _state(request).settings
+    return state_of(request).settings
 
 
-StateOf = Annotated[State, Depends(_state)]
+StateOf = Annotated[State, Depends(state_of)]
 LibraryOf = Annotated[Library, Depends(_library)]
 SettingsOf = Annotated[Settings, Depends(_settings)]

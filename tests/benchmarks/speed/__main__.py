@@ -10,13 +10,14 @@ from typing import Final
 
 from rich.console import Console
 
-from tests.benchmarks.speed import mixed, revalidation, scale, wire, worker, workers
+from tests.benchmarks.speed import mixed, parsers, revalidation, scale, wire, worker, workers
 from tests.benchmarks.speed.harness import Outcome, say
 
 PARTS: Final[dict[str, Callable[..., Outcome]]] = {
     "wire": wire.measure,
     "worker": worker.measure,
     "revalidation": revalidation.measure,
+    "parsers": parsers.measure,
     "mixed": mixed.measure,
     "scale": scale.measure,
     "workers": workers.measure,
