@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -172,11 +172,10 @@ class Library:
         """
         return make_plan(version, request, mask, self.limits)
 
-    @contextlib.asynccontextmanager
-    async def rendering(self, plan: Plan) -> AsyncIterator[Rendering]:
+    def rendering(self, plan: Plan) -> contextlib.AbstractAsyncContextManager[Rendering]:
         """The tensors of a plan, in host memory while the block runs.
 
-        Raises:
+        The block raises:
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
             OutOfSpace, Unavailable: the memory budget does not allow it now.
         """
@@ -184,9 +183,7 @@ class Library:
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version, plan)
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
-        leased = self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
-        async with leased as rendering:
-            yield rendering
+        return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
 
     async def body_digest(self, plan: Plan, rendering: Rendering) -> bytes:
         """SHA-256 of the whole body (RFC 9530's representation digest), computed once for each entity tag."""

@@ -1,11 +1,10 @@
 """`AdapterRegistry`: what is in memory now, loaded once for all who wait, evicted under byte budgets."""
 
-import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar, get_args
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, TypeVar, get_args
 
 import torch
 
@@ -17,7 +16,7 @@ from service.prefix.wire import Rendering, render
 from service.registry.memory import exhausted, memory_for, of_device
 from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
 from service.registry.tenants import Entry
-from service.registry.tier import Tier
+from service.registry.tier import Lease, Tier
 from service.registry.turns import Turns
 
 log = logging.getLogger("prefix_service")
@@ -31,8 +30,7 @@ _LOADS: Final = 8  # threads: more read no faster from one disk, and a few that 
 _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
 
-@dataclass(frozen=True, slots=True)
-class VersionKey:
+class VersionKey(NamedTuple):
     """The identity of what is resident: never a name alone, so that no tenant meets another's tensors."""
 
     tenant: str
@@ -44,8 +42,7 @@ class VersionKey:
         return f"{self.tenant}/{self.adapter}@{self.version}"
 
 
-@dataclass(frozen=True, slots=True)
-class RenderingKey:
+class RenderingKey(NamedTuple):
     """The identity of a rendering: a version, and what was made of it."""
 
     version: VersionKey
@@ -86,15 +83,14 @@ class AdapterRegistry:
         """
         return await self._prefixes.get(key, key.tenant, nbytes, self._on_device(key, load))
 
-    @contextlib.asynccontextmanager
-    async def rendering(
+    def rendering(
         self,
         key: RenderingKey,
         nbytes: int,
         prefix_nbytes: int,
         load: Callable[[], PrefixKV],
         place: Callable[[Rendering], Rendering] | None = None,
-    ) -> AsyncIterator[Rendering]:
+    ) -> Lease[RenderingKey, Rendering, VersionKey]:
         """A rendering of `nbytes`, not evicted while the block runs; made from the prefix if need be, and kept where
         `place`, in the same thread, puts it.
 
@@ -108,8 +104,7 @@ class AdapterRegistry:
             async with self._prefixes.lease(version, version.tenant, prefix_nbytes, bring) as kv:
                 return await self._run(version, lambda: _render(kv, key, place))
 
-        async with self._renderings.lease(key, version.tenant, nbytes, rendered) as rendering:
-            yield rendering
+        return self._renderings.lease(key, version.tenant, nbytes, rendered)
 
     def _on_device(self, key: VersionKey, load: Callable[[], PrefixKV]) -> Callable[[], Awaitable[PrefixKV]]:
         async def bring() -> PrefixKV:

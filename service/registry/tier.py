@@ -1,9 +1,8 @@
 """One budget of bytes and the values under it, loaded once for all who wait."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
 from service.errors import Unavailable
@@ -34,7 +33,7 @@ class Tier(Generic[K, V, G]):
         self._group = group
         self._groups: dict[G, set[K]] = {}  # of what is resident
         self._name, self._place, self._patience = name, place, patience
-        self._room: asyncio.Event = asyncio.Event()
+        self._room: asyncio.Event | None = None  # of those who wait now
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -47,33 +46,53 @@ class Tier(Generic[K, V, G]):
         async with self.lease(key, tenant, nbytes, load) as value:
             return value
 
-    @contextlib.asynccontextmanager
-    async def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> AsyncIterator[V]:
+    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V, G]":
         """The value of a tenant's `key`, not evicted from the reservation of its bytes until the block ends.
 
-        Raises:
+        The block raises:
             OutOfSpace: it does not fit the budget.
             Unavailable: what may leave is not enough, and did not become so in time.
             PrefixServiceError: what `load` raised, now or a moment ago.
         """
-        if key in self._values:
+        return Lease(self, key, tenant, nbytes, load)
+
+    async def enter(self, lease: "Lease[K, V, G]") -> V:
+        """Begin a lease."""
+        key = lease.key
+        if (value := self._values.get(key)) is not None:
             self._hits += 1
-            self.residency.touch(key)
         elif key in self._loads:
             self._waits += 1
-            self.residency.touch(key)
         else:
             self._misses += 1
-            await self._begin(key, tenant, nbytes, load)
-        entry = self.residency.lease(key)
+            await self._begin(key, lease.tenant, lease.nbytes, lease.load)
+            return await self._lent(lease)
+        self.residency.touch(key)
+        if value is None:
+            return await self._lent(lease)
+        self._lend(lease)
+        return value
+
+    def _lend(self, lease: "Lease[K, V, G]") -> None:
+        lease.entry = self.residency.lease(lease.key)
         self._readers += 1
+
+    async def _lent(self, lease: "Lease[K, V, G]") -> V:
+        """The value, once its load has ended; leased meanwhile."""
+        key = lease.key
+        self._lend(lease)
         try:
             value = self._values.get(key)
             # A waiter that is cancelled must not take the load away from the others.
-            yield await asyncio.shield(self._loads[key]) if value is None else value
-        finally:
-            self._readers -= 1
-            self._release(entry)
+            return await asyncio.shield(self._loads[key]) if value is None else value
+        except BaseException:
+            self.leave(lease)
+            raise
+
+    def leave(self, lease: "Lease[K, V, G]") -> None:
+        """End a lease."""
+        self._readers -= 1
+        self._release(lease.entry)
 
     async def _begin(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
         """Reserve and begin to load, unless somebody else does while there is no room yet."""
@@ -91,9 +110,10 @@ class Tier(Generic[K, V, G]):
 
     async def _room_before(self, until: float) -> bool:
         """Whether something may have become free in time."""
+        room = self._room = self._room or asyncio.Event()
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                await self._room.wait()
+                await room.wait()
         except TimeoutError:
             return False
         return True
@@ -104,8 +124,9 @@ class Tier(Generic[K, V, G]):
 
     def _make_known(self) -> None:
         """Those who wait now look again; who comes later waits for the next time."""
-        self._room.set()
-        self._room = asyncio.Event()
+        if self._room is not None:
+            self._room.set()
+            self._room = None
 
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
@@ -203,3 +224,20 @@ class Tier(Generic[K, V, G]):
         """What each tenant has, the largest first."""
         tenants = sorted(self.residency.tenants(), key=lambda tenant: (-tenant.used, tenant.name))
         return [ShareReport(tenant.name, self._name, tenant.used, self.residency.share) for tenant in tenants]
+
+
+class Lease(Generic[K, V, G]):
+    """`async with` it; see `Tier.lease`. A class, since a generator takes longer than all it does here."""
+
+    __slots__ = ("_tier", "entry", "key", "load", "nbytes", "tenant")
+
+    entry: Entry[K]
+
+    def __init__(self, tier: Tier[K, V, G], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+        self._tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
+
+    async def __aenter__(self) -> V:
+        return await self._tier.enter(self)
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._tier.leave(self)
