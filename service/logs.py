@@ -1,5 +1,6 @@
 """Structured logs: everything that a service says goes through one renderer, onto standard error."""
 
+import asyncio
 import json
 import logging
 import re
@@ -64,12 +65,14 @@ def configure(level: LogLevel) -> None:
 class RequestLog:
     """The lines of requests, in the form of all others.
 
-    Not through structlog where lines are JSON: that takes 10 µs a line, this 3.
+    Where they are JSON, not through structlog, which takes 10 µs a line, and those of one turn of the event loop in one
+    write.
     """
 
     def __init__(self) -> None:
         self._lines = None if sys.stderr.isatty() else _Lines(sys.stderr)
         self._log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+        self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
     def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
@@ -80,7 +83,14 @@ class RequestLog:
             getattr(self._log, level)("request", **fields)
         else:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
-            self._lines.msg(redacted(_json(fields)))
+            if not self._pending:
+                asyncio.get_running_loop().call_soon(self._write)
+            self._pending.append(redacted(_json(fields)))
+
+    def _write(self) -> None:
+        if self._lines is not None:
+            self._lines.msg("\n".join(self._pending))
+        self._pending.clear()
 
 
 class _Lines:
