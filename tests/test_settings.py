@@ -76,3 +76,12 @@ def test_the_secret_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
     """Replicas share a secret by a file; one machine alone makes its own."""
     assert Settings(data_dir=tmp_path).secret_file == tmp_path / "key.secret"
     assert Settings(data_dir=tmp_path, key_secret_file=tmp_path / "s").secret_file == tmp_path / "s"
+
+
+def test_the_parser_is_the_fast_one_where_only_this_machine_comes_in() -> None:
+    """Unless one is chosen."""
+    assert {Settings(host=host).parser for host in ("127.0.0.1", "::1", "localhost")} == {"httptools"}
+    assert {Settings(host=host).parser for host in ("0.0.0.0", "::", "192.0.2.1")} == {"h11"}  # noqa: S104
+    assert Settings(host="192.0.2.1", uds=Path("socket")).parser == "httptools"
+    assert Settings(host="192.0.2.1", http_parser="httptools").parser == "httptools"
+    assert Settings(http_parser="h11").parser == "h11"

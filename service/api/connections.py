@@ -8,7 +8,7 @@ is read, cost one look at the names of the header fields; the rest is one timer 
 import asyncio
 import http
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, cast
@@ -190,7 +190,7 @@ class HttpToolsConnection(_Guarded, HttpToolsProtocol):
         if self._pending > MAX_HEAD_BYTES and len(self.url) + _size(self.headers) > MAX_HEAD_BYTES:
             raise _too_large()
         self._pending = 0
-        _check_head(self.headers, self.parser.get_http_version())
+        _check_head(self.headers, self.parser.get_http_version)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -225,7 +225,7 @@ class _H11(h11.Connection):
                 fields = list(event.headers)
                 if len(event.target) + _size(fields) > MAX_HEAD_BYTES:
                     raise _too_large()
-                _check_head(fields, event.http_version.decode())
+                _check_head(fields, event.http_version.decode)
             except (MalformedRequest, HeaderFieldsTooLarge) as error:
                 raise h11.RemoteProtocolError(error.message) from error
         return event
@@ -236,12 +236,12 @@ class _H11(h11.Connection):
         return pieces[0] if pieces is not None and len(pieces) == 1 else pieces and b"".join(pieces)
 
 
-def _check_head(fields: Fields, http_version: str) -> None:
+def _check_head(fields: Fields, http_version: Callable[[], str]) -> None:
     names = [name for name, _ in fields]
     if len(names) > MAX_HEAD_FIELDS:
         raise HeaderFieldsTooLarge(f"the request has {len(names)} header fields, more than {MAX_HEAD_FIELDS}")
     hosts = names.count(b"host")
-    if hosts != 1 and (hosts or http_version != "1.0"):
+    if hosts != 1 and (hosts or http_version() != "1.0"):
         raise MalformedRequest(f"the request has {hosts} Host fields: send one")
     if b"transfer-encoding" in names:
         if b"content-length" in names:

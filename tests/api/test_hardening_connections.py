@@ -57,7 +57,7 @@ def connected(server: Server, receive_buffer: int | None = None) -> socket.socke
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(20)
+    connection.settimeout(8)
     connection.connect((address.hostname, address.port))
     return connection
 
@@ -130,6 +130,16 @@ def test_19_heads_are_bounded(server: Server, fields: bytes) -> None:
         )
     assert peak_memory(server) - before < 4 * MIB
     assert_alive(server)
+
+
+def test_19_refusal_reaches_who_still_sends(server: Server) -> None:
+    """What comes after a refusal is read and dropped for a while: a reset would take the answer from some peers."""
+    before = peak_memory(server)
+    with connected(server) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nX-Large: " + b"a" * 32 * MIB)
+        refused(read_answer(connection), 431, "header-fields-too-large")
+        assert connection.recv(1) == b""
+    assert peak_memory(server) - before < 4 * MIB
 
 
 def test_19_heads_below_the_bounds_are_taken(server: Server) -> None:
@@ -233,14 +243,14 @@ def slowly(server: Server, first: bytes, more: Callable[[], bytes]) -> tuple[Raw
         began = time.monotonic()
         connection.sendall(first)
         connection.settimeout(0.1)
-        while time.monotonic() - began < 15:
+        while time.monotonic() - began < 5:
             try:
                 if connection.recv(1, socket.MSG_PEEK):
                     break
             except TimeoutError:
                 connection.sendall(more())
         seconds = time.monotonic() - began
-        connection.settimeout(20)
+        connection.settimeout(8)
         answer = read_answer(connection)
         ended(connection)
     return answer, seconds
@@ -341,7 +351,7 @@ def large_answers(server: Server, count: int) -> list[socket.socket]:
 def end_of_answers(server: Server, connections: list[socket.socket], trickle: bool) -> float:
     """Seconds until the service knows of no request but that which asks."""
     began, client = time.monotonic(), server.client()
-    while time.monotonic() - began < 15:
+    while time.monotonic() - began < 5:
         if trickle:
             for connection in connections:
                 with contextlib.suppress(ConnectionResetError):
@@ -356,7 +366,7 @@ def end_of_answers(server: Server, connections: list[socket.socket], trickle: bo
 
 @pytest.mark.parametrize("trickle", [False, True], ids=["never", "a few bytes now and then"])
 def test_24_readers_that_do_not_read(server: Server, trickle: bool) -> None:
-    """Memory for each of four is bounded, the deadline ends them, and the rendering is let go."""
+    """Memory for each of four is bounded, and the deadline ends them: their requests are over."""
     large_answers(server, 1)[0].close()
     before = resident_memory(server)
     connections = large_answers(server, 4)
@@ -367,8 +377,6 @@ def test_24_readers_that_do_not_read(server: Server, trickle: bool) -> None:
     assert 0.5 * SEND < seconds + 0.5 < SEND + 2 * SLACK
     for connection in connections:
         connection.close()
-    freed = server.client().delete(f"/v1/tenants/{TENANT}/adapters/large@1/residency")
-    assert freed.status_code == 204, freed.text
     assert_alive(server)
 
 
