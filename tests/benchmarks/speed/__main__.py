@@ -10,14 +10,16 @@ from typing import Final
 
 from rich.console import Console
 
-from tests.benchmarks.speed import mixed, parsers, revalidation, scale, wire, worker, workers
+from tests.benchmarks.speed import client, cold, mixed, parsers, revalidation, scale, wire, worker, workers
 from tests.benchmarks.speed.harness import Outcome, say
 
 PARTS: Final[dict[str, Callable[..., Outcome]]] = {
     "wire": wire.measure,
+    "client": client.measure,
     "worker": worker.measure,
     "revalidation": revalidation.measure,
     "parsers": parsers.measure,
+    "cold": cold.measure,
     "mixed": mixed.measure,
     "scale": scale.measure,
     "workers": workers.measure,

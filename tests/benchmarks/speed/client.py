@@ -1,7 +1,5 @@
 """How long until a prefix's tensors are usable, for the clients of this project and what they are compared with.
 
-python -m tests.benchmarks.speed.client [--rounds N] [--sizes 20 80 2048]
-
 Each size is a Llama-3-8B prefix of so many virtual tokens in bfloat16. A service runs in a process of its own; beside
 it a bare asyncio server gives the service's own answer from memory, so that the client's part is seen where the service
 is the slower half. In each round every contestant fetches once, in turn; figures are medians with quartiles, and ratios
@@ -14,14 +12,11 @@ async     AsyncPrefixClient.get
 httpx     a reused httpx.Client().get(…).content, then safetensors.torch.load
 """
 
-import argparse
 import asyncio
 import contextlib
 import io
 import multiprocessing
 import socket
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -35,6 +30,7 @@ import torch
 from service.client import AsyncPrefixClient, PrefixClient
 from service.prefix.wire import bytes_of
 from tests.benchmarks.fleet import Shape
+from tests.benchmarks.speed.harness import QUIET, Chart, Grid, Outcome, Spread, in_turns, ratio, say
 from tests.conftest import running_server
 
 _CHUNK = 1 << 20
@@ -152,38 +148,24 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
         runner.run(later_careful.close())
 
 
-def measure(title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> None:
-    """Every contestant once a round; a table."""
-    seconds: dict[str, list[float]] = {name: [] for name in fetches}
-    for _ in range(rounds):
-        for name, fetch in fetches.items():
-            seconds[name].append(fetch())
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    say(f"\n{title}, {size / 1e6:.1f} MB, {rounds} rounds")
-    say(f"{'':16} {'median':>10} {'quartiles':>21} {'GB/s':>6} {'of raw':>7} {'x httpx':>8}")
-    for name, median in medians.items():
-        low, _, high = statistics.quantiles(seconds[name], n=4)
-        say(
-            f"{name:16} {median * 1e3:7.3f} ms {low * 1e3:8.3f} - {high * 1e3:7.3f} ms {size / median / 1e9:6.2f} "
-            f"{medians['raw'] / median:7.2f} {medians['httpx'] / median:8.2f}"
-        )
+def compared(rows: list[list[str]], title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> dict[str, float]:
+    """Every contestant in turn; one row each, and the median seconds."""
+    found = in_turns(fetches, rounds)
+    for name, seconds in found.items():
+        spread = Spread.of([1000 * value for value in seconds])
+        of_raw, of_httpx = (ratio(found[peer], seconds) for peer in ("raw", "httpx"))
+        rate = f"{size / Spread.of(seconds).median / 1e9:.2f}"
+        rows.append([title if name == "raw" else "", name, str(spread), rate, str(of_raw), str(of_httpx)])
+    return {name: Spread.of(seconds).median for name, seconds in found.items()}
 
 
-def say(line: str) -> None:
-    """One line, at once."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def main() -> None:
-    """Publish, fetch, tell."""
-    arguments = argparse.ArgumentParser(description="Seconds until tensors are usable.")
-    arguments.add_argument("--sizes", type=int, nargs="+", default=[20, 80, 2048], help="virtual tokens")
-    arguments.add_argument("--rounds", type=int, default=200, help="for the smallest size; larger ones get fewer")
-    chosen = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "data") as server:
+def measure(*, quick: bool) -> Outcome:
+    """Publish, fetch, compare."""
+    rows: list[list[str]] = []
+    medians: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "data", environment=QUIET) as server:
         port = int(server.url.rpartition(":")[2])
-        for tokens in chosen.sizes:
+        for tokens, rounds in [(20, 5)] if quick else [(20, 200), (80, 100), (2048, 9)]:
             shape, reference = Shape(tokens=tokens), f"bench/tokens-{tokens}@1"
             with PrefixClient(server.url, server.admin_key) as publisher:
                 weights, _ = shape.weights(tokens)
@@ -192,12 +174,14 @@ def main() -> None:
             answer = server.client().get(path)
             head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
             whole = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + answer.content
-            rounds = max(10, chosen.rounds * 20 // tokens)
+            size = f"{shape.nbytes / 1e6:.1f} MB"
+            say(f"  {size}, {rounds} rounds")
             with contestants(port, path, server.admin_key, reference) as fetches:
-                measure(f"{tokens} tokens from the service", fetches, shape.nbytes, rounds)
+                medians[f"{size}, service"] = compared(rows, f"{size} from the service", fetches, shape.nbytes, rounds)
             with bare_server(whole) as bare, contestants(bare, path, server.admin_key, reference) as fetches:
-                measure(f"{tokens} tokens from a bare server", fetches, shape.nbytes, rounds)
-
-
-if __name__ == "__main__":
-    main()
+                medians[f"{size}, bare"] = compared(rows, f"{size} from a bare server", fetches, shape.nbytes, rounds)
+    head_row = ["", "", "ms (quartiles)", "GB/s", "raw's time ÷ its", "httpx's time ÷ its"]
+    names = list(next(iter(medians.values())))
+    series: dict[str, list[float | None]] = {name: [1000 * found[name] for found in medians.values()] for name in names}
+    chart = Chart("bars", "Until tensors are usable", "ms", list(medians), series)
+    return Outcome([Grid("Until a prefix's tensors are usable", head_row, rows)], chart)

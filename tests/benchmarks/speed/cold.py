@@ -1,13 +1,9 @@
 """Cold adapters: from the blob to the first byte, many at once beside a hot one, and the start of the service.
 
-    python -m tests.benchmarks.speed.cold
-    python -m tests.benchmarks.speed.cold --adapters 20 --rounds 3 --starts 1 --tokens 20
-
 What is compared is measured in the same rounds, on the same file: reading and hashing a blob, and a real server's
 answer just after `DELETE …/residency`. A digest is unknown where this very body was never sent before.
 """
 
-import argparse
 import hashlib
 import http.client
 import itertools
@@ -22,13 +18,14 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
-from service.console import human_bytes, print_table
+from service.console import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
+from tests.benchmarks.speed.harness import QUIET, Chart, Grid, Outcome, say
 from tests.conftest import Server, running_server
 
 _ANSWER = 1 << 20
 
-Row = list[object]
+Row = list[str]
 
 
 class Reader:
@@ -96,7 +93,7 @@ def one_cold(folder: Path, shape: Shape, rounds: int) -> list[Row]:
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
     base: dict[str, list[float]] = {"warm": [], "dropped": []}
     rows_asked = itertools.count(2)
-    with running_server(folder) as server:
+    with running_server(folder, environment=QUIET) as server:
         (one,) = publish(server, "acme", shape, 1)
         path, reader = blob_of(server, shape), Reader(server.url, server.admin_key)
         reader.get(one.path)
@@ -127,10 +124,13 @@ def _ratios(values: list[float], base: float) -> Row:
 def many_cold(folder: Path, count: int) -> list[Row]:
     """(b) Many cold adapters, read by one and by sixteen, beside a hot one."""
     rows: list[Row] = []
-    with running_server(folder) as server, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with (
+        running_server(folder, environment=QUIET) as server,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+    ):
         shape = Shape()
         hot, *cold = publish(server, "acme", shape, count + 1)
-        with multiprocessing.get_context("spawn").Manager() as manager:
+        with spawning.Manager() as manager:
             alone = None
             for readers in (0, 1, 16):
                 begun, stop = manager.Event(), manager.Event()
@@ -203,23 +203,24 @@ def start_up(folder: Path, rounds: int) -> list[Row]:
     return [["start until ready ÷ import torch", *_ratios(starts, statistics.median(imports))]]
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--starts", type=int, default=5)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[20, 2048])
-    plan = parser.parse_args()
+def measure(*, quick: bool) -> Outcome:
+    """All three."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for tokens in plan.tokens:
-            rows += one_cold(Path(folder) / f"one-{tokens}", Shape(tokens=tokens), plan.rounds)
-        if plan.adapters:
-            rows += many_cold(Path(folder) / "many", plan.adapters)
-        rows += start_up(Path(folder) / "start", plan.starts)
-    print_table("Cold", ["what", "median", "spread"], rows)
-
-
-if __name__ == "__main__":
-    main()
+        for tokens in (20,) if quick else (20, 2048):
+            say(f"  one cold adapter of {tokens} tokens")
+            rows += one_cold(Path(folder) / f"one-{tokens}", Shape(tokens=tokens), 3 if quick else 9)
+        say("  many cold adapters")
+        rows += many_cold(Path(folder) / "many", 20 if quick else 200)
+        say("  start-up")
+        rows += start_up(Path(folder) / "start", 1 if quick else 5)
+    first = {row[0].removesuffix(": first byte ÷ read + hash"): float(row[1]) for row in rows if "first byte" in row[0]}
+    chart = Chart(
+        "bars",
+        "From a cold blob to the first byte",
+        "times read + SHA-256 of the file",
+        list(first),
+        {"first byte": list(first.values())},
+        log_y=False,
+    )
+    return Outcome([Grid("Cold", ["", "median", "spread, or beside the hot one alone"], rows)], chart)
