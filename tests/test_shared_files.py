@@ -84,22 +84,23 @@ def test_an_end_leaves_the_mappings(tmp_path: Path) -> None:
 
 def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
     """A folder is its process's from the moment that it is returned, whoever sweeps meanwhile."""
-    made: list[SharedFiles] = []
+    made: list[bool] = []
+    ended = threading.Event()
 
-    def begin() -> None:
-        for _ in range(20):
-            made.append(SharedFiles(tmp_path))
-            placed(made[-1])
+    def sweeping() -> None:
+        while not ended.is_set():
+            sweep(tmp_path)
 
-    threads = [threading.Thread(target=begin) for _ in range(4)]
-    for thread in threads:
+    sweepers = [threading.Thread(target=sweeping) for _ in range(3)]
+    for thread in sweepers:
         thread.start()
-    for thread in threads:
+    for _ in range(300):
+        with contextlib.closing(SharedFiles(tmp_path)) as shared:
+            made.append(shared.place(MESSAGE, render(KV, "float32")).file is not None)
+    ended.set()
+    for thread in sweepers:
         thread.join()
-    sweep(tmp_path)
-    assert len(made) == len(list(tmp_path.iterdir())) == 80
-    for each in made:
-        each.close()
+    assert made == [True] * 300
     assert list(tmp_path.iterdir()) == []
 
 
