@@ -124,10 +124,8 @@ def _ratios(values: list[float], base: float) -> Row:
 def many_cold(folder: Path, count: int) -> list[Row]:
     """(b) Many cold adapters, read by one and by sixteen, beside a hot one."""
     rows: list[Row] = []
-    with (
-        running_server(folder, environment=QUIET) as server,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
-    ):
+    spawning = multiprocessing.get_context("spawn")
+    with running_server(folder, environment=QUIET) as server, ProcessPoolExecutor(1, spawning) as pool:
         shape = Shape()
         hot, *cold = publish(server, "acme", shape, count + 1)
         with spawning.Manager() as manager:
