@@ -301,8 +301,11 @@ def test_a_sound_file_is_mapped(file: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_a_file_of_the_service_is_refused(file: Path, fields: dict[str, Any]) -> None:
+def test_what_is_not_a_file_of_the_service_is_refused(
+    file: Path, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A forged answer is InvalidResponse, whatever it names: nothing else is opened as a prefix, waited for or kept."""
+    monkeypatch.chdir(file.parent)  # where a relative path would be found
     places = {"{file}": file, "{folder}": file.parent}
     for name in ("fifo", "writable", "other", "empty"):
         places[f"{{{name}}}"] = file.parent / name
