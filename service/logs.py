@@ -75,10 +75,12 @@ class RequestLog:
         self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
+    def tells(self, level: LogLevel) -> bool:
+        """Whether lines of this level are wanted."""
+        return _NUMBERS[level] >= self._lowest
+
     def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
         """Tell of a request."""
-        if _NUMBERS[level] < self._lowest:
-            return
         if self._lines is None:
             getattr(self._log, level)("request", **fields)
         else:

@@ -20,8 +20,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service.api.gathering import GatheringTransport
 from service.api.patience import Patience
 from service.api.problems import problem
+from service.api.responses import DRAIN
 from service.errors import HeaderFieldsTooLarge, MalformedRequest, PrefixServiceError, RequestTimeout
 
 MAX_HEAD_BYTES: Final = 64 << 10
@@ -66,6 +68,7 @@ class _Guarded(asyncio.Protocol):
     client: tuple[str, int] | None
     server_state: ServerState
     timeout_keep_alive_task: asyncio.TimerHandle | None
+    app_state: dict[str, Any]
 
     def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
         self._deadlines = deadlines
@@ -79,7 +82,10 @@ class _Guarded(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to look at it."""
-        super().connection_made(transport)
+        gathering = GatheringTransport(cast("asyncio.Transport", transport), self.loop)
+        super().connection_made(cast("asyncio.Transport", gathering))
+        # What an answer holds in memory it holds until the connection can take more.
+        self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -233,7 +239,7 @@ class _H11(h11.Connection):
     def send(self, event: Any) -> Any:
         """What leaves is not copied, as `h11.Connection.send` does."""
         pieces = self.send_with_data_passthrough(event)
-        return pieces[0] if pieces is not None and len(pieces) == 1 else pieces and b"".join(pieces)
+        return pieces if pieces is None else pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _check_head(fields: Fields, http_version: Callable[[], str]) -> None:

@@ -55,6 +55,9 @@ class RequestMiddleware:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
+        level = _level(route, outcome.status)
+        if not self._log.tells(level):
+            return
         fields = {
             **about.get(),
             "method": method,
@@ -65,7 +68,7 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
-        self._log.line(_level(route, outcome.status), fields)
+        self._log.line(level, fields)
 
 
 class _Outcome:
@@ -80,8 +83,8 @@ class _Outcome:
 
     def __call__(self, message: Message) -> Awaitable[None]:
         """Note a message, and pass it on."""
-        if message["type"] == "http.response.body":
-            self.sent += len(message.get("body", b""))
+        if (body := message.get("body")) is not None:
+            self.sent += len(body)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), self._header]

@@ -2,7 +2,7 @@
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
@@ -20,6 +20,9 @@ from service.prefix.form import MEDIA_TYPE
 
 _CHUNK: Final = 1 << 20
 
+DRAIN: Final = "drain"
+"""In the scope's state, where the server is ours: wait until nearly all that was sent has left."""
+
 Fields = list[tuple[bytes, bytes]]
 
 
@@ -27,7 +30,7 @@ Fields = list[tuple[bytes, bytes]]
 class Content:
     """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
 
-    chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
+    chunks: Sequence[bytes | memoryview] | AsyncIterable[bytes | memoryview]
     fields: Fields = field(default_factory=list)
 
 
@@ -68,10 +71,14 @@ class BytesResponse(Response, ABC):
             if isinstance(content.chunks, AsyncIterable):
                 async for chunk in content.chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body"})
             else:
-                for chunk in content.chunks:
+                *chunks, last = content.chunks or (b"",)
+                for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body"})
+                await send({"type": "http.response.body", "body": last})
+                if (drain := scope["state"].get(DRAIN)) is not None:
+                    await drain()
 
 
 class PrefixResponse(BytesResponse):

@@ -64,6 +64,7 @@ def run(settings: Settings) -> None:
             ws="none",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nothing here asks who the caller was, or by which scheme he came
             server_header=False,
             timeout_graceful_shutdown=30,
         )

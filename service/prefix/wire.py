@@ -8,7 +8,7 @@ data begins at a multiple of 64, then the tensors, widest dtype first, so that e
 import ctypes
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -225,30 +225,29 @@ class Message:
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
         return _Span(slot.source, start, start + row, slot.times)
 
-    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[bytes | memoryview]:
-        """The bytes `start:stop` of the file in chunks of at most 8 MiB; the same row is sent again, never copied."""
+    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> list[bytes | memoryview]:
+        """The bytes `start:stop` of the file in chunks of at most 8 MiB; the same row comes again, never a copy."""
         stop = self.content_length if stop is None else stop
+        whole = self._chunks(rendering)
         if (start, stop) == (0, self.content_length):
-            yield from self._chunks(rendering)
-            return
-        position = 0
-        for chunk in self._chunks(rendering):
+            return whole
+        found, position = [], 0
+        for chunk in whole:
             first, last = max(start - position, 0), min(stop - position, len(chunk))
             if first < last:
-                yield chunk[first:last]
+                found.append(chunk[first:last])
             position += len(chunk)
-            if position >= stop:
-                return
+        return found
 
-    def _chunks(self, rendering: Rendering) -> Iterator[bytes | memoryview]:
+    def _chunks(self, rendering: Rendering) -> list[bytes | memoryview]:
+        chunks: list[bytes | memoryview] = []
         for piece in self._pieces:
             if isinstance(piece, _Span):
                 row = rendering.bytes_of(piece.source)[piece.start : piece.stop]
-                chunks = [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)]
-                for _ in range(piece.times):
-                    yield from chunks
+                chunks += [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)] * piece.times
             else:
-                yield piece
+                chunks.append(piece)
+        return chunks
 
 
 def _adjoin(first: _Span, second: _Span) -> bool:
