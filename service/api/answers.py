@@ -22,6 +22,10 @@ class _Answer:
     reference: Reference
     route: object
 
+    @property
+    def tenant(self) -> str:
+        return self.response.version.tenant
+
 
 class Answers:
     """What the route answered, by all that the answer depends on: path and query as they were sent, and `Accept`.
@@ -48,7 +52,7 @@ class Answers:
         if (answer := self._known.pop(question, None)) is not None:
             self._nbytes -= answer.response.planned_nbytes
 
-    def find(self, scope: Scope) -> PrefixResponse | None:
+    def find(self, scope: Scope) -> _Answer | None:
         """The answer to a request, if it was given before, is still true, and the caller may have it."""
         if scope["method"] not in ("GET", "HEAD"):
             return None
@@ -56,11 +60,7 @@ class Answers:
         if answer is None or not self._library.is_current(answer.response.version, answer.reference):
             return None
         principal: Principal = scope["principal"]
-        tenant = answer.response.version.tenant
-        if not principal.may_see(tenant):
-            return None
-        scope["tenant"], scope["route"] = tenant, answer.route
-        return answer.response
+        return answer if principal.may_see(answer.tenant) else None
 
 
 def _question(scope: Scope) -> _Question:
@@ -69,13 +69,24 @@ def _question(scope: Scope) -> _Question:
 
 
 class AnswersMiddleware:
-    """Gives the answers that are remembered, behind the checks of keys and rates."""
+    """Gives the answers that are remembered, behind the check of keys; with `let_through`, which tells whether a tenant
+    has no limit, to those alone."""
 
-    def __init__(self, app: ASGIApp, answers: Callable[[], Answers]) -> None:
+    def __init__(
+        self, app: ASGIApp, answers: Callable[[], Answers], let_through: Callable[[str], bool] | None = None
+    ) -> None:
         self._app = app
         self._answers = answers
+        self._let_through = let_through
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the routes do it."""
         answer = self._answers().find(scope) if "principal" in scope else None
-        await (answer or self._app)(scope, receive, send)
+        if answer is None or not self._is_let_through(scope["principal"], answer.tenant):
+            await self._app(scope, receive, send)
+        else:
+            scope["tenant"], scope["route"] = answer.tenant, answer.route
+            await answer.response(scope, receive, send)
+
+    def _is_let_through(self, caller: Principal, tenant: str) -> bool:
+        return self._let_through is None or self._let_through(caller.tenant or tenant)
