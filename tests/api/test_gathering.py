@@ -120,7 +120,7 @@ async def test_an_answer_that_is_not_read_holds_its_rendering(server: Server) ->
 
         async def readers(wanted: int) -> bool:
             found = client.get("/v1/residency").json()["resident"]
-            return sum(row["readers"] for row in found if row["tenant"] == "gathering") == wanted
+            return sum(int(row["readers"]) for row in found if row["tenant"] == "gathering") == wanted
 
         host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
         with socket.socket() as reader:

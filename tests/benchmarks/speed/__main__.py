@@ -47,11 +47,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    found = run(arguments.parts or list(PARTS), quick=arguments.quick)
-    if not arguments.quick:
-        from tests.benchmarks.speed.page import keep  # draws with the extra `bench`
+    for part in arguments.parts or PARTS:
+        found = run([part], quick=arguments.quick)
+        if not arguments.quick:
+            from tests.benchmarks.speed.page import keep  # draws with the extra `bench`
 
-        keep(found)
+            keep(found)
 
 
 if __name__ == "__main__":
