@@ -134,7 +134,8 @@ class Residency(Generic[K]):
     def _next(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         if self._on_probation > _PROBATION * self.budget:
             return self._from_probation(spared) or self._from_main(spared)
-        return self._from_main(spared) or self._from_probation(spared)
+        # What proves itself on the way out of probation goes to the main queue, and may leave from there.
+        return self._from_main(spared) or self._from_probation(spared) or self._from_main(spared)
 
     def _from_main(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         for _ in range(_ROUNDS * len(self._main)):

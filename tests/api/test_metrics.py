@@ -210,6 +210,7 @@ def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
         own_port = httpx.get(f"http://127.0.0.1:{environment['PREFIX_METRICS_PORT']}/metrics")
         assert numbers(own_port.text)[counter] == 40
         (folder,) = tmp_path.glob("prefix-service-metrics-*")
+        _until(lambda: (folder / "1.lock").exists() and sum(map(_counts, _workers(server))) == 2)
         files = sorted(path.name for path in folder.iterdir())
         killed = _workers(server)[0]
         os.kill(killed, signal.SIGKILL)

@@ -352,3 +352,14 @@ def test_memory_itself_is_exhausted() -> None:
     residency.release(residency.entry("a0"))
     assert residency.spare("a") == ["a0"]
     assert sorted(residency.spare("b")) == [f"b{number}" for number in range(10)]
+
+
+def test_what_proves_itself_while_room_is_made_may_leave() -> None:
+    """It moves to the main queue on the way, and is not forgotten there."""
+    residency: Residency[str] = Residency(24)
+    for key, nbytes in (("b2", 1), ("b3", 1), ("b1", 2)):
+        residency.admit(key, nbytes, "b")
+        for _ in range(3):
+            residency.touch(key)
+    assert set(residency.admit("a1", 23, "a")) <= {"b1", "b2", "b3"}
+    assert residency.used <= 24
