@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from service.background import in_background
 from service.blobs import BlobStore, StoredBlob
 from service.catalog.garbage import Garbage
 from service.errors import PrefixServiceError
@@ -95,18 +96,12 @@ def _logged(call: Callable[[], object]) -> None:
 @contextlib.contextmanager
 def collecting(collector: Collector, grace: float) -> Iterator[None]:
     """Reconcile once, then collect again and again, in a thread, while the block runs."""
-    stop = threading.Event()
     pause = min(max(grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
-    def work() -> None:
+    def work(stop: threading.Event) -> None:
         _logged(collector.reconcile)
         while not stop.wait(pause):
             _logged(collector.collect)
 
-    thread = threading.Thread(target=work, name="collector", daemon=True)
-    thread.start()
-    try:
+    with in_background("collector", work):
         yield
-    finally:
-        stop.set()
-        thread.join(timeout=5)

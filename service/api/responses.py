@@ -77,7 +77,7 @@ class BytesResponse(Response, ABC):
                 for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body", "body": last})
-                if (drain := scope["state"].get(DRAIN)) is not None:
+                if (drain := scope.get("state", {}).get(DRAIN)) is not None:
                     await drain()
 
 

@@ -5,11 +5,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import sqlalchemy as sa
 
+from service.background import in_background
 from service.catalog.audit import ENTRY
 from service.catalog.database import Database
 from service.catalog.records import AuditEntry
@@ -74,17 +75,9 @@ class Changes:
             # The change was made, and is not known here: nothing that is remembered may be relied on.
             self._read_at = -math.inf
 
-    @contextlib.contextmanager
-    def followed(self) -> Iterator[None]:
+    def followed(self) -> contextlib.AbstractContextManager[None]:
         """Look again and again, in a thread, while the block runs."""
-        stop = threading.Event()
-        thread = threading.Thread(target=self._follow, args=(stop,), name="changes", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join(timeout=5)
+        return in_background("changes", self._follow)
 
     def _follow(self, stop: threading.Event) -> None:
         failing = False

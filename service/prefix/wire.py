@@ -68,7 +68,7 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One tensor of a message: `take` finds one row of it in a rendering, which is sent `times` times."""
+    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
 
     name: str
     dtype: torch.dtype
@@ -191,13 +191,9 @@ class Message:
 
     def around_values(self) -> tuple[bytes, bytes]:
         """What stands in front of keys and values, and behind them, where they are sent once and without scales."""
-        before, after = self.header, b""
-        for slot in self._slots:
-            if slot.source == "values":
-                before, after = before + after, b""
-            else:
-                after += bytes_of(self.extras[slot.name].contiguous())
-        return before, after
+        known = [b"" if isinstance(piece, _Span) else piece for piece in self._pieces]
+        at = next(at for at, piece in enumerate(self._pieces) if isinstance(piece, _Span))
+        return b"".join(known[:at]), b"".join(known[at:])
 
     @cached_property
     def _pieces(self) -> list[bytes | memoryview | _Span]:

@@ -166,7 +166,7 @@ class AdapterRegistry:
         self._renderings.forgive(key)
 
     def forget_tenant(self, tenant: str) -> None:
-        """The same for all versions of a tenant."""
+        """Unload all versions of a tenant."""
         for tier in (self._prefixes, self._renderings):
             tier.remove_where(lambda version: version.tenant == tenant)
 

@@ -128,6 +128,22 @@ def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert 0 < answers._nbytes <= 100_000
 
 
+async def test_any_asgi_server_will_do(tmp_path: Path) -> None:
+    """What only our connections offer is used where it is there."""
+    settings = Settings(data_dir=tmp_path / "data", dev=True)
+    with opened(settings):
+        app = create_app(settings)
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://service") as client,
+        ):
+            files = {"adapter_config.json": json.dumps(CONFIG).encode(), "adapter_model.safetensors": weights()}
+            assert (await client.post(f"/v1/tenants/{TENANT}/adapters/a/versions", files=files)).status_code == 201
+            first, second = [await client.get(PATH) for _ in range(2)]
+            assert (first.status_code, second.content) == (200, first.content)
+
+
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A service of two processes."""

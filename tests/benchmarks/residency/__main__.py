@@ -10,11 +10,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 from rich.console import Console
-from rich.table import Table
 
 from tests.benchmarks.residency import neighbours, speed
 from tests.benchmarks.residency.replay import OURS, PEERS, Ratios, ours, peer, ratios
 from tests.benchmarks.residency.traces import Sizes, Trace, by_tenants, traces
+from tests.benchmarks.tables import Grid
 
 HERE: Final = Path(__file__).parent
 SHARES: Final = (0.01, 0.05, 0.20)
@@ -29,25 +29,6 @@ class Row:
     trace: str
     share: float
     found: dict[str, Ratios | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A table, for the terminal and for the page."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-    def rich(self) -> Table:
-        table = Table(*self.head, title=self.title)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def run(task: tuple[Sizes, Trace, float]) -> Row:

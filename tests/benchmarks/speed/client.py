@@ -30,7 +30,8 @@ import torch
 from service.client import AsyncPrefixClient, PrefixClient
 from service.prefix.wire import bytes_of
 from tests.benchmarks.fleet import Shape
-from tests.benchmarks.speed.harness import QUIET, Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.tables import Grid
 from tests.conftest import running_server
 
 _CHUNK = 1 << 20

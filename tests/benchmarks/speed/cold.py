@@ -20,7 +20,8 @@ from threading import Event
 
 from service.console import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
-from tests.benchmarks.speed.harness import QUIET, Chart, Grid, Outcome, say
+from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, say
+from tests.benchmarks.tables import Grid
 from tests.conftest import Server, running_server
 
 _ANSWER = 1 << 20

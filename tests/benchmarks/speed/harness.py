@@ -10,7 +10,8 @@ from importlib.metadata import version
 from typing import Final, Literal, Self
 
 from rich.console import Console
-from rich.table import Table
+
+from tests.benchmarks.tables import Grid
 
 progress: Final = Console(stderr=True)
 
@@ -55,27 +56,6 @@ def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int, warm_up: int
 def ratio(values: list[float], to: list[float]) -> Spread:
     """Of paired rounds."""
     return Spread.of([one / other for one, other in zip(values, to, strict=True)])
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A table, for the terminal and for the page."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(*self.head, title=self.title, title_justify="left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        """For the page."""
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @dataclass(frozen=True, slots=True)

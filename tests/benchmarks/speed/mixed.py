@@ -12,10 +12,11 @@ from typing import Final
 
 from service.console import human_bytes
 from tests.benchmarks.fleet import Hosted, Shape, percentile, zipf
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, say
 from tests.benchmarks.speed.load import Load, Reader, closed_loop, open_loop
 from tests.benchmarks.speed.memory import resident
 from tests.benchmarks.speed.ours import Ours, serving
+from tests.benchmarks.tables import Grid
 
 SHAPE: Final = Shape(head_dim=8)  # Llama-3-8B's layers and heads, their 128 dimensions scaled down: 160 KiB
 SKEW: Final = 1.0

@@ -8,8 +8,9 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome
+from tests.benchmarks.speed.harness import Chart, Outcome
 from tests.benchmarks.speed.peers import version_of
+from tests.benchmarks.tables import Grid
 
 HERE: Final = Path(__file__).parent
 _RESULTS: Final = HERE / "results.json"

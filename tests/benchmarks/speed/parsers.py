@@ -20,8 +20,9 @@ from starlette.routing import Route
 from service.api.connections import Deadlines, protocol_class
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.apps import ROUTE
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.load import Address, closed_loop, get
+from tests.benchmarks.tables import Grid
 from tests.conftest import free_port
 
 _PARSERS: Final[tuple[Literal["httptools", "h11"], ...]] = ("httptools", "h11")

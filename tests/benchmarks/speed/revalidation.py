@@ -14,9 +14,10 @@ from typing import Final
 
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.load import Address, closed_loop, get
 from tests.benchmarks.speed.ours import path_of, serving
+from tests.benchmarks.tables import Grid
 
 OURS: Final = "ours"
 LOGGED: Final = "ours, a log line for each"

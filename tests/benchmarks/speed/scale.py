@@ -7,11 +7,12 @@ from typing import Final
 
 from service.console import human_bytes
 from tests.benchmarks.fleet import Shape, percentile
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, say
 from tests.benchmarks.speed.load import Load, closed_loop
 from tests.benchmarks.speed.memory import resident
 from tests.benchmarks.speed.mixed import SKEW, asked, must_be_right, warm_up
 from tests.benchmarks.speed.ours import Ours, serving
+from tests.benchmarks.tables import Grid
 
 SHAPE: Final = Shape(head_dim=4)  # Llama-3-8B's layers and heads, scaled down to 80 KiB: 10,000 fit by default
 

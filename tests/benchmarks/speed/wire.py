@@ -17,10 +17,11 @@ import httpx
 from service.console import human_bytes
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.load import Address, Reader, get, redis
 from tests.benchmarks.speed.memory import Growth
 from tests.benchmarks.speed.ours import Ours, path_of, serving
+from tests.benchmarks.tables import Grid
 
 OURS: Final = "ours"
 ONE_OBJECT: Final = "uvicorn, one bytes object"

@@ -20,10 +20,11 @@ from service.console import human_bytes
 from service.settings import Settings
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed import peers
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.memory import anonymous
 from tests.benchmarks.speed.ours import TENANT, Ours, path_of, serving
 from tests.benchmarks.speed.worker_peers import BATCH, FromNginx, FromRedis, Pairs, Switch, from_file, gpt2, llama_3_8b
+from tests.benchmarks.tables import Grid
 
 COLD: Final = "ours, never seen"
 LANE: Final = "ours, never seen, same host"

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.fleet import Shape
-from tests.benchmarks.speed.harness import Chart, Grid, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.speed.load import Address, closed_loop
 from tests.benchmarks.speed.ours import path_of, serving
+from tests.benchmarks.tables import Grid
 
 _CONNECTIONS: Final = 16
 _FULL, _SMALL, _CURRENT = "200, 2.6 MB", "200, 80 KiB", "304"
