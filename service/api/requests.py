@@ -46,6 +46,8 @@ class RequestMiddleware:
             if not outcome.status:
                 answer = problem(error) if isinstance(error, PrefixServiceError) else defect(error)
                 await answer(scope, receive, outcome)
+            elif outcome.status < 500:
+                defect(error)  # in the middle of an answer, which ends here: all that is left is to tell of it
         finally:
             self._metrics.in_flight -= 1
             self._tell(scope, outcome, time.perf_counter() - started)

@@ -128,7 +128,7 @@ def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert 0 < answers._nbytes <= 100_000
 
 
-async def test_any_asgi_server_will_do(tmp_path: Path) -> None:
+async def test_any_asgi_server_will_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What only our connections offer is used where it is there."""
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings):
@@ -142,6 +142,7 @@ async def test_any_asgi_server_will_do(tmp_path: Path) -> None:
             assert (await client.post(f"/v1/tenants/{TENANT}/adapters/a/versions", files=files)).status_code == 201
             first, second = [await client.get(PATH) for _ in range(2)]
             assert (first.status_code, second.content) == (200, first.content)
+    assert "defect" not in "".join(capfd.readouterr())
 
 
 @pytest.fixture(scope="module")
