@@ -10,7 +10,7 @@ import http
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, Literal, cast
 
 import h11
@@ -25,6 +25,7 @@ from service.api.patience import Patience
 from service.api.problems import problem
 from service.api.responses import DRAIN
 from service.errors import HeaderFieldsTooLarge, MalformedRequest, PrefixServiceError, RequestTimeout
+from service.settings import Settings
 
 MAX_HEAD_BYTES: Final = 64 << 10
 MAX_HEAD_FIELDS: Final = 100
@@ -53,9 +54,25 @@ class Deadlines:
 
 
 def protocol_class(parser: Literal["httptools", "h11"], deadlines: Deadlines) -> type[asyncio.Protocol]:
-    """What uvicorn takes as `http`: it is only ever called, and pickled for worker processes."""
+    """What uvicorn takes as `http`: it is only ever called."""
     made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines)
     return cast("type[asyncio.Protocol]", made)
+
+
+def connection_class(settings: Settings) -> type[asyncio.Protocol]:
+    """That of a service with these settings."""
+    return protocol_class(settings.parser, Deadlines(settings.receive_timeout, settings.send_timeout))
+
+
+def connection_from_environment(**uvicorn: Any) -> asyncio.Protocol:
+    """For worker processes, which get their settings from the environment, and this by its name: a class that came to
+    them pickled would bring torch along before they answer the one who started them, who kills what is silent."""
+    return _of_this_process()(**uvicorn)
+
+
+@cache
+def _of_this_process() -> type[asyncio.Protocol]:
+    return connection_class(Settings())
 
 
 class _Guarded(asyncio.Protocol):

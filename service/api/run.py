@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import structlog
 import uvicorn
@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, start_http_server
 
 from service.api.app import create_app
-from service.api.connections import KEEP_ALIVE, Deadlines, protocol_class
+from service.api.connections import KEEP_ALIVE, connection_class
 from service.api.metrics import Metrics
 from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
@@ -26,6 +26,9 @@ from service.settings import Settings
 from service.shared_files import sweep
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+
+
+_CONNECTIONS: Final = "service.api.connections:connection_from_environment"
 
 
 def run(settings: Settings) -> None:
@@ -59,7 +62,8 @@ def run(settings: Settings) -> None:
             host=settings.host,
             port=settings.port,
             uds=None if settings.uds is None else str(settings.uds),
-            http=protocol_class(settings.parser, Deadlines(settings.receive_timeout, settings.send_timeout)),
+            http=_CONNECTIONS if isinstance(app, str) else connection_class(settings),
+            timeout_worker_healthcheck=60,  # a worker that imports torch beside others may be silent for long
             timeout_keep_alive=KEEP_ALIVE,
             ws="none",
             log_config=None,

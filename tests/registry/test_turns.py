@@ -53,14 +53,20 @@ async def begun(turns: Turns, gate: Gate, tenant: str, names: list[str]) -> list
     return tasks
 
 
+async def two_have_started(gate: Gate) -> None:
+    """Two more, each of which holds its place until the gate is opened for it."""
+    for _ in range(2):
+        assert await asyncio.to_thread(gate.started.acquire, timeout=10)
+
+
 async def test_one_load_does_not_wait_behind_another_tenants_five_hundred() -> None:
     """Of the first two places that become free one is its own."""
     turns, gate = Turns(2), Gate()
     many = await begun(turns, gate, "many", [f"many{number}" for number in range(500)])
     one = await begun(turns, gate, "one", ["one"])
-    gate.open(2)  # those that run already; each of the next two holds its place
-    for _ in range(4):
-        assert await asyncio.to_thread(gate.started.acquire, timeout=10)
+    await two_have_started(gate)
+    gate.open(2)
+    await two_have_started(gate)
     # Two ran already, then one of the queue of each tenant; their threads note themselves in either order.
     assert set(gate.order[2:4]) == {"many2", "one"}
     gate.open(499)
