@@ -17,7 +17,7 @@ _MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
 
 
 class Fetcher:
-    """Blocking; safe to share between threads. `allocate` gives memory for a body; a body may come in ranges over
+    """Safe to share between threads. `allocate` gives memory for a body; a body may come in ranges over
     `connections` at once, or with `shared_memory` be mapped where the service says that it lies."""
 
     def __init__(
@@ -40,6 +40,30 @@ class Fetcher:
             raise connection_failed(error, self._base_url) from error
         return fetch.read(require_success(answer))
 
+    def blocks(self, fetch: Fetch) -> bool:
+        """Whether it needs a thread: what is hashed takes the processor for long, and pieces come in threads."""
+        return fetch.is_hashed or self._connections > 1
+
+    async def fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
+        """As `fetch`, on the running event loop, for what does not block.
+
+        Raises:
+            ConnectionFailed, PrefixServiceError: as `fetch`.
+        """
+        try:
+            answer = await self._answer_on_loop(fetch, until)
+        except OSError as error:
+            raise connection_failed(error, self._base_url) from error
+        return fetch.read(require_success(answer))
+
+    async def _answer_on_loop(self, fetch: Fetch, until: float) -> Answer:
+        if self._shared_memory:
+            asked = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
+            found = in_shared_memory(_answer(asked))
+            if found is not None:
+                return found
+        return _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
+
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
         if self._shared_memory:
             found = in_shared_memory(self._whole(fetch, until, interrupt, asking(fetch)))
@@ -57,8 +81,8 @@ class Fetcher:
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
         hasher = hashlib.sha256() if fetch.is_hashed else None
-        head, body = self._lane.exchange(fetch, self._place, until, interrupt, headers=headers, hasher=hasher)
-        return Answer(head.status, head.headers, body, None if hasher is None else hasher.digest())
+        received = self._lane.exchange(fetch, self._place, until, interrupt, headers=headers, hasher=hasher)
+        return _answer(received, None if hasher is None else hasher.digest())
 
     def _place(self, head: Head) -> memoryview:
         if head.status in (200, 206):
@@ -70,3 +94,8 @@ class Fetcher:
     def close(self) -> None:
         """Close every connection."""
         self._lane.close()
+
+
+def _answer(received: tuple[Head, memoryview], sha256: bytes | None = None) -> Answer:
+    head, body = received
+    return Answer(head.status, head.headers, body, sha256)

@@ -1,7 +1,7 @@
 """Heads of HTTP/1.1 (RFC 9112): the plain answer is read here, every other form by h11."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,8 +40,8 @@ def read_plain(head: bytes) -> Head | None:
     return Head(status, headers, int(length), keeps_alive)
 
 
-def read_carefully(begun: bytes, more: Callable[[], bytes]) -> tuple[Head, bytearray]:
-    """An answer to a GET in any form that h11 accepts: its first bytes, then what `more` gives (b"" at the end).
+def read_carefully(begun: bytes) -> Generator[None, bytes, tuple[Head, bytearray]]:
+    """An answer to a GET in any form that h11 accepts: its first bytes, then those that are sent in (b"" at the end).
 
     Raises:
         ConnectionError: it is malformed, or ends too early.
@@ -56,7 +56,7 @@ def read_carefully(begun: bytes, more: Callable[[], bytes]) -> tuple[Head, bytea
         connection.receive_data(begun)
         while not isinstance(event := connection.next_event(), h11.EndOfMessage):
             if event is h11.NEED_DATA:
-                connection.receive_data(more())
+                connection.receive_data((yield))
             elif isinstance(event, h11.Response):
                 status, headers = event.status_code, _joined(event.headers)
             elif isinstance(event, h11.Data):

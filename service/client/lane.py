@@ -3,34 +3,20 @@
 httpx hands a body over in small pieces, each a copy, at a third of the speed; it carries everything else.
 """
 
+import asyncio
 import contextlib
-import select
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Final, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Final
 from urllib.parse import urlencode
 
-from service.client.connection import Connection, time_left
-from service.client.http1 import MAX_HEAD, Head, read_carefully, read_plain
+from service.client.connection import Connection
+from service.client.http1 import Head
+from service.client.link import Hasher, Link, NoAnswer, Place, carry_out, carry_out_on_loop
 from service.client.protocol import Request
 
 _MOST_IDLE: Final = 32
-_HASHED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
-
-Place = Callable[[Head], memoryview]
-"""Where the body of an answer with this head goes: as many bytes as its length."""
-
-
-class Hasher(Protocol):
-    """What `hashlib` makes."""
-
-    def update(self, data: memoryview, /) -> None:
-        """The next bytes."""
-
-
-class NoAnswer(Exception):
-    """A connection that was idle had ended before a byte of the answer came: another one may be tried."""
 
 
 class Interrupt:
@@ -67,88 +53,6 @@ class Interrupt:
                     socket.socket.shutdown(link, socket.SHUT_RDWR)  # TLS's own would take its state from the reader
 
 
-class Link:
-    """One connection, and where heads arrive."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        self.socket = connected
-        self.stays = False
-        """Whether it has carried an answer, and may carry another."""
-        self._scratch = bytearray(MAX_HEAD)
-
-    def is_readable(self) -> bool:
-        """Whether something has come unasked: as a rule, the end."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def exchange(self, request: bytes, place: Place, until: float, hasher: Hasher | None) -> tuple[Head, memoryview]:
-        """Send a GET and receive its answer.
-
-        Raises:
-            NoAnswer: this connection was used before, and ended without a byte.
-            OSError: as `Lane.exchange`.
-        """
-        scratch = memoryview(self._scratch)
-        count = self._begin(request, scratch, until)
-        while (stop := self._scratch.find(b"\r\n\r\n", 0, count)) < 0 and count < MAX_HEAD:
-            count += self._receive(scratch[count:], until)
-        head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
-        if head is None:
-            return self._carefully(bytes(scratch[:count]), place, until, hasher)
-        body, arrived = place(head), count - stop - 4
-        if arrived > head.length:
-            raise ConnectionError("the answer is longer than its Content-Length")
-        body[:arrived] = scratch[stop + 4 : count]
-        self._fill(body, arrived, until, hasher)
-        self.stays = head.keeps_alive
-        return head, body
-
-    def _begin(self, request: bytes, scratch: memoryview, until: float) -> int:
-        """Send, and the first bytes of the answer."""
-        try:
-            self.socket.settimeout(time_left(until))
-            self.socket.sendall(request)
-            return self._receive(scratch, until)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            if self.stays:
-                raise NoAnswer from error
-            raise
-
-    def _fill(self, body: memoryview, position: int, until: float, hasher: Hasher | None) -> None:
-        if hasher is None:
-            while position < len(body):
-                position += self._receive(body[position:], until)
-            return
-        hasher.update(body[:position])
-        while position < len(body):
-            count = self._receive(body[position : position + _HASHED_AT_ONCE], until)
-            hasher.update(body[position : position + count])
-            position += count
-
-    def _receive(self, view: memoryview, until: float) -> int:
-        self.socket.settimeout(time_left(until))
-        count = self.socket.recv_into(view)
-        if not count:
-            raise ConnectionError("the connection ended before the answer did")
-        return count
-
-    def _carefully(self, begun: bytes, place: Place, until: float, hasher: Hasher | None) -> tuple[Head, memoryview]:
-        def more() -> bytes:
-            self.socket.settimeout(time_left(until))
-            return self.socket.recv(MAX_HEAD)
-
-        head, received = read_carefully(begun, more)
-        body = place(head)
-        body[:] = received
-        if hasher is not None:
-            hasher.update(body)
-        self.stays = head.keeps_alive
-        return head, body
-
-
 class Lane:
     """Exchanges with one service over connections that stay; safe to share between threads."""
 
@@ -177,37 +81,66 @@ class Lane:
         Raises:
             OSError: no answer, or not all of it; TimeoutError if it did not come in time.
         """
-        message = self._message(request, headers or {})
+        message = self._message(request, headers)
         while True:
-            link = self._take(until)
+            link = self._idle_one() or Link(self._connection.dial(until))
             try:
-                with interrupt.watching(link.socket):
-                    answer = link.exchange(message, place, until, hasher)
+                with self._lent(link), interrupt.watching(link.socket):
+                    return carry_out(link.exchange(message, place, hasher), link.socket, until)
             except NoAnswer:
-                link.socket.close()
-                continue
-            except BaseException:
-                link.socket.close()
-                raise
-            self._give_back(link)
-            return answer
+                pass
 
-    def _message(self, request: Request, headers: Mapping[str, str]) -> bytes:
+    async def exchange_on_loop(
+        self, request: Request, place: Place, until: float, *, headers: Mapping[str, str] | None = None
+    ) -> tuple[Head, memoryview]:
+        """The same on the running event loop; a new connection is made in a thread.
+
+        Raises:
+            OSError: as `exchange`.
+        """
+        message = self._message(request, headers)
+        while True:
+            link = self._idle_one() or await self._dial_in_thread(until)
+            try:
+                with self._lent(link):
+                    return await carry_out_on_loop(link.exchange(message, place, None), link.socket, until)
+            except NoAnswer:
+                pass
+
+    def _message(self, request: Request, headers: Mapping[str, str] | None) -> bytes:
         query = f"?{urlencode(request.params)}" if request.params else ""
         start = f"GET {self._path}{request.path}{query} HTTP/1.1\r\n"
-        return start.encode("ascii") + _lines({**request.headers, **headers}) + self._fixed
+        return start.encode("ascii") + _lines({**request.headers, **(headers or {})}) + self._fixed
 
-    def _take(self, until: float) -> Link:
+    def _idle_one(self) -> Link | None:
         while True:
             with self._lock:
                 link = self._idle.pop() if self._idle else None
-            if link is None:
-                return Link(self._connection.dial(until))
-            if not link.is_readable():
+            if link is None or not link.is_readable():
                 return link
             link.socket.close()
 
-    def _give_back(self, link: Link) -> None:
+    async def _dial_in_thread(self, until: float) -> Link:
+        dialling = asyncio.ensure_future(asyncio.to_thread(self._dial_prepared, until))
+        try:
+            return await asyncio.shield(dialling)
+        except asyncio.CancelledError:
+            dialling.add_done_callback(_close_unused)
+            raise
+
+    def _dial_prepared(self, until: float) -> Link:
+        import service.client.decode  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
+
+        return Link(self._connection.dial(until))
+
+    @contextlib.contextmanager
+    def _lent(self, link: Link) -> Iterator[None]:
+        """A connection in use, which is closed when that fails."""
+        try:
+            yield
+        except BaseException:
+            link.socket.close()
+            raise
         with self._lock:
             if link.stays and not self._is_closed and len(self._idle) < _MOST_IDLE:
                 self._idle.append(link)
@@ -221,6 +154,11 @@ class Lane:
             idle, self._idle = self._idle, []
         for link in idle:
             link.socket.close()
+
+
+def _close_unused(dialling: "asyncio.Future[Link]") -> None:
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result().socket.close()
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -113,7 +113,7 @@ class Transport:
 
 
 class AsyncTransport:
-    """The same for asyncio; belongs to one event loop, and keeps it free: what blocks is done in threads."""
+    """The same for asyncio; belongs to one event loop, and keeps it free: what blocks for long is done in threads."""
 
     def __init__(self, connection: Connection, fetcher: Fetcher | None) -> None:
         self._connection, self._fetcher = connection, fetcher
@@ -135,6 +135,8 @@ class AsyncTransport:
 
     async def _once(self, request: Request, attempts: _Attempts) -> Any:
         if isinstance(request, Fetch) and self._fetcher is not None:
+            if not self._fetcher.blocks(request):
+                return await self._fetcher.fetch_on_loop(request, attempts.until)
             interrupt = Interrupt()
             try:
                 return await self._in_thread(partial(self._fetcher.fetch, request, attempts.until, interrupt))

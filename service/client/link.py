@@ -1,0 +1,211 @@
+"""One connection and an exchange over it, as steps: what it waits for is said, not waited for, so that a thread and an
+event loop can carry out the same.
+
+The kernel is told how much is worth a waking (`SO_RCVLOWAT`, socket(7)), and gives the receiver that much room.
+"""
+
+import asyncio
+import contextlib
+import select
+import socket
+import ssl
+from collections.abc import Callable, Generator
+from enum import Enum, auto
+from functools import partial
+from typing import Final, Protocol, TypeVar
+
+from service.client.connection import time_left
+from service.client.http1 import MAX_HEAD, Head, read_carefully, read_plain
+
+T = TypeVar("T")
+
+_WORTH_WAKING: Final = 512 << 10  # bytes
+_AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do something else
+_HASHED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
+
+Place = Callable[[Head], memoryview]
+"""Where the body of an answer with this head goes: as many bytes as its length."""
+
+
+class Hasher(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: memoryview, /) -> None:
+        """The next bytes."""
+
+
+class NoAnswer(Exception):
+    """A connection that was idle had ended before a byte of the answer came: another one may be tried."""
+
+
+class Wait(Enum):
+    """What steps wait for; `TURN` for nothing, others may go first."""
+
+    READABLE = auto()
+    WRITABLE = auto()
+    TURN = auto()
+
+
+Steps = Generator[Wait, None, T]
+
+
+class Link:
+    """One connection, and where heads arrive."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self.socket = connected
+        self.stays = False
+        """Whether it has carried an answer, and may carry another."""
+        self._scratch = bytearray(MAX_HEAD)
+        self._least = 1
+        # What TLS has taken out of the socket no longer counts there.
+        self._says_least = connected.family != socket.AF_UNIX and not isinstance(connected, ssl.SSLSocket)
+
+    def is_readable(self) -> bool:
+        """Whether something has come unasked: as a rule, the end."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def exchange(self, request: bytes, place: Place, hasher: Hasher | None) -> Steps[tuple[Head, memoryview]]:
+        """Send a GET and receive its answer's body where `place` says; `hasher` sees it as it comes.
+
+        Raises:
+            NoAnswer: this connection was used before, and ended without a byte.
+            OSError: no answer, or not all of it.
+        """
+        scratch = memoryview(self._scratch)
+        count = yield from self._begin(request, scratch)
+        while (stop := self._scratch.find(b"\r\n\r\n", 0, count)) < 0 and count < MAX_HEAD:
+            count += yield from self._receive(scratch[count:])
+        head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
+        if head is None:
+            return (yield from self._carefully(bytes(scratch[:count]), place, hasher))
+        body, arrived = place(head), count - stop - 4
+        if arrived > head.length:
+            raise ConnectionError("the answer is longer than its Content-Length")
+        body[:arrived] = scratch[stop + 4 : count]
+        yield from self._fill(body, arrived, hasher)
+        self._wake_at(1)
+        self.stays = head.keeps_alive
+        return head, body
+
+    def _begin(self, request: bytes, scratch: memoryview) -> Steps[int]:
+        """Send, and the first bytes of the answer."""
+        try:
+            rest = memoryview(request)
+            while rest:
+                rest = rest[(yield from self._waiting(partial(self.socket.send, rest), Wait.WRITABLE)) :]
+            return (yield from self._receive(scratch))
+        except OSError as error:
+            if self.stays:
+                raise NoAnswer from error
+            raise
+
+    def _fill(self, body: memoryview, position: int, hasher: Hasher | None) -> Steps[None]:
+        at_once = _AT_ONCE
+        if hasher is not None:
+            at_once = _HASHED_AT_ONCE
+            hasher.update(body[:position])
+        while position < len(body):
+            self._wake_at(min(_WORTH_WAKING, len(body) - position))
+            count = yield from self._receive(body[position : position + at_once])
+            if hasher is not None:
+                hasher.update(body[position : position + count])
+            position += count
+            yield Wait.TURN
+
+    def _receive(self, view: memoryview) -> Steps[int]:
+        count = yield from self._waiting(partial(self.socket.recv_into, view), Wait.READABLE)
+        if not count:
+            raise ConnectionError("the connection ended before the answer did")
+        return count
+
+    def _waiting(self, call: Callable[[], int], wait: Wait) -> Steps[int]:
+        """What the call returns as soon as it need not block; TLS may have to read to write, and to write to read."""
+        while True:
+            try:
+                return call()
+            except ssl.SSLWantReadError:
+                yield Wait.READABLE
+            except ssl.SSLWantWriteError:
+                yield Wait.WRITABLE
+            except BlockingIOError:
+                yield wait
+
+    def _wake_at(self, least: int) -> None:
+        if self._says_least and least != self._least:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least = least
+
+    def _carefully(self, begun: bytes, place: Place, hasher: Hasher | None) -> Steps[tuple[Head, memoryview]]:
+        reading = read_carefully(begun)
+        try:
+            next(reading)
+            while True:
+                count = yield from self._waiting(partial(self.socket.recv_into, self._scratch), Wait.READABLE)
+                reading.send(bytes(self._scratch[:count]))
+        except StopIteration as end:
+            head, received = end.value
+        body = place(head)
+        body[:] = received
+        if hasher is not None:
+            hasher.update(body)
+        self.stays = head.keeps_alive
+        return head, body
+
+
+def carry_out(steps: Steps[T], link: socket.socket, until: float) -> T:
+    """Take the steps in this thread, before the moment `until` of `time.monotonic`.
+
+    Raises:
+        TimeoutError: they were not done by then.
+    """
+    poll = select.poll()
+    events = {Wait.READABLE: select.POLLIN, Wait.WRITABLE: select.POLLOUT}
+    try:
+        while True:
+            wait = next(steps)
+            if wait is not Wait.TURN:
+                poll.register(link, events[wait])
+                if not poll.poll(1000 * time_left(until)):
+                    raise TimeoutError("timed out")
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+async def carry_out_on_loop(steps: Steps[T], link: socket.socket, until: float) -> T:
+    """The same on the running event loop, which does something else meanwhile.
+
+    Raises:
+        TimeoutError: they were not done by then.
+    """
+    loop, fd = asyncio.get_running_loop(), link.fileno()
+    ways = {
+        Wait.READABLE: (loop.add_reader, loop.remove_reader),
+        Wait.WRITABLE: (loop.add_writer, loop.remove_writer),
+    }
+    try:
+        async with asyncio.timeout(time_left(until)):
+            while True:
+                wait = next(steps)
+                if wait is Wait.TURN:
+                    await asyncio.sleep(0)
+                    continue
+                add, remove = ways[wait]
+                ready = loop.create_future()
+                add(fd, _settle, ready)
+                try:
+                    await ready
+                finally:
+                    remove(fd)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def _settle(ready: "asyncio.Future[None]") -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):  # it may be called again before its reader is gone
+        ready.set_result(None)
