@@ -1,6 +1,8 @@
 """The way of tensors: framing, connections that stay, deadlines, cancellation."""
 
 import asyncio
+import base64
+import hashlib
 import socket
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ import torch
 from service.client import AsyncPrefixClient, PrefixClient
 from service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound, Unavailable
 from tests.client.conftest import LLAMA
-from tests.client.hostile import BODY, Script, answer, hostile_server, read_request, says
+from tests.client.hostile import BODY, Script, answer, hostile_server, prefix_body, read_request, says
 from tests.client.test_client import published
 from tests.conftest import Server
 
@@ -100,6 +102,23 @@ def test_bytes_that_come_one_by_one() -> None:
 
     with hostile_server(drip) as server, PrefixClient(server.url) as client:
         assert is_right(client.get("a/b@1"))
+
+
+def test_a_small_answer_after_a_large_one() -> None:
+    """What was worth a waking in a large body is not asked of the next head."""
+
+    def dawdling(connection: socket.socket) -> None:
+        whole = answer(prefix_body(layers=400))
+        read_request(connection)
+        connection.sendall(whole[:500])
+        time.sleep(0.1)
+        connection.sendall(whole[500:])
+        says(answer())(connection)
+
+    with hostile_server(dawdling) as server, PrefixClient(server.url, timeout=5) as client:
+        client.get("a/b@1")
+        assert is_right(client.get("a/b@2"))
+        assert len(server.requests) == 1
 
 
 def test_a_length_beyond_memory_is_told() -> None:
@@ -264,8 +283,48 @@ async def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-def test_cancellation_closes_the_connection() -> None:
-    """A cancelled get ends at once, on the wire too, and the client goes on."""
+@pytest.mark.parametrize("form", SOUND)
+def test_every_form_of_answer_is_read_on_the_event_loop(form: str) -> None:
+    """What HTTP/1.1 allows arrives where no thread waits for it either."""
+
+    async def fetch(url: str) -> None:
+        async with AsyncPrefixClient(url, timeout=5) as client:
+            assert is_right(await client.get("a/b@1"))
+            assert is_right(await client.get("a/b@2"))
+
+    with hostile_server(says(SOUND[form]), says(answer())) as server:
+        asyncio.run(fetch(server.url))
+        assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_broken_framing_passes_on_the_event_loop(fault: str) -> None:
+    """It is the failure that it is in a thread."""
+
+    async def fetch(url: str) -> None:
+        async with AsyncPrefixClient(url, timeout=0.3) as client:
+            await client.get("a/b@1")
+
+    with hostile_server(says(FAULTS[fault])) as server:
+        with pytest.raises(ConnectionFailed):
+            asyncio.run(fetch(server.url))
+        assert len(server.requests) > 1
+
+
+def test_a_deadline_holds_on_the_event_loop() -> None:
+    """An answer that stops half-way is told when the time is over."""
+
+    async def fetch(url: str) -> None:
+        async with AsyncPrefixClient(url, timeout=0.3) as client:
+            await client.get("a/b@1")
+
+    with hostile_server(never) as server, pytest.raises(ConnectionFailed, match="did not answer in time"):
+        asyncio.run(fetch(server.url))
+
+
+@pytest.mark.parametrize("verify_digest", [False, True])
+def test_cancellation_closes_the_connection(verify_digest: bool) -> None:
+    """A cancelled get ends at once, on the wire too, and the client goes on; in a thread and on the event loop."""
     ended: list[bool] = []
 
     def script(connection: socket.socket) -> None:
@@ -273,7 +332,7 @@ def test_cancellation_closes_the_connection() -> None:
         ended.append(True)
 
     async def cancel(url: str) -> None:
-        async with AsyncPrefixClient(url) as client:
+        async with AsyncPrefixClient(url, verify_digest=verify_digest) as client:
             getting = asyncio.ensure_future(client.get("a/b@1"))
             await asyncio.sleep(0.2)
             assert not getting.done()
@@ -283,8 +342,27 @@ def test_cancellation_closes_the_connection() -> None:
             await until(lambda: bool(ended))
             assert is_right(await client.get("a/b@1"))
 
-    with hostile_server(script, says(answer())) as server:
+    digest = f"Repr-Digest: sha-256=:{base64.b64encode(hashlib.sha256(BODY).digest()).decode()}:"
+    with hostile_server(script, says(answer(BODY, digest))) as server:
         asyncio.run(cancel(server.url))
+
+
+def test_a_large_body_leaves_turns_to_others() -> None:
+    """A body that comes as fast as it is read does not keep the event loop for itself."""
+    body = prefix_body(tokens=20, layers=40_000)  # 100 MB
+
+    async def tick(url: str) -> int:
+        async with AsyncPrefixClient(url) as client:
+            await client.get("a/b@1")
+            getting, ticks = asyncio.ensure_future(client.get("a/b@2")), 0
+            while not getting.done():
+                await asyncio.sleep(0)
+                ticks += 1
+            assert (await getting).kv.tensor.nbytes > 100_000_000
+            return ticks
+
+    with hostile_server(says(answer(), answer(body))) as server:
+        assert asyncio.run(tick(server.url)) > 20
 
 
 def test_the_event_loop_stays_free() -> None:
