@@ -81,11 +81,24 @@ class Changes:
 
     def _follow(self, stop: threading.Event) -> None:
         failing = False
-        while not stop.wait(_PAUSE):
+        while not stop.is_set():
             try:
-                self.catch_up()
-                failing = False
+                with self._database.glancing() as may_have_changed:
+                    while not stop.wait(_PAUSE):
+                        self._look(may_have_changed)
+                        failing = False
             except PrefixServiceError as error:
                 if not failing:
                     log.error("changes of the catalog cannot be read: %s", error)  # noqa: TRY400 - its words say it all
                 failing = True
+                stop.wait(_PAUSE)
+
+    def _look(self, may_have_changed: Callable[[], bool]) -> None:
+        """Mostly nothing has changed: a glance costs the event loop next to nothing."""
+        began = time.monotonic()
+        if may_have_changed() or self._read_at == -math.inf:
+            self.catch_up()
+            return
+        with self._lock:
+            if self._read_at != -math.inf:  # a change of this process that is not known here came in between
+                self._read_at = began

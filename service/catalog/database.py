@@ -69,6 +69,32 @@ class Database:
         """Call this after every write transaction of this process that is durable, before its writer goes on."""
         self._after_writes.append(call)
 
+    @contextlib.contextmanager
+    def glancing(self) -> Iterator[Callable[[], bool]]:
+        """Whether anyone may have written since the last call of what is given; it belongs to one thread. On SQLite
+        that is one statement without a transaction (`PRAGMA data_version`), elsewhere always so.
+
+        Raises:
+            StorageFailed: the database refused.
+        """
+        if self._engine.dialect.name != "sqlite":
+            yield lambda: True
+            return
+        with _translated(), contextlib.closing(self._engine.raw_connection()) as pooled:
+            driver: Any = pooled.driver_connection
+            last: int | None = None
+
+            def may_have_changed() -> bool:
+                nonlocal last
+                try:
+                    found: int = driver.execute("PRAGMA data_version").fetchone()[0]
+                except driver.Error as error:
+                    raise StorageFailed(f"the catalog refused: {type(error).__name__}") from error
+                changed, last = found != last, found
+                return changed
+
+            yield may_have_changed
+
     def close(self) -> None:
         """Give back every connection."""
         self._engine.dispose()
