@@ -1,10 +1,11 @@
 """The service under measurement: started for real, filled through its API, read with a key that may only read."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -14,6 +15,7 @@ from tests.benchmarks.speed.load import Address, get
 from tests.conftest import Server, running_server
 
 TENANT = "acme"
+_PEERS_OWN: Final = frozenset({"content-length", "date"})
 
 
 @dataclass(slots=True)
@@ -43,6 +45,16 @@ class Ours:
         """An answer, outside of what is timed."""
         headers = {"Authorization": f"Bearer {self.key}", **fields}
         return httpx.get(f"{self.server.url}{path}", headers=headers, timeout=60).raise_for_status()
+
+    def saved(self, folder: Path, paths: dict[str, str]) -> Path:
+        """What it answers to each path, for the peers to send: `{name}.safetensors`, and `head.json`."""
+        folder.mkdir()
+        for name, path in paths.items():
+            answer = self.ask(path)
+            (folder / f"{name}.safetensors").write_bytes(answer.content)
+            head = {name: value for name, value in answer.headers.items() if name not in _PEERS_OWN}
+            (folder / "head.json").write_text(json.dumps(head))
+        return folder
 
     def publish(self, shape: Shape, count: int) -> None:
         """Adapters of one shape, until there are so many."""

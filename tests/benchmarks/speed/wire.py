@@ -3,7 +3,6 @@
 Each round a connection that is kept is used for some tens of MB; the layout is `layers`, as it is by default.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,7 +32,6 @@ REDIS: Final = "Redis `GET`"
 PEERS: Final = (OURS, ONE_OBJECT, SCATTER, FASTAPI, NGINX, REDIS)
 _HELD_WHOLE: Final = 32  # the largest batch that peers are asked for which hold all of it in memory
 _ROUND: Final = 48 << 20  # bytes of one case in one round, at least one answer
-_DROPPED: Final = frozenset({"content-length", "date"})
 
 Times = dict[str, list[float]]
 
@@ -46,7 +44,7 @@ def measure(*, quick: bool) -> Outcome:
         ours = stack.enter_context(serving(folder / "data"))
         ours.publish(shape, 1)
         memory = _memory(ours, shape, batches)
-        files = _saved(ours, folder / "files", batches)
+        files = ours.saved(folder / "files", {str(batch): _path(batch) for batch in batches})
         readers = _readers(stack, ours, files, folder)
         times = {batch: _measured(readers, batch, rounds if batch < 256 else 5) for batch in batches}
     speeds = {
@@ -67,17 +65,6 @@ def measure(*, quick: bool) -> Outcome:
 def files_size(shape: Shape, batch: int) -> int:
     """Bytes of the keys and values of a batch."""
     return shape.nbytes * batch
-
-
-def _saved(ours: Ours, folder: Path, batches: tuple[int, ...]) -> Path:
-    """What ours answers, for the peers to send: `{batch}.safetensors` and `head.json`."""
-    folder.mkdir()
-    for batch in batches:
-        answer = ours.ask(_path(batch))
-        (folder / f"{batch}.safetensors").write_bytes(answer.content)
-        head = {name: value for name, value in answer.headers.items() if name not in _DROPPED}
-        (folder / "head.json").write_text(json.dumps(head))
-    return folder
 
 
 def _path(batch: int) -> str:
