@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.problems import problem
 from service.errors import NotFound
 
-_MODEL: Final = re.compile(rb"(/v2/(?:repository/)?models/[^/%]+)%2f", re.IGNORECASE)
+_MODEL: Final = re.compile(rb"(/v2/(?:repository/)?models/[^/]*?)%2f", re.IGNORECASE)
 
 
 class StrictPathMiddleware:
