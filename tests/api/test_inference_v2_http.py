@@ -21,7 +21,7 @@ from service.catalog.records import COMMAND_LINE
 from service.data_folder import catalog_file, keys_of
 from service.settings import Settings
 from tests.api.apps import served
-from tests.api.helpers import CONFIG, assert_alive, head, raw, tensors_of, upload
+from tests.api.helpers import CONFIG, assert_alive, head, problem, raw, tensors_of, upload
 from tests.benchmarks.fleet import Shape
 from tests.conftest import Server, running_server
 
@@ -53,13 +53,9 @@ def client(own: Server) -> httpx.Client:
 
 def refused(answer: httpx.Response, status: int, code: str, *words: str) -> None:
     """A problem document for those who read one, with the member that Open Inference clients read."""
-    assert answer.status_code == status, answer.text[:300]
-    assert answer.headers["content-type"] == "application/problem+json"
-    body = answer.json()
-    assert body.keys() == {"type", "title", "status", "detail", "code", "error"}
-    assert (body["status"], body["code"], body["error"]) == (status, code, body["detail"])
+    body = problem(answer, status, code)
     for word in words:
-        assert word in body["error"]
+        assert word in body["detail"]
 
 
 def framed(request: Any, *tensors: bytes) -> tuple[bytes, dict[str, str]]:

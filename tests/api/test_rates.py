@@ -128,7 +128,7 @@ def test_a_tenants_key_charges_its_tenant_wherever_it_asks(limited: Limited) -> 
 
 
 def test_models_are_adapters(limited: Limited) -> None:
-    """Under `/v2` a platform's key charges as under `/v1`, however the slash is written; tritonclient gets the words."""
+    """Under `/v2` a platform's key charges as under `/v1`, however the slash is written, and in words."""
     limited.set("acme", 4)
     with limited.client("platform") as client:
         answers = [client.get(f"/v2/models/acme{slash}a") for slash in ("/", "%2F")]
