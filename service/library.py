@@ -20,7 +20,7 @@ from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
-from service.catalog.records import AuditEntry, NewVersion, Principal, Version
+from service.catalog.records import AuditEntry, NewVersion, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
 from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
@@ -241,7 +241,7 @@ class Library:
         with _expected(version.weights):
             return self._blobs.open(version.weights)
 
-    def residency(self, version: Version) -> dict[str, bool | str]:
+    def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
         return self.registry.state(_key(version))
 
@@ -293,7 +293,7 @@ def _name(version: Version) -> str:
     return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
-def _key(version: Version) -> VersionKey:
+def _key(version: Version | VersionName) -> VersionKey:
     return VersionKey(version.tenant, version.adapter, version.number, version.digest)
 
 

@@ -17,7 +17,17 @@ from service.errors import Forbidden, NotFound, Unauthenticated
 from service.logs import about
 from service.prefix.references import check_name
 
-PUBLIC: Final = frozenset({"/livez", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect"})
+PUBLIC: Final = frozenset(
+    {
+        "/livez",
+        "/readyz",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/openapi.json",
+        "/docs",
+        "/docs/oauth2-redirect",
+    }
+)
 REMEMBERED_SECONDS: Final = 5.0
 """How long a verified key is not looked up again: the longest that a revoked one may still work."""
 

@@ -57,9 +57,17 @@ async def read_json(request: Request, limit: int) -> dict[str, Any]:
         InvalidRequest: it is not one.
         TooLarge: it has more than `limit` bytes.
     """
-    body = bytes(await read_body(request, limit))
+    return await to_thread.run_sync(json_object, bytes(await read_body(request, limit)))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Blocking.
+
+    Raises:
+        InvalidRequest: it is not one.
+    """
     try:
-        return await to_thread.run_sync(parse_json, body, "the body", limit)
+        return parse_json(body, "the body", len(body))
     except InvalidConfig as error:
         raise InvalidRequest(str(error)) from error
 

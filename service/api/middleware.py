@@ -1,21 +1,27 @@
 """What every request passes before a route sees it."""
 
+import re
+from typing import Final
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.problems import problem
 from service.errors import NotFound
 
+_MODEL: Final = re.compile(rb"(/v2/(?:repository/)?models/[^/]*?)%2f", re.IGNORECASE)
+
 
 class StrictPathMiddleware:
-    """No slash hides inside a `/v1` segment, and nothing is encoded twice: `%2F` and `%25` are 404."""
+    """No slash hides inside a segment, and nothing is encoded twice: `%2F` and `%25` are 404, but for the one slash of
+    a model's name under `/v2`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Look at the path as it was sent, before percent-decoding."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
-            raw = scope.get("raw_path", b"").lower()
+        if scope["type"] == "http" and scope["path"].startswith(("/v1", "/v2")):
+            raw = _MODEL.sub(rb"\1/", scope.get("raw_path", b"")).lower()
             if b"%2f" in raw or b"%25" in raw:
                 await problem(NotFound("there is no such resource"))(scope, receive, send)
                 return

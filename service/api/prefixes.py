@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Final
 
-import torch
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
 from service.api.documentation import request_headers, response_headers
+from service.api.masks import mask_of_rows, require_flags
 from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
@@ -142,7 +142,7 @@ async def post_prefix(
         if options.model_fields_set:
             raise InvalidRequest("options come in the JSON body here, not in the query")
         values = await read_json(request, settings.max_request_bytes)
-        mask = await to_thread.run_sync(_mask_from_json, values.pop("attention_mask", None))
+        mask = await to_thread.run_sync(_mask_of, values.pop("attention_mask", None))
         options = validated(PrefixRequest, values)
     plan = await to_thread.run_sync(library.plan, version, options, mask)
     return PrefixResponse(library, plan, immutable=reference.immutable)
@@ -158,19 +158,8 @@ async def parameters(request: Request, tenant: Reading, ref: RefPath, library: L
     return ParametersResponse(library, version, immutable=reference.immutable)
 
 
-def _mask_from_json(rows: Any) -> Tensor | None:
-    if rows is None:
-        return None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
-        raise InvalidRequest("attention_mask must be a list of rows of zeros and ones")
-    lengths = {len(row) for row in rows}
-    if len(lengths) > 1:
-        raise InvalidRequest(f"the rows of attention_mask differ in length: {min(lengths)} to {max(lengths)}")
-    for index, row in enumerate(rows):
-        if {type(value) for value in row} != {int} or not set(row) <= {0, 1}:
-            wrong = next(value for value in row if type(value) is not int or value not in (0, 1))
-            raise InvalidRequest(f"attention_mask row {index} holds {wrong!r:.40}, and only 0 and 1 are allowed")
-    return torch.tensor(rows, dtype=torch.int64)
+def _mask_of(rows: Any) -> Tensor | None:
+    return None if rows is None else mask_of_rows(rows)
 
 
 def _mask_from_tensors(body: bytearray) -> Tensor:
@@ -183,8 +172,4 @@ def _mask_from_tensors(body: bytearray) -> Tensor:
     if entry is None or len(header.tensors) > 1 or len(entry.shape) != 2:
         raise InvalidRequest("the body must hold one tensor, attention_mask of shape [batch, seq]")
     mask = tensor_at(view, entry)
-    # As bytes a bool may be anything; as numbers NaN equals nothing.
-    flags = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    if not bool(((flags == 0) | (flags == 1)).all()):
-        raise InvalidRequest("attention_mask holds values other than 0 and 1")
-    return mask
+    return require_flags(mask)

@@ -34,7 +34,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Unavailable: 503,
     errors.Internal: 500,
 }
-"""The most specific class in an error's ancestry decides."""
+"""The most specific class in an error's ancestry decides. Under `/v2`, 422 is 400, as that protocol has it."""
 
 _LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
 """What came next on the connection would be the rest of what was refused."""
@@ -60,18 +60,29 @@ def problem(error: errors.PrefixServiceError) -> Response:
 
 
 class _ProblemResponse(Response):
-    """A problem document; the request's line in the log tells its code."""
+    """A problem document; the request's line in the log tells its code.
+
+    Clients of the Open Inference Protocol read the member `error` alone, which all of `/v2` has beside the others.
+    """
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str]) -> None:
         title = code.replace("-", " ").capitalize()
         body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": redacted(detail)}
-        content = json.dumps({**body, "code": code}).encode()
+        self._document = {**body, "code": code}
+        content = json.dumps(self._document).encode()
         super().__init__(content, status, {"Cache-Control": "no-store", **headers}, "application/problem+json")
-        self._code = code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["problem"] = self._code
+        scope["problem"] = self._document["code"]
+        if scope["path"].startswith("/v2"):
+            self._speak_open_inference()
         await super().__call__(scope, receive, send)
+
+    def _speak_open_inference(self) -> None:
+        self.status_code = 400 if self.status_code == 422 else self.status_code
+        document = {**self._document, "status": self.status_code, "error": self._document["detail"]}
+        self.body = json.dumps(document).encode()
+        self.headers["Content-Length"] = str(len(self.body))
 
 
 def install(app: FastAPI) -> None:

@@ -121,7 +121,9 @@ def _charged(scope: Scope) -> str | None:
     if principal.tenant is not None:
         return principal.tenant
     match scope["path"].split("/", 5):
-        case ["", "v1", "tenants", tenant, "adapters", *_]:
+        case ["", "v1", "tenants", tenant, "adapters", *_] | ["", "v2", "models", tenant, *_]:
+            return _well_formed(tenant)
+        case ["", "v2", "repository", "models", tenant, _]:
             return _well_formed(tenant)
     return None
 

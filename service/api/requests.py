@@ -18,7 +18,7 @@ UNROUTED: Final = "none"
 
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET: Final = frozenset({"/livez", "/readyz", "/metrics"})
+_QUIET: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
 
 
 class RequestMiddleware:

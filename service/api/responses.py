@@ -73,12 +73,17 @@ class BytesResponse(Response, ABC):
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await send({"type": "http.response.body"})
             else:
-                *chunks, last = content.chunks or (b"",)
-                for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": last})
-                if (drain := scope.get("state", {}).get(DRAIN)) is not None:
-                    await drain()
+                await send_chunks(scope, send, content.chunks)
+
+
+async def send_chunks(scope: Scope, send: Send, chunks: Sequence[bytes | memoryview]) -> None:
+    """A whole body, piece by piece; when this returns, nearly all of it has left."""
+    *first, last = chunks or (b"",)
+    for chunk in first:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": last})
+    if (drain := scope.get("state", {}).get(DRAIN)) is not None:
+        await drain()
 
 
 class PrefixResponse(BytesResponse):

@@ -30,6 +30,7 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
+    error: str = Field(default="", description="under /v2 alone: the detail, where Open Inference clients look for it")
 
 
 class VersionSize(BaseModel):

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from service.catalog.audit import record
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
-from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Version
+from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Version, VersionName
 from service.catalog.schema import adapters, aliases, numbers, tenants, versions
 from service.catalog.tenants import lock, make, require_room
 from service.errors import Conflict, NotFound, PreconditionFailed
@@ -131,6 +131,17 @@ class Catalog:
             rows = connection.execute(query).all()
             named = _aliases_of(connection, [row.adapter_id for row in rows])
         return [Adapter(_version(row), row.total, named.get(row.adapter_id, {})) for row in rows]
+
+    def index(self, tenant: str | None, *, after: int, limit: int) -> list[VersionName]:
+        """Up to `limit` versions of a tenant, or of all, in the order of their ids, beginning behind `after`."""
+        joined = versions.join(adapters, versions.c.adapter_id == adapters.c.id)
+        joined = joined.join(tenants, adapters.c.tenant_id == tenants.c.id)
+        names = (versions.c.id, tenants.c.name, adapters.c.name, versions.c.number, versions.c.digest)
+        query = sa.select(*names).select_from(joined).where(versions.c.id > after).order_by(versions.c.id).limit(limit)
+        if tenant is not None:
+            query = query.where(tenants.c.name == tenant)
+        with self._database.reading() as connection:
+            return [VersionName(*row) for row in connection.execute(query)]
 
     def aliases_of(self, tenant: str, adapter: str) -> dict[str, int]:
         """The aliases of an adapter and the version numbers that they point at.

@@ -96,6 +96,17 @@ class Version(NewVersion):
 
 
 @dataclass(frozen=True, slots=True)
+class VersionName:
+    """A version in the index of all, where `id` tells its place: the order in which they were published."""
+
+    id: int
+    tenant: str
+    adapter: str
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter in a listing: its newest version, how many there are, and its aliases."""
 

@@ -67,7 +67,7 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
+class Slot:
     """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
 
     name: str
@@ -79,6 +79,7 @@ class _Slot:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -89,6 +90,10 @@ class _Span(NamedTuple):
     start: int
     stop: int
     times: int
+
+    def chunks(self, rendering: Rendering) -> list[memoryview]:
+        row = rendering.bytes_of(self.source)[self.start : self.stop]
+        return [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)] * self.times
 
 
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
@@ -138,30 +143,35 @@ class Message:
         return self.header == self.canonical.header
 
     @cached_property
-    def _slots(self) -> list[_Slot]:
-        extras = [_Slot(name, tensor.dtype, tuple(tensor.shape), "extra") for name, tensor in self.extras.items()]
+    def _slots(self) -> list[Slot]:
+        extras = [Slot(name, tensor.dtype, tuple(tensor.shape), "extra") for name, tensor in self.extras.items()]
         slots = extras + (self._layer_slots() if self.form.layout == "layers" else self._stacked_slots())
         return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
 
-    def _layer_slots(self) -> list[_Slot]:
+    @cached_property
+    def tensors(self) -> Mapping[str, Slot]:
+        """What the message holds, in the order of the file."""
+        return {slot.name: slot for slot in self._slots}
+
+    def _layer_slots(self) -> list[Slot]:
         form, heads = self.form, self.form.kv_heads[1] - self.form.kv_heads[0]
         shape = (form.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
         dtype, slots = KV_DTYPES[form.dtype], []
         for index, layer in enumerate(range(*form.layers)):
             for part, name in enumerate(("key", "value")):
                 full = f"past_key_values.{layer}.{name}"
-                slots.append(_Slot(full, dtype, shape, "values", (index, part), form.rows))
+                slots.append(Slot(full, dtype, shape, "values", (index, part), form.rows))
                 if form.dtype == "float8_e4m3fn":
-                    slots.append(_Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
+                    slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
         return slots
 
-    def _stacked_slots(self) -> list[_Slot]:
+    def _stacked_slots(self) -> list[Slot]:
         form = self.form
         layers, heads = form.layers[1] - form.layers[0], form.kv_heads[1] - form.kv_heads[0]
         shape = (form.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [_Slot("past_key_values", KV_DTYPES[form.dtype], shape, "values", (), form.rows)]
+        slots = [Slot("past_key_values", KV_DTYPES[form.dtype], shape, "values", (), form.rows)]
         if form.dtype == "float8_e4m3fn":
-            slots.append(_Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
+            slots.append(Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
         return slots
 
     @cached_property
@@ -215,7 +225,7 @@ class Message:
             pieces.append(span)
         return pieces
 
-    def _span_of(self, slot: _Slot) -> _Span:
+    def _span_of(self, slot: Slot) -> _Span:
         row = slot.nbytes // slot.times
         # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
@@ -239,11 +249,17 @@ class Message:
         chunks: list[bytes | memoryview] = []
         for piece in self._pieces:
             if isinstance(piece, _Span):
-                row = rendering.bytes_of(piece.source)[piece.start : piece.stop]
-                chunks += [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)] * piece.times
+                chunks += piece.chunks(rendering)
             else:
                 chunks.append(piece)
         return chunks
+
+    def chunks_of(self, name: str, rendering: Rendering) -> list[bytes | memoryview]:
+        """The bytes of one tensor, in the same way."""
+        slot = self.tensors[name]
+        if slot.source == "extra":
+            return [bytes_of(self.extras[name].contiguous())]
+        return [*self._span_of(slot).chunks(rendering)]
 
 
 def _adjoin(first: _Span, second: _Span) -> bool:

@@ -89,10 +89,13 @@ def expected_of(case: str) -> Tensors:
 
 
 def problem(answer: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
-    """Assert that an answer is a problem document with this status, and with this code."""
+    """Assert that an answer is a problem document with this status, and with this code; under `/v2` its member `error`
+    must say the same as `detail`, and is not returned."""
     assert answer.status_code == status, f"{answer.status_code} {answer.text[:300]}"
     assert answer.headers["content-type"] == "application/problem+json"
     body: dict[str, Any] = answer.json()
+    if answer.request.url.path.startswith("/v2"):
+        assert body.pop("error") == body["detail"]
     assert body.keys() == {"type", "title", "status", "detail", "code"}
     assert body["status"] == status
     assert body["type"] == f"urn:prefix-service:{body['code']}"

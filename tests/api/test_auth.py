@@ -17,7 +17,9 @@ from service.settings import Settings
 from tests.api.helpers import MEDIA_TYPE, head, problem, raw, upload
 from tests.conftest import PREFIX_SERVICE, Server, running_server
 
-PUBLIC = {"/livez", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+PUBLIC = {*HEALTH, "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+OF_ANY_KEY = {"/v2", "/v2/repository/index"}
 MINE, OTHER = "auth-mine", "auth-other"
 SCOPES = ("read", "write", "admin")
 
@@ -30,7 +32,9 @@ class Call(NamedTuple):
 
     def to(self, tenant: str, adapter: str = "a") -> str:
         """The path for a tenant."""
-        return self.template.format(tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16)
+        return self.template.format(
+            tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16, version="1"
+        )
 
     @property
     def scope(self) -> str:
@@ -39,14 +43,14 @@ class Call(NamedTuple):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"
-        reads = self.method in ("GET", "HEAD") or self.template.endswith("/prefix")
+        reads = self.method in ("GET", "HEAD") or self.template.endswith(("/prefix", "/infer", "/index"))
         return "read" if reads else "write"
 
     @property
     def is_for_the_platform(self) -> bool:
         """Whether only keys of the platform are ever enough."""
         changes_tenant = self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE")
-        return "{tenant}" not in self.template or changes_tenant
+        return ("{tenant}" not in self.template and self.template not in OF_ANY_KEY) or changes_tenant
 
 
 def _routes() -> Iterator[Call]:
@@ -297,6 +301,7 @@ def test_keys_end_when_they_should(server: Server, hours: int) -> None:
 def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
     """Revoking through the API takes effect with its answer."""
     admin = server.client()
+    admin.put(f"/v1/tenants/{MINE}")
     for path in (f"/v1/tenants/{MINE}/keys", "/v1/keys"):
         made = admin.post(path, json={"scope": "read"}).json()
         client = server.client(made["key"])

@@ -13,6 +13,7 @@ from tests.api.helpers import CONFIG, assert_alive
 from tests.conftest import PREFIX_SERVICE, Server
 
 COMMITTED = Path(__file__).parents[2] / "openapi" / "openapi.json"
+PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 METHODS = {"get", "put", "post", "delete", "head"}
 
 
@@ -58,7 +59,7 @@ def test_keys_are_documented(document: dict[str, Any]) -> None:
     for path, item in document["paths"].items():
         for operation in item.values():
             needed = operation.get("security", document["security"])
-            assert needed == ([] if path in {"/livez", "/readyz"} else [{"key": []}])
+            assert needed == ([] if path in PUBLIC else [{"key": []}])
 
 
 def test_writes_have_bodies(document: dict[str, Any]) -> None:
@@ -114,6 +115,7 @@ _EXISTING = """
 "path.tenant" = "fuzz"
 "path.name" = "a"
 "path.ref" = ["a", "a@1"]
+"path.version" = ["1", "latest"]
 
 [[operations]]
 include-operation-id = "delete"

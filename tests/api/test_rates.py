@@ -127,6 +127,22 @@ def test_a_tenants_key_charges_its_tenant_wherever_it_asks(limited: Limited) -> 
         assert other.get("/v1/tenants/beta").status_code == 200
 
 
+def test_models_are_adapters(limited: Limited) -> None:
+    """Under `/v2` a platform's key charges as under `/v1`, however the slash is written, and in words."""
+    limited.set("acme", 4)
+    with limited.client("platform") as client:
+        answers = [client.get(f"/v2/models/acme{slash}a") for slash in ("/", "%2F")]
+        answers += [client.post(f"/v2/repository/models/acme{slash}a/load") for slash in ("/", "%2F")]
+        assert [answer.headers["ratelimit"] for answer in answers] == [
+            f'"tenant";r={left};t=1' for left in (3, 2, 1, 0)
+        ]
+        refused = client.post("/v2/models/acme%2Fa/infer", json={"inputs": []})
+        assert (refused.status_code, refused.json()["error"]) == (429, refused.json()["detail"])
+        for path in ("/v2", "/v2/health/ready"):
+            assert "ratelimit" not in client.get(path).headers
+        assert "ratelimit" not in client.post("/v2/repository/index").headers
+
+
 def test_a_platforms_key_charges_the_tenant_whose_adapters_it_asks_for(limited: Limited) -> None:
     """And nobody elsewhere: an operator always reaches the tenant itself, and its keys."""
     limited.set("acme", 2)

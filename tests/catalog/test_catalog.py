@@ -226,6 +226,27 @@ def test_adapters_come_in_pages(catalog: Catalog, content: Content) -> None:
     assert [item.latest.adapter for item in rest] == ["c"]
 
 
+def test_the_index_names_every_version(catalog: Catalog, tenants: Tenants, content: Content) -> None:
+    """In the order of publishing, page by page, of one tenant or of all; a deletion moves nobody's place."""
+    tenants.put("beta", BY)
+    published = [("acme", "b", "w"), ("beta", "a", "x"), ("acme", "a", "y"), ("acme", "b", "z")]
+    for tenant, adapter, word in published:
+        publish(catalog, content(word), adapter, tenant)
+    every = catalog.index(None, after=0, limit=9)
+    assert [(one.tenant, one.adapter, one.number) for one in every] == [
+        ("acme", "b", 1),
+        ("beta", "a", 1),
+        ("acme", "a", 1),
+        ("acme", "b", 2),
+    ]
+    assert [one.digest for one in every] == [content(word).digest for _, _, word in published]
+    assert catalog.index("acme", after=0, limit=9) == [every[0], *every[2:]]
+    assert catalog.index("acme", after=every[0].id, limit=1) == [every[2]]
+    delete(catalog, "b@1")
+    assert catalog.index(None, after=every[0].id, limit=2) == every[1:3]
+    assert catalog.index("none", after=0, limit=9) == []
+
+
 def test_adapters_of_one_base_model(catalog: Catalog, content: Content) -> None:
     """That of the newest version decides."""
     publish(catalog, content("x", "llama"), "a")

@@ -65,6 +65,8 @@ def test_no_table_is_read_whole(
     catalog.versions_of("acme", "a")
     for base_model in (None, "gpt2"):
         catalog.list_adapters("acme", after="", limit=9, base_model=base_model)
+    for tenant in (None, "acme"):
+        catalog.index(tenant, after=1, limit=9)
     key, text = keyring.create("acme", "read", "", BY)
     keyring.verify(text)
     keyring.listed("acme")

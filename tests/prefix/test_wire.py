@@ -183,6 +183,17 @@ def test_a_range_is_that_slice_of_the_whole(message: Message, data: st.DataObjec
     assert body_of(message, WHOLE, start, stop) == whole[start:stop]
 
 
+@given(messages)
+def test_a_tensor_alone_is_that_part_of_the_whole(message: Message) -> None:
+    """The tensors in their order are all that stands behind the header; of each, its own bytes are told."""
+    rendering = rendering_of(message.form)
+    bodies = {name: b"".join(message.chunks_of(name, rendering)) for name in message.tensors}
+    assert message.header + b"".join(bodies.values()) == body_of(message)
+    assert {name: len(body) for name, body in bodies.items()} == {
+        name: tensor.nbytes for name, tensor in message.tensors.items()
+    }
+
+
 def test_chunks_are_small_enough_for_a_slow_reader() -> None:
     """At most 8 MiB each, at any offset, and together the whole."""
     kv = PrefixKV.whole(torch.zeros(1, 2, 1, 5, 1 << 19))

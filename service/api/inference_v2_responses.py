@@ -1,0 +1,123 @@
+"""The answer to an inference: JSON, and behind it the same buffers that `GET …/prefix` sends."""
+
+import json
+from math import prod
+from typing import Final
+
+import orjson
+import torch
+from anyio import to_thread
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.api.inference_v2_requests import JSON_LENGTH
+from service.api.inference_v2_schemas import Datatype, InferenceRequest
+from service.api.responses import send_chunks
+from service.errors import InvalidRequest
+from service.library import Library
+from service.plan import Plan
+from service.prefix.wire import Rendering, Slot
+
+DATATYPES: Final[dict[torch.dtype, Datatype]] = {
+    torch.float32: "FP32",
+    torch.float16: "FP16",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+}
+MOST_NUMBERS: Final = 1 << 20
+"""How many elements an answer may have as JSON: each takes up to 25 bytes there, and most of a microsecond."""
+
+
+class TensorsResponse(Response):
+    """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left."""
+
+    def __init__(self, library: Library, plan: Plan, asked: InferenceRequest) -> None:
+        self.background = None
+        self._library, self._plan, self._asked = library, plan, asked
+        by_default = asked.parameters.binary_data_output
+        wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
+        if len(wanted) < len(asked.outputs):
+            raise InvalidRequest("an output is asked for twice")
+        if not wanted:
+            wanted = dict.fromkeys(plan.message.tensors)
+        self._binary = {name: by_default if own is None else own for name, own in wanted.items()}
+        self._require_known()
+        self._require_moderate()
+
+    def _require_known(self) -> None:
+        known = self._plan.message.tensors
+        unknown = [name for name in self._binary if name not in known]
+        if unknown:
+            _, last = self._plan.message.form.layers
+            extras = [name for name in known if not name.startswith("past_key_values")]
+            raise InvalidRequest(
+                f"there is no output {', '.join(map(repr, unknown))!s:.200} here: there are {', '.join(extras)}, and "
+                f"past_key_values.0.key to past_key_values.{last - 1}.value"
+            )
+
+    def _require_moderate(self) -> None:
+        tensors = self._plan.message.tensors
+        numbers = sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
+        if numbers > MOST_NUMBERS:
+            raise InvalidRequest(
+                f"the outputs have {numbers} elements, more than the {MOST_NUMBERS} that are written as JSON: ask for "
+                "binary data (binary_data_output), for fewer outputs, or for fewer rows"
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        async with self._library.rendering(self._plan) as rendering:
+            head = await to_thread.run_sync(self._head, rendering)
+            chunks: list[bytes | memoryview] = [head]
+            for name, is_binary in self._binary.items():
+                if is_binary:
+                    chunks += self._plan.message.chunks_of(name, rendering)
+            headers = self._fields(head)
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send_chunks(scope, send, chunks)
+
+    def _fields(self, head: bytes) -> list[tuple[bytes, bytes]]:
+        version, tensors = self._plan.version, self._plan.message.tensors
+        length = len(head) + sum(tensors[name].nbytes for name, is_binary in self._binary.items() if is_binary)
+        headers = {
+            "content-length": str(length),
+            "content-type": "application/json",
+            "cache-control": "no-store",
+            "prefix-version": str(version.number),
+            "prefix-digest": version.digest,
+            "x-content-type-options": "nosniff",
+        }
+        if any(self._binary.values()):
+            headers |= {"content-type": "application/octet-stream", JSON_LENGTH.lower(): str(len(head))}
+        return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    def _head(self, rendering: Rendering) -> bytes:
+        """The JSON of the answer; its shape is that of `inference_v2_schemas.InferenceResponse`."""
+        version = self._plan.version
+        told: dict[str, object] = {
+            "model_name": f"{version.tenant}/{version.adapter}",
+            "model_version": str(version.number),
+            "parameters": {"digest": version.digest, "dtype": self._plan.message.form.dtype},
+            "outputs": [self._output(self._plan.message.tensors[name], rendering) for name in self._binary],
+        }
+        if self._asked.id is not None:
+            told["id"] = self._asked.id
+        return orjson.dumps(told)
+
+    def _output(self, tensor: Slot, rendering: Rendering) -> dict[str, object]:
+        about: dict[str, object] = {
+            "name": tensor.name,
+            "datatype": DATATYPES[tensor.dtype],
+            "shape": tensor.shape,
+        }
+        if self._binary[tensor.name]:
+            return {**about, "parameters": {"binary_data_size": tensor.nbytes}}
+        elements = bytearray().join(self._plan.message.chunks_of(tensor.name, rendering))
+        numbers = torch.frombuffer(elements, dtype=tensor.dtype).tolist()
+        try:
+            return {**about, "data": orjson.Fragment(json.dumps(numbers, allow_nan=False).encode())}
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{tensor.name} has values that {DATATYPES[tensor.dtype]} rounds to infinity, which JSON cannot write: "
+                "ask for another dtype or for binary data"
+            ) from error

@@ -1,0 +1,173 @@
+"""What the Open Inference Protocol says, as pydantic models: its objects, and the parameters that count here.
+
+Sources: KServe's Open Inference Protocol (https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol)
+and Triton's extensions `binary_tensor_data`, `model_repository` and `parameters`
+(https://github.com/triton-inference-server/server/tree/main/docs/protocol).
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from service.prefix.form import KVDtype
+
+InputName = Literal["batch_size", "attention_mask"]
+Datatype = Literal["FP32", "FP16", "BF16", "INT32", "INT64"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class InputParameters(_Strict):
+    """How the elements of an input come."""
+
+    binary_data_size: StrictInt | None = Field(default=None, ge=0, description="bytes behind the JSON that are its own")
+
+
+class InferenceInput(_Strict):
+    """An input: its elements in `data`, row by row or flat, or behind the JSON."""
+
+    name: InputName
+    shape: list[StrictInt] = Field(max_length=8)
+    datatype: Datatype
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = None
+
+
+class OutputParameters(_Strict):
+    """How the elements of an output are to come."""
+
+    binary_data: StrictBool | None = Field(default=None, description="behind the JSON; default binary_data_output")
+
+
+class RequestedOutput(_Strict):
+    """An output that is wanted."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferenceParameters(_Strict):
+    """Options of a request; `priority` and `timeout` are hints to a scheduler, of which there is none here."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None, description="of keys and values; default that of the stored weights"
+    )
+    binary_data_output: StrictBool = Field(default=False, description="all outputs come behind the JSON")
+    priority: StrictInt | str | None = Field(default=None, description="ignored")
+    timeout: StrictInt | None = Field(default=None, description="ignored")
+
+
+class InferenceRequest(_Strict):
+    """`batch_size`, or `attention_mask`; with neither, one row."""
+
+    id: str | None = None
+    parameters: InferenceParameters = InferenceParameters()
+    inputs: list[InferenceInput] = Field(max_length=2)
+    outputs: list[RequestedOutput] = Field(default=[], description="default all, in the order of the model's metadata")
+
+
+class ResponseOutput(BaseModel):
+    """An output: its elements in `data`, flat and row by row, or behind the JSON (`binary_data_size`)."""
+
+    name: str
+    datatype: Datatype
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[float] | None = None
+
+
+class ResponseParameters(BaseModel):
+    """What was made: the version's digest, and the dtype of keys and values."""
+
+    digest: str
+    dtype: KVDtype
+
+
+class InferenceResponse(BaseModel):
+    """The answer to an inference; `id` is that of the request, if it had one."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: ResponseParameters
+    outputs: list[ResponseOutput]
+
+
+class ServerMetadata(BaseModel):
+    """This server, and the extensions that it speaks."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(BaseModel):
+    """The process answers."""
+
+    live: bool = True
+
+
+class ServerReady(BaseModel):
+    """The service can do its work."""
+
+    ready: bool = True
+
+
+class ModelReady(BaseModel):
+    """The version is published, and inference loads it if need be."""
+
+    name: str
+    ready: bool = True
+
+
+class TensorMetadata(BaseModel):
+    """A tensor of a model; -1 is a size that the request decides."""
+
+    name: str
+    datatype: Datatype
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model: exactly one of its inputs is needed, and `position_ids` comes with `attention_mask` alone."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class IndexRequest(_Strict):
+    """Which versions to list: all, or those in memory."""
+
+    ready: StrictBool = False
+
+
+class IndexEntry(BaseModel):
+    """A version: READY is in the memory of the process that answers; what is not, inference loads."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class LoadRequest(_Strict):
+    """A version is what was published: there is nothing to configure."""
+
+    parameters: dict[str, Any] = Field(default={}, json_schema_extra={"maxProperties": 0})
+
+
+class UnloadParameters(_Strict):
+    """A prefix has no dependents: this changes nothing."""
+
+    unload_dependents: StrictBool = False
+
+
+class UnloadRequest(_Strict):
+    """To unload all versions of an adapter."""
+
+    parameters: UnloadParameters = UnloadParameters()
