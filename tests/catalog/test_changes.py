@@ -85,6 +85,49 @@ def test_changes_of_others_are_heard_within_a_moment(
 
 
 @on_sqlite
+def test_a_look_that_finds_nothing_reads_nothing(
+    changes: Changes, elsewhere: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The audit log is read when somebody has written, and not four times a second."""
+    reads: list[float] = []
+    catch_up = changes.catch_up
+    monkeypatch.setattr(module, "_PAUSE", 0.02)
+    monkeypatch.setattr(changes, "catch_up", lambda: (reads.append(time.monotonic()), catch_up()))
+    with changes.followed():
+        time.sleep(0.2)
+        at_first = len(reads)
+        assert at_first == 1
+        assert changes.are_known
+        Tenants(elsewhere).delete("acme", BY)
+        time.sleep(0.2)
+        assert len(reads) == at_first + 1
+
+
+@on_sqlite
+def test_a_glance_that_fails_is_told_and_repeated(
+    changes: Changes,
+    heard: list[str],
+    elsewhere: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A database that refuses for a while is told once, and what changed meanwhile is heard afterwards."""
+    monkeypatch.setattr(module, "_PAUSE", 0.02)
+    with changes.followed():
+        with elsewhere.writing() as connection:
+            connection.exec_driver_sql("ALTER TABLE audit RENAME TO away")
+        time.sleep(0.3)
+        with elsewhere.writing() as connection:
+            connection.exec_driver_sql("ALTER TABLE away RENAME TO audit")
+        Tenants(elsewhere).delete("acme", BY)
+        time.sleep(0.3)
+    assert heard == ["tenant.deleted"]
+    assert [record.message for record in caplog.records if "cannot be read" in record.message] == [
+        "changes of the catalog cannot be read: the catalog refused: OperationalError"
+    ]
+
+
+@on_sqlite
 def test_many_writers_are_heard_once_each(
     changes: Changes, heard: list[str], database: Database, elsewhere: Database, secret: Path
 ) -> None:
