@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import adapters, aliases, audit, keys, ops, prefixes, problems, residency, tenants
+from service.api import adapters, aliases, audit, keys, mixed, ops, prefixes, problems, residency, tenants
 from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
@@ -91,6 +91,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     )
     problems.install(app)
     app.include_router(prefixes.router)
+    app.include_router(mixed.router)
     app.include_router(ops.router)
     for room in (adapters, aliases, residency, tenants, keys, audit):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])

@@ -114,6 +114,7 @@ def extend_mask(attention_mask: Tensor, num_virtual_tokens: int, dtype: torch.dt
     return torch.cat([ones, mask], dim=1)
 
 
-def position_ids(attention_mask: Tensor, num_virtual_tokens: int) -> Tensor:
-    """`N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`: right for left and for right padding."""
+def position_ids(attention_mask: Tensor, num_virtual_tokens: int | Tensor) -> Tensor:
+    """`N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`: right for left and for right padding. N is one number, or
+    `[B, 1]`."""
     return num_virtual_tokens + (attention_mask.to(torch.int64).cumsum(dim=1) - 1).clamp(min=0)
