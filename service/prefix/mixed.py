@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Part:
         identity = self.identity
         return identity.num_layers, identity.num_kv_heads, identity.head_dim, self.is_encoder_decoder
 
+    def told(self) -> dict[str, Any]:
+        """As metadata."""
+        about = {name: getattr(self.identity, name) for name in ("version", "digest", "num_virtual_tokens")}
+        return {"ref": self.ref, **about}
+
     def __str__(self) -> str:
         layers, heads, head_dim, is_encoder_decoder = self.shape
         kind = ", for an encoder-decoder model" if is_encoder_decoder else ""
@@ -59,6 +64,11 @@ class Row:
     def num_virtual_tokens(self) -> int:
         """Tokens of its prefixes together."""
         return sum(part.identity.num_virtual_tokens for part in self.parts)
+
+    def told(self) -> Any:
+        """As metadata: of a prefix `ref`, `version`, `digest` and `num_virtual_tokens`; a list; or None."""
+        told = [part.told() for part in self.parts]
+        return told if self.is_list else told[0] if told else None
 
 
 @dataclass(frozen=True)

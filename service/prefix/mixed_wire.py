@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from service.prefix.form import FORMAT, Form
-from service.prefix.mixed import Bytes, MixedBatch, Part, Repeated, Row, Source
+from service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
 from service.prefix.wire import CHUNK, JOINED, KV_DTYPES, Rendering, TensorSpec, bytes_of, memory_of, write_header
 
 _BLOCK: Final = 1 << 20  # bytes of small runs that are joined
@@ -62,7 +62,7 @@ class MixedMessage:
         identity, form = self.batch.first.identity, self.form
         about = {
             "format": FORMAT,
-            "rows": [_told(row) for row in self.batch.rows],
+            "rows": [row.told() for row in self.batch.rows],
             "num_virtual_tokens": self.batch.num_virtual_tokens,
             "num_layers": identity.num_layers,
             "num_kv_heads": identity.num_kv_heads,
@@ -132,18 +132,3 @@ def _values(rendering: Rendering) -> Source:
 
 def _scales(rendering: Rendering) -> Source:
     return Repeated(rendering.bytes_of("scales"), rendering.values.shape[3], torch.float32.itemsize)
-
-
-def _told(row: Row) -> Any:
-    told = [_part(part) for part in row.parts]
-    return told if row.is_list else told[0] if told else None
-
-
-def _part(part: Part) -> dict[str, Any]:
-    identity = part.identity
-    return {
-        "ref": part.ref,
-        "version": identity.version,
-        "digest": identity.digest,
-        "num_virtual_tokens": identity.num_virtual_tokens,
-    }
