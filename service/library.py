@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -35,6 +35,7 @@ from service.plan import (
     make_plan,
 )
 from service.prefix.checkpoint import PrefixWeights, load_weights
+from service.prefix.compose import composed_config
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
@@ -116,6 +117,39 @@ class Library:
         def file() -> bytes:
             return save({"prompt_embeddings": PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()})
 
+        return await self._publish_made(target, config, file)
+
+    async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
+        """Make the concatenation of prefixes a version, under the names they were asked by, in their order; its weights
+        are stored as PEFT would save them.
+
+        Raises:
+            InvalidRequest: they differ in a dimension or in their task.
+            InvalidConfig: together they are more than an upload may have.
+        """
+        configs = [parse_config(version.config) for _, version in sources]
+        config = composed_config([(name, found) for (name, _), found in zip(sources, configs, strict=True)])
+        self._require_moderate(4 * _elements(config))
+
+        def file() -> bytes:
+            flats = [self._flat(version, found) for (_, version), found in zip(sources, configs, strict=True)]
+            dtype = flats[0].dtype if len({flat.dtype for flat in flats}) == 1 else torch.float32
+            return save({"prompt_embeddings": torch.cat([flat.to(dtype) for flat in flats])})
+
+        return await self._publish_made(target, config, file)
+
+    def _flat(self, version: Version, config: PrefixConfig) -> Tensor:
+        """The prefix as PEFT saves it: that which is served, so an MLP does not run again; the layers of two submodules
+        are served in another order, and not all."""
+        if config.num_transformer_submodules == 1:
+            return self._load(version).flat()
+        with _expected(version.weights):
+            weights = load_weights(self._blobs.read(version.weights), config)
+        return PrefixEncoder.from_weights(config, weights, torch.device("cpu")).flat()
+
+    async def _publish_made(
+        self, target: Target, config: PrefixConfig, file: Callable[[], bytes]
+    ) -> tuple[Version, bool]:
         weights = await self.stage()
         try:
             await to_thread.run_sync(weights.write, await to_thread.run_sync(file))

@@ -45,6 +45,12 @@ class PrefixKV:
             tensor = tensor[[2 * layer % num_layers for layer in range(num_layers)]]
         return cls.whole(tensor.contiguous())
 
+    def flat(self) -> Tensor:
+        """As PEFT saves it, `[N, L * 2 * H * D]`: `from_flat` the other way round, but not for two submodules, where
+        it leaves layers out."""
+        # (L, 2, H, N, D) -> (N, L, 2, H, D) -> (N, L*2*H*D)
+        return self.tensor.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, -1)
+
     @property
     def num_virtual_tokens(self) -> int:
         """N."""
