@@ -112,17 +112,19 @@ async def test_the_first_failure_is_told_whichever_comes_first(order: tuple[int,
 
 
 async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
-    """Each needs all of the memory, from the other end: with one lease each they would wait for ever."""
-    registry = registry_of(patience=5)
+    """Each reserves a quarter, and then waits for three: if both held a quarter, they would wait for each other."""
+    registry = registry_of(rendering_bytes=4 * SIZE, patience=3)
 
-    async def read(numbers: tuple[int, int]) -> None:
-        async with together(registry, [Loader(number) for number in numbers]):
+    async def read(first: int) -> None:
+        loaders = [Loader(first), Loader(first + 1)]
+        sizes = zip(loaders, (SIZE, 3 * SIZE), strict=True)
+        async with Leases([registry.rendering(whole(load.number), size, SIZE, load) for load, size in sizes]):
             await asyncio.sleep(0.001)
 
-    pairs = [(1, 2), (3, 4), (4, 1), (2, 3)] * 5
-    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-        for pair in pairs:
-            tasks.create_task(read(pair))
+    async with asyncio.TaskGroup() as tasks, leased(registry, Loader(9), 9):
+        tasks.create_task(read(1))
+        tasks.create_task(read(3))
+        await asyncio.sleep(0.2)
     assert readers(registry) == 0
 
 
