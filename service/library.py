@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO, Final
@@ -24,8 +24,18 @@ from service.catalog.records import AuditEntry, NewVersion, Principal, Version, 
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
 from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
-from service.plan import Limits, Plan, PrefixRequest, make_plan
+from service.plan import (
+    Limits,
+    MixedPlan,
+    MixedRequest,
+    MixedVersions,
+    Plan,
+    PrefixRequest,
+    make_mixed_plan,
+    make_plan,
+)
 from service.prefix.checkpoint import PrefixWeights, load_weights
+from service.prefix.compose import composed_config
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
@@ -34,6 +44,7 @@ from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tenso
 from service.prefix.streams import own_stream
 from service.prefix.wire import KV_DTYPES, Rendering, to_host
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
 
 log = logging.getLogger("prefix_service")
@@ -106,6 +117,39 @@ class Library:
         def file() -> bytes:
             return save({"prompt_embeddings": PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()})
 
+        return await self._publish_made(target, config, file)
+
+    async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
+        """Make the concatenation of prefixes a version, under the names they were asked by, in their order; its weights
+        are stored as PEFT would save them.
+
+        Raises:
+            InvalidRequest: they differ in a dimension or in their task.
+            InvalidConfig: together they are more than an upload may have.
+        """
+        configs = [parse_config(version.config) for _, version in sources]
+        config = composed_config([(name, found) for (name, _), found in zip(sources, configs, strict=True)])
+        self._require_moderate(4 * _elements(config))
+
+        def file() -> bytes:
+            flats = [self._flat(version, found) for (_, version), found in zip(sources, configs, strict=True)]
+            dtype = flats[0].dtype if len({flat.dtype for flat in flats}) == 1 else torch.float32
+            return save({"prompt_embeddings": torch.cat([flat.to(dtype) for flat in flats])})
+
+        return await self._publish_made(target, config, file)
+
+    def _flat(self, version: Version, config: PrefixConfig) -> Tensor:
+        """The prefix as PEFT saves it: that which is served, so an MLP does not run again; the layers of two submodules
+        are served in another order, and not all."""
+        if config.num_transformer_submodules == 1:
+            return self._load(version).flat()
+        with _expected(version.weights):
+            weights = load_weights(self._blobs.read(version.weights), config)
+        return PrefixEncoder.from_weights(config, weights, torch.device("cpu")).flat()
+
+    async def _publish_made(
+        self, target: Target, config: PrefixConfig, file: Callable[[], bytes]
+    ) -> tuple[Version, bool]:
         weights = await self.stage()
         try:
             await to_thread.run_sync(weights.write, await to_thread.run_sync(file))
@@ -160,6 +204,16 @@ class Library:
         known = self._versions.get(tenant, reference)
         return await to_thread.run_sync(self._versions.resolve, tenant, reference) if known is None else known
 
+    async def resolve_for(self, by: Principal, tenant: str, reference: Reference) -> Version:
+        """The same for a caller who may not see every tenant.
+
+        Raises:
+            NotFound: there is none, or it is another tenant's; in the same words.
+        """
+        if not by.may_see(tenant):
+            raise NotFound(f"there is no {tenant}/{reference}")
+        return await self.resolve(tenant, reference)
+
     def is_current(self, version: Version, reference: Reference) -> bool:
         """Whether a reference is known to mean this version still, without a look into the catalog."""
         return self._versions.get(version.tenant, reference) is version
@@ -172,7 +226,28 @@ class Library:
         """
         return make_plan(version, request, mask, self.limits)
 
-    def rendering(self, plan: Plan) -> contextlib.AbstractAsyncContextManager[Rendering]:
+    def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: Tensor | None) -> MixedPlan:
+        """Everything of an answer for many adapters but its tensors.
+
+        Raises:
+            InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+        """
+        return make_mixed_plan(rows, request, mask, self.limits)
+
+    @contextlib.asynccontextmanager
+    async def renderings(self, plan: MixedPlan) -> AsyncIterator[list[list[Rendering]]]:
+        """Those of every prefix in a plan's rows, together in host memory while the block runs; one of each version.
+
+        The block raises:
+            OutOfSpace: they do not fit the memory budget together.
+            CorruptBlob, StorageFailed, Unavailable: as for one.
+        """
+        plans = {planned.etag: planned for row in plan.rows for planned in row}
+        async with Leases([self.rendering(planned) for planned in plans.values()]) as found:
+            known = dict(zip(plans, found, strict=True))
+            yield [[known[planned.etag] for planned in row] for row in plan.rows]
+
+    def rendering(self, plan: Plan) -> Lease[RenderingKey, Rendering, VersionKey]:
         """The tensors of a plan, in host memory while the block runs.
 
         The block raises:

@@ -1,7 +1,9 @@
 """An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,9 +11,11 @@ from torch import Tensor
 
 from service.catalog.records import Version
 from service.errors import InvalidRequest
-from service.prefix.config import parse_config
+from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from service.prefix.kv import check_span, extend_mask, position_ids, prefix_mask
+from service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
+from service.prefix.mixed_wire import MixedMessage
 from service.prefix.wire import MASK_DTYPES, Message, bytes_of
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
@@ -29,6 +33,18 @@ class PrefixRequest(BaseModel):
     kv_heads: str | None = Field(default=None, pattern=_RANGE, description="half-open range of heads, a:b; default all")
     mask_dtype: MaskDtype | None = Field(default=None, description="default int64, or that of attention_mask")
     expand: bool = Field(default=True, description="false: keys and values come with one row")
+
+
+_Reference = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class MixedRequest(PrefixRequest):
+    """The options of a batch for many adapters, and its rows."""
+
+    rows: list[_Reference | Annotated[list[_Reference], Field(min_length=1, max_length=MOST_IN_A_ROW)] | None] = Field(
+        min_length=1,
+        description="one each: tenant/adapter@…; a list of these, concatenated in that order; or null for no prefix",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +84,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
         InvalidRequest: an option is out of bounds, or contradicts the mask.
     """
     config = parse_config(version.config)
-    identity = Identity(
-        tenant=version.tenant,
-        adapter=version.adapter,
-        version=version.number,
-        digest=version.digest,
-        peft_type=config.peft_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        num_virtual_tokens=config.num_virtual_tokens,
-        num_layers=config.num_layers or 0,
-        num_kv_heads=config.num_attention_heads or 0,
-        head_dim=config.head_dim or 0,
-    )
+    identity = _identity(version, config)
     form = Form(
         dtype=request.dtype or version.weights_dtype,
         batch_size=_batch_size(request, mask, limits),
@@ -101,6 +106,88 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
     if mask is not None:
         tag.update(bytes_of(mask.to(torch.uint8).contiguous()))
     return Plan(version, message, f'"{tag.hexdigest()[:40]}"')
+
+
+MixedVersions = Sequence[Sequence[tuple[str, Version]]]
+"""The prefixes of each row: the reference as it was asked for, and what it means."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixedPlan:
+    """A planned batch for many adapters: its message, and for each prefix in its rows the plan that its rendering is
+    made by; the same plan where it is the same version."""
+
+    message: MixedMessage
+    rows: list[list[Plan]]
+
+
+def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: Tensor | None, limits: Limits) -> MixedPlan:
+    """Check the rows of a request; `mask` is the input's `[batch, seq]` of zeros and ones.
+
+    Raises:
+        InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+    """
+    _check_mixed(request, mask, limits)
+    asked = zip(rows, request.rows, strict=True)
+    batch = MixedBatch.of([Row(tuple(map(_part, row)), isinstance(ask, list)) for row, ask in asked], request.dtype)
+    # The form in which this project's client asks for one prefix: what is made for either serves the other.
+    options = request.model_dump(exclude={"rows", "mask_dtype"})
+    options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
+    single = PrefixRequest.model_validate(options)
+    versions = {_name(version): version for row in rows for _, version in row}
+    plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
+    planned = [[plans[_name(version)] for _, version in row] for row in rows]
+    form = replace(next(iter(plans.values())).message.form, batch_size=len(rows), layout=request.layout, expand=True)
+    return MixedPlan(MixedMessage(batch, form, _mixed_extras(batch, request, mask)), planned)
+
+
+def _check_mixed(request: MixedRequest, mask: Tensor | None, limits: Limits) -> None:
+    rows = len(request.rows)
+    if not request.expand:
+        raise InvalidRequest("expand=false is for one adapter: the rows of this batch differ")
+    if request.batch_size not in (None, rows):
+        raise InvalidRequest(f"batch_size is {request.batch_size}, and there are {rows} rows")
+    if rows > limits.batch_size:
+        raise InvalidRequest(f"a batch has at most {limits.batch_size} rows, got {rows}")
+    if mask is not None and _batch_size(request, mask, limits) != rows:
+        raise InvalidRequest(f"attention_mask has {mask.shape[0]} rows, and the batch has {rows}")
+
+
+def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: Tensor | None) -> dict[str, Tensor]:
+    prefix = batch.prefix_mask()
+    wanted = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
+    if mask is None:
+        return {"attention_mask": prefix.to(wanted or torch.int64)}
+    extras = {"attention_mask": torch.cat([prefix.to(wanted or mask.dtype), mask.to(wanted or mask.dtype)], dim=1)}
+    if not batch.first.is_encoder_decoder:
+        extras["position_ids"] = batch.position_ids(mask)
+    return extras
+
+
+def _part(asked: tuple[str, Version]) -> Part:
+    ref, version = asked
+    config = parse_config(version.config)
+    is_encoder_decoder = config.num_transformer_submodules == 2
+    return Part(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
+
+
+def _name(version: Version) -> tuple[str, str, int, str]:
+    return version.tenant, version.adapter, version.number, version.digest
+
+
+def _identity(version: Version, config: PrefixConfig) -> Identity:
+    return Identity(
+        tenant=version.tenant,
+        adapter=version.adapter,
+        version=version.number,
+        digest=version.digest,
+        peft_type=config.peft_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        num_virtual_tokens=config.num_virtual_tokens,
+        num_layers=config.num_layers or 0,
+        num_kv_heads=config.num_attention_heads or 0,
+        head_dim=config.head_dim or 0,
+    )
 
 
 def _batch_size(request: PrefixRequest, mask: Tensor | None, limits: Limits) -> int:

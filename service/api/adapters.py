@@ -6,13 +6,14 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Caller, Reading, Writing
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_model, read_upload
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_json, read_upload, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.paths import NamePath, RefPath
 from service.api.schemas import (
     AdapterItem,
     AdapterPage,
+    ComposedVersion,
     FreshVersion,
     VersionDetail,
     VersionPage,
@@ -22,7 +23,7 @@ from service.api.state import LibraryOf, SettingsOf
 from service.catalog.records import Principal, Version
 from service.library import Library, Target
 from service.prefix.config import parse_config, parse_json
-from service.prefix.references import check_name, parse_reference
+from service.prefix.references import check_name, parse_qualified, parse_reference
 
 router = APIRouter(tags=["adapters"])
 
@@ -38,7 +39,9 @@ _UPLOAD: Final[dict[str, Any]] = {
                     "required": [CONFIG, WEIGHTS],
                 },
             },
-            "application/json": {"schema": FreshVersion.model_json_schema()},
+            "application/json": {
+                "schema": {"anyOf": [FreshVersion.model_json_schema(), ComposedVersion.model_json_schema()]}
+            },
         },
     }
 }
@@ -59,19 +62,32 @@ async def publish(
     library: LibraryOf,
     settings: SettingsOf,
 ) -> VersionDetail:
-    """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix."""
+    """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
+    concatenation of others."""
     check_name("adapter", name)
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
     target = await _target(library, tenant, name, by)
     if media_type == "application/json":
-        wanted = await read_model(request, FreshVersion, settings.max_request_bytes)
-        config = parse_config(wanted.config)
-        version, is_new = await library.publish_fresh(target, config, wanted.init_weights, wanted.seed)
+        values = await read_json(request, settings.max_request_bytes)
+        publish_json = _publish_composed if "compose" in values else _publish_fresh
+        version, is_new = await publish_json(values, library, target)
     else:
         version, is_new = await _publish_upload(request, library, target)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"
     return await _detail(library, version)
+
+
+async def _publish_fresh(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
+    wanted = validated(FreshVersion, values)
+    return await library.publish_fresh(target, parse_config(wanted.config), wanted.init_weights, wanted.seed)
+
+
+async def _publish_composed(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
+    """From all that the caller may read."""
+    named = [(name, *parse_qualified(name)) for name in validated(ComposedVersion, values).compose]
+    sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
+    return await library.publish_composed(target, sources)
 
 
 async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:

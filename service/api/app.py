@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import adapters, aliases, audit, inference_v2, keys, ops, prefixes, problems, residency, tenants
+from service.api import adapters, aliases, audit, inference_v2, keys, mixed, ops, prefixes, problems, residency, tenants
 from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
@@ -91,6 +91,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     )
     problems.install(app)
     app.include_router(prefixes.router)
+    app.include_router(mixed.router)
     app.include_router(ops.router)
     app.include_router(inference_v2.router)
     for room in (adapters, aliases, residency, tenants, keys, audit):

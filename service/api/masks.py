@@ -26,6 +26,15 @@ def mask_of_rows(rows: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def mask_from_json(rows: Any) -> Tensor | None:
+    """The same, or None where there is none.
+
+    Raises:
+        InvalidRequest: as `mask_of_rows`.
+    """
+    return None if rows is None else mask_of_rows(rows)
+
+
 def require_flags(mask: Tensor) -> Tensor:
     """A mask that came as bytes, of any dtype.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from service.api.auth import Reading
 from service.api.bodies import read_body, read_json, validated
 from service.api.documentation import request_headers, response_headers
-from service.api.masks import mask_of_rows, require_flags
+from service.api.masks import mask_from_json, require_flags
 from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
@@ -27,7 +27,7 @@ router = APIRouter(tags=["prefixes"])
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 
 _MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
-_BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
+BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
 _HEADERS: Final = response_headers(
     ETag="strong entity tag",
     Prefix_Version="the version's number",
@@ -41,8 +41,8 @@ _CONDITIONS: Final = request_headers(
     Want_Repr_Digest="sha-256 asks for Repr-Digest also where the body repeats rows",
 )
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"description": "A safetensors file", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
-    206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: _BINARY}},
+    200: {"description": "A safetensors file", "headers": _HEADERS, "content": {MEDIA_TYPE: BINARY}},
+    206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: BINARY}},
     304: {"description": "What the caller has is current"},
 }
 _SHARED_FILE: Final[dict[str, Any]] = {
@@ -63,11 +63,11 @@ _SHARED_FILE: Final[dict[str, Any]] = {
 _WHOLE: Final[dict[str, Any]] = {
     **_RESPONSES[200],
     "description": "A safetensors file, or where it lies on this host",
-    "content": {MEDIA_TYPE: _BINARY, SHARED_FILE_TYPE: _SHARED_FILE},
+    "content": {MEDIA_TYPE: BINARY, SHARED_FILE_TYPE: _SHARED_FILE},
 }
 _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, "openapi_extra": _CONDITIONS}
 _READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
-_MASK_SCHEMA: Final[dict[str, Any]] = {
+MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
     "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
     "description": "the input's mask, one row each",
@@ -80,10 +80,10 @@ _BODY: Final[dict[str, Any]] = {
             "application/json": {
                 "schema": {
                     **_JSON_SCHEMA,
-                    "properties": {**_JSON_SCHEMA["properties"], "attention_mask": _MASK_SCHEMA},
+                    "properties": {**_JSON_SCHEMA["properties"], "attention_mask": MASK_SCHEMA},
                 }
             },
-            MEDIA_TYPE: _BINARY,
+            MEDIA_TYPE: BINARY,
         },
     }
 }
@@ -142,7 +142,7 @@ async def post_prefix(
         if options.model_fields_set:
             raise InvalidRequest("options come in the JSON body here, not in the query")
         values = await read_json(request, settings.max_request_bytes)
-        mask = await to_thread.run_sync(_mask_of, values.pop("attention_mask", None))
+        mask = await to_thread.run_sync(mask_from_json, values.pop("attention_mask", None))
         options = validated(PrefixRequest, values)
     plan = await to_thread.run_sync(library.plan, version, options, mask)
     return PrefixResponse(library, plan, immutable=reference.immutable)
@@ -156,10 +156,6 @@ async def parameters(request: Request, tenant: Reading, ref: RefPath, library: L
     reference = parse_reference(ref)
     version = await library.resolve(tenant, reference)
     return ParametersResponse(library, version, immutable=reference.immutable)
-
-
-def _mask_of(rows: Any) -> Tensor | None:
-    return None if rows is None else mask_of_rows(rows)
 
 
 def _mask_from_tensors(body: bytearray) -> Tensor:

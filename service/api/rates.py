@@ -35,6 +35,11 @@ class Allowance:
     remaining: int
     seconds: int
 
+    def refusal(self, tenant: str) -> RateLimited:
+        """What is said to who asked once too often."""
+        detail = f"tenant {tenant!r} may send {self.quota} requests a second: slow down"
+        return RateLimited(detail, self.seconds)
+
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """As draft-ietf-httpapi-ratelimit-headers-10 writes it."""
@@ -70,6 +75,16 @@ class RateLimits:
         granted = self._windows.hit(rate, tenant)
         left = self._windows.get_window_stats(rate, tenant)
         return Allowance(granted, rate.amount, left.remaining, max(math.ceil(left.reset_time - time.time()), 1))
+
+    async def require(self, tenant: str) -> None:
+        """Count a request of a tenant.
+
+        Raises:
+            RateLimited: it is one too many.
+        """
+        allowance = await self.charge(tenant)
+        if allowance is not None and not allowance.granted:
+            raise allowance.refusal(tenant)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """A rate that was changed holds now."""
@@ -108,8 +123,7 @@ class RateLimitMiddleware:
         elif allowance.granted:
             await self._app(scope, receive, _telling(allowance, send))
         else:
-            detail = f"tenant {tenant!r} may send {allowance.quota} requests a second: slow down"
-            await problem(RateLimited(detail, allowance.seconds))(scope, receive, _telling(allowance, send))
+            await problem(allowance.refusal(tenant))(scope, receive, _telling(allowance, send))
 
 
 def _charged(scope: Scope) -> str | None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
 from service.library import Library
 from service.prefix.config import parse_config
+from service.prefix.mixed import MOST_IN_A_ROW
 
 Moment = Annotated[
     datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
@@ -161,6 +162,16 @@ class FreshVersion(BaseModel):
     config: dict[str, Any]
     init_weights: Literal["random", "zero"] = "random"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+
+class ComposedVersion(BaseModel):
+    """A version that is the concatenation of others, in their order."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    compose: list[Annotated[str, Field(min_length=1, max_length=300)]] = Field(
+        min_length=2, max_length=MOST_IN_A_ROW, description="tenant/adapter@… each"
+    )
 
 
 class AliasTarget(BaseModel):

@@ -26,6 +26,7 @@ BaseConfig = Annotated[
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
     app.command()(publish)
+    app.command()(compose)
     app.command()(fetch)
     app.command(name="list")(list_adapters)
     app.command()(inspect)
@@ -52,6 +53,25 @@ def publish(
     shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
     with connect(url, api_key) as client, upload.weights, shown as weights:
         version, is_new = client.publish(adapter, upload.config, weights, base)
+    _tell_published(version, is_new=is_new, as_json=as_json)
+
+
+def compose(
+    adapter: Adapter,
+    references: Annotated[
+        list[str], typer.Argument(metavar="TENANT/ADAPTER[@…]...", help="The prefixes, in the order of their tokens.")
+    ],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Publish the concatenation of published prefixes as a new version."""
+    with connect(url, api_key) as client:
+        version, is_new = client.compose(adapter, references)
+    _tell_published(version, is_new=is_new, as_json=as_json)
+
+
+def _tell_published(version: Mapping[str, Any], *, is_new: bool, as_json: bool) -> None:
     if as_json:
         print_json({**version, "created_now": is_new})
         return

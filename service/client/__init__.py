@@ -6,20 +6,22 @@ client = PrefixClient("http://prefix-service:8080", api_key=...)
 prefix = client.get("acme/summarize@prod", batch_size=4, dtype="bfloat16")
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from service.client.client import AsyncPrefixClient, PrefixClient
 
 if TYPE_CHECKING:
+    from service.client.mixed import MixedPrefix
     from service.client.prefix import Prefix
 
-__all__ = ["AsyncPrefixClient", "Prefix", "PrefixClient"]
+__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient"]
+
+_NEED_TORCH = {"MixedPrefix": "service.client.mixed", "Prefix": "service.client.prefix"}
 
 
 def __getattr__(name: str) -> Any:
-    """`Prefix` brings torch, which takes seconds: only who asks for it waits."""
-    if name != "Prefix":
+    """`Prefix` and `MixedPrefix` bring torch, which takes seconds: only who asks for them waits."""
+    if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from service.client.prefix import Prefix
-
-    return Prefix
+    return getattr(import_module(_NEED_TORCH[name]), name)

@@ -4,20 +4,28 @@ import asyncio
 import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Self, TypeVar, Unpack
 
-from service.client import flows
+from service.client import flows, many
 from service.client.cache import LocalCache
 from service.client.connection import Connection
 from service.client.disk_cache import DiskCache
 from service.client.fetcher import Fetcher
 from service.client.flows import Flow, Reading
 from service.client.options import ClientOptions, PrefixOptions
+from service.client.protocol import Step
 from service.client.transport import AsyncTransport, Transport
+from service.errors import PrefixServiceError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from service.client.mixed import MixedPrefix
     from service.client.prefix import Prefix
+
+_AT_ONCE: Final = 8
 
 T = TypeVar("T")
 
@@ -110,7 +118,57 @@ class PrefixClient(_Client):
         """
         return self.run(flows.get(self._reading, reference, options))
 
-    def prefetch(self, references: Iterable[str], *, concurrency: int = 8, **options: Unpack[PrefixOptions]) -> None:
+    def get_many(
+        self, rows: many.Rows, attention_mask: "Tensor | None" = None, **options: Unpack[PrefixOptions]
+    ) -> "MixedPrefix":
+        """One batch for many adapters, the rows of one forward pass of a base model that they share.
+
+        A row is a reference as in `get`, a list of them (their prefixes are concatenated in that order), or None (no
+        prefix). `attention_mask` is the input's, `[B, S]`, a row each. Options are those of `get`: `dtype` is required
+        when stored dtypes differ. Each prefix is fetched once, several at a time, through the local cache; the batch
+        is put together here, in memory of its own, and equals what `POST /v1/prefixes` sends.
+
+        Raises:
+            NotFound, InvalidReference, …: as `get`; the message names the row.
+            InvalidRequest: rows do not agree in layers, heads, head size or dtype, or none has a prefix.
+        """
+        wanted = many.Wanted.of(rows, options.pop("batch_size", None))
+        found = self._get_all(wanted, options)
+        return self.run(many.assembled(wanted, found, attention_mask, self._allocate))
+
+    def _get_all(self, wanted: many.Wanted, options: PrefixOptions) -> "dict[str, Prefix]":
+        """What is cached without a thread, the rest at the same time."""
+        found: dict[str, Prefix] = {}
+        begun: dict[str, tuple[Flow[Prefix], Step]] = {}
+        for reference in wanted.first_row:
+            flow = flows.get(self._reading, reference, options)
+            try:
+                begun[reference] = flow, next(flow)
+            except StopIteration as end:
+                found[reference] = end.value
+        if not begun:
+            return found
+        with ThreadPoolExecutor(min(_AT_ONCE, len(begun)), "prefix-rows") as threads:
+            fetched = {name: threads.submit(partial(self._finish, *begin)) for name, begin in begun.items()}
+        for reference, future in fetched.items():
+            try:
+                found[reference] = future.result()
+            except PrefixServiceError as error:
+                raise many.of_row(wanted.first_row[reference], error) from error.__cause__
+        return found
+
+    def compose(self, adapter: str, references: Iterable[str]) -> tuple[Mapping[str, Any], bool]:
+        """Publish the concatenation of prefixes as a version of `tenant/name`, a CARTRIDGE as PEFT's
+        `compose_cartridge_adapters` makes it; what the service says of it, and whether it is new.
+
+        Raises:
+            NotFound, InvalidRequest, …: the service said so; nothing was published.
+        """
+        return self.run(flows.compose(adapter, references))
+
+    def prefetch(
+        self, references: Iterable[str], *, concurrency: int = _AT_ONCE, **options: Unpack[PrefixOptions]
+    ) -> None:
         """Bring many prefixes into the cache, `concurrency` at once.
 
         Raises:
@@ -168,6 +226,14 @@ class PrefixClient(_Client):
         """
         try:
             step = next(flow)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        return self._finish(flow, step)
+
+    def _finish(self, flow: Flow[T], step: Step) -> T:
+        """Carry out a flow that has begun."""
+        try:
             while True:
                 step = flow.send(self._transport.carry_out(step))
         except StopIteration as end:
@@ -196,8 +262,36 @@ class AsyncPrefixClient(_Client):
         """As `PrefixClient.get`."""
         return await self.run(flows.get(self._reading, reference, options))
 
+    async def get_many(
+        self, rows: many.Rows, attention_mask: "Tensor | None" = None, **options: Unpack[PrefixOptions]
+    ) -> "MixedPrefix":
+        """As `PrefixClient.get_many`."""
+        wanted = many.Wanted.of(rows, options.pop("batch_size", None))
+        turns = asyncio.Semaphore(_AT_ONCE)
+
+        async def fetch(reference: str, index: int) -> "Prefix":
+            async with turns:
+                try:
+                    return await self.run(flows.get(self._reading, reference, options))
+                except PrefixServiceError as error:
+                    raise many.of_row(index, error) from error.__cause__
+
+        fetched = [fetch(reference, index) for reference, index in wanted.first_row.items()]
+        found: dict[str, Prefix] = {}
+        for reference, done in zip(
+            wanted.first_row, await asyncio.gather(*fetched, return_exceptions=True), strict=True
+        ):
+            if isinstance(done, BaseException):
+                raise done
+            found[reference] = done
+        return await self.run(many.assembled(wanted, found, attention_mask, self._allocate))
+
+    async def compose(self, adapter: str, references: Iterable[str]) -> tuple[Mapping[str, Any], bool]:
+        """As `PrefixClient.compose`."""
+        return await self.run(flows.compose(adapter, references))
+
     async def prefetch(
-        self, references: Iterable[str], *, concurrency: int = 8, **options: Unpack[PrefixOptions]
+        self, references: Iterable[str], *, concurrency: int = _AT_ONCE, **options: Unpack[PrefixOptions]
     ) -> None:
         """As `PrefixClient.prefetch`."""
         turns = asyncio.Semaphore(concurrency)

@@ -3,7 +3,7 @@
 `PrefixClient` and `AsyncPrefixClient` drive the same flows, so there is one way to do each thing.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
@@ -114,6 +114,13 @@ def publish(
         files["base_model_config"] = base_model_config
     files["adapter_model.safetensors"] = weights
     answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
+    return answer.json(), answer.status == 201
+
+
+def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """A new version of `tenant/name`, the concatenation of others, and whether it is new."""
+    tenant, name = adapter_alone(adapter)
+    answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
     return answer.json(), answer.status == 201
 
 

@@ -45,6 +45,12 @@ class PrefixKV:
             tensor = tensor[[2 * layer % num_layers for layer in range(num_layers)]]
         return cls.whole(tensor.contiguous())
 
+    def flat(self) -> Tensor:
+        """As PEFT saves it, `[N, L * 2 * H * D]`: `from_flat` the other way round, but not for two submodules, where
+        it leaves layers out."""
+        # (L, 2, H, N, D) -> (N, L, 2, H, D) -> (N, L*2*H*D)
+        return self.tensor.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, -1)
+
     @property
     def num_virtual_tokens(self) -> int:
         """N."""
@@ -114,6 +120,7 @@ def extend_mask(attention_mask: Tensor, num_virtual_tokens: int, dtype: torch.dt
     return torch.cat([ones, mask], dim=1)
 
 
-def position_ids(attention_mask: Tensor, num_virtual_tokens: int) -> Tensor:
-    """`N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`: right for left and for right padding."""
+def position_ids(attention_mask: Tensor, num_virtual_tokens: int | Tensor) -> Tensor:
+    """`N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`: right for left and for right padding. N is one number, or
+    `[B, 1]`."""
     return num_virtual_tokens + (attention_mask.to(torch.int64).cumsum(dim=1) - 1).clamp(min=0)

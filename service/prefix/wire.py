@@ -8,7 +8,7 @@ data begins at a multiple of 64, then the tensors, widest dtype first, so that e
 import ctypes
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -25,9 +25,9 @@ from service.prefix.streams import own_stream
 
 _ALIGNMENT: Final = 64
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
-_JOINED: Final = 1 << 16  # what is cheaper to copy once than to send by itself
+JOINED: Final = 1 << 16  # bytes: what is cheaper to copy once than to send by itself
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
-_CHUNK: Final = 8 << 20  # what a slow reader may hold where the event loop copies what it cannot send at once
+CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loop copies what it cannot send at once
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
@@ -67,20 +67,26 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
+class TensorSpec:
+    """One tensor of a file, before it is there."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    source: _Source
-    index: tuple[int, ...] = ()
-    times: int = 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """Bytes of its values."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Slot(TensorSpec):
+    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
+
+    source: _Source
+    index: tuple[int, ...] = ()
+    times: int = 1
 
 
 class _Span(NamedTuple):
@@ -93,7 +99,21 @@ class _Span(NamedTuple):
 
     def chunks(self, rendering: Rendering) -> list[memoryview]:
         row = rendering.bytes_of(self.source)[self.start : self.stop]
-        return [row[at : at + _CHUNK] for at in range(0, len(row), _CHUNK)] * self.times
+        return [row[at : at + CHUNK] for at in range(0, len(row), CHUNK)] * self.times
+
+
+def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
+    """Length and JSON header of a file that has these tensors one behind the other, padded; `about` is its metadata."""
+    # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null, and lists and objects of these.
+    prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
+    position = 0
+    for tensor in tensors:
+        offsets = [position, position := position + tensor.nbytes]
+        fields[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
@@ -182,17 +202,7 @@ class Message:
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        about = {"format": FORMAT, **asdict(self.identity), **asdict(self.form)}
-        # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null and lists of integers.
-        prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
-        position = 0
-        for slot in self._slots:
-            offsets = [position, position := position + slot.nbytes]
-            fields[slot.name] = {"dtype": NAMES[slot.dtype], "shape": slot.shape, "data_offsets": offsets}
-        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        return struct.pack("<Q", len(text)) + text
+        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.form)}, self._slots)
 
     @cached_property
     def content_length(self) -> int:
@@ -214,7 +224,7 @@ class Message:
             last = pieces[-1]
             if slot.source == "extra":
                 extra = bytes_of(self.extras[slot.name].contiguous())
-                if isinstance(last, bytes) and len(extra) <= _JOINED:
+                if isinstance(last, bytes) and len(extra) <= JOINED:
                     pieces[-1] = b"".join((last, extra))
                 else:
                     pieces.append(extra)
@@ -294,7 +304,7 @@ def read_message(data: bytearray | memoryview) -> Received:
         tensors, metadata = _remembered(bytes(view[:stop]), len(view))
     else:
         tensors, metadata = _read_header(view, len(view))
-    memory = _memory_of(view)
+    memory = memory_of(view)
     return Received(dict(metadata), {name: _tensor_in(memory, entry) for name, entry in tensors.items()})
 
 
@@ -316,7 +326,7 @@ def _remembered(start: bytes, size: int) -> tuple[Mapping[str, TensorEntry], dic
     return _read_header(memoryview(start), size)
 
 
-def _memory_of(view: memoryview) -> Tensor:
+def memory_of(view: memoryview) -> Tensor:
     """uint8 `[len(view)]` over the same bytes. The tensor that `bytes_of` made a view of is found again: CUDA follows a
     copy out of pinned memory by the storage that owns it, and would not know a new one over a part of it."""
     owner = getattr(view.obj, "tensor", None)

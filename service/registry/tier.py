@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from service.errors import Unavailable
+from service.errors import OutOfSpace, Unavailable
 from service.registry.failures import Failures
 from service.registry.report import Reason, ShareReport, TierName, TierReport
 from service.registry.residency import Residency
@@ -34,6 +34,7 @@ class Tier(Generic[K, V, G]):
         self._groups: dict[G, set[K]] = {}  # of what is resident
         self._name, self._place, self._patience = name, place, patience
         self._room: asyncio.Event | None = None  # of those who wait now
+        self._collecting = asyncio.Lock()  # two who collect leases could wait for each other's
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -73,6 +74,65 @@ class Tier(Generic[K, V, G]):
         self._lend(lease)
         return value
 
+    async def enter_all(self, leases: Sequence["Lease[K, V, G]"]) -> list[V]:
+        """Begin leases of different keys together: all or none; what has to be loaded is loaded side by side.
+
+        Raises:
+            OutOfSpace: they do not fit the budget together.
+            Unavailable, PrefixServiceError: as for one.
+        """
+        if (needed := sum(lease.nbytes for lease in leases)) > self.residency.budget:
+            raise OutOfSpace(
+                f"{needed} bytes are needed at once, and the memory budget has {self.residency.budget}: ask for less "
+                "in one request"
+            )
+        lent: list[asyncio.Future[V]] = []
+        try:
+            if all(lease.key in self._values for lease in leases):
+                lent += map(self._promised, leases)
+            else:
+                await self._collect(leases, lent)
+            # Failures wait for each other: which one is told does not hang on the order of loads.
+            await asyncio.gather(*lent, return_exceptions=True)
+            return [promise.result() for promise in lent]
+        except BaseException:
+            for lease, promise in zip(leases, lent, strict=False):
+                promise.cancel()
+                self.leave(lease)
+            raise
+
+    async def _collect(self, leases: Sequence["Lease[K, V, G]"], lent: list["asyncio.Future[V]"]) -> None:
+        """Reserve one after the other, and wait for room while holding the first: so only one may at a time."""
+        until = time.monotonic() + self._patience
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._collecting.acquire()
+        except TimeoutError as error:
+            raise Unavailable("others wait for room for several prefixes at once: try again") from error
+        try:
+            for lease in leases:
+                is_new = lease.key not in self._values and lease.key not in self._loads
+                if is_new:
+                    self._misses += 1
+                    await self._begin(lease.key, lease.tenant, lease.nbytes, lease.load, until)
+                lent.append(self._promised(lease, is_new=is_new))
+        finally:
+            self._collecting.release()
+
+    def _promised(self, lease: "Lease[K, V, G]", *, is_new: bool = False) -> "asyncio.Future[V]":
+        """The value of a lease that begins now, once it is there."""
+        value = self._values.get(lease.key)
+        if not is_new:
+            self.residency.touch(lease.key)
+            self._hits += value is not None
+            self._waits += value is None
+        self._lend(lease)
+        if value is None:
+            return asyncio.shield(self._loads[lease.key])
+        promise: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        promise.set_result(value)
+        return promise
+
     def _lend(self, lease: "Lease[K, V, G]") -> None:
         lease.entry = self.residency.lease(lease.key)
         self._readers += 1
@@ -94,9 +154,11 @@ class Tier(Generic[K, V, G]):
         self._readers -= 1
         self._release(lease.entry)
 
-    async def _begin(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+    async def _begin(
+        self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]], until: float | None = None
+    ) -> None:
         """Reserve and begin to load, unless somebody else does while there is no room yet."""
-        until = time.monotonic() + self._patience
+        until = time.monotonic() + self._patience if until is None else until
         while key not in self._values and key not in self._loads:
             self._failures.check(key)
             try:
@@ -229,15 +291,29 @@ class Tier(Generic[K, V, G]):
 class Lease(Generic[K, V, G]):
     """`async with` it; see `Tier.lease`. A class, since a generator takes longer than all it does here."""
 
-    __slots__ = ("_tier", "entry", "key", "load", "nbytes", "tenant")
+    __slots__ = ("entry", "key", "load", "nbytes", "tenant", "tier")
 
     entry: Entry[K]
 
     def __init__(self, tier: Tier[K, V, G], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
-        self._tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
+        self.tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
 
     async def __aenter__(self) -> V:
-        return await self._tier.enter(self)
+        return await self.tier.enter(self)
 
     async def __aexit__(self, *_error: object) -> None:
-        self._tier.leave(self)
+        self.tier.leave(self)
+
+
+class Leases(Generic[K, V, G]):
+    """`async with` it for the values of leases that begin and end together, in their order; see `Tier.enter_all`."""
+
+    def __init__(self, leases: Sequence[Lease[K, V, G]]) -> None:
+        self._leases = leases
+
+    async def __aenter__(self) -> list[V]:
+        return await self._leases[0].tier.enter_all(self._leases)
+
+    async def __aexit__(self, *_error: object) -> None:
+        for lease in self._leases:
+            lease.tier.leave(lease)

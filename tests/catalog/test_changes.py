@@ -92,7 +92,12 @@ def test_a_look_that_finds_nothing_reads_nothing(
     reads: list[float] = []
     catch_up = changes.catch_up
     monkeypatch.setattr(module, "_PAUSE", 0.02)
-    monkeypatch.setattr(changes, "catch_up", lambda: (reads.append(time.monotonic()), catch_up()))
+
+    def counted() -> None:
+        reads.append(time.monotonic())
+        catch_up()
+
+    monkeypatch.setattr(changes, "catch_up", counted)
     with changes.followed():
         time.sleep(0.2)
         at_first = len(reads)

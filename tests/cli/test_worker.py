@@ -26,6 +26,18 @@ def test_publish_tells_a_script(run: Run) -> None:
     assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, True, 20)
 
 
+def test_compose(run: Run) -> None:
+    """Published prefixes, one behind the other, are a new version."""
+    run("publish", LLAMA, "cli/part")
+    done = run("compose", "cli/composed", "cli/part@1", "cli/part")
+    assert done.stdout.startswith("published cli/composed@1\n"), done.stderr
+    told = json.loads(run("compose", "cli/composed", "cli/part", "cli/part", "--json").stdout)
+    assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, False, 40)
+    refused = run("compose", "cli/composed", "cli/part")
+    assert refused.returncode == 1
+    assert "compose" in refused.stderr
+
+
 def test_publish_fills_dimensions_from_the_base_model(run: Run, tmp_path: Path) -> None:
     """--base-config fills what the adapter's config leaves out; without it the error says what is missing."""
     config = json.loads((LLAMA / "adapter_config.json").read_text())

@@ -1,0 +1,160 @@
+"""Leases that begin together: all or none, never two who wait for each other."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from service.errors import CorruptBlob, OutOfSpace, Unavailable
+from service.prefix.wire import Rendering
+from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.tier import Leases
+from tests.registry.test_registry import SIZE, Loader, held, leased, registry_of, used, version, whole
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The registry uses asyncio's own tasks."""
+    return "asyncio"
+
+
+def together(registry: AdapterRegistry, loaders: Sequence[Loader]) -> Leases[RenderingKey, Rendering, VersionKey]:
+    """Renderings of the versions that these loaders bring."""
+    return Leases([registry.rendering(whole(load.number), SIZE, SIZE, load) for load in loaders])
+
+
+def readers(registry: AdapterRegistry) -> int:
+    """Leases that have not ended."""
+    return registry._renderings.report().readers
+
+
+async def test_values_come_in_their_order_and_are_held_until_the_end() -> None:
+    registry, loaders = registry_of(), [Loader(2), Loader(1)]
+    async with together(registry, loaders) as values:
+        assert [value.values[0, 0, 0, 0, 0].item() for value in values] == [2, 1]
+        assert (readers(registry), used(registry)[1]) == (2, 2 * SIZE)
+        with pytest.raises(Unavailable):
+            async with leased(registry, Loader(3), 3):
+                pass
+    assert readers(registry) == 0
+    async with leased(registry, Loader(3), 3):
+        pass
+
+
+async def test_loads_run_side_by_side() -> None:
+    registry, loaders = registry_of(), [held(), held()]
+    loaders[1].number = 2
+    async with asyncio.TaskGroup() as tasks:
+
+        async def read() -> None:
+            async with together(registry, loaders):
+                pass
+
+        tasks.create_task(read())
+        for loader in loaders:
+            await loader.waiting()
+        for loader in loaders:
+            loader.go_on.set()
+
+
+async def test_what_is_there_is_not_loaded_again_and_counts_as_used() -> None:
+    registry, loaders = registry_of(), [Loader(1), Loader(2)]
+    for _ in range(3):
+        async with together(registry, loaders):
+            pass
+    assert [loader.calls for loader in loaders] == [1, 1]
+    report = registry._renderings.report()
+    assert (report.misses, report.hits, report.waits) == (2, 4, 0)
+    assert {entry.uses for _, entry in registry._renderings.residency.items()} == {2}
+
+
+async def test_more_than_the_budget_is_refused_before_anything_is_loaded() -> None:
+    registry, loaders = registry_of(), [Loader(1), Loader(2), Loader(3)]
+    with pytest.raises(OutOfSpace, match=f"{3 * SIZE} bytes are needed at once, and the memory budget has {2 * SIZE}"):
+        async with together(registry, loaders):
+            pass
+    assert [loader.calls for loader in loaders] == [0, 0, 0]
+    assert used(registry) == (0, 0)
+
+
+async def test_none_is_held_where_one_finds_no_room() -> None:
+    """What is in use leaves no room for the second: the first ends too."""
+    registry = registry_of()
+    async with leased(registry, Loader(1)):
+        with pytest.raises(Unavailable):
+            async with together(registry, [Loader(2), Loader(3)]):
+                pass
+        assert readers(registry) == 1
+    async with together(registry, [Loader(2), Loader(3)]):
+        pass
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+async def test_the_first_failure_is_told_whichever_comes_first(order: tuple[int, int]) -> None:
+    registry = registry_of()
+    loaders = [held(), held()]
+    for number, loader in enumerate(loaders, 1):
+        loader.number, loader.error = number, CorruptBlob(f"number {number}")
+
+    async def read() -> None:
+        async with together(registry, loaders):
+            pass
+
+    task = asyncio.create_task(read())
+    for loader in loaders:
+        await loader.waiting()
+    for number in order:
+        loaders[number - 1].go_on.set()
+        await asyncio.sleep(0.05)
+    with pytest.raises(CorruptBlob, match="number 1"):
+        await task
+    assert (readers(registry), used(registry)) == (0, (0, 0))
+
+
+async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
+    """Each reserves a quarter, and then waits for three: if both held a quarter, they would wait for each other."""
+    registry = registry_of(rendering_bytes=4 * SIZE, patience=3)
+
+    async def read(first: int) -> None:
+        loaders = [Loader(first), Loader(first + 1)]
+        sizes = zip(loaders, (SIZE, 3 * SIZE), strict=True)
+        async with Leases([registry.rendering(whole(load.number), size, SIZE, load) for load, size in sizes]):
+            await asyncio.sleep(0.001)
+
+    async with asyncio.TaskGroup() as tasks, leased(registry, Loader(9), 9):
+        tasks.create_task(read(1))
+        tasks.create_task(read(3))
+        await asyncio.sleep(0.2)
+    assert readers(registry) == 0
+
+
+async def test_who_gives_up_leaves_nothing_behind() -> None:
+    registry, loaders = registry_of(), [held(), Loader(2)]
+
+    async def read() -> None:
+        async with together(registry, loaders):
+            pass
+
+    task = asyncio.create_task(read())
+    await loaders[0].waiting()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    loaders[0].go_on.set()
+    async with together(registry, [Loader(1), Loader(2)]):
+        assert readers(registry) == 2
+    assert readers(registry) == 0
+
+
+async def test_a_version_that_is_forgotten_meanwhile_is_still_given() -> None:
+    registry, loader = registry_of(), held()
+
+    async def read() -> float:
+        async with together(registry, [loader, Loader(2)]) as values:
+            return float(values[0].values[0, 0, 0, 0, 0])
+
+    task = asyncio.create_task(read())
+    await loader.waiting()
+    registry.forget(version(1))
+    loader.go_on.set()
+    assert await task == 1
