@@ -103,6 +103,10 @@ class PrefixClient(_Client):
         the batch; the rows are views of it, or with `materialise` copies of their own to write to, made here, which is
         faster than to send them.
 
+        A rank of a sharded model says instead: `tp` (`(rank, size)`: this tensor-parallel rank's heads as vLLM and
+        Megatron place them, each on several ranks where there are more ranks than heads) and `pp` (`(first, last)`:
+        this stage's layers first … last-1). The others' share does not travel.
+
         Raises:
             NotFound, Unauthenticated, InvalidInput, …: the service said so.
             ConnectionFailed: the service did not answer in time.

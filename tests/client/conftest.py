@@ -46,17 +46,28 @@ class Awaited:
 
 
 @pytest.fixture(params=["blocking", "async"])
-def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
-    """Both clients, under one set of rules."""
-    if request.param == "blocking":
-        with PrefixClient(server.url, server.admin_key) as blocking:
-            yield blocking
-        return
+def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable[..., Any]]:
+    """Makes clients of either kind, under one set of rules, of the service or of what stands before it."""
     loop = asyncio.new_event_loop()
-    awaited = Awaited(AsyncPrefixClient(server.url, server.admin_key), loop)
-    yield awaited
-    awaited.close()
+    opened: list[Any] = []
+
+    def connected(url: str, **options: Any) -> Any:
+        if request.param == "blocking":
+            opened.append(PrefixClient(url, server.admin_key, **options))
+        else:
+            opened.append(Awaited(AsyncPrefixClient(url, server.admin_key, **options), loop))
+        return opened[-1]
+
+    yield connected
+    for each in opened:
+        each.close()
     loop.close()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Any], server: Server) -> Any:
+    """Both clients, under one set of rules."""
+    return connect(server.url)
 
 
 PublishAndGet = Callable[..., Prefix]
