@@ -17,6 +17,7 @@ from service.client.options import ClientOptions, PrefixOptions
 from service.client.transport import AsyncTransport, Transport
 
 if TYPE_CHECKING:
+    from service.client.float8 import Float8Error
     from service.client.prefix import Prefix
 
 T = TypeVar("T")
@@ -147,6 +148,15 @@ class PrefixClient(_Client):
         """
         return self.run(flows.inspect(reference))
 
+    def float8_error(self, reference: str) -> "Float8Error":
+        """What `dtype="float8_e4m3fn"` costs a version: the largest and the mean error of its keys and values, absolute
+        and relative, beside the bytes that it saves. Fetches both renderings.
+
+        Raises:
+            NotFound, …: as `get`.
+        """
+        return self.run(flows.float8_error(self._reading, reference))
+
     def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """Every adapter of a tenant, in the order of their names.
 
@@ -223,6 +233,10 @@ class AsyncPrefixClient(_Client):
     async def inspect(self, reference: str) -> Mapping[str, Any]:
         """As `PrefixClient.inspect`."""
         return await self.run(flows.inspect(reference))
+
+    async def float8_error(self, reference: str) -> "Float8Error":
+        """As `PrefixClient.float8_error`."""
+        return await self.run(flows.float8_error(self._reading, reference))
 
     async def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """As `PrefixClient.list`."""

@@ -28,6 +28,7 @@ from service.prefix.ranks import Rank, check_rank
 from service.prefix.references import parse_qualified
 
 if TYPE_CHECKING:
+    from service.client.float8 import Float8Error
     from service.client.prefix import Prefix
 
 T = TypeVar("T")
@@ -76,6 +77,22 @@ def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefi
     if options.get("materialise"):
         prefix = yield Work(prefix.materialise)
     return prefix
+
+
+def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
+    """What float8 costs a version: both renderings of it, compared."""
+    exact: Prefix = yield from get(reading, reference, {})
+    tenant, parsed = parse_qualified(reference)
+    same = f"{tenant}/{parsed.adapter}@{exact.digest}"  # the alias may move in between
+    found: Prefix = yield from get(reading, same, {"dtype": "float8_e4m3fn"})
+
+    def compared() -> "Float8Error":
+        from service.client.float8 import float8_error
+
+        return float8_error(exact.kv, found.kv)
+
+    error: Float8Error = yield Work(compared)
+    return error
 
 
 def _part(options: PrefixOptions) -> tuple[Span | None, Span | None, Rank | None]:

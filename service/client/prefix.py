@@ -92,7 +92,8 @@ class Prefix:
         """transformers' own cache for a model of this config, filled with the prefix; needs the extra `transformers`.
 
         With `max_cache_len` a static one, for `torch.compile`, with room for so many tokens, the prefix among them; on
-        the device and in the dtype of the prefix, so bring that to the model's (`to`) first.
+        the device and in the dtype of the prefix, so bring that to the model's (`to`) first. BLOOM wants a mask of that
+        length then, with zeros behind the tokens.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.

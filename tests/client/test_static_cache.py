@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.functional import pad
 from transformers import BertConfig, CompileConfig, EncoderDecoderCache, FalconConfig, GenerationConfig, StaticCache
 
 from service.client.transformers import generate, to_cache
@@ -57,14 +58,15 @@ def test_a_static_cache_generates_what_peft_generates(name: str, pairs: Pairs, p
 def test_the_logits_behind_a_static_cache(name: str, pairs: Pairs) -> None:
     """`to_cache` with room is the same prefix to the model, whatever is still empty."""
     model, given = base(name), pairs(name, 3)
-    inputs: dict[str, Any] = {"input_ids": padded(LEFT), "attention_mask": extend_mask(LEFT, NUM_VIRTUAL_TOKENS)}
+    mask = pad(extend_mask(LEFT, NUM_VIRTUAL_TOKENS), (0, ROOM - 13))  # BLOOM's bias wants all of the cache's length
+    inputs: dict[str, Any] = {"input_ids": padded(LEFT), "attention_mask": mask}
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": padded(LEFT), "attention_mask": LEFT, "decoder_input_ids": TOKENS[:, :4]}
     elif NAMED[name].accepts_position_ids:
         inputs["position_ids"] = position_ids(LEFT, NUM_VIRTUAL_TOKENS)
-    expected, found = (
-        model(**inputs, past_key_values=to_cache(given, model.config, room)).logits for room in (None, ROOM)
-    )
+    found = model(**inputs, past_key_values=to_cache(given, model.config, ROOM)).logits
+    inputs["attention_mask"] = inputs["attention_mask"][:, :13]
+    expected = model(**inputs, past_key_values=to_cache(given, model.config)).logits
     real = torch.ones_like(TOKENS[:, :4]) if model.config.is_encoder_decoder else LEFT
     torch.testing.assert_close(found[real == 1], expected[real == 1], rtol=0, atol=5e-5)
 
@@ -144,11 +146,11 @@ def _drawn(name: str, tokens: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 ADAPTERS = [(6, 1), (6, 2), (9, 3), (12, 4)]  # virtual tokens, seed
 
 
-@pytest.mark.parametrize(("name", "first"), [("llama", 1), ("gpt2", 1), ("gemma3-short-window", 1), ("mistral", 3)])
+@pytest.mark.parametrize(("name", "first"), [("llama", 1), ("gpt2", 1), ("gemma3-short-window", 2), ("mistral", 3)])
 @torch.no_grad()
 def test_one_compilation_serves_all_adapters_and_steps(name: str, first: int, graphs: Any) -> None:
     """A decoding step is one graph, for adapters of the same and of other lengths. Sliding layers keep their length as
-    a number too: a graph while they fill, one when that number begins to move, one when they are full; never again."""
+    a number too: another graph when that number has moved, another when they are full; then never again."""
     model = base(name)
     step = torch.compile(model, backend="eager", fullgraph=True)
 
