@@ -73,9 +73,10 @@ def test_the_logits_behind_a_static_cache(name: str, pairs: Pairs) -> None:
 
 def test_what_a_static_cache_is_made_of(pairs: Pairs) -> None:
     """Full layers have room for all, sliding ones for their window; encoders are told apart from decoders."""
-    cache = to_cache(pairs("gemma3-short-window", 2), base("gemma3-short-window").config, max_cache_len=ROOM)
-    assert [layer.keys.shape[2] for layer in cache.layers] == [4, ROOM] * 2  # type: ignore[union-attr]
-    assert {int(layer.get_seq_length()) for layer in cache.layers} == {NUM_VIRTUAL_TOKENS}
+    name = "gemma3-short-window"
+    layers: list[Any] = to_cache(pairs(name, 2), base(name).config, max_cache_len=ROOM).layers
+    assert [layer.keys.shape[2] for layer in layers] == [4, ROOM] * 2
+    assert {int(layer.get_seq_length()) for layer in layers} == {NUM_VIRTUAL_TOKENS}
     t5 = to_cache(pairs("t5"), base("t5").config, max_cache_len=ROOM)
     assert isinstance(t5, EncoderDecoderCache)
     assert isinstance(t5.self_attention_cache, StaticCache)
@@ -109,7 +110,7 @@ def test_the_choice_may_stand_in_a_generation_config(pairs: Pairs) -> None:
     """In the call's or in the model's own, as `model.generate` takes it."""
     model = NAMED["llama"].build()
     expected = generate(model, pairs("llama"), TOKENS, **NEW)
-    in_config = GenerationConfig(**NEW, **STATIC, return_dict_in_generate=True)
+    in_config = GenerationConfig(**NEW, **STATIC, return_dict_in_generate=True)  # type: ignore[no-untyped-call]
     model.generation_config.cache_implementation = "static"
     for options in ({"generation_config": in_config}, {**NEW, "return_dict_in_generate": True}):
         found = generate(model, pairs("llama"), TOKENS, **options)
@@ -140,7 +141,7 @@ def _drawn(name: str, tokens: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     config, draw = base(name).config, torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = 2, 1, getattr(config, "num_key_value_heads", config.num_attention_heads), tokens, head_dim
-    return [tuple(torch.randn(shape, generator=draw)) for _ in range(config.num_hidden_layers)]  # type: ignore[misc]
+    return [tuple(torch.randn(shape, generator=draw)) for _ in range(config.num_hidden_layers)]
 
 
 ADAPTERS = [(6, 1), (6, 2), (9, 3), (12, 4)]  # virtual tokens, seed
@@ -176,8 +177,8 @@ def test_one_compilation_serves_all_adapters_and_steps(name: str, first: int, gr
 @pytest.mark.parametrize("mask", [torch.ones_like(LEFT), LEFT], ids=["full", "left"])
 def test_generate_compiles_once_for_all_adapters(mask: Tensor, graphs: Any) -> None:
     """transformers' own compilation of `generate` holds for all adapters, where `max_cache_len` fixes the size."""
-    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    config._compile_all_devices = True
+    config: Any = CompileConfig(backend="eager", fullgraph=True)
+    config.mode, config._compile_all_devices = None, True  # "eager" has no modes; the CPU is left out otherwise
     model = NAMED["llama"].build()
     options = NEW | STATIC | {"compile_config": config, "max_cache_len": ROOM}
     made = []
