@@ -16,9 +16,11 @@ from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from service.prefix.kv import check_span, extend_mask, position_ids, prefix_mask
 from service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
+from service.prefix.ranks import kv_heads_of_rank
 from service.prefix.wire import MASK_DTYPES, Message, bytes_of
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
+_RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
 
 
 class PrefixRequest(BaseModel):
@@ -31,6 +33,7 @@ class PrefixRequest(BaseModel):
     layout: Layout = Field(default="layers", description="one key and one value tensor a layer, or one tensor")
     layers: str | None = Field(default=None, pattern=_RANGE, description="half-open range of layers, a:b; default all")
     kv_heads: str | None = Field(default=None, pattern=_RANGE, description="half-open range of heads, a:b; default all")
+    tp: str | None = Field(default=None, pattern=_RANK, description="heads of a tensor-parallel rank, rank/size")
     mask_dtype: MaskDtype | None = Field(default=None, description="default int64, or that of attention_mask")
     expand: bool = Field(default=True, description="false: keys and values come with one row")
 
@@ -89,7 +92,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
         dtype=request.dtype or version.weights_dtype,
         batch_size=_batch_size(request, mask, limits),
         layers=check_span("layers", _span(request.layers), identity.num_layers),
-        kv_heads=check_span("kv_heads", _span(request.kv_heads), identity.num_kv_heads),
+        kv_heads=_kv_heads(request, identity.num_kv_heads),
         layout=request.layout,
         expand=request.expand,
     )
@@ -203,6 +206,15 @@ def _batch_size(request: PrefixRequest, mask: Tensor | None, limits: Limits) -> 
     if rows > limits.batch_size:
         raise InvalidRequest(f"batch_size must be at most {limits.batch_size}, got {rows}")
     return rows
+
+
+def _kv_heads(request: PrefixRequest, num_kv_heads: int) -> Span:
+    if request.tp is None:
+        return check_span("kv_heads", _span(request.kv_heads), num_kv_heads)
+    if request.kv_heads is not None:
+        raise InvalidRequest(f"tp={request.tp} says which heads, and kv_heads={request.kv_heads} too: send one of them")
+    rank, _, size = request.tp.partition("/")
+    return kv_heads_of_rank(num_kv_heads, (int(rank), int(size)))
 
 
 def _span(text: str | None) -> Span | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -146,10 +147,18 @@ def _listed(item: Mapping[str, Any]) -> list[object]:
     ]
 
 
-def inspect(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Show what the service knows of a version."""
+def inspect(
+    reference: Ref,
+    float8: Annotated[bool, typer.Option("--float8", help="Fetch it as float8 too: its error and its bytes.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the service knows of a version, and what float8 on the wire would cost it."""
     with connect(url, api_key) as client:
-        found = client.inspect(reference)
+        found = dict(client.inspect(reference))
+        if float8:
+            found["float8"] = asdict(client.float8_error(reference))
     if as_json:
         print_json(found)
         return
@@ -157,7 +166,18 @@ def inspect(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_j
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
+    if float8:
+        shown |= _float8(shown.pop("float8"))
     print_table(reference, ["what", "value"], [[name, value] for name, value in shown.items()])
+
+
+def _float8(error: Mapping[str, Any]) -> dict[str, str]:
+    saved = f"{human_bytes(error['nbytes'])} instead of {human_bytes(error['bfloat16_nbytes'])} as bfloat16"
+    return {"float8: size": saved} | {
+        f"float8: error of {part}": "max {max_absolute:.3g}, mean {mean_absolute:.3g}; relative "
+        "max {max_relative:.1%}, mean {mean_relative:.1%}".format(**error[part])
+        for part in ("keys", "values")
+    }
 
 
 def remove(

@@ -22,6 +22,7 @@ from service.errors import PrefixServiceError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from service.client.float8 import Float8Error
     from service.client.mixed import MixedPrefix
     from service.client.prefix import Prefix
 
@@ -110,6 +111,10 @@ class PrefixClient(_Client):
         arrival), `layers` and `kv_heads` (half-open ranges `(a, b)`), `materialise` (False). One row travels whatever
         the batch; the rows are views of it, or with `materialise` copies of their own to write to, made here, which is
         faster than to send them.
+
+        A rank of a sharded model says instead: `tp` (`(rank, size)`: this tensor-parallel rank's heads as vLLM and
+        Megatron place them, each on several ranks where there are more ranks than heads) and `pp` (`(first, last)`:
+        this stage's layers first … last-1). The others' share does not travel.
 
         Raises:
             NotFound, Unauthenticated, InvalidInput, …: the service said so.
@@ -200,6 +205,15 @@ class PrefixClient(_Client):
             NotFound, …: the service said so.
         """
         return self.run(flows.inspect(reference))
+
+    def float8_error(self, reference: str) -> "Float8Error":
+        """What `dtype="float8_e4m3fn"` costs a version: the largest and the mean error of its keys and values, absolute
+        and relative, beside the bytes that it saves. Fetches both renderings.
+
+        Raises:
+            NotFound, …: as `get`.
+        """
+        return self.run(flows.float8_error(self._reading, reference))
 
     def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """Every adapter of a tenant, in the order of their names.
@@ -313,6 +327,10 @@ class AsyncPrefixClient(_Client):
     async def inspect(self, reference: str) -> Mapping[str, Any]:
         """As `PrefixClient.inspect`."""
         return await self.run(flows.inspect(reference))
+
+    async def float8_error(self, reference: str) -> "Float8Error":
+        """As `PrefixClient.float8_error`."""
+        return await self.run(flows.float8_error(self._reading, reference))
 
     async def list(self, tenant: str, base_model: str | None = None) -> list[Mapping[str, Any]]:
         """As `PrefixClient.list`."""

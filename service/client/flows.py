@@ -23,9 +23,12 @@ from service.client.protocol import (
     tenant_path,
 )
 from service.errors import InvalidRequest, InvalidResponse
+from service.prefix.form import Span
+from service.prefix.ranks import Rank, check_rank
 from service.prefix.references import parse_qualified
 
 if TYPE_CHECKING:
+    from service.client.float8 import Float8Error
     from service.client.prefix import Prefix
 
 T = TypeVar("T")
@@ -52,8 +55,8 @@ class Reading:
 def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
     """A prefix from a cache, revalidated unless it is immutable, or from the service."""
     tenant, parsed = parse_qualified(reference)
-    dtype, layers, kv_heads = options.get("dtype"), options.get("layers"), options.get("kv_heads")
-    key = (tenant, parsed.adapter, parsed.selector, dtype, layers, kv_heads)
+    dtype, (layers, kv_heads, tp) = options.get("dtype"), _part(options)
+    key = (tenant, parsed.adapter, parsed.selector, dtype, layers, kv_heads, tp)
     cached, is_current = reading.memory.get(key), parsed.immutable
     if cached is None and reading.disk is not None:
         cached, is_current = (yield Work(partial(_load, reading, key))), is_current and reading.is_service_known
@@ -64,6 +67,7 @@ def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefi
             dtype=dtype,
             layers=layers,
             kv_heads=kv_heads,
+            tp=tp,
             etag=None if cached is None else cached.etag,
             read=partial(_received, reading, key, cached),
             is_hashed=reading.verify_digest or reading.disk is not None,
@@ -73,6 +77,33 @@ def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefi
     if options.get("materialise"):
         prefix = yield Work(prefix.materialise)
     return prefix
+
+
+def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
+    """What float8 costs a version: both renderings of it, compared."""
+    exact: Prefix = yield from get(reading, reference, {})
+    tenant, parsed = parse_qualified(reference)
+    same = f"{tenant}/{parsed.adapter}@{exact.digest}"  # the alias may move in between
+    found: Prefix = yield from get(reading, same, {"dtype": "float8_e4m3fn"})
+
+    def compared() -> "Float8Error":
+        from service.client.float8 import float8_error
+
+        return float8_error(exact.kv, found.kv)
+
+    error: Float8Error = yield Work(compared)
+    return error
+
+
+def _part(options: PrefixOptions) -> tuple[Span | None, Span | None, Rank | None]:
+    """Layers, heads and rank. Which heads a rank has is the service's to say: only it knows how many the version has
+    that an alias means now."""
+    layers, kv_heads, tp, pp = (options.get("layers"), options.get("kv_heads"), options.get("tp"), options.get("pp"))
+    if layers is not None and pp is not None:
+        raise InvalidRequest(f"pp={pp} says which layers, and layers={layers} too: give one of them")
+    if kv_heads is not None and tp is not None:
+        raise InvalidRequest(f"tp={tp} says which heads, and kv_heads={kv_heads} too: give one of them")
+    return layers if pp is None else pp, kv_heads, None if tp is None else check_rank(tp)
 
 
 def _load(reading: Reading, key: tuple[Any, ...]) -> Cached | None:

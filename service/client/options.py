@@ -6,6 +6,7 @@ from typing import TypedDict
 import httpx
 
 from service.prefix.form import KVDtype, Span
+from service.prefix.ranks import Rank
 
 
 class ClientOptions(TypedDict, total=False):
@@ -31,4 +32,6 @@ class PrefixOptions(TypedDict, total=False):
     dtype: KVDtype | None
     layers: Span | None
     kv_heads: Span | None
+    tp: Rank | None
+    pp: Span | None
     materialise: bool

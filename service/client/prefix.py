@@ -88,15 +88,20 @@ class Prefix:
         """Positions of the real tokens behind the prefix, int64 `[B, S]`, right for left and right padding."""
         return position_ids(attention_mask, self.num_virtual_tokens)
 
-    def to_cache(self, config: "PreTrainedConfig") -> "Cache":
+    def to_cache(self, config: "PreTrainedConfig", max_cache_len: int | None = None) -> "Cache":
         """transformers' own cache for a model of this config, filled with the prefix; needs the extra `transformers`.
+
+        With `max_cache_len` a static one, for `torch.compile`, with room for so many tokens, the prefix among them; on
+        the device and in the dtype of the prefix, so bring that to the model's (`to`) first. BLOOM wants a mask of that
+        length then, with zeros behind the tokens.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
+            InvalidRequest: `max_cache_len` leaves no room, or the architecture has no static cache.
         """
         from service.client.transformers import to_cache
 
-        return to_cache(self.past_key_values, config)
+        return to_cache(self.past_key_values, config, max_cache_len)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
         """`model.generate` with this prefix, left- or right-padded: see `service.client.transformers.generate`.

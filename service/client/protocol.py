@@ -11,6 +11,7 @@ from urllib.parse import quote
 from service import errors
 from service.errors import InvalidResponse, PrefixServiceError, Unavailable
 from service.prefix.form import MEDIA_TYPE, KVDtype, Span
+from service.prefix.ranks import Rank
 from service.prefix.references import Reference, check_name
 
 Files = Mapping[str, bytes | BinaryIO]
@@ -92,6 +93,7 @@ def prefix_request(
     dtype: KVDtype | None = None,
     layers: Span | None = None,
     kv_heads: Span | None = None,
+    tp: Rank | None = None,
     etag: str | None = None,
     read: Callable[[Answer], Any],
     is_hashed: bool,
@@ -103,6 +105,8 @@ def prefix_request(
     for name, span in (("layers", layers), ("kv_heads", kv_heads)):
         if span is not None:
             params[name] = f"{span[0]}:{span[1]}"
+    if tp is not None:
+        params["tp"] = f"{tp[0]}/{tp[1]}"
     headers = {"Accept": MEDIA_TYPE} | ({} if etag is None else {"If-None-Match": etag})
     path = adapter_path(tenant, reference, "prefix")
     return Fetch("GET", path, params, headers, read=read, is_hashed=is_hashed)

@@ -13,8 +13,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
+from service.client.static_cache import empty_static_cache
 from service.errors import DimensionMismatch, InvalidRequest
 from service.prefix.kv import position_ids, prefix_mask
 
@@ -31,7 +32,7 @@ _PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids")
 _DEFAULT_NEW_TOKENS = 20  # transformers'
 
 
-def to_cache(past_key_values: Pairs, config: PreTrainedConfig) -> Cache:
+def to_cache(past_key_values: Pairs, config: PreTrainedConfig, max_cache_len: int | None = None) -> Cache:
     """The cache that a model of `config` continues from, as PEFT's `get_prompt` builds it.
 
     `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
@@ -40,19 +41,28 @@ def to_cache(past_key_values: Pairs, config: PreTrainedConfig) -> Cache:
     they are wider than the prefix; encoder-decoder models get an `EncoderDecoderCache`, with the prefix in the
     decoder's self-attention and nothing in its cross-attention. Encoders such as BERT take the `DynamicCache` too.
 
+    With `max_cache_len`, the tokens that the cache has room for, the prefix and all that follows, it is a `StaticCache`
+    instead (the decoder's self-attention), for `torch.compile`: its shapes are the same for each adapter and each step.
+
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
+        InvalidRequest: `max_cache_len` leaves no room behind the prefix, or the architecture has no static cache.
     """
     decoder = config.get_text_config(decoder=True)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
         raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
+    tokens = past_key_values[0][0].shape[2]
+    static = None if max_cache_len is None else empty_static_cache(decoder, tokens, max_cache_len)
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):
-        return _filled_by_config(past_key_values, decoder)
+        targets, _ = _targets(past_key_values[0][0], decoder)
+        return _filled(static or DynamicCache(config=decoder), past_key_values, targets)
     for layer, (key, _) in enumerate(past_key_values[:layers]):
         _check_shape(key, _layer_shape(decoder, layer), layer)
-    cache = DynamicCache(past_key_values)
+    cache: Cache = DynamicCache(past_key_values)
+    if static is not None:
+        cache = _filled(static, past_key_values, dict.fromkeys(range(layers), (None, None)))
     return EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
 
 
@@ -72,7 +82,9 @@ def generate(
     brought to the model's device and dtype. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder
     model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes
     them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are
-    those of `model.generate`; `use_cache=False` is ignored, as the prefix lives in the cache.
+    those of `model.generate`; `use_cache=False` is ignored, as the prefix lives in the cache. With
+    `cache_implementation="static"` that is a static one, sized for this call or for `max_cache_len` if that is more
+    (prefix, input and new tokens): one size for all calls, and a compiled model is compiled once.
 
     The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
     ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
@@ -84,14 +96,17 @@ def generate(
 
     Raises:
         DimensionMismatch: as `to_cache`.
-        InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own (static caches hold no
-            prefix), an assistant model (it has no prefix), or an option that cannot be served with this prefix.
+        InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own, an assistant model (it has
+            no prefix), a static cache where the architecture has none, or another option that cannot be served.
     """
     _refuse(model, options)
     ids = input_ids if input_ids is not None else options.pop("inputs", None)
     if ids is None:
         raise InvalidRequest("generate needs input_ids")
-    prefix = _Prefix.of(past_key_values, prefix_mask, ids)
+    prefix = _Prefix.of(past_key_values, prefix_mask, ids, _max_cache_len(model, past_key_values, ids, options))
+    options = {name: value for name, value in options.items() if name != "max_cache_len"}
+    if _option(model, options, "cache_implementation") is not None:
+        options["cache_implementation"] = None  # transformers takes no other cache beside that choice
     if _option(model, options, "use_cache") is False:
         options["use_cache"] = True
     if model.config.is_encoder_decoder:
@@ -147,10 +162,8 @@ def _targets(key: Tensor, decoder: PreTrainedConfig) -> tuple[dict[int, Shape], 
     return {layer: shape for layer, shape in shapes.items() if layer not in wider}, wider
 
 
-def _filled_by_config(pairs: Pairs, decoder: PreTrainedConfig) -> DynamicCache:
+def _filled(cache: Cache, pairs: Pairs, targets: dict[int, Shape]) -> Cache:
     """Through `update`, with all virtual tokens: sliding layers trim themselves and still count them all."""
-    cache = DynamicCache(config=decoder)
-    targets, _ = _targets(pairs[0][0], decoder)
     for layer, (heads, dim) in targets.items():
         key, value = (tensor[:, :heads, :, :dim] for tensor in pairs[layer])
         cache.update(key, value, layer)
@@ -162,13 +175,15 @@ def _filled_by_config(pairs: Pairs, decoder: PreTrainedConfig) -> DynamicCache:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Pairs of batch 1 or B, and the mask over their virtual tokens, int64 `[B, N]`."""
+    """Pairs of batch 1 or B, the mask over their virtual tokens, int64 `[B, N]`, and the tokens that a static cache of
+    them has room for."""
 
     pairs: Pairs
     mask: Tensor
+    max_cache_len: int | None
 
     @classmethod
-    def of(cls, pairs: Pairs, mask: Tensor | None, ids: Tensor) -> Self:
+    def of(cls, pairs: Pairs, mask: Tensor | None, ids: Tensor, max_cache_len: int | None) -> Self:
         """The prefix of a batch of input ids."""
         rows, _, tokens, _ = pairs[0][0].shape
         shape = len(ids), tokens
@@ -176,14 +191,15 @@ class _Prefix:
             raise InvalidRequest(f"the prefix has {rows} rows, input_ids has {len(ids)}")
         if mask is not None and mask.shape != shape:
             raise InvalidRequest(f"prefix_mask must be {list(shape)}, got {list(mask.shape)}")
-        return cls(pairs, (prefix_mask(*shape) if mask is None else mask).to(ids.device, torch.int64))
+        mask = prefix_mask(*shape) if mask is None else mask
+        return cls(pairs, mask.to(ids.device, torch.int64), max_cache_len)
 
     def select(self, rows: Tensor) -> Self:
         """These rows of the batch."""
         own = rows.to(self.pairs[0][0].device)
         shared = self.pairs[0][0].shape[0] == 1
         pairs = self.pairs if shared else [(key[own], value[own]) for key, value in self.pairs]
-        return type(self)(pairs, self.mask[rows])
+        return type(self)(pairs, self.mask[rows], self.max_cache_len)
 
     def cache(self, model: Model, options: Options) -> Cache:
         """Each row as many times, one behind the other, as transformers repeats the inputs."""
@@ -194,7 +210,7 @@ class _Prefix:
             own = tensor.to(model.device, model.dtype)
             return own.expand(total, -1, -1, -1) if own.shape[0] == 1 else own.repeat_interleave(repeats, dim=0)
 
-        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model.config)
+        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model.config, self.max_cache_len)
 
     def extend(self, mask: Tensor) -> Tensor:
         """`[B, S]` -> `[B, N + S]`."""
@@ -220,8 +236,24 @@ def _refuse(model: Model, options: Options) -> None:
         if _option(model, options, name) is not None:
             raise InvalidRequest(f"{name} cannot be served behind a prefix: {reason}")
     cache = _option(model, options, "cache_implementation")
-    if cache not in (None, "hybrid"):  # transformers itself reads "hybrid" as none
-        raise InvalidRequest(f"a prefix needs transformers' dynamic cache, not cache_implementation={cache!r}")
+    if cache not in (None, "dynamic", "static", "hybrid"):  # transformers itself reads "hybrid" as none
+        raise InvalidRequest(f"a prefix needs a dynamic or a static cache, not cache_implementation={cache!r}")
+
+
+def _max_cache_len(model: Model, pairs: Pairs, ids: Tensor, options: Options) -> int | None:
+    """The tokens that a static cache has room for, where one is asked for."""
+    if _option(model, options, "cache_implementation") != "static":
+        return None
+    start = options.get("decoder_input_ids") if model.config.is_encoder_decoder else ids
+    needed = pairs[0][0].shape[2] + _end(model, 1 if start is None else start.shape[1], options)
+    return max(needed, _option(model, options, "max_cache_len") or 0)
+
+
+def _end(model: Model, width: int, options: Options) -> int:
+    """Tokens of a row at the end, of which `width` are the caller's own."""
+    new, limit = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
+    end: int = width + new if new is not None else limit or width + _DEFAULT_NEW_TOKENS
+    return end
 
 
 def _input_mask(model: Model, ids: Tensor, mask: Tensor | None, options: Options) -> Tensor:
@@ -244,7 +276,11 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
         mask = prefix.mask.new_ones(ids.shape[0], 1 if start is None else start.shape[1]) if mask is None else mask
     if mask is not None:
         options["decoder_attention_mask"] = prefix.extend(mask).to(ids.device)
-    return model.generate(ids, past_key_values=prefix.cache(model, options), **options)
+    cache: Any = prefix.cache(model, options)
+    if prefix.max_cache_len is not None:
+        cross = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+        cache = EncoderDecoderCache(cache.self_attention_cache, cross)
+    return model.generate(ids, past_key_values=cache, **options)
 
 
 def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
@@ -289,9 +325,7 @@ def _padding_shows(model: Model, prefix: _Prefix, width: int, options: Options) 
         return True
     windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers)
     window = min((size for size in windows if size is not None), default=None)
-    new, limit = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
-    end = width + new if new is not None else limit or width + _DEFAULT_NEW_TOKENS
-    return window is not None and prefix.mask.shape[1] + end > window
+    return window is not None and prefix.mask.shape[1] + _end(model, width, options) > window
 
 
 def _skips_layers(model: Model, prefix: _Prefix) -> bool:

@@ -144,6 +144,14 @@ def test_ranges_of_layers_and_heads(client: httpx.Client, layers: str | None, he
             assert_same(tensors[f"past_key_values.{layer}.value"], wanted[:, layer - first, 1])
 
 
+@pytest.mark.parametrize(("tp", "heads"), [("0/1", "0:2"), ("1/2", "1:2"), ("1/4", "0:1"), ("3/4", "1:2")])
+def test_the_heads_of_a_rank(client: httpx.Client, tp: str, heads: str) -> None:
+    """`tp=rank/size` is the same answer as the range that it means, under the same entity tag."""
+    by_rank, by_range = (client.get(PREFIX, params=params) for params in ({"tp": tp}, {"kv_heads": heads}))
+    assert by_rank.headers["etag"] == by_range.headers["etag"]
+    assert by_rank.content == by_range.content
+
+
 @pytest.mark.parametrize("dtype", ["int64", "float32", "bool"])
 def test_mask_dtype(client: httpx.Client, dtype: str) -> None:
     """The mask comes in the dtype that the reader's model wants."""
@@ -228,6 +236,12 @@ def test_encoder_decoder(client: httpx.Client) -> None:
         "kv_heads=0:3",
         "kv_heads=1:1",
         "kv_heads=0:1,1:2",
+        "tp=2/2",
+        "tp=0/3",
+        "tp=0/0",
+        "tp=0:2",
+        "tp=-1/2",
+        "tp=0/2&kv_heads=0:1",
         "mask_dtype=float16",
         "expand=maybe",
         "batch_size=0",

@@ -95,6 +95,18 @@ def test_list_is_a_table_and_json(run: Run) -> None:
     assert [item["adapter"] for item in json.loads(told.stdout)["items"]] == ["one"]
 
 
+def test_inspect_tells_what_float8_costs(run: Run) -> None:
+    """Its errors and its bytes, for a person and for a script; not unless it is asked for."""
+    run("publish", LLAMA, "cli/float8")
+    shown = run("inspect", "cli/float8", "--float8").stdout
+    assert "float8: error of keys" in shown
+    assert "instead of" in shown
+    told = json.loads(run("inspect", "cli/float8", "--float8", "--json").stdout)["float8"]
+    assert 0 < told["values"]["mean_relative"] < 1 / 16
+    assert told["bfloat16_nbytes"] == 2 * 20 * 3 * 2 * 2 * 8
+    assert "float8" not in json.loads(run("inspect", "cli/float8", "--json").stdout)
+
+
 def test_inspect_shows_counts_and_digest(run: Run) -> None:
     """What the service knows, whole digests included."""
     run("publish", LLAMA, "cli/inspected")

@@ -2,12 +2,17 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from torch import Tensor
 
 from service.client import AsyncPrefixClient, Prefix, PrefixClient
+from service.client.checkpoints import prepare_upload
+from tests.architectures import NAMED
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -46,17 +51,61 @@ class Awaited:
 
 
 @pytest.fixture(params=["blocking", "async"])
-def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
-    """Both clients, under one set of rules."""
-    if request.param == "blocking":
-        with PrefixClient(server.url, server.admin_key) as blocking:
-            yield blocking
-        return
+def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable[..., Any]]:
+    """Makes clients of either kind, under one set of rules, of the service or of what stands before it."""
     loop = asyncio.new_event_loop()
-    awaited = Awaited(AsyncPrefixClient(server.url, server.admin_key), loop)
-    yield awaited
-    awaited.close()
+    opened: list[Any] = []
+
+    def connected(url: str, **options: Any) -> Any:
+        if request.param == "blocking":
+            opened.append(PrefixClient(url, server.admin_key, **options))
+        else:
+            opened.append(Awaited(AsyncPrefixClient(url, server.admin_key, **options), loop))
+        return opened[-1]
+
+    yield connected
+    for each in opened:
+        each.close()
     loop.close()
 
 
+@pytest.fixture
+def client(connect: Callable[..., Any], server: Server) -> Any:
+    """Both clients, under one set of rules."""
+    return connect(server.url)
+
+
 PublishAndGet = Callable[..., Prefix]
+Pairs = Callable[..., list[tuple[Tensor, Tensor]]]
+Peft = Callable[[str], Any]
+
+
+@pytest.fixture(scope="session")
+def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where PEFT saved an adapter for an architecture."""
+    return cache(lambda name: NAMED[name].save_adapter(tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def peft_model(adapter_dir: Callable[[str], Path]) -> Peft:
+    """PEFT's own model of an architecture, with that adapter."""
+    return cache(lambda name: NAMED[name].peft(adapter_dir(name)))
+
+
+@pytest.fixture(scope="session")
+def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[str], Prefix]:
+    """What PEFT saved, published to the real server and fetched from it."""
+
+    def publish_and_get(name: str) -> Prefix:
+        upload = prepare_upload(adapter_dir(name))
+        with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
+            client.publish(f"architectures/{name}", upload.config, weights)
+            return client.get(f"architectures/{name}")
+
+    return cache(publish_and_get)
+
+
+@pytest.fixture
+def pairs(prefix_of: Callable[[str], Prefix]) -> Pairs:
+    """The keys and values of that adapter, from the service."""
+    return lambda name, batch_size=1: prefix_of(name).for_batch(batch_size).past_key_values

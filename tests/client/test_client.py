@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from service.client import PrefixClient, management
 from service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
@@ -57,6 +57,31 @@ def test_ranges_and_dtypes(client: Any) -> None:
     float8 = client.get("clients/forms", dtype="float8_e4m3fn").kv.tensor
     assert float8.dtype == torch.float32
     assert (float8 - whole).abs().max() <= whole.abs().max() / 16
+
+
+def test_the_error_of_float8_is_told_beside_its_bytes(client: Any) -> None:
+    """Each figure is that of the two renderings; no value is off by more than half a step of the format."""
+    published(client, "clients/float8")
+    told = client.float8_error("clients/float8")
+    exact, found = (client.get("clients/float8", dtype=dtype).kv.tensor for dtype in (None, "float8_e4m3fn"))
+    for part, error in enumerate((told.keys, told.values)):
+        off, size = (found - exact)[:, part].abs().double(), exact[:, part].abs().double()
+        assert error.max_absolute == pytest.approx(float(off.max()))
+        assert error.mean_absolute == pytest.approx(float(off.mean()))
+        assert error.max_relative == pytest.approx(float((off / size).max()))
+        assert error.mean_relative == pytest.approx(float((off / size).mean()))
+        assert 0 < error.mean_relative < 1 / 16
+    assert (told.nbytes, told.bfloat16_nbytes) == (exact.numel() + 4 * 3 * 2 * 2, 2 * exact.numel())
+
+
+def test_the_error_of_float8_where_all_is_zero(client: Any) -> None:
+    """Zeros travel exactly."""
+    config = (LLAMA / "adapter_config.json").read_bytes()
+    zeros = save({"prompt_embeddings": torch.zeros(20, 3 * 2 * 2 * 8)})
+    client.publish("clients/zeros", config, io.BytesIO(zeros))
+    told = client.float8_error("clients/zeros")
+    assert told.keys == told.values
+    assert (told.keys.max_absolute, told.keys.max_relative) == (0, 0)
 
 
 def test_masks_and_positions(client: Any) -> None:

@@ -1,7 +1,6 @@
 """A prefix in transformers gives what PEFT gives: keys, values, logits and greedy tokens, for every architecture."""
 
 from collections.abc import Callable
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, Gemma3Config, T5Config
 
-from service.client import Prefix, PrefixClient
-from service.client.checkpoints import prepare_upload
 from service.client.transformers import generate, to_cache
 from service.errors import DimensionMismatch, InvalidRequest
 from service.prefix.kv import extend_mask, position_ids
@@ -30,7 +27,7 @@ from tests.architectures import (
     base,
     padded,
 )
-from tests.conftest import Server
+from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
     # transformers', for a property that PEFT reads.
@@ -43,42 +40,12 @@ pytestmark = [
 ]
 
 NEW: dict[str, Any] = {"max_new_tokens": 8}
-Pairs = Callable[..., list[tuple[Tensor, Tensor]]]
-Peft = Callable[[str], Any]
 
 decoders = pytest.mark.parametrize("name", [architecture.name for architecture in DECODERS])
 encoder_decoders = pytest.mark.parametrize("name", [architecture.name for architecture in ENCODER_DECODERS])
 encoders = pytest.mark.parametrize("name", [architecture.name for architecture in ENCODERS])
 generating = pytest.mark.parametrize("name", [name for name in NAMED if NAMED[name] not in ENCODERS])
 masks = pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
-
-
-@pytest.fixture(scope="session")
-def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return cache(lambda name: NAMED[name].save_adapter(tmp_path_factory.mktemp(name)))
-
-
-@pytest.fixture(scope="session")
-def peft_model(adapter_dir: Callable[[str], Path]) -> Callable[[str], Any]:
-    return cache(lambda name: NAMED[name].peft(adapter_dir(name)))
-
-
-@pytest.fixture(scope="session")
-def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[str], Prefix]:
-    """What PEFT saved, published to the real server and fetched from it."""
-
-    def publish_and_get(name: str) -> Prefix:
-        upload = prepare_upload(adapter_dir(name))
-        with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
-            client.publish(f"architectures/{name}", upload.config, weights)
-            return client.get(f"architectures/{name}")
-
-    return cache(publish_and_get)
-
-
-@pytest.fixture
-def pairs(prefix_of: Callable[[str], Prefix]) -> Pairs:
-    return lambda name, batch_size=1: prefix_of(name).for_batch(batch_size).past_key_values
 
 
 # --- to_cache ---
@@ -364,7 +331,7 @@ def test_rows_with_their_own_prefixes_have_the_logits_of_each_row_alone(pairs: P
         ({"assistant_model": object()}, "assistant_model cannot be served"),
         ({"inputs_embeds": torch.zeros(3, 7, 32)}, "inputs_embeds cannot be served"),
         ({"prefill_chunk_size": 2}, "prefill_chunk_size cannot be served"),
-        ({"cache_implementation": "static"}, "dynamic cache, not cache_implementation='static'"),
+        ({"cache_implementation": "quantized"}, "dynamic or a static cache, not cache_implementation=.quantized."),
         ({"input_ids": None}, "needs input_ids"),
         ({"attention_mask": torch.ones(3, 13)}, r"attention_mask must be \[3, 7\] as input_ids, got \[3, 13\]"),
         ({"prefix_mask": torch.ones(3, 7)}, r"prefix_mask must be \[3, 6\], got \[3, 7\]"),

@@ -31,7 +31,7 @@ REDIS: Final = "Redis `GET`"
 
 PEERS: Final = (OURS, ONE_OBJECT, SCATTER, FASTAPI, NGINX, REDIS)
 _HELD_WHOLE: Final = 32  # the largest batch that peers are asked for which hold all of it in memory
-_ROUND: Final = 48 << 20  # bytes of one case in one round, at least one answer
+_ROUND: Final = 256 << 20  # bytes that one peer sends in a round, so that the first answers after a pause are few
 
 Times = dict[str, list[float]]
 

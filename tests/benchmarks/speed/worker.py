@@ -2,6 +2,7 @@
 was read."""
 
 import ctypes
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -182,23 +183,22 @@ def _must_agree(cases: dict[str, Case]) -> None:
 
 
 def _seconds(model: Model, switch: Case, forget: Callable[[], None]) -> float:
-    """Of one switch; short ones are repeated, over all adapters in turn."""
+    """Of one switch; of short ones the median of many, over all adapters in turn."""
     numbers = cycle(range(model.adapters))
     shape = (BATCH, model.shape.heads, model.shape.tokens, model.shape.head_dim)
-    repeats, spent = 0, 0.0
-    while spent < _AT_LEAST:
+    spent: list[float] = []
+    while sum(spent) < _AT_LEAST:
         number = next(numbers)
         began = time.perf_counter()
         pairs = switch(number)
         last = pairs[-1][1]
         last[-1, -1, -1, -1].item()
-        spent += time.perf_counter() - began
-        repeats += 1
+        spent.append(time.perf_counter() - began)
         if len(pairs) != model.shape.layers or last.shape != shape:
             raise RuntimeError(f"{len(pairs)} layers of {tuple(last.shape)}")
         del pairs, last
     forget()
-    return spent / repeats
+    return statistics.median(spent)
 
 
 def _grown(switch: Case) -> int:

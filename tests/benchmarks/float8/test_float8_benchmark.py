@@ -1,0 +1,21 @@
+"""The measures behind README.md, on one corpus model."""
+
+import pytest
+
+from service.client import PrefixClient
+from tests.benchmarks.float8.measure import corpus_cases, measure
+from tests.conftest import Server
+
+
+@pytest.mark.parametrize("name", ["llama-n20-emb", "t5-n20-emb"])
+def test_float8_has_half_the_bytes_and_a_larger_error_than_bfloat16(name: str, server: Server) -> None:
+    """Of values and of predictions, neither of which is nothing, or everything."""
+    case = next(case for case in corpus_cases() if case.name == name)
+    with PrefixClient(server.url, server.admin_key) as client:
+        half, float8 = measure(client, case)
+    assert 0.5 < float8.nbytes / half.nbytes < 0.55
+    for error, larger in ((half.keys, float8.keys), (half.values, float8.values)):
+        assert 0.0005 < error.mean_relative < 0.004
+        assert 0.01 < larger.mean_relative < 0.04
+    assert 0 < half.mean_divergence < float8.mean_divergence < 0.1
+    assert half.changed <= float8.changed < float8.inputs

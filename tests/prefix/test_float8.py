@@ -1,0 +1,91 @@
+"""float8 on the wire, bit by bit, against the format as it is defined: OCP's E4M3, of which 0x7f is NaN."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.prefix.form import Form, Identity
+from service.prefix.kv import PrefixKV
+from service.prefix.wire import Message, Rendering, read_kv, read_message, render
+
+L, H, N, D = 2, 3, 5, 16
+IDENTITY = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", N, L, H, D)
+
+
+def e4m3(byte: int) -> float:
+    """The number that eight bits are: sign, four bits of exponent with bias 7, three of fraction."""
+    sign, exponent, fraction = -1.0 if byte >> 7 else 1.0, byte >> 3 & 15, byte & 7
+    if (exponent, fraction) == (15, 7):
+        return float("nan")
+    return sign * (fraction / 8 * 2**-6 if exponent == 0 else (1 + fraction / 8) * 2 ** (exponent - 7))
+
+
+POSITIVE = torch.tensor([e4m3(byte) for byte in range(127)], dtype=torch.float64)
+
+
+def nearest(values: Tensor) -> Tensor:
+    """The bits of the number that is nearest to each, of two the even one, int64."""
+    distance = (values.double().abs()[..., None] - POSITIVE).abs()
+    ties = distance == distance.amin(-1, keepdim=True)
+    bits = torch.where(ties, torch.arange(127) + 1000 * (torch.arange(127) % 2), 10_000).argmin(-1)
+    return bits + 128 * values.signbit()
+
+
+def drawn(spread: float) -> PrefixKV:
+    """Values over many powers of two, one head of each kind that is special: all zero, and half of it on ties."""
+    draw = torch.Generator().manual_seed(int(spread))
+    values = torch.randn(L, 2, H, N, D, generator=draw) * torch.exp(spread * torch.randn(L, 2, H, N, D, generator=draw))
+    values[0, 0, 0] = 0
+    between = (POSITIVE[1:] + POSITIVE[:-1]) / 2
+    values[1, 1, 2].view(-1)[:] = between[-N * D :].float()
+    values[1, 1, 2, 0, 0] = 448  # the scale is 1: those stay ties
+    return PrefixKV.whole(values)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> None:
+    """Round to nearest, ties to even, of the float32 quotient; the same as torch's own cast."""
+    kv = drawn(spread)
+    rendering = render(kv, "float8_e4m3fn")
+    assert rendering.scales is not None
+    quotients = kv.tensor / rendering.scales
+    bits = rendering.values.view(torch.uint8).to(torch.int64)
+    assert torch.equal(bits, nearest(quotients))
+    assert torch.equal(bits, quotients.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64))
+
+
+def test_what_arrives_is_byte_times_scale() -> None:
+    """The client's decoding is the definition's number, times the scale of layer, part and head, in float32."""
+    rendering = render(drawn(2.0), "float8_e4m3fn")
+    assert rendering.scales is not None
+    numbers = torch.tensor([e4m3(byte) for byte in range(256)], dtype=torch.float32)
+    expected = numbers[rendering.values.view(torch.uint8).to(torch.int64)] * rendering.scales
+    assert torch.equal(sent(rendering).tensor, expected)
+    assert not sent(rendering).tensor[0, 0, 0].any()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
+    """No checkpoint with such values is accepted; were there one, its head would be NaN and never a false number."""
+    kv = drawn(1.0)
+    whole = sent(render(kv, "float8_e4m3fn")).tensor
+    kv.tensor[0, 1, 1, 2, 3] = wrong
+    found = sent(render(kv, "float8_e4m3fn")).tensor
+    assert bool(found[0, 1, 1].isnan().all())
+    found[0, 1, 1] = whole[0, 1, 1]
+    assert torch.equal(found, whole)
+
+
+def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
+    """One byte instead of two for each value, and four for each layer, part and head."""
+    half, float8 = (
+        Message(IDENTITY, Form(dtype, 1, (0, L), (0, H), "stacked", expand=False), {})
+        for dtype in ("bfloat16", "float8_e4m3fn")
+    )
+    assert float8.rendering_nbytes == half.rendering_nbytes // 2 + 4 * L * 2 * H
+
+
+def sent(rendering: Rendering) -> PrefixKV:
+    """A rendering, sent and read."""
+    message = Message(IDENTITY, Form("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False), {})
+    return read_kv(read_message(bytearray(b"".join(message.chunks(rendering)))))
