@@ -21,6 +21,7 @@ _ENVIRONMENT: Final = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
@@ -77,9 +78,7 @@ class Engine:
 
 
 @contextmanager
-def engine(
-    folder: Path, model: Path, transfer: dict[str, Any] | None, key: str, **options: Any
-) -> Iterator[Engine]:
+def engine(folder: Path, model: Path, transfer: dict[str, Any] | None, key: str, **options: Any) -> Iterator[Engine]:
     """An engine for a model folder, without a tokenizer, ready when the block begins."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {

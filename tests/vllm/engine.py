@@ -60,7 +60,7 @@ def _preemptions(llm: Any) -> int:
     return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
 
 
-def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:  # noqa: FBT001 - as it was asked
+def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
     """The negative control: what happens without our salt."""
     from service.client.vllm.salt import Salts
 

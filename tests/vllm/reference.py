@@ -89,9 +89,7 @@ def make_reference(folder: Path) -> Reference:
     for number, (name, tokens) in enumerate(TOKENS.items()):
         torch.manual_seed(100 + number)
         base = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-        tuned = get_peft_model(
-            base, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens)
-        )
+        tuned = get_peft_model(base, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens))
         for parameter in tuned.prompt_encoder.parameters():
             torch.nn.init.normal_(parameter)
         tuned.save_pretrained(str(folder / name))

@@ -45,8 +45,8 @@ class Model:
         ):
             if metadata[name] != wanted:
                 raise DimensionMismatch(
-                    f"{metadata['tenant']}/{metadata['adapter']}@{metadata['version']} has {name} {metadata[name]}, the "
-                    f"model that vLLM serves has {wanted}: it was trained for another model"
+                    f"{metadata['tenant']}/{metadata['adapter']}@{metadata['version']} has {name} {metadata[name]}, "
+                    f"the model that vLLM serves has {wanted}: it was trained for another model"
                 )
 
 
@@ -65,7 +65,7 @@ def refuse_model(vllm_config: Any, kv_cache_config: Any) -> None:
         "models with latent attention (MLA) keep no keys and values of heads, which prefixes are": (
             vllm_config.model_config.use_mla
         ),
-        "models whose layers keep keys and values in different ways (sliding windows, state spaces) are not supported": (
+        "models with layers of other kinds than full attention (sliding windows, state spaces) are not supported": (
             len(groups) > 1
             or any(type(group.kv_cache_spec).__name__ != "FullAttentionSpec" for group in groups)
             or any(group.kv_cache_spec.sliding_window is not None for group in groups)

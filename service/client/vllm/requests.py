@@ -40,7 +40,7 @@ def refuse_unservable(request: Any) -> None:
         "pooling": sampling is None,
         "prompt_logprobs (in the HTTP API also echo with logprobs): vLLM computes them from the whole prompt, of which "
         "a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
-        "skip_reading_prefix_cache: vLLM then takes no keys and values from anywhere": request.skip_reading_prefix_cache,
+        "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": request.skip_reading_prefix_cache,
         "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
         "images, audio or video": bool(request.mm_features),
         "a prompt that comes in pieces": request.resumable,

@@ -7,6 +7,7 @@ and the workers report it as failed. Nothing here may raise: an exception would 
 """
 
 import logging
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class SchedulerHalf:
         told = partial(log.error, "request %s fails: %s", request.request_id, error)
         told(exc_info=None if hasattr(error, "code") else error)
         request.skip_reading_prefix_cache = False  # or vLLM would not ask, and answer as if no adapter were named
+        _bind(request, secrets.token_hex())  # nothing cached may stand in for the block that it claims
         self._tickets[request.request_id] = _Ticket()
 
     def _prepare(self, request: Any, version: Version) -> None:
@@ -117,8 +119,8 @@ class SchedulerHalf:
         count, length = version.num_virtual_tokens, request.num_prompt_tokens
         if count + length >= self._model.max_length:
             raise InvalidRequest(
-                f"{version.adapter}@{version.number} has {count} virtual tokens: with the prompt's {length} there is no "
-                f"room for an answer in vLLM's max_model_len {self._model.max_length}"
+                f"{version.adapter}@{version.number} has {count} virtual tokens: with the prompt's {length} there is "
+                f"no room for an answer in vLLM's max_model_len {self._model.max_length}"
             )
         # A repetition penalty looks at the prompt: give it nothing new to punish. Else one id for all, to share blocks.
         penalised = request.sampling_params.repetition_penalty != 1
@@ -126,9 +128,7 @@ class SchedulerHalf:
         request.prompt_token_ids = placeholders + request.prompt_token_ids  # a new list: the old one is the caller's
         request._all_token_ids[:0] = placeholders  # the read-only views of it stay
         request.num_prompt_tokens += count
-        request.cache_salt = self._salts.of(version.tenant, version.adapter, version.digest, request.cache_salt)
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        _bind(request, self._salts.of(version.tenant, version.adapter, version.digest, request.cache_salt))
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
         """A request has its blocks, and `num_tokens` of its prefix are to be written into them."""
@@ -158,3 +158,10 @@ class SchedulerHalf:
         """End the threads and connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+
+def _bind(request: Any, salt: str) -> None:
+    """Hash a request's blocks under a salt."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()

@@ -43,7 +43,9 @@ class WorkerHalf:
         for number, layer in layers.items():
             if not hasattr(layer.impl, "do_kv_cache_update"):
                 backend = type(layer.impl).__name__
-                raise InvalidRequest(f"the attention backend of layer {number}, {backend}, cannot write keys and values")
+                raise InvalidRequest(
+                    f"the attention backend of layer {number}, {backend}, cannot write keys and values"
+                )
         self._layers = dict(sorted(layers.items()))
 
     def start(self, loads: Sequence[Load]) -> None:
@@ -70,7 +72,7 @@ class WorkerHalf:
                     failed.add(load.request_id)
                 else:
                     self._write(load, fetch.result())
-            except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
+            except Exception as error:
                 log.error(  # noqa: TRY400 - the words of our own errors say it all
                     "request %s fails: %s: %s",
                     load.request_id,
