@@ -64,9 +64,10 @@ class Reference:
 
     def _loaded(self, adapter: str | None) -> Any:
         if adapter not in self._models:
-            base = LlamaForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
-            self._models[adapter] = base if adapter is None else PeftModel.from_pretrained(base, self.adapter(adapter))
-        return self._models[adapter].eval()
+            base = LlamaForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            tuned = base if adapter is None else PeftModel.from_pretrained(base, self.adapter(adapter))
+            self._models[adapter] = tuned.train(mode=False)
+        return self._models[adapter]
 
 
 def make_reference(folder: Path) -> Reference:
