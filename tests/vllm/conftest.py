@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,10 @@ def reference(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Ref
     return make_reference(tmp_path_factory.mktemp("reference"))
 
 
-@pytest.fixture(scope="module")
-def adapters(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextmanager
+def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
     """A service with every adapter of the small Llama, under the tenant `acme`."""
-    with running_server(tmp_path_factory.mktemp("vllm-service") / "data") as server:
+    with running_server(folder / "data") as server:
         for name in TOKENS:
             publish(server, f"acme/{name}", reference.adapter(name))
         yield server

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from service.client import PrefixClient, management
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
-from tests.vllm.conftest import publish
+from tests.vllm.conftest import publish, serving_adapters
 from tests.vllm.driver import Engine, engine, transfer_config
 from tests.vllm.reference import Reference
 
@@ -50,11 +51,20 @@ class Asking:
 
 
 @pytest.fixture(scope="module")
-def asking(reference: Reference, adapters: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
+def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
     """One engine with prefix caching on, which is vLLM's default."""
-    folder = tmp_path_factory.mktemp("engine")
-    with engine(folder, reference.model, transfer_config(adapters.url, timeout=30), adapters.admin_key) as started:
-        yield Asking(started, reference, adapters)
+    with started(reference, tmp_path_factory.mktemp("engine")) as asking:
+        yield asking
+
+
+@contextmanager
+def started(reference: Reference, folder: Path, **options: Any) -> Iterator[Asking]:
+    """A service, and an engine that uses it."""
+    with (
+        serving_adapters(reference, folder) as server,
+        engine(folder, reference.model, transfer_config(server.url, timeout=30), server.admin_key, **options) as made,
+    ):
+        yield Asking(made, reference, server)
 
 
 def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(asking: Asking) -> None:
@@ -157,35 +167,20 @@ def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
     asking.check(outputs[1], None, "tiny")
 
 
-def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, adapters: Server, tmp_path: Path) -> None:
+def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, tmp_path: Path) -> None:
     """32 tokens a step, and blocks for a part of the batch: requests are thrown out and come back."""
     rows = [*MIXED, ("d", "long"), ("c", "middle"), ("b", "long"), (None, "long"), ("a", "middle"), ("c", "long")]
-    tight = {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 33, "max_num_seqs": 16}
-    with (
-        _served(adapters) as server,
-        engine(tmp_path, reference.model, transfer_config(server.url), server.admin_key, **tight) as started,
-    ):
-        asking = Asking(started, reference, server)
+    with started(reference, tmp_path, max_num_batched_tokens=32, num_gpu_blocks_override=33) as asking:
         asking.run(*rows, count=64)
         asking.run(*rows, count=64)
-        assert started.run([], 1)["preemptions"] > 0
+        assert asking.engine.run([asking.job(None, "tiny")], 1)["preemptions"] > 0
 
 
-def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, adapters: Server, tmp_path: Path) -> None:
-    """Two ranks, a head each."""
-    with (
-        _served(adapters) as server,
-        engine(
-            tmp_path, reference.model, transfer_config(server.url), server.admin_key, tensor_parallel_size=2
-        ) as started,
-    ):
-        asking = Asking(started, reference, server)
+def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, tmp_path: Path) -> None:
+    """Two ranks, a head each; a failure is told by both."""
+    with started(reference, tmp_path, tensor_parallel_size=2) as asking:
         asking.run(*MIXED)
-        failed = started.run([asking.job("nosuch", "short"), asking.job("a", "short")])["outputs"]
-        assert failed[0]["finish"] == "error"
-        asking.check(failed[1], "a", "short")
-
-
-def _served(adapters: Server) -> Any:
-    """The same folder, served again: an earlier test has stopped it."""
-    return running_server(adapters.data_dir)
+        asking.run(*MIXED)
+        failed, served = asking.engine.run([asking.job("nosuch", "short"), asking.job("a", "short")])["outputs"]
+        assert failed["finish"] == "error"
+        asking.check(served, "a", "short")

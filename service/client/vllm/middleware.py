@@ -39,6 +39,12 @@ class PrefixMiddleware:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Look at what is posted."""
+        if scope["type"] == "lifespan":
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self.close()
+            return
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -75,6 +81,12 @@ class PrefixMiddleware:
             config = ConnectorConfig.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
             self._service = (config.client(), Model.of(vllm_config))
         return self._service
+
+    def close(self) -> None:
+        """End threads and connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._service is not None:
+            self._service[0].close()
 
 
 async def _all_of(receive: Receive) -> list[Message]:
