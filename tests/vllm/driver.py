@@ -78,7 +78,9 @@ class Engine:
 
 
 @contextmanager
-def engine(folder: Path, model: Path, transfer: dict[str, Any] | None, key: str, **options: Any) -> Iterator[Engine]:
+def engine(
+    folder: Path, model: Path, transfer: dict[str, Any], key: str, *, threads: int = 1, **options: Any
+) -> Iterator[Engine]:
     """An engine for a model folder, without a tokenizer, ready when the block begins."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {
@@ -106,7 +108,7 @@ def engine(folder: Path, model: Path, transfer: dict[str, Any] | None, key: str,
             text=True,
             pass_fds=[writer],
             cwd=folder,
-            env=_environment(key, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+            env=_environment(key, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}),
         )
         os.close(writer)
         try:

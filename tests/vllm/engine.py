@@ -1,12 +1,14 @@
 """Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
 
-In: `{"engine": {<arguments of LLM>}}` first, then `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`,
-or `{"salted": false}`. Out, on the descriptor in argv[1]: a line of JSON for each.
+In, a line of JSON each: `{"engine": {<arguments of LLM>}}`, then any of `{"jobs": [{"prompt": [ids], "adapter": …, …}],
+"max_tokens": n}`, `{"salted": false}`, and `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have
+fetched too). Out, on the descriptor in argv[1]: a line of JSON for each.
 """
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 
@@ -19,7 +21,12 @@ def main() -> None:
     _say(answers, {"ready": True})
     for line in sys.stdin:
         asked = json.loads(line)
-        _say(answers, _switch_salt(llm, asked["salted"]) if "salted" in asked else _run(llm, **asked))
+        if "salted" in asked:
+            _say(answers, _switch_salt(llm, asked["salted"]))
+        elif "forget" in asked:
+            _say(answers, _forget(llm, asked["forget"]))
+        else:
+            _say(answers, _run(llm, **asked))
 
 
 def _say(answers: Any, what: Any) -> None:
@@ -40,8 +47,10 @@ def _run(llm: Any, jobs: list[dict[str, Any]], max_tokens: int) -> dict[str, Any
         extra = {"kv_transfer_params": {"prefix_adapter": adapter}} if adapter is not None else None
         options = {"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 1, **job.get("options", {})}
         params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **options))
+    began = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    return {"outputs": [_told(output) for output in outputs], "preemptions": _preemptions(llm)}
+    seconds = time.perf_counter() - began
+    return {"outputs": [_told(output) for output in outputs], "preemptions": _preemptions(llm), "seconds": seconds}
 
 
 def _told(output: Any) -> dict[str, Any]:
@@ -58,6 +67,15 @@ def _told(output: Any) -> dict[str, Any]:
 
 def _preemptions(llm: Any) -> int:
     return int(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
+
+
+def _forget(llm: Any, what: str) -> dict[str, Any]:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    if what == "all":
+        for connector in (llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()):
+            connector.half._client.clear_cache()
+    return {"reset": llm.reset_prefix_cache()}
 
 
 def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
