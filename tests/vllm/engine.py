@@ -1,8 +1,8 @@
 """Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
 
 In, a line of JSON each: `{"engine": {<arguments of LLM>}}`, then any of `{"jobs": [{"prompt": [ids], "adapter": …, …}],
-"max_tokens": n}`, `{"salted": false}`, and `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have
-fetched too). Out, on the descriptor in argv[1]: a line of JSON for each.
+"max_tokens": n}`, `{"salted": false}`, and `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients
+have fetched too). Out, on the descriptor in argv[1]: a line of JSON for each.
 """
 
 import json

@@ -62,7 +62,6 @@ def measure(*, quick: bool) -> Outcome:
             say(f"{length} tokens, {rounds} rounds")
             tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
             found[length] = in_turns(_cases(started, tuned, length), rounds)
-            model.model = tuned.unload() if hasattr(tuned, "unload") else tuned.get_base_model()
     return _outcome(found)
 
 
