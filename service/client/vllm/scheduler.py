@@ -11,14 +11,13 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 from service.client.client import PrefixClient
 from service.client.vllm.model import Model
 from service.client.vllm.requests import adapter_of, refuse_unservable
 from service.client.vllm.salt import Salts
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, PrefixServiceError
 
 log = logging.getLogger("vllm.prefix_service")
 
@@ -108,8 +107,9 @@ class SchedulerHalf:
         return left, left > 0
 
     def _refuse(self, request: Any, error: Exception) -> None:
-        told = partial(log.error, "request %s fails: %s", request.request_id, error)
-        told(exc_info=None if hasattr(error, "code") else error)
+        unexpected = None if isinstance(error, PrefixServiceError) else error
+        log.error("request %s fails: %s", request.request_id, error, exc_info=unexpected)
+        request.kv_transfer_params = None  # vLLM looks into it too, and would fall over what is no object
         request.skip_reading_prefix_cache = False  # or vLLM would not ask, and answer as if no adapter were named
         _bind(request, secrets.token_hex())  # nothing cached may stand in for the block that it claims
         self._tickets[request.request_id] = _Ticket()

@@ -12,7 +12,7 @@ from service.client.client import PrefixClient
 from service.client.prefix import Prefix
 from service.client.vllm.model import Model
 from service.client.vllm.scheduler import Load
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, PrefixServiceError
 from service.prefix.form import Span
 
 log = logging.getLogger("vllm.prefix_service")
@@ -73,13 +73,8 @@ class WorkerHalf:
                 else:
                     self._write(load, fetch.result())
             except Exception as error:
-                log.error(  # noqa: TRY400 - the words of our own errors say it all
-                    "request %s fails: %s: %s",
-                    load.request_id,
-                    load.reference,
-                    error,
-                    exc_info=None if hasattr(error, "code") else error,
-                )
+                unexpected = None if isinstance(error, PrefixServiceError) else error
+                log.error("request %s fails: %s: %s", load.request_id, load.reference, error, exc_info=unexpected)
                 failed.add(load.request_id)
         self._loads = [load for load in self._loads if load.request_id not in done]
         waited_for = {load.reference for load in self._loads}
