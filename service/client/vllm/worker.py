@@ -74,7 +74,7 @@ class WorkerHalf:
                     self._write(load, fetch.result())
             except Exception as error:
                 unexpected = None if isinstance(error, PrefixServiceError) else error
-                log.error("request %s fails: %s: %s", load.request_id, load.reference, error, exc_info=unexpected)
+                log.error("request %s fails: %s: %s", load.request_id, load.reference, error, exc_info=unexpected)  # noqa: TRY400
                 failed.add(load.request_id)
         self._loads = [load for load in self._loads if load.request_id not in done]
         waited_for = {load.reference for load in self._loads}
