@@ -1,9 +1,11 @@
 """What the tests of vLLM share: the environment that it lives in, a small model, and a service with its adapters."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -13,13 +15,23 @@ from tests.conftest import Server, running_server
 from tests.vllm.driver import PYTHON
 from tests.vllm.reference import TOKENS, Reference, make_reference
 
+_INSTALLED: Final = PYTHON.parents[1] / "installed"
+
 
 @pytest.fixture(scope="session")
 def needs_vllm() -> None:
     """vLLM is there; only CI must have tried to install it."""
-    if not (PYTHON.parents[1] / "installed").exists():
+    if not _INSTALLED.exists():
         told = os.environ.get("VLLM_NOT_INSTALLED", "tests/vllm/install makes .venv-vllm")
         pytest.skip(f"NOT TESTED: vLLM is not installed: {told}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(needs_vllm: None) -> Iterator[None]:
+    """One module at a time has vLLM running, whichever process of pytest-xdist it is in."""
+    with _INSTALLED.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from tests.vllm.conftest import publish
 from tests.vllm.driver import openai_server, transfer_config
 from tests.vllm.smollm2 import save_model
 
-pytestmark = [pytest.mark.xdist_group("vllm"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
 _FOLDER: Final = Path(service.demo.__file__).parent
 _ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
