@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self, cast
 
 from service.errors import DimensionMismatch, InvalidRequest
-from service.prefix.form import KVDtype, Span
+from service.prefix.form import KVDtype
 
 _DRAFTS_WITHOUT_A_MODEL: Final = ("ngram", "ngram_gpu", "suffix")
 
