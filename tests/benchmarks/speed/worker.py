@@ -59,7 +59,7 @@ class Model:
 MODELS: Final = (
     Model("GPT-2, 20 tokens", Shape(layers=12, heads=12, head_dim=64), gpt2, 8, 25),
     Model("Llama-3-8B, 20 tokens", Shape(), llama_3_8b, 8, 25),
-    Model("Llama-3-8B, CARTRIDGE of 2,048 tokens", Shape(tokens=2048, peft_type="CARTRIDGE"), llama_3_8b, 2, 5),
+    Model("Llama-3-8B, CARTRIDGE of 2,048 tokens", Shape(tokens=2048, peft_type="CARTRIDGE"), llama_3_8b, 2, 3),
 )
 
 
