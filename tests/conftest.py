@@ -11,11 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import httpx
 import pytest
 
 from tests.postgresql import PostgreSQL, binaries
+
+_LONG: Final = (
+    "test_hardening_crashes.py",
+    "tests/vllm/",
+    "test_demo.py",
+    "test_hardening_servers.py",
+    "test_openapi.py",
+)
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
 
@@ -162,3 +171,8 @@ def publish(admin: httpx.Client) -> Publish:
         return admin.post(f"/v1/tenants/{tenant}/adapters/{name}/versions", files=files)
 
     return upload
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take minutes begin first, or the last of them would run alone."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONG))

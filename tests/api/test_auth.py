@@ -19,7 +19,7 @@ from tests.conftest import PREFIX_SERVICE, Server, running_server
 
 HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 PUBLIC = {*HEALTH, "/openapi.json", "/docs", "/docs/oauth2-redirect"}
-OF_ANY_KEY = {"/v2", "/v2/repository/index"}
+OF_ANY_KEY = {"/v1/prefixes", "/v2", "/v2/repository/index"}
 MINE, OTHER = "auth-mine", "auth-other"
 SCOPES = ("read", "write", "admin")
 

@@ -177,7 +177,7 @@ def _series(client: httpx.Client) -> set[tuple[str, ...]]:
 
 
 def test_hardening_37_metric_labels_are_bounded(server: Server) -> None:
-    """Odd methods and a thousand made-up tenants, adapters, paths and parameters make no series."""
+    """Odd methods and hundreds of made-up tenants, adapters, paths and parameters make no series."""
     client = server.client()
 
     def hammer(numbers: range) -> None:
@@ -193,7 +193,7 @@ def test_hardening_37_metric_labels_are_bounded(server: Server) -> None:
 
     hammer(range(1))
     before = _series(client)
-    hammer(range(1, 1000))
+    hammer(range(1, 300))
     after = _series(client)
     assert len(after - before) <= 20  # of /metrics itself
     assert not any("made-up" in label or "ODD" in label for series in after for label in series)
