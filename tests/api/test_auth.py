@@ -43,7 +43,7 @@ class Call(NamedTuple):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"
-        reads = self.method in ("GET", "HEAD") or self.template.endswith(("/prefix", "/infer", "/index"))
+        reads = self.method in ("GET", "HEAD") or self.template.endswith(("/prefix", "/prefixes", "/infer", "/index"))
         return "read" if reads else "write"
 
     @property

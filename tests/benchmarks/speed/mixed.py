@@ -1,7 +1,7 @@
 """1,000 adapters that fit into memory, asked for by Zipf's law over 16 connections: throughput and latency.
 
 Two ways: in a closed loop each connection asks again when it has its answer, which two cores cannot do without
-queueing; in an open one requests fall due at random at half of that rate, whatever the answers do. Beside ours, the
+queueing; in an open one requests fall due at random at a quarter of that rate, whatever the answers do. Beside ours, the
 same loads of a bare uvicorn that has one answer of that size: what the machine and the asking process add.
 """
 
@@ -61,14 +61,14 @@ def measure(*, quick: bool) -> Outcome:
 
 
 def _round(ours: Ours, peer: Address, number: int, seconds: float) -> list[Load]:
-    """In the order of `_LOOPS`; the open loops ask both at half of ours' closed rate."""
+    """In the order of `_LOOPS`; the open loops ask both at a quarter of ours' closed rate."""
     requests = asked(ours, SKEW, seed=number)
     same = repeat(get("/1", peer))
     closed = [
         closed_loop(ours.address, requests, _CONNECTIONS, seconds),
         closed_loop(peer, same, _CONNECTIONS, seconds),
     ]
-    rate = closed[0].rate / 2
+    rate = closed[0].rate / 4
     return [
         *closed,
         open_loop(ours.address, requests, _CONNECTIONS, seconds, rate),
