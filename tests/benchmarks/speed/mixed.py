@@ -1,8 +1,8 @@
 """1,000 adapters that fit into memory, asked for by Zipf's law over 16 connections: throughput and latency.
 
 Two ways: in a closed loop each connection asks again when it has its answer, which two cores cannot do without
-queueing; in an open one requests fall due at random at a quarter of that rate, whatever the answers do. Beside ours, the
-same loads of a bare uvicorn that has one answer of that size: what the machine and the asking process add.
+queueing; in an open one requests fall due at random at a quarter of that rate, whatever the answers do. Beside ours,
+the same loads of a bare uvicorn that has one answer of that size: what the machine and the asking process add.
 """
 
 import random
