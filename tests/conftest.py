@@ -16,6 +16,7 @@ from typing import Final
 import httpx
 import pytest
 
+from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 
 _LONG: Final = (
@@ -150,7 +151,7 @@ def postgresql() -> Iterator[PostgreSQL]:
     """A PostgreSQL server of these tests; only CI must have one."""
     bin_ = binaries()
     if bin_ is None:
-        (pytest.fail if "CI" in os.environ else pytest.skip)("NOT TESTED: PostgreSQL is not installed")
+        not_tested("PostgreSQL is not installed")
     server = PostgreSQL(bin_)
     yield server
     server.remove()

@@ -15,6 +15,7 @@ import pytest
 
 from service.blobs import BlobStore, FolderBlobStore, StagedBlob
 from service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
+from tests.missing import not_tested
 
 DATA = bytes(range(256)) * 1000
 Broken = Callable[[FolderBlobStore, str], object]
@@ -300,7 +301,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("NOT TESTED: a full disk, because this user may not mount a tmpfs")
+        not_tested("a full disk, because this user may not mount a tmpfs")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 

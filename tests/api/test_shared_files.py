@@ -20,6 +20,7 @@ from tests.api.apps import served
 from tests.api.helpers import CONFIG, MEDIA_TYPE, adapter_of, upload, upload_directory
 from tests.cli.conftest import run_command
 from tests.conftest import Server, running_server
+from tests.missing import not_tested
 from tests.sharing import shared_dir, shared_files, sharing_server
 
 SHARED = "application/vnd.prefix-service.shared-file+json"
@@ -244,7 +245,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_files_belong_to_the_folders_group(tmp_path: Path) -> None:
     """Where the folder has the set-group-id bit its group reads: the workers' own, if the service's is another."""
     if os.geteuid() != 0:
-        pytest.skip("NOT TESTED: only root gives a folder to another group")
+        not_tested("only root gives a folder to another group")
     shared_dir(tmp_path).mkdir()
     os.chown(shared_dir(tmp_path), -1, 12345)
     shared_dir(tmp_path).chmod(0o2711)
@@ -313,7 +314,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1536k,mode=711", "tmpfs", str(place)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("NOT TESTED: no tmpfs can be mounted here (not root?)")
+        not_tested("no tmpfs can be mounted here (not root?)")
     yield tmp_path
     subprocess.run(["umount", str(place)], check=True)
 

