@@ -109,7 +109,7 @@ class MixedPrefix:
         return to_cache(self.past_key_values, config)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
-        """`model.generate`, each row behind its own prefix: see `service.client.transformers.generate`. The input's
+        """`model.generate`, each row behind its own prefix: see `service.client.generation.generate`. The input's
         mask is the one that was given before, unless it is given here.
 
         Raises:
@@ -117,7 +117,7 @@ class MixedPrefix:
             InvalidRequest: an option that cannot be served with a prefix, or a model that cannot tell prefixes of
                 several lengths apart.
         """
-        from service.client.transformers import generate
+        from service.client.generation import generate
 
         if self.inputs_mask is not None and len(args) < 2:
             options.setdefault("attention_mask", self.inputs_mask)

@@ -104,13 +104,13 @@ class Prefix:
         return to_cache(self.past_key_values, config, max_cache_len)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
-        """`model.generate` with this prefix, left- or right-padded: see `service.client.transformers.generate`.
+        """`model.generate` with this prefix, left- or right-padded: see `service.client.generation.generate`.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
             InvalidRequest: an option that cannot be served with a prefix.
         """
-        from service.client.transformers import generate
+        from service.client.generation import generate
 
         pairs = self.kv.pairs() if self.rows is None else self.past_key_values
         return generate(model, pairs, *args, **options)

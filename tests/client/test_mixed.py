@@ -13,7 +13,8 @@ from torch import Tensor
 
 from service.client import MixedPrefix, PrefixClient
 from service.client.checkpoints import prepare_upload
-from service.client.transformers import generate, to_cache
+from service.client.generation import generate
+from service.client.transformers import to_cache
 from service.errors import ConnectionFailed, DimensionMismatch, InvalidReference, InvalidRequest, NotFound
 from service.prefix.kv import extend_mask, position_ids
 from service.prefix.wire import read_message

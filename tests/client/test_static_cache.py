@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import pad
 from transformers import BertConfig, CompileConfig, EncoderDecoderCache, FalconConfig, GenerationConfig, StaticCache
 
-from service.client.transformers import generate, to_cache
+from service.client.generation import generate
+from service.client.transformers import to_cache
 from service.errors import DimensionMismatch, InvalidRequest
 from service.prefix.kv import extend_mask, position_ids
 from tests.architectures import (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, Gemma3Config, T5Config
 
-from service.client.transformers import generate, to_cache
+from service.client.generation import generate
+from service.client.transformers import to_cache
 from service.errors import DimensionMismatch, InvalidRequest
 from service.prefix.kv import extend_mask, position_ids
 from tests.architectures import (
