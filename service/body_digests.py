@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Final, TypeAlias
 
 from service.plan import Plan
-from service.prefix.wire import Rendering
+from service.prefix.rendering import Rendering
 
 _REMEMBERED: Final = 10_000
 _THREADS: Final = 16  # more than loads at once, each of which may hang in a read and keep one waiting

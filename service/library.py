@@ -40,9 +40,9 @@ from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
+from service.prefix.rendering import KV_DTYPES, Rendering, to_host
 from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
 from service.prefix.streams import own_stream
-from service.prefix.wire import KV_DTYPES, Rendering, to_host
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from service.catalog.records import Version
 from service.errors import InvalidRequest
+from service.prefix.buffers import bytes_of
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from service.prefix.kv import check_span, extend_mask, position_ids, prefix_mask
 from service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
 from service.prefix.ranks import kv_heads_of_rank
-from service.prefix.wire import MASK_DTYPES, Message, bytes_of
+from service.prefix.wire import MASK_DTYPES, Message
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"

@@ -20,7 +20,9 @@ from typing import Final
 
 from service.disk import translated
 from service.errors import InvalidInput
-from service.prefix.wire import Message, Rendering, read_message
+from service.prefix.received import read_message
+from service.prefix.rendering import Rendering
+from service.prefix.wire import Message
 
 _NAME: Final = "process-"
 _MOST: Final = 32_768  # each is a mapping, and Linux gives a process 65,530

@@ -10,7 +10,9 @@ import torch
 
 from service.prefix.form import Form, Identity
 from service.prefix.kv import PrefixKV
-from service.prefix.wire import Message, Rendering, read_kv, read_message, render
+from service.prefix.received import read_kv, read_message
+from service.prefix.rendering import Rendering, render
+from service.prefix.wire import Message
 from service.shared_files import SharedFiles, sweep
 
 IDENTITY = Identity("acme", "a", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", None, 5, 3, 2, 8)

@@ -16,7 +16,8 @@ from service.api.responses import send_chunks
 from service.errors import InvalidRequest
 from service.library import Library
 from service.plan import Plan
-from service.prefix.wire import Rendering, Slot
+from service.prefix.rendering import Rendering
+from service.prefix.wire import Slot
 
 DATATYPES: Final[dict[torch.dtype, Datatype]] = {
     torch.float32: "FP32",

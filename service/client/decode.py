@@ -5,7 +5,8 @@ import torch
 from service.client.prefix import Prefix
 from service.client.protocol import Buffer
 from service.errors import InvalidRequest, InvalidResponse
-from service.prefix.wire import bytes_of, read_kv, read_message
+from service.prefix.buffers import bytes_of
+from service.prefix.received import read_kv, read_message
 
 
 def allocate(size: int, *, pinned: bool) -> memoryview:

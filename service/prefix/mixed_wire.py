@@ -9,9 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from service.prefix.buffers import bytes_of, memory_of
 from service.prefix.form import FORMAT, Form
 from service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
-from service.prefix.wire import CHUNK, JOINED, KV_DTYPES, Rendering, TensorSpec, bytes_of, memory_of, write_header
+from service.prefix.rendering import KV_DTYPES, Rendering
+from service.prefix.wire import CHUNK, JOINED, TensorSpec, write_header
 
 _BLOCK: Final = 1 << 20  # bytes of small runs that are joined
 

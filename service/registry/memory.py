@@ -6,7 +6,7 @@ from typing import Final
 import torch
 
 from service.host_memory import host_memory
-from service.prefix.wire import bytes_of
+from service.prefix.buffers import bytes_of
 
 _HOST: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "new thread")
 

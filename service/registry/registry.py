@@ -11,8 +11,8 @@ import torch
 from service.errors import InvalidInput, OutOfSpace, Unavailable
 from service.prefix.form import KVDtype, Span
 from service.prefix.kv import PrefixKV
+from service.prefix.rendering import Rendering, render
 from service.prefix.streams import own_stream
-from service.prefix.wire import Rendering, render
 from service.registry.memory import exhausted, memory_for, of_device
 from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
 from service.registry.tenants import Entry

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from service.prefix.form import Form, Identity
-from service.prefix.wire import Message, Rendering
+from service.prefix.rendering import Rendering
+from service.prefix.wire import Message
 
 Script = Callable[[socket.socket], None]
 """What is done with one connection."""

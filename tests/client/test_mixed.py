@@ -17,7 +17,7 @@ from service.client.generation import generate
 from service.client.transformers import to_cache
 from service.errors import ConnectionFailed, DimensionMismatch, InvalidReference, InvalidRequest, NotFound
 from service.prefix.kv import extend_mask, position_ids
-from service.prefix.wire import read_message
+from service.prefix.received import read_message
 from tests.architectures import NAMED, VOCABULARY, base
 from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Publish, Server

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from service.prefix.form import Form, Identity
 from service.prefix.kv import PrefixKV
-from service.prefix.wire import Message, Rendering, read_kv, read_message, render
+from service.prefix.received import read_kv, read_message
+from service.prefix.rendering import Rendering, render
+from service.prefix.wire import Message
 
 L, H, N, D = 2, 3, 5, 16
 IDENTITY = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", N, L, H, D)

@@ -9,7 +9,8 @@ from torch import Tensor
 from service.prefix.form import Form, Identity, Layout
 from service.prefix.mixed import MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
-from service.prefix.wire import Rendering, read_message
+from service.prefix.received import read_message
+from service.prefix.rendering import Rendering
 
 LENGTHS = (80_000, 30, 50_000)  # lines of 2.4 MiB, 960 bytes, 1.5 MiB
 

@@ -8,8 +8,8 @@ import torch
 
 from service.prefix.form import KVDtype
 from service.prefix.kv import PrefixKV
+from service.prefix.rendering import render, to_host
 from service.prefix.streams import own_stream
-from service.prefix.wire import render, to_host
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")
 CUDA = torch.device("cuda")

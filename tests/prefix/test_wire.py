@@ -16,19 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from service.errors import InvalidResponse
+from service.prefix.buffers import bytes_of
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from service.prefix.kv import PrefixKV, prefix_mask
-from service.prefix.wire import (
-    KV_DTYPES,
-    MASK_DTYPES,
-    Message,
-    Received,
-    Rendering,
-    bytes_of,
-    read_kv,
-    read_message,
-    render,
-)
+from service.prefix.received import Received, read_kv, read_message
+from service.prefix.rendering import KV_DTYPES, Rendering, render
+from service.prefix.wire import MASK_DTYPES, Message
 
 L, H, N, D = 3, 2, 5, 4
 WHOLE = PrefixKV.whole(torch.randn(L, 2, H, N, D, generator=torch.Generator().manual_seed(0)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from service.errors import CorruptBlob, OutOfSpace, Unavailable
-from service.prefix.wire import Rendering
+from service.prefix.rendering import Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Leases
 from tests.registry.test_registry import SIZE, Loader, held, leased, registry_of, used, version, whole

@@ -12,7 +12,7 @@ import torch
 
 from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Unavailable
 from service.prefix.kv import PrefixKV
-from service.prefix.wire import Rendering, render
+from service.prefix.rendering import Rendering, render
 from service.registry.registry import (
     AdapterRegistry,
     RenderingKey,

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 
 from service.client import AsyncPrefixClient, PrefixClient
-from service.prefix.wire import bytes_of
+from service.prefix.buffers import bytes_of
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.tables import Grid
