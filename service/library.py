@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Final
+from typing import Any
 
 import rfc8785
 import torch
@@ -23,7 +23,8 @@ from service.catalog.database import Database
 from service.catalog.records import AuditEntry, NewVersion, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
-from service.errors import CorruptBlob, InvalidConfig, InvalidRequest, NotFound, Unavailable
+from service.encodings import Encodings
+from service.errors import InvalidConfig, InvalidRequest, NotFound
 from service.plan import (
     Limits,
     MixedPlan,
@@ -34,22 +35,18 @@ from service.plan import (
     make_mixed_plan,
     make_plan,
 )
-from service.prefix.checkpoint import PrefixWeights, load_weights
+from service.prefix.checkpoint import load_weights
 from service.prefix.compose import composed_config
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
-from service.prefix.rendering import KV_DTYPES, Rendering, to_host
-from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
-from service.prefix.streams import own_stream
+from service.prefix.rendering import KV_DTYPES, Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
 
 log = logging.getLogger("prefix_service")
-
-_KEY_VALUES: Final = "past_key_values"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +78,7 @@ class Library:
         self.limits = limits
         self._blobs = blobs
         self.registry = registry
+        self.encodings = Encodings(self.catalog, blobs, registry.device, registry.host_memory)
         self._digests = BodyDigests()
         self._shared_files = shared_files
 
@@ -132,20 +130,11 @@ class Library:
         self._require_moderate(4 * _elements(config))
 
         def file() -> bytes:
-            flats = [self._flat(version, found) for (_, version), found in zip(sources, configs, strict=True)]
+            flats = [self.encodings.flat(version) for _, version in sources]
             dtype = flats[0].dtype if len({flat.dtype for flat in flats}) == 1 else torch.float32
             return save({"prompt_embeddings": torch.cat([flat.to(dtype) for flat in flats])})
 
         return await self._publish_made(target, config, file)
-
-    def _flat(self, version: Version, config: PrefixConfig) -> Tensor:
-        """The prefix as PEFT saves it: that which is served, so an MLP does not run again; the layers of two submodules
-        are served in another order, and not all."""
-        if config.num_transformer_submodules == 1:
-            return self._load(version).flat()
-        with _expected(version.weights):
-            weights = load_weights(self._blobs.read(version.weights), config)
-        return PrefixEncoder.from_weights(config, weights, torch.device("cpu")).flat()
 
     async def _publish_made(
         self, target: Target, config: PrefixConfig, file: Callable[[], bytes]
@@ -181,19 +170,11 @@ class Library:
             weights=staged.digest,
             weights_bytes=staged.size,
             weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == weights.dtype),
-            key_values=self._store(self._encode(config, weights)),
+            key_values=self.encodings.store(self.encodings.encode(config, weights)),
             key_values_bytes=key_values_bytes,
         )
         staged.commit()
         return self.catalog.add_version(tenant, adapter, new, target.by, make_tenant=makes)
-
-    def _store(self, kv: PrefixKV) -> str:
-        staged = self._blobs.stage()
-        try:
-            staged.write(save({_KEY_VALUES: kv.tensor}))
-            return staged.commit()
-        finally:
-            staged.discard()
 
     async def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now.
@@ -264,36 +245,13 @@ class Library:
         """SHA-256 of the whole body (RFC 9530's representation digest), computed once for each entity tag."""
         return await self._digests.of(plan, rendering)
 
-    def _load(self, version: Version, plan: Plan | None = None) -> PrefixKV:
+    def _load(self, version: Version, plan: Plan) -> PrefixKV:
         """Keys and values as they are stored, and meanwhile the digest of the body that `plan` makes of them."""
-        hashing = contextlib.nullcontext() if plan is None else self._digests.beside(plan)
-        try:
-            with hashing as beside:
-                data = self._blobs.read(version.key_values, self.registry.host_memory, beside)
-        except NotFound:
-            return self._encode_again(version)
-        return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
-
-    def _encode_again(self, version: Version) -> PrefixKV:
-        """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
-        log.warning("keys and values lost", extra={"version": _name(version), "digest": version.key_values})
-        config = parse_config(version.config)
-        with _expected(version.weights):
-            weights = load_weights(self._blobs.read(version.weights), config)
-        kv = self._encode(config, weights)
-        if (digest := self._store(kv)) != version.key_values:
-            self.catalog.set_key_values(version, digest)
-            raise Unavailable("the version was encoded again, ask again for its new entity tag")
-        return kv
-
-    def _encode(self, config: PrefixConfig, weights: PrefixWeights) -> PrefixKV:
-        with own_stream(self.registry.device):
-            kv = PrefixEncoder.from_weights(config, weights, self.registry.device).encode()
-            return replace(kv, tensor=to_host(kv.tensor))
+        return self.encodings.load(version, self._digests.beside(plan))
 
     async def load(self, version: Version) -> None:
         """Bring a version into memory now, and wait."""
-        await self.registry.prefix(_key(version), version.key_values_bytes, partial(self._load, version))
+        await self.registry.prefix(_key(version), version.key_values_bytes, partial(self.encodings.load, version))
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
         """The same, at somebody's wish; `pinned` keeps it there."""
@@ -306,15 +264,6 @@ class Library:
         """Take a version out of memory; the next request loads it again."""
         self.registry.forget(_key(version))
         await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
-
-    def open_weights(self, version: Version) -> BinaryIO:
-        """The weights file, byte for byte as it was uploaded, verified; blocking, and the caller closes it.
-
-        Raises:
-            CorruptBlob, StorageFailed: the stored bytes cannot be read.
-        """
-        with _expected(version.weights):
-            return self._blobs.open(version.weights)
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
@@ -349,15 +298,6 @@ class Library:
                 tenant, reference = parse_qualified(change.target)
                 for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
                     self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-
-
-@contextlib.contextmanager
-def _expected(digest: str) -> Iterator[None]:
-    """A blob that the catalog names and the store lacks is damage, not a missing resource."""
-    try:
-        yield
-    except NotFound as error:
-        raise CorruptBlob(f"the stored bytes of {digest} are lost", retry_after=60) from error
 
 
 def _elements(config: PrefixConfig) -> int:

@@ -91,7 +91,7 @@ async def test_lost_weights_are_damage(library: Library, tmp_path: Path) -> None
     with pytest.raises(CorruptBlob, match="lost"):
         await body_of(library, version)
     with pytest.raises(CorruptBlob, match="lost"):
-        library.open_weights(version)
+        library.encodings.open_weights(version)
 
 
 async def test_bit_rot_is_damage_for_one_version_alone(library: Library, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ class ParametersResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, _request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
-        file = await to_thread.run_sync(self._library.open_weights, self._version)
+        file = await to_thread.run_sync(self._library.encodings.open_weights, self._version)
         try:
             file.seek(start)
             yield Content(_read(file, stop - start))

@@ -95,7 +95,7 @@ async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
     manifest = f"sha256:{hashlib.sha256(version.manifest.encode()).hexdigest()}"
     if manifest != version.digest:
         raise AssertionError(f"{version.digest} is the digest of another manifest")
-    with library.open_weights(version) as file:
+    with library.encodings.open_weights(version) as file:
         weights = hashlib.sha256(file.read()).hexdigest()
     plan = library.plan(version, PrefixRequest())
     async with library.rendering(plan) as rendering:
