@@ -40,7 +40,7 @@ def measure(*, quick: bool) -> Outcome:
         ours.publish(SHAPE, adapters)
         warm_up(ours)
         files = ours.saved(Path(name) / "files", {"1": ours.hosted[0].path})
-        peer = stack.enter_context(python_peer("one_object", files))
+        peer = stack.enter_context(python_peer("one_object", files)).address
         loads: dict[str, list[Load]] = {loop: [] for loop in _LOOPS}
         for number in range(rounds):
             say(f"  round {number + 1} of {rounds}")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.speed.harness import warn_missing
@@ -38,13 +39,21 @@ http {{
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A peer that has started."""
+
+    address: Address
+    pid: int
+
+
 @contextmanager
-def python_peer(app: str, files: Path) -> Iterator[Address]:
+def python_peer(app: str, files: Path) -> Iterator[Running]:
     """One of `apps` over the files of a folder."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.speed.apps", app, str(port), str(files)]
-    with _running(command, port) as address:
-        yield address
+    with _running(command, port) as running:
+        yield running
 
 
 @contextmanager
@@ -59,8 +68,8 @@ def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
     port = free_port()
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(_NGINX.format(user=user, folder=folder, root=root, port=port))
-    with _running([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], port) as address:
-        yield address
+    with _running([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], port) as running:
+        yield running.address
 
 
 @contextmanager
@@ -73,13 +82,13 @@ def redis(values: dict[str, bytes]) -> Iterator[Address | None]:
         return
     port = free_port()
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with _running(command, port) as address:
-        with socket.create_connection(address, timeout=60) as connection:
+    with _running(command, port) as running:
+        with socket.create_connection(running.address, timeout=60) as connection:
             for key, value in values.items():
                 connection.sendall(command_of("SET", key) + b"$%d\r\n" % len(value) + value + b"\r\n")
                 if (told := connection.recv(1024)) != b"+OK\r\n":
                     raise RuntimeError(f"Redis: {told!r}")
-        yield address
+        yield running.address
 
 
 def command_of(name: str, key: str) -> bytes:
@@ -103,7 +112,7 @@ def version_of(program: str) -> str:
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[Address]:
+def _running(command: list[str], port: int) -> Iterator[Running]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
@@ -115,7 +124,7 @@ def _running(command: list[str], port: int) -> Iterator[Address]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{command[0]} did not start: {' '.join(command)}") from None
                 time.sleep(0.05)
-        yield "127.0.0.1", port
+        yield Running(("127.0.0.1", port), process.pid)
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -43,7 +43,7 @@ def measure(*, quick: bool) -> Outcome:
         told = ours.server.client(ours.key).get(path, headers={"If-None-Match": etag}).headers
         (folder / "head.json").write_text(json.dumps({name: told[name] for name in told if name != "date"}))
         for case, app in _APPS.items():
-            address = stack.enter_context(peers.python_peer(app, folder))
+            address = stack.enter_context(peers.python_peer(app, folder)).address
             request = get(path, address, authorization=f"Bearer {ours.key}", if_none_match=etag)
             cases[case] = partial(_rate, address, request, seconds)
         say(f"  {rounds} rounds")

@@ -63,7 +63,8 @@ def test_peers_send_the_bytes_that_they_were_given(program: str, files: Path, tm
 def test_loads_count_every_answer_and_an_open_one_keeps_its_rate(files: Path) -> None:
     """Latencies, statuses and bytes agree; requests fall due whatever the answers do."""
     size = (files / "1.safetensors").stat().st_size
-    with peers.python_peer("one_object", files) as address:
+    with peers.python_peer("one_object", files) as peer:
+        address = peer.address
         request = get("/1", address)
         closed = closed_loop(address, repeat(request), 4, 0.5)
         opened = open_loop(address, repeat(request), 4, 1.0, rate=50)

@@ -20,6 +20,7 @@ from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, rat
 from tests.benchmarks.speed.load import Address, Reader, get, redis
 from tests.benchmarks.speed.memory import Growth
 from tests.benchmarks.speed.ours import Ours, path_of, serving
+from tests.benchmarks.speed.processor import spent
 from tests.benchmarks.tables import Grid
 
 OURS: Final = "ours"
@@ -47,6 +48,7 @@ def measure(*, quick: bool) -> Outcome:
         files = ours.saved(folder / "files", {str(batch): _path(batch) for batch in batches})
         readers = _readers(stack, ours, files, folder)
         times = {batch: _measured(readers, batch, rounds if batch < 256 else 5) for batch in batches}
+        processor = _processor(ours, files, 100 if quick else 2560)
     speeds = {
         batch: {peer: (files_size(shape, batch) / Spread.of(seconds).median) / 1e9 for peer, seconds in found.items()}
         for batch, found in times.items()
@@ -59,7 +61,7 @@ def measure(*, quick: bool) -> Outcome:
         {peer: [speeds[batch].get(peer) for batch in batches] for peer in _shown(times)},
         log_y=False,
     )
-    return Outcome([_speeds(times, speeds), _ratios(times), memory], chart)
+    return Outcome([_speeds(times, speeds), _ratios(times), processor, memory], chart)
 
 
 def files_size(shape: Shape, batch: int) -> int:
@@ -85,7 +87,7 @@ def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[st
     reader = stack.enter_context(Reader(ours.address))
     readers: dict[str, Ask] = {OURS: lambda batch: reader.read(ours.get(_path(batch)))}
     for name, app in ((ONE_OBJECT, "one_object"), (SCATTER, "scatter"), (FASTAPI, "fastapi_response")):
-        address = stack.enter_context(peers.python_peer(app, files))
+        address = stack.enter_context(peers.python_peer(app, files)).address
         _must_agree(name, address, files)
         readers[name] = partial(from_app, stack.enter_context(Reader(address)), address)
     if (at := stack.enter_context(peers.nginx(files, folder / "nginx"))) is not None:
@@ -118,6 +120,29 @@ def _seconds(ask: Ask, batch: int, repeats: int) -> float:
     for _ in range(repeats):
         ask(batch)
     return (time.perf_counter() - began) / repeats
+
+
+def _processor(ours: Ours, files: Path, answers: int) -> Grid:
+    """What keeps one row from being one bytes object: the server's work for each answer."""
+    rows = []
+    with (
+        peers.python_peer("one_object", files) as peer,
+        Reader(ours.address) as to_ours,
+        Reader(peer.address) as to_peer,
+    ):
+        for name, pid, reader, request in (
+            (OURS, ours.pid, to_ours, ours.get(_path(1))),
+            (ONE_OBJECT, peer.pid, to_peer, get("/1", peer.address)),
+        ):
+            reader.read(request)
+            before, began = spent(pid), time.perf_counter()
+            for _ in range(answers):
+                reader.read(request)
+            passed = time.perf_counter() - began
+            user, kernel = (after - first for after, first in zip(spent(pid), before, strict=True))
+            rows.append([name, *(f"{seconds / answers * 1e6:.0f}" for seconds in (user, kernel, passed))])
+    title = f"One row, {answers:,} answers one after another: microseconds of each"
+    return Grid(title, ["", "of the server's user time", "in the kernel", "until it was read"], rows)
 
 
 def _shown(times: dict[int, Times]) -> list[str]:
