@@ -63,7 +63,8 @@ class _Client:
             return None
         # What is mapped is not pinned.
         shares = self._connection.uds is not None and options.get("shared_memory", True) and not self._pin_memory
-        return Fetcher(self._connection, self._allocate, options.get("connections", 1), shared_memory=shares)
+        connections = options.get("connections", 1)
+        return Fetcher(self._connection, self._allocate, connections, pinned=self._pin_memory, shared_memory=shares)
 
     def _allocate(self, size: int) -> memoryview:
         from service.client.decode import allocate

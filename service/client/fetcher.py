@@ -17,15 +17,22 @@ _MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
 
 
 class Fetcher:
-    """Safe to share between threads. `allocate` gives memory for a body; a body may come in ranges over
-    `connections` at once, or with `shared_memory` be mapped where the service says that it lies."""
+    """Safe to share between threads. `allocate` gives memory for a body, which takes long where it is `pinned`; a body
+    may come in ranges over `connections` at once, or with `shared_memory` be mapped where the service says that it
+    lies."""
 
     def __init__(
-        self, connection: Connection, allocate: Callable[[int], memoryview], connections: int, *, shared_memory: bool
+        self,
+        connection: Connection,
+        allocate: Callable[[int], memoryview],
+        connections: int,
+        *,
+        pinned: bool,
+        shared_memory: bool,
     ) -> None:
         self._base_url, self._lane = connection.base_url, Lane(connection)
         self._allocate, self._connections = allocate, connections
-        self._shared_memory = shared_memory
+        self._pinned, self._shared_memory = pinned, shared_memory
 
     def fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
         """What the fetch makes of its answer, which is there before the moment `until` of `time.monotonic`.
@@ -41,8 +48,8 @@ class Fetcher:
         return fetch.read(require_success(answer))
 
     def blocks(self, fetch: Fetch) -> bool:
-        """Whether it needs a thread: what is hashed takes the processor for long, and pieces come in threads."""
-        return fetch.is_hashed or self._connections > 1
+        """Whether it needs a thread: hashing and pinned memory take long, and pieces come in threads."""
+        return fetch.is_hashed or self._pinned or self._connections > 1
 
     async def fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
         """As `fetch`, on the running event loop, for what does not block.

@@ -56,6 +56,15 @@ def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> No
     assert torch.equal(bits, quotients.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int64))
 
 
+def test_values_are_divided_by_their_scale() -> None:
+    """Not multiplied by its reciprocal, which is rounded once more: beside this maximum the byte would be 9."""
+    largest, value = float.fromhex("0x1.3e1558p+1"), float.fromhex("0x1.afaf4p-14")
+    values = torch.zeros(L, 2, H, N, D)
+    values[0, 0, 0, 0, :2] = torch.tensor([largest, value])
+    found = render(PrefixKV.whole(values), "float8_e4m3fn").values.view(torch.uint8)
+    assert found[0, 0, 0, 0, :2].tolist() == [126, 10]
+
+
 def test_what_arrives_is_byte_times_scale() -> None:
     """The client's decoding is the definition's number, times the scale of layer, part and head, in float32."""
     rendering = render(drawn(2.0), "float8_e4m3fn")

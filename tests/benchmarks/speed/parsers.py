@@ -87,8 +87,8 @@ def _gigabytes(address: Address, seconds: float) -> float:
 def _served(parser: str, kind: str) -> Iterator[Address]:
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.speed.parsers", parser, kind, str(port)]
-    with peers._running(command, port) as address:
-        yield address
+    with peers.started(command, port) as peer:
+        yield peer.address
 
 
 async def _not_modified(_request: Request) -> Response:

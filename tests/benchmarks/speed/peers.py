@@ -52,7 +52,7 @@ def python_peer(app: str, files: Path) -> Iterator[Running]:
     """One of `apps` over the files of a folder."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.speed.apps", app, str(port), str(files)]
-    with _running(command, port) as running:
+    with started(command, port) as running:
         yield running
 
 
@@ -68,7 +68,7 @@ def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
     port = free_port()
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(_NGINX.format(user=user, folder=folder, root=root, port=port))
-    with _running([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], port) as running:
+    with started([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], port) as running:
         yield running.address
 
 
@@ -82,7 +82,7 @@ def redis(values: dict[str, bytes]) -> Iterator[Address | None]:
         return
     port = free_port()
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    with _running(command, port) as running:
+    with started(command, port) as running:
         with socket.create_connection(running.address, timeout=60) as connection:
             for key, value in values.items():
                 connection.sendall(command_of("SET", key) + b"$%d\r\n" % len(value) + value + b"\r\n")
@@ -112,7 +112,8 @@ def version_of(program: str) -> str:
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[Running]:
+def started(command: list[str], port: int) -> Iterator[Running]:
+    """A program that listens on a port of this machine."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
