@@ -1,6 +1,7 @@
 """Deny by default: every route but the public ones needs a key, checked before any body is read."""
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Final
@@ -32,6 +33,7 @@ REMEMBERED_SECONDS: Final = 5.0
 """How long a verified key is not looked up again: the longest that a revoked one may still work."""
 
 _ANYONE: Final = Principal("dev", None, "admin")
+_OF_THIS_MACHINE: Final = re.compile(rb"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 
 class Authenticator:
@@ -95,19 +97,27 @@ class AuthenticationMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
         if scope["path"] not in PUBLIC:
-            authenticator, header = self._authenticator(), _authorization(scope)
+            authenticator, header = self._authenticator(), _header(scope, b"authorization")
             principal = authenticator.remembered(header) or await authenticator.authenticate(header)
+            if principal is _ANYONE:
+                _refuse_other_sites(_header(scope, b"origin"))
             scope["principal"], scope["tenant"] = principal, principal.tenant
             about.get()["key_id"] = principal.key_id
         await self._app(scope, receive, send)
 
 
-def _authorization(scope: Scope) -> bytes:
+def _header(scope: Scope, wanted: bytes) -> bytes:
     for name, value in scope["headers"]:
-        if name == b"authorization":
+        if name == wanted:
             found: bytes = value
             return found
     return b""
+
+
+def _refuse_other_sites(origin: bytes) -> None:
+    """Without keys a web page, opened on this machine, could change things for its reader (RFC 6454, section 7)."""
+    if origin and not _OF_THIS_MACHINE.fullmatch(origin):
+        raise Forbidden(f"--dev serves this machine alone, and a web page of {origin.decode('latin-1')!r:.100} asks")
 
 
 def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:

@@ -345,3 +345,21 @@ def test_dev_mode_has_no_keys(tmp_path: Path) -> None:
         assert [item["tenant"] for item in client.get("/v1/tenants").json()["items"]] == ["acme"]
         assert not (dev.data_dir / "bootstrap.key").exists()
         assert "no keys" in dev.log.read_text()
+
+
+def test_dev_mode_refuses_web_pages_of_other_sites(tmp_path: Path) -> None:
+    """What a browser sends without asking first, a form or a body without media type, changes nothing for them."""
+    with running_server(tmp_path / "data", "--dev") as dev:
+        client = dev.client("")
+        assert upload(client, "acme", "a").status_code == 201
+        load = "/v2/repository/models/acme/a/load"
+        for origin in (
+            "https://elsewhere.example",
+            "null",
+            "http://localhost.elsewhere.example",
+            "http://127.0.0.1.nip.io",
+        ):
+            told = problem(client.post(load, headers={"Origin": origin}), 403, "forbidden")
+            assert origin in told["detail"]
+        for origin in (dev.url, "http://localhost:3000", "http://[::1]:8080"):
+            assert client.post(load, headers={"Origin": origin}).status_code == 200
