@@ -44,10 +44,12 @@ class Reference:
         """What PEFT generates greedily, in float32."""
         key = (adapter, prompt, count)
         if key not in self._known:
-            self._known[key] = self._generate(adapter, self.prompts[prompt], count)
+            self._known[key] = self.generate(adapter, prompt, count)
         return self._known[key]
 
-    def _generate(self, adapter: str | None, prompt: list[int], count: int) -> Said:
+    def generate(self, adapter: str | None, named: str, count: int, **more: Any) -> Said:
+        """The same with more options of transformers."""
+        prompt = self.prompts[named]
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         with torch.inference_mode():
@@ -57,6 +59,7 @@ class Reference:
                 output_logits=True,
                 return_dict_in_generate=True,
                 **options,
+                **more,
             )
         tokens = made.sequences[0, len(prompt) :].tolist()
         steps = [torch.log_softmax(logits[0], -1) for logits in made.logits]

@@ -13,7 +13,7 @@ from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
 from tests.vllm.conftest import publish, serving_adapters
 from tests.vllm.driver import Engine, engine, transfer_config
-from tests.vllm.reference import Reference
+from tests.vllm.reference import VOCABULARY, Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
@@ -100,6 +100,18 @@ def test_a_salt_of_the_requests_own_separates_too(asking: Asking) -> None:
     one, other = ({**asking.job("d", "long"), "salt": salt} for salt in ("one", "other"))
     cached = [asking.engine.run([job])["outputs"][0]["cached"] for job in (one, one, other)]
     assert cached == [45, 128, 45]
+
+
+def test_a_penalty_of_repetitions_sees_no_placeholder(asking: Asking) -> None:
+    """It weighs what the caller wrote and what was said since, as in PEFT: not the id that stands for a prefix."""
+    few = list(range(6))  # the placeholder's id among them; no prompt has one
+    weighed: dict[str, Any] = {"repetition_penalty": 0.3}
+    asked = [(adapter, prompt) for adapter in ("a", "b", "c", "d") for prompt in asking.reference.prompts]
+    jobs = [asking.job(*row, options={"allowed_token_ids": few, **weighed}) for row in asked]
+    others = list(range(len(few), VOCABULARY))
+    for row, output in zip(asked, asking.engine.run(jobs, 1)["outputs"], strict=True):
+        expected = asking.reference.generate(*row, 1, suppress_tokens=others, **weighed)
+        assert output["tokens"] == expected.tokens, row
 
 
 def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
