@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Counted:
-    """Where it listens, and the bytes that have passed towards the client."""
+    """Where it listens, the connections that clients have made, and the bytes that have passed towards them."""
 
     url: str
     received: int = 0
+    connections: int = 0
 
     def taken(self) -> int:
         """The bytes since this was called last."""
@@ -40,6 +41,7 @@ def _accept(listener: socket.socket, target: tuple[str, int], counted: Counted) 
             client, _ = listener.accept()
         except OSError:
             return
+        counted.connections += 1
         server = socket.create_connection(target)
         threading.Thread(target=_pass, args=(client, server, None), daemon=True).start()
         threading.Thread(target=_pass, args=(server, client, counted), daemon=True).start()
