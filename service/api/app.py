@@ -9,10 +9,24 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import adapters, aliases, audit, inference_v2, keys, mixed, ops, prefixes, problems, residency, tenants
+from service.api import (
+    adapters,
+    aliases,
+    audit,
+    inference_v2,
+    inference_v2_extensions,
+    keys,
+    mixed,
+    ops,
+    prefixes,
+    problems,
+    residency,
+    tenants,
+)
 from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
+from service.api.inference_v2_statistics import InferenceStatistics
 from service.api.metrics import Metrics
 from service.api.middleware import StrictPathMiddleware
 from service.api.negotiation import require_json_acceptable
@@ -94,6 +108,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     app.include_router(mixed.router)
     app.include_router(ops.router)
     app.include_router(inference_v2.router)
+    app.include_router(inference_v2_extensions.router)
     for room in (adapters, aliases, residency, tenants, keys, audit):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
@@ -132,6 +147,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     keyring = Keyring(database, settings.secret_file)
     authenticator = Authenticator(None if settings.dev else keyring)
     rates = RateLimits(library.tenants.requests_per_second)
-    for hear in (library.hear, authenticator.hear, rates.hear):
+    statistics = InferenceStatistics()
+    for hear in (library.hear, authenticator.hear, rates.hear, statistics.hear):
         library.changes.listen(_on_this_loop(hear))
-    return State(settings, library, keyring, authenticator, rates, metrics, Answers(library))
+    return State(settings, library, keyring, authenticator, rates, metrics, Answers(library), statistics)

@@ -1,20 +1,31 @@
 """The Open Inference Protocol (KServe v2, Triton's REST dialect): a model is an adapter, `<tenant>/<adapter>`."""
 
 from collections.abc import AsyncIterator
-from functools import partial
 from importlib.metadata import version as version_of
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import orjson
 from anyio import to_thread
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from service.api.auth import Caller, Reading, Writing
 from service.api.bodies import json_object, read_body, validated
 from service.api.documentation import json_body, request_headers
-from service.api.inference_v2_requests import INPUTS, JSON_LENGTH, read_inference
-from service.api.inference_v2_responses import DATATYPES, TensorsResponse
+from service.api.inference_v2_extensions import EXTENSIONS
+from service.api.inference_v2_models import (
+    MODEL,
+    VERSION,
+    Selector,
+    every_version,
+    inputs_of_every_model,
+    json_list,
+    name_of,
+    outputs_of,
+    platform_of,
+    resolved,
+)
+from service.api.inference_v2_requests import JSON_LENGTH, parse_inference
+from service.api.inference_v2_responses import TensorsResponse
 from service.api.inference_v2_schemas import (
     IndexEntry,
     IndexRequest,
@@ -26,24 +37,18 @@ from service.api.inference_v2_schemas import (
     ServerLive,
     ServerMetadata,
     ServerReady,
-    TensorMetadata,
     UnloadRequest,
 )
 from service.api.paths import NamePath
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf, SettingsOf, State, StateOf
 from service.catalog.records import Version
 from service.errors import InvalidRequest
 from service.library import Library
-from service.plan import PrefixRequest
-from service.prefix.config import parse_config
-from service.prefix.references import Reference, check_name, parse_reference
+from service.prefix.references import check_name
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-_MODEL: Final = "/models/{tenant}/{name}"
-_VERSION: Final = _MODEL + "/versions/{version}"
 _REPOSITORY: Final = "/repository/models/{tenant}/{name}"
-_PAGE: Final = 1000
 
 _BINARY: Final[dict[str, Any]] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _FRAMED: Final = {JSON_LENGTH.replace("-", "_"): "bytes of JSON in front of binary tensors; absent when there are none"}
@@ -64,14 +69,11 @@ _INFERENCE: Final[dict[str, Any]] = {
     },
 }
 
-_Selector = Annotated[str, Path(description="the version's number, or an alias, digest or latest")]
-
 
 @router.get("")
 async def server_metadata() -> ServerMetadata:
     """What this server is, and the extensions that it speaks."""
-    extensions = ["binary_tensor_data", "model_repository", "parameters"]
-    return ServerMetadata(name="prefix-service", version=version_of("prefix-service"), extensions=extensions)
+    return ServerMetadata(name="prefix-service", version=version_of("prefix-service"), extensions=list(EXTENSIONS))
 
 
 @router.get("/health/live")
@@ -87,46 +89,42 @@ async def server_ready(library: LibraryOf) -> ServerReady:
     return ServerReady()
 
 
-@router.get(_MODEL)
+@router.get(MODEL)
 async def model_metadata(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelMetadata:
     """The inputs and outputs of a model's latest version."""
-    return await _metadata(library, await _resolved(library, tenant, name))
+    return await _metadata(library, await resolved(library, tenant, name))
 
 
-@router.get(_VERSION)
-async def version_metadata(tenant: Reading, name: NamePath, version: _Selector, library: LibraryOf) -> ModelMetadata:
+@router.get(VERSION)
+async def version_metadata(tenant: Reading, name: NamePath, version: Selector, library: LibraryOf) -> ModelMetadata:
     """The inputs and outputs of one version."""
-    return await _metadata(library, await _resolved(library, tenant, name, version))
+    return await _metadata(library, await resolved(library, tenant, name, version))
 
 
-@router.get(f"{_MODEL}/ready")
+@router.get(f"{MODEL}/ready")
 async def model_ready(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelReady:
     """Whether inference may be asked for: the model is published, and loaded when it is needed."""
-    return ModelReady(name=_name(await _resolved(library, tenant, name)))
+    return ModelReady(name=name_of(await resolved(library, tenant, name)))
 
 
-@router.get(f"{_VERSION}/ready")
-async def version_ready(tenant: Reading, name: NamePath, version: _Selector, library: LibraryOf) -> ModelReady:
-    """The same of one version."""
-    return ModelReady(name=_name(await _resolved(library, tenant, name, version)))
+@router.get(f"{VERSION}/ready")
+async def version_ready(tenant: Reading, name: NamePath, version: Selector, library: LibraryOf) -> ModelReady:
+    """Whether inference may be asked for with one version."""
+    return ModelReady(name=name_of(await resolved(library, tenant, name, version)))
 
 
-@router.post(f"{_MODEL}/infer", **_INFERENCE)
-async def infer(
-    request: Request, tenant: Reading, name: NamePath, library: LibraryOf, settings: SettingsOf
-) -> TensorsResponse:
+@router.post(f"{MODEL}/infer", **_INFERENCE)
+async def infer(request: Request, tenant: Reading, name: NamePath, state: StateOf) -> TensorsResponse:
     """`past_key_values`, masks and position ids of a model's latest version."""
-    version = await _resolved(library, tenant, name)
-    return await _inferred(request, library, version, settings.max_request_bytes)
+    return await _inferred(request, state, await resolved(state.library, tenant, name))
 
 
-@router.post(f"{_VERSION}/infer", **_INFERENCE)
+@router.post(f"{VERSION}/infer", **_INFERENCE)
 async def infer_version(
-    request: Request, tenant: Reading, name: NamePath, version: _Selector, library: LibraryOf, settings: SettingsOf
+    request: Request, tenant: Reading, name: NamePath, version: Selector, state: StateOf
 ) -> TensorsResponse:
-    """The same of one version."""
-    found = await _resolved(library, tenant, name, version)
-    return await _inferred(request, library, found, settings.max_request_bytes)
+    """`past_key_values`, masks and position ids of one version."""
+    return await _inferred(request, state, await resolved(state.library, tenant, name, version))
 
 
 @router.post(
@@ -140,9 +138,7 @@ async def repository_index(
 ) -> StreamingResponse:
     """Every version that the caller may see, in the order of publishing, and whether it is in memory."""
     wanted = validated(IndexRequest, await _optional_json(request, settings.max_request_bytes))
-    pages = _pages(library, caller.tenant, only_ready=wanted.ready)
-    first = await anext(pages)  # what fails, fails before the answer begins
-    return StreamingResponse(_listed(first, pages), media_type="application/json")
+    return await json_list(_index(library, caller.tenant, only_ready=wanted.ready))
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
@@ -154,7 +150,7 @@ async def repository_load(
     if wanted.parameters:
         given = ", ".join(wanted.parameters)
         raise InvalidRequest(f"load takes no parameters, got {given:.80}: a version is what was published")
-    version = await _resolved(library, tenant, name)
+    version = await resolved(library, tenant, name)
     await library.pin(version, by, pinned=bool(library.residency(version)["pinned"]))
     return Response()
 
@@ -178,70 +174,36 @@ async def _optional_json(request: Request, limit: int) -> dict[str, Any]:
     return await to_thread.run_sync(json_object, body) if body else {}
 
 
-async def _resolved(library: Library, tenant: str, name: str, selector: str | None = None) -> Version:
-    check_name("adapter", name)
-    reference = Reference(name) if selector is None else parse_reference(f"{name}@{selector}")
-    return await library.resolve(tenant, reference)
-
-
-async def _inferred(request: Request, library: Library, version: Version, limit: int) -> TensorsResponse:
-    inference = await read_inference(request, limit)
-    plan = await to_thread.run_sync(library.plan, version, inference.options, inference.mask)
-    return TensorsResponse(library, plan, inference.asked)
+async def _inferred(request: Request, state: State, version: Version) -> TensorsResponse:
+    library, limit = state.library, state.settings.max_request_bytes
+    measurement = state.inference_statistics.measure(version)
+    with measurement:
+        body = await read_body(request, limit)
+        measurement.arrived()
+        inference = await to_thread.run_sync(parse_inference, body, request.headers, limit)
+        plan = await to_thread.run_sync(library.plan, version, inference.options, inference.mask)
+        measurement.step()
+        return TensorsResponse(library, plan, inference.asked, measurement)
 
 
 async def _metadata(library: Library, version: Version) -> ModelMetadata:
     versions = await to_thread.run_sync(library.catalog.versions_of, version.tenant, version.adapter)
-    config = parse_config(version.config)
-    outputs = [TensorMetadata(name="attention_mask", datatype="INT64", shape=[-1, -1])]
-    if config.num_transformer_submodules == 1:
-        outputs.append(TensorMetadata(name="position_ids", datatype="INT64", shape=[-1, -1]))
-    for tensor in library.plan(version, PrefixRequest()).message.tensors.values():
-        if tensor.name != "attention_mask":
-            shape = [-1, *tensor.shape[1:]]
-            outputs.append(TensorMetadata(name=tensor.name, datatype=DATATYPES[tensor.dtype], shape=shape))
     return ModelMetadata(
-        name=_name(version),
+        name=name_of(version),
         versions=[str(one.number) for one in reversed(versions)],
-        platform=f"peft_{config.peft_type.lower()}",
-        inputs=[
-            TensorMetadata(name=name, datatype=datatype, shape=list(shape))
-            for name, (datatype, _, shape) in INPUTS.items()
-        ],
-        outputs=outputs,
+        platform=platform_of(version),
+        inputs=inputs_of_every_model(),
+        outputs=outputs_of(library, version),
     )
 
 
-async def _pages(library: Library, tenant: str | None, *, only_ready: bool) -> AsyncIterator[list[IndexEntry]]:
-    after = 0
-    while True:
-        found = await to_thread.run_sync(partial(library.catalog.index, tenant, after=after, limit=_PAGE))
+async def _index(library: Library, tenant: str | None, *, only_ready: bool) -> AsyncIterator[list[dict[str, str]]]:
+    async for page in every_version(library, tenant):
         entries = []
-        for one in found:
+        for one in page:
             ready = bool(library.residency(one)["resident"])
             if ready or not only_ready:
                 state, reason = ("READY", "") if ready else ("UNAVAILABLE", "not in memory: inference loads it")
-                name, number = f"{one.tenant}/{one.adapter}", str(one.number)
-                entries.append(IndexEntry(name=name, version=number, state=state, reason=reason))
+                entry = IndexEntry(name=name_of(one), version=str(one.number), state=state, reason=reason)
+                entries.append(entry.model_dump())
         yield entries
-        if len(found) < _PAGE:
-            return
-        after = found[-1].id
-
-
-async def _listed(first: list[IndexEntry], others: AsyncIterator[list[IndexEntry]]) -> AsyncIterator[bytes]:
-    yield b"[" + _joined(first)
-    empty = not first
-    async for page in others:
-        if page:
-            yield (b"" if empty else b",") + _joined(page)
-            empty = False
-    yield b"]"
-
-
-def _joined(entries: list[IndexEntry]) -> bytes:
-    return orjson.dumps([entry.model_dump() for entry in entries])[1:-1]
-
-
-def _name(version: Version) -> str:
-    return f"{version.tenant}/{version.adapter}"

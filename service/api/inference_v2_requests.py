@@ -7,12 +7,10 @@ from math import prod
 from typing import Any, Final
 
 import torch
-from anyio import to_thread
-from fastapi import Request
 from starlette.datastructures import Headers
 from torch import Tensor
 
-from service.api.bodies import json_object, read_body, validated
+from service.api.bodies import json_object, validated
 from service.api.inference_v2_schemas import InferenceInput, InferenceRequest, InputName
 from service.api.masks import mask_of_rows, require_flags
 from service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
@@ -30,33 +28,35 @@ INPUTS: Final[dict[InputName, tuple[str, torch.dtype, tuple[int, ...]]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """A request that was read: what is asked for, and the input's mask `[batch, seq]`, if it has one."""
+    """A request that was read: what is asked for, and the input's mask `[batch, seq]`, int64.
+
+    A request without a mask has one of no tokens, `[batch, 0]`, so its outputs are those of every other request.
+    """
 
     asked: InferenceRequest
     options: PrefixRequest
-    mask: Tensor | None
+    mask: Tensor
 
 
-async def read_inference(request: Request, limit: int) -> Inference:
-    """An inference request of at most `limit` bytes, also when it was compressed.
+def parse_inference(body: bytearray, headers: Headers, limit: int) -> Inference:
+    """Returns the inference request that a body is; it may have `limit` bytes once it is decompressed. Blocking.
 
     Raises:
         InvalidRequest: a field, an input or the framing is wrong.
         TooLarge: it has more bytes.
         UnsupportedMediaType: it is compressed in a way that is not read here.
     """
-    body = await read_body(request, limit)
-    return await to_thread.run_sync(_inference, body, request.headers, limit)
-
-
-def _inference(body: bytearray, headers: Headers, limit: int) -> Inference:
     view = memoryview(_decompressed(body, headers.get("content-encoding", "identity").lower(), limit))
     length = _json_length(headers.getlist(JSON_LENGTH), len(view))
     asked = validated(InferenceRequest, json_object(bytes(view[:length])))
     inputs = _tensors(asked.inputs, view[length:])
     rows = inputs.get("batch_size")
     options = {"batch_size": None if rows is None else int(rows), "dtype": asked.parameters.dtype}
-    return Inference(asked, validated(PrefixRequest, options), inputs.get("attention_mask"))
+    found = validated(PrefixRequest, options)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.zeros(found.batch_size or 1, 0, dtype=torch.int64)
+    return Inference(asked, found, mask)
 
 
 def _decompressed(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:

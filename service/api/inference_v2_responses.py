@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.inference_v2_requests import JSON_LENGTH
 from service.api.inference_v2_schemas import Datatype, InferenceRequest
+from service.api.inference_v2_statistics import Measurement
 from service.api.responses import send_chunks
 from service.errors import InvalidRequest
 from service.library import Library
@@ -30,17 +31,20 @@ MOST_NUMBERS: Final = 1 << 20
 
 
 class TensorsResponse(Response):
-    """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left."""
+    """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left.
 
-    def __init__(self, library: Library, plan: Plan, asked: InferenceRequest) -> None:
+    By default these are all that have elements: without an input mask, `position_ids` has none.
+    """
+
+    def __init__(self, library: Library, plan: Plan, asked: InferenceRequest, measurement: Measurement) -> None:
         self.background = None
-        self._library, self._plan, self._asked = library, plan, asked
+        self._library, self._plan, self._asked, self._measurement = library, plan, asked, measurement
         by_default = asked.parameters.binary_data_output
         wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
         if len(wanted) < len(asked.outputs):
             raise InvalidRequest("an output is asked for twice")
         if not wanted:
-            wanted = dict.fromkeys(plan.message.tensors)
+            wanted = {name: None for name, tensor in plan.message.tensors.items() if tensor.nbytes}
         self._binary = {name: by_default if own is None else own for name, own in wanted.items()}
         self._require_known()
         self._require_moderate()
@@ -67,15 +71,20 @@ class TensorsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        async with self._library.rendering(self._plan) as rendering:
-            head = await to_thread.run_sync(self._head, rendering)
-            chunks: list[bytes | memoryview] = [head]
-            for name, is_binary in self._binary.items():
-                if is_binary:
-                    chunks += self._plan.message.chunks_of(name, rendering)
-            headers = self._fields(head)
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send_chunks(scope, send, chunks)
+        with self._measurement:
+            async with self._library.rendering(self._plan) as rendering:
+                self._measurement.step()
+                head = await to_thread.run_sync(self._head, rendering)
+                self._measurement.succeeded(self._plan.message.form.batch_size)
+                await self._send(scope, send, head, rendering)
+
+    async def _send(self, scope: Scope, send: Send, head: bytes, rendering: Rendering) -> None:
+        chunks: list[bytes | memoryview] = [head]
+        for name, is_binary in self._binary.items():
+            if is_binary:
+                chunks += self._plan.message.chunks_of(name, rendering)
+        await send({"type": "http.response.start", "status": 200, "headers": self._fields(head)})
+        await send_chunks(scope, send, chunks)
 
     def _fields(self, head: bytes) -> list[tuple[bytes, bytes]]:
         version, tensors = self._plan.version, self._plan.message.tensors
@@ -114,7 +123,7 @@ class TensorsResponse(Response):
         if self._binary[tensor.name]:
             return {**about, "parameters": {"binary_data_size": tensor.nbytes}}
         elements = bytearray().join(self._plan.message.chunks_of(tensor.name, rendering))
-        numbers = torch.frombuffer(elements, dtype=tensor.dtype).tolist()
+        numbers = torch.frombuffer(elements, dtype=tensor.dtype).tolist() if elements else []
         try:
             return {**about, "data": orjson.Fragment(json.dumps(numbers, allow_nan=False).encode())}
         except ValueError as error:

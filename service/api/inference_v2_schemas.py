@@ -65,7 +65,9 @@ class InferenceRequest(_Strict):
     id: str | None = None
     parameters: InferenceParameters = InferenceParameters()
     inputs: list[InferenceInput] = Field(max_length=2)
-    outputs: list[RequestedOutput] = Field(default=[], description="default all, in the order of the model's metadata")
+    outputs: list[RequestedOutput] = Field(
+        default=[], description="default all that have elements, in the order of the model's metadata"
+    )
 
 
 class ResponseOutput(BaseModel):
@@ -131,13 +133,86 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A model: exactly one of its inputs is needed, and `position_ids` comes with `attention_mask` alone."""
+    """A model: its inputs are optional, and each of its outputs may be asked for; without the input `attention_mask`,
+    `position_ids` is empty, `[batch, 0]`."""
 
     name: str
     versions: list[str]
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+
+
+class ConfiguredTensor(BaseModel):
+    """A tensor of a model's configuration; -1 is a size that the request decides, the batch's included."""
+
+    name: str
+    data_type: str = Field(description="TYPE_ and the datatype of the model's metadata")
+    dims: list[int]
+
+
+class ConfiguredInput(ConfiguredTensor):
+    """An input; none is needed."""
+
+    optional: bool = True
+
+
+class ModelConfig(BaseModel):
+    """A model's configuration, as far as a prefix has what Triton's configuration names.
+
+    `max_batch_size` is 0, which says that `dims` are whole shapes: `batch_size` is an input of its own, so not every
+    tensor has a batch dimension that a client or Triton could join requests along.
+    """
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: Literal[0] = 0
+    input: list[ConfiguredInput]
+    output: list[ConfiguredTensor]
+
+
+class DurationStatistics(BaseModel):
+    """How many requests, and their nanoseconds together."""
+
+    count: int
+    ns: int
+
+
+class RequestStatistics(BaseModel):
+    """Durations of requests, from the arrival of the whole body to an answer that is ready to be sent.
+
+    `compute_input` is reading the request, `compute_infer` having the tensors in memory (a load, if need be, and
+    waiting for memory), `compute_output` writing the answer's JSON. `queue` takes no time, since no scheduler holds
+    requests back; the response cache, which Triton may have, is absent here.
+    """
+
+    success: DurationStatistics
+    fail: DurationStatistics
+    queue: DurationStatistics
+    compute_input: DurationStatistics
+    compute_infer: DurationStatistics
+    compute_output: DurationStatistics
+    cache_hit: DurationStatistics
+    cache_miss: DurationStatistics
+
+
+class ModelStatistics(BaseModel):
+    """Counts of one version."""
+
+    name: str
+    version: str
+    last_inference: int = Field(description="milliseconds since 1970 of the newest request; 0 for none")
+    inference_count: int = Field(description="rows of successful requests")
+    execution_count: int = Field(description="successful requests")
+    inference_stats: RequestStatistics
+
+
+class Statistics(BaseModel):
+    """What the process that answers has counted since it started; each worker process counts for itself. Of each
+    tenant, the 1,024 versions that were asked for last are counted; the others have zeros."""
+
+    model_stats: list[ModelStatistics]
 
 
 class IndexRequest(_Strict):

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from service.api.answers import Answers
 from service.api.auth import Authenticator
+from service.api.inference_v2_statistics import InferenceStatistics
 from service.api.metrics import Metrics
 from service.api.rates import RateLimits
 from service.catalog.keys import Keyring
@@ -25,6 +26,7 @@ class State:
     rates: RateLimits
     metrics: Metrics
     answers: Answers
+    inference_statistics: InferenceStatistics
 
 
 def state_of(request: Request) -> State:

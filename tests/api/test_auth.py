@@ -19,7 +19,9 @@ from tests.conftest import PREFIX_SERVICE, Server, running_server
 
 HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 PUBLIC = {*HEALTH, "/openapi.json", "/docs", "/docs/oauth2-redirect"}
-OF_ANY_KEY = {"/v1/prefixes", "/v2", "/v2/repository/index"}
+ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
+"""How the paths of Triton's extensions end that are refused to everybody who has a key."""
+OF_ANY_KEY = {"/v1/prefixes", "/v2", "/v2/repository/index", "/v2/models/stats"}
 MINE, OTHER = "auth-mine", "auth-other"
 SCOPES = ("read", "write", "admin")
 
@@ -33,7 +35,7 @@ class Call(NamedTuple):
     def to(self, tenant: str, adapter: str = "a") -> str:
         """The path for a tenant."""
         return self.template.format(
-            tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16, version="1"
+            tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16, version="1", region="r"
         )
 
     @property
@@ -43,14 +45,16 @@ class Call(NamedTuple):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"
-        reads = self.method in ("GET", "HEAD") or self.template.endswith(("/prefix", "/prefixes", "/infer", "/index"))
+        reading = ("/prefix", "/prefixes", "/infer", "/index", *ABSENT)
+        reads = self.method in ("GET", "HEAD") or self.template.endswith(reading)
         return "read" if reads else "write"
 
     @property
     def is_for_the_platform(self) -> bool:
         """Whether only keys of the platform are ever enough."""
         changes_tenant = self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE")
-        return ("{tenant}" not in self.template and self.template not in OF_ANY_KEY) or changes_tenant
+        is_for_all = self.template in OF_ANY_KEY or self.template.endswith(ABSENT)
+        return ("{tenant}" not in self.template and not is_for_all) or changes_tenant
 
 
 def _routes() -> Iterator[Call]:

@@ -23,6 +23,7 @@ from tests.api.helpers import (
     upload_directory,
     weights,
 )
+from tests.api.triton import Keyed, masked, rows
 from tests.conftest import Server
 
 TENANT = "open-inference"
@@ -42,42 +43,12 @@ def client(server: Server) -> httpx.Client:
     return client
 
 
-class Keyed:
-    """tritonclient's blocking client, with a key on every request."""
-
-    def __init__(self, server: Server, key: str) -> None:
-        self._client = triton.InferenceServerClient(urlsplit(server.url).netloc)
-        self._key = key
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._client, name)
-        return lambda *args, **kwargs: method(*args, headers={"Authorization": f"Bearer {self._key}"}, **kwargs)
-
-    def close(self) -> None:
-        """End its connections."""
-        self._client.close()
-
-
 @pytest.fixture
 def worker(server: Server, client: httpx.Client) -> Iterator[Keyed]:
     """A fleet's worker, with the key of the platform."""
     keyed = Keyed(server, server.admin_key)
     yield keyed
     keyed.close()
-
-
-def rows(count: int, *, binary: bool = True) -> Any:
-    """The input `batch_size`."""
-    value = triton.InferInput("batch_size", [1], "INT32")
-    return value.set_data_from_numpy(np.array([count], np.int32), binary_data=binary)
-
-
-def masked(mask: list[list[int]], *, binary: bool = True) -> Any:
-    """The input `attention_mask`."""
-    array = np.array(mask, np.int64)
-    return triton.InferInput("attention_mask", list(array.shape), "INT64").set_data_from_numpy(
-        array, binary_data=binary
-    )
 
 
 def assert_result(found: Any, expected: Tensors, dtype: str = "float32") -> None:
@@ -101,7 +72,13 @@ def test_the_server_tells_of_itself(worker: Keyed) -> None:
     assert worker.is_server_ready() is True
     metadata = worker.get_server_metadata()
     assert metadata["name"] == "prefix-service"
-    assert metadata["extensions"] == ["binary_tensor_data", "model_repository", "parameters"]
+    assert metadata["extensions"] == [
+        "binary_tensor_data",
+        "model_configuration",
+        "model_repository",
+        "parameters",
+        "statistics",
+    ]
 
 
 def test_a_model_tells_of_itself(worker: Keyed) -> None:
@@ -262,7 +239,21 @@ REFUSED: dict[str, tuple[Call, str, str]] = {
     "odd version": (lambda worker: worker.infer(ODD, [], model_version="07"), "400", "neither a version number"),
     "no tenant": (lambda worker: worker.get_model_metadata("llama"), "404", "no such resource"),
     "not a name": (lambda worker: worker.get_model_metadata("acme/Zürich"), "400", "is not a name"),
-    "config": (lambda worker: worker.get_model_config(LLAMA), "404", "no such resource"),
+    "config of a missing model": (
+        lambda worker: worker.get_model_config(f"{TENANT}/none"),
+        "404",
+        "there is no .*/none",
+    ),
+    "statistics of a missing version": (
+        lambda worker: worker.get_inference_statistics(ODD, "9"),
+        "404",
+        "there is no .*@9",
+    ),
+    "load with files": (
+        lambda worker: worker.load_model(LLAMA, config="{}", files={"file:1/model.bin": b"x"}),
+        "400",
+        "load takes no parameters",
+    ),
     "load with config": (lambda worker: worker.load_model(LLAMA, config="{}"), "400", "load takes no parameters"),
     "no rows": (lambda worker: worker.infer(LLAMA, [rows(0)]), "400", "batch_size"),
     "too many rows": (lambda worker: worker.infer(LLAMA, [rows(257)]), "400", "batch_size must be at most 256"),
@@ -271,12 +262,12 @@ REFUSED: dict[str, tuple[Call, str, str]] = {
     "unknown output": (
         lambda worker: worker.infer(LLAMA, [], outputs=[triton.InferRequestedOutput("logits")]),
         "400",
-        "there is no output 'logits' here: there are attention_mask, and past_key_values.0.key to ",
+        "there is no output 'logits' here: there are attention_mask, position_ids, and past_key_values.0.key to ",
     ),
-    "positions without a mask": (
-        lambda worker: worker.infer(LLAMA, [], outputs=[triton.InferRequestedOutput("position_ids")]),
+    "positions of an encoder-decoder model": (
+        lambda worker: worker.infer(T5, [masked(MASK)], outputs=[triton.InferRequestedOutput("position_ids")]),
         "400",
-        "there is no output 'position_ids'",
+        "there is no output 'position_ids' here: there are attention_mask, and past_key_values.0.key to ",
     ),
     "an output twice": (
         lambda worker: worker.infer(LLAMA, [], outputs=[triton.InferRequestedOutput("attention_mask")] * 2),
@@ -321,7 +312,15 @@ def test_a_key_is_needed(server: Server, client: httpx.Client) -> None:
     assert keyless.is_server_live() is True
     assert keyless.is_server_ready() is True
     assert keyless.is_model_ready(LLAMA) is False
-    for call in (keyless.get_server_metadata, keyless.get_model_repository_index):
+    calls: list[Callable[[], Any]] = [
+        keyless.get_server_metadata,
+        keyless.get_model_repository_index,
+        keyless.get_inference_statistics,
+        lambda: keyless.get_inference_statistics(LLAMA),
+        lambda: keyless.get_model_config(LLAMA),
+        keyless.get_trace_settings,
+    ]
+    for call in calls:
         with pytest.raises(InferenceServerException, match="a key is needed") as raised:
             call()
         assert raised.value.status() == "401"
@@ -335,6 +334,9 @@ async def test_the_asyncio_client(server: Server, client: httpx.Client) -> None:
         assert await worker.is_server_ready()
         assert await worker.is_model_ready(LLAMA, headers=headers)
         assert (await worker.get_model_metadata(LLAMA, headers=headers))["name"] == LLAMA
+        assert (await worker.get_model_config(LLAMA, headers=headers))["name"] == LLAMA
+        (counted,) = (await worker.get_inference_statistics(LLAMA, "1", headers=headers))["model_stats"]
+        assert counted["name"] == LLAMA
         for dtype in NUMPY:
             found = await worker.infer(LLAMA, [rows(5)], parameters={"dtype": dtype}, headers=dict(headers))
             assert_result(found, get(client, LLAMA, f"?batch_size=5&dtype={dtype}"), dtype)

@@ -263,7 +263,8 @@ SPOILT = [
 def test_the_slash_of_a_name_may_be_encoded_once(own: Server, path: str) -> None:
     """As one segment, or two; also with what follows it."""
     key = f"Bearer {own.admin_key}"
-    for rest in ("", "/ready", "/versions/1", "/versions/1/ready"):
+    for rest in ("", "/ready", "/config", "/stats"):
+        assert raw(own, head("GET", f"{path}/versions/1{rest}", authorization=key)).status == 200
         assert raw(own, head("GET", path + rest, authorization=key)).status == 200
     body = b'{"inputs":[]}'
     for rest in ("/infer", "/versions/1/infer"):
@@ -285,7 +286,7 @@ def test_other_slashes_are_404(own: Server, path: str) -> None:
 def test_what_is_anothers_is_missing(own: Server) -> None:
     """Under every route 404 in the words of a missing one; the index lists what the key may see, the platform's all."""
     mine = own.client(own.key("admin", "acme"))
-    calls = [("GET", ""), ("GET", "/ready"), ("GET", "/versions/1"), ("GET", "/versions/1/ready")]
+    calls = [("GET", version + rest) for version in ("", "/versions/1") for rest in ("", "/ready", "/config", "/stats")]
     calls += [("POST", "/infer"), ("POST", "/versions/1/infer")]
     for method, rest in calls:
         body = b'{"inputs":[]}' if method == "POST" else b""
@@ -296,8 +297,15 @@ def test_what_is_anothers_is_missing(own: Server) -> None:
     for action in ("load", "unload"):
         refused(mine.post(f"/v2/repository/models/beta/a/{action}"), 404, "not-found", "there is no beta/a")
     assert {entry["name"].partition("/")[0] for entry in mine.post("/v2/repository/index").json()} == {"acme"}
+    assert _counted(mine) == {"acme"}
+    assert _counted(own.client()) == {"acme", "beta"}
     every = own.client().post("/v2/repository/index").json()
     assert {entry["name"].partition("/")[0] for entry in every} == {"acme", "beta"}
+
+
+def _counted(client: httpx.Client) -> set[str]:
+    """The tenants in the statistics of all models."""
+    return {entry["name"].partition("/")[0] for entry in client.get("/v2/models/stats").json()["model_stats"]}
 
 
 def test_load_and_unload_need_write(own: Server) -> None:
@@ -305,7 +313,7 @@ def test_load_and_unload_need_write(own: Server) -> None:
     reader = own.client(own.key("read", "acme"))
     for action in ("load", "unload"):
         refused(reader.post(f"/v2/repository/models/acme/a/{action}"), 403, "forbidden", "scope write")
-    for path in ("/v2", MODEL, f"{MODEL}/ready"):
+    for path in ("/v2", MODEL, f"{MODEL}/ready", f"{MODEL}/config", f"{MODEL}/stats", "/v2/models/stats"):
         assert reader.get(path).status_code == 200
     assert reader.post(INFER, json={"inputs": []}).status_code == 200
     assert reader.post("/v2/repository/index").status_code == 200

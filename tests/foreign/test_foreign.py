@@ -92,7 +92,7 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     _needs("go", "golang-go")
     folder = tmp_path_factory.mktemp("go")
     environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
-    build = ["go", "build", "-o", folder / "prefix", FOLDER / "prefix.go"]
+    build = ["go", "build", "-o", str(folder / "prefix"), str(FOLDER / "prefix.go")]
     subprocess.run(build, env=environment, check=True)
     return [str(folder / "prefix")]
 
