@@ -60,7 +60,7 @@ class Program:
 
     def run(self, url: str, key: str, adapter: str, folder: Path) -> subprocess.CompletedProcess[str]:
         """Publish the folder, and fetch what was published."""
-        environment = {**os.environ, "PREFIX_URL": url, "PREFIX_API_KEY": key}
+        environment = {**os.environ, "PREFIX_URL": url, "PREFIX_API_KEY": key, "LC_ALL": "C.UTF-8"}
         arguments = [*self.command, f"{TENANT}/{adapter}", str(folder), *self.options]
         return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -224,12 +224,14 @@ def test_a_wrong_key_is_told_while_the_upload_is_sent(
 
 
 def test_a_refused_upload_is_told(hosting: Server, program: Program, adapter: str, tmp_path: Path) -> None:
-    """422 says what does not fit, and the program says so."""
-    folder = _saved(tmp_path, {**CONFIG, "base_model_name_or_path": 'x"\\…', "token_dim": 128}, torch.randn(64, 2048))
+    """422 says what is wrong, and the program says so, whatever letters JSON escapes."""
+    folder = _saved(tmp_path, {**CONFIG, "peft_type": 'a"b\\n…ü'}, torch.randn(64, 2048))
     done = program.run(hosting.url, hosting.admin_key, adapter, folder)
     assert (done.returncode, done.stdout) == (1, "")
     config, weights = ((folder / name).read_bytes() for name in FIELDS)
-    assert _detail(upload(hosting.client(), TENANT, adapter, config, weights), 422) in done.stderr
+    detail = _detail(upload(hosting.client(), TENANT, adapter, config, weights), 422)
+    assert "…ü" in detail
+    assert detail in done.stderr
     assert hosting.client().get(f"/v1/tenants/{TENANT}/adapters/{adapter}").status_code == 404
 
 
