@@ -28,8 +28,8 @@ send() {
 # Prints the `detail` of a problem document (RFC 9457), or what curl says of the connection.
 fail() {
     local detail
-    detail=$(sed -n 's/.*"detail": "\(.*\)", "code": .*/\1/p' "$work/body" 2>/dev/null || true)
-    printf '%b\n' "${detail:-$(cat "$work/error")}" >&2
+    detail=$(sed -n '/"detail": "/{s/.*"detail": "\(.*\)", "code": .*/\1/; s/\\"/"/g; p}' "$work/body" 2>/dev/null || true)
+    printf '%b\n' "${detail:-$(cat "$work/error")}" >&2 # %b knows JSON's other escapes
     exit 1
 }
 

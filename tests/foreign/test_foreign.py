@@ -64,8 +64,8 @@ class Program:
         arguments = [*self.command, f"{TENANT}/{adapter}", str(folder), *self.options]
         return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
 
-    def told(self, url: str, key: str, adapter: str, folder: Path) -> dict[str, Any]:
-        """What it prints when it succeeds."""
+    def output(self, url: str, key: str, adapter: str, folder: Path) -> dict[str, Any]:
+        """Returns what it prints; it must succeed."""
         done = self.run(url, key, adapter, folder)
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
@@ -171,18 +171,18 @@ def test_an_upload_arrives_and_its_prefix_is_decoded(
     """The stored file is the one that was sent; keys, values, mask and positions are those of `PrefixClient`; the
     connection of the upload is used again for the fetches."""
     with counting_proxy(hosting.url) as proxy:
-        told = program.told(proxy.url, hosting.admin_key, adapter, folder)
+        printed = program.output(proxy.url, hosting.admin_key, adapter, folder)
         assert proxy.connections <= program.connections
-    assert told["adapter"] == f"/v1/tenants/{TENANT}/adapters/{adapter}@1"
-    stored = hosting.client().get(f"{told['adapter']}/parameters").content
+    assert printed["adapter"] == f"/v1/tenants/{TENANT}/adapters/{adapter}@1"
+    stored = hosting.client().get(f"{printed['adapter']}/parameters").content
     assert stored == (folder / "adapter_model.safetensors").read_bytes()
     mask = torch.tensor(MASK)
     with PrefixClient(hosting.url, api_key=hosting.admin_key) as client:
         prefix = client.get(f"{TENANT}/{adapter}@1", batch_size=2)
         tensors = _named(prefix.past_key_values)
-        _assert_decoded(told["rows"], {**tensors, "attention_mask": prefix.attention_mask})
+        _assert_decoded(printed["rows"], {**tensors, "attention_mask": prefix.attention_mask})
         extras = {"attention_mask": prefix.extend_mask(mask), "position_ids": prefix.position_ids(mask)}
-        _assert_decoded(told["masked"], {**tensors, **extras})
+        _assert_decoded(printed["masked"], {**tensors, **extras})
 
 
 @pytest.mark.parametrize("hosting", ["h11"], indirect=True)
@@ -190,13 +190,13 @@ def test_an_upload_arrives_and_its_prefix_is_decoded(
 def test_it_is_what_peft_computes(hosting: Server, request: pytest.FixtureRequest, language: str, adapter: str) -> None:
     """The yardstick itself, from a folder that PEFT saved."""
     program = Program(request.getfixturevalue(language))
-    told = program.told(hosting.url, hosting.admin_key, adapter, adapter_of("llama-n20-emb"))
+    printed = program.output(hosting.url, hosting.admin_key, adapter, adapter_of("llama-n20-emb"))
     of_peft = {
         name.replace("b1.layers", "past_key_values"): tensor.repeat(2, 1, 1, 1)
         for name, tensor in expected_of("llama-n20-emb").items()
         if name.startswith("b1.layers")
     }
-    _assert_decoded(told["rows"], {**of_peft, "attention_mask": torch.ones(2, 20, dtype=torch.int64)})
+    _assert_decoded(printed["rows"], {**of_peft, "attention_mask": torch.ones(2, 20, dtype=torch.int64)})
 
 
 @pytest.mark.parametrize("options", [[], ["--http2"], ["--header", "Expect: 100-continue"]], ids=str)
@@ -213,7 +213,7 @@ def test_curl_uses_its_connection_again(
     assert done.stdout.splitlines() == ["201 1", "200 0"]
 
 
-def test_a_wrong_key_is_told_while_the_upload_is_sent(
+def test_a_wrong_key_is_reported_while_the_upload_is_sent(
     hosting: Server, program: Program, adapter: str, tmp_path: Path
 ) -> None:
     """401 comes before the body is read: the client reads it all the same, although it has 16 MB to send."""
@@ -223,7 +223,7 @@ def test_a_wrong_key_is_told_while_the_upload_is_sent(
     assert _detail(upload(hosting.client("pfx_wrong"), TENANT, adapter), 401) in done.stderr
 
 
-def test_a_refused_upload_is_told(hosting: Server, program: Program, adapter: str, tmp_path: Path) -> None:
+def test_a_refused_upload_is_reported(hosting: Server, program: Program, adapter: str, tmp_path: Path) -> None:
     """422 says what is wrong, and the program says so, whatever letters JSON escapes."""
     folder = _saved(tmp_path, {**CONFIG, "peft_type": 'a"b\\n…ü'}, torch.randn(64, 2048))
     done = program.run(hosting.url, hosting.admin_key, adapter, folder)
