@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from service.api.problems import METHODS
 from service.errors import HeaderFieldsTooLarge, MalformedRequest
 
 MAX_HEAD_BYTES: Final = 64 << 10
 MAX_HEAD_FIELDS: Final = 100
 
-METHODS: Final = frozenset({b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE"})
-"""CONNECT is not among them: what follows it would be a tunnel, and not HTTP."""
-
+_METHODS: Final = frozenset(method.encode() for method in METHODS)
 _ORIGIN_FORM: Final = re.compile(rb"/[\x21\x22\x24-\x7e]*")
 _AUTHORITY: Final = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?"
 _HOST: Final = re.compile(_AUTHORITY)
@@ -44,9 +43,9 @@ def admit(method: bytes, target: bytes, version: str, fields: Fields) -> bytes:
         raise HeaderFieldsTooLarge(f"the request has {len(names)} header fields, more than {MAX_HEAD_FIELDS}")
     if version not in ("1.1", "1.0"):
         raise MalformedRequest(f"this is HTTP/{version}: send HTTP/1.1 or HTTP/1.0")
-    if method not in METHODS:
-        known = b", ".join(sorted(METHODS)).decode()
-        raise MalformedRequest(f"the method {method.decode('latin-1')!r:.40} is not known here: send one of {known}")
+    if method not in _METHODS:
+        name = method.decode("latin-1")
+        raise MalformedRequest(f"the method {name!r:.40} is not known here: send one of {', '.join(METHODS)}")
     _check_host(names, version, fields)
     if b"content-length" in names or b"transfer-encoding" in names:
         _check_length(names, version, fields)
