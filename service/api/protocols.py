@@ -104,6 +104,10 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
             raise MalformedRequest("a request stands behind one that asked for the end of the connection")
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a field. llhttp leaves the blanks behind a value."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         """Look at a head before a request is made of it. uvicorn parses the target, and asks nothing of the fields."""
         if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
