@@ -2,16 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from anyio import to_thread
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
+from service.api.multipart import MultipartReader, Part
 from service.api.patience import MINIMUM_RATE, Patience
 from service.api.problems import invalid_request
 from service.api.state import state_of
@@ -19,16 +18,13 @@ from service.blobs import StagedBlob
 from service.errors import InvalidConfig, InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
 from service.prefix.config import MAX_CONFIG_BYTES, parse_json
 
-if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
-
 CONFIG: Final = "adapter_config.json"
 BASE_CONFIG: Final = "base_model_config"
 WEIGHTS: Final = "adapter_model.safetensors"
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 M = TypeVar("M", bound=BaseModel)
-_BATCH: Final = 1 << 20  # bytes that are handed to a thread at once
+_BATCH: Final = 1 << 20  # bytes that a thread takes at a time
 
 
 def has_body(headers: Headers) -> bool:
@@ -104,23 +100,14 @@ async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tupl
         RequestTimeout: it did not arrive in time.
     """
     whole = limit + 4 * MAX_CONFIG_BYTES  # room for the configs, and for what stands between the parts
-    _, options = parse_options_header(request.headers["content-type"])
-    boundary = options.get(b"boundary")
-    if not boundary:
-        raise InvalidRequest("the multipart body needs a boundary in its Content-Type")
-    upload = _Upload(weights, limit)
+    upload = _Upload(MultipartReader(request.headers["content-type"]), weights, limit)
     pending = bytearray()
-    try:
-        parser = MultipartParser(boundary, upload.callbacks())
-        async for piece in _arriving(request, whole):
-            pending += piece
-            if len(pending) >= _BATCH:
-                await to_thread.run_sync(parser.write, bytes(pending))
-                pending.clear()
-        await to_thread.run_sync(parser.write, bytes(pending))
-        parser.finalize()
-    except FormParserError as error:
-        raise InvalidRequest(f"the multipart body is malformed: {error!s:.200}") from error
+    async for piece in _arriving(request, whole):
+        pending += piece
+        if len(pending) >= _BATCH:
+            await to_thread.run_sync(upload.receive, bytes(pending))
+            pending.clear()
+    await to_thread.run_sync(upload.receive, bytes(pending))
     return upload.finished()
 
 
@@ -154,46 +141,33 @@ async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
 class _Upload:
     """The state of one multipart body: which part is arriving, and what has arrived."""
 
-    def __init__(self, weights: StagedBlob, limit: int) -> None:
+    def __init__(self, reader: MultipartReader, weights: StagedBlob, limit: int) -> None:
+        self._reader = reader
         self._weights, self._limit = weights, limit
         self._configs: dict[str, bytearray] = {}
         self._seen: list[str] = []
-        self._header = self._disposition = b""
-        self._complete = False
 
-    def callbacks(self) -> "MultipartCallbacks":
-        """For python-multipart's parser."""
-        return {
-            "on_header_field": self._on_header_field,
-            "on_header_value": self._on_header_value,
-            "on_header_end": self._on_header_end,
-            "on_headers_finished": self._on_headers_finished,
-            "on_part_data": self._on_part_data,
-            "on_end": self._on_end,
-        }
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes of the body. Blocking.
+
+        Raises:
+            InvalidRequest, UnsafeCheckpoint, TooLarge: as `read_upload`.
+        """
+        for found in self._reader.read(data):
+            if isinstance(found, Part):
+                self._begin_part(found.name)
+            else:
+                self._add_to_part(found)
 
     def finished(self) -> tuple[bytes, bytes | None]:
         """The configs of a complete upload."""
         missing = [name for name in (CONFIG, WEIGHTS) if name not in self._seen]
-        if missing or not self._complete:
+        if missing or not self._reader.is_complete:
             raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
         base = self._configs.get(BASE_CONFIG)
         return bytes(self._configs[CONFIG]), None if base is None else bytes(base)
 
-    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition += data[start:end]
-
-    def _on_header_end(self) -> None:
-        self._header = b""
-
-    def _on_headers_finished(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        self._disposition = b""
-        name = options.get(b"name", b"").decode("utf-8", "replace")
+    def _begin_part(self, name: str) -> None:
         if name.endswith(_PICKLES):
             raise UnsafeCheckpoint(
                 f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
@@ -209,16 +183,13 @@ class _Upload:
         if name != WEIGHTS:
             self._configs[name] = bytearray()
 
-    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+    def _add_to_part(self, data: bytes) -> None:
         name = self._seen[-1]
         if name == WEIGHTS:
-            if self._weights.size + end - start > self._limit:
+            if self._weights.size + len(data) > self._limit:
                 raise TooLarge(f"the weights have more than {self._limit} bytes")
-            self._weights.write(memoryview(data)[start:end])
+            self._weights.write(data)
             return
-        self._configs[name] += data[start:end]
+        self._configs[name] += data
         if len(self._configs[name]) > MAX_CONFIG_BYTES:
             raise TooLarge(f"{name} has more than {MAX_CONFIG_BYTES} bytes")
-
-    def _on_end(self) -> None:
-        self._complete = True

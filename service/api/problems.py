@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from service import errors
@@ -35,6 +36,9 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Internal: 500,
 }
 """The most specific class in an error's ancestry decides. Under `/v2`, 422 is 400, as that protocol has it."""
+
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+"""The methods that this service knows; CONNECT, which would open a tunnel, is not one of them."""
 
 _LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
 """What came next on the connection would be the rest of what was refused."""
@@ -112,13 +116,25 @@ def invalid_request(found: Any) -> errors.InvalidRequest:
     return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {first.get('input')!r:.80}")
 
 
-async def _routing(_request: Request, error: Exception) -> Response:
+async def _routing(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise TypeError(type(error))
     if error.status_code == 404:
         return problem(errors.NotFound("there is no such resource"))
-    code = "method-not-allowed" if error.status_code == 405 else "http-error"
-    return _ProblemResponse(error.status_code, code, str(error.detail), dict(error.headers or {}))
+    if error.status_code == 405:
+        allowed = ", ".join(_allowed_methods(request))
+        detail = f"this resource has no {request.method:.40}: send one of {allowed}"
+        return _ProblemResponse(405, "method-not-allowed", detail, {"Allow": allowed})
+    return _ProblemResponse(error.status_code, "http-error", str(error.detail), dict(error.headers or {}))
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """Returns the methods of a path in all its routes; Starlette names those of the first route alone."""
+    routes = request.app.routes
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [
+        method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)
+    ]
 
 
 async def _defect(_request: Request, error: Exception) -> Response:

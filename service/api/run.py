@@ -15,8 +15,9 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, start_http_server
 
 from service.api.app import create_app
-from service.api.connections import KEEP_ALIVE, connection_class
+from service.api.connections import KEEP_ALIVE
 from service.api.metrics import Metrics
+from service.api.protocols import connection_class
 from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
 from service.errors import Conflict, InvalidInput
@@ -28,7 +29,7 @@ from service.shared_files import sweep
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
 
-_CONNECTIONS: Final = "service.api.connections:connection_from_environment"
+_CONNECTIONS: Final = "service.api.protocols:connection_from_environment"
 
 
 def run(settings: Settings) -> None:

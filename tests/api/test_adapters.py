@@ -272,8 +272,20 @@ def test_residency_bodies(client: httpx.Client) -> None:
     problem(client.put(f"{ADAPTERS}/none/residency"), 404, "not-found")
 
 
-def test_methods_that_are_not_there(client: httpx.Client) -> None:
-    """405 is a problem document too, and names what is allowed."""
-    answer = client.patch(f"{ADAPTERS}/{NAMES[0]}")
-    problem(answer, 405, "method-not-allowed")
-    assert "GET" in answer.headers["allow"]
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (f"{ADAPTERS}/{NAMES[0]}", "GET, DELETE"),
+        (f"{ADAPTERS}/{NAMES[0]}/prefix", "GET, HEAD, POST"),
+        (f"{ADAPTERS}/{NAMES[0]}/versions", "GET, POST"),
+        (f"{ADAPTERS}/{NAMES[0]}/aliases/prod", "GET, PUT, DELETE"),
+        (f"{ADAPTERS}/{NAMES[0]}/residency", "GET, PUT, DELETE"),
+        ("/v1/prefixes", "POST"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_62_allow_names_every_method_of_the_path(client: httpx.Client, path: str, allowed: str) -> None:
+    """405 is a problem document, and its `Allow` holds the methods of all routes (RFC 9110, section 15.5.6)."""
+    answer = client.patch(path)
+    assert allowed in problem(answer, 405, "method-not-allowed")["detail"]
+    assert answer.headers["allow"] == allowed

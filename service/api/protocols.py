@@ -1,0 +1,210 @@
+"""uvicorn's protocols for the two parsers, which read the same requests in the same way here, as `framing` says.
+
+Each override names the behaviour of uvicorn (0.54), httptools (0.9) or h11 (0.16) that it answers. A request that is on
+its way to the app costs one look at the names of its header fields.
+"""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from functools import cache, partial
+from typing import Any, Literal, cast
+
+import h11
+import httptools
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api.connections import Deadlines, Guarded
+from service.api.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
+from service.api.strict_h11 import StrictH11
+from service.errors import MalformedRequest, PrefixServiceError
+from service.settings import Settings
+
+Message = dict[str, Any]
+
+
+def protocol_class(parser: Literal["httptools", "h11"], deadlines: Deadlines) -> type[asyncio.Protocol]:
+    """Returns what uvicorn takes as `http`, which it only calls."""
+    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines)
+    return cast("type[asyncio.Protocol]", made)
+
+
+def connection_class(settings: Settings) -> type[asyncio.Protocol]:
+    """Returns the connections of a service with these settings, for uvicorn."""
+    return protocol_class(settings.parser, Deadlines(settings.receive_timeout, settings.send_timeout))
+
+
+def connection_from_environment(**uvicorn: Any) -> asyncio.Protocol:
+    """Returns a connection of a worker process, which reads its settings from the environment.
+
+    uvicorn gets this function by name. A pickled class would import torch in the worker before the worker answers the
+    supervisor, which kills silent workers.
+    """
+    return _of_this_process()(**uvicorn)
+
+
+@cache
+def _of_this_process() -> type[asyncio.Protocol]:
+    return connection_class(Settings())
+
+
+class HttpToolsConnection(Guarded, HttpToolsProtocol):
+    """A connection read by the parser that is fast and bounds nothing."""
+
+    def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
+        self._pending = 0  # bytes since the last that were of a body, or ended a head
+        self._has_body_to_come = False
+        self._is_last = False  # the newest request is complete, and the connection ends with its answer
+        super().__init__(deadlines, **uvicorn)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
+        if self._ignores_input:
+            return
+        self._unset_keepalive_if_required()
+        self._pending += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            if not self._is_last:
+                self._refuse(_reason(error))
+        else:
+            if self._pending > MAX_HEAD_BYTES:  # also of heads, trailers and chunk extensions without end
+                self._refuse(too_large())
+
+    def _parse(self, data: bytes) -> None:
+        """Parse; read each head that has `Upgrade` a second time, without it.
+
+        llhttp takes everything behind such a head for another protocol, and httptools gives no way to tell it that
+        the server declined. It would take the request's body for the next request.
+        """
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            else:
+                return
+            head = self._declined_head()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(head)
+
+    def _declined_head(self) -> bytes:
+        """Returns the head that was just read; `admit` took `Upgrade` out of its fields."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % field for field in self.headers]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def on_message_begin(self) -> None:
+        """Stop behind the last request. uvicorn would queue another, which is never answered."""
+        if self._is_last:
+            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a field. llhttp leaves the blanks behind a value."""
+        super().on_header(name, value.rstrip(b" \t"))
+
+    def on_headers_complete(self) -> None:
+        """Look at a head before a request is made of it. uvicorn parses the target, and asks nothing of the fields."""
+        if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
+            raise too_large()
+        self.url = admit(self.parser.get_method(), self.url, version := self.parser.get_http_version(), self.headers)
+        if self.parser.should_upgrade():
+            return  # see `_parse`
+        self._pending, self._has_body_to_come = 0, True
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110, section 10.1.1
+        super().on_headers_complete()
+        self.headers = []  # for trailers: the request's own must not change any more
+        if version == "1.0":
+            self.cycle.send = partial(_send_without_chunks, self.cycle)
+        elif self.expect_100_continue:
+            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._pending = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request. uvicorn would end the one before it, if this one has `Upgrade`."""
+        if self.parser.should_upgrade():
+            return  # see `_parse`
+        check_trailers(self.headers)
+        self._pending, self._has_body_to_come = 0, False
+        self._is_last = not self.cycle.keep_alive
+        super().on_message_complete()
+
+    @property
+    def _is_in_body(self) -> bool:
+        return self._has_body_to_come
+
+    def _owes_answers(self) -> bool:
+        return bool(self.pipeline) or super()._owes_answers()
+
+
+class H11Connection(Guarded, H11Protocol):
+    """A connection read by the parser in Python."""
+
+    conn: StrictH11
+
+    def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
+        super().__init__(deadlines, **uvicorn)
+        self.conn = StrictH11()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse; h11 would refuse data behind a request that asked for the end of the connection."""
+        if not self._ignores_input and self.conn.their_state not in (h11.MUST_CLOSE, h11.CLOSED):
+            super().data_received(data)
+
+    def handle_events(self) -> None:
+        """Begin to answer a request; its answer is not sent before this returns."""
+        newest = self.cycle
+        super().handle_events()
+        if self.cycle is not newest and self.cycle.waiting_for_100_continue:
+            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
+
+    def send_400_response(self, _message: str) -> None:
+        """Refuse. uvicorn calls this while it handles the parser's exception, and would answer in plain text."""
+        self._refuse(_reason(sys.exc_info()[1]))
+
+    @property
+    def _is_in_body(self) -> bool:
+        return self.conn.is_in_body
+
+
+async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[None]], message: Message) -> None:
+    """End the connection with an answer that comes before `100 Continue` and before the body: the client may still send
+    the body or leave it out (RFC 9110, section 10.1.1), so that the service cannot know where the next request begins.
+    """
+    is_body_optional = cycle.waiting_for_100_continue and cycle.more_body and not cycle.body
+    if message["type"] == "http.response.start" and is_body_optional:
+        message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+    await send(message)
+
+
+async def _send_without_chunks(cycle: Any, message: Message) -> None:
+    """Answer HTTP/1.0, which has no chunks: the end of the connection ends a body without a length. uvicorn sends
+    chunks, unless its cycle knows the length."""
+    if message["type"] == "http.response.start":
+        cycle.chunked_encoding = False
+    else:
+        cycle.expected_content_length = len(message.get("body", b""))
+    await type(cycle).send(cycle, message)
+
+
+def _reason(found: BaseException | None) -> PrefixServiceError:
+    """What a parser's exception is here: ours came through it, or it says why itself."""
+    why: BaseException | None = found
+    while why is not None:
+        if isinstance(why, PrefixServiceError):
+            return why
+        why = why.__context__
+    if isinstance(found, h11.RemoteProtocolError) and found.error_status_hint == 431:
+        return too_large()
+    words, _, _ = str(found).partition(": bytearray")  # h11 quotes the line
+    return MalformedRequest(f"this is not HTTP/1.1: {words}")
