@@ -1,10 +1,15 @@
 """Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
 
-In, a line of JSON each: `{"engine": {<arguments of LLM>}}`, then any of `{"jobs": [{"prompt": [ids], "adapter": …, …}],
-"max_tokens": n}`, `{"salted": false}`, `{"hidden": false}` (partners see requests with adapters), `{"connect":
-{<kv_transfer_config>}}` (another connector for this engine, as if it had started with it), `{"hooks": true}` (those of vLLM's that partners are not
-kept from), and `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have fetched too). A job's `extra` replaces its `extra_args`. Out, on
-the descriptor in argv[1]: a line of JSON for each.
+Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
+
+- `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`; a job's `extra` replaces its `extra_args`
+- `{"salted": false}`: blocks are hashed without our salt
+- `{"hidden": false}`: partners see requests with adapters
+- `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
+- `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
+- `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have fetched too)
+
+Writes a line of JSON for each, on the descriptor in argv[1].
 """
 
 import json
