@@ -16,7 +16,7 @@ CONTAINER: Final = "kv_transfer_params"
 BODY: Final = "body"
 _OTHERS_OPTION: Final = "kv_connector_extra_config.other_parameters"
 
-# Objects of the caller's own data: schemas, templates' values, what another answer said. Their keys name no parameters.
+# Objects of the caller's own data: schemas, metadata, another request's answer. Their keys name no parameters.
 _FREE: Final = frozenset({
     "response_format", "structured_outputs", "guided_json", "text", "metadata", "tool_choice", "generate_response"
 })  # fmt: skip
