@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import service.client.vllm as connector
 from service.client import PrefixClient
-from service.client.vllm.config import ConnectorConfig
+from service.client.vllm import bodies
+from service.client.vllm.config import ConnectorConfig, refuse_partners
 from service.client.vllm.middleware import PrefixMiddleware
 from service.client.vllm.model import Model, refuse_model
-from service.client.vllm.requests import adapter_of, refuse_unservable
+from service.client.vllm.requests import adapter_asked, adapter_of, parameters_of, refuse_unservable
 from service.client.vllm.salt import Salts
 from service.client.vllm.versions import check_version
 from service.errors import DimensionMismatch, InvalidReference, InvalidRequest
@@ -38,6 +39,9 @@ def test_without_vllm_the_connector_says_what_to_install() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         _ = connector.nothing
     assert connector.PrefixMiddleware is PrefixMiddleware
+    multi = hidden.replace("PrefixConnector", "MultiConnector")
+    done = subprocess.run([sys.executable, "-c", multi], check=False, capture_output=True, text=True)
+    assert "ImportError: service.client.vllm needs vLLM 0.32, and none is installed: pip install" in done.stderr
 
 
 @pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "0.3.2", "1.0"])
@@ -83,10 +87,46 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
 
 
 def test_a_request_names_its_adapter_or_none() -> None:
-    """Parameters of other connectors are none of ours."""
+    """Parameters of other connectors pass if the configuration lists them."""
+    others = ConnectorConfig.of({"url": "http://x", "other_parameters": ["do_remote_prefill"]}).other_parameters
     assert adapter_of(None) is None
-    assert adapter_of({"do_remote_prefill": True}) is None
+    assert adapter_of({"do_remote_prefill": True}, others) is None
+    assert adapter_of({"do_remote_prefill": True}, None) is None  # the engine has no PrefixConnector
     assert adapter_of({"prefix_adapter": "acme/a@prod"}) == "acme/a@prod"
+    assert adapter_of({"prefix_adapter": "acme/a@prod", "do_remote_prefill": True}, others) == "acme/a@prod"
+    with pytest.raises(InvalidRequest, match=r"'do_remote_prefill', which nobody reads here.*other_parameters"):
+        adapter_of({"prefix_adapter": "acme/a@prod", "do_remote_prefill": True})
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz_-0"
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.sampled_from(["", *_LETTERS]), st.booleans()), max_size=2))
+def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[tuple[int, str, bool]]) -> None:
+    """Wherever a caller may write it: at the top, among other parameters, in `kv_transfer_params`."""
+    key = "prefix_adapter"
+    for place, letter, insert in edits:
+        key = key[:place] + letter + key[place if insert else place + 1 :]
+    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: None}}):
+        with pytest.raises(InvalidRequest, match="which vLLM would ignore"):
+            adapter_asked(fields)
+    if key != "prefix_adapter":
+        with pytest.raises(InvalidRequest, match="did you mean prefix_adapter"):
+            adapter_asked({"kv_transfer_params": {key: "acme/a"}}, {key})
+
+
+def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
+    """Schemas and metadata may use the word."""
+    data = {"prefix_adapter": 1, "adapter": 2}
+    fields = {
+        "ec_transfer_params": {},
+        "model": "adapter",
+        "messages": [data],
+        "chat_template_kwargs": {"adapter": 1},
+        "metadata": data,
+        "response_format": {"json_schema": {"schema": {"properties": data}}},
+    }
+    assert adapter_asked(fields) is None
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda one: st.lists(one)))
@@ -95,6 +135,16 @@ def test_whatever_a_request_sends_is_a_reference_or_an_error_of_ours(sent: Any) 
     for params in (sent, {"prefix_adapter": sent}):
         with suppress(InvalidReference, InvalidRequest):
             adapter_of(params)
+
+
+def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
+    """Of generating and of pooling requests; another exception would end the engine."""
+    for extra in (None, {}, {"a": 1}):
+        generating = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), pooling_params=None)
+        pooling = SimpleNamespace(sampling_params=None, pooling_params=SimpleNamespace(extra_kwargs=extra))
+        assert parameters_of(generating) == parameters_of(pooling) == (extra or {})
+    with pytest.raises(InvalidRequest, match="extra_args must be an object"):
+        parameters_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=["a"]), pooling_params=None))
 
 
 _PLAIN = {
@@ -163,6 +213,43 @@ def test_an_engine_in_which_prefixes_would_be_wrong_does_not_start(change: dict[
         refuse_model(*_engine(**change))
 
 
+def _multi(*connectors: dict[str, Any], policy: str = "fail") -> Any:
+    return SimpleNamespace(kv_load_failure_policy=policy, kv_connector_extra_config={"connectors": list(connectors)})
+
+
+_PREFIXES = {"kv_connector": "PrefixConnector", "kv_connector_extra_config": {"url": "http://x"}}
+_OTHER = {"kv_connector": "OffloadingConnector"}
+_RECOMPUTE = {"kv_load_failure_policy": "recompute"}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "words"),
+    [
+        (_multi(_PREFIXES, _OTHER, policy="recompute"), "garbage"),
+        (_multi({**_PREFIXES, **_RECOMPUTE}, _OTHER), "garbage"),
+        (_multi(_PREFIXES, {**_OTHER, **_RECOMPUTE}), "garbage"),
+        (_multi(_OTHER), r"one PrefixConnector, and have \['OffloadingConnector'\]"),
+        (_multi(_PREFIXES, _PREFIXES), "one PrefixConnector"),
+        (_multi(_PREFIXES, {"kv_connector": "MultiConnector"}), "inside of another"),
+    ],
+)
+def test_partners_with_which_an_adapter_could_be_lost_are_refused(transfer: Any, words: str) -> None:
+    """With the reason; other partners are taken, before and behind."""
+    refuse_partners(_multi(_PREFIXES, _OTHER))
+    refuse_partners(_multi(_OTHER, _PREFIXES, _OTHER))
+    with pytest.raises(InvalidRequest, match=words):
+        refuse_partners(transfer)
+
+
+def test_the_engines_configuration_is_found_among_partners() -> None:
+    """Alone, beside others, or not at all."""
+    alone = SimpleNamespace(kv_connector_extra_config={"url": "http://x"})
+    assert ConnectorConfig.of_engine(alone) == ConnectorConfig.of_engine(_multi(_OTHER, _PREFIXES))
+    for none in (None, _multi(_OTHER), SimpleNamespace(kv_connector_extra_config={})):
+        with pytest.raises(InvalidRequest, match=r"without PrefixConnector|url: Field required"):
+            ConnectorConfig.of_engine(none)
+
+
 def test_a_prefix_of_another_model_is_refused() -> None:
     """The first size that differs is named."""
     told = {"tenant": "acme", "adapter": "a", "version": 1, "num_layers": 4, "num_kv_heads": 4, "head_dim": 8}
@@ -197,11 +284,16 @@ class Behind:
                 max_model_len=128,
             ),
         )
-        self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config))
+        self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))
+        self.reached: list[Any] = []
+        self.handed: Any = None  # what this application gives to its engine for each request
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         scope["app"] = self
         await self.made(scope, receive, send)
+
+    def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
+        self.reached.append(sampling_params)
 
     async def _echo(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -210,18 +302,24 @@ class Behind:
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
+        if self.handed is not None:
+            await asyncio.create_task(self._task())
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
-    def post(self, content: Any) -> httpx.Response:
+    async def _task(self) -> None:
+        self.state.engine_client.generate("Why?", SimpleNamespace(extra_args=self.handed), request_id="1")
+
+    def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
 
         self.made = PrefixMiddleware(self._echo)
 
         async def ask() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self), base_url="http://vllm") as client:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
                 return await client.request(
-                    "POST" if content is not None else "GET", "/v1/completions", content=content
+                    "POST" if content is not None else "GET", path, content=content, headers=named
                 )
 
         async def live() -> httpx.Response:
@@ -257,6 +355,12 @@ def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) ->
         ({"prefix_adapter": 7}, {}, 400, "got 7"),
         (["prefix_adapter"], {}, 400, "must be an object"),
         ({"prefix_adapter": "vllm/fits"}, {"prompt_logprobs": 0}, 400, "prompt_logprobs"),
+        ({"prefix_adapter": "vllm/fits"}, {"sampling_params": {"prompt_logprobs": 0}}, 400, "prompt_logprobs"),
+        ({"prefix_adapter": "vllm/fits"}, {"prompt_embeds": "AA=="}, 400, "prompt_embeds"),
+        ({"prefix_adapter": "vllm/fits"}, {"use_beam_search": True}, 400, "use_beam_search"),
+        ({"prefix_adapter": "vllm/fits"}, {"adapter": "vllm/fits"}, 400, "'adapter', which vLLM would ignore"),
+        ({"prefix_adapter": "vllm/fits", "hint": 1}, {}, 400, "'hint', which nobody reads"),
+        (None, {"prefix_adaptor": "vllm/fits"}, 400, "'prefix_adaptor', which vLLM would ignore"),
         ({"prefix_adapter": "vllm/fits"}, {"echo": True, "logprobs": 1}, 400, "echo"),
     ],
 )
@@ -284,3 +388,69 @@ def test_the_middleware_tells_of_a_wrong_model_a_wrong_engine_and_a_service_that
         answer = app.post(content)
         assert answer.status_code == status
         assert words in answer.json()["error"]["message"]
+
+
+def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
+    """In the query, a header, a form; on a route that takes none; in a body of two meanings or endless depth."""
+    body = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
+    boundary = "multipart/form-data; boundary=x"
+    part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n--x--\r\n'
+    urlencoded = "application/x-www-form-urlencoded"
+    for words, answer in (
+        ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
+        ("'header.x-prefix-adapter'", behind.post("{}", X_Prefix_Adapter="vllm/fits")),
+        ("'form.prefix_adapter'", behind.post(part.format("prefix_adapter"), content_type=boundary)),
+        ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
+        ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
+        ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
+        ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
+        ("nested too deeply", behind.post("[" * 100_000)),
+    ):
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+    for content, content_type in ((part.format("file"), boundary), ("a=1", urlencoded), ('{"a": 1, "a": 2}', "")):
+        assert behind.post(content, content_type=content_type).content == content.encode()
+
+
+def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """413 beyond it, before the rest has arrived."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 100)
+    assert behind.post(" " * 100).status_code == 200
+    answer = behind.post(" " * 101)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+
+
+def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
+    """Such as `vllm launch render`: plain requests pass."""
+    del behind.state.engine_client
+    assert behind.post('{"prompt": "Why?"}').status_code == 200
+    answer = behind.post('{"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}')
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "prefix_adapter: this server has no engine")
+
+
+async def test_a_client_that_leaves_within_its_body_reaches_nobody() -> None:
+    """A half of a body is no request."""
+    arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(arriving)
+
+    async def unreachable(*_: Any) -> None:
+        pytest.fail("the application was called, or something was sent")
+
+    await PrefixMiddleware(unreachable)({"type": "http", "method": "POST"}, receive, unreachable)
+
+
+def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) -> None:
+    """Whatever a route does with its body, in any task: the engine gets the adapter that was asked for, or no call."""
+    adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    behind.handed = adapter
+    assert behind.post(json.dumps(adapter)).status_code == 200
+    lost: list[dict[str, Any]] = [{}, {"kv_transfer_params": {}}, {"kv_transfer_params": {"prefix_adapter": "vllm/no"}}]
+    for behind.handed in lost:
+        with pytest.raises(ValueError, match="vLLM left out prefix_adapter vllm/fits on the way"):
+            behind.post(json.dumps(adapter))
+    assert len(behind.reached) == 1
+    for behind.handed in (adapter, *lost):  # requests that name none, after those that do
+        assert behind.post("{}").status_code == 200
+    assert len(behind.reached) == 5

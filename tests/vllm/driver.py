@@ -35,6 +35,27 @@ def transfer_config(url: str, **extra: Any) -> dict[str, Any]:
     }
 
 
+def multi_config(*connectors: dict[str, Any], ours: bool = True, **more: Any) -> dict[str, Any]:
+    """`kv_transfer_config` of several connectors, as README gives it, or with vLLM's own MultiConnector."""
+    module = {"kv_connector_module_path": "service.client.vllm"} if ours else {}
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": list(connectors)},
+        **module,
+        **more,
+    }
+
+
+def store_config(folder: Path) -> dict[str, Any]:
+    """vLLM's ExampleConnector, which keeps what it saves in a folder, by token ids alone."""
+    return {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+    }
+
+
 def _environment(key: str, more: dict[str, str] | None = None) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     return {**inherited, **_ENVIRONMENT, "PREFIX_API_KEY": key, **(more or {})}

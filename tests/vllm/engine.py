@@ -1,8 +1,15 @@
 """Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
 
-In, a line of JSON each: `{"engine": {<arguments of LLM>}}`, then any of `{"jobs": [{"prompt": [ids], "adapter": …, …}],
-"max_tokens": n}`, `{"salted": false}`, and `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients
-have fetched too). Out, on the descriptor in argv[1]: a line of JSON for each.
+Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
+
+- `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`; a job's `extra` replaces its `extra_args`
+- `{"salted": false}`: blocks are hashed without our salt
+- `{"hidden": false}`: partners see requests with adapters
+- `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
+- `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
+- `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have fetched too)
+
+Writes a line of JSON for each, on the descriptor in argv[1].
 """
 
 import json
@@ -23,6 +30,12 @@ def main() -> None:
         asked = json.loads(line)
         if "salted" in asked:
             _say(answers, _switch_salt(llm, asked["salted"]))
+        elif "hidden" in asked:
+            _say(answers, _switch_hiding(llm, asked["hidden"]))
+        elif "hooks" in asked:
+            _say(answers, _open_hooks())
+        elif "connect" in asked:
+            _say(answers, _connect(llm, asked["connect"]))
         elif "forget" in asked:
             _say(answers, _forget(llm, asked["forget"]))
         else:
@@ -44,7 +57,8 @@ def _run(llm: Any, jobs: list[dict[str, Any]], max_tokens: int) -> dict[str, Any
             prompt["cache_salt"] = job["salt"]
         prompts.append(prompt)
         adapter = job.get("adapter")
-        extra = {"kv_transfer_params": {"prefix_adapter": adapter}} if adapter is not None else None
+        named = {"kv_transfer_params": {"prefix_adapter": adapter}} if adapter is not None else None
+        extra = job.get("extra", named)
         options = {"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 1, **job.get("options", {})}
         params.append(SamplingParams(max_tokens=max_tokens, extra_args=extra, **options))
     began = time.perf_counter()
@@ -85,6 +99,53 @@ def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
     half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
     half._salts = Salts() if salted else _Unsalted()
     return {"reset": llm.reset_prefix_cache()}
+
+
+def _switch_hiding(llm: Any, hidden: bool) -> dict[str, Any]:
+    """The negative control: what happens if partners see requests that name an adapter."""
+    connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
+    for partner in connector._partners():
+        partner.claimed = connector._claimed if hidden else frozenset()
+    return {"reset": llm.reset_prefix_cache()}
+
+
+def _connect(llm: Any, transfer: dict[str, Any]) -> dict[str, Any]:
+    """Make a worker's connector as vLLM does at its start; the error that ends the start, if any."""
+    import copy
+
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+
+    config = copy.copy(llm.llm_engine.vllm_config)
+    config.kv_transfer_config = KVTransferConfig(**transfer)
+    kept, layers = kv_transfer_state._KV_CONNECTOR_AGENT, config.compilation_config.static_forward_context
+    kv_cache_config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    try:
+        made = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, kv_cache_config)
+        kv_transfer_state._KV_CONNECTOR_AGENT = made
+        made.register_kv_caches({name: layer.kv_cache for name, layer in layers.items()})
+        made.shutdown()
+    except Exception as error:  # noqa: BLE001 - the test compares its words
+        return {"error": str(error)}
+    finally:
+        kv_transfer_state._KV_CONNECTOR_AGENT = kept
+    return {"error": None}
+
+
+def _open_hooks() -> dict[str, list[str]]:
+    import inspect
+
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, SupportsHMA
+
+    from service.client.vllm.partners import _Unseeing
+
+    of_requests = {"request", "scheduler_output", "connector_output"}
+    found = [*inspect.getmembers(KVConnectorBase_V1, callable), *inspect.getmembers(SupportsHMA, callable)]
+    own = [(name, hook) for name, hook in found if not name.startswith("__")]
+    hooks = {name for name, hook in own if of_requests & set(inspect.signature(hook).parameters)}
+    return {"open": sorted(hooks - set(vars(_Unseeing))), "closed": sorted(hooks & set(vars(_Unseeing)))}
 
 
 class _Unsalted:

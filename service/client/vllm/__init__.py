@@ -28,6 +28,13 @@ def __getattr__(name: str) -> Any:
         from service.client.vllm.connector import PrefixConnector
 
         return PrefixConnector
+    if name == "MultiConnector":
+        from service.client.vllm.versions import require_vllm
+
+        require_vllm()
+        from service.client.vllm.partners import MultiConnector
+
+        return MultiConnector
     if name == "PrefixMiddleware":
         from service.client.vllm.middleware import PrefixMiddleware
 

@@ -11,12 +11,16 @@ from service.client.client import PrefixClient
 from service.client.options import ClientOptions
 from service.errors import InvalidRequest
 
+CONNECTOR: Final = "PrefixConnector"
+MULTI_CONNECTOR: Final = "MultiConnector"
+MODULE: Final = "service.client.vllm"
+GARBAGE: Final = 'kv_load_failure_policy must be "fail": anything else answers with garbage where a prefix is missing'
 _KEY_VARIABLE: Final = "PREFIX_API_KEY"
 
 
 class ConnectorConfig(BaseModel):
     """The service's URL, where its key is found (a file, or an environment variable: vLLM logs this configuration),
-    and options of `PrefixClient`, which documents them."""
+    options of `PrefixClient`, which documents them, and parameters of other connectors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +36,8 @@ class ConnectorConfig(BaseModel):
     verify_digest: bool | None = None
     connections: int = 1
     shared_memory: bool = True
+    other_parameters: frozenset[str] = frozenset()
+    """Keys of `kv_transfer_params` that another connector reads."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,6 +48,21 @@ class ConnectorConfig(BaseModel):
                 f"`api_key_file`, or an environment variable in `api_key_env` (default {_KEY_VARIABLE})"
             )
         return given
+
+    @classmethod
+    def of_engine(cls, kv_transfer_config: Any) -> Self:
+        """Return the configuration of the engine's `PrefixConnector`, which may be one of a `MultiConnector`'s.
+
+        Raises:
+            InvalidRequest: the engine has none, or its configuration is wrong.
+        """
+        own = None if kv_transfer_config is None else kv_transfer_config.kv_connector_extra_config
+        if own is not None and "connectors" in own:
+            found = [one for one in own["connectors"] if one.get("kv_connector") == CONNECTOR]
+            own = found[0].get("kv_connector_extra_config", {}) if found else None
+        if own is None:
+            raise InvalidRequest(f"this engine runs without {CONNECTOR} (--kv-transfer-config)")
+        return cls.of(own)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
@@ -83,3 +104,23 @@ class ConnectorConfig(BaseModel):
             return self.api_key_file.read_text().strip()
         except OSError as error:
             raise InvalidRequest(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
+
+
+def refuse_partners(kv_transfer_config: Any) -> None:
+    """Refuse a `MultiConnector` in which a request could be answered without its adapter.
+
+    Raises:
+        InvalidRequest: it is one.
+    """
+    connectors = kv_transfer_config.kv_connector_extra_config.get("connectors") or []
+    names = [one.get("kv_connector") for one in connectors]
+    policies = [kv_transfer_config.kv_load_failure_policy]
+    policies += [one.get("kv_load_failure_policy", "fail") for one in connectors]
+    reasons = {
+        GARBAGE: any(policy != "fail" for policy in policies),
+        f"its connectors must have one {CONNECTOR}, and have {names}": names.count(CONNECTOR) != 1,
+        f"a {MULTI_CONNECTOR} inside of another is not supported": MULTI_CONNECTOR in names,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InvalidRequest(f"{MULTI_CONNECTOR}: {reason}")

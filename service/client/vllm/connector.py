@@ -7,6 +7,7 @@ waiting and others running, `(n, True)` holds its blocks until every worker has 
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -16,10 +17,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 
-from service.client.vllm.config import ConnectorConfig
+from service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
 from service.client.vllm.model import Model, refuse_model
 from service.client.vllm.scheduler import Load, SchedulerHalf
 from service.client.vllm.worker import WorkerHalf
+from service.errors import InvalidRequest
 from service.prefix.ranks import kv_heads_of_rank
 
 
@@ -40,11 +42,12 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         refuse_model(vllm_config, kv_cache_config)
-        client = ConnectorConfig.of(self._kv_transfer_config.kv_connector_extra_config).client()
+        config = ConnectorConfig.of(self._kv_transfer_config.kv_connector_extra_config)
+        client = config.client()
         model = Model.of(vllm_config)
         self.half: Any
         if role == KVConnectorRole.SCHEDULER:
-            self.half = SchedulerHalf(client, model)
+            self.half = SchedulerHalf(client, model, config.other_parameters)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
@@ -76,7 +79,18 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
     # --- The worker ---
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """The layers of this rank."""
+        """The layers of this rank.
+
+        Raises:
+            InvalidRequest: prefixes cannot be written to them, or vLLM's own MultiConnector holds this connector.
+        """
+        holder = get_kv_transfer_group()
+        if holder is not self and getattr(holder, "prefixes", None) is not self:
+            raise InvalidRequest(
+                f"{CONNECTOR} cannot be used in vLLM's {MULTI_CONNECTOR}, whose other connectors would take one "
+                f'adapter\'s keys and values for another\'s: add "kv_connector_module_path": "{MODULE}" beside '
+                f'"kv_connector": "{MULTI_CONNECTOR}", which then keeps requests with adapters from the others'
+            )
         layers = self._vllm_config.compilation_config.static_forward_context
         self.half.register({extract_layer_index(name): layers[name] for name in kv_caches})
 

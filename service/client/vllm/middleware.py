@@ -1,44 +1,63 @@
-"""For vLLM's OpenAI-compatible server: what is wrong with an adapter is told before the engine sees the request.
+"""For vLLM's OpenAI-compatible server: checks the adapter that a request names before the engine sees the request.
 
-vLLM answers every failure inside of its engine with 500 and no reason. `--middleware
-service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets everything else through as it
-came. Plain ASGI: it imports neither vLLM nor a web framework.
+vLLM answers every failure inside of its engine with 500 and no reason, and ignores fields that it does not know.
+`--middleware service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets everything else
+through as it came. Plain ASGI: it imports neither vLLM nor a web framework.
 """
 
 import asyncio
-import contextlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from service.client.client import PrefixClient
+from service.client.vllm.bodies import Message, Receive, fields_of, read_body, refuse_misplaced_outside, replay
 from service.client.vllm.config import ConnectorConfig
+from service.client.vllm.guard import ASKED, guard_engine
 from service.client.vllm.model import Model
-from service.client.vllm.requests import PARAMETER, adapter_of
-from service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError
+from service.client.vllm.requests import CONTAINER, PARAMETER, adapter_asked
+from service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, TooLarge
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+ROUTES: Final = frozenset(
+    {
+        "/cohere/v2/chat",
+        "/inference/v1/generate",
+        "/invocations",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+    }
+)
+"""Routes that hand `kv_transfer_params` to the engine. On every other one an adapter is refused."""
+
 _THREADS: Final = 32
 _SPAN: Final = (0, 1)
-_NAMED: Final = PARAMETER.encode()
-_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError", 503: "ServiceUnavailableError"}  # vLLM's words
+_TYPES: Final = {  # vLLM's words
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "RequestEntityTooLargeError",
+    503: "ServiceUnavailableError",
+}
 
 
 class PrefixMiddleware:
-    """Around vLLM's application; takes where the service is from the engine's own configuration."""
+    """Around vLLM's application; reads where the service is from the engine's own configuration."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._threads = ThreadPoolExecutor(_THREADS, "prefix-middleware")
+        self._engine: Any = None
+        self._config: ConnectorConfig | InvalidRequest = InvalidRequest("this server has no engine")
         self._service: tuple[PrefixClient, Model] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Look at what is posted."""
+        """Check what is posted, and pass it on."""
         if scope["type"] == "lifespan":
             try:
                 await self._app(scope, receive, send)
@@ -48,39 +67,59 @@ class PrefixMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        messages = await _all_of(receive)
-        body = b"".join(message.get("body", b"") for message in messages)
-        if _NAMED in body or b"\\u" in body:
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._threads, self._check, body, scope["app"].state)
-            except PrefixServiceError as error:
-                await _tell(send, error)
+        try:
+            body = await read_body(receive)
+            if body is None:
                 return
-        await self._app(scope, _again(messages, receive), send)
+            reference = self._asked(scope, body)
+            if reference is not None:
+                await self._check_adapter(reference)
+        except PrefixServiceError as error:
+            await _answer(send, error)
+            return
+        token = ASKED.set(reference)
+        try:
+            await self._app(scope, replay(body, receive), send)
+        finally:
+            ASKED.reset(token)
 
-    def _check(self, body: bytes, state: Any) -> None:
-        """Blocking: the client's own deadline holds."""
-        with contextlib.suppress(ValueError):  # not JSON: vLLM says so itself
-            asked = json.loads(body)
-            reference = adapter_of(asked.get("kv_transfer_params")) if isinstance(asked, Mapping) else None
-            if reference is None:
-                return
-            if asked.get("prompt_logprobs") is not None or (asked.get("echo") and asked.get("logprobs") is not None):
-                raise InvalidRequest(
-                    f"a request with {PARAMETER} cannot have prompt_logprobs, or echo with logprobs: vLLM computes "
-                    "them from the whole prompt, of which a prefix is no text"
-                )
-            client, model = self._of(state)
+    def _asked(self, scope: Message, body: bytes) -> str | None:
+        """Return the adapter that a request names."""
+        self._find_engine(scope["app"].state)
+        refuse_misplaced_outside(scope)
+        fields = fields_of(scope, body)
+        config = self._config
+        reference = adapter_asked(fields, config.other_parameters if isinstance(config, ConnectorConfig) else None)
+        if reference is not None:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if path not in ROUTES:
+                raise InvalidRequest(f"{path} takes no adapter: remove {PARAMETER}, or use one of {sorted(ROUTES)}")
+            refuse_options(fields)
+        return reference
+
+    def _find_engine(self, state: Any) -> None:
+        engine = getattr(state, "engine_client", None)
+        if engine is None or self._engine is engine:
+            return
+        self._engine = engine
+        guard_engine(engine)
+        try:
+            self._config = ConnectorConfig.of_engine(engine.vllm_config.kv_transfer_config)
+        except InvalidRequest as error:
+            self._config = error
+
+    async def _check_adapter(self, reference: str) -> None:
+        """Ask the service for the adapter; the client's own deadline holds."""
+        if isinstance(self._config, InvalidRequest):
+            raise InvalidRequest(f"{PARAMETER}: {self._config.message}")
+        if self._service is None:
+            self._service = (self._config.client(), Model.of(self._engine.vllm_config))
+        client, model = self._service
+
+        def check() -> None:
             model.check(client.get(reference, layers=_SPAN, kv_heads=_SPAN).metadata)
 
-    def _of(self, state: Any) -> tuple[PrefixClient, Model]:
-        if self._service is None:
-            vllm_config = state.engine_client.vllm_config
-            if vllm_config.kv_transfer_config is None:
-                raise InvalidRequest(f"{PARAMETER}: this engine runs without PrefixConnector (--kv-transfer-config)")
-            config = ConnectorConfig.of(vllm_config.kv_transfer_config.kv_connector_extra_config)
-            self._service = (config.client(), Model.of(vllm_config))
-        return self._service
+        await asyncio.get_running_loop().run_in_executor(self._threads, check)
 
     def close(self) -> None:
         """End threads and connections."""
@@ -89,33 +128,45 @@ class PrefixMiddleware:
             self._service[0].close()
 
 
-async def _all_of(receive: Receive) -> list[Message]:
-    messages = []
-    while True:
-        messages.append(await receive())
-        if messages[-1]["type"] != "http.request" or not messages[-1].get("more_body", False):
-            return messages
+def refuse_options(fields: Mapping[str, Any]) -> None:
+    """Refuse options of a request body that cannot be had with an adapter.
+
+    Raises:
+        InvalidRequest: there is one.
+    """
+    sampling = fields.get("sampling_params")
+    nested = sampling if isinstance(sampling, Mapping) else {}
+    reasons = {
+        "use_beam_search: vLLM's beam search leaves out the adapter": fields.get("use_beam_search")
+        not in (None, False),
+        "prompt_logprobs, or echo with logprobs: vLLM computes them from the whole prompt, of which a prefix is no "
+        "text": fields.get("prompt_logprobs") is not None
+        or nested.get("prompt_logprobs") is not None
+        or bool(fields.get("echo") and fields.get("logprobs") is not None),
+        "prompt_embeds": fields.get("prompt_embeds") is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
 
 
-def _again(messages: list[Message], receive: Receive) -> Receive:
-    """The messages that were taken, then those that come."""
-    waiting = iter(messages)
-
-    async def replayed() -> Message:
-        return next(waiting, None) or await receive()
-
-    return replayed
-
-
-async def _tell(send: Send, error: PrefixServiceError) -> None:
-    status = 404 if isinstance(error, NotFound) else 400 if isinstance(error, InvalidInput) else 503
-    told = {
+async def _answer(send: Send, error: PrefixServiceError) -> None:
+    status = _status(error)
+    described = {
         "message": error.message,
         "type": _TYPES[status],
-        "param": f"kv_transfer_params.{PARAMETER}",
+        "param": f"{CONTAINER}.{PARAMETER}",
         "code": status,
     }
-    body = json.dumps({"error": told}).encode()
+    body = json.dumps({"error": described}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _status(error: PrefixServiceError) -> int:
+    if isinstance(error, NotFound):
+        return 404
+    if isinstance(error, TooLarge):
+        return 413
+    return 400 if isinstance(error, InvalidInput) else 503

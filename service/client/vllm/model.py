@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self, cast
 
+from service.client.vllm.config import GARBAGE
 from service.errors import DimensionMismatch, InvalidRequest
 from service.prefix.form import KVDtype
 
@@ -59,9 +60,7 @@ def refuse_model(vllm_config: Any, kv_cache_config: Any) -> None:
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     speculative, groups = vllm_config.speculative_config, kv_cache_config.kv_cache_groups
     reasons = {
-        'kv_load_failure_policy must be "fail": anything else answers with garbage where a prefix is missing': (
-            transfer.kv_load_failure_policy != "fail"
-        ),
+        GARBAGE: transfer.kv_load_failure_policy != "fail",
         "models with latent attention (MLA) keep no keys and values of heads, which prefixes are": (
             vllm_config.model_config.use_mla
         ),

@@ -8,14 +8,14 @@ and the workers report it as failed. Nothing here may raise: an exception would 
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 from service.client.client import PrefixClient
 from service.client.vllm.model import Model
-from service.client.vllm.requests import adapter_of, refuse_unservable
+from service.client.vllm.requests import adapter_asked, parameters_of, refuse_unservable
 from service.client.vllm.salt import Salts
 from service.errors import InvalidRequest, PrefixServiceError
 
@@ -64,8 +64,8 @@ class _Ticket:
 class SchedulerHalf:
     """Scheduler side of the connector; called by one thread."""
 
-    def __init__(self, client: PrefixClient, model: Model) -> None:
-        self._client, self._model, self._salts = client, model, Salts()
+    def __init__(self, client: PrefixClient, model: Model, others: Collection[str]) -> None:
+        self._client, self._model, self._salts, self._others = client, model, Salts(), others
         self._threads = ThreadPoolExecutor(_THREADS, "prefix-versions")
         self._tickets: dict[str, _Ticket] = {}
         self._loads: list[Load] = []
@@ -73,7 +73,7 @@ class SchedulerHalf:
     def arrived(self, request: Any) -> None:
         """A new request: begin to ask for its version."""
         try:
-            reference = adapter_of(request.kv_transfer_params)
+            reference = adapter_asked(parameters_of(request), self._others)
             if reference is not None:
                 refuse_unservable(request)
                 self._tickets[request.request_id] = _Ticket(self._threads.submit(self._ask, reference))
@@ -85,6 +85,10 @@ class SchedulerHalf:
         told = prefix.metadata
         self._model.check(told)
         return Version(told["tenant"], told["adapter"], prefix.version, prefix.digest, prefix.num_virtual_tokens)
+
+    def claims(self, request_id: str) -> bool:
+        """Whether a request names an adapter, or tried to and is refused; until it has finished."""
+        return request_id in self._tickets
 
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens behind the computed ones come from the prefix, and whether later; None: ask again."""

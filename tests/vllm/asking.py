@@ -1,0 +1,54 @@
+"""An engine of vLLM that is held to what PEFT says."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from tests.conftest import Server
+from tests.vllm.conftest import serving_adapters
+from tests.vllm.driver import Engine, engine, multi_config, transfer_config
+from tests.vllm.reference import Reference
+
+TOKENS_SAID: Final = 24
+_CLOSE: Final = 5e-5  # of log probabilities, float32
+
+
+class Asking:
+    """An engine with the reference that it is held to."""
+
+    def __init__(self, engine: Engine, reference: Reference, server: Server) -> None:
+        self.engine, self.reference, self.server = engine, reference, server
+
+    def job(self, adapter: str | None, prompt: str, **more: Any) -> dict[str, Any]:
+        """A request; `adapter` is one of the tenant's, with or without a selector."""
+        named = {} if adapter is None else {"adapter": f"acme/{adapter}"}
+        return {"prompt": self.reference.prompts[prompt], **named, **more}
+
+    def run(self, *rows: tuple[str | None, str], count: int = TOKENS_SAID) -> list[dict[str, Any]]:
+        """Ask for all in one batch, and hold each to what PEFT says."""
+        outputs: list[dict[str, Any]] = self.engine.run([self.job(*row) for row in rows], count)["outputs"]
+        for row, output in zip(rows, outputs, strict=True):
+            self.check(output, *row, count=count)
+        return outputs
+
+    def check(self, output: dict[str, Any], adapter: str | None, prompt: str, *, count: int = TOKENS_SAID) -> None:
+        """The tokens of PEFT's `generate`, and the log probability of each."""
+        said = self.reference.says(adapter and adapter.partition("@")[0], prompt, count)
+        assert output["tokens"] == said.tokens, (adapter, prompt, output)
+        apart = [abs(one - other) for one, other in zip(output["logprobs"], said.logprobs, strict=True)]
+        assert max(apart) < _CLOSE, (adapter, prompt, apart)
+        assert output["prompt"] == self.reference.prompts[prompt]  # placeholders are nobody's business
+
+
+@contextmanager
+def started(
+    reference: Reference, folder: Path, partners: Sequence[dict[str, Any]] = (), **options: Any
+) -> Iterator[Asking]:
+    """A service, and an engine that uses it, with partners around its connector: the first before, others behind."""
+    with serving_adapters(reference, folder) as server:
+        transfer = transfer_config(server.url, timeout=30)
+        if partners:
+            transfer = multi_config(partners[0], transfer, *partners[1:])
+        with engine(folder, reference.model, transfer, server.admin_key, **options) as made:
+            yield Asking(made, reference, server)
