@@ -75,7 +75,7 @@ class PromptLearningConfig(BaseModel):
     num_transformer_submodules: Annotated[int, Field(strict=True, ge=1, le=2)] = 1
     num_attention_heads: StrictInt | None = None
     num_layers: StrictInt | None = None
-    modules_to_save: StrictStr | list[Any] | dict[str, Any] | None = None
+    modules_to_save: Any = None
 
     @model_validator(mode="before")
     @classmethod
