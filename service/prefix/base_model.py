@@ -23,7 +23,7 @@ def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | No
     if not isinstance(config, Mapping):
         raise InvalidConfig(f"text_config in the base model's config must be an object, got {config!r:.80}")
     layers, heads, width = (_first(config, names) for names in (_LAYERS, _HEADS, _WIDTH))
-    if base_model_config.get("text_config") is not None:  # PEFT looks for this one number in the outer config first
+    if config is not base_model_config:  # PEFT looks for this one number in the outer config first
         layers = _number(base_model_config, "num_hidden_layers") or layers
     kv_heads, head_dim = _key_value_shape(config, heads, width)
     return {
@@ -36,7 +36,7 @@ def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | No
 def _key_value_shape(config: Mapping[str, Any], heads: int | None, width: int | None) -> tuple[int | None, int | None]:
     """(heads of keys and values, head size). The head size is `None` where the whole width is the token's."""
     per_head = width // heads if width and heads else None
-    if config.get("model_type") == "gpt_bigcode":
+    if config.get("model_type") == "gpt_bigcode" and config.get("num_key_value_heads") is None:
         return (1, per_head) if config.get("multi_query", True) is True else (heads, None)
     if config.get("multi_query_attention") is True:  # ChatGLM2 and 3
         return _number(config, "multi_query_group_num"), _number(config, "kv_channels")

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from tests.api.helpers import assert_same, problem, tensors_of, upload, versions_path
@@ -225,6 +225,30 @@ def test_12_an_untrained_projection_still_needs_its_size(client: httpx.Client) -
         config = {**sizes, "peft_type": "PREFIX_TUNING", "prefix_projection": True, "encoder_hidden_size": size}
         answer = client.post(versions_path(TENANT, "projected"), json={"config": config})
         assert "encoder_hidden_size" in problem(answer, 422, "invalid-config")["detail"]
+
+
+def test_13_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
+    """google/gemma-3-4b's own config.json has no heads; with it the adapter's dimensions are complete."""
+    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "inference_mode": True}
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240}
+    file = save({"prompt_embeddings": torch.zeros(2, 34 * 2 * 4 * 256)})
+    answer = upload(client, TENANT, "gemma", config, file, {"model_type": "gemma3", "text_config": text})
+    assert answer.status_code == 201, answer.text
+    assert {n: answer.json()[n] for n in ("num_layers", "num_kv_heads", "head_dim")} == {
+        "num_layers": 34,
+        "num_kv_heads": 4,
+        "head_dim": 256,
+    }
+
+
+def test_13_the_message_does_not_ask_for_the_file_that_was_sent(client: httpx.Client) -> None:
+    """It names the model type, what the file leaves open, and what to do."""
+    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}
+    answer = upload(client, TENANT, "open", config, base={"model_type": "of-next-year", "hidden_size": 8})
+    detail = problem(answer, 422, "invalid-config")["detail"]
+    assert "of-next-year" in detail
+    assert "num_layers, num_attention_heads" in detail
+    assert "send the base model" not in detail
 
 
 # Types of the fields that the service reads: another type is 422, also where PEFT would not look at the value.

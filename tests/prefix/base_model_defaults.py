@@ -2,13 +2,12 @@
 transformers.
 
 A model type is in the table if PEFT can size a prefix for it, and if the table's rules give the sizes that PEFT gives
-for configs from which values were left out at random.
+for configs from which values were left out.
 """
 
 import itertools
 import json
 import logging
-import random
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -18,7 +17,6 @@ from typing import Any, Final
 import peft
 from peft.utils import other
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from service.prefix import base_model_defaults
 from service.prefix.base_model import infer_dimensions
@@ -32,9 +30,7 @@ _SIZES: Final = (
     ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
     ("hidden_size", "n_embd", "d_model"),
 )
-_PROBES: Final = 6
-_DRAWN: Final = {"num_hidden_layers": (2, 3, 5), "num_attention_heads": (8, 16), "hidden_size": (128, 256, 512)}
-_DRAWN_KEY_VALUE: Final = {"num_key_value_heads": (1, 2, 4, None), "head_dim": (16, 32, 64, None)}
+_SOME_GIVEN: Final = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512}
 
 
 def by_peft(config: Any) -> dict[str, Any]:
@@ -46,7 +42,7 @@ def by_peft(config: Any) -> dict[str, Any]:
 
 def model_types() -> Iterator[tuple[str, Any]]:
     """Yields each model type for which PEFT fills positive dimensions, with its default config."""
-    for model_type in sorted(CONFIG_MAPPING_NAMES):
+    for model_type in sorted(CONFIG_MAPPING.keys()):
         try:
             config = CONFIG_MAPPING[model_type]()
             sizes = by_peft(config).values()
@@ -112,7 +108,8 @@ def _widest_layer(config: Any, values: Mapping[str, Any]) -> Entry:
 
 def mismatch(model_type: str, table: Mapping[str, Entry]) -> str | None:
     """Returns a config for which the table and PEFT differ, with both results; None if none was found."""
-    before, base_model_defaults._table = base_model_defaults._table, lambda: table
+    module: Any = base_model_defaults
+    before, module._table = module._table, lambda: table
     try:
         for given in probes(model_type, table):
             try:
@@ -123,42 +120,41 @@ def mismatch(model_type: str, table: Mapping[str, Entry]) -> str | None:
             if found != wanted:
                 return f"{given}: {found}, PEFT has {wanted}"
     finally:
-        base_model_defaults._table = before
+        module._table = before
     return None
 
 
 def probes(model_type: str, table: Mapping[str, Entry]) -> Iterator[dict[str, Any]]:
     """Yields config.json contents of a model type with some values given, others left out."""
-    draw = random.Random(model_type)  # noqa: S311 - reproducible, not secret
     entry = table[model_type]
     kind = next((name for name in entry if name.endswith("text_config")), None)
     if kind is None:
-        yield from ({}, *(_drawn(draw, model_type, table) for _ in range(_PROBES)))
+        yield from _plain_probes(model_type, entry)
         return
-    inner = str(entry[kind])
-    yield from ({"text_config": drawn} for drawn in ({}, *(_drawn(draw, inner, table) for _ in range(_PROBES))))
+    # The nested type's own rules are tried with that type.
+    yield from ({"text_config": given} for given in ({}, {"num_hidden_layers": 3}, _SOME_GIVEN))
     if kind != "given_text_config":
-        yield {}
-    if kind == "flat_text_config":
-        yield from (_drawn(draw, inner, table) for _ in range(_PROBES))
+        yield from ({}, _SOME_GIVEN)
 
 
-def _drawn(draw: random.Random, model_type: str, table: Mapping[str, Entry]) -> dict[str, Any]:
-    entry = table.get(model_type, {})
-    wanted = {name: draw.choice(values) for name, values in _DRAWN.items()}
-    wanted |= {n: draw.choice(values) for n, values in _DRAWN_KEY_VALUE.items() if n in _attributes(model_type)}
-    given = {}
-    for name, value in wanted.items():
-        alias = entry.get(name)
-        names = [name, alias] if isinstance(alias, str) and name not in _DRAWN_KEY_VALUE else [name]
-        if draw.random() < 0.6:
-            given[draw.choice(names)] = value
-    return given
+def _plain_probes(model_type: str, entry: Entry) -> Iterator[dict[str, Any]]:
+    """Each value alone, some together, by their other names, and null where a class computes a value."""
+    yield from ({}, {"num_hidden_layers": 3}, {"num_attention_heads": 16}, {"hidden_size": 2048}, _SOME_GIVEN)
+    yield {str(entry[name]) if isinstance(entry.get(name), str) else name: value for name, value in _SOME_GIVEN.items()}
+    attributes = _attributes(model_type)
+    if "num_key_value_heads" in attributes:
+        yield from (
+            {"num_key_value_heads": 2},
+            {**_SOME_GIVEN, "num_key_value_heads": 4},
+            {"num_key_value_heads": None},
+        )
+    if "head_dim" in attributes:
+        yield from ({"head_dim": 32}, {"head_dim": None}, {**_SOME_GIVEN, "head_dim": 16})
 
 
 @cache
 def _attributes(model_type: str) -> frozenset[str]:
-    return frozenset(CONFIG_MAPPING[model_type]().to_dict()) if model_type in CONFIG_MAPPING_NAMES else frozenset()
+    return frozenset(CONFIG_MAPPING[model_type]().to_dict()) if model_type in CONFIG_MAPPING else frozenset()
 
 
 def as_json(table: Mapping[str, Entry]) -> str:
