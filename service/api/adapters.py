@@ -22,7 +22,7 @@ from service.api.schemas import (
 from service.api.state import LibraryOf, SettingsOf
 from service.catalog.records import Principal, Version
 from service.library import Library, Target
-from service.prefix.config import parse_config, parse_json
+from service.prefix.config import parse_config, parse_config_json
 from service.prefix.references import check_name, parse_qualified, parse_reference
 
 router = APIRouter(tags=["adapters"])
@@ -94,9 +94,9 @@ async def _publish_upload(request: Request, library: Library, target: Target) ->
     weights = await library.stage()
     try:
         config_json, base_json = await read_upload(request, weights, library.limits.upload_bytes)
-        config = parse_config(parse_json(config_json, CONFIG), from_file=True)
+        config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
         if base_json is not None:
-            config = config.filled(parse_json(base_json, BASE_CONFIG))
+            config = config.filled(parse_config_json(base_json, BASE_CONFIG))
         return await library.publish(target, config, weights)
     finally:
         await to_thread.run_sync(weights.discard)

@@ -210,14 +210,19 @@ def convert(
     """Turn a foreign or pickled checkpoint into a safe adapter folder, on this machine."""
     from service.client.convert import convert as run
     from service.client.convert import write
+    from service.prefix.checkpoint import shown_names
 
     conversion = run(source, config=config, base_config=base_config, unsafe=unsafe)
     write(conversion, output)
     if as_json:
-        print_json({"opened": conversion.opened, "found": conversion.found, "config": conversion.config})
+        shown = ("opened", "found", "config", "left_out")
+        print_json({name: getattr(conversion, name) for name in shown})
         return
-    for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}", f"wrote {output}"):
+    for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}"):
         say(line)
+    if conversion.left_out:
+        say(f"left out {len(conversion.left_out)} that are not the prefix: {shown_names(conversion.left_out)}")
+    say(f"wrote {output}")
 
 
 def _checked_dtype(name: str | None) -> Any:

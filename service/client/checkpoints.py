@@ -1,17 +1,28 @@
 """Checkpoints on their owner's machine: what there is in a folder, read lazily, and the prefix cut out of it."""
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
+from service.prefix.safetensors_header import (
+    WEIGHT_DTYPES,
+    Header,
+    TensorEntry,
+    header_length,
+    parse_checkpoint_header,
+    require_dtype,
+    shown_name,
+    tensor_at,
+)
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -33,32 +44,58 @@ class TensorFiles:
     """The tensors of one or several safetensors files, by name; none is read before it is asked for."""
 
     shapes: Mapping[str, Shape]
-    _files: Mapping[str, Path]
+    _entries: Mapping[str, tuple[Path, TensorEntry]]
 
     @classmethod
     def open(cls, paths: list[Path]) -> "TensorFiles":
         """Read the headers.
 
         Raises:
-            InvalidCheckpoint: a file is no safetensors file.
+            InvalidCheckpoint: a file cannot be read, is no sound safetensors file, or repeats a name of another.
+            UnsafeCheckpoint: a file is a pickle.
         """
-        shapes: dict[str, Shape] = {}
-        files: dict[str, Path] = {}
+        entries: dict[str, tuple[Path, TensorEntry]] = {}
         for path in paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = file.keys()
-                    shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-                    files |= dict.fromkeys(names, path)
-            except SafetensorError as error:
-                raise InvalidCheckpoint(f"{path} is no safetensors file: {error}") from error
-        return cls(shapes, files)
+            for name, entry in _header(path).tensors.items():
+                if name in entries:
+                    raise InvalidCheckpoint(f"{entries[name][0]} and {path} both hold {shown_name(name)}")
+                entries[name] = path, entry
+        return cls({name: entry.shape for name, (_, entry) in entries.items()}, entries)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor."""
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        """Returns one tensor of the prefix.
+
+        Raises:
+            InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file was cut meanwhile.
+        """
+        path, entry = self._entries[name]
+        require_dtype(name, entry, WEIGHT_DTYPES)
+        with readable(path), path.open("rb") as file:
+            file.seek(entry.start)
+            data = bytearray(file.read(entry.stop - entry.start))
+        if len(data) != entry.stop - entry.start:
+            raise InvalidCheckpoint(f"{path} ends inside of {shown_name(name)}")
+        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+
+
+def _header(path: Path) -> Header:
+    with readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(9)
+        try:
+            length = header_length(memoryview(start), size)
+            return parse_checkpoint_header(memoryview(start + file.read(8 + length - len(start))), size=size)
+        except InvalidCheckpoint as error:
+            raise type(error)(f"{path}: {error}") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises InvalidCheckpoint where the block cannot read the file or folder `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path} cannot be read: {error.strerror}") from error
 
 
 def prepare_upload(source: Path, config: Path | None = None) -> Upload:
@@ -69,7 +106,7 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     Raises:
         InvalidConfig: there is no adapter_config.json.
         UnsafeCheckpoint: there are only pickles.
-        InvalidCheckpoint: there are no weights, or no one prefix among them.
+        InvalidCheckpoint: there are no weights, no one prefix among them, or a file cannot be read.
     """
     folder = source if source.is_dir() else source.parent
     config_path = config or folder / CONFIG_NAME
@@ -79,11 +116,14 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     files = TensorFiles.open(paths)
     match = find_prefix(files.shapes)
     others = len(files.shapes) - len(match.tensors)
+    with readable(config_path):
+        config_json = config_path.read_bytes()
     if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
-        return Upload(config_path.read_bytes(), paths[0].open("rb"), paths[0].stat().st_size, None)
+        with readable(paths[0]):
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)
     weights = save(cut(files, match))
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
-    return Upload(config_path.read_bytes(), io.BytesIO(weights), len(weights), what)
+    return Upload(config_json, io.BytesIO(weights), len(weights), what)
 
 
 def cut(files: TensorFiles, match: Match) -> dict[str, Tensor]:
@@ -100,8 +140,9 @@ def weight_files(source: Path) -> list[Path]:
     """
     if source.is_dir():
         own = source / WEIGHTS_NAME
-        found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
-        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+        with readable(source):
+            found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
+            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
     else:
         found = [source] if source.suffix == ".safetensors" else []
         pickles = [source] if source.suffix in PICKLES else []

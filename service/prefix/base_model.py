@@ -1,10 +1,12 @@
 """The dimensions of a prefix, from a base model's `config.json`, by the rules of PEFT 0.21's
-`_prepare_prompt_learning_config` and of the models that PEFT learned its rules from."""
+`_prepare_prompt_learning_config` and of the models that PEFT learned its rules from. Values that the file leaves out
+are those that transformers would fill in."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from service.errors import InvalidConfig
+from service.prefix.base_model_defaults import text_config, value_of
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
@@ -12,15 +14,17 @@ _WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | None]:
-    """`num_layers`, `num_attention_heads` (of keys and values) and `token_dim`; `None` for what is not told.
+    """Returns `num_layers`, `num_attention_heads` (of keys and values) and `token_dim`; `None` for what is unknown.
 
     Raises:
         InvalidConfig: a number in the base model's config is not a positive integer.
     """
-    config = base_model_config.get("text_config") or base_model_config
+    config = text_config(base_model_config)
     if not isinstance(config, Mapping):
         raise InvalidConfig(f"text_config in the base model's config must be an object, got {config!r:.80}")
     layers, heads, width = (_first(config, names) for names in (_LAYERS, _HEADS, _WIDTH))
+    if config is not base_model_config:  # PEFT looks for this one number in the outer config first
+        layers = _number(base_model_config, "num_hidden_layers") or layers
     kv_heads, head_dim = _key_value_shape(config, heads, width)
     return {
         "num_layers": layers,
@@ -32,15 +36,17 @@ def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | No
 def _key_value_shape(config: Mapping[str, Any], heads: int | None, width: int | None) -> tuple[int | None, int | None]:
     """(heads of keys and values, head size). The head size is `None` where the whole width is the token's."""
     per_head = width // heads if width and heads else None
-    if config.get("model_type") == "gpt_bigcode" and config.get("multi_query", True) is True:
-        return 1, per_head
+    if config.get("model_type") == "gpt_bigcode" and config.get("num_key_value_heads") is None:
+        return (1, per_head) if config.get("multi_query", True) is True else (heads, None)
     if config.get("multi_query_attention") is True:  # ChatGLM2 and 3
         return _number(config, "multi_query_group_num"), _number(config, "kv_channels")
     kv_heads = _number(config, "num_key_value_heads")
     if kv_heads is None:
         return heads, None
     head_dim = _number(config, "head_dim") or per_head
-    if (global_head_dim := _number(config, "global_head_dim")) is not None:  # Gemma 4 before transformers 5.15
+    # Gemma 4: its own value before transformers 5.15, the default where `per_layer_config` is left out since.
+    global_head_dim = _number(config, "global_head_dim") if "per_layer_config" not in config else None
+    if global_head_dim is not None:
         return _number(config, "num_global_key_value_heads") or kv_heads, global_head_dim
     return _widest_layer(config, kv_heads, head_dim)
 
@@ -63,7 +69,7 @@ def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _number(config: Any, name: str) -> int | None:
-    value = config.get(name) if isinstance(config, Mapping) else None
+    value = value_of(config, name) if isinstance(config, Mapping) else None
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 20:

@@ -6,8 +6,9 @@ pickle, and nothing is allocated before names, shapes and dtypes have been check
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import torch
@@ -15,11 +16,18 @@ from torch import Tensor
 
 from service.errors import InvalidCheckpoint
 from service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
-from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
+from service.prefix.safetensors_header import (
+    WEIGHT_DTYPES,
+    parse_checkpoint_header,
+    require_dtype,
+    shown_name,
+    tensor_at,
+)
 
 Shape = tuple[int, ...]
 
 _MLP: Final = ("transform.w1", "transform.b1", "transform.w2", "transform.b2")
+_SHOWN: Final = 8  # names in a message
 # What training frameworks put between the names of modules.
 _WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -121,10 +129,12 @@ def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWe
         InvalidConfig: the config lacks dimensions.
     """
     config.require_dimensions()
-    header = parse_header(memoryview(data), dtypes=WEIGHT_DTYPES)
-    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
-    check_shapes(match, config, lambda name: header.tensors[name].shape)
     view = memoryview(data)
+    header = parse_checkpoint_header(view)
+    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
+    for name in match.tensors.values():
+        require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
+    check_shapes(match, config, lambda name: header.tensors[name].shape)
     return _oriented(match, {role: tensor_at(view, header.tensors[name]) for role, name in match.tensors.items()})
 
 
@@ -136,11 +146,11 @@ def find_prefix(names: Mapping[str, Shape]) -> Match:
     """
     matches = [match for layout in LAYOUTS for match in _matches(layout, names)]
     if not matches:
-        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+        shown = shown_names(names)
         known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in LAYOUTS)
         raise InvalidCheckpoint(f"no prefix encoder among {len(names)} tensors ({shown}); known layouts: {known}")
     if len(matches) > 1:
-        found = "; ".join(f"{m.layout.name} ({', '.join(sorted(m.tensors.values()))})" for m in matches)
+        found = "; ".join(f"{m.layout.name} ({shown_names(m.tensors.values())})" for m in matches[:8])
         raise InvalidCheckpoint(f"more than one prefix encoder in the checkpoint: {found}; keep one")
     match = matches[0]
     roles = frozenset(match.tensors)
@@ -148,10 +158,18 @@ def find_prefix(names: Mapping[str, Shape]) -> Match:
         wanted = min((c for c in match.layout.complete if roles < c), default=match.layout.complete[-1], key=len)
         missing = sorted(match.scope + name for name, role in match.layout.roles.items() if role in wanted - roles)
         raise InvalidCheckpoint(
-            f"incomplete prefix encoder ({match.layout.name}): found {', '.join(sorted(match.tensors.values()))}; "
-            f"missing {', '.join(missing)}"
+            f"incomplete prefix encoder ({match.layout.name}): found {shown_names(match.tensors.values())}; "
+            f"missing {shown_names(missing)}"
         )
     return match
+
+
+def shown_names(names: Collection[str]) -> str:
+    """Returns up to eight names of tensors for a message, sorted, escaped and shortened where they need it."""
+    shown = [
+        name if name.isprintable() and len(name) <= 80 else shown_name(name) for name in islice(sorted(names), _SHOWN)
+    ]
+    return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
 def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
@@ -164,7 +182,7 @@ def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
                 other = scopes.setdefault(scope, {}).setdefault(role, name)
                 if other != name:
                     raise InvalidCheckpoint(
-                        f"more than one prefix encoder in the checkpoint: {other}, {name}; keep one"
+                        f"more than one prefix encoder in the checkpoint: {shown_names((other, name))}; keep one"
                     )
     return [Match(layout, scope, tensors) for scope, tensors in scopes.items()]
 
@@ -186,8 +204,10 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
             raise InvalidCheckpoint(
                 f"prefix_projection is {str(config.prefix_projection).lower()} in the config, and the checkpoint "
                 f"{'holds' if projected else 'lacks'} the projection ({match.layout.name}: "
-                f"{', '.join(sorted(match.tensors.values()))})"
+                f"{shown_names(match.tensors.values())})"
             )
+        if projected:
+            config.require_projection_size()
         if not match.layout.linear:
             found["embedding"] = found["embedding"][::-1]  # an embedding is [tokens, width] in every layout
     if isinstance(config, CartridgeConfig) and "trainable_embedding" in found:
@@ -200,7 +220,9 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
     expected = _expected_shapes(config, found)
     for role, name in match.tensors.items():
         if found[role] != expected[role]:
-            raise InvalidCheckpoint(f"{name} has shape {list(shape_of(name))}, the config wants {_said(config)}")
+            raise InvalidCheckpoint(
+                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_said(config)}"
+            )
 
 
 def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -229,7 +251,7 @@ def _said(config: PrefixConfig) -> str:
 def _oriented(match: Match, tensors: dict[str, Tensor]) -> PrefixWeights:
     for role, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise InvalidCheckpoint(f"{match.tensors[role]} holds NaN or infinite values")
+            raise InvalidCheckpoint(f"{shown_names([match.tensors[role]])} holds NaN or infinite values")
     if not match.layout.linear:
         # [in, out] -> [out, in]
         tensors = {r: t.T.contiguous() if r in ("transform.w1", "transform.w2") else t for r, t in tensors.items()}

@@ -2,10 +2,14 @@
 
 `PrefixTuningConfig` and `CartridgeConfig` mirror `peft.PrefixTuningConfig` and `peft.CartridgeConfig` (0.3 … 0.21):
 the same fields, the same defaults, unknown keys kept. `parse_config` reads what came from outside.
+
+PEFT checks few of its fields, and ignores some of them beside trained weights. Fields that this service never reads
+therefore hold any JSON value; sizes, flags and names that it does read have one type.
 """
 
 import json
 import re
+from collections.abc import Callable
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
@@ -16,6 +20,7 @@ from service.prefix.base_model import infer_dimensions
 
 MAX_CONFIG_BYTES = 1 << 20
 _MAX_DEPTH = 32
+_EXACT = (1 << 53) - 1  # the largest integer of canonical JSON
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
 
 # Far above every model in use, far below what could make a product of them dangerous.
@@ -26,6 +31,20 @@ _LIMITS = {
     "token_dim": 1 << 18,
     "encoder_hidden_size": 1 << 18,
 }
+
+# Every other key is stored and shown, and never read.
+_READ = frozenset(
+    {
+        *_LIMITS,
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "inference_mode",
+        "num_transformer_submodules",
+        "prefix_projection",
+        "num_frozen_tokens",
+    }
+)
 
 C = TypeVar("C", bound="PromptLearningConfig")
 
@@ -46,24 +65,25 @@ class PromptLearningConfig(BaseModel):
 
     peft_type: str
     task_type: TaskType | None = None
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: StrictStr | None = None
+    auto_mapping: Any = None
+    peft_version: Any = None
     base_model_name_or_path: StrictStr | None = None
-    revision: StrictStr | None = None
+    revision: Any = None
     inference_mode: StrictBool = False
     num_virtual_tokens: StrictInt = 20
     token_dim: StrictInt | None = None
     num_transformer_submodules: Annotated[int, Field(strict=True, ge=1, le=2)] = 1
     num_attention_heads: StrictInt | None = None
     num_layers: StrictInt | None = None
-    modules_to_save: list[StrictStr] | None = None
+    modules_to_save: Any = None
 
     @model_validator(mode="before")
     @classmethod
-    def _submodules_follow_the_task(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("num_transformer_submodules") is None:
-            submodules = 2 if values.get("task_type") == "SEQ_2_SEQ_LM" else 1
-            return {**values, "num_transformer_submodules": submodules}
+    def _null_is_the_default(cls, values: dict[str, Any]) -> dict[str, Any]:
+        flags = [name for name in ("inference_mode", "prefix_projection") if name in cls.model_fields]
+        values = {name: value for name, value in values.items() if value is not None or name not in flags}
+        if values.get("num_transformer_submodules") is None:
+            values["num_transformer_submodules"] = 2 if values.get("task_type") == "SEQ_2_SEQ_LM" else 1
         return values
 
     @model_validator(mode="after")
@@ -72,9 +92,13 @@ class PromptLearningConfig(BaseModel):
             value = getattr(self, name, None)
             if value is None:
                 continue
-            if value < 1:
-                wording = "must be positive" if name == "encoder_hidden_size" else "must be at least 1"
-                raise ValueError(f"{name} {wording}, got {value}")
+            if not isinstance(value, int | float):  # an unknown key of a CARTRIDGE, which has no encoder
+                raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
+                    f"{name} must be an integer, got {_shown(value)}"
+                )
+            least = 0 if name == "encoder_hidden_size" else 1  # it is read only where a projection is run
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
             if value > limit:
                 raise ValueError(f"{name} must be at most {limit}, got {value}")
         if self.token_dim and self.num_attention_heads and self.token_dim % self.num_attention_heads:
@@ -104,7 +128,7 @@ class PromptLearningConfig(BaseModel):
         return self.token_dim // self.num_attention_heads
 
     def filled(self, base_model_config: dict[str, Any]) -> Self:
-        """This config with every missing dimension taken from a base model's `config.json`.
+        """Returns this config with every missing dimension taken from a base model's `config.json`.
 
         What the adapter's config says stands; PEFT wrote its final values there.
 
@@ -116,7 +140,16 @@ class PromptLearningConfig(BaseModel):
             for name, value in infer_dimensions(base_model_config).items()
             if getattr(self, name) is None and value is not None
         }
-        return _validate(type(self), {**self.model_dump(), **missing})
+        filled = _validate(type(self), {**self.model_dump(), **missing})
+        if unknown := filled._unknown_dimensions():
+            raise InvalidConfig(
+                f"the base model's config (model_type {_shown(base_model_config.get('model_type'))}) does not tell "
+                f"{', '.join(unknown)}: set the numbers in adapter_config.json"
+            )
+        return filled
+
+    def _unknown_dimensions(self) -> list[str]:
+        return [name for name in ("num_layers", "token_dim", "num_attention_heads") if getattr(self, name) is None]
 
     def require_dimensions(self) -> None:
         """Refuse a config whose `num_layers`, `token_dim` or `num_attention_heads` is not known.
@@ -124,8 +157,7 @@ class PromptLearningConfig(BaseModel):
         Raises:
             InvalidConfig: names what is missing.
         """
-        missing = [n for n in ("num_layers", "token_dim", "num_attention_heads") if getattr(self, n) is None]
-        if missing:
+        if missing := self._unknown_dimensions():
             raise InvalidConfig(
                 f"{', '.join(missing)} missing from the adapter's config: send the base model's config.json as "
                 "base_model_config, or set the numbers in adapter_config.json"
@@ -139,16 +171,22 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
-    init_weights: StrictStr | None = None
+    init_weights: Any = None
     encoder_hidden_size: StrictInt | None = None
     prefix_projection: StrictBool = False
 
-    @model_validator(mode="after")
-    def _projection_has_a_size(self) -> Self:
-        # In inference mode the projection has been applied already: the flag is history.
-        if self.prefix_projection and not self.inference_mode and self.encoder_hidden_size is None:
-            raise ValueError("encoder_hidden_size required when prefix_projection is true")
-        return self
+    def require_projection_size(self) -> None:
+        """Refuse a config whose projection is to be run and has no size.
+
+        Weights that are already flat need none: beside them `prefix_projection` is history, as in PEFT.
+
+        Raises:
+            InvalidConfig: `encoder_hidden_size` is missing or 0.
+        """
+        if self.encoder_hidden_size is None:
+            raise InvalidConfig("encoder_hidden_size required when prefix_projection is true")
+        if not self.encoder_hidden_size:
+            raise InvalidConfig("encoder_hidden_size must be positive when prefix_projection is true, got 0")
 
     @property
     def trainable_parameters(self) -> int | None:
@@ -156,7 +194,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         width = self.prefix_embedding_dim
         if width is None or self.token_dim is None:
             return None
-        if not self.prefix_projection or self.encoder_hidden_size is None:
+        if not self.prefix_projection or not self.encoder_hidden_size:
             return self.num_virtual_tokens * width
         hidden = self.encoder_hidden_size
         return self.num_virtual_tokens * self.token_dim + self.token_dim * hidden + hidden + hidden * width + width
@@ -193,17 +231,34 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 }
 
 
-def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object from outside: UTF-8, no duplicate keys, no NaN, no lone surrogates, of at most `limit` bytes.
+def parse_config_json(data: bytes, what: str) -> dict[str, Any]:
+    """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
+
+    `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
 
     Raises:
-        InvalidConfig: names `what` and the defect.
+        InvalidConfig: as `parse_json`.
     """
+    return _parse(data, what, MAX_CONFIG_BYTES, float, _refuse_nan)
+
+
+def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
+
+    Raises:
+        InvalidConfig: too many bytes, too deep, duplicate keys, NaN, infinities or lone surrogates; names `what`.
+    """
+    return _parse(data, what, limit, _finite, _refuse_constant)
+
+
+def _parse(
+    data: bytes, what: str, limit: int, parse_float: Callable[[str], float], parse_constant: Callable[[str], float]
+) -> dict[str, Any]:
     if len(data) > limit:
         raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=parse_constant, parse_float=parse_float)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -224,6 +279,8 @@ def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixCo
     """The config that `values` describe, by their `peft_type`.
 
     A config `from_file` belongs to trained weights, so `num_virtual_tokens` must be there; PEFT always writes it.
+    A key that nothing reads is left out if canonical JSON cannot hold its value: an infinity, or an integer of 54 to
+    64 bits.
 
     Raises:
         InvalidConfig: another `peft_type`, or a field that is missing, malformed or out of bounds.
@@ -234,7 +291,18 @@ def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixCo
         raise InvalidConfig(f"peft_type must be one of {', '.join(_CONFIGS)}, got {_shown(peft_type)}")
     if from_file and values.get("num_virtual_tokens") is None:
         raise InvalidConfig("num_virtual_tokens is missing from the adapter's config")
-    return _validate(config_type, values)
+    return _validate(config_type, {n: value for n, value in values.items() if n in _READ or _is_storable(value)})
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether canonical JSON (RFC 8785) can hold the value's numbers; integers of more than 64 bits are not excused."""
+    if isinstance(value, dict):
+        return all(_is_storable(child) for child in value.values())
+    if isinstance(value, list):
+        return all(_is_storable(child) for child in value)
+    if isinstance(value, float):
+        return isfinite(value)
+    return not isinstance(value, int) or not _EXACT < abs(value) < 1 << 64
 
 
 def _validate(config_type: type[C], values: dict[str, Any]) -> C:
@@ -271,3 +339,7 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_nan(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)

@@ -48,6 +48,8 @@ class PrefixEncoder:
         draw = torch.Generator().manual_seed(seed)
         tokens, width, token_dim = config.num_virtual_tokens, config.prefix_embedding_dim or 0, config.token_dim or 0
         projected = isinstance(config, PrefixTuningConfig) and config.prefix_projection and not config.inference_mode
+        if isinstance(config, PrefixTuningConfig) and projected:
+            config.require_projection_size()
         tensors = {"embedding": torch.randn(tokens, token_dim if projected else width, generator=draw)}
         if isinstance(config, PrefixTuningConfig) and projected:
             hidden = config.encoder_hidden_size or 0

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from service.client import PrefixClient
-from service.client.convert import convert
-from service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
+from service.client.convert import convert, write
+from service.errors import InvalidCheckpoint, InvalidConfig, StorageFailed, UnsafeCheckpoint
 from tests.cli.conftest import Run
 from tests.conftest import CORPUS, Server
 
@@ -144,6 +145,132 @@ def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     with pytest.raises((UnsafeCheckpoint, InvalidCheckpoint)):
         convert(tmp_path / "raw.pkl")
     assert not (tmp_path / "it-ran").exists()
+
+
+LAYERS, HEADS, SIZE = 3, 2, 8
+
+
+def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
+    """A file as the trainer saves it, its frozen lists named `kind`; `ParameterList`s as its cache holds them."""
+    torch.manual_seed(1)
+    return {
+        f"{name}_{part}": nn.ParameterList(
+            [nn.Parameter(torch.randn(1, HEADS, tokens, SIZE)) for _ in range(LAYERS if tokens else 0)]
+        )
+        for name, tokens in ((kind, frozen), ("trainable", trainable))
+        for part in ("keys", "values")
+    }
+
+
+@pytest.mark.parametrize("kind", ["frozen", "fixed"])
+@pytest.mark.parametrize("as_lists", [False, True], ids=["ParameterList", "list"])
+def test_09_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
+    """By today's name and by the older one: one frozen and five trainable tokens are six, in that order."""
+    state = cartridge(kind)
+    torch.save({n: [p.detach() for p in v] for n, v in state.items()} if as_lists else state, tmp_path / "cache.pt")
+    conversion = convert(tmp_path / "cache.pt")
+    sizes = {
+        "num_virtual_tokens": 6,
+        "num_frozen_tokens": 1,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "token_dim": 16,
+    }
+    assert conversion.config.items() >= sizes.items()
+    flat = conversion.tensors["prompt_embeddings"].view(6, LAYERS, 2, HEADS, SIZE)
+    for layer in range(LAYERS):
+        for index, part in enumerate(("keys", "values")):
+            wanted = torch.cat([state[f"{kind}_{part}"][layer], state[f"trainable_{part}"][layer]], dim=2)[0]
+            assert torch.equal(flat[:, layer, index].transpose(0, 1), wanted)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "fixed"])
+def test_09_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
+    """Its lists are empty then."""
+    torch.save(cartridge(kind, frozen=0), tmp_path / "cache.pt")
+    config = convert(tmp_path / "cache.pt").config
+    assert (config["num_virtual_tokens"], config["num_frozen_tokens"]) == (5, 0)
+
+
+def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
+    """Nothing of a cartridge is dropped: what is not known is an error that names it, and nothing is written."""
+    torch.save({**cartridge("frozen"), "pinned_keys": [torch.zeros(1, 2, 3, 8)] * 3}, tmp_path / "cache.pt")
+    done = run("convert", tmp_path / "cache.pt", tmp_path / "out")
+    assert done.returncode == 1
+    assert "pinned_keys" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fixed_keys": [torch.zeros(1, 2, 1, 8)] * 3}, "both frozen_ and fixed_"),
+        ({"frozen_values": []}, "frozen_values has 0 layers, and trainable_keys has 3"),
+        ({"trainable_values": [torch.zeros(1, 2, 5, 8)] * 2}, "trainable_values has 2 layers"),
+        ({"trainable_values": [torch.zeros(1, 2, 4, 8)] * 3}, r"have \[4, 5\] tokens"),
+        ({"trainable_values": [torch.zeros(1, 2, 5, 9)] * 3}, r"got \[1, 2, 5, 9\]"),
+        ({"trainable_values": [torch.zeros(5)] * 3}, r"must hold one \[1, heads, tokens, size\] a layer"),
+        ({"trainable_values": [torch.zeros(1, 2, 5, 8, dtype=torch.float64)] * 3}, "has dtype float64"),
+        ({"trainable_values": [torch.full((1, 2, 5, 8), float("nan"))] * 3}, "NaN"),
+        ({"trainable_keys": torch.zeros(3)}, "trainable_keys"),
+    ],
+)
+def test_09_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """Each contradiction has its words."""
+    torch.save({**cartridge("frozen"), **change}, tmp_path / "cache.pt")
+    with pytest.raises(InvalidCheckpoint, match=message):
+        convert(tmp_path / "cache.pt")
+
+
+def test_09_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
+    """A config that is given is not ignored."""
+    torch.save(cartridge("frozen"), tmp_path / "cache.pt")
+    config = {**convert(tmp_path / "cache.pt").config, "revision": "main"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert convert(tmp_path / "cache.pt", config=tmp_path / "config.json").config["revision"] == "main"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_frozen_tokens": 2}))
+    with pytest.raises(InvalidConfig, match="contradicts the cartridge in num_frozen_tokens"):
+        convert(tmp_path / "cache.pt", config=tmp_path / "config.json")
+
+
+def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
+    """Of a training checkpoint: the base model, the optimizer's tensors, and objects that may hold more."""
+    state = {
+        "state_dict": {"lm_head.weight": torch.zeros(2), "prompt_encoder.default.embedding.weight": torch.ones(20, 96)},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
+        "lists": [torch.zeros(1)],
+    }
+    torch.save(state, tmp_path / "last.ckpt")
+    config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
+    done = run("convert", tmp_path / "last.ckpt", tmp_path / "out", "--config", config)
+    names = "lists.0, lm_head.weight, optimizer.state.0.exp_avg"
+    assert f"left out 3 that are not the prefix: {names}" in done.stdout
+    as_json = run("convert", tmp_path / "last.ckpt", tmp_path / "again", "--config", config, "--json")
+    assert sorted(json.loads(as_json.stdout)["left_out"]) == names.split(", ")
+
+
+def test_90_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
+    """Cycles, two tensors of one name, sparse and repeated tensors, and a folder in a file's place."""
+    config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
+    cycle: dict[str, Any] = {"a": 1}
+    cycle["state_dict"] = cycle
+    for state, message in (
+        (cycle, "more than 32 levels|RecursionError"),
+        ({"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)}, "two tensors named a.b"),
+        ({"prompt_embeddings": torch.zeros(1).expand(20, 96)}, "repeats the values of a smaller tensor"),
+        ({"prompt_embeddings": torch.zeros(20, 96).to_sparse()}, "layout torch.sparse_coo"),
+        ({"prompt_embeddings": torch.zeros(20, 96, dtype=torch.float64)}, "has dtype float64"),
+    ):
+        torch.save(state, tmp_path / "state.pt")
+        with pytest.raises(InvalidCheckpoint, match=message):
+            convert(tmp_path / "state.pt", config=config)
+    with pytest.raises(InvalidCheckpoint, match="cannot be read: Is a directory"):
+        convert(VARIANTS / "legacy_bin-gpt2-n20-emb", config=tmp_path)
+    (tmp_path / "file").touch()
+    conversion = convert(VARIANTS / "legacy_bin-gpt2-n20-emb")
+    with pytest.raises(StorageFailed, match="cannot be written"):
+        write(conversion, tmp_path / "file" / "folder")
 
 
 def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ def test_submodules_follow_the_task(task: str | None, submodules: int) -> None:
     [
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, got 0"),
         ({"num_layers": -1}, "num_layers must be at least 1, got -1"),
-        ({"encoder_hidden_size": 0}, "encoder_hidden_size must be positive, got 0"),
+        ({"encoder_hidden_size": -1}, "encoder_hidden_size must be at least 0, got -1"),
+        ({"encoder_hidden_size": "8"}, "encoder_hidden_size: .*integer.*, got '8'"),
         ({"num_virtual_tokens": (1 << 20) + 1}, "num_virtual_tokens must be at most 1048576"),
         ({"token_dim": 1 << 40}, "token_dim must be at most 262144"),
         ({"num_layers": "3"}, "num_layers: .*integer.*, got '3'"),
@@ -100,8 +101,7 @@ def test_submodules_follow_the_task(task: str | None, submodules: int) -> None:
             {"token_dim": 10, "num_attention_heads": 4},
             "token_dim must be a multiple of num_attention_heads, got 10 and",
         ),
-        ({"prefix_projection": True}, "encoder_hidden_size required"),
-        ({"modules_to_save": "x" * 1000}, r"modules_to_save: .*, got '.{70,76}\.\.\.$"),
+        ({"task_type": "x" * 1000}, r"task_type: .*, got '.{70,76}\.\.\.$"),
     ],
 )
 def test_a_field_out_of_bounds_is_named(values: dict[str, Any], message: str) -> None:
@@ -163,9 +163,10 @@ def test_the_adapters_own_dimensions_stand() -> None:
     assert config.filled(LLAMA) == config
 
 
-def test_a_base_model_that_tells_nothing_leaves_it_missing() -> None:
-    """Unknown keys are no error; `require_dimensions` is."""
-    assert prefix_tuning().filled({"vocab_size": 3}).num_layers is None
+def test_a_base_model_that_tells_nothing_is_named() -> None:
+    """The message does not ask for the file that was given: it names the model type and what is missing."""
+    with pytest.raises(InvalidConfig, match=r"model_type 'new'\) does not tell token_dim, num_attention_heads: set"):
+        prefix_tuning(num_layers=3).filled({"model_type": "new"})
 
 
 def test_dimensions_that_do_not_fit_together_are_refused() -> None:

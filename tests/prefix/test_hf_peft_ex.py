@@ -25,7 +25,7 @@ def config(**values: Any) -> PrefixTuningConfig:
 
 
 def encoder(**values: Any) -> PrefixEncoder:
-    return PrefixEncoder.fresh(config(**SMALL, **values), "random", 0, torch.device("cpu"))
+    return PrefixEncoder.fresh(config(**{**SMALL, **values}), "random", 0, torch.device("cpu"))
 
 
 def shapes(parameters: dict[str, Tensor]) -> dict[str, list[int]]:
@@ -55,9 +55,9 @@ def test_values_that_are_given_stand() -> None:
     ],
 )
 def test_validation(values: dict[str, Any], message: str) -> None:
-    """The same words."""
+    """hf_peft_ex's words, when an untrained encoder is made."""
     with pytest.raises(InvalidConfig, match=message):
-        config(**values)
+        encoder(**values)
 
 
 def test_prefix_embedding_dim() -> None:

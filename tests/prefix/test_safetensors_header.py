@@ -18,6 +18,7 @@ from service.prefix.safetensors_header import (
     MAX_TENSORS,
     WEIGHT_DTYPES,
     Header,
+    parse_checkpoint_header,
     parse_header,
     tensor_at,
 )
@@ -123,10 +124,10 @@ def test_a_malformed_header(defect: str) -> None:
         parse(data)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 513, "a\0b", "a\nb", "../a", "a..b", "a/b", "a\\b", "\u202ea"])
+@pytest.mark.parametrize("name", ["", "x" * 65_537, "a\0b", "a\nb", "../a", "a..b", "\u202ea"])
 def test_a_hostile_name(name: str) -> None:
-    """A name may be printed, and may one day become part of a path."""
-    with pytest.raises(InvalidCheckpoint, match=r"tensor name .{2,60} is not acceptable"):
+    """A name is shown on terminals; the message shows it escaped and shortened."""
+    with pytest.raises(InvalidCheckpoint, match=r"tensor name .{2,80} is not acceptable"):
         parse(file_of({name: tensor()}))
 
 
@@ -136,16 +137,15 @@ def test_a_hostile_name(name: str) -> None:
         ([], "must have exactly dtype, shape and data_offsets"),
         ({"dtype": "F32", "shape": [2]}, "must have exactly dtype, shape and data_offsets"),
         (tensor(extra=1), "must have exactly dtype, shape and data_offsets"),
-        (tensor(dtype="F64"), "has dtype 'F64', not one of BF16, F16, F32"),
-        (tensor(dtype="I64"), "has dtype 'I64', not one of BF16, F16, F32"),
+        (tensor(dtype="F64", data_offsets=[0, 16]), "has dtype 'F64', not one of BF16, F16, F32"),
+        (tensor(dtype="I64", data_offsets=[0, 16]), "has dtype 'I64', not one of BF16, F16, F32"),
         (tensor(dtype=["F32"]), "has dtype .*, not one of"),
-        (tensor(shape=2), "not up to 8 positive sizes"),
-        (tensor(shape=[-2]), "not up to 8 positive sizes"),
-        (tensor(shape=[2, 0]), "not up to 8 positive sizes"),
-        (tensor(shape=[True, 2]), "not up to 8 positive sizes"),
-        (tensor(shape=[2.0]), "not up to 8 positive sizes"),
-        (tensor(shape=[1] * 9), "not up to 8 positive sizes"),
-        (tensor(shape=[1 << 62]), "not up to 8 positive sizes"),
+        (tensor(shape=2), "not up to 64 sizes"),
+        (tensor(shape=[-2]), "not up to 64 sizes"),
+        (tensor(shape=[True, 2]), "not up to 64 sizes"),
+        (tensor(shape=[2.0]), "not up to 64 sizes"),
+        (tensor(shape=[1] * 65), "not up to 64 sizes"),
+        (tensor(shape=[1 << 62]), "not up to 64 sizes"),
         (tensor(shape=[1 << 61, 1 << 61]), "needs .* bytes, its offsets span 8"),
         (tensor(shape=[3]), "needs 12 bytes, its offsets span 8"),
         (tensor(dtype="BF16"), "needs 4 bytes, its offsets span 8"),
@@ -160,6 +160,28 @@ def test_a_malformed_entry(entry: Any, message: str) -> None:
     """Keys, dtype, shape and offsets of one tensor, each by name."""
     with pytest.raises(InvalidCheckpoint, match=f"tensor 'a' .*{message}"):
         parse(file_of({"a": entry}, b"\0" * 16))
+
+
+def test_an_empty_tensor_is_refused_where_it_would_be_read() -> None:
+    """A reader of prefixes or masks never meets one."""
+    with pytest.raises(InvalidCheckpoint, match=r"tensor 'e' of shape .2, 0. is empty"):
+        parse(file_of({"a": tensor(), "e": tensor(shape=[2, 0], data_offsets=[0, 0])}))
+
+
+def test_a_checkpoint_may_hold_every_dtype_of_the_format() -> None:
+    """Each tensor spans its elements' bits, whole bytes; empty ones may stand anywhere."""
+    names = {"F4": 1, "F6_E2M3": 3, "BOOL": 4, "U16": 8, "I32": 16, "C64": 32, "F64": 32}
+    header: dict[str, Any] = {"empty": tensor(dtype="I64", shape=[0, 3], data_offsets=[0, 0]), "__metadata__": None}
+    position = 0
+    for name, size in names.items():
+        shape = [2] if name == "F4" else [4]
+        header[name] = tensor(dtype=name, shape=shape, data_offsets=[position, position + size])
+        position += size
+    data = file_of(header, b"\0" * position)
+    assert parse_checkpoint_header(memoryview(data)).tensors.keys() == {"empty", *names}
+    odd = file_of({"a": tensor(dtype="F4", shape=[3], data_offsets=[0, 1])}, b"\0")
+    with pytest.raises(InvalidCheckpoint, match="needs 1 bytes"):
+        parse_checkpoint_header(memoryview(odd))
 
 
 @pytest.mark.parametrize(
