@@ -1,0 +1,120 @@
+"""An image in each row, in the form that an architecture takes: the first form that its model accepts and sees."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tests.sweep.batch import TEXTS, Batch
+
+Images = Mapping[str, Tensor]
+
+
+def _pixels(*shape: int) -> Callable[[torch.Generator], Images]:
+    return lambda generator: {"pixel_values": torch.randn(*shape, generator=generator)}
+
+
+def _sized(*shape: int) -> Callable[[torch.Generator], Images]:
+    return lambda generator: {
+        "pixel_values": torch.randn(*shape, generator=generator),
+        "image_sizes": torch.tensor([[8, 8]]),
+    }
+
+
+def _grid(patch: int, **others: Tensor) -> Callable[[torch.Generator], Images]:
+    return lambda generator: {
+        "pixel_values": torch.randn(16, patch, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        **others,
+    }
+
+
+FORMS: Final[Mapping[str, Callable[[torch.Generator], Images]]] = {
+    "pixels": _pixels(1, 3, 8, 8),
+    "tiles": _pixels(1, 1, 3, 8, 8),
+    "sized": _sized(1, 3, 8, 8),
+    "sized tiles": _sized(1, 3, 3, 8, 8),
+    "grid of 96": _grid(96),
+    "grid of 48": _grid(48),
+    "merged grid of 48": _grid(48, image_merge_sizes=torch.tensor([1])),
+    "positioned patches": lambda generator: {
+        "pixel_values": torch.rand(1, 9, 48, generator=generator),
+        "image_position_ids": torch.cartesian_prod(torch.arange(3), torch.arange(3))[None],
+    },
+    "question": lambda generator: {
+        "pixel_values": torch.randn(1, 3, 8, 8, generator=generator),
+        "qformer_input_ids": torch.tensor([[5, 6, 7]]),
+    },
+}
+_COUNTS: Final = (4, 1, 2, 16, 3, 5, 8, 9, 6, 12, 17, 20, 0)
+
+
+def with_images(model: Any) -> list[Batch]:
+    """Returns the rows of text, with an image each.
+
+    Raises:
+        LookupError: no form of image is accepted, and changes what the model answers.
+    """
+    for form, image_tokens in _candidates(model):
+        if _is_seen(model, form, image_tokens):
+            return [_row(model, form, image_tokens, seed) for seed in range(len(TEXTS))]
+    raise LookupError("no form of image is known that this architecture takes")
+
+
+def _candidates(model: Any) -> Iterator[tuple[str, int]]:
+    known = signature(model.forward).parameters
+    for form, make in FORMS.items():
+        if not set(make(torch.Generator())) <= set(known):
+            continue
+        counts = list(_COUNTS) if _image_id(model) is not None else [0]
+        for count in counts:
+            yield form, count
+            wanted = _wanted(model, form, count)
+            if wanted is not None and wanted not in _COUNTS:
+                yield form, wanted
+
+
+def _wanted(model: Any, form: str, count: int) -> int | None:
+    """The number of features that the model's error reports."""
+    try:
+        _logits(model, _row(model, form, count, 0))
+    except Exception as error:  # noqa: BLE001 - anything may go wrong in a form that is not the model's
+        found = re.search(r"features:? (\d+)", str(error))
+        return int(found[1]) if found and int(found[1]) < 64 else None
+    return None
+
+
+def _is_seen(model: Any, form: str, image_tokens: int) -> bool:
+    """Whether the model takes such an image, and answers another one otherwise."""
+    row, other = (_row(model, form, image_tokens, seed) for seed in (0, 100))
+    try:
+        found = _logits(model, row)
+        return bool(
+            (_logits(model, Batch.of_row(row.ids[0], images=other.images, image_id=row.image_id)) != found).any()
+        )
+    except Exception:  # noqa: BLE001 - see above
+        return False
+
+
+def _logits(model: Any, row: Batch) -> Tensor:
+    logits: Tensor = model(**row.inputs(model), attention_mask=row.mask).logits
+    return logits
+
+
+def _row(model: Any, form: str, image_tokens: int, seed: int) -> Batch:
+    image_id = _image_id(model)
+    text = TEXTS[seed % len(TEXTS)]
+    inside = text.new_full((image_tokens,), image_id or 0)
+    images = FORMS[form](torch.Generator().manual_seed(seed))
+    return Batch.of_row(torch.cat([text[:2], inside, text[2:]]), images=images, image_id=image_id)
+
+
+def _image_id(model: Any) -> int | None:
+    config = model.config
+    for name in ("image_token_id", "image_token_index", "im_patch_id", "image_patch_id"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
