@@ -10,6 +10,8 @@ from torch import Tensor
 
 LENGTHS: Final = (9, 4, 6)
 TEXTS: Final = [torch.randint(3, 100, (length,), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
+PLACES: Final = "image_embeds_position_mask"
+"""Kosmos' name for where an image's tokens are."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Batch:
     def inputs(self, model: Any) -> dict[str, Tensor]:
         """What the model and PEFT's model are both called with, but for masks and positions."""
         inputs = {"input_ids": self.ids, **self.images}
-        kinds = ("mm_token_type_ids", "token_type_ids") if self.image_id is not None else ()
-        for name in kinds:
+        if self.image_id is None:
+            return inputs
+        for name in ("mm_token_type_ids", "token_type_ids", PLACES):
             if name in signature(model.forward).parameters:
-                inputs[name] = (self.ids == self.image_id).to(torch.int64)
+                inputs[name] = self.ids.eq(self.image_id).to(torch.int64)
         return inputs
 
 

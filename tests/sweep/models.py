@@ -54,4 +54,4 @@ def save_adapter(architecture: Architecture, model: Any, folder: Path) -> None:
     torch.manual_seed(13)
     for parameter in wrapped.prompt_encoder.parameters():
         nn.init.normal_(parameter, std=0.8)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))

@@ -32,12 +32,13 @@ class Client:
     def logits(self, batch: Batch) -> Tensor:
         """By `to_cache`, `extend_mask` and `position_ids`, `[B, S, V]`."""
         prefix = self.prefix.for_batch(len(batch.ids))
-        inputs = {**_inputs(self.model, batch), "past_key_values": prefix.to_cache(self.model.config)}
+        inputs: dict[str, Any] = {**_inputs(self.model, batch), "past_key_values": prefix.to_cache(self.model.config)}
+        inputs.pop("token_type_ids", None)  # PEFT drops them, in training too
         if not self.model.config.is_encoder_decoder:
             inputs["attention_mask"] = prefix.extend_mask(batch.mask)
             if (axes := _positions_along_axes(self.model, batch)) is not None:
                 inputs["position_ids"] = axes + NUM_VIRTUAL_TOKENS
-            elif "position_ids" in signature(self.model.forward).parameters:
+            elif _takes_positions(self.model):
                 inputs["position_ids"] = prefix.position_ids(batch.mask)
         logits: Tensor = self.model(**inputs).logits
         return logits
@@ -51,25 +52,29 @@ class Client:
 
 @dataclass(frozen=True)
 class Peft:
-    """PEFT's own model, for rows that are not padded. (PEFT's forward counts padding on the left as positions.)"""
+    """PEFT's own model."""
 
     model: Any
 
-    def logits(self, row: Batch) -> Tensor:
-        """By PEFT's forward, as the adapter was trained, `[1, S, V]`."""
+    def logits(self, batch: Batch) -> Tensor:
+        """By PEFT's forward, as the adapter was trained, `[B, S, V]`; with positions that do not count padding, if the
+        model takes positions."""
         _forget(self.model)
-        inputs = _inputs(self.model.get_base_model(), row)
-        if (axes := _positions_along_axes(self.model.get_base_model(), row)) is not None:
-            inputs["position_ids"] = axes  # PEFT adds the prefix
+        base = self.model.get_base_model()
+        inputs = _inputs(base, batch)
+        # PEFT adds the prefix to positions; it has none where none are needed, as in training.
+        if (axes := _positions_along_axes(base, batch)) is not None:
+            inputs["position_ids"] = axes
+        elif not bool(batch.mask.all()) and _takes_positions(base):
+            inputs["position_ids"] = _positions(batch.mask)
         logits: Tensor = self.model(**inputs).logits
         return logits
 
-    def tokens(self, row: Batch) -> Tensor:
-        """The new tokens by PEFT's `generate`, `[1, new]`."""
+    def tokens(self, batch: Batch) -> Tensor:
+        """The new tokens by PEFT's `generate`, `[B, new]`."""
         _forget(self.model)
-        tokens: Tensor = self.model.generate(
-            **row.inputs(self.model.get_base_model()), attention_mask=row.mask, **_GREEDY
-        )
+        inputs = batch.inputs(self.model.get_base_model())
+        tokens: Tensor = self.model.generate(**inputs, attention_mask=batch.mask, **_GREEDY)
         return tokens[:, -NEW_TOKENS:]
 
     def tokens_by_forward(self, row: Batch) -> Tensor:
@@ -91,9 +96,8 @@ def base_logits(model: Any, batch: Batch) -> Tensor:
     """Of the model without a prefix, `[B, S, V]`."""
     _forget(model)
     inputs = _inputs(model, batch)
-    given = "position_ids" in signature(model.forward).parameters and not model.config.is_encoder_decoder
-    if given and _positions_along_axes(model, batch) is None:
-        inputs["position_ids"] = (batch.mask.cumsum(1) - 1).clamp(min=0)
+    if _takes_positions(model) and _positions_along_axes(model, batch) is None:
+        inputs["position_ids"] = _positions(batch.mask)
     logits: Tensor = model(**inputs).logits
     return logits
 
@@ -103,6 +107,14 @@ def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([[2, 7, 40, 23]]).expand(len(batch.ids), -1)
     return inputs
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in signature(model.forward).parameters and not model.config.is_encoder_decoder
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _positions_along_axes(model: Any, batch: Batch) -> Tensor | None:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import PeftModel
@@ -38,7 +38,10 @@ class Verdict:
 
     architecture: Architecture
     outcome: str = EQUAL
-    """`equal`, what is not (`forward left, generate left`), or why nothing was compared."""
+    """`equal`, what is not (`forward left as PEFT, generate right refused`), or why nothing was compared.
+
+    `as PEFT`: not the row alone, but what PEFT answers to the same batch. `refused`: the client raises an error.
+    """
     reason: str = ""
     rows: dict[str, float] = field(default_factory=dict)
     """By side, the largest difference from the row alone, over the largest logit; nan where there are no logits."""
@@ -48,6 +51,8 @@ class Verdict:
     """By side, the largest difference from the row alone of the model without a prefix, likewise."""
     tokens: dict[str, bool] = field(default_factory=dict)
     """By side, whether the greedy tokens are PEFT's."""
+    as_peft: dict[str, bool] = field(default_factory=dict)
+    """Of rows padded on the left, whether `forward` and `generate` answer what PEFT answers to that batch."""
     errors: dict[str, str] = field(default_factory=dict)
     peft_agrees: bool = True
     """Whether PEFT's `generate` and PEFT's forward find the same tokens."""
@@ -90,12 +95,20 @@ class _Oracle:
     tokens: Tensor
     trained: Tensor
     """The tokens as PEFT's forward finds them, which may differ from those of PEFT's `generate`."""
+    padded_logits: list[Tensor]
+    """The logits of the rows padded on the left: some models count padding, with PEFT too."""
+    padded_tokens: Tensor
 
     @classmethod
     def of(cls, peft: Peft, rows: Sequence[Batch]) -> "_Oracle":
-        logits = [peft.logits(row)[0, -row.ids.shape[1] :, :WORDS] for row in rows]
-        tokens = torch.cat([peft.tokens(row) for row in rows])
-        return cls(logits, tokens, torch.cat([peft.tokens_by_forward(row) for row in rows]))
+        batch = padded(rows, "left")
+        return cls(
+            [_real(peft.model, peft.logits(row), row)[0] for row in rows],
+            torch.cat([peft.tokens(row) for row in rows]),
+            torch.cat([peft.tokens_by_forward(row) for row in rows]),
+            _real(peft.model, peft.logits(batch), batch),
+            peft.tokens(batch),
+        )
 
     @property
     def agrees(self) -> bool:
@@ -113,7 +126,7 @@ class _Comparison:
     def made(self) -> Verdict:
         """The verdict, with everything compared."""
         verdict, model = self.verdict, self.client.model
-        base = [self._real(base_logits(model, row), row)[0] for row in self.rows]
+        base = [_real(model, base_logits(model, row), row)[0] for row in self.rows]
         if _difference(base, self.oracle.logits) < 1e-3:
             verdict.outcome = "the prefix does not matter"
             return verdict
@@ -128,10 +141,12 @@ class _Comparison:
                 self._tried(f"base {side}", lambda b: base_logits(model, b), batches), base
             )
             tokens = self._tried(f"generate {side}", self.client.tokens, batches, real=False)
-            verdict.tokens[side] = any(
-                bool(tokens) and torch.equal(torch.stack(tokens), wanted)
-                for wanted in (self.oracle.tokens, self.oracle.trained)
-            )
+            verdict.tokens[side] = _same(tokens, self.oracle.tokens) or _same(tokens, self.oracle.trained)
+            if side == "left":
+                verdict.as_peft = {
+                    "forward": _difference(found, self.oracle.padded_logits) < TOLERANCE,
+                    "generate": _same(tokens, self.oracle.padded_tokens),
+                }
         verdict.outcome = ", ".join(self._faults()) or EQUAL
         return verdict
 
@@ -144,15 +159,7 @@ class _Comparison:
         except Exception as error:  # noqa: BLE001 - as above
             self.verdict.errors[name] = _message(error)
             return []
-        return [row for each, batch in answers for row in (self._real(each, batch) if real else each)]
-
-    def _real(self, logits: Tensor, batch: Batch) -> list[Tensor]:
-        """Of each row, the logits of its real tokens, or of its decoder's. (Some models forbid an image's tokens by the
-        least number there is.)"""
-        logits = logits[..., :WORDS]
-        if self.client.model.config.is_encoder_decoder:
-            return list(logits)
-        return [row[-len(mask) :][mask == 1] for row, mask in zip(logits, batch.mask, strict=True)]
+        return [row for each, batch in answers for row in (_real(self.client.model, each, batch) if real else each)]
 
     def _faults(self) -> list[str]:
         """The checks that fail, each with how."""
@@ -161,8 +168,27 @@ class _Comparison:
             *(f"forward {side}" for side in SIDES if not max(verdict.rows[side], verdict.peft[side]) < TOLERANCE),
             *(f"generate {side}" for side in SIDES if not verdict.tokens[side]),
         ]
-        refused = {name for name, message in verdict.errors.items() if message.startswith("refused")}
-        return [f"{name} refused" if name in refused else name for name in wrong]
+        return [f"{name}{self._manner(name)}" for name in wrong]
+
+    def _manner(self, name: str) -> str:
+        """How a check fails: with an error of the client's, or by what PEFT does with such rows too."""
+        if self.verdict.errors.get(name, "").startswith("refused"):
+            return " refused"
+        call, side = name.split()
+        return " as PEFT" if side == "left" and self.verdict.as_peft[call] else ""
+
+
+def _same(tokens: Sequence[Tensor], wanted: Tensor) -> bool:
+    return bool(tokens) and torch.equal(torch.stack(list(tokens)), wanted)
+
+
+def _real(model: Any, logits: Tensor, batch: Batch) -> list[Tensor]:
+    """Of each row, the logits of its real tokens, or of its decoder's, and of words alone: some models give an image's
+    tokens the least number there is."""
+    logits = logits[..., :WORDS]
+    if model.config.is_encoder_decoder:
+        return list(logits)
+    return [row[-len(mask) :][mask == 1] for row, mask in zip(logits, batch.mask, strict=True)]
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
