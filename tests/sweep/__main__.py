@@ -1,6 +1,7 @@
 """Compare the client with PEFT on each of transformers' architectures: `python -m tests.sweep`."""
 
 import json
+import logging
 import sys
 import tempfile
 from collections import Counter
@@ -33,7 +34,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare logits and greedy tokens behind a prefix with PEFT, for padded rows and for each row alone."""
-    transformers.logging.set_verbosity(transformers.logging.ERROR)
+    transformers.logging.set_verbosity(logging.ERROR)
     chosen = [each for each in architectures().values() if not only or {each.name, each.model_type} & set(only)]
     if not chosen:
         sys.exit(f"no architecture has one of these names: {', '.join(only or [])}")

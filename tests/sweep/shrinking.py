@@ -35,7 +35,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("expert_ffn_hidden_size", "ffn_hidden_size", "intermediate_size_mlp", "dff"), 48),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "ffn_intermediate_size"), 48),
     **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), LAYERS
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "encoder_layers", "decoder_layers"), LAYERS
     ),
     **dict.fromkeys(
         ("num_decoder_layers", "num_encoder_layers", "depth", "n_encoder_layers", "n_decoder_layers"), LAYERS

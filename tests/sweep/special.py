@@ -155,7 +155,7 @@ ADAPTERS: Final[Mapping[str, Options]] = {
     "mpt": _FOUR_HEADS,
     "pp_formulanet": _FOUR_LAYERS,
     "prophetnet": _FOUR_HEADS,
-    "t5gemma": {"num_layers": 4},
+    "t5gemma": {"num_layers": 4, "num_attention_heads": 2, "token_dim": 32},
     "trocr": _FOUR_HEADS,
     "t5gemma2": {"num_layers": 4, "num_attention_heads": 2, "token_dim": 32},
     "vision-encoder-decoder": _FOUR_LAYERS,

@@ -24,6 +24,7 @@ TOLERANCE: Final = 1e-5
 most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most, measured). A wrong position, mask or
 layer costs 1e-3 and more."""
 SIDES: Final = ("alone", "left", "right")
+CALLS: Final = ("forward", "generate")
 EQUAL: Final = "equal"
 NOT_BUILT: Final = "not built"
 PEFT_FAILS: Final = "PEFT fails"
@@ -168,7 +169,9 @@ class _Comparison:
             *(f"forward {side}" for side in SIDES if not max(verdict.rows[side], verdict.peft[side]) < TOLERANCE),
             *(f"generate {side}" for side in SIDES if not verdict.tokens[side]),
         ]
-        return [f"{name}{self._manner(name)}" for name in wrong]
+        refused = [call for call in CALLS if all(self._manner(f"{call} {side}") == " refused" for side in SIDES)]
+        single = [f"{name}{self._manner(name)}" for name in wrong if name.split()[0] not in refused]
+        return [*single, *(f"{call} refused" for call in refused)]
 
     def _manner(self, name: str) -> str:
         """How a check fails: with an error of the client's, or by what PEFT does with such rows too."""
