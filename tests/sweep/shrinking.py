@@ -63,6 +63,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("initializer_range", "init_std"), 0.1),
 }
 _LIMITS = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "num_kv_shared_layers": 0}
+_NOT_WORDS = ("image", "video", "audio", "vision", "boi", "eoi")
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers")
 _ENDLESS = ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id")
 """Rows are compared token by token, so none may end early."""
@@ -115,11 +116,9 @@ def _entry(name: str, old: Any, values: Mapping[str, Any], ids: Iterator[int]) -
     if name == "rope_parameters" and isinstance(old, dict):
         return _with_sections(old)
     if name.endswith(("token_id", "token_index")) and isinstance(old, int) and name not in ("pad_token_id", *_ENDLESS):
-        return (
-            next(ids)
-            if name.startswith(("image", "video", "audio", "vision", "boi", "eoi"))
-            else (old if old < 3 else 1)
-        )
+        if name.startswith(_NOT_WORDS):
+            return next(ids)
+        return old if old < 3 else 1
     return None
 
 
