@@ -1,0 +1,26 @@
+"""The real service between PEFT's files and the client."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from service.client import Prefix, PrefixClient
+from service.client.checkpoints import prepare_upload
+from tests.conftest import Server
+from tests.sweep.verdict import Fetch
+
+
+@contextmanager
+def publishing(server: Server) -> Iterator[Fetch]:
+    """Yields a function that publishes a folder under a name and returns the prefix as a worker gets it."""
+    with PrefixClient(server.url, server.admin_key) as client:
+
+        def fetch(folder: Path, name: str) -> Prefix:
+            adapter = f"sweep/{re.sub('[^a-z0-9]', '-', name)}"
+            upload = prepare_upload(folder)
+            with upload.weights as weights:
+                client.publish(adapter, upload.config, weights)
+            return client.get(adapter)
+
+        yield fetch
