@@ -1,5 +1,5 @@
-"""Fetches of tensors over the lane: memory for the body, its hash as it comes, large ones in ranges, and on the same
-host no body at all."""
+"""Requests over the lane. For tensors: memory for the body, its hash as it comes, large bodies in ranges, and on the
+same host no body at all."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -8,12 +8,14 @@ from typing import Any, Final
 from service.client.connection import Connection, connection_failed
 from service.client.http1 import Head
 from service.client.lane import Interrupt, Lane
-from service.client.protocol import Answer, Fetch, require_success
+from service.client.protocol import Answer, Fetch, Request, require_success
 from service.client.ranges import Changed, Pieces
 from service.client.shared_memory import asking, in_shared_memory
 from service.errors import InvalidResponse
 
-_MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
+_MOST_PROBLEM: Final = 1 << 20  # bytes of an error
+MOST_JSON: Final = 32 << 20
+"""Bytes that an answer may have that is no tensors."""
 
 
 class Fetcher:
@@ -30,38 +32,46 @@ class Fetcher:
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self._base_url, self._lane = connection.base_url, Lane(connection)
+        self.address, self._lane = connection.address, Lane(connection)
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 
-    def fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
-        """What the fetch makes of its answer, which is there before the moment `until` of `time.monotonic`.
+    def carry_out(self, request: Request, until: float, interrupt: Interrupt) -> Any:
+        """Returns the answer to a request, or what a fetch makes of it, before the moment `until` of
+        `time.monotonic`.
 
         Raises:
             ConnectionFailed: it is not there by then, or not all of it.
             PrefixServiceError: the service reported it, or the fetch refused it.
         """
         try:
-            answer = self._answer(fetch, until, interrupt)
+            if isinstance(request, Fetch):
+                return request.read(require_success(self._answer(request, until, interrupt)))
+            received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
-            raise connection_failed(error, self._base_url) from error
-        return fetch.read(require_success(answer))
+            raise connection_failed(error, self.address) from error
+        return require_success(_answer(received))
 
-    def blocks(self, fetch: Fetch) -> bool:
-        """Whether it needs a thread: hashing and pinned memory take long, and pieces come in threads."""
-        return fetch.is_hashed or self._pinned or self._connections > 1
+    def blocks(self, request: Request) -> bool:
+        """Whether a request needs a thread: hashing and pinned memory take long, ranges come in threads, and what a
+        change sends may be read from a disk."""
+        if isinstance(request, Fetch):
+            return request.is_hashed or self._pinned or self._connections > 1
+        return request.method != "GET"
 
-    async def fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
-        """As `fetch`, on the running event loop, for what does not block.
+    async def carry_out_on_loop(self, request: Request, until: float) -> Any:
+        """Returns what `carry_out` does, on the running event loop, for a request that does not block.
 
         Raises:
-            ConnectionFailed, PrefixServiceError: as `fetch`.
+            ConnectionFailed, PrefixServiceError: as `carry_out`.
         """
         try:
-            answer = await self._answer_on_loop(fetch, until)
+            if isinstance(request, Fetch):
+                return request.read(require_success(await self._answer_on_loop(request, until)))
+            received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
         except OSError as error:
-            raise connection_failed(error, self._base_url) from error
-        return fetch.read(require_success(answer))
+            raise connection_failed(error, self.address) from error
+        return require_success(_answer(received))
 
     async def _answer_on_loop(self, fetch: Fetch, until: float) -> Answer:
         if self._shared_memory:
@@ -94,13 +104,23 @@ class Fetcher:
     def _place(self, head: Head) -> memoryview:
         if head.status in (200, 206):
             return self._allocate(head.length)
-        if head.length > _MOST_TOLD:
-            raise InvalidResponse(f"status {head.status} with {head.length} bytes: is the URL right?")
-        return memoryview(bytearray(head.length))
+        return place_json(head)
 
     def close(self) -> None:
         """Close every connection."""
         self._lane.close()
+
+
+def place_json(head: Head) -> memoryview:
+    """Returns memory for an answer that is no tensors.
+
+    Raises:
+        InvalidResponse: it is too long to be one of the service.
+    """
+    most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
+    if head.length > most:
+        raise InvalidResponse(f"status {head.status} with {head.length} bytes, more than {most}: is the URL right?")
+    return memoryview(bytearray(head.length))
 
 
 def _answer(received: tuple[Head, memoryview], sha256: bytes | None = None) -> Answer:

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from service.client.cache import Cached, LocalCache
 from service.client.disk_cache import DiskCache, Entry
@@ -20,7 +20,6 @@ from service.client.protocol import (
     adapter_path,
     check_digest,
     prefix_request,
-    tenant_path,
 )
 from service.errors import InvalidRequest, InvalidResponse
 from service.prefix.form import Span
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Flow = Generator[Step, Any, T]
-
-_PAGE: Final = 1000  # the most that the service gives at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +141,15 @@ def publish(
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     files["adapter_model.safetensors"] = weights
-    answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
-    return answer.json(), answer.status == 201
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
+    return answer.json_object(), answer.status == 201
 
 
 def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, the concatenation of others, and whether it is new."""
     tenant, name = adapter_alone(adapter)
-    answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
-    return answer.json(), answer.status == 201
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
+    return answer.json_object(), answer.status == 201
 
 
 def adapter_alone(text: str) -> tuple[str, str]:
@@ -171,30 +168,8 @@ def adapter_alone(text: str) -> tuple[str, str]:
 def inspect(reference: str) -> Flow[Mapping[str, Any]]:
     """What the service knows of a version."""
     tenant, parsed = parse_qualified(reference)
-    answer = yield Request("GET", adapter_path(tenant, parsed))
-    found: Mapping[str, Any] = answer.json()
-    return found
-
-
-def list_adapters(tenant: str, base_model: str | None) -> Flow[list[Mapping[str, Any]]]:
-    """Every adapter of a tenant."""
-    params = {} if base_model is None else {"base_model": base_model}
-    return (yield from pages(tenant_path(tenant, "adapters"), params))
-
-
-def pages(
-    path: str, params: Mapping[str, str] | None = None, limit: int | None = None
-) -> Flow[list[Mapping[str, Any]]]:
-    """A listing, page by page, to its end or to `limit` items."""
-    items: list[Mapping[str, Any]] = []
-    asked = dict(params or {})
-    while True:
-        asked["limit"] = str(_PAGE if limit is None else min(_PAGE, limit - len(items)))
-        page = (yield Request("GET", path, asked)).json()
-        items += page["items"]
-        if page["next"] is None or len(items) == limit:
-            return items
-        asked["cursor"] = page["next"]
+    answer: Answer = yield Request("GET", adapter_path(tenant, parsed))
+    return answer.json_object()
 
 
 def is_ready() -> Flow[bool]:

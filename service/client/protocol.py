@@ -1,9 +1,10 @@
-"""What travels between a client and the service, without any I/O: requests built, answers read."""
+"""Requests and answers of the service, without any I/O."""
 
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Final
 from urllib.parse import quote
@@ -49,12 +50,26 @@ class Answer:
         """The body as JSON.
 
         Raises:
-            InvalidResponse: it is none.
+            InvalidResponse: it is not JSON, or is nested too deeply.
         """
         try:
             return json.loads(bytes(self.body))
-        except ValueError as error:
-            raise InvalidResponse(f"the answer is not JSON: {bytes(self.body[:80])!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidResponse(f"the answer is not JSON that can be read: {bytes(self.body[:80])!r}") from error
+
+    def json_object(self) -> dict[str, Any]:
+        """Returns the JSON object in the body.
+
+        Raises:
+            InvalidResponse: the body is something else.
+        """
+        content_type = self.headers.get("content-type", "")
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            raise InvalidResponse(f"the answer should be application/json, got {content_type or 'nothing'!r:.100}")
+        found = self.json()
+        if not isinstance(found, dict):
+            raise InvalidResponse(f"the answer should be a JSON object, got {bytes(self.body[:80])!r}")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +88,16 @@ class Work:
     run: Callable[[], Any]
 
 
-Step = Request | Work
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Flows to carry out in parallel, at most `at_once` at a time. The flow that asks for it is sent a list: of each
+    flow its result, or the `PrefixServiceError` that it ended with."""
+
+    flows: Sequence[Generator[Any, Any, Any]]
+    at_once: int
+
+
+Step = Request | Work | Together
 
 
 def tenant_path(tenant: str, *rest: str) -> str:
@@ -127,27 +151,44 @@ def check_digest(answer: Answer) -> None:
         raise InvalidResponse("the answer does not match its Repr-Digest: it was damaged on its way")
 
 
+_OF_CLIENTS: Final = (errors.InvalidResponse, errors.ConnectionFailed)
 _ERRORS: Final = {
-    cls.code: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, PrefixServiceError)
+    cls.code: cls
+    for cls in vars(errors).values()
+    if isinstance(cls, type) and issubclass(cls, PrefixServiceError) and cls not in _OF_CLIENTS
 }
+_SECONDS: Final = re.compile(r"[0-9]{1,9}")
 
 
 def require_success(answer: Answer) -> Answer:
-    """The answer, if it is a success.
+    """Returns the answer, if it is a success or a 304.
 
     Raises:
         PrefixServiceError: the error that the service reported, as the class of its `code`.
         Unavailable: a proxy says that the service is not there.
         InvalidResponse: an answer that the service would not give.
     """
-    if answer.status < 400:
+    encoding = answer.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise InvalidResponse(f"the answer is encoded as {encoding!r:.100}, which was not asked for")
+    if 200 <= answer.status < 300 or answer.status == 304:
         return answer
+    if answer.status < 400:
+        where = answer.headers.get("location", "")
+        raise InvalidResponse(f"status {answer.status} points elsewhere, to {where!r:.200}: is the URL right?")
     if not answer.headers.get("content-type", "").startswith("application/problem+json"):
         if answer.status in (502, 503, 504):
             raise Unavailable(f"the service is not reachable behind its proxy: status {answer.status}")
         raise InvalidResponse(f"status {answer.status} that prefix-service does not send: is the URL right?")
-    told = answer.json()
-    error = _ERRORS.get(told.get("code"), PrefixServiceError)(str(told.get("detail", "")))
-    if isinstance(error, Unavailable) and answer.headers.get("retry-after", "").isdigit():
+    raise _reported(answer)
+
+
+def _reported(answer: Answer) -> PrefixServiceError:
+    problem = answer.json()
+    if not isinstance(problem, dict):
+        raise InvalidResponse(f"status {answer.status} with a problem that is no JSON object")
+    detail = str(problem.get("detail", "")).encode(errors="replace").decode()
+    error = _ERRORS.get(str(problem.get("code")), PrefixServiceError)(detail)
+    if isinstance(error, Unavailable) and _SECONDS.fullmatch(answer.headers.get("retry-after", "")):
         error.retry_after = int(answer.headers["retry-after"])
-    raise error
+    return error

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from service.client import AsyncPrefixClient, PrefixClient
-from service.client.link import Link, Steps, Wait
+from service.client.link import Link, Steps, Wait, carry_out
 from service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound, Unavailable
 from tests.client.conftest import LLAMA
 from tests.client.hostile import BODY, Script, answer, hostile_server, prefix_body, read_request, says
@@ -359,7 +359,8 @@ def test_a_large_body_leaves_turns_to_others() -> None:
     with hostile_server(says(answer(body))) as server:
         host, port = server.url.removeprefix("http://").split(":")
         link = Link(socket.create_connection((host, int(port))))
-        steps = link.exchange(b"GET / HTTP/1.1\r\n\r\n", lambda _head: memory, None)
+        begun = carry_out(link.begin(b"GET / HTTP/1.1\r\n\r\n"), link.socket, time.monotonic() + 5)
+        steps = link.finish(begun, lambda _head: memory, None)
         turns = [wait for wait in each_step(steps, link.socket) if wait is Wait.TURN]
         link.socket.close()
     assert bytes(memory) == body

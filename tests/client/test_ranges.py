@@ -89,8 +89,8 @@ def test_a_large_prefix_comes_in_ranges_from_the_service(server: Server) -> None
 
     async def fetch() -> torch.Tensor:
         async with AsyncPrefixClient(server.url, server.admin_key, connections=2) as later:
-            found, _ = await asyncio.gather(later.get("ranges/large"), later.get("ranges/small"))
-            return found.kv.tensor
+            found = await asyncio.gather(later.get("ranges/large"), later.get("ranges/small"))
+            return found[0].kv.tensor
 
     assert torch.equal(asyncio.run(fetch()), whole)
 
