@@ -42,11 +42,13 @@ class _Client:
             http=options.get("http"),
         )
         self._pin_memory = options.get("pin_memory", False)
+        self._cache_bytes = options.get("cache_bytes", 1 << 30)
         verify_digest = options.get("verify_digest")
         self._reading = Reading(
-            LocalCache(options.get("cache_bytes", 1 << 30)),
+            LocalCache(self._cache_bytes),
             self._disk_cache(options.get("cache_dir"), options.get("cache_dir_bytes", 10 << 30)),
-            self._allocate,
+            self._allocate_body,
+            pinned=self._pin_memory,
             verify_digest=not self._connection.is_local if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
         )
@@ -64,12 +66,21 @@ class _Client:
         # What is mapped is not pinned.
         shares = self._connection.uds is not None and options.get("shared_memory", True) and not self._pin_memory
         connections = options.get("connections", 1)
-        return Fetcher(self._connection, self._allocate, connections, pinned=self._pin_memory, shared_memory=shares)
+        return Fetcher(
+            self._connection, self._allocate_body, connections, pinned=self._pin_memory, shared_memory=shares
+        )
 
     def _allocate(self, size: int) -> memoryview:
-        from service.client.decode import allocate
+        from service.client.memory import allocate
 
         return allocate(size, pinned=self._pin_memory)
+
+    def _allocate_body(self, size: int) -> memoryview:
+        from service.client.memory import allocate_for_many
+
+        if size > self._cache_bytes:  # one caller will have it
+            return self._allocate(size)
+        return allocate_for_many(size, pinned=self._pin_memory)
 
     def clear_cache(self) -> None:
         """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched.
@@ -147,7 +158,7 @@ class PrefixClient(_Client):
         found: dict[str, Prefix] = {}
         begun: dict[str, tuple[Flow[Prefix], Step]] = {}
         for reference in wanted.first_row:
-            flow = flows.get(self._reading, reference, options)
+            flow = flows.shared(self._reading, reference, options)
             try:
                 begun[reference] = flow, next(flow)
             except StopIteration as end:
@@ -287,7 +298,7 @@ class AsyncPrefixClient(_Client):
         async def fetch(reference: str, index: int) -> "Prefix":
             async with turns:
                 try:
-                    return await self.run(flows.get(self._reading, reference, options))
+                    return await self.run(flows.shared(self._reading, reference, options))
                 except PrefixServiceError as error:
                     raise many.of_row(index, error) from error.__cause__
 

@@ -10,7 +10,7 @@ from service.client.http1 import Head
 from service.client.lane import Interrupt, Lane
 from service.client.protocol import Answer, Fetch, require_success
 from service.client.ranges import Changed, Pieces
-from service.client.shared_memory import asking, in_shared_memory
+from service.client.shared_memory import asking, read_shared
 from service.errors import InvalidResponse
 
 _MOST_TOLD: Final = 1 << 20  # bytes of an answer that is no tensors
@@ -42,6 +42,10 @@ class Fetcher:
             PrefixServiceError: the service reported it, or the fetch refused it.
         """
         try:
+            if self._shared_memory:
+                named = self._whole(fetch, until, interrupt, asking(fetch))
+                if (found := read_shared(fetch, named)) is not None:
+                    return found
             answer = self._answer(fetch, until, interrupt)
         except OSError as error:
             raise connection_failed(error, self._base_url) from error
@@ -58,24 +62,16 @@ class Fetcher:
             ConnectionFailed, PrefixServiceError: as `fetch`.
         """
         try:
-            answer = await self._answer_on_loop(fetch, until)
+            if self._shared_memory:
+                named = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
+                if (found := read_shared(fetch, _answer(named))) is not None:
+                    return found
+            answer = _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
         except OSError as error:
             raise connection_failed(error, self._base_url) from error
         return fetch.read(require_success(answer))
 
-    async def _answer_on_loop(self, fetch: Fetch, until: float) -> Answer:
-        if self._shared_memory:
-            asked = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
-            found = in_shared_memory(_answer(asked))
-            if found is not None:
-                return found
-        return _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
-
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
-        if self._shared_memory:
-            found = in_shared_memory(self._whole(fetch, until, interrupt, asking(fetch)))
-            if found is not None:
-                return found
         if self._connections > 1:
             try:
                 head, body = Pieces(self._lane, fetch, until, interrupt).receive(self._place, self._connections)
