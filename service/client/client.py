@@ -120,9 +120,10 @@ class PrefixClient(_Client):
         """The prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
 
         Options: `batch_size` (rows; 1), `dtype` (default: that of the stored weights; float8 is decoded to float32 on
-        arrival), `layers` and `kv_heads` (half-open ranges `(a, b)`), `materialise` (False). One row travels whatever
-        the batch; the rows are views of it, or with `materialise` copies of their own to write to, made here, which is
-        faster than to send them.
+        arrival), `layers` and `kv_heads` (half-open ranges `(a, b)`), `materialise` (False). The prefix is the caller's
+        own: no other call sees what is written to it. One row travels whatever the batch; the rows are views of it, so
+        a value that is written to one row is in all of them, or with `materialise` copies, made here, which is faster
+        than to send them.
 
         A rank of a sharded model says instead: `tp` (`(rank, size)`: this tensor-parallel rank's heads as vLLM and
         Megatron place them, each on several ranks where there are more ranks than heads) and `pp` (`(first, last)`:
@@ -131,7 +132,7 @@ class PrefixClient(_Client):
         Raises:
             NotFound, Unauthenticated, InvalidInput, …: the service said so.
             ConnectionFailed: the service did not answer in time.
-            InvalidResponse: what arrived is damaged.
+            InvalidResponse: the answer is damaged, or answers another question.
         """
         return self.run(flows.get(self._reading, reference, options))
 
