@@ -41,8 +41,9 @@ def get(
 ) -> "Flow[Prefix]":
     """Returns the prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
 
-    One row travels whatever the batch; the rows are views of it. `materialise` makes them copies of their own to write
-    to, here, which is faster than to send them.
+    The prefix is the caller's own: no other call sees what is written to it. One row travels whatever the batch. The
+    rows of the batch are views of it, so a value that is written to one row is in all of them; `materialise` copies
+    them here, which is faster than to send them.
 
     Args:
         reference: which adapter, and which version of it; by default the latest.
@@ -59,7 +60,7 @@ def get(
         NotFound, Unauthenticated, InvalidInput, …: the service reported it.
         InvalidRequest: an option has a value that it cannot have.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: what arrived is damaged, or is not what the service sends.
+        InvalidResponse: the answer is damaged, answers another question, or is not one of the service.
     """
     form = options.form(
         batch_size=batch_size,
@@ -108,7 +109,7 @@ def get_many(
     wanted = many.Wanted.of(rows, batch_size)
     form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     references = list(wanted.first_row)
-    fetched = yield Together([flows.get(self._reading, reference, form) for reference in references], _AT_ONCE)
+    fetched = yield Together([flows.shared(self._reading, reference, form) for reference in references], _AT_ONCE)
     for reference, result in zip(references, fetched, strict=True):
         if isinstance(result, PrefixServiceError):
             raise many.of_row(wanted.first_row[reference], result) from result.__cause__

@@ -77,19 +77,21 @@ class _Client:
             raise InvalidRequest(f"http must be an httpx transport ({self._foreign.__name__}), got {http!r:.100}")
         self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=timeout)
         self._pin_memory = options.flag("pin_memory", pin_memory)
+        self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
             options.flag("verify_digest", verify_digest)
         self._reading = Reading(
-            LocalCache(options.whole("cache_bytes", cache_bytes, 0)),
+            LocalCache(self._cache_bytes),
             self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
-            self._allocate,
+            self._allocate_body,
+            pinned=self._pin_memory,
             verify_digest=not self._connection.is_local if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
         )
         self._open(
             Fetcher(
                 self._connection,
-                self._allocate,
+                self._allocate_body,
                 options.whole("connections", connections, 1),
                 pinned=pin_memory,
                 # What is mapped is not pinned.
@@ -116,9 +118,16 @@ class _Client:
         return DiskCache(folder, budget, (str(url).rstrip("/"), None if uds is None else str(uds), secret))
 
     def _allocate(self, size: int) -> memoryview:
-        from service.client.decode import allocate
+        from service.client.memory import allocate
 
         return allocate(size, pinned=self._pin_memory)
+
+    def _allocate_body(self, size: int) -> memoryview:
+        from service.client.memory import allocate_for_many
+
+        if size > self._cache_bytes:  # one caller will have it
+            return self._allocate(size)
+        return allocate_for_many(size, pinned=self._pin_memory)
 
     def clear_cache(self) -> None:
         """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched.

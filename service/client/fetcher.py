@@ -10,7 +10,7 @@ from service.client.http1 import Head
 from service.client.lane import Interrupt, Lane
 from service.client.protocol import Answer, Fetch, Request, require_success
 from service.client.ranges import Changed, Pieces
-from service.client.shared_memory import asking, in_shared_memory
+from service.client.shared_memory import asking, read_shared
 from service.errors import InvalidResponse
 
 _MOST_PROBLEM: Final = 1 << 20  # bytes of an error
@@ -46,7 +46,7 @@ class Fetcher:
         """
         try:
             if isinstance(request, Fetch):
-                return request.read(require_success(self._answer(request, until, interrupt)))
+                return self._fetch(request, until, interrupt)
             received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
@@ -67,25 +67,28 @@ class Fetcher:
         """
         try:
             if isinstance(request, Fetch):
-                return request.read(require_success(await self._answer_on_loop(request, until)))
+                return await self._fetch_on_loop(request, until)
             received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         return require_success(_answer(received))
 
-    async def _answer_on_loop(self, fetch: Fetch, until: float) -> Answer:
+    def _fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
         if self._shared_memory:
-            asked = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
-            found = in_shared_memory(_answer(asked))
-            if found is not None:
+            named = self._whole(fetch, until, interrupt, asking(fetch))
+            if (found := read_shared(fetch, named)) is not None:
                 return found
-        return _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
+        return fetch.read(require_success(self._answer(fetch, until, interrupt)))
+
+    async def _fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
+        if self._shared_memory:
+            named = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
+            if (found := read_shared(fetch, _answer(named))) is not None:
+                return found
+        answer = _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
+        return fetch.read(require_success(answer))
 
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
-        if self._shared_memory:
-            found = in_shared_memory(self._whole(fetch, until, interrupt, asking(fetch)))
-            if found is not None:
-                return found
         if self._connections > 1:
             try:
                 head, body = Pieces(self._lane, fetch, until, interrupt).receive(self._place, self._connections)
