@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from service.client.cache import Cached, LocalCache
 from service.client.disk_cache import DiskCache, Entry
