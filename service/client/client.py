@@ -47,7 +47,7 @@ class _Client:
             LocalCache(options.get("cache_bytes", 1 << 30)),
             self._disk_cache(options.get("cache_dir"), options.get("cache_dir_bytes", 10 << 30)),
             self._allocate,
-            verify_digest=not self._connection.is_local if verify_digest is None else verify_digest,
+            verify_digest=self._connection.uds is None if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
         )
 
@@ -89,7 +89,8 @@ class PrefixClient(_Client):
     - `cache_bytes` (budget of the local cache in memory; 1 GiB), `cache_dir` (a private folder where bodies are kept
       too, shared by the processes of this machine; none), `cache_dir_bytes` (its budget; 10 GiB). Without a key, what
       is on disk is always revalidated.
-    - `verify_digest` (compare bodies with their digest; on unless the service is on this machine).
+    - `verify_digest` (compare bodies with their digest: CRC-32C, or SHA-256 from a service that has no other; on unless
+      `uds` is set).
     - `pin_memory` (receive into pinned memory, from which `prefix.to("cuda")` copies fastest; False).
     - `connections` (fetch bodies of more than 32 MiB in ranges over as many connections; 1). It pays where one
       connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.

@@ -5,7 +5,6 @@ import ssl
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,6 @@ class Connection:
     @property
     def _host(self) -> str:
         return self.url.raw_host.decode("ascii")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether bytes stay on this machine."""
-        host = self.url.host
-        try:
-            return self.uds is not None or host == "localhost" or ip_address(host).is_loopback
-        except ValueError:
-            return False
 
     @property
     def headers(self) -> dict[str, str]:

@@ -75,14 +75,14 @@ class DiskCache:
             os.utime(path)
         return entry
 
-    def store(self, key: tuple[Any, ...], entry: Entry, sha256: bytes | None = None) -> None:
+    def store(self, key: tuple[Any, ...], entry: Entry) -> None:
         """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
         path = self._path(key)
         about = {
             "name": path.name,
             "etag": entry.etag,
             "size": len(entry.body),
-            "sha256": (sha256 or hashlib.sha256(entry.body).digest()).hex(),
+            "sha256": hashlib.sha256(entry.body).hexdigest(),
         }
         record = json.dumps(about).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()

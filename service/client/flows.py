@@ -70,7 +70,8 @@ def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefi
             tp=tp,
             etag=None if cached is None else cached.etag,
             read=partial(_received, reading, key, cached),
-            is_hashed=reading.verify_digest or reading.disk is not None,
+            is_verified=reading.verify_digest,
+            blocks=reading.disk is not None,
         )
     reading.memory.put(key, cached)
     prefix: Prefix = cached.prefix.for_batch(options.get("batch_size", 1))
@@ -125,7 +126,7 @@ def _received(reading: Reading, key: tuple[Any, ...], cached: Cached | None, ans
         check_digest(answer)
     found = _decoded(answer.body, answer.headers.get("etag", ""))
     if reading.disk is not None:
-        reading.disk.store(key, Entry(answer.body, found.etag), answer.sha256)
+        reading.disk.store(key, Entry(answer.body, found.etag))
     return found
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from service.client.connection import Connection
 from service.client.http1 import Head
-from service.client.link import Hasher, Link, NoAnswer, Place, carry_out, carry_out_on_loop
+from service.client.link import Link, NoAnswer, Observer, Place, carry_out, carry_out_on_loop
 from service.client.protocol import Request
 
 _MOST_IDLE: Final = 32
@@ -73,10 +73,10 @@ class Lane:
         interrupt: Interrupt,
         *,
         headers: Mapping[str, str] | None = None,
-        hasher: Hasher | None = None,
+        observe: Observer | None = None,
     ) -> tuple[Head, memoryview]:
         """Send a GET, with more `headers`, and receive its answer's body where `place` says, before the moment `until`
-        of `time.monotonic`; `hasher` sees the body as it comes.
+        of `time.monotonic`; `observe` sees the body as it comes.
 
         Raises:
             OSError: no answer, or not all of it; TimeoutError if it did not come in time.
@@ -86,12 +86,18 @@ class Lane:
             link = self._idle_one() or Link(self._connection.dial(until))
             try:
                 with self._lent(link), interrupt.watching(link.socket):
-                    return carry_out(link.exchange(message, place, hasher), link.socket, until)
+                    return carry_out(link.exchange(message, place, observe), link.socket, until)
             except NoAnswer:
                 pass
 
     async def exchange_on_loop(
-        self, request: Request, place: Place, until: float, *, headers: Mapping[str, str] | None = None
+        self,
+        request: Request,
+        place: Place,
+        until: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
     ) -> tuple[Head, memoryview]:
         """The same on the running event loop; a new connection is made in a thread.
 
@@ -103,7 +109,7 @@ class Lane:
             link = self._idle_one() or await self._dial_in_thread(until)
             try:
                 with self._lent(link):
-                    return await carry_out_on_loop(link.exchange(message, place, None), link.socket, until)
+                    return await carry_out_on_loop(link.exchange(message, place, observe), link.socket, until)
             except NoAnswer:
                 pass
 

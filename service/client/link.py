@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Generator
 from enum import Enum, auto
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from service.client.connection import time_left
 from service.client.http1 import MAX_HEAD, Head, read_carefully, read_plain
@@ -21,17 +21,13 @@ T = TypeVar("T")
 
 _WORTH_WAKING: Final = 512 << 10  # bytes
 _AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do something else
-_HASHED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
+_OBSERVED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
 
 Place = Callable[[Head], memoryview]
 """Where the body of an answer with this head goes: as many bytes as its length."""
 
-
-class Hasher(Protocol):
-    """What `hashlib` makes."""
-
-    def update(self, data: memoryview, /) -> None:
-        """The next bytes."""
+Observer = Callable[[memoryview], None]
+"""Sees each piece of a body in order, once it has arrived in its place."""
 
 
 class NoAnswer(Exception):
@@ -68,8 +64,8 @@ class Link:
         poll.register(self.socket, select.POLLIN)
         return bool(poll.poll(0))
 
-    def exchange(self, request: bytes, place: Place, hasher: Hasher | None) -> Steps[tuple[Head, memoryview]]:
-        """Send a GET and receive its answer's body where `place` says; `hasher` sees it as it comes.
+    def exchange(self, request: bytes, place: Place, observe: Observer | None) -> Steps[tuple[Head, memoryview]]:
+        """Send a GET and receive its answer's body where `place` says; `observe` sees it as it comes.
 
         Raises:
             NoAnswer: this connection was used before, and ended without a byte.
@@ -81,12 +77,12 @@ class Link:
             count += yield from self._receive(scratch[count:])
         head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
         if head is None:
-            return (yield from self._carefully(bytes(scratch[:count]), place, hasher))
+            return (yield from self._carefully(bytes(scratch[:count]), place, observe))
         body, arrived = place(head), count - stop - 4
         if arrived > head.length:
             raise ConnectionError("the answer is longer than its Content-Length")
         body[:arrived] = scratch[stop + 4 : count]
-        yield from self._fill(body, arrived, hasher)
+        yield from self._fill(body, arrived, observe)
         self._wake_at(1)
         self.stays = head.keeps_alive
         return head, body
@@ -103,16 +99,16 @@ class Link:
                 raise NoAnswer from error
             raise
 
-    def _fill(self, body: memoryview, position: int, hasher: Hasher | None) -> Steps[None]:
+    def _fill(self, body: memoryview, position: int, observe: Observer | None) -> Steps[None]:
         at_once = _AT_ONCE
-        if hasher is not None:
-            at_once = _HASHED_AT_ONCE
-            hasher.update(body[:position])
+        if observe is not None:
+            at_once = _OBSERVED_AT_ONCE
+            observe(body[:position])
         while position < len(body):
             self._wake_at(min(_WORTH_WAKING, len(body) - position))
             count = yield from self._receive(body[position : position + at_once])
-            if hasher is not None:
-                hasher.update(body[position : position + count])
+            if observe is not None:
+                observe(body[position : position + count])
             position += count
             yield Wait.TURN
 
@@ -139,7 +135,7 @@ class Link:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least = least
 
-    def _carefully(self, begun: bytes, place: Place, hasher: Hasher | None) -> Steps[tuple[Head, memoryview]]:
+    def _carefully(self, begun: bytes, place: Place, observe: Observer | None) -> Steps[tuple[Head, memoryview]]:
         reading = read_carefully(begun)
         try:
             next(reading)
@@ -150,8 +146,8 @@ class Link:
             head, received = end.value
         body = place(head)
         body[:] = received
-        if hasher is not None:
-            hasher.update(body)
+        if observe is not None:
+            observe(body)
         self.stays = head.keeps_alive
         return head, body
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from service.client.protocol import Answer, Fetch
+from service.client.protocol import Answer
 from service.errors import InvalidResponse
 from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 
@@ -22,10 +22,8 @@ _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # not
 log = logging.getLogger(__name__)
 
 
-def asking(fetch: Fetch) -> Mapping[str, str]:
-    """The headers that ask for the name of a file, if there is one, and for its digest where the fetch needs it."""
-    headers = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
-    return headers | ({"Want-Repr-Digest": "sha-256"} if fetch.is_hashed else {})
+ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
+"""The header that asks for the name of a file, if there is one."""
 
 
 def in_shared_memory(answer: Answer) -> Answer | None:
@@ -45,7 +43,7 @@ def in_shared_memory(answer: Answer) -> Answer | None:
     headers = dict(answer.headers)
     if digest is not None:
         headers["repr-digest"] = digest
-    return replace(answer, headers=headers, body=body, sha256=None)
+    return replace(answer, headers=headers, body=body, digest=None)
 
 
 def _told(answer: Answer) -> tuple[str, int, str | None]:
