@@ -12,6 +12,8 @@ from typing import Final, Literal, Protocol, get_args
 
 Algorithm = Literal["sha-256", "crc32c"]
 
+Data = bytes | bytearray | memoryview
+
 _ALGORITHMS: Final[tuple[Algorithm, ...]] = get_args(Algorithm)
 _LENGTHS: Final[Mapping[Algorithm, int]] = {"sha-256": 32, "crc32c": 4}
 
@@ -19,7 +21,7 @@ _LENGTHS: Final[Mapping[Algorithm, int]] = {"sha-256": 32, "crc32c": 4}
 class Hasher(Protocol):
     """An object of `hashlib`, or one that is used in the same way."""
 
-    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+    def update(self, data: Data, /) -> object:
         """Add the next bytes."""
 
     def digest(self) -> bytes:
@@ -35,7 +37,7 @@ class Crc32c:
         self._compute = crc32c
         self._value = 0
 
-    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+    def update(self, data: Data, /) -> None:
         """Add the next bytes."""
         self._value = self._compute(data, self._value)
 
