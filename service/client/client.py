@@ -40,7 +40,8 @@ class _Client:
         cache_dir: a private folder where bodies are kept too, shared by the processes of this machine. Without a key,
             entries there are always revalidated.
         cache_dir_bytes: its budget.
-        verify_digest: whether bodies are compared with their digest; by default unless the service is on this machine.
+        verify_digest: whether bodies are compared with their digest: CRC-32C, or SHA-256 from a service that has no
+            other; by default unless `uds` is given.
         pin_memory: whether to receive into pinned memory, from which `prefix.to("cuda")` copies fastest.
         connections: bodies of more than 32 MiB are fetched in ranges over so many connections. It pays where one
             connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.
@@ -85,7 +86,7 @@ class _Client:
             self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
             self._allocate_body,
             pinned=self._pin_memory,
-            verify_digest=not self._connection.is_local if verify_digest is None else verify_digest,
+            verify_digest=uds is None if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
         )
         self._open(

@@ -2,7 +2,6 @@
 
 import socket
 import ssl
-from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
@@ -46,15 +45,6 @@ class Connection:
     def address(self) -> str:
         """The URL for messages: without a user's name and password."""
         return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether bytes stay on this machine."""
-        host = self.url.host
-        try:
-            return self.uds is not None or host == "localhost" or ip_address(host).is_loopback
-        except ValueError:
-            return False
 
     @property
     def headers(self) -> dict[str, str]:

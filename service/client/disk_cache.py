@@ -2,7 +2,7 @@
 
 One file each, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The
 name hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size
-and SHA-256. All of it is verified at every read, and what does not fit is no entry. Written beside its place and
+and CRC-32C. All of it is verified at every read, and what does not fit is no entry. Written beside its place and
 renamed: a reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
 
 Earlier releases kept `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from service.client.protocol import Buffer
 from service.errors import InvalidRequest
+from service.prefix.digests import digest_of
 
 _MAGIC: Final = b"PREFIX\x00\x02"
 _OLD_MAGIC: Final = b"PREFIX\x00\x01"
@@ -82,14 +83,14 @@ class DiskCache:
             os.utime(path)
         return entry
 
-    def store(self, key: tuple[Any, ...], entry: Entry, sha256: bytes | None = None) -> None:
+    def store(self, key: tuple[Any, ...], entry: Entry) -> None:
         """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
         path = self._path(key)
         about = {
             "name": path.name,
             "etag": entry.etag,
             "size": len(entry.body),
-            "sha256": (sha256 or hashlib.sha256(entry.body).digest()).hex(),
+            "crc32c": digest_of("crc32c", entry.body).hex(),
         }
         record = json.dumps(about).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
@@ -173,14 +174,14 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
         return None
     try:
         about = json.loads(record)
-        size, etag, sha256 = int(about["size"]), str(about["etag"]), str(about["sha256"])
+        size, etag, checksum = int(about["size"]), str(about["etag"]), str(about["crc32c"])
         is_its_own = about["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
     if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:
         return None
     body = allocate(size)
-    if file.readinto(body) != size or hashlib.sha256(body).hexdigest() != sha256:
+    if file.readinto(body) != size or digest_of("crc32c", body).hex() != checksum:
         return None
     return Entry(body, etag)
 

@@ -1,17 +1,17 @@
-"""Requests over the lane. For tensors: memory for the body, its hash as it comes, large bodies in ranges, and on the
+"""Requests over the lane. For tensors: memory for the body, its digest on arrival, large bodies in ranges, and on the
 same host no body at all."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from service.client.connection import Connection, connection_failed
 from service.client.http1 import Head
 from service.client.lane import Interrupt, Lane
-from service.client.protocol import Answer, Fetch, Request, require_success
+from service.client.protocol import Answer, BodyDigest, Fetch, Request, require_success, verifiable
 from service.client.ranges import Changed, Pieces
-from service.client.shared_memory import asking, read_shared
+from service.client.shared_memory import ACCEPTING_FILES, read_shared
 from service.errors import InvalidResponse
+from service.prefix.digests import Algorithm, Hasher, new_hasher
 
 _MOST_PROBLEM: Final = 1 << 20  # bytes of an error
 MOST_JSON: Final = 32 << 20
@@ -50,13 +50,14 @@ class Fetcher:
             received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
-        return require_success(_answer(received))
+        head, body = received
+        return require_success(Answer(head.status, head.headers, body))
 
     def blocks(self, request: Request) -> bool:
-        """Whether a request needs a thread: hashing and pinned memory take long, ranges come in threads, and what a
-        change sends may be read from a disk."""
+        """Whether a request needs a thread: disks and pinned memory take long, ranges come in threads, and the body of
+        a change may be read from a disk."""
         if isinstance(request, Fetch):
-            return request.is_hashed or self._pinned or self._connections > 1
+            return request.blocks or self._pinned or self._connections > 1
         return request.method != "GET"
 
     async def carry_out_on_loop(self, request: Request, until: float) -> Any:
@@ -71,27 +72,28 @@ class Fetcher:
             received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
-        return require_success(_answer(received))
+        head, body = received
+        return require_success(Answer(head.status, head.headers, body))
 
     def _fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
         if self._shared_memory:
-            named = self._whole(fetch, until, interrupt, asking(fetch))
+            named = self._whole(fetch, until, interrupt, ACCEPTING_FILES)
             if (found := read_shared(fetch, named)) is not None:
                 return found
         return fetch.read(require_success(self._answer(fetch, until, interrupt)))
 
     async def _fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
         if self._shared_memory:
-            named = await self._lane.exchange_on_loop(fetch, self._place, until, headers=asking(fetch))
-            if (found := read_shared(fetch, _answer(named))) is not None:
+            named = await self._whole_on_loop(fetch, until, ACCEPTING_FILES)
+            if (found := read_shared(fetch, named)) is not None:
                 return found
-        answer = _answer(await self._lane.exchange_on_loop(fetch, self._place, until))
-        return fetch.read(require_success(answer))
+        return fetch.read(require_success(await self._whole_on_loop(fetch, until)))
 
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
         if self._connections > 1:
             try:
-                head, body = Pieces(self._lane, fetch, until, interrupt).receive(self._place, self._connections)
+                place = _Arrival(self._allocate, is_verified=False).place
+                head, body = Pieces(self._lane, fetch, until, interrupt).receive(place, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
                 pass  # whole, over one connection, it cannot be torn
@@ -100,14 +102,16 @@ class Fetcher:
     def _whole(
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        hasher = hashlib.sha256() if fetch.is_hashed else None
-        received = self._lane.exchange(fetch, self._place, until, interrupt, headers=headers, hasher=hasher)
-        return _answer(received, None if hasher is None else hasher.digest())
+        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        exchange = self._lane.exchange
+        head, body = exchange(fetch, arrival.place, until, interrupt, headers=headers, observe=arrival.observe)
+        return Answer(head.status, head.headers, body, arrival.digest)
 
-    def _place(self, head: Head) -> memoryview:
-        if head.status in (200, 206):
-            return self._allocate(head.length)
-        return place_json(head)
+    async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
+        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        exchange = self._lane.exchange_on_loop
+        head, body = await exchange(fetch, arrival.place, until, headers=headers, observe=arrival.observe)
+        return Answer(head.status, head.headers, body, arrival.digest)
 
     def close(self) -> None:
         """Close every connection."""
@@ -126,6 +130,31 @@ def place_json(head: Head) -> memoryview:
     return memoryview(bytearray(head.length))
 
 
-def _answer(received: tuple[Head, memoryview], sha256: bytes | None = None) -> Answer:
-    head, body = received
-    return Answer(head.status, head.headers, body, sha256)
+class _Arrival:
+    """One body on its way: where it goes, and its digest, in the algorithm that its head names."""
+
+    def __init__(self, allocate: Callable[[int], memoryview], *, is_verified: bool) -> None:
+        self._allocate = allocate
+        self._is_verified = is_verified
+        self._algorithm: Algorithm | None = None
+        self._hasher: Hasher | None = None
+
+    def place(self, head: Head) -> memoryview:
+        """Returns memory for the body of an answer with this head."""
+        if head.status not in (200, 206):
+            return place_json(head)
+        if self._is_verified and (algorithm := verifiable(head.headers)) is not None:
+            self._algorithm, self._hasher = algorithm, new_hasher(algorithm)
+        return self._allocate(head.length)
+
+    def observe(self, piece: memoryview) -> None:
+        """Add a piece of the body to its digest."""
+        if self._hasher is not None:
+            self._hasher.update(piece)
+
+    @property
+    def digest(self) -> BodyDigest | None:
+        """The digest of what arrived; None where none was computed."""
+        if self._algorithm is None or self._hasher is None:
+            return None
+        return self._algorithm, self._hasher.digest()

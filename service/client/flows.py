@@ -77,9 +77,9 @@ def _cached(reading: Reading, question: Question) -> Flow[Cached]:
         cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
     if cached is None or not is_current:
         etag = None if cached is None else cached.etag or None
-        is_hashed = reading.verify_digest or reading.disk is not None
         read = partial(_received, reading, question, cached)
-        cached = yield question.request(etag, read, is_hashed=is_hashed)
+        blocks = reading.disk is not None
+        cached = yield question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
     reading.memory.put(question.key, cached)
     return cached
 
@@ -135,7 +135,7 @@ def _received(reading: Reading, question: Question, cached: Cached | None, answe
         check_digest(answer)
     found = _decoded(reading, question, answer.body, answer.headers.get("etag", ""), answer.headers)
     if reading.disk is not None:
-        reading.disk.store(question.key, Entry(answer.body, found.etag), answer.sha256)
+        reading.disk.store(question.key, Entry(answer.body, found.etag))
     return found
 
 

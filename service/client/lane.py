@@ -18,7 +18,7 @@ from service.client.connection import Connection
 from service.client.dialling import time_left
 from service.client.forks import renew_in_child
 from service.client.http1 import Head
-from service.client.link import MOST_UNDECLARED, Hasher, Link, Place, carry_out, carry_out_on_loop
+from service.client.link import MOST_UNDECLARED, Link, Observer, Place, carry_out, carry_out_on_loop
 from service.client.protocol import Request
 
 _MOST_IDLE: Final = 32
@@ -86,11 +86,11 @@ class Lane:
         interrupt: Interrupt,
         *,
         headers: Mapping[str, str] | None = None,
-        hasher: Hasher | None = None,
+        observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
         """Send a request, with more `headers`, and receive its answer's body where `place` says, before the moment
-        `until` of `time.monotonic`; `hasher` sees the body as it comes, `most` bounds one without a declared length.
+        `until` of `time.monotonic`; `observe` sees the body as it comes, `most` bounds one without a declared length.
 
         Raises:
             OSError: no answer, or not all of it; TimeoutError if it did not come in time; NotConnected if nothing of
@@ -102,7 +102,7 @@ class Lane:
             try:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
-                    received = carry_out(link.finish(begun, place, hasher, most), link.socket, until)
+                    received = carry_out(link.finish(begun, place, observe, most), link.socket, until)
             except BaseException:
                 link.socket.close()
                 raise
@@ -126,6 +126,7 @@ class Lane:
         until: float,
         *,
         headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
         """Exchange a GET on the running event loop; a new connection is made in a thread.
@@ -138,7 +139,7 @@ class Lane:
         async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
-                received = await carry_out_on_loop(link.finish(begun, place, None, most), link.socket, until)
+                received = await carry_out_on_loop(link.finish(begun, place, observe, most), link.socket, until)
             except BaseException:
                 link.socket.close()
                 raise

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Callable, Generator, Iterable
 from enum import Enum, auto
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from service.client.dialling import time_left
 from service.client.http1 import MAX_HEAD, Head, read_carefully, read_plain
@@ -21,19 +21,15 @@ T = TypeVar("T")
 
 _WORTH_WAKING: Final = 512 << 10  # bytes
 _AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do something else
-_HASHED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
+_OBSERVED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
 MOST_UNDECLARED: Final = 1 << 30
 """Bytes that a body may have that does not declare its length."""
 
 Place = Callable[[Head], memoryview]
 """Where the body of an answer with this head goes: as many bytes as its length."""
 
-
-class Hasher(Protocol):
-    """What `hashlib` makes."""
-
-    def update(self, data: memoryview, /) -> None:
-        """The next bytes."""
+Observer = Callable[[memoryview], None]
+"""Sees each piece of a body in order, once it has arrived in its place."""
 
 
 class Wait(Enum):
@@ -91,10 +87,10 @@ class Link:
         return (yield from self._receive(memoryview(self._scratch)))
 
     def finish(
-        self, count: int, place: Place, hasher: Hasher | None, most: int = MOST_UNDECLARED
+        self, count: int, place: Place, observe: Observer | None, most: int = MOST_UNDECLARED
     ) -> Steps[tuple[Head, memoryview]]:
         """Receive the answer of which `begin` has received `count` bytes; its body goes where `place` says, and
-        `hasher` sees it as it comes. A body that does not declare its length may have `most` bytes.
+        `observe` sees it as it comes. A body that does not declare its length may have `most` bytes.
 
         Raises:
             OSError: not all of the answer came.
@@ -105,12 +101,12 @@ class Link:
             count += yield from self._receive(scratch[count:])
         head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
         if head is None:
-            return (yield from self._carefully(bytes(scratch[:count]), place, hasher, most))
+            return (yield from self._carefully(bytes(scratch[:count]), place, observe, most))
         body, arrived = place(head), count - stop - 4
         if arrived > head.length:
             raise ConnectionError("the answer is longer than its Content-Length")
         body[:arrived] = scratch[stop + 4 : count]
-        yield from self._fill(body, arrived, hasher)
+        yield from self._fill(body, arrived, observe)
         self._wake_at(1)
         self.stays = head.keeps_alive and not self._is_torn
         return head, body
@@ -130,16 +126,16 @@ class Link:
                 return (yield from self._receive(memoryview(self._scratch)))
         return None
 
-    def _fill(self, body: memoryview, position: int, hasher: Hasher | None) -> Steps[None]:
+    def _fill(self, body: memoryview, position: int, observe: Observer | None) -> Steps[None]:
         at_once = _AT_ONCE
-        if hasher is not None:
-            at_once = _HASHED_AT_ONCE
-            hasher.update(body[:position])
+        if observe is not None:
+            at_once = _OBSERVED_AT_ONCE
+            observe(body[:position])
         while position < len(body):
             self._wake_at(min(_WORTH_WAKING, len(body) - position))
             count = yield from self._receive(body[position : position + at_once])
-            if hasher is not None:
-                hasher.update(body[position : position + count])
+            if observe is not None:
+                observe(body[position : position + count])
             position += count
             yield Wait.TURN
 
@@ -170,7 +166,7 @@ class Link:
             self._least = least
 
     def _carefully(
-        self, begun: bytes, place: Place, hasher: Hasher | None, most: int
+        self, begun: bytes, place: Place, observe: Observer | None, most: int
     ) -> Steps[tuple[Head, memoryview]]:
         reading = read_carefully(begun, most)
         try:
@@ -183,8 +179,8 @@ class Link:
             head, received = end.value
         body = place(head)
         body[:] = received
-        if hasher is not None:
-            hasher.update(body)
+        if observe is not None:
+            observe(body)
         self.stays = head.keeps_alive and not self._is_torn
         return head, body
 

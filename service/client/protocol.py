@@ -1,7 +1,5 @@
 """Requests and answers of the service, without any I/O."""
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -11,6 +9,7 @@ from urllib.parse import quote
 
 from service import errors
 from service.errors import InvalidResponse, PrefixServiceError, Unavailable
+from service.prefix.digests import Algorithm, digest_of, parse_digests
 from service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from service.prefix.ranks import Rank
 from service.prefix.references import Reference, check_name
@@ -18,6 +17,11 @@ from service.prefix.references import Reference, check_name
 Files = Mapping[str, bytes | BinaryIO]
 Buffer = bytearray | memoryview
 """Memory that a body has arrived in."""
+
+BodyDigest = tuple[Algorithm, bytes]
+
+_WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
+"""Prefers the cheap one; a service that does not know it sends SHA-256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +43,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer; `headers` have lower-case names, `sha256` is the body's where it was hashed as it came."""
+    """One answer; `headers` have lower-case names, `digest` is the body's where it was computed on arrival."""
 
     status: int
     headers: Mapping[str, str]
     body: Buffer
-    sha256: bytes | None = None
+    digest: BodyDigest | None = None
 
     def json(self) -> Any:
         """The body as JSON.
@@ -75,10 +79,11 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Fetch(Request):
     """A GET of tensors. `read` makes of its answer what the flow is sent, where the answer arrived: for asyncio that
-    is a worker thread. `is_hashed` asks for the body's SHA-256."""
+    is a worker thread, always so if `blocks`. `is_verified` asks for the body's digest, computed on arrival."""
 
     read: Callable[[Answer], Any] = Answer.json
-    is_hashed: bool = False
+    is_verified: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,8 @@ def prefix_request(
     tp: Rank | None = None,
     etag: str | None = None,
     read: Callable[[Answer], Any],
-    is_hashed: bool,
+    is_verified: bool,
+    blocks: bool,
 ) -> Fetch:
     """Ask for one row of a prefix in one tensor; a batch is made of it on arrival."""
     params = {"layout": "stacked", "expand": "false"}
@@ -132,23 +138,34 @@ def prefix_request(
     if tp is not None:
         params["tp"] = f"{tp[0]}/{tp[1]}"
     headers = {"Accept": MEDIA_TYPE} | ({} if etag is None else {"If-None-Match": etag})
+    if is_verified:
+        headers |= _WANT_DIGEST
     path = adapter_path(tenant, reference, "prefix")
-    return Fetch("GET", path, params, headers, read=read, is_hashed=is_hashed)
+    return Fetch("GET", path, params, headers, read=read, is_verified=is_verified, blocks=blocks)
+
+
+def verifiable(headers: Mapping[str, str]) -> Algorithm | None:
+    """Return the algorithm by which an answer with these headers is verified, the cheapest that it has; None if it has
+    no digest."""
+    found = parse_digests(headers.get("repr-digest", ""))
+    return "crc32c" if "crc32c" in found else "sha-256" if found else None
 
 
 def check_digest(answer: Answer) -> None:
     """Compare a body with its `Repr-Digest` (RFC 9530).
 
     Raises:
-        InvalidResponse: they differ, or there is no SHA-256 digest.
+        InvalidResponse: they differ, or there is no digest.
     """
-    sha256 = answer.sha256 or hashlib.sha256(answer.body).digest()
-    expected = f"sha-256=:{base64.b64encode(sha256).decode()}:"
-    found = answer.headers.get("repr-digest")
-    if found is None:
+    algorithm = verifiable(answer.headers)
+    if algorithm is None:
         raise InvalidResponse("the answer has no Repr-Digest to verify it by; verify_digest=False accepts it")
-    if expected not in [part.strip() for part in found.split(",")]:
-        raise InvalidResponse("the answer does not match its Repr-Digest: it was damaged on its way")
+    if answer.digest is not None and answer.digest[0] == algorithm:
+        found = answer.digest[1]
+    else:
+        found = digest_of(algorithm, answer.body)
+    if parse_digests(answer.headers["repr-digest"])[algorithm] != found:
+        raise InvalidResponse(f"the answer does not match its Repr-Digest ({algorithm}): it was damaged on its way")
 
 
 _OF_CLIENTS: Final = (errors.InvalidResponse, errors.ConnectionFailed)

@@ -57,7 +57,7 @@ class Question:
         adapter, selector = self.reference.adapter, self.reference.selector
         return (self.tenant, adapter, selector, self.dtype, self.layers, self.kv_heads, self.tp)
 
-    def request(self, etag: str | None, read: Callable[[Answer], Any], *, is_hashed: bool) -> Fetch:
+    def request(self, etag: str | None, read: Callable[[Answer], Any], *, is_verified: bool, blocks: bool) -> Fetch:
         """The request that asks it; with `etag`, whether that answer is still current."""
         return prefix_request(
             self.tenant,
@@ -68,7 +68,8 @@ class Question:
             tp=self.tp,
             etag=etag,
             read=read,
-            is_hashed=is_hashed,
+            is_verified=is_verified,
+            blocks=blocks,
         )
 
     def require_answer(self, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:

@@ -21,10 +21,8 @@ _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # not
 log = logging.getLogger(__name__)
 
 
-def asking(fetch: Fetch) -> Mapping[str, str]:
-    """The headers that ask for the name of a file, if there is one, and for its digest where the fetch needs it."""
-    headers = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
-    return headers | ({"Want-Repr-Digest": "sha-256"} if fetch.is_hashed else {})
+ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
+"""The header that asks for the name of a file, if there is one."""
 
 
 def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
@@ -47,7 +45,7 @@ def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
     if digest is not None:
         headers["repr-digest"] = digest
     try:
-        return fetch.read(replace(answer, headers=headers, body=body, sha256=None))
+        return fetch.read(replace(answer, headers=headers, body=body, digest=None))
     except InvalidResponse as error:
         log.warning("%s is not used, its bytes are asked for: %s", path, error)
         return None
