@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from service.prefix.digests import digest_of, format_digest
 from service.prefix.form import Form, Identity
 from service.prefix.rendering import Rendering
 from service.prefix.wire import Message
@@ -29,9 +30,14 @@ def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
 BODY = prefix_body()
 
 
+def repr_digest(body: bytes = BODY) -> str:
+    """The header line of a body's digest."""
+    return f"Repr-Digest: {format_digest('crc32c', digest_of('crc32c', body))}"
+
+
 def answer(body: bytes = BODY, *lines: str, status: str = "200 OK") -> bytes:
     """A plain answer, with more header lines."""
-    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', *lines]
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', repr_digest(body), *lines]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
