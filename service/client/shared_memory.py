@@ -41,7 +41,7 @@ def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
     except OSError as error:  # it has just been evicted, or lies behind another mount or group
         log.debug("%s cannot be mapped: %s", path, error)
         return None
-    headers = dict(answer.headers)
+    headers = {name: value for name, value in answer.headers.items() if name != "repr-digest"}
     if digest is not None:
         headers["repr-digest"] = digest
     try:
