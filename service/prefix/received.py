@@ -78,7 +78,7 @@ def read_kv(received: Received) -> PrefixKV:
         layers, heads = _span(about["layers"]), _span(about["kv_heads"])
         num_layers, num_kv_heads = int(about["num_layers"]), int(about["num_kv_heads"])
         expected = (1, layers[1] - layers[0], 2, heads[1] - heads[0], about["num_virtual_tokens"], about["head_dim"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InvalidResponse(f"the metadata of the answer is not that of a prefix: {error!r:.80}") from error
     if tensor is None or tuple(tensor.shape) != expected:
         found = "none" if tensor is None else list(tensor.shape)
