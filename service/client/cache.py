@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.client.forks import renew_in_child
+
 if TYPE_CHECKING:
     from service.client.memory import MemoryFile
     from service.client.prefix import Prefix
@@ -29,6 +31,12 @@ class LocalCache:
         self._used = 0
         self._entries: OrderedDict[Hashable, Cached] = OrderedDict()
         self._lock = threading.Lock()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Keep the entries in a forked child, whatever a thread of the parent was doing with them."""
+        self._lock = threading.Lock()
+        self._used = sum(cached.prefix.kv.nbytes for cached in self._entries.values())
 
     def get(self, key: Hashable) -> Cached | None:
         """What is cached under a key."""

@@ -152,10 +152,12 @@ def publish(
 
     Raises:
         InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
+        InvalidRequest: an argument is not a file that can be read.
         ConnectionFailed: the service did not answer before the deadline.
         InvalidResponse: the answer is not one of the service.
     """
-    return flows.publish(adapter, config, weights, base_model_config)
+    model = None if base_model_config is None else options.content("base_model_config", base_model_config)
+    return flows.publish(adapter, options.content("config", config), weights, model)
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:

@@ -109,10 +109,11 @@ class Lane:
             self._keep(link)
             return received
 
+        patience = _patience(until)
         link = self._idle_one(request)
         if link is not None:
             try:
-                return over(link, _patience(until))
+                return over(link, patience)
             except OSError:
                 if link.has_begun or interrupt.is_broken:
                     raise
@@ -146,10 +147,11 @@ class Lane:
             self._keep(link)
             return received
 
+        patience = _patience(until)
         link = self._idle_one(request)
         if link is not None:
             try:
-                return await over(link, _patience(until))
+                return await over(link, patience)
             except OSError:
                 if link.has_begun:
                     raise
@@ -210,7 +212,11 @@ class Lane:
 
 
 def _patience(until: float) -> float:
-    """Returns the moment until which a connection that was idle may keep silent."""
+    """Returns the moment until which a connection that was idle may keep silent.
+
+    Raises:
+        TimeoutError: there is no time left.
+    """
     return time.monotonic() + _PATIENCE * time_left(until)
 
 

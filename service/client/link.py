@@ -5,7 +5,6 @@ can both carry them out.
 """
 
 import asyncio
-import contextlib
 import select
 import socket
 import ssl
@@ -226,24 +225,31 @@ async def carry_out_on_loop(steps: Steps[T], link: socket.socket, until: float) 
         Wait.WRITABLE: (loop.add_writer, loop.remove_writer),
     }
     try:
-        async with asyncio.timeout(time_left(until)):
-            while True:
-                wait = next(steps)
-                if wait is Wait.TURN:
-                    await asyncio.sleep(0)
-                    continue
-                add, remove = ways[wait]
-                ready = loop.create_future()
-                add(fd, _settle, ready)
-                try:
-                    await ready
-                finally:
-                    remove(fd)
+        while True:
+            wait = next(steps)
+            left = time_left(until)
+            if wait is Wait.TURN:
+                await asyncio.sleep(0)
+                continue
+            add, remove = ways[wait]
+            ready = loop.create_future()
+            add(fd, _settle, ready)
+            timer = loop.call_later(left, _expire, ready)
+            try:
+                await ready
+            finally:
+                timer.cancel()
+                remove(fd)
     except StopIteration as end:
         result: T = end.value
         return result
 
 
 def _settle(ready: "asyncio.Future[None]") -> None:
-    with contextlib.suppress(asyncio.InvalidStateError):  # it may be called again before its reader is gone
+    if not ready.done():  # it may be called again before its reader is gone
         ready.set_result(None)
+
+
+def _expire(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_exception(TimeoutError("timed out"))

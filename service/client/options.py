@@ -90,6 +90,17 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def content(name: str, value: Any) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidRequest(f"{name} must be the bytes of a file, got {type(value).__name__}")
+    return bytes(value)
+
+
 def path(name: str, value: Any) -> Path | None:
     """Returns a path, or None.
 
