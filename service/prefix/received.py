@@ -4,17 +4,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import torch
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidResponse
 from service.prefix.buffers import memory_of
-from service.prefix.form import FORMAT, Span
+from service.prefix.form import FORMAT, Identity, Span
 from service.prefix.kv import PrefixKV
 from service.prefix.safetensors_header import DTYPES, TensorEntry, parse_header
 
+_IDENTITY: Final = get_type_hints(Identity)
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
 
 
@@ -73,6 +74,9 @@ def read_kv(received: Received) -> PrefixKV:
         InvalidResponse: the tensor is missing, or its shape contradicts the metadata.
     """
     about = received.metadata
+    for name, kind in _IDENTITY.items():
+        if not isinstance(about.get(name, ...), kind):
+            raise InvalidResponse(f"the metadata of the answer say {about.get(name)!r:.80} where {name} should be")
     tensor = received.tensors.get("past_key_values")
     try:
         layers, heads = _span(about["layers"]), _span(about["kv_heads"])

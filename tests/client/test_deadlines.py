@@ -32,7 +32,7 @@ CALLS: dict[str, Call] = {
     "list": lambda client: client.list("a"),
     "is_ready": lambda client: client.is_ready(),
     "compose": lambda client: client.compose("a/b", ["a/c"]),
-    "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(bytes(50_000_000))),
+    "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(bytes(9_000_000))),
     "aliases": lambda client: client.run(management.aliases("a/b")),
     "put_alias": lambda client: client.run(management.put_alias("a/b", "prod", 1)),
     "put_alias once": lambda client: client.run(management.put_alias("a/b", "prod", 1, create_only=True)),
