@@ -47,14 +47,14 @@ def problem(value: Any, *lines: str, status: str = "422 Unprocessable Content") 
     return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), PROBLEM, *lines, status=status)
 
 
-VALUES: Final = [None, 1, "x", [], [1], {}, True, 1e400, [{}], {"items": 1}]
+VALUES: Final[list[Any]] = [None, 1, "x", [], [1], {}, True, 1e400, [{}], {"items": 1}]
+NO_CURSORS: Final[list[Any]] = [1, [], {}, True, "", "\ud800", "x" * 99_999]
+NO_METADATA: Final[list[Any]] = [None, "x", [0], [0, 1e400], -1, [[], []], {"a": 1}]
 ANSWERS: dict[str, bytes] = {
     **{f"JSON {value!r}": told(value) for value in VALUES},
     **{f"items {value!r}": told({"items": value, "next": None}) for value in VALUES},
     **{f"items of {value!r}": told({"items": [value], "next": None}) for value in VALUES},
-    **{
-        f"next {value!r}": told({"items": [], "next": value}) for value in (1, [], {}, True, "", "\ud800", "x" * 99_999)
-    },
+    **{f"next {value!r}": told({"items": [], "next": value}) for value in NO_CURSORS},
     **{f"problem {value!r}": problem(value) for value in VALUES},
     **{f"code {value!r}": problem({"code": value, "detail": value}) for value in VALUES},
     "the client's own codes": problem({"code": "connection-failed", "detail": "x"}),
@@ -114,7 +114,7 @@ ANSWERS: dict[str, bytes] = {
     **{
         f"metadata with {name} {value!r}": answer(with_metadata({**metadata(), name: value}), TENSORS)
         for name in ("layers", "kv_heads", "num_layers", "num_virtual_tokens", "version", "digest")
-        for value in (None, "x", [0], [0, 1e400], -1, [[], []], {"a": 1})
+        for value in NO_METADATA
     },
 }
 

@@ -308,7 +308,7 @@ def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.Monke
             hangs.wait(10)
         return real(host, *args, **options)
 
-    monkeypatch.setattr(dialling.socket, "getaddrinfo", never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
     began = time.monotonic()
     with PrefixClient("http://several.test", timeout=0.5) as client, pytest.raises(ConnectionFailed, match="in time"):
         client.get("a/b")
