@@ -3,7 +3,7 @@
 import math
 import operator
 from pathlib import Path
-from typing import Any, Final, TypedDict, get_args
+from typing import Any, Final, TypedDict, cast, get_args
 
 from service.errors import InvalidRequest
 from service.prefix.form import KVDtype, Span
@@ -115,7 +115,7 @@ def path(name: str, value: Any) -> Path | None:
 def _dtype(value: Any) -> KVDtype:
     if not isinstance(value, str) or value not in _DTYPES:
         raise InvalidRequest(f"dtype must be one of {', '.join(_DTYPES)}, got {value!r:.100}")
-    return value
+    return cast(KVDtype, value)
 
 
 def _span(name: str, value: Any) -> Span:

@@ -1,6 +1,7 @@
 """A server that answers as it is told, byte by byte, and a small prefix to answer with."""
 
 import contextlib
+import re
 import socket
 import tempfile
 import threading
@@ -51,10 +52,16 @@ class Hostile:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """One request's head; what came of it where the client has gone."""
+    """One request's head, and its body if it has a length; what came of it where the client has gone."""
     received = b""
-    while not received.endswith(b"\r\n\r\n") and (data := connection.recv(65536)):
+    while b"\r\n\r\n" not in received and (data := connection.recv(65536)):
         received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: ([0-9]+)", head.lower())
+    missing = int(length[1]) - len(body) if length else 0
+    while missing > 0 and (data := connection.recv(65536)):
+        received += data
+        missing -= len(data)
     return received
 
 

@@ -3,6 +3,7 @@ apart."""
 
 import asyncio
 import io
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -37,9 +38,10 @@ class Reads(Dataset[tuple[int, list[float]]]):
     def __len__(self) -> int:
         return self._length
 
+    def __iter__(self) -> Iterator[tuple[int, list[float]]]:
+        return map(self.__getitem__, range(self._length))
+
     def __getitem__(self, index: int) -> tuple[int, list[float]]:
-        if index >= self._length:
-            raise IndexError(index)
         number = index * 5 % ADAPTERS
         reference = f"{self._tenant}/a{number}"
         if isinstance(self._client, AsyncPrefixClient):

@@ -2,15 +2,17 @@
 memory."""
 
 import gzip
+import io
 import json
 import resource
+import socket
 import time
 from typing import Any, Final
 
 import pytest
 
 from service.errors import PrefixServiceError
-from tests.client.hostile import BODY, answer, hostile_server, says
+from tests.client.hostile import BODY, answer, hostile_server, read_request
 from tests.client.test_deadlines import CALLS, JSON, KINDS, Call, called
 
 PROBLEM: Final = "Content-Type: application/problem+json"
@@ -45,14 +47,14 @@ def problem(value: Any, *lines: str, status: str = "422 Unprocessable Content") 
     return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), PROBLEM, *lines, status=status)
 
 
-VALUES: Final = [None, 1, "x", [], [1], {}, True, 1e400, [{}], {"items": 1}]
+VALUES: Final[list[Any]] = [None, 1, "x", [], [1], {}, True, 1e400, [{}], {"items": 1}]
+NO_CURSORS: Final[list[Any]] = [1, [], {}, True, "", "\ud800", "x" * 99_999]
+NO_METADATA: Final[list[Any]] = [None, "x", [0], [0, 1e400], -1, [[], []], {"a": 1}]
 ANSWERS: dict[str, bytes] = {
     **{f"JSON {value!r}": told(value) for value in VALUES},
     **{f"items {value!r}": told({"items": value, "next": None}) for value in VALUES},
     **{f"items of {value!r}": told({"items": [value], "next": None}) for value in VALUES},
-    **{
-        f"next {value!r}": told({"items": [], "next": value}) for value in (1, [], {}, True, "", "\ud800", "x" * 99_999)
-    },
+    **{f"next {value!r}": told({"items": [], "next": value}) for value in NO_CURSORS},
     **{f"problem {value!r}": problem(value) for value in VALUES},
     **{f"code {value!r}": problem({"code": value, "detail": value}) for value in VALUES},
     "the client's own codes": problem({"code": "connection-failed", "detail": "x"}),
@@ -112,7 +114,7 @@ ANSWERS: dict[str, bytes] = {
     **{
         f"metadata with {name} {value!r}": answer(with_metadata({**metadata(), name: value}), TENSORS)
         for name in ("layers", "kv_heads", "num_layers", "num_virtual_tokens", "version", "digest")
-        for value in (None, "x", [0], [0, 1e400], -1, [[], []], {"a": 1})
+        for value in NO_METADATA
     },
 }
 
@@ -129,17 +131,29 @@ def failure_of(client: Any, call: Call) -> BaseException | None:
     return None
 
 
+SMALL: dict[str, Call] = {**CALLS, "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(b"x"))}
+READING = ("get", "get_many", "prefetch", "float8_error")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SMALL)
 def test_only_documented_errors_come_out(kind: type[Any], name: str) -> None:
     """Of every method, for every answer of the table."""
     wrong: dict[str, BaseException] = {}
     took: dict[str, float] = {}
+    sent = [b""]
+
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            connection.sendall(sent[0])
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for fault, sent in ANSWERS.items():
-        with hostile_server(says(*[sent] * 4)) as server:
+    with hostile_server(script) as server:
+        for fault, sent[0] in ANSWERS.items():
+            if fault.startswith("metadata") and name not in READING:
+                continue
             began = time.monotonic()
-            error = failure_of(kind(server.url, timeout=0.3), CALLS[name])
+            error = failure_of(kind(server.url, timeout=0.3), SMALL[name])
             took[fault] = time.monotonic() - began
             if error is not None:
                 wrong[fault] = error

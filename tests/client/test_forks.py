@@ -105,9 +105,11 @@ def client_on(way: str, kind: type[Any], numbered: Server, shared: Server, folde
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 @pytest.mark.parametrize("way", WAYS)
 def test_children_of_a_used_client_read_what_they_ask_for(
-    way: str, kind: type[Any], numbered: Server, shared: Server, tmp_path: Path
+    way: str, kind: type[Any], numbered: Server, shared: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four forked children and the parent read at the same time, and each has the adapters that it asked for."""
+    if way == "ranges":
+        monkeypatch.setattr("service.client.ranges.PIECE", 2048)
     with client_on(way, kind, numbered, shared, tmp_path) as client:
         reads = Reads(client, "forks", 18)
         assert all(found == [number] for number, found in reads)

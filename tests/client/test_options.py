@@ -99,8 +99,8 @@ def test_a_transport_of_the_other_kind_is_refused() -> None:
     """A blocking client cannot await, and the other way round."""
     with pytest.raises(InvalidRequest, match="http"):
         PrefixClient("http://service", http=httpx.AsyncHTTPTransport())
-    with pytest.raises(InvalidRequest, match="http"):
-        AsyncPrefixClient("http://service", http=httpx.MockTransport.__mro__[2]())  # type: ignore[arg-type]
+    with httpx.HTTPTransport() as blocking, pytest.raises(InvalidRequest, match="http"):
+        AsyncPrefixClient("http://service", http=blocking)
 
 
 WRONG_FORMS: list[dict[str, Any]] = [
