@@ -1,8 +1,7 @@
-"""SHA-256 of whole bodies (RFC 9530's representation digest), by entity tag."""
+"""Digests of whole bodies (RFC 9530), by entity tag and algorithm."""
 
 import asyncio
 import contextlib
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from queue import SimpleQueue
 from typing import Final, TypeAlias
 
 from service.plan import Plan
+from service.prefix.digests import Algorithm, new_hasher
 from service.prefix.rendering import Rendering
 
 _REMEMBERED: Final = 10_000
@@ -20,30 +20,31 @@ Pieces: TypeAlias = "SimpleQueue[memoryview | None]"
 
 
 class BodyDigests:
-    """Each computed once, however many ask for it at once. Used from the event loop and from threads that load.
+    """Computes each digest once, however many callers ask for it in parallel. Used from the event loop and from threads
+    that load.
 
-    A body whose tensors are sent as they are stored is hashed while the blob is read and verified, by another thread:
-    both hashes take as long as one where there are two cores.
+    The SHA-256 of a body whose tensors are sent as they are stored is computed while the blob is read and verified, by
+    another thread: with two cores both hashes take as long as one. A CRC-32C is too cheap to be worth that.
     """
 
     def __init__(self) -> None:
-        self._digests: dict[str, Future[bytes]] = {}
+        self._digests: dict[tuple[str, Algorithm], Future[bytes]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_THREADS, "body-digest")
 
-    async def of(self, plan: Plan, rendering: Rendering) -> bytes:
-        """The digest of a plan's body, which is 32 bytes."""
-        found = self._once(plan.etag, lambda: self._threads.submit(_hash, plan, rendering))
+    async def of(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
+        """Return the digest of a plan's body: 32 bytes of SHA-256, or four of CRC-32C."""
+        found = self._once((plan.etag, algorithm), lambda: self._threads.submit(_hash, plan, rendering, algorithm))
         if found.done():
             return found.result()
-        # One who gives up must not take it away from the others.
+        # A caller that gives up must not cancel the computation for the others.
         return await asyncio.shield(asyncio.wrap_future(found))
 
     @contextlib.contextmanager
-    def beside(self, plan: Plan) -> Iterator[Callable[[memoryview], object] | None]:
-        """Give each piece of the stored blob to what this yields, if anything, and end the block once it is verified:
-        a digest of what could not be verified is thrown away."""
-        if not plan.is_stored or plan.etag in self._digests:
+    def observing(self, plan: Plan, algorithm: Algorithm | None) -> Iterator[Callable[[memoryview], object] | None]:
+        """Yields an observer for the stored blob's chunks, or None if no digest is needed during the read. Leave the
+        block normally once the blob is verified; if it raises, the digest is discarded."""
+        if algorithm != "sha-256" or not plan.is_stored or (plan.etag, algorithm) in self._digests:
             yield None
             return
         before, after = plan.message.around_values()
@@ -53,35 +54,36 @@ class BodyDigests:
             yield tensor.add
             # An MLP's result is stored in float32 whatever its weights were: no part of such a body.
             if len(before) + tensor.nbytes + len(after) == plan.message.content_length:
-                self._once(plan.etag, lambda: running)
+                self._once((plan.etag, algorithm), lambda: running)
         finally:
             tensor.pieces.put(None)
 
-    def _once(self, etag: str, begin: Callable[[], Future[bytes]]) -> Future[bytes]:
-        """The computation that is under way or done, or else a new one."""
+    def _once(self, key: tuple[str, Algorithm], begin: Callable[[], Future[bytes]]) -> Future[bytes]:
+        """Return the computation that is under way or done, or else a new one."""
         with self._lock:
-            if (found := self._digests.get(etag)) is not None:
+            if (found := self._digests.get(key)) is not None:
                 return found
-            begun = self._digests[etag] = begin()
+            begun = self._digests[key] = begin()
             if len(self._digests) > _REMEMBERED:
                 del self._digests[next(iter(self._digests))]
-        begun.add_done_callback(partial(self._forget_failure, etag))
+        begun.add_done_callback(partial(self._forget_failure, key))
         return begun
 
-    def _forget_failure(self, etag: str, done: Future[bytes]) -> None:
+    def _forget_failure(self, key: tuple[str, Algorithm], done: Future[bytes]) -> None:
         if done.exception() is not None:
-            self._digests.pop(etag, None)
+            self._digests.pop(key, None)
 
 
-def _hash(plan: Plan, rendering: Rendering) -> bytes:
-    body = hashlib.sha256()
+def _hash(plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
+    body = new_hasher(algorithm)
     for chunk in plan.message.chunks(rendering):
         body.update(chunk)
     return body.digest()
 
 
 def _hash_stored(before: bytes, pieces: Pieces, after: bytes) -> bytes:
-    body = hashlib.sha256(before)
+    body = new_hasher("sha-256")
+    body.update(before)
     while (piece := pieces.get()) is not None:
         body.update(piece)
     body.update(after)

@@ -38,6 +38,7 @@ from service.plan import (
 from service.prefix.checkpoint import load_weights
 from service.prefix.compose import composed_config
 from service.prefix.config import PrefixConfig, parse_config
+from service.prefix.digests import Algorithm
 from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
@@ -228,8 +229,9 @@ class Library:
             known = dict(zip(plans, found, strict=True))
             yield [[known[planned.etag] for planned in row] for row in plan.rows]
 
-    def rendering(self, plan: Plan) -> Lease[RenderingKey, Rendering, VersionKey]:
-        """The tensors of a plan, in host memory while the block runs.
+    def rendering(self, plan: Plan, digest: Algorithm | None = None) -> Lease[RenderingKey, Rendering, VersionKey]:
+        """The tensors of a plan, in host memory while the block runs. `digest` names the algorithm that the caller will
+        pass to `body_digest`, if any: it can be computed while the tensors are read.
 
         The block raises:
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
@@ -237,17 +239,16 @@ class Library:
         """
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
-        load = partial(self._load, version, plan)
+        load = partial(self._load, version, plan, digest)
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
         return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
 
-    async def body_digest(self, plan: Plan, rendering: Rendering) -> bytes:
-        """SHA-256 of the whole body (RFC 9530's representation digest), computed once for each entity tag."""
-        return await self._digests.of(plan, rendering)
+    async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
+        """Return the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm."""
+        return await self._digests.of(plan, rendering, algorithm)
 
-    def _load(self, version: Version, plan: Plan) -> PrefixKV:
-        """Keys and values as they are stored, and meanwhile the digest of the body that `plan` makes of them."""
-        return self.encodings.load(version, self._digests.beside(plan))
+    def _load(self, version: Version, plan: Plan, digest: Algorithm | None) -> PrefixKV:
+        return self.encodings.load(version, self._digests.observing(plan, digest))
 
     async def load(self, version: Version) -> None:
         """Bring a version into memory now, and wait."""

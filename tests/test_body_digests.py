@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awscrt.checksums import crc32c
 
 from service.catalog.records import COMMAND_LINE
 from service.errors import CorruptBlob
 from service.library import Library
 from service.plan import Plan, PrefixRequest
+from service.prefix.digests import Algorithm
 from service.prefix.wire import Message
 from tests.test_library import blob, library, published
 
@@ -19,9 +21,9 @@ __all__ = ["library"]
 CASES = ["llama-n20-emb", "gpt2-n20-proj-trainstate"]
 
 
-async def digest_and_body(library: Library, plan: Plan) -> tuple[bytes, bytes]:
-    async with library.rendering(plan) as rendering:
-        digest = await library.body_digest(plan, rendering)
+async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes, bytes]:
+    async with library.rendering(plan, algorithm) as rendering:
+        digest = await library.body_digest(plan, rendering, algorithm)
         return digest, b"".join(plan.message.chunks(rendering))
 
 
@@ -56,10 +58,12 @@ class Counted:
     ids=str,
 )
 async def test_the_digest_is_that_of_the_body(library: Library, case: str, options: dict[str, Any]) -> None:
-    """Whether it was hashed beside the load or from the rendering, and whatever stands around the tensors."""
+    """Each algorithm hashes the whole body, during the load or from the rendering, whatever surrounds the tensors."""
     plan = library.plan(await published(library, case), PrefixRequest(**options))
     digest, body = await digest_and_body(library, plan)
     assert digest == hashlib.sha256(body).digest()
+    digest, body = await digest_and_body(library, plan, "crc32c")
+    assert digest == crc32c(body).to_bytes(4, "big")
 
 
 async def test_a_body_of_stored_bytes_is_hashed_while_it_is_loaded(
@@ -70,8 +74,8 @@ async def test_a_body_of_stored_bytes_is_hashed_while_it_is_loaded(
     counted = Counted(monkeypatch)
     for options, expected in (({}, 0), ({"kv_heads": "1:2"}, 1)):
         plan = library.plan(version, PrefixRequest(**options))
-        async with library.rendering(plan) as rendering:
-            await library.body_digest(plan, rendering)
+        async with library.rendering(plan, "sha-256") as rendering:
+            await library.body_digest(plan, rendering, "sha-256")
         assert counted.count == expected
 
 
@@ -79,13 +83,13 @@ async def test_a_digest_is_computed_once(library: Library, monkeypatch: pytest.M
     """For all who ask at once and later; also when the first gives up."""
     plan = library.plan(await published(library, "llama-n20-emb"), PrefixRequest(kv_heads="1:2"))
     counted = Counted(monkeypatch)
-    async with library.rendering(plan) as rendering:
-        first = asyncio.create_task(library.body_digest(plan, rendering))
+    async with library.rendering(plan, "sha-256") as rendering:
+        first = asyncio.create_task(library.body_digest(plan, rendering, "sha-256"))
         await asyncio.sleep(0)
         first.cancel()
-        digests = await asyncio.gather(*(library.body_digest(plan, rendering) for _ in range(8)))
+        digests = await asyncio.gather(*(library.body_digest(plan, rendering, "sha-256") for _ in range(8)))
     assert len(set(digests)) == 1
-    assert await library.body_digest(plan, rendering) == digests[0]
+    assert await library.body_digest(plan, rendering, "sha-256") == digests[0]
     assert counted.count == 1
 
 
@@ -109,10 +113,10 @@ async def test_a_hash_that_fails_is_tried_again(library: Library, monkeypatch: p
     def failing(*_: Any) -> Any:
         raise MemoryError
 
-    async with library.rendering(plan) as rendering:
+    async with library.rendering(plan, "sha-256") as rendering:
         with monkeypatch.context() as broken:
             broken.setattr(Message, "chunks", failing)
             with pytest.raises(MemoryError):
-                await library.body_digest(plan, rendering)
+                await library.body_digest(plan, rendering, "sha-256")
         body = b"".join(plan.message.chunks(rendering))
-        assert await library.body_digest(plan, rendering) == hashlib.sha256(body).digest()
+        assert await library.body_digest(plan, rendering, "sha-256") == hashlib.sha256(body).digest()

@@ -1,6 +1,7 @@
 """Data folders of other releases, through the real `serve`: an older one is migrated, a newer one is refused."""
 
 import contextlib
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -13,7 +14,9 @@ from tests.api.helpers import upload, weights
 from tests.cli.conftest import run_command
 from tests.conftest import running_server
 
-OLDER = Path(__file__).parent / "data" / "folder-0001"  # written by the release before quotas and the audit
+DATA = Path(__file__).parent / "data"
+OLDER = DATA / "folder-0001"  # written by the release before quotas and the audit
+WITH_AUDIT = DATA / "folder-0002"  # written by the release after that: tenants, keys, aliases, quotas, an audit
 
 
 @pytest.fixture
@@ -47,6 +50,43 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
             assert published["version"] == numbers[-1]
             tenant = own.get("/v1/tenants/acme").json()
             assert (tenant["adapters"], tenant["max_bytes"]) == (1, None)
+
+
+def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path) -> None:
+    """A later release serves the same bytes, entity tags, digests and ids, to the same keys, and deleted numbers stay
+    used."""
+    folder = Path(shutil.copytree(WITH_AUDIT, tmp_path / "data"))
+    was: dict[str, Any] = json.loads((WITH_AUDIT / "told.json").read_text())
+    with running_server(folder) as server:
+        admin = server.client(was["bootstrap"])
+        for reference, version in was["versions"].items():
+            path = "/v1/tenants/{}/adapters/{}".format(*reference.split("/"))
+            shown = admin.get(path).json()
+            assert version["shown"].items() <= shown.items()
+            assert shown["aliases"] == version["aliases"]
+            prefix, parameters = admin.get(f"{path}/prefix"), admin.get(f"{path}/parameters")
+            assert (prefix.headers["etag"], parameters.headers["etag"]) == (version["etag"], version["parameters_etag"])
+            assert hashlib.sha256(prefix.content).hexdigest() == version["body"]
+            assert hashlib.sha256(parameters.content).hexdigest() == version["parameters"]
+        for alias, known in was["aliases"].items():
+            assert admin.get(f"/v1/tenants/acme/adapters/summarize/aliases/{alias}").json() == known
+        assert [_without_use(key) for key in admin.get("/v1/keys").json()["items"]] == [
+            _without_use(key) for key in was["platform_keys"]
+        ]
+        for name, key in was["keys"].items():
+            listed = server.client(key["key"]).get("/v1/tenants/acme/adapters").status_code
+            revoked = name.endswith("revoked")
+            assert listed == (401 if revoked else 404 if name.startswith("beta") else 200), name
+        for tenant in was["tenants"]:
+            assert tenant.items() <= admin.get(f"/v1/tenants/{tenant['tenant']}").json().items()
+        assert admin.get("/v1/audit").json()["items"] == was["audit"]
+        assert admin.get("/v1/tenants/gone").status_code == 404
+        published = upload(admin, "acme", "summarize", file=weights(9)).json()
+        assert published["version"] == 4
+
+
+def _without_use(key: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name != "last_used"}
 
 
 def _admin(folder: Path) -> str:

@@ -7,9 +7,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from service.errors import NotAcceptable, RangeNotSatisfiable, UnsupportedMediaType
+from service.prefix.digests import Algorithm, wanted_algorithm
 
 _RANGE: Final = re.compile(r"bytes=(?:([0-9]{1,40})-([0-9]{0,40})|-([0-9]{1,40}))", re.IGNORECASE)
-_WANTED_DIGEST: Final = re.compile(r"\bsha-256\b(?!\s*=\s*0)")
 
 
 def require_acceptable(headers: Headers, media_type: str) -> None:
@@ -95,9 +95,9 @@ def is_expected(headers: Headers, etag: str) -> bool:
     return "*" in tags or etag in tags
 
 
-def wants_digest(headers: Headers) -> bool:
-    """Whether Want-Repr-Digest (RFC 9530) asks for a SHA-256."""
-    return _WANTED_DIGEST.search(headers.get("want-repr-digest", "")) is not None
+def wanted_digest(headers: Headers) -> Algorithm | None:
+    """Return the algorithm that `Want-Repr-Digest` (RFC 9530) asks for, or None."""
+    return wanted_algorithm(",".join(headers.getlist("want-repr-digest")))
 
 
 def requested_range(headers: Headers, etag: str, length: int) -> tuple[int, int] | None:

@@ -32,13 +32,13 @@ _HEADERS: Final = response_headers(
     ETag="strong entity tag",
     Prefix_Version="the version's number",
     Prefix_Digest="the version's digest; it does not hash the body",
-    Repr_Digest="sha-256 of the whole body (RFC 9530)",
+    Repr_Digest="digest of the whole body (RFC 9530): sha-256, or the algorithm that Want-Repr-Digest prefers",
 )
 _CONDITIONS: Final = request_headers(
     If_None_Match="an entity tag: 304 while it is current",
     Range="one byte range: 206; several are ignored",
     If_Range="an entity tag: the range counts while it is current",
-    Want_Repr_Digest="sha-256 asks for Repr-Digest also where the body repeats rows",
+    Want_Repr_Digest="sha-256 or crc32c (RFC 9530); asks for Repr-Digest also where the body repeats rows",
 )
 _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "A safetensors file", "headers": _HEADERS, "content": {MEDIA_TYPE: BINARY}},
@@ -54,7 +54,7 @@ _SHARED_FILE: Final[dict[str, Any]] = {
             "bytes": {"type": "integer", "description": "its size"},
             "repr_digest": {
                 "type": "string",
-                "description": "its sha-256 (RFC 9530), if Want-Repr-Digest asked for it",
+                "description": "its digest (RFC 9530), if Want-Repr-Digest asked for one",
             },
         },
         "required": ["file", "bytes"],

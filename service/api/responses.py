@@ -1,6 +1,5 @@
 """Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
 
-import base64
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -12,10 +11,11 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.negotiation import is_current, requested_range, wants_digest
+from service.api.negotiation import is_current, requested_range, wanted_digest
 from service.catalog.records import Version
 from service.library import Library
 from service.plan import Plan
+from service.prefix.digests import Algorithm, format_digest
 from service.prefix.form import MEDIA_TYPE
 
 _CHUNK: Final = 1 << 20
@@ -105,12 +105,16 @@ class PrefixResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
-        hashed = self._plan.is_one_rendering or wants_digest(request)
-        if start == stop and not hashed:
+        # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
+        algorithm = wanted_digest(request) or ("sha-256" if self._plan.is_one_rendering else None)
+        if start == stop and algorithm is None:
             yield Content(())
             return
-        async with self._library.rendering(self._plan) as rendering:
-            fields = [repr_digest(await self._library.body_digest(self._plan, rendering))] if hashed else []
+        async with self._library.rendering(self._plan, algorithm) as rendering:
+            fields: Fields = []
+            if algorithm is not None:
+                digest = await self._library.body_digest(self._plan, rendering, algorithm)
+                fields.append(repr_digest(algorithm, digest))
             yield Content(self._plan.message.chunks(rendering, start, stop), fields)
 
 
@@ -120,7 +124,7 @@ class ParametersResponse(BytesResponse):
     def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
         super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
         self._library, self._version = library, version
-        self._about.append(repr_digest(bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._about.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
         self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
@@ -145,9 +149,9 @@ def _about(version: Version, *, immutable: bool) -> dict[str, str]:
     }
 
 
-def repr_digest(sha256: bytes) -> tuple[bytes, bytes]:
-    """The header field of a body's SHA-256 (RFC 9530)."""
-    return b"repr-digest", b"sha-256=:%s:" % base64.b64encode(sha256)
+def repr_digest(algorithm: Algorithm, digest: bytes) -> tuple[bytes, bytes]:
+    """Return the header field of a body's digest (RFC 9530)."""
+    return b"repr-digest", format_digest(algorithm, digest).encode()
 
 
 async def _read(file: BinaryIO, count: int) -> AsyncIterator[bytes]:

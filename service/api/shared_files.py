@@ -7,10 +7,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from service.api.negotiation import is_current, wants_digest
-from service.api.responses import Fields, PrefixResponse, repr_digest
+from service.api.negotiation import is_current, wanted_digest
+from service.api.responses import Fields, PrefixResponse
 from service.library import Library
 from service.plan import Plan
+from service.prefix.digests import format_digest
 from service.prefix.form import SHARED_FILE_TYPE
 from service.settings import Settings
 
@@ -49,13 +50,15 @@ class SharedFileResponse(PrefixResponse):
         if is_current(request, self._etag):
             await super().__call__(scope, receive, send)
             return
-        async with self._library.rendering(self._plan) as rendering:
+        algorithm = wanted_digest(request)
+        async with self._library.rendering(self._plan, algorithm) as rendering:
             if rendering.file is None:
                 await super().__call__(scope, receive, send)
                 return
             told: dict[str, str | int] = {"file": rendering.file, "bytes": self._length}
-            if wants_digest(request):
-                told["repr_digest"] = repr_digest(await self._library.body_digest(self._plan, rendering))[1].decode()
+            if algorithm is not None:
+                digest = await self._library.body_digest(self._plan, rendering, algorithm)
+                told["repr_digest"] = format_digest(algorithm, digest)
             body = orjson.dumps(told)
             fields = [*self._about_file, *_COMMON, (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": 200, "headers": fields})

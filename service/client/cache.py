@@ -6,16 +6,21 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.client.forks import renew_in_child
+
 if TYPE_CHECKING:
+    from service.client.memory import MemoryFile
     from service.client.prefix import Prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """A prefix with the entity tag that revalidates it."""
+    """A prefix that nobody may write to, the entity tag that revalidates it, and the file that its tensor lies in, from
+    which each caller gets a private mapping; where it lies in none, each gets a copy."""
 
     prefix: "Prefix"
     etag: str
+    file: "MemoryFile | None" = None
 
 
 class LocalCache:
@@ -26,6 +31,12 @@ class LocalCache:
         self._used = 0
         self._entries: OrderedDict[Hashable, Cached] = OrderedDict()
         self._lock = threading.Lock()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Keep the entries in a forked child, whatever a thread of the parent was doing with them."""
+        self._lock = threading.Lock()
+        self._used = sum(cached.prefix.kv.nbytes for cached in self._entries.values())
 
     def get(self, key: Hashable) -> Cached | None:
         """What is cached under a key."""
@@ -35,11 +46,15 @@ class LocalCache:
                 self._entries.move_to_end(key)
             return found
 
+    def keeps(self, cached: Cached) -> bool:
+        """Whether the budget has room for a prefix if it is alone."""
+        return cached.prefix.kv.nbytes <= self._budget
+
     def put(self, key: Hashable, cached: Cached) -> None:
         """Cache a prefix; one that exceeds the budget alone is not kept."""
         with self._lock:
             self._drop(key)
-            if cached.prefix.kv.nbytes > self._budget:
+            if not self.keeps(cached):
                 return
             self._entries[key] = cached
             self._used += cached.prefix.kv.nbytes

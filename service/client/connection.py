@@ -1,144 +1,137 @@
-"""How to reach a service: where it is, whom to trust, and the deadline of a call."""
+"""How to reach a service: its address, whom to trust, and the deadline of a call."""
 
 import socket
 import ssl
-import time
-from dataclasses import dataclass
-from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import httpx
 
+from service.client import dialling
+from service.client.dialling import time_left
+from service.client.forks import close_in_child, renew_in_child
 from service.errors import ConnectionFailed, InvalidRequest
 
 
-@dataclass(frozen=True)
+class NotConnected(OSError):
+    """There is no connection, so nothing of a request was sent."""
+
+
 class Connection:
-    """A service's URL, key, Unix socket, certificate authorities, and the deadline of a call in seconds. `http`
-    replaces every transport of the client's own.
+    """A service's URL, key, Unix socket, certificate authorities, and the deadline of a call in seconds.
 
     Raises:
-        InvalidRequest: the URL is not one of http or https, or the key has characters that no header takes.
+        InvalidRequest: the URL is not one of http or https, the key has characters that no header can carry, or
+            `ca_file` cannot be read.
     """
 
-    base_url: str
-    api_key: str | None = None
-    uds: str | Path | None = None
-    ca_file: str | Path | None = None
-    timeout: float = 60.0
-    http: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None
-
-    def __post_init__(self) -> None:
-        if self.url.scheme not in ("http", "https") or not self.url.host:
-            raise InvalidRequest(f"the service's URL must begin with http:// or https://, got {self.base_url!r:.100}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        uds: str | Path | None = None,
+        ca_file: str | Path | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        self.url = _parsed(base_url)
+        self.api_key, self.uds, self.timeout = api_key, uds, timeout
+        self._ca_file = ca_file
+        if api_key is not None and not (str(api_key).isascii() and str(api_key).isprintable()):
             raise InvalidRequest("the API key has characters that no key has: a line break, or a letter beyond ASCII")
-
-    @cached_property
-    def url(self) -> httpx.URL:
-        """The URL in parts."""
-        try:
-            return httpx.URL(self.base_url)
-        except httpx.InvalidURL as error:
-            raise InvalidRequest(f"the service's URL {self.base_url!r:.100} is none: {error}") from error
+        self._tls = None if self.url.scheme == "http" else _trusting(ca_file)
+        renew_in_child(self)
 
     @property
-    def _host(self) -> str:
-        return self.url.raw_host.decode("ascii")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether bytes stay on this machine."""
-        host = self.url.host
-        try:
-            return self.uds is not None or host == "localhost" or ip_address(host).is_loopback
-        except ValueError:
-            return False
+    def address(self) -> str:
+        """The URL for messages: without a user's name and password."""
+        return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes with every request."""
+        """The headers of every request."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "prefix-service-client"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return headers
 
-    @cached_property
-    def tls(self) -> ssl.SSLContext | None:
-        """Whom to trust; None where the URL has no TLS. Reading the authorities takes 20 ms and more."""
-        if self.url.scheme == "http":
-            return None
-        if self.ca_file is None:
-            context = httpx.create_ssl_context()
-        else:
-            context = ssl.create_default_context(cafile=str(self.ca_file))
-        context.set_alpn_protocols(["http/1.1"])
-        return context
-
-    def options(self, transport: type[httpx.HTTPTransport] | type[httpx.AsyncHTTPTransport]) -> dict[str, Any]:
-        """The arguments of `httpx.Client` and `httpx.AsyncClient`."""
-        made = self.http or transport(uds=None if self.uds is None else str(self.uds), verify=self.tls or False)
-        return {"base_url": self.base_url, "headers": self.headers, "transport": made, "timeout": self.timeout}
+    def renew(self) -> None:
+        """Drop the TLS context in a forked child: a thread of the parent may have held a lock in it. The next
+        connection makes another one, since reading the authorities takes 20 ms and more."""
+        self._tls = None
 
     def dial(self, until: float) -> socket.socket:
-        """A new connection, with its TLS, before the moment `until` of `time.monotonic`.
+        """Returns a new connection, with its TLS, made before the moment `until` of `time.monotonic`.
 
         Raises:
-            OSError: there is none.
+            NotConnected: there is none; its cause says why.
         """
-        dialled = self._dial_unix(until) if self.uds is not None else self._dial_tcp(until)
-        if self.tls is None:
-            return dialled
         try:
-            # A ragged end would pass for the end of a body that has no length.
-            return self.tls.wrap_socket(dialled, server_hostname=self._host, suppress_ragged_eofs=False)
-        except BaseException:
-            dialled.close()
-            raise
+            dialled = self._dial_unix(until) if self.uds is not None else self._dial_tcp(until)
+            return dialled if self.url.scheme == "http" else self._secured(dialled, until)
+        except (OSError, ValueError) as error:  # ValueError: a name that no certificate can have
+            raise NotConnected(str(error) or type(error).__name__) from error
 
     def _dial_unix(self, until: float) -> socket.socket:
         dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        return _connected(dialled, str(self.uds), until)
+        close_in_child(dialled)
+        try:
+            dialled.settimeout(time_left(until))
+            dialled.connect(str(self.uds))
+        except BaseException:
+            dialled.close()
+            raise
+        return dialled
 
     def _dial_tcp(self, until: float) -> socket.socket:
-        port = self.url.port or (443 if self.url.scheme == "https" else 80)
-        failed: OSError | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM):
-            dialled = socket.socket(family, kind, protocol)
-            dialled.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                return _connected(dialled, address, until)
-            except OSError as error:
-                failed = error
-        raise failed or OSError(f"{self._host} has no address")
+        return dialling.connect(self.url.raw_host, self.url.port or (443 if self.url.scheme == "https" else 80), until)
+
+    def _secured(self, dialled: socket.socket, until: float) -> socket.socket:
+        try:
+            if self._tls is None:
+                self._tls = _trusting(self._ca_file)
+            # A ragged end would pass for the end of a body that has no length.
+            secured = self._tls.wrap_socket(
+                dialled,
+                server_hostname=self.url.raw_host.decode("ascii"),
+                suppress_ragged_eofs=False,
+                do_handshake_on_connect=False,
+            )
+        except BaseException:
+            dialled.close()
+            raise
+        close_in_child(secured)
+        try:
+            secured.settimeout(time_left(until))  # of the whole handshake
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
 
-def connection_failed(error: Exception, base_url: str) -> ConnectionFailed:
-    """What a failure of a socket, or of httpx, is called here."""
-    late = isinstance(error, TimeoutError | httpx.TimeoutException)
-    kind = "did not answer in time" if late else "cannot be reached"
-    return ConnectionFailed(f"{base_url} {kind}: {str(error) or type(error).__name__}")
-
-
-def time_left(until: float) -> float:
-    """Seconds until a moment of `time.monotonic`.
-
-    Raises:
-        TimeoutError: it has passed.
-    """
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
-
-
-def _connected(dialled: socket.socket, address: Any, until: float) -> socket.socket:
+def _trusting(ca_file: str | Path | None) -> ssl.SSLContext:
     try:
-        dialled.settimeout(time_left(until))
-        dialled.connect(address)
-    except BaseException:
-        dialled.close()
-        raise
-    return dialled
+        context = httpx.create_ssl_context() if ca_file is None else ssl.create_default_context(cafile=str(ca_file))
+    except OSError as error:
+        raise InvalidRequest(f"ca_file {ca_file} has no certificates that can be read: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _parsed(base_url: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise InvalidRequest(f"the service's URL cannot be read: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidRequest(f"the service's URL must begin with http:// or https://, got {base_url!r:.100}")
+    if url.query or url.fragment:
+        raise InvalidRequest(f"the service's URL must end with its path, without ? and #, got {base_url!r:.100}")
+    return url
+
+
+def connection_failed(error: Exception, address: str) -> ConnectionFailed:
+    """Returns the error of this project for a failure of a socket or of httpx."""
+    late = (TimeoutError, httpx.TimeoutException)
+    kind = "did not answer in time" if isinstance(error, late) or isinstance(error.__cause__, late) else None
+    return ConnectionFailed(f"{address} {kind or 'cannot be reached'}: {str(error) or type(error).__name__}")

@@ -1,34 +1,52 @@
-"""Where an answer becomes tensors: memory for its body, and the prefix that is a view of it. Needs torch."""
+"""Where an answer becomes a prefix: once for the cache, and for each caller in memory of its own. Needs torch."""
 
-import torch
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 
+from torch import Tensor
+
+from service.client.cache import Cached
+from service.client.memory import MemoryFile, file_of, own_copy
 from service.client.prefix import Prefix
 from service.client.protocol import Buffer
-from service.errors import InvalidRequest, InvalidResponse
-from service.prefix.buffers import bytes_of
+from service.prefix.buffers import memory_of
 from service.prefix.received import read_kv, read_message
 
 
-def allocate(size: int, *, pinned: bool) -> memoryview:
-    """Host memory of `size` bytes, as it is found; `pinned` memory goes to a GPU without another copy.
-
-    Raises:
-        InvalidResponse: there is not as much.
-        InvalidRequest: there is no GPU to pin it for.
-    """
-    if pinned and not torch.cuda.is_available():
-        raise InvalidRequest("pin_memory=True needs a GPU that torch can use, and there is none")
-    try:
-        return bytes_of(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
-    except (MemoryError, RuntimeError) as error:
-        raise InvalidResponse(f"the answer claims {size} bytes, for which there is no memory") from error
-
-
-def decode(body: Buffer) -> Prefix:
-    """The prefix in a body, sharing its memory; float8 is decoded to float32.
+def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Cached:
+    """The prefix in a body, sharing its memory; float8 is decoded to float32, in memory that `allocate` returns.
 
     Raises:
         InvalidResponse: it is none.
     """
     received = read_message(body)
-    return Prefix(read_kv(received), received.metadata)
+    memory = body
+
+    def decoded(size: int) -> memoryview:
+        nonlocal memory
+        memory = allocate(size)
+        return memory
+
+    kv = read_kv(received, decoded)
+    return Cached(Prefix(kv, received.metadata), etag, _file_under(kv.tensor, memory))
+
+
+def _file_under(tensor: Tensor, memory: Buffer) -> MemoryFile | None:
+    """The file in which a tensor lies; what is not aligned in a body was copied out of it."""
+    file = file_of(memory)
+    storages = [each.untyped_storage().data_ptr() for each in (tensor, memory_of(memoryview(memory)))]
+    return file if storages[0] == storages[1] else None
+
+
+def own(cached: Cached, *, is_shared: bool, pinned: bool) -> Prefix:
+    """A prefix for one caller, who may write to it; `is_shared` tells whether a cache keeps the one that was decoded.
+
+    Raises:
+        InvalidResponse: there is not enough memory.
+    """
+    prefix = cached.prefix
+    kv = prefix.kv
+    if is_shared or cached.file is not None:  # forked processes share the memory of a file too
+        kv = replace(kv, tensor=own_copy(kv.tensor, cached.file, pinned=pinned))
+    return replace(prefix, kv=kv, metadata=deepcopy(prefix.metadata))

@@ -1,9 +1,12 @@
 """Bodies of prefixes on disk: they outlive a worker, and processes of one machine share them.
 
-One file each, `<name>.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The name
-hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size and
-SHA-256. All of it is verified at every read, and what does not fit is no entry. Written beside its place and renamed: a
-reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
+One file each, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The
+name hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size
+and CRC-32C. All of it is verified at every read, and what does not fit is no entry. Written beside its place and
+renamed: a reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
+
+Earlier releases kept `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
+never read, and are removed when a cache is opened, makes room or is cleared.
 """
 
 import contextlib
@@ -24,12 +27,15 @@ from typing import Any, Final
 
 from service.client.protocol import Buffer
 from service.errors import InvalidRequest
+from service.prefix.digests import digest_of
 
-_MAGIC: Final = b"PREFIX\x00\x01"
+_MAGIC: Final = b"PREFIX\x00\x02"
+_OLD_MAGIC: Final = b"PREFIX\x00\x01"
 _LENGTH: Final = struct.Struct("<I")
 _MAX_RECORD: Final = 4096
 _SEAL: Final = hashlib.sha256().digest_size
-_NAME: Final = re.compile(r"[0-9a-f]{64}\.prefix")
+_NAME: Final = re.compile(r"[0-9a-f]{64}\.v2\.prefix")
+_OLD_NAME: Final = re.compile(r"[0-9a-f]{64}\.prefix")
 _TEMPORARY: Final = ".writing-"
 _ABANDONED_AFTER: Final = 3600.0  # seconds until a file that nobody finished is taken for an ended process's
 
@@ -62,6 +68,8 @@ class DiskCache:
             raise InvalidRequest(f"cache_dir {folder} cannot be used: {error}") from error
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise InvalidRequest(f"others may write to cache_dir {folder}: choose a folder of your own (chmod 700)")
+        with contextlib.suppress(OSError):
+            self._remove_old()
 
     def load(self, key: tuple[Any, ...], allocate: Callable[[int], memoryview]) -> Entry | None:
         """What is kept under a key, in memory that `allocate` gives; None if there is nothing sound."""
@@ -75,14 +83,14 @@ class DiskCache:
             os.utime(path)
         return entry
 
-    def store(self, key: tuple[Any, ...], entry: Entry, sha256: bytes | None = None) -> None:
+    def store(self, key: tuple[Any, ...], entry: Entry) -> None:
         """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
         path = self._path(key)
         about = {
             "name": path.name,
             "etag": entry.etag,
             "size": len(entry.body),
-            "sha256": (sha256 or hashlib.sha256(entry.body).digest()).hex(),
+            "crc32c": digest_of("crc32c", entry.body).hex(),
         }
         record = json.dumps(about).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
@@ -95,14 +103,26 @@ class DiskCache:
         except OSError as error:
             log.warning("prefix cache %s: %s is not kept: %s", self._folder, path.name, error)
 
+    def remove(self, key: tuple[Any, ...]) -> None:
+        """Forget what is kept under a key."""
+        _remove(self._path(key))
+
     def clear(self) -> None:
         """Forget everything in the folder, whichever service it came from."""
+        self._remove_old()
         for found in self._files():
             _remove(found.path)
 
+    def _remove_old(self) -> None:
+        """Remove the entries of earlier releases; a file that only has such a name stays."""
+        with os.scandir(self._folder) as found:
+            for file in found:
+                if _OLD_NAME.fullmatch(file.name) and _is_old(file.path):
+                    _remove(file.path)
+
     def _path(self, key: tuple[Any, ...]) -> Path:
         named = hashlib.sha256(json.dumps([self._identity, key]).encode()).hexdigest()
-        return self._folder / f"{named}.prefix"
+        return self._folder / f"{named}.v2.prefix"
 
     def _write(self, path: Path, head: bytes, body: Buffer) -> None:
         number, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)  # mode 0600
@@ -119,6 +139,7 @@ class DiskCache:
 
     def _make_room(self, size: int) -> None:
         """Remove what was used least recently, until `size` bytes more are within the budget."""
+        self._remove_old()
         entries, used = [], size
         for file in self._files():
             with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -153,18 +174,26 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
         return None
     try:
         about = json.loads(record)
-        size, etag, sha256 = int(about["size"]), str(about["etag"]), str(about["sha256"])
+        size, etag, checksum = int(about["size"]), str(about["etag"]), str(about["crc32c"])
         is_its_own = about["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
     if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:
         return None
     body = allocate(size)
-    if file.readinto(body) != size or hashlib.sha256(body).hexdigest() != sha256:
+    if file.readinto(body) != size or digest_of("crc32c", body).hex() != checksum:
         return None
     return Entry(body, etag)
 
 
-def _remove(path: str) -> None:
+def _is_old(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_OLD_MAGIC)) == _OLD_MAGIC
+    except OSError:
+        return False
+
+
+def _remove(path: str | Path) -> None:
     with contextlib.suppress(OSError):
         Path(path).unlink()

@@ -1,11 +1,16 @@
 """What float8 on the wire costs a prefix: its error, beside its bytes. Needs torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from service.prefix.kv import PrefixKV
+from service.client.prefix import Prefix
+from service.errors import InvalidResponse
+from service.prefix.form import Identity
+
+_SAME: Final = [field.name for field in fields(Identity)] + ["layers", "kv_heads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,18 @@ class Float8Error:
     bfloat16_nbytes: int
 
 
-def float8_error(exact: PrefixKV, found: PrefixKV) -> Float8Error:
-    """What a prefix lost that came as float8; `exact` is the same one in the dtype of the stored weights."""
-    keys, values = (Error.between(exact.tensor[:, part], found.tensor[:, part]) for part in (0, 1))
-    count = exact.tensor.numel()
-    scales = exact.tensor[..., 0, 0].numel()  # one float32 a layer, part and head
+def float8_error(exact: Prefix, found: Prefix) -> Float8Error:
+    """What a prefix lost that came as float8; `exact` is the same version in the dtype of the stored weights.
+
+    Raises:
+        InvalidResponse: they are not the same version, layers and heads.
+    """
+    differing = [name for name in _SAME if exact.metadata[name] != found.metadata[name]]
+    if differing:
+        told = ", ".join(f"{name} {exact.metadata[name]!r} and {found.metadata[name]!r}" for name in differing)
+        raise InvalidResponse(f"two answers for one version differ: {told}")
+    before, after = exact.kv.tensor, found.kv.tensor
+    keys, values = (Error.between(before[:, part], after[:, part]) for part in (0, 1))
+    count = before.numel()
+    scales = before[..., 0, 0].numel()  # one float32 a layer, part and head
     return Float8Error(keys, values, nbytes=count + 4 * scales, bfloat16_nbytes=2 * count)

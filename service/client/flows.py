@@ -3,6 +3,7 @@
 `PrefixClient` and `AsyncPrefixClient` drive the same flows, so there is one way to do each thing.
 """
 
+import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,10 @@ from service.client.protocol import (
     Work,
     adapter_path,
     check_digest,
-    prefix_request,
-    tenant_path,
 )
+from service.client.question import Question, require_version
 from service.errors import InvalidRequest, InvalidResponse
-from service.prefix.form import Span
-from service.prefix.ranks import Rank, check_rank
-from service.prefix.references import parse_qualified
+from service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
     from service.client.float8 import Float8Error
@@ -34,12 +32,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Flow = Generator[Step, Any, T]
 
-_PAGE: Final = 1000  # the most that the service gives at once
+_QUICKLY_COPIED: Final = 2 << 20  # bytes that an event loop may copy between two turns
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How prefixes are read: what is kept of them, memory for those that are read from disk, and what is verified.
+    """How prefixes are read: what is kept of them, memory for those that are kept, and what is verified.
 
     `is_service_known` says that entries on disk certainly are this service's: without a key, nothing tells it from an
     earlier one at the same address, and even versions are revalidated.
@@ -48,91 +48,103 @@ class Reading:
     memory: LocalCache
     disk: DiskCache | None
     allocate: Callable[[int], memoryview]
+    pinned: bool
     verify_digest: bool
     is_service_known: bool
 
 
 def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
-    """A prefix from a cache, revalidated unless it is immutable, or from the service."""
-    tenant, parsed = parse_qualified(reference)
-    dtype, (layers, kv_heads, tp) = options.get("dtype"), _part(options)
-    key = (tenant, parsed.adapter, parsed.selector, dtype, layers, kv_heads, tp)
-    cached, is_current = reading.memory.get(key), parsed.immutable
-    if cached is None and reading.disk is not None:
-        cached, is_current = (yield Work(partial(_load, reading, key))), is_current and reading.is_service_known
-    if cached is None or not is_current:
-        cached = yield prefix_request(
-            tenant,
-            parsed,
-            dtype=dtype,
-            layers=layers,
-            kv_heads=kv_heads,
-            tp=tp,
-            etag=None if cached is None else cached.etag,
-            read=partial(_received, reading, key, cached),
-            is_hashed=reading.verify_digest or reading.disk is not None,
-        )
-    reading.memory.put(key, cached)
-    prefix: Prefix = cached.prefix.for_batch(options.get("batch_size", 1))
+    """A prefix in memory of the caller's own, from a cache or from the service."""
+    cached = yield from _cached(reading, Question.of(reference, options))
+    own = partial(_own, reading, cached)
+    one: Prefix = own() if _is_quickly_owned(reading, cached) else (yield Work(own))
+    prefix = one.for_batch(options.get("batch_size", 1))
     if options.get("materialise"):
         prefix = yield Work(prefix.materialise)
     return prefix
 
 
+def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
+    """A prefix as the cache holds it, without a copy: only for callers that read it and do not hand it out."""
+    cached = yield from _cached(reading, Question.of(reference, options))
+    return cached.prefix
+
+
+def _cached(reading: Reading, question: Question) -> Flow[Cached]:
+    """The answer to a question from a cache, revalidated unless it is immutable, or from the service."""
+    cached, is_current = reading.memory.get(question.key), question.reference.immutable
+    if cached is None and reading.disk is not None:
+        cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
+    if cached is None or not is_current:
+        etag = None if cached is None else cached.etag or None
+        read = partial(_received, reading, question, cached)
+        blocks = reading.disk is not None
+        cached = yield question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
+    reading.memory.put(question.key, cached)
+    return cached
+
+
+def _is_quickly_owned(reading: Reading, cached: Cached) -> bool:
+    """Whether an event loop need not hand it to a thread."""
+    return cached.file is not None or (cached.prefix.kv.nbytes <= _QUICKLY_COPIED and not reading.pinned)
+
+
+def _own(reading: Reading, cached: Cached) -> "Prefix":
+    from service.client.decode import own
+
+    return own(cached, is_shared=reading.memory.keeps(cached), pinned=reading.pinned)
+
+
 def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
     """What float8 costs a version: both renderings of it, compared."""
-    exact: Prefix = yield from get(reading, reference, {})
+    exact: Prefix = yield from shared(reading, reference, {})
     tenant, parsed = parse_qualified(reference)
     same = f"{tenant}/{parsed.adapter}@{exact.digest}"  # the alias may move in between
-    found: Prefix = yield from get(reading, same, {"dtype": "float8_e4m3fn"})
+    found: Prefix = yield from shared(reading, same, {"dtype": "float8_e4m3fn"})
 
     def compared() -> "Float8Error":
         from service.client.float8 import float8_error
 
-        return float8_error(exact.kv, found.kv)
+        return float8_error(exact, found)
 
     error: Float8Error = yield Work(compared)
     return error
 
 
-def _part(options: PrefixOptions) -> tuple[Span | None, Span | None, Rank | None]:
-    """Layers, heads and rank. Which heads a rank has is the service's to say: only it knows how many the version has
-    that an alias means now."""
-    layers, kv_heads, tp, pp = (options.get("layers"), options.get("kv_heads"), options.get("tp"), options.get("pp"))
-    if layers is not None and pp is not None:
-        raise InvalidRequest(f"pp={pp} says which layers, and layers={layers} too: give one of them")
-    if kv_heads is not None and tp is not None:
-        raise InvalidRequest(f"tp={tp} says which heads, and kv_heads={kv_heads} too: give one of them")
-    return layers if pp is None else pp, kv_heads, None if tp is None else check_rank(tp)
-
-
-def _load(reading: Reading, key: tuple[Any, ...]) -> Cached | None:
-    """What the disk has."""
-    entry = None if reading.disk is None else reading.disk.load(key, reading.allocate)
+def _load(reading: Reading, question: Question) -> Cached | None:
+    """The answer that the disk has to a question; what is there under its name and answers another is removed."""
+    entry = None if reading.disk is None else reading.disk.load(question.key, reading.allocate)
+    if reading.disk is None or entry is None:
+        return None
     try:
-        return None if entry is None else _decoded(entry.body, entry.etag)
-    except InvalidResponse:  # of another release's format
+        return _decoded(reading, question, entry.body, entry.etag, {})
+    except InvalidResponse as error:
+        log.warning("an entry of the prefix cache on disk is removed: %s", error)
+        reading.disk.remove(question.key)
         return None
 
 
-def _received(reading: Reading, key: tuple[Any, ...], cached: Cached | None, answer: Answer) -> Cached:
-    """What the service answered, decoded and kept on disk; what is cached already where that is current."""
-    if answer.status == 304 and cached is not None:
+def _received(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
+    """The service's answer, compared with the question and kept on disk; or the cached one if that is current."""
+    if answer.status == 304 and cached is not None and cached.etag:
+        question.require_current(cached.etag, cached.prefix.metadata, answer.headers)
         return cached
     if answer.status != 200:
         raise InvalidResponse(f"status {answer.status} where 200 was expected")
     if reading.verify_digest:
         check_digest(answer)
-    found = _decoded(answer.body, answer.headers.get("etag", ""))
+    found = _decoded(reading, question, answer.body, answer.headers.get("etag", ""), answer.headers)
     if reading.disk is not None:
-        reading.disk.store(key, Entry(answer.body, found.etag), answer.sha256)
+        reading.disk.store(question.key, Entry(answer.body, found.etag))
     return found
 
 
-def _decoded(body: Buffer, etag: str) -> Cached:
+def _decoded(reading: Reading, question: Question, body: Buffer, etag: str, headers: Mapping[str, str]) -> Cached:
     from service.client.decode import decode
 
-    return Cached(decode(body), etag)
+    found = decode(body, etag, reading.allocate)
+    question.require_answer(found.prefix.metadata, headers)
+    return found
 
 
 def publish(
@@ -144,15 +156,21 @@ def publish(
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     files["adapter_model.safetensors"] = weights
-    answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
-    return answer.json(), answer.status == 201
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
+    return _published(tenant, name, answer)
 
 
 def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, the concatenation of others, and whether it is new."""
     tenant, name = adapter_alone(adapter)
-    answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
-    return answer.json(), answer.status == 201
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
+    return _published(tenant, name, answer)
+
+
+def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any], bool]:
+    """The version in the answer to a publication, and whether it is new."""
+    found = require_version(answer.json_object(), tenant, Reference(name), answer.headers.get("location"))
+    return found, answer.status == 201
 
 
 def adapter_alone(text: str) -> tuple[str, str]:
@@ -171,30 +189,8 @@ def adapter_alone(text: str) -> tuple[str, str]:
 def inspect(reference: str) -> Flow[Mapping[str, Any]]:
     """What the service knows of a version."""
     tenant, parsed = parse_qualified(reference)
-    answer = yield Request("GET", adapter_path(tenant, parsed))
-    found: Mapping[str, Any] = answer.json()
-    return found
-
-
-def list_adapters(tenant: str, base_model: str | None) -> Flow[list[Mapping[str, Any]]]:
-    """Every adapter of a tenant."""
-    params = {} if base_model is None else {"base_model": base_model}
-    return (yield from pages(tenant_path(tenant, "adapters"), params))
-
-
-def pages(
-    path: str, params: Mapping[str, str] | None = None, limit: int | None = None
-) -> Flow[list[Mapping[str, Any]]]:
-    """A listing, page by page, to its end or to `limit` items."""
-    items: list[Mapping[str, Any]] = []
-    asked = dict(params or {})
-    while True:
-        asked["limit"] = str(_PAGE if limit is None else min(_PAGE, limit - len(items)))
-        page = (yield Request("GET", path, asked)).json()
-        items += page["items"]
-        if page["next"] is None or len(items) == limit:
-            return items
-        asked["cursor"] = page["next"]
+    answer: Answer = yield Request("GET", adapter_path(tenant, parsed))
+    return require_version(answer.json_object(), tenant, parsed)
 
 
 def is_ready() -> Flow[bool]:

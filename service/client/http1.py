@@ -8,6 +8,8 @@ from typing import Final
 MAX_HEAD: Final = 64 << 10
 """Bytes that an answer's head may have."""
 
+_MOST_INTERIM: Final = 16  # answers 1xx before the final one
+
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _PLAIN: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9]{2})[^\r\n\0]*\r\n((?:" + _TOKEN + rb":[^\r\n\0]*\r\n)*)\r\n")
 _LENGTH: Final = re.compile(r"[0-9]{1,18}")
@@ -34,24 +36,30 @@ def read_plain(head: bytes) -> Head | None:
     status, keeps_alive = int(match[1]), headers.get("connection", "keep-alive").lower() == "keep-alive"
     if status in _BODILESS:
         return Head(status, headers, 0, keeps_alive)
-    length = headers.get("content-length", "")
-    if "transfer-encoding" in headers or not _LENGTH.fullmatch(length):
+    length = declared_length(headers)
+    if "transfer-encoding" in headers or length is None:
         return None
-    return Head(status, headers, int(length), keeps_alive)
+    return Head(status, headers, length, keeps_alive)
 
 
-def read_carefully(begun: bytes) -> Generator[None, bytes, tuple[Head, bytearray]]:
-    """An answer to a GET in any form that h11 accepts: its first bytes, then those that are sent in (b"" at the end).
+def declared_length(headers: Mapping[str, str]) -> int | None:
+    """Returns the length that headers declare, if it is a sound one."""
+    length = headers.get("content-length", "")
+    return int(length) if _LENGTH.fullmatch(length) else None
+
+
+def read_carefully(begun: bytes, most: int) -> Generator[None, bytes, tuple[Head, bytearray]]:
+    """Read an answer in any form that h11 accepts: give its first bytes, then send in the others (b"" at the end).
 
     Raises:
-        ConnectionError: it is malformed, or ends too early.
+        ConnectionError: it is malformed, ends too early, or has a body of more than `most` bytes.
     """
     import h11  # hardly ever needed
 
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD - 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("Host", "service")]))
     connection.send(h11.EndOfMessage())
-    status, headers, body = 0, dict[str, str](), bytearray()
+    status, headers, body, interim = 0, dict[str, str](), bytearray(), 0
     try:
         connection.receive_data(begun)
         while not isinstance(event := connection.next_event(), h11.EndOfMessage):
@@ -61,7 +69,13 @@ def read_carefully(begun: bytes) -> Generator[None, bytes, tuple[Head, bytearray
                 status, headers = event.status_code, _joined(event.headers)
             elif isinstance(event, h11.Data):
                 body += event.data
-    except h11.RemoteProtocolError as error:
+            elif isinstance(event, h11.InformationalResponse):
+                interim += 1
+            if len(body) > most:
+                raise ConnectionError(f"the answer has more than {most} bytes")
+            if interim > _MOST_INTERIM:
+                raise ConnectionError(f"more than {_MOST_INTERIM} interim answers (1xx) came before the answer")
+    except h11.ProtocolError as error:
         raise ConnectionError(f"the answer is not sound HTTP/1.1: {error}") from error
     keeps_alive = connection.their_state is h11.DONE and not connection.trailing_data[0]
     return Head(status, headers, len(body), keeps_alive), body

@@ -11,9 +11,10 @@ reported as ConnectionFailed, since its first try may have made the condition fa
 from collections.abc import Mapping
 from typing import Any
 
-from service.client.flows import Flow, adapter_alone, pages
+from service.client.flows import Flow, adapter_alone
+from service.client.listing import Item, items_of, pages
 from service.client.protocol import Answer, Request, adapter_path, tenant_path
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, InvalidResponse
 from service.prefix.references import check_alias, parse_qualified
 
 Found = Mapping[str, Any]
@@ -22,8 +23,14 @@ Found = Mapping[str, Any]
 def aliases(adapter: str) -> Flow[dict[str, int]]:
     """The aliases of `tenant/name`, in the order of their names, and the version numbers that they point at."""
     tenant, name = adapter_alone(adapter)
-    versions = (yield Request("GET", adapter_path(tenant, name, "versions"))).json()["items"]
-    return dict(sorted((alias, version["version"]) for version in versions for alias in version["aliases"]))
+    answer: Answer = yield Request("GET", adapter_path(tenant, name, "versions"))
+    found: dict[str, int] = {}
+    for item in items_of(answer.json_object()):
+        version, names = item.get("version"), item.get("aliases")
+        if type(version) is not int or not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            raise InvalidResponse(f"a version should have its number and its aliases, got {item!r:.200}")
+        found |= dict.fromkeys(names, version)
+    return dict(sorted(found.items()))
 
 
 def put_alias(
@@ -51,12 +58,13 @@ def put_alias(
     path = _alias_path(adapter, alias)
     change = Request("PUT", path, headers=headers, json={"version": version, "preload": preload})
     answer: Answer = yield change
+    answer.json_object()
     return answer.status == 201
 
 
 def delete_alias(adapter: str, alias: str) -> Flow[None]:
     """Forget an alias; its version stays."""
-    yield Request("DELETE", _alias_path(adapter, alias))
+    yield from _deletion(_alias_path(adapter, alias))
 
 
 def _alias_path(adapter: str, alias: str) -> str:
@@ -70,36 +78,36 @@ def delete(reference: str) -> Flow[None]:
     Raises:
         Conflict: an alias points at the version.
     """
-    yield Request("DELETE", adapter_path(*parse_qualified(reference)))
+    yield from _deletion(adapter_path(*parse_qualified(reference)))
 
 
 def load(reference: str, *, pinned: bool = False) -> Flow[Found]:
     """Bring a version into memory, and wait: its state there. `pinned` keeps it."""
     path = adapter_path(*parse_qualified(reference), "residency")
-    state: Found = (yield Request("PUT", path, json={"pinned": pinned})).json()
-    return state
+    answer: Answer = yield Request("PUT", path, json={"pinned": pinned})
+    return answer.json_object()
 
 
 def unload(reference: str) -> Flow[None]:
     """Take a version out of memory; the next request loads it again."""
-    yield Request("DELETE", adapter_path(*parse_qualified(reference), "residency"))
+    yield from _deletion(adapter_path(*parse_qualified(reference), "residency"))
 
 
 def residency(limit: int = 100) -> Flow[Found]:
     """What the process that answers has in memory: `tiers`, `tenants`, and the `limit` largest versions, `resident`."""
-    found: Found = (yield Request("GET", "/v1/residency", {"limit": str(limit)})).json()
-    return found
+    answer: Answer = yield Request("GET", "/v1/residency", {"limit": str(limit)})
+    return answer.json_object()
 
 
-def tenants() -> Flow[list[Found]]:
+def tenants() -> Flow[list[Item]]:
     """Every tenant, in the order of their names."""
     return (yield from pages("/v1/tenants"))
 
 
 def tenant(name: str) -> Flow[Found]:
     """A tenant, its quotas, and what it has."""
-    found: Found = (yield Request("GET", tenant_path(name))).json()
-    return found
+    answer: Answer = yield Request("GET", tenant_path(name))
+    return answer.json_object()
 
 
 def put_tenant(name: str, quotas: Mapping[str, int | None] | None = None) -> Flow[tuple[Found, bool]]:
@@ -108,16 +116,22 @@ def put_tenant(name: str, quotas: Mapping[str, int | None] | None = None) -> Flo
     `quotas` sets `max_adapters`, `max_bytes` and `requests_per_second` at once; what it leaves out, or has as None, is
     without limit. Without `quotas` they stay as they are.
     """
-    answer = yield Request("PUT", tenant_path(name), json=quotas)
-    return answer.json(), answer.status == 201
+    answer: Answer = yield Request("PUT", tenant_path(name), json=quotas)
+    return answer.json_object(), answer.status == 201
 
 
 def delete_tenant(name: str) -> Flow[None]:
     """Delete a tenant with its keys, adapters and versions."""
-    yield Request("DELETE", tenant_path(name))
+    yield from _deletion(tenant_path(name))
 
 
-def audit(tenant: str | None = None, limit: int = 100) -> Flow[list[Found]]:
+def audit(tenant: str | None = None, limit: int = 100) -> Flow[list[Item]]:
     """The `limit` latest changes, newest first: of a tenant's resources, or of all."""
     path = "/v1/audit" if tenant is None else tenant_path(tenant, "audit")
     return (yield from pages(path, limit=limit))
+
+
+def _deletion(path: str) -> Flow[None]:
+    answer: Answer = yield Request("DELETE", path)
+    if answer.status != 204:
+        raise InvalidResponse(f"a deletion should be answered with status 204, got {answer.status}")

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A prefix for a batch. Its rows share one memory, which the local cache may share too: do not write to it, but to
-    rows that `materialise` has made."""
+    """A prefix for a batch.
+
+    What `get` returned is the caller's own, to be written to: no other call and no cache sees it. The rows of one batch
+    share memory, also with what `for_batch` returns: a value that is written to one row is in all of them.
+    `materialise` gives each row memory of its own.
+    """
 
     kv: PrefixKV
     metadata: Mapping[str, Any]

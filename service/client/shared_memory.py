@@ -1,18 +1,17 @@
 """An answer that names a file of the service: mapped, not copied, by a worker on the same host.
 
-The mapping is private: what is written to it reaches nobody else. It lives as long as a tensor in it, whatever becomes
-of the file's name.
+Every mapping is private: what is written to it reaches nobody else. It lives as long as a tensor in it, whatever
+becomes of the file's name.
 """
 
 import logging
-import mmap
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
-from service.client.protocol import Answer, Fetch
+from service.client.protocol import Answer, Fetch, require_success
 from service.errors import InvalidResponse
 from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 
@@ -22,30 +21,34 @@ _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # not
 log = logging.getLogger(__name__)
 
 
-def asking(fetch: Fetch) -> Mapping[str, str]:
-    """The headers that ask for the name of a file, if there is one, and for its digest where the fetch needs it."""
-    headers = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
-    return headers | ({"Want-Repr-Digest": "sha-256"} if fetch.is_hashed else {})
+ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
+"""The header that asks for the name of a file, if there is one."""
 
 
-def in_shared_memory(answer: Answer) -> Answer | None:
-    """The answer with the body that it names; as it is if it names none, None if the file cannot be reached from here.
+def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
+    """What `fetch` makes of an answer, or of the file that it names; None if the bytes must be asked for, because the
+    file cannot be reached from here or holds something else.
 
     Raises:
         InvalidResponse: it names something else than a file of the service.
+        PrefixServiceError: the service reported it, or the fetch refused an answer that names no file.
     """
     if answer.headers.get("content-type") != SHARED_FILE_TYPE:
-        return answer
+        return fetch.read(require_success(answer))
     path, size, digest = _told(answer)
     try:
         body = _mapped(path, size)
     except OSError as error:  # it has just been evicted, or lies behind another mount or group
         log.debug("%s cannot be mapped: %s", path, error)
         return None
-    headers = dict(answer.headers)
+    headers = {name: value for name, value in answer.headers.items() if name != "repr-digest"}
     if digest is not None:
         headers["repr-digest"] = digest
-    return replace(answer, headers=headers, body=body, sha256=None)
+    try:
+        return fetch.read(replace(answer, headers=headers, body=body, digest=None))
+    except InvalidResponse as error:
+        log.warning("%s is not used, its bytes are asked for: %s", path, error)
+        return None
 
 
 def _told(answer: Answer) -> tuple[str, int, str | None]:
@@ -60,11 +63,13 @@ def _told(answer: Answer) -> tuple[str, int, str | None]:
 
 
 def _mapped(path: str, size: int) -> memoryview:
+    from service.client.memory import map_for_many
+
     handle = os.open(path, _FLAGS)
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o222 or not 0 < size == found.st_size:
             raise InvalidResponse(f"{path} is not a file of {size} bytes that nobody writes to")
-        return memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_COPY))
+        return map_for_many(handle, size)
     finally:
         os.close(handle)

@@ -1,46 +1,54 @@
-"""Steps of flows carried out: tensors over their own lane, all else over httpx; deadlines, and retries of what is safe
-to retry."""
+"""Flows carried out: deadlines, retries of what is safe to retry, and several flows in parallel."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
 import httpx
 
-from service.client.connection import Connection, connection_failed
+from service.client.connection import NotConnected, connection_failed
+from service.client.dialling import time_left
 from service.client.fetcher import Fetcher
+from service.client.flows import Flow, T
+from service.client.foreign import AsyncForeign, Foreign
+from service.client.forks import renew_in_child
 from service.client.lane import Interrupt
-from service.client.protocol import Answer, Fetch, Request, Step, Work, require_success
-from service.errors import ConnectionFailed, CorruptBlob, NotFound, PrefixServiceError, RateLimited, Unavailable
+from service.client.protocol import Answer, Fetch, Request, Step, Together, Work, require_success
+from service.errors import (
+    ConnectionFailed,
+    CorruptBlob,
+    InvalidRequest,
+    NotFound,
+    PrefixServiceError,
+    RateLimited,
+    Unavailable,
+)
 
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
-_NEVER_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_NEVER_SENT: Final = (NotConnected, httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _MOST_THREADS: Final = 32
+
+Begun = tuple[Flow[Any], Step]
+"""A flow, and the step that it waits for."""
 
 
 class _Attempts:
-    """What is left of a call: its deadline, the growing pauses between tries, and what a try may have done."""
+    """The deadline of a request, the growing pauses between its attempts, and whether one may have been carried out."""
 
-    def __init__(self, request: Request, timeout: float) -> None:
-        self._request = request
+    def __init__(self, request: Request, until: float) -> None:
+        self._request, self._until = request, until
         self._may_be_done = False
-        self.until = time.monotonic() + timeout
         self._pause = _FIRST_PAUSE
 
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline, at least one millisecond."""
-        return max(self.until - time.monotonic(), 0.001)
-
     def pause_after(self, error: PrefixServiceError) -> float:
-        """Seconds to wait before another try.
+        """Returns the seconds to wait before another attempt.
 
         Raises:
-            PrefixServiceError: this very error, when another try cannot help or has no time.
+            PrefixServiceError: this very error, when another attempt cannot help or has no time.
         """
         if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
             raise error
@@ -50,12 +58,12 @@ class _Attempts:
             self._may_be_done = True
         pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if pause >= self.left:
+        if time.monotonic() + pause >= self._until:
             raise error
         return pause
 
     def found_done(self, error: PrefixServiceError) -> bool:
-        """Whether a deletion finds nothing because an earlier try, whose answer was lost, has done it."""
+        """Whether a deletion finds nothing because an earlier attempt, whose answer was lost, has done it."""
         return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
 
 
@@ -64,136 +72,179 @@ def _was_refused(error: PrefixServiceError) -> bool:
     return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
 
 
+def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
+    """Begin flows. Returns the results and errors of those that are done without a step, None for each of the others;
+    and the others by their index."""
+    results: list[Any] = [None] * len(flows)
+    waiting: dict[int, Begun] = {}
+    for index, flow in enumerate(flows):
+        try:
+            waiting[index] = flow, next(flow)
+        except StopIteration as end:
+            results[index] = end.value
+        except PrefixServiceError as error:
+            results[index] = error
+    return results, waiting
+
+
 class Transport:
-    """Blocking; safe to share between threads."""
+    """Blocking; safe to share between threads. `timeout` is the deadline of a flow in seconds."""
 
-    def __init__(self, connection: Connection, fetcher: Fetcher | None) -> None:
-        self._connection, self._fetcher = connection, fetcher
-        self._http = httpx.Client(**connection.options(httpx.HTTPTransport))
+    def __init__(self, way: Fetcher | Foreign, timeout: float) -> None:
+        self._way, self._timeout = way, timeout
+        self._is_closed = False
 
-    def carry_out(self, step: Step) -> Any:
-        """What a flow is sent for its step: the answer to a request, a success, or what a fetch made of it.
+    def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow, and return its result.
 
         Raises:
-            ConnectionFailed: there was none before the deadline.
-            PrefixServiceError: the service reported it.
+            ConnectionFailed: it was not done before the deadline.
+            PrefixServiceError: the service reported it, or the flow raised it.
         """
+        try:
+            step = next(flow)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if self._is_closed:
+            raise InvalidRequest("this client is closed: make another one")
+        return self._finish(flow, step, time.monotonic() + self._timeout)
+
+    def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
+        try:
+            while True:
+                step = flow.send(self._carry_out(step, until))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):
             return step.run()
-        attempts = _Attempts(step, self._connection.timeout)
+        if isinstance(step, Together):
+            return self._together(step, until)
+        attempts = _Attempts(step, until)
         while True:
             try:
-                return self._once(step, attempts)
+                return self._once(step, until)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
                 time.sleep(attempts.pause_after(error))
 
-    def _once(self, request: Request, attempts: _Attempts) -> Any:
-        if isinstance(request, Fetch) and self._fetcher is not None:
-            return self._fetcher.fetch(request, attempts.until, Interrupt())
-        answer = require_success(self._send(request, attempts.left))
+    def _once(self, request: Request, until: float) -> Any:
+        if isinstance(self._way, Fetcher):
+            return self._way.carry_out(request, until, Interrupt())
+        answer = require_success(self._way.send(request, until))
         return request.read(answer) if isinstance(request, Fetch) else answer
 
-    def _send(self, request: Request, timeout: float) -> Answer:
-        try:
-            with self._http.stream(**_arguments(request, timeout)) as response:
-                body = _Body(response)
-                for chunk in response.iter_raw():
-                    body.add(chunk)
-                return body.answer()
-        except httpx.TransportError as error:
-            raise connection_failed(error, self._connection.base_url) from error
+    def _together(self, step: Together, until: float) -> list[Any]:
+        results, waiting = _begun(step.flows)
+        if not waiting:
+            return results
+
+        def finish(begun: Begun) -> Any:
+            try:
+                return self._finish(*begun, until)
+            except PrefixServiceError as error:
+                return error
+
+        with ThreadPoolExecutor(min(step.at_once, len(waiting)), "prefix-rows") as threads:
+            for index, result in zip(waiting, threads.map(finish, waiting.values()), strict=True):
+                results[index] = result
+        return results
 
     def close(self) -> None:
         """Close every connection."""
-        self._http.close()
-        if self._fetcher is not None:
-            self._fetcher.close()
+        self._is_closed = True
+        self._way.close()
 
 
 class AsyncTransport:
-    """The same for asyncio; belongs to one event loop, and keeps it free: what blocks for long is done in threads."""
+    """For asyncio. It keeps the event loop free: what blocks for long is done in threads."""
 
-    def __init__(self, connection: Connection, fetcher: Fetcher | None) -> None:
-        self._connection, self._fetcher = connection, fetcher
-        self._http = httpx.AsyncClient(**connection.options(httpx.AsyncHTTPTransport))
+    def __init__(self, way: Fetcher | AsyncForeign, timeout: float) -> None:
+        self._way, self._timeout = way, timeout
+        self._is_closed = False
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin without threads, in a forked child too, where those of the parent do not run."""
         self._threads = ThreadPoolExecutor(_MOST_THREADS, "prefix-client")
 
-    async def carry_out(self, step: Step) -> Any:
-        """As `Transport.carry_out`."""
+    async def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow, as `Transport.run`."""
+        try:
+            step = next(flow)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if self._is_closed:
+            raise InvalidRequest("this client is closed: make another one")
+        return await self._finish(flow, step, time.monotonic() + self._timeout)
+
+    async def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
+        try:
+            while True:
+                step = flow.send(await self._carry_out(step, until))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):
             return await self._in_thread(step.run)
-        attempts = _Attempts(step, self._connection.timeout)
+        if isinstance(step, Together):
+            return await self._together(step, until)
+        attempts = _Attempts(step, until)
         while True:
             try:
-                return await self._once(step, attempts)
+                return await self._once(step, until)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
                 await asyncio.sleep(attempts.pause_after(error))
 
-    async def _once(self, request: Request, attempts: _Attempts) -> Any:
-        if isinstance(request, Fetch) and self._fetcher is not None:
-            if not self._fetcher.blocks(request):
-                return await self._fetcher.fetch_on_loop(request, attempts.until)
-            interrupt = Interrupt()
-            try:
-                return await self._in_thread(partial(self._fetcher.fetch, request, attempts.until, interrupt))
-            except asyncio.CancelledError:
-                interrupt.break_off()
-                raise
-        answer = require_success(await self._send(request, attempts.left))
-        return await self._in_thread(partial(request.read, answer)) if isinstance(request, Fetch) else answer
-
-    async def _send(self, request: Request, timeout: float) -> Answer:  # noqa: ASYNC109 - handed on to httpx
+    async def _once(self, request: Request, until: float) -> Any:
+        if isinstance(self._way, AsyncForeign):
+            answer = require_success(await self._way.send(request, until))
+            return await self._in_thread(partial(request.read, answer)) if isinstance(request, Fetch) else answer
+        if not self._way.blocks(request):
+            return await self._way.carry_out_on_loop(request, until)
+        interrupt = Interrupt()
         try:
-            async with self._http.stream(**_arguments(request, timeout)) as response:
-                body = _Body(response)
-                async for chunk in response.aiter_raw():
-                    body.add(chunk)
-                return body.answer()
-        except httpx.TransportError as error:
-            raise connection_failed(error, self._connection.base_url) from error
+            async with asyncio.timeout(time_left(until)):  # it may wait for a thread
+                return await self._in_thread(partial(self._way.carry_out, request, until, interrupt))
+        except TimeoutError as error:
+            raise connection_failed(error, self._way.address) from error
+        finally:
+            interrupt.break_off()
+
+    async def _together(self, step: Together, until: float) -> list[Any]:
+        results, waiting = _begun(step.flows)
+        turns = asyncio.Semaphore(step.at_once)
+
+        async def finish(index: int, begun: Begun) -> None:
+            async with turns:
+                try:
+                    results[index] = await self._finish(*begun, until)
+                except PrefixServiceError as error:
+                    results[index] = error
+
+        async with asyncio.TaskGroup() as group:
+            for index, begun in waiting.items():
+                group.create_task(finish(index, begun))
+        return results
 
     async def _in_thread(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._http.aclose()
-        if self._fetcher is not None:
-            self._fetcher.close()
+        self._is_closed = True
+        if isinstance(self._way, AsyncForeign):
+            await self._way.close()
+        else:
+            self._way.close()
         self._threads.shutdown(wait=False)
-
-
-def _arguments(request: Request, timeout: float) -> dict[str, Any]:
-    return {
-        "method": request.method,
-        "url": request.path,
-        "params": dict(request.params),
-        "headers": dict(request.headers),
-        "files": None if request.files is None else dict(request.files),
-        "json": request.json,
-        "timeout": timeout,
-    }
-
-
-class _Body:
-    """An answer's body while it arrives, in memory of its declared length."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self._response = response
-        declared = response.headers.get("content-length", "")
-        self._data = bytearray(int(declared)) if declared.isdigit() else bytearray()
-        self._position = 0
-
-    def add(self, chunk: bytes) -> None:
-        """The next bytes; a body without a declared length grows."""
-        self._data[self._position : self._position + len(chunk)] = chunk
-        self._position += len(chunk)
-
-    def answer(self) -> Answer:
-        """The whole answer."""
-        del self._data[self._position :]
-        return Answer(self._response.status_code, dict(self._response.headers), self._data)

@@ -1,7 +1,7 @@
 """What a client received: a safetensors file of this service, read in the memory that it arrived in."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidResponse
 from service.prefix.buffers import memory_of
-from service.prefix.form import FORMAT, Span
+from service.prefix.form import FORMAT
 from service.prefix.kv import PrefixKV
+from service.prefix.metadata import read_metadata
 from service.prefix.safetensors_header import DTYPES, TensorEntry, parse_header
 
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
@@ -66,30 +67,50 @@ def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
     return (part.clone() if entry.start % dtype.itemsize else part).view(dtype).view(entry.shape)
 
 
-def read_kv(received: Received) -> PrefixKV:
-    """The keys and values of a message in the layout `stacked` and one row; float8 comes back as float32.
+def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = None) -> PrefixKV:
+    """The keys and values of a message in the layout `stacked` and one row, `[L', 2, H', N, D]`.
+
+    They share the memory of the message, except float8: it is decoded to float32 `value * scale`, in memory that
+    `allocate` returns for a number of bytes (default: memory of torch).
 
     Raises:
-        InvalidResponse: the tensor is missing, or its shape contradicts the metadata.
+        InvalidResponse: the metadata is not that of a prefix, or the tensors do not have its shapes and dtypes.
     """
-    about = received.metadata
-    tensor = received.tensors.get("past_key_values")
-    try:
-        layers, heads = _span(about["layers"]), _span(about["kv_heads"])
-        num_layers, num_kv_heads = int(about["num_layers"]), int(about["num_kv_heads"])
-        expected = (1, layers[1] - layers[0], 2, heads[1] - heads[0], about["num_virtual_tokens"], about["head_dim"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidResponse(f"the metadata of the answer is not that of a prefix: {error!r:.80}") from error
-    if tensor is None or tuple(tensor.shape) != expected:
-        found = "none" if tensor is None else list(tensor.shape)
-        raise InvalidResponse(f"past_key_values should have shape {list(expected)}, got {found}")
-    if (scale := received.tensors.get("past_key_values_scale")) is not None:
-        if tuple(scale.shape) != (*expected[:4], 1, 1):
-            raise InvalidResponse(f"past_key_values_scale has shape {list(scale.shape)}, beside {list(expected)}")
-        tensor = tensor.to(torch.float32) * scale
-    return PrefixKV(tensor[0], layers, heads, num_layers, num_kv_heads)
+    identity, form = read_metadata(received.metadata)
+    if form.layout != "stacked" or form.rows != 1:
+        raise InvalidResponse(
+            f"the answer has layout {form.layout} and {form.rows} rows, where layout stacked and one row was expected"
+        )
+    layers, heads = (last - first for first, last in (form.layers, form.kv_heads))
+    shape = (1, layers, 2, heads, identity.num_virtual_tokens, identity.head_dim)
+    expected = {
+        "past_key_values": (getattr(torch, form.dtype), shape),
+        "attention_mask": (torch.int64, (form.batch_size, identity.num_virtual_tokens)),
+    }
+    if form.dtype == "float8_e4m3fn":
+        expected["past_key_values_scale"] = (torch.float32, (*shape[:4], 1, 1))
+    _require(received.tensors, expected)
+    tensor = received.tensors["past_key_values"][0]
+    if form.dtype == "float8_e4m3fn":
+        tensor = _decoded(tensor, received.tensors["past_key_values_scale"][0], allocate)
+    return PrefixKV(tensor, form.layers, form.kv_heads, identity.num_layers, identity.num_kv_heads)
 
 
-def _span(values: Any) -> Span:
-    first, last = values
-    return int(first), int(last)
+def _require(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    for name in sorted(expected.keys() | tensors.keys()):
+        tensor, wanted = tensors.get(name), expected.get(name)
+        found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+        if found != wanted:
+            raise InvalidResponse(
+                f"the tensor {name} of the answer should be {_described(wanted)}, got {_described(found)}"
+            )
+
+
+def _described(tensor: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "none" if tensor is None else f"{str(tensor[0]).removeprefix('torch.')} {list(tensor[1])}"
+
+
+def _decoded(values: Tensor, scales: Tensor, allocate: Callable[[int], memoryview] | None) -> Tensor:
+    size = values.numel() * torch.float32.itemsize
+    flat = torch.empty(size, dtype=torch.uint8) if allocate is None else memory_of(allocate(size))
+    return flat.view(torch.float32).view(values.shape).copy_(values).mul_(scales)

@@ -92,7 +92,7 @@ def parse_qualified(text: str) -> tuple[str, Reference]:
     Raises:
         InvalidReference: it is not of that form.
     """
-    tenant, slash, rest = text.partition("/")
+    tenant, slash, rest = str(text).partition("/")
     if not slash:
         raise InvalidReference(f"{text!r:.100} names no tenant: write it as tenant/adapter, tenant/adapter@7, …")
     return check_name("tenant", tenant), parse_reference(rest)

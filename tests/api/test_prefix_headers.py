@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from awscrt.checksums import crc32c
 
 from tests.api.helpers import MEDIA_TYPE, adapter_of, upload_directory
 from tests.conftest import Server
@@ -98,6 +99,18 @@ def test_repr_digest_of_a_batch_only_on_request(client: httpx.Client) -> None:
         assert answer.headers["repr-digest"] == _digest(answer.content)
     for other in ("sha-512=1", "sha-256=0"):
         assert "repr-digest" not in client.get(f"{PREFIX}?batch_size=3", headers={"Want-Repr-Digest": other}).headers
+
+
+@pytest.mark.parametrize("query", ["", "?batch_size=3"])
+def test_repr_digest_in_the_algorithm_that_is_preferred(client: httpx.Client, query: str) -> None:
+    """Want-Repr-Digest chooses between SHA-256 and CRC-32C by its preferences (RFC 9530, section 4)."""
+    for wanted in ("crc32c=1", "sha-256=1, crc32c=2", "crc32c", "md5=10, crc32c=1, sha-256=0"):
+        answer = client.get(PREFIX + query, headers={"Want-Repr-Digest": wanted})
+        checksum = crc32c(answer.content).to_bytes(4, "big")
+        assert answer.headers["repr-digest"] == f"crc32c=:{base64.b64encode(checksum).decode()}:"
+    for wanted in ("crc32c=2, sha-256=2", "crc32c=0, sha-256=1"):
+        answer = client.get(PREFIX + query, headers={"Want-Repr-Digest": wanted})
+        assert answer.headers["repr-digest"] == _digest(answer.content)
 
 
 @pytest.mark.parametrize("form", ["{}", "W/{}", '"other", {}', "*"])

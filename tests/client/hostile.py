@@ -1,6 +1,7 @@
 """A server that answers as it is told, byte by byte, and a small prefix to answer with."""
 
 import contextlib
+import re
 import socket
 import tempfile
 import threading
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from service.prefix.digests import digest_of, format_digest
 from service.prefix.form import Form, Identity
 from service.prefix.rendering import Rendering
 from service.prefix.wire import Message
@@ -29,9 +31,14 @@ def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
 BODY = prefix_body()
 
 
+def repr_digest(body: bytes = BODY) -> str:
+    """The header line of a body's digest."""
+    return f"Repr-Digest: {format_digest('crc32c', digest_of('crc32c', body))}"
+
+
 def answer(body: bytes = BODY, *lines: str, status: str = "200 OK") -> bytes:
     """A plain answer, with more header lines."""
-    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', *lines]
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', repr_digest(body), *lines]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
@@ -45,10 +52,16 @@ class Hostile:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """One request's head; what came of it where the client has gone."""
+    """One request's head, and its body if it has a length; what came of it where the client has gone."""
     received = b""
-    while not received.endswith(b"\r\n\r\n") and (data := connection.recv(65536)):
+    while b"\r\n\r\n" not in received and (data := connection.recv(65536)):
         received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: ([0-9]+)", head.lower())
+    missing = int(length[1]) - len(body) if length else 0
+    while missing > 0 and (data := connection.recv(65536)):
+        received += data
+        missing -= len(data)
     return received
 
 

@@ -215,6 +215,66 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert (old.exists(), young.exists()) == (False, True)
 
 
+def old_entry(folder: Path, digit: str = "a") -> Path:
+    """An entry as earlier releases kept it."""
+    path = folder / f"{digit * 64}.prefix"
+    path.write_bytes(b"PREFIX\x00\x01" + bytes(100))
+    return path
+
+
+def open_again(server: Server, folder: Path) -> None:
+    """A worker starts."""
+    PrefixClient(server.url, server.admin_key, cache_dir=folder).close()
+
+
+def make_room(_: Server, folder: Path) -> None:
+    """Another prefix is kept."""
+    DISKS[folder].store(("k",), Entry(bytearray(b"body"), '"e"'))
+
+
+def clear(_: Server, folder: Path) -> None:
+    """Everything is forgotten."""
+    DISKS[folder].clear()
+
+
+DISKS: dict[Path, DiskCache] = {}
+
+
+@pytest.mark.parametrize("occasion", [open_again, make_room, clear])
+def test_entries_of_earlier_releases_are_removed(
+    server: Server, tmp_path: Path, occasion: Callable[[Server, Path], None]
+) -> None:
+    """At each of these; what is not ours stays, also under such a name or with such a content."""
+    DISKS[tmp_path] = DiskCache(tmp_path, 1 << 20, ("u",))
+    old = old_entry(tmp_path)
+    others = {
+        "notes.txt": b"PREFIX\x00\x01notes",
+        f"{'b' * 64}.prefix": b"something else",
+        f"{'c' * 64}.prefix.bak": b"PREFIX\x00\x01",
+        f"{'d' * 63}.prefix": b"PREFIX\x00\x01",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{'e' * 64}.prefix").mkdir()
+    occasion(server, tmp_path)
+    assert not old.exists()
+    assert {name: (tmp_path / name).read_bytes() for name in others} == others
+    assert (tmp_path / f"{'e' * 64}.prefix").is_dir()
+
+
+def test_entries_of_earlier_releases_are_not_read(server: Server, adapter: str, tmp_path: Path) -> None:
+    """Under their own name or under today's."""
+    get(server, tmp_path, f"{adapter}@1")
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    old = content.replace(b"PREFIX\x00\x02", b"PREFIX\x00\x01", 1)
+    assert old != content
+    path.write_bytes(old)
+    (tmp_path / path.name.replace(".v2", "")).write_bytes(old)
+    assert get(server, tmp_path, f"{adapter}@1")[1] == [200]
+    assert [found.read_bytes() for found in files(tmp_path)] == [content]
+
+
 WORKER = """
 import sys
 from service.client import PrefixClient

@@ -115,7 +115,7 @@ def test_the_audit_comes_newest_first_through_every_page(
     """Of a tenant and of the platform, no more than asked for, also where that takes several pages."""
     for number in (1, 2, 1):
         client.run(management.put_alias(adapter, "prod", number))
-    monkeypatch.setattr("service.client.flows._PAGE", 2)
+    monkeypatch.setattr("service.client.listing._PAGE", 2)
     latest = client.run(management.audit("managed", 3))
     assert [(one["action"], one["details"]["version"]) for one in latest] == [
         ("alias.moved", 1),

@@ -14,6 +14,7 @@ import torch
 from service.client import AsyncPrefixClient, PrefixClient
 from service.client.ranges import PIECE
 from service.errors import ConnectionFailed, InvalidResponse
+from service.prefix.digests import digest_of, format_digest
 from tests.benchmarks.fleet import Shape
 from tests.client.conftest import LLAMA
 from tests.client.hostile import prefix_body
@@ -38,8 +39,8 @@ class Ranged(BaseHTTPRequestHandler):
         if not self.answers():
             self.give()
 
-    def give(self, body: bytes | None = None, etag: str | None = None) -> None:
-        """The range that was asked for, or the whole."""
+    def give(self, body: bytes | None = None, etag: str | None = None, described: bytes | None = None) -> None:
+        """The range that was asked for, or the whole, with the digest of the body that is `described`."""
         body, etag = body or self.body, etag or self.etag
         start, stop, status = 0, len(body), 200
         if "Range" in self.headers and self.headers.get("If-Range", etag) == etag:
@@ -47,6 +48,7 @@ class Ranged(BaseHTTPRequestHandler):
             start, stop, status = int(first), min(int(last) + 1, len(body)), 206
         self.send_response(status)
         self.send_header("ETag", etag)
+        self.send_header("Repr-Digest", format_digest("crc32c", digest_of("crc32c", described or body)))
         self.send_header("Content-Length", str(stop - start))
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
@@ -89,8 +91,8 @@ def test_a_large_prefix_comes_in_ranges_from_the_service(server: Server) -> None
 
     async def fetch() -> torch.Tensor:
         async with AsyncPrefixClient(server.url, server.admin_key, connections=2) as later:
-            found, _ = await asyncio.gather(later.get("ranges/large"), later.get("ranges/small"))
-            return found.kv.tensor
+            found = await asyncio.gather(later.get("ranges/large"), later.get("ranges/small"))
+            return found[0].kv.tensor
 
     assert torch.equal(asyncio.run(fetch()), whole)
 
@@ -182,10 +184,16 @@ def test_a_range_that_fails_fails_the_call() -> None:
 
 
 def test_a_digest_is_that_of_the_whole() -> None:
-    """A body in ranges is verified as any other."""
+    """A body in ranges is verified as any other: a flipped bit in the last range is an error."""
+    flipped = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
+
+    def damaged(handler: Ranged) -> bool:
+        handler.give(flipped, described=LARGE)
+        return True
+
     with (
-        ranged() as (url, _),
-        PrefixClient(url, connections=2, verify_digest=True) as client,
-        pytest.raises(InvalidResponse, match="Repr-Digest"),
+        ranged(damaged) as (url, _),
+        PrefixClient(url, connections=2) as client,
+        pytest.raises(InvalidResponse, match="damaged"),
     ):
         client.get("a/b")

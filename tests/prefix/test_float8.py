@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from service.prefix.form import Form, Identity
-from service.prefix.kv import PrefixKV
+from service.prefix.kv import PrefixKV, prefix_mask
 from service.prefix.received import read_kv, read_message
 from service.prefix.rendering import Rendering, render
 from service.prefix.wire import Message
@@ -98,5 +98,6 @@ def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
 
 def sent(rendering: Rendering) -> PrefixKV:
     """A rendering, sent and read."""
-    message = Message(IDENTITY, Form("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False), {})
+    form = Form("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
+    message = Message(IDENTITY, form, {"attention_mask": prefix_mask(1, IDENTITY.num_virtual_tokens)})
     return read_kv(read_message(bytearray(b"".join(message.chunks(rendering)))))

@@ -8,7 +8,6 @@ from typing import Any, Final, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from service.client.client import PrefixClient
-from service.client.options import ClientOptions
 from service.errors import InvalidRequest
 
 CONNECTOR: Final = "PrefixConnector"
@@ -84,7 +83,9 @@ class ConnectorConfig(BaseModel):
         Raises:
             InvalidRequest: the URL or the key's file is none.
         """
-        options = ClientOptions(
+        return PrefixClient(
+            self.url,
+            self._api_key(),
             uds=self.uds,
             ca_file=self.ca_file,
             timeout=self.timeout,
@@ -95,7 +96,6 @@ class ConnectorConfig(BaseModel):
             connections=self.connections,
             shared_memory=self.shared_memory,
         )
-        return PrefixClient(self.url, self._api_key(), **options)
 
     def _api_key(self) -> str | None:
         if self.api_key_file is None:

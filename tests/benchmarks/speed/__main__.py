@@ -10,12 +10,26 @@ from typing import Final
 
 from rich.console import Console
 
-from tests.benchmarks.speed import client, cold, mixed, parsers, revalidation, scale, wire, worker, workers
+from tests.benchmarks.speed import (
+    cached,
+    client,
+    cold,
+    digests,
+    mixed,
+    parsers,
+    revalidation,
+    scale,
+    wire,
+    worker,
+    workers,
+)
 from tests.benchmarks.speed.harness import Outcome, say
 
 PARTS: Final[dict[str, Callable[..., Outcome]]] = {
     "wire": wire.measure,
     "client": client.measure,
+    "digests": digests.measure,
+    "cached": cached.measure,
     "worker": worker.measure,
     "revalidation": revalidation.measure,
     "parsers": parsers.measure,

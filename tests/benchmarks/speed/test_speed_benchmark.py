@@ -3,13 +3,13 @@
 import random
 import subprocess
 import sys
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.speed import __main__ as speed
-from tests.benchmarks.speed import peers
+from tests.benchmarks.speed import digests, peers
 from tests.benchmarks.speed.harness import in_turns, ratio
 from tests.benchmarks.speed.load import Reader, closed_loop, get, open_loop, redis
 from tests.benchmarks.speed.memory import Growth
@@ -36,6 +36,20 @@ def test_a_part_runs_and_finds_an_answer_for_every_peer_that_is_there() -> None:
     assert {"ours", "Starlette route", "bare ASGI callable"} <= set(rates)
     assert all(rate > 0 for rate in rates.values())
     assert rates["bare ASGI callable"] > rates["ours"]  # else the client would be measured
+
+
+def test_every_hasher_of_the_digests_part_hashes_all_bytes() -> None:
+    """One algorithm gives one digest, whichever library computes it and however the bytes are cut."""
+    body = memoryview(bytearray(random.Random(2).randbytes(3 * _MIB + 5)))  # noqa: S311
+    found: dict[str, set[bytes]] = {}
+    for name, make in digests.HASHERS.items():
+        for cuts in ([0, len(body)], [0, 7, _MIB, len(body)]):
+            hasher = make()
+            for start, stop in pairwise(cuts):
+                hasher.update(body[start:stop][:_MIB] if name == "memcpy" else body[start:stop])
+            found.setdefault(name.partition(",")[0], set()).add(hasher.digest())
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(found, 1)
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize("program", ["nginx", "redis-server"])

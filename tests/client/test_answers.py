@@ -1,0 +1,162 @@
+"""Whatever a server answers, a method raises no other error than those of `service.errors`, in time and in bounded
+memory."""
+
+import gzip
+import io
+import json
+import resource
+import socket
+import time
+from typing import Any, Final
+
+import pytest
+
+from service.errors import PrefixServiceError
+from tests.client.hostile import BODY, answer, hostile_server, read_request
+from tests.client.test_deadlines import CALLS, JSON, KINDS, Call, called
+
+PROBLEM: Final = "Content-Type: application/problem+json"
+DEEP: Final = b"[" * 100_000
+TENSORS: Final = "Content-Type: application/vnd.safetensors"
+
+
+def with_metadata(metadata: Any) -> bytes:
+    """A prefix whose metadata are replaced."""
+    length = int.from_bytes(BODY[:8], "little")
+    header = json.loads(BODY[8 : 8 + length])
+    header["__metadata__"]["prefix"] = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    return len(told).to_bytes(8, "little") + told + BODY[8 + length :]
+
+
+def metadata() -> dict[str, Any]:
+    """Those of a sound prefix."""
+    length = int.from_bytes(BODY[:8], "little")
+    found: dict[str, Any] = json.loads(json.loads(BODY[8 : 8 + length])["__metadata__"]["prefix"])
+    return found
+
+
+def told(value: Any) -> bytes:
+    """JSON as an answer."""
+    return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), JSON)
+
+
+def problem(value: Any, *lines: str, status: str = "422 Unprocessable Content") -> bytes:
+    """A problem as an answer."""
+    return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), PROBLEM, *lines, status=status)
+
+
+VALUES: Final[list[Any]] = [None, 1, "x", [], [1], {}, True, 1e400, [{}], {"items": 1}]
+NO_CURSORS: Final[list[Any]] = [1, [], {}, True, "", "\ud800", "x" * 99_999]
+NO_METADATA: Final[list[Any]] = [None, "x", [0], [0, 1e400], -1, [[], []], {"a": 1}]
+ANSWERS: dict[str, bytes] = {
+    **{f"JSON {value!r}": told(value) for value in VALUES},
+    **{f"items {value!r}": told({"items": value, "next": None}) for value in VALUES},
+    **{f"items of {value!r}": told({"items": [value], "next": None}) for value in VALUES},
+    **{f"next {value!r}": told({"items": [], "next": value}) for value in NO_CURSORS},
+    **{f"problem {value!r}": problem(value) for value in VALUES},
+    **{f"code {value!r}": problem({"code": value, "detail": value}) for value in VALUES},
+    "the client's own codes": problem({"code": "connection-failed", "detail": "x"}),
+    "a lone surrogate": problem({"code": "not-found", "detail": "\ud800"}),
+    "aliases of another form": told({"items": [{"version": "1", "aliases": {"a": 1}}], "next": None}),
+    "aliases that are no names": told({"items": [{"version": 1, "aliases": [[]]}], "next": None}),
+    "more items than asked for": told({"items": [{}] * 2000, "next": None}),
+    "deep JSON": told(DEEP),
+    "deep objects": told(b'{"a":' * 100_000),
+    "a deep problem": problem(DEEP),
+    "a number of 5,000 digits": told(b'{"items": ' + b"9" * 5000 + b"}"),
+    "no JSON": told(b"<html>"),
+    "JSON in UTF-16": answer('{"items": []}'.encode("utf-16"), JSON),
+    "broken UTF-8": told(b'{"items": "\xff\xfe"}'),
+    "NaN": told(b"NaN"),
+    "nothing": answer(b"", JSON),
+    "another content type": answer(b'{"items": [], "next": null}', "Content-Type: text/html"),
+    "no content type": answer(b'{"items": [], "next": null}'),
+    "Retry-After that is no number": problem(
+        {"code": "unavailable", "detail": "x"}, "Retry-After: ²", status="503 Service Unavailable"
+    ).replace("²".encode(), b"\xb2"),
+    "Retry-After of 5,000 digits": problem(
+        {"code": "unavailable", "detail": "x"}, "Retry-After: " + "9" * 5000, status="503 Service Unavailable"
+    ),
+    "Retry-After before now": problem({"code": "rate-limited"}, "Retry-After: -5", status="429 Too Many Requests"),
+    "bytes beyond ASCII in every header": answer(b"{}", JSON, "ETag: \xff\xfe", "X-Y: \xc3\xa9")
+    .decode("latin-1")
+    .encode("latin-1"),
+    "moved": answer(b"", "Location: http://127.0.0.1:1/", status="302 Found"),
+    "moved for ever": answer(b"{}", JSON, "Location: \xff", status="301 Moved Permanently"),
+    "not modified, unasked": b"HTTP/1.1 304 Not Modified\r\n\r\n",
+    "no content": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "a part, unasked": answer(BODY, TENSORS, "Content-Range: bytes 0-9/10", status="206 Partial Content"),
+    "switching protocols": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",
+    "a storm of interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 50_000 + answer(),
+    "status 999": answer(b"{}", JSON, status="999 Unknown"),
+    "a gzip bomb": answer(gzip.compress(bytes(50_000_000)), JSON, "Content-Encoding: gzip"),
+    "an unknown encoding": answer(b"{}", JSON, "Content-Encoding: zstd, br"),
+    "a long head": b"HTTP/1.1 200 OK\r\nX: " + b"y" * 1_000_000 + b"\r\n\r\n",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 50_000 + b"\r\n",
+    "a length of 17 digits": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+    + b"9" * 17
+    + b"\r\n\r\n",
+    "a length of 5,000 digits": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    "a length that is no number": b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n",
+    "a prefix cut off": answer(BODY[:100], TENSORS),
+    "a header of 2**63 bytes": answer((2**63).to_bytes(8, "little") + BODY[8:], TENSORS),
+    "deep metadata": answer(with_metadata('{"a":' * 100_000), TENSORS),
+    "metadata that are a list": answer(with_metadata([1]), TENSORS),
+    "no metadata": answer(with_metadata({"format": 1}), TENSORS),
+    **{
+        f"metadata without {name}": answer(
+            with_metadata({key: value for key, value in metadata().items() if key != name}), TENSORS
+        )
+        for name in metadata()
+    },
+    **{
+        f"metadata with {name} {value!r}": answer(with_metadata({**metadata(), name: value}), TENSORS)
+        for name in ("layers", "kv_heads", "num_layers", "num_virtual_tokens", "version", "digest")
+        for value in NO_METADATA
+    },
+}
+
+
+def failure_of(client: Any, call: Call) -> BaseException | None:
+    """The error of a call that no documentation names."""
+    try:
+        called(client, call)
+    except PrefixServiceError as error:
+        str(error).encode()
+        return None
+    except BaseException as error:  # noqa: BLE001 - told by the test
+        return error
+    return None
+
+
+SMALL: dict[str, Call] = {**CALLS, "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(b"x"))}
+READING = ("get", "get_many", "prefetch", "float8_error")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_only_documented_errors_come_out(kind: type[Any], name: str) -> None:
+    """Of every method, for every answer of the table."""
+    wrong: dict[str, BaseException] = {}
+    took: dict[str, float] = {}
+    sent = [b""]
+
+    def script(connection: socket.socket) -> None:
+        while read_request(connection):
+            connection.sendall(sent[0])
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with hostile_server(script) as server:
+        for fault, sent[0] in ANSWERS.items():
+            if fault.startswith("metadata") and name not in READING:
+                continue
+            began = time.monotonic()
+            error = failure_of(kind(server.url, timeout=0.3), SMALL[name])
+            took[fault] = time.monotonic() - began
+            if error is not None:
+                wrong[fault] = error
+    assert wrong == {}
+    assert {fault: seconds for fault, seconds in took.items() if seconds > 4} == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB

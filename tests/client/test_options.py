@@ -1,0 +1,154 @@
+"""Arguments of both clients: the same of both, shown by `help()`, and refused before a request if they are wrong."""
+
+import asyncio
+import inspect
+import io
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import AsyncPrefixClient, PrefixClient
+from service.errors import InvalidInput, InvalidRequest
+from tests.client.hostile import answer, hostile_server, says
+
+METHODS = ["get", "get_many", "prefetch", "publish", "compose", "inspect", "float8_error", "list", "is_ready", "run"]
+CALLS: dict[str, tuple[Any, ...]] = {
+    "get": ("a/b@1",),
+    "get_many": (["a/b@1"],),
+    "prefetch": (["a/b@1"],),
+    "publish": ("a/b", b"{}", io.BytesIO(b"")),
+    "compose": ("a/b", ["a/c"]),
+    "inspect": ("a/b",),
+    "float8_error": ("a/b",),
+    "list": ("a",),
+    "is_ready": (),
+}
+
+
+def parameters(of: Any) -> list[tuple[str, Any, Any]]:
+    """Names, kinds and defaults, without the first."""
+    found = list(inspect.signature(of).parameters.values())[1:]
+    return [(each.name, each.kind, each.default) for each in found]
+
+
+def outcome(client: Any, name: str, *args: Any, **options: Any) -> Any:
+    """What a call returns, of a client of either kind."""
+    made = getattr(client, name)(*args, **options)
+    return asyncio.run(made) if inspect.iscoroutine(made) else made
+
+
+@pytest.mark.parametrize("name", ["__init__", *METHODS])
+def test_both_clients_take_the_same_arguments(name: str) -> None:
+    """Each is named: none hides behind `**options`."""
+    ours, theirs = (parameters(getattr(kind, name)) for kind in (PrefixClient, AsyncPrefixClient))
+    assert ours == theirs
+    assert not [each for each in ours if each[1] in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)]
+    assert not inspect.iscoroutinefunction(getattr(PrefixClient, name))
+    assert inspect.iscoroutinefunction(getattr(AsyncPrefixClient, name)) == (name != "__init__")
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_an_unknown_argument_is_a_type_error(kind: type[Any]) -> None:
+    """Of the constructor, and of every method, before anything is sent."""
+    with hostile_server(says(answer())) as server:
+        for wrong in ({"tiemout": 3}, {"key": "k"}):
+            with pytest.raises(TypeError, match=next(iter(wrong))):
+                kind(server.url, **wrong)
+        client = kind(server.url)
+        for name, args in CALLS.items():
+            with pytest.raises(TypeError, match="batchsize"):
+                outcome(client, name, *args, batchsize=4)
+        assert server.requests == []
+        outcome(client, "close")
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout": -1},
+        {"timeout": 0},
+        {"timeout": "3"},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+        {"timeout": None},
+        {"connections": 0},
+        {"connections": True},
+        {"cache_bytes": -1},
+        {"cache_bytes": 1.5},
+        {"cache_dir_bytes": "10"},
+        {"cache_dir": 7},
+        {"uds": 7},
+        {"ca_file": "/nowhere.pem"},
+        {"ca_file": b"x"},
+        {"verify_digest": "yes"},
+        {"pin_memory": 1},
+        {"shared_memory": "no"},
+        {"http": "http://proxy"},
+    ],
+    ids=str,
+)
+def test_an_option_of_the_constructor_that_is_wrong_is_named(kind: type[Any], wrong: dict[str, Any]) -> None:
+    """Whatever its type or value."""
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        kind("https://service" if "ca_file" in wrong else "http://service", **wrong)
+
+
+def test_a_transport_of_the_other_kind_is_refused() -> None:
+    """A blocking client cannot await, and the other way round."""
+    with pytest.raises(InvalidRequest, match="http"):
+        PrefixClient("http://service", http=httpx.AsyncHTTPTransport())
+    with httpx.HTTPTransport() as blocking, pytest.raises(InvalidRequest, match="http"):
+        AsyncPrefixClient("http://service", http=blocking)
+
+
+WRONG_FORMS: list[dict[str, Any]] = [
+    {"dtype": "int8"},
+    {"dtype": ["float32"]},
+    {"dtype": 1},
+    {"layers": 3},
+    {"layers": (0,)},
+    {"layers": (2, 1)},
+    {"layers": ("0", "1")},
+    {"kv_heads": (-1, 1)},
+    {"tp": (2, 2)},
+    {"tp": "0/2"},
+    {"pp": (1, 1)},
+    {"pp": (1.0, 2.0)},
+]
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: type[Any]) -> None:
+    """Of each method that takes it."""
+    cases = [(name, wrong) for name in ("get", "get_many", "prefetch") for wrong in WRONG_FORMS]
+    cases += [("get", {"batch_size": value}) for value in ("4", 0, -1, 1.5, None, True)]
+    cases += [("get", {"materialise": "yes"}), ("get_many", {"batch_size": 2})]
+    cases += [("prefetch", {"concurrency": value}) for value in (0, "2", None)]
+    with hostile_server(says(answer())) as server:
+        client = kind(server.url)
+        for name, wrong in cases:
+            with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+                outcome(client, name, *CALLS[name], **wrong)
+        for value in (5, None, b"a/b", ["a/b"]):
+            with pytest.raises(InvalidInput):
+                outcome(client, "get", value)
+            with pytest.raises(InvalidInput):
+                outcome(client, "inspect", value)
+        with pytest.raises(InvalidInput):
+            outcome(client, "publish", "a/b", "{}", io.BytesIO(b""))
+        with pytest.raises(InvalidInput):
+            outcome(client, "publish", "a/b", b"{}", io.StringIO(""))
+        assert server.requests == []
+        outcome(client, "close")
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_a_closed_client_says_so(kind: type[Any]) -> None:
+    """It makes no request, and raises no error of a library."""
+    client = kind("http://127.0.0.1:1", timeout=1)
+    outcome(client, "close")
+    for name, args in CALLS.items():
+        with pytest.raises(InvalidRequest, match="closed"):
+            outcome(client, name, *args)
