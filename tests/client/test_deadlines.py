@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import io
 import itertools
+import json
 import resource
 import socket
 import threading
@@ -124,6 +125,7 @@ def test_the_deadline_is_that_of_the_whole_call(kind: type[Any], script: Script)
 
 
 JSON = "Content-Type: application/json"
+VERSION = json.dumps({"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64}).encode()
 
 
 def pages_for_ever(connection: socket.socket) -> None:
@@ -281,7 +283,7 @@ def test_every_address_of_a_name_is_tried(
     kind: type[Any], dead: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dead ones before the living one cost moments, of tensors and of all else."""
-    told = answer() if name == "get" else answer(b'{"version": 1}', JSON)
+    told = answer() if name == "get" else answer(VERSION, JSON)
     with hostile_server(says(told)) as server, silent_port() as silent:
         port = int(server.url.rpartition(":")[2])
         before = {

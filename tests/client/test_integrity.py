@@ -9,7 +9,6 @@ from service.errors import InvalidResponse
 from service.prefix.digests import Algorithm, digest_of, format_digest
 from tests.client.hostile import BODY, answer, hostile_server, says
 from tests.client.test_lane import is_right
-from tests.conftest import Server
 
 FLIPPED = BODY[:-1] + bytes([BODY[-1] ^ 1])
 
@@ -53,9 +52,12 @@ def test_an_answer_without_a_digest_is_an_error() -> None:
             assert is_right(client.get("a/b@1"))
 
 
-def test_the_cheap_digest_is_asked_for(server: Server) -> None:
+def test_the_cheap_digest_is_asked_for() -> None:
     """A client that verifies prefers CRC-32C, and one that does not asks for no digest."""
-    for options, asked in (({}, True), ({"verify_digest": False}, False)):
-        with hostile_server(says(answer())) as hostile, PrefixClient(hostile.url, **options) as client:
+    for verify_digest, asked in ((None, True), (False, False)):
+        with (
+            hostile_server(says(answer())) as hostile,
+            PrefixClient(hostile.url, verify_digest=verify_digest) as client,
+        ):
             client.get("a/b@1")
         assert (b"Want-Repr-Digest: crc32c=2, sha-256=1\r\n" in hostile.requests[0][0]) is asked
