@@ -11,17 +11,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, StaticCache
 
+from service.client.padding import Model, follows_mask, moved, padding_shows
 from service.client.transformers import Pairs, skips_layers, to_cache
 from service.errors import InvalidRequest
-from service.prefix.kv import position_ids, prefix_mask
+from service.prefix.kv import prefix_mask
 
-Model = Any
-"""A `PreTrainedModel` that is a `GenerationMixin`: transformers has no type for both."""
 Options = dict[str, Any]
 
-_PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids")
 _DEFAULT_NEW_TOKENS = 20  # transformers'
 
 
@@ -59,6 +57,7 @@ def generate(
             no prefix), a static cache where the architecture has none, or another option that cannot be served.
     """
     _refuse(model, options)
+    options.pop("token_type_ids", None)  # as PEFT, in training and here
     ids = input_ids if input_ids is not None else options.pop("inputs", None)
     if ids is None:
         raise InvalidRequest("generate needs input_ids")
@@ -106,11 +105,10 @@ class _Prefix:
         repeats = max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
         total = self.mask.shape[0] * repeats
 
-        def rows(tensor: Tensor) -> Tensor:
-            own = tensor.to(model.device, model.dtype)
+        def rows(own: Tensor) -> Tensor:
             return own.expand(total, -1, -1, -1) if own.shape[0] == 1 else own.repeat_interleave(repeats, dim=0)
 
-        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model.config, self.max_cache_len)
+        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model, self.max_cache_len)
 
     def skips_layers(self, model: Model) -> bool:
         """Whether layers go without it: they take the start of the mask for theirs, with zeros in it the wrong part."""
@@ -130,6 +128,8 @@ def _option(model: Model, options: Options, name: str) -> Any:
 
 
 def _refuse(model: Model, options: Options) -> None:
+    if type(model).generate is not GenerationMixin.generate:
+        raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
     reasons = {
         "past_key_values": "the prefix fills the cache",
         "assistant_model": "it would draft without the prefix",
@@ -191,14 +191,16 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
     even = bool(prefix.mask.all())
     if not even and prefix.skips_layers(model):
         raise InvalidRequest("rows with prefixes of several lengths need a model that takes the prefix in all layers")
+    if not even and not follows_mask(model):
+        raise InvalidRequest("rows with prefixes of several lengths need a model that takes position_ids")
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
         # Float as PEFT's. Falcon's ALiBi is finer then: integers round it to bfloat16, as for a row without padding.
         return _continue(model, prefix, ids, mask.to(torch.float32) if even else mask, options)
-    if _padding_shows(model, prefix, ids.shape[1], options):
+    if prefix.skips_layers(model) or padding_shows(model, prefix.mask.shape[1] + _end(model, ids.shape[1], options)):
         return _generate_by_length(model, prefix, ids, mask, options)
     order = mask.argsort(dim=1, stable=True)  # (B, S): padding first, then the tokens in their order
-    moved = {name: options[name].gather(1, order) for name in _PER_TOKEN if options.get(name) is not None}
-    output = _continue(model, prefix, ids.gather(1, order), mask.gather(1, order), options | moved)
+    options = options | moved(options, order)
+    output = _continue(model, prefix, ids.gather(1, order), mask.gather(1, order), options)
     sequences = output if isinstance(output, Tensor) else output.sequences
     behind = _behind(ids, sequences[:, ids.shape[1] :], model, options)
     if isinstance(output, Tensor):
@@ -208,10 +210,16 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
 
 
 def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
-    """`model.generate` on rows padded on the left: real tokens stand at positions N and up."""
+    """`model.generate` on rows padded on the left: real tokens stand at positions N and up.
+
+    transformers asks the model for the positions of its inputs, which have several dimensions where there are images.
+    Behind a filled cache it would not ask, so it is done here: positions as without a prefix, and N added, as in PEFT.
+    """
     if "position_ids" in signature(model.forward).parameters:
-        given = options.get("position_ids")
-        own = position_ids(mask, 0) if given is None else given
+        own = options.get("position_ids")
+        if own is None:
+            own = model._prepare_position_ids_for_generation(ids, {**options, "attention_mask": mask})
+        # (B, 1) -> broadcast over (B, S), or (3 or 4, B, S)
         options = options | {"position_ids": own + prefix.mask.to(own).sum(dim=1, keepdim=True)}
     cache = prefix.cache(model, options)
     return model.generate(ids, attention_mask=prefix.extend(mask), past_key_values=cache, **options)
@@ -221,15 +229,6 @@ def _behind(ids: Tensor, new: Tensor, model: Model, options: Options) -> Tensor:
     """The new tokens behind the caller's own ids."""
     repeats = _option(model, options, "num_return_sequences") or 1
     return torch.cat([ids.repeat_interleave(repeats, dim=0), new.to(ids)], dim=1)
-
-
-def _padding_shows(model: Model, prefix: _Prefix, width: int, options: Options) -> bool:
-    """Whether padding between prefix and input would change what a row sees, masked as it is."""
-    if prefix.skips_layers(model):
-        return True
-    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers)
-    window = min((size for size in windows if size is not None), default=None)
-    return window is not None and prefix.mask.shape[1] + _end(model, width, options) > window
 
 
 def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Tensor:

@@ -6,8 +6,9 @@ What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_l
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
+from service.client.devices import place
 from service.client.static_cache import empty_static_cache
 from service.errors import DimensionMismatch
 
@@ -19,8 +20,14 @@ Shape = tuple[int | None, int | None]
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
 
 
-def to_cache(past_key_values: Pairs, config: PreTrainedConfig, max_cache_len: int | None = None) -> Cache:
-    """The cache that a model of `config` continues from, as PEFT's `get_prompt` builds it.
+def to_cache(
+    past_key_values: Pairs, config: PreTrainedConfig | PreTrainedModel, max_cache_len: int | None = None
+) -> Cache:
+    """Returns the cache that a model continues from, as PEFT's `get_prompt` builds it.
+
+    With the model's config, keys and values keep their device and dtype. With the model itself, they take its dtype,
+    and the keys and values of each layer go to the device on which that layer computes, also where the model is spread
+    over several devices or offloaded (`device_map`).
 
     `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
     order), as the adapter provisions them. They are copied: views are welcome and never written to. Most models get a
@@ -33,13 +40,18 @@ def to_cache(past_key_values: Pairs, config: PreTrainedConfig, max_cache_len: in
 
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
-        InvalidRequest: `max_cache_len` leaves no room behind the prefix, or the architecture has no static cache.
+        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, or the
+            layers of a model that is spread over devices cannot be found.
     """
+    model = config if isinstance(config, PreTrainedModel) else None
+    config = config if isinstance(config, PreTrainedConfig) else config.config
     decoder = config.get_text_config(decoder=True)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
         raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
+    if model is not None:
+        past_key_values = place(past_key_values, model, layers)
     tokens = past_key_values[0][0].shape[2]
     static = None if max_cache_len is None else empty_static_cache(decoder, tokens, max_cache_len)
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):
