@@ -1,6 +1,7 @@
 """The device of each layer of a model: one, or several where the model is spread (`device_map="auto"`)."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ def place(
     ]
 
 
+def decoder_of(model: Any) -> Any:
+    """Returns the part of a model whose layers take the prefix: an encoder-decoder model's decoder, the language model
+    of a model with images. Where `get_decoder` finds only a head of that name, it is the model without its head."""
+    found = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model.base_model
+
+
 def _move(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     own = rows[:1] if rows.stride(0) == 0 else rows
     return own.to(device, dtype).expand(rows.shape)
@@ -34,7 +42,7 @@ def _layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device
     everywhere = set(_devices(model))
     if len(everywhere) == 1:
         return [*everywhere] * num_layers
-    parts = model.get_decoder().modules()
+    parts = decoder_of(model).modules()
     layers = next((part for part in parts if isinstance(part, nn.ModuleList) and len(part) == num_layers), None)
     if layers is None:
         spread = ", ".join(sorted(map(str, everywhere)))

@@ -130,6 +130,13 @@ def _option(model: Model, options: Options, name: str) -> Any:
 def _refuse(model: Model, options: Options) -> None:
     if type(model).generate is not GenerationMixin.generate:
         raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
+    if "past_key_values" not in signature(model.forward).parameters:
+        raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
+    text = model.config.get_text_config(decoder=True)
+    if options.get("pixel_values") is not None and getattr(text, "cross_attention_layers", None):
+        raise InvalidRequest(
+            f"{type(model).__name__} attends to images in layers that the prefix fills: PEFT fails too"
+        )
     reasons = {
         "past_key_values": "the prefix fills the cache",
         "assistant_model": "it would draft without the prefix",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from service.client.devices import decoder_of
 from service.errors import InvalidRequest
 
 Model = Any
@@ -29,7 +30,7 @@ _OWN_FULL_ATTENTION = {"biogpt", "bloom", "codegen", "falcon", "gpt_neox_japanes
 
 def follows_mask(model: Model) -> bool:
     """Whether positions follow from the mask or from `position_ids`, wherever in the cache a row starts."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder.config.model_type in _POSITIONS_FROM_MASK:
         return True
     return all("position_ids" in signature(part.forward).parameters for part in (model, decoder))
@@ -42,7 +43,7 @@ def padding_shows(model: Model, length: int) -> bool:
     It cannot where positions follow the mask and no window is shorter than the row. The windows of transformers' shared
     attention stand in the config, as the cache's layers read it; a model with attention of its own may have others.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if not follows_mask(model):
         return True
     if not decoder._supports_attention_backend and decoder.config.model_type not in _OWN_FULL_ATTENTION:

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedCon
 
 from service.client.devices import place
 from service.client.static_cache import empty_static_cache
-from service.errors import DimensionMismatch
+from service.errors import DimensionMismatch, InvalidRequest
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """One `(key, value)` a layer, each `[B, H, N, D]`; rows may share memory."""
@@ -18,6 +18,8 @@ Shape = tuple[int | None, int | None]
 """(heads, head size) as a layer caches them; None for what the config does not tell in one number."""
 
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
+_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention", "moe", "mlp")
+"""transformers' types of layers that keep keys and values, or nothing."""
 
 
 def to_cache(
@@ -40,12 +42,14 @@ def to_cache(
 
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
-        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, or the
-            layers of a model that is spread over devices cannot be found.
+        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, a
+            layer keeps something other than keys and values (state-space layers, latent attention), or the layers of a
+            model that is spread over devices cannot be found.
     """
     model = config if isinstance(config, PreTrainedModel) else None
     config = config if isinstance(config, PreTrainedConfig) else config.config
     decoder = config.get_text_config(decoder=True)
+    _check_layers(decoder)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
@@ -75,6 +79,18 @@ def _num_layers(decoder: PreTrainedConfig) -> int:
     """T5 counts its decoder's layers under a name of their own."""
     own = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
     return int(own or decoder.num_hidden_layers)
+
+
+def _check_layers(decoder: PreTrainedConfig) -> None:
+    """Raises InvalidRequest where a layer keeps something other than keys and values."""
+    if getattr(decoder, "kv_lora_rank", None) is not None:
+        raise InvalidRequest(f"{decoder.model_type} keeps compressed keys and values, which a prefix does not fit")
+    for number, kind in enumerate(getattr(decoder, "layer_types", None) or ()):
+        if kind not in _KEYS_AND_VALUES:
+            raise InvalidRequest(
+                f"layer {number} of {decoder.model_type} is of type {kind}, which keeps more than keys and values: a "
+                "prefix does not fit"
+            )
 
 
 def _layer_shape(decoder: PreTrainedConfig, layer: int) -> Shape:
