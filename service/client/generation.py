@@ -33,28 +33,32 @@ def generate(
     prefix_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """`model.generate` behind a prefix: what the caller would get from PEFT's `generate`, with any padding.
+    """Returns what `model.generate` returns behind a prefix, as PEFT's `generate` does, with any padding.
 
     `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix a row; they are
-    brought to the model's device and dtype. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder
-    model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes
-    them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are
-    those of `model.generate`; `use_cache=False` is ignored, as the prefix lives in the cache. With
-    `cache_implementation="static"` that is a static one, sized for this call or for `max_cache_len` if that is more
-    (prefix, input and new tokens): one size for all calls, and a compiled model is compiled once.
+    brought to the model's dtype, and to the device of each layer. `input_ids` is int64 `[B, S]`, the encoder's input
+    for an encoder-decoder model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where
+    transformers itself takes them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is
+    shorter. `options` are those of `model.generate`, images included; `use_cache=False` is ignored, as the prefix lives
+    in the cache, and so are `token_type_ids`, which PEFT drops in training too. The model computes its positions,
+    unless they are given. With `cache_implementation="static"` the cache is a static one, sized for this call or for
+    `max_cache_len` if that is more (prefix, input and new tokens): one size for all calls, and a compiled model is
+    compiled once.
 
     The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
     ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
     `return_dict_in_generate`, transformers' output object with such `sequences`.
 
-    Left-padded rows equal PEFT's. With padding on the right, or anywhere else, each row equals that row on its own: the
-    model sees it padded on the left. Where that padding would change what a row sees (a sliding window shorter than
-    the sequence counts it; layers without the prefix mistake the mask), rows of one length are generated at a time.
+    With padding on the right, or anywhere else, each row equals that row on its own: the model sees it padded on the
+    left. Where that padding could change the row (`padding_shows`; layers without the prefix mistake the mask), rows of
+    one length are generated at a time. Left-padded rows equal those of PEFT, which lets such models count the padding.
+    An encoder's rows are passed on as they are: BART's encoder counts padding on the left, with and without a prefix.
 
     Raises:
-        DimensionMismatch: as `to_cache`.
+        DimensionMismatch: the prefix does not fit the model.
         InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own, an assistant model (it has
-            no prefix), a static cache where the architecture has none, or another option that cannot be served.
+            no prefix), a static cache where the architecture has none, an architecture that no prefix fits, right
+            padding with inputs that cannot be split by row, or another option that cannot be served.
     """
     _refuse(model, options)
     options.pop("token_type_ids", None)  # as PEFT, in training and here
