@@ -42,9 +42,10 @@ def padding_shows(model: Model, length: int) -> bool:
 
     It cannot where positions follow the mask and no window is shorter than the row. The windows of transformers' shared
     attention stand in the config, as the cache's layers read it; a model with attention of its own may have others.
+    Mllama's cross-attention layers take the prefix for an image, without a mask and in the order of the input.
     """
     decoder = decoder_of(model)
-    if not follows_mask(model):
+    if not follows_mask(model) or getattr(decoder.config, "cross_attention_layers", None):
         return True
     if not decoder._supports_attention_backend and decoder.config.model_type not in _OWN_FULL_ATTENTION:
         return True

@@ -84,23 +84,40 @@ def test_a_tensor_that_may_belong_to_tokens_is_refused_with_right_padding(pairs:
         generate(base("llava"), pairs("llava"), ids, mask, image_embeds_position_mask=mask, max_new_tokens=2)
 
 
+def _mllama() -> Any:
+    text: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    text |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [1],
+        "vocab_size": VOCABULARY,
+    }
+    vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "attention_heads": 2}
+    vision |= {"num_global_layers": 1, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
+    vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15}
+    torch.manual_seed(11)
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)).requires_grad_(False)
+
+
 def test_images_in_cross_attention_are_refused(pairs: Pairs) -> None:
     """The prefix fills the cross-attention layers of Mllama too, which then do not fit their image; so in PEFT."""
-    text: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    text |= {"num_key_value_heads": 2, "cross_attention_layers": [1], "vocab_size": VOCABULARY, "pad_token_id": 0}
-    vision: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_global_layers": 1,
-    }
-    vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "max_num_tiles": 1, "vision_output_dim": 32}
-    vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
-    model = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision))
     with pytest.raises(InvalidRequest, match="attends to images in layers that the prefix fills"):
-        generate(model, pairs("llava"), torch.ones(1, 4).long(), pixel_values=torch.zeros(1, 1, 1, 3, 8, 8))
+        generate(_mllama(), pairs("llava"), torch.ones(1, 4).long(), pixel_values=torch.zeros(1, 1, 1, 3, 8, 8))
+
+
+def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
+    """Without an image they attend to the prefix in the order of the input, so right-padded rows go without padding."""
+    model = _mllama().eval()
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(7))
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    scores: list[torch.Tensor] = []
+
+    def keep(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        scores.append(logits.clone())
+        return logits
+
+    generate(model, pairs("llava"), ids * mask, mask, max_new_tokens=1, logits_processor=[keep])
+    short, _ = scores
+    alone = generate(model, pairs("llava"), ids[1:, :3], **OPTIONS | {"max_new_tokens": 1})
+    torch.testing.assert_close(short, alone.logits[0], rtol=0, atol=1e-6)
