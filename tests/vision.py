@@ -68,6 +68,10 @@ def _patches() -> dict[str, Tensor]:
     return {**ids, "mm_token_type_ids": types, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
 
 
+def _untyped_patches() -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in _patches().items() if name != "mm_token_type_ids"}
+
+
 def _pixels(*shape: int, tokens: int = 4, types: bool = False) -> Callable[[], dict[str, Tensor]]:
     def inputs() -> dict[str, Tensor]:
         ids = _ids(8 + tokens, tokens)
@@ -110,6 +114,15 @@ _ALL = [
         vision_config=_PATCHES3 | {"image_size": 16},
         **_QWEN,
         **_GLM,
+    ),
+    _of(
+        "hyperclovax",
+        "HyperCLOVAXVisionV2:HyperCLOVAXVisionV2ForConditionalGeneration",
+        _untyped_patches,
+        text_config=_TEXT | {"model_type": "hyperclovax"},
+        vision_config=_PATCHES3 | {"window_size": 16, "fullatt_block_indexes": [1], "model_type": "qwen2_5_vl_vision"},
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
     ),
     _of(
         "llava",

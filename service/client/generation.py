@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, GenerationMixin, StaticCache
 
+from service.client.devices import decoder_of
 from service.client.padding import Model, follows_mask, moved, padding_shows
 from service.client.transformers import Pairs, skips_layers, to_cache
 from service.errors import InvalidRequest
@@ -134,12 +135,13 @@ def _option(model: Model, options: Options, name: str) -> Any:
 def _refuse(model: Model, options: Options) -> None:
     if type(model).generate is not GenerationMixin.generate:
         raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
-    if "past_key_values" not in signature(model.forward).parameters:
+    if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
         raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
     text = model.config.get_text_config(decoder=True)
-    if options.get("pixel_values") is not None and getattr(text, "cross_attention_layers", None):
+    if options.get("cross_attention_mask") is not None and getattr(text, "cross_attention_layers", None):
         raise InvalidRequest(
-            f"{type(model).__name__} attends to images in layers that the prefix fills: PEFT fails too"
+            f"cross_attention_mask cannot be served behind a prefix: the prefix fills the cross-attention layers of "
+            f"{type(model).__name__} too, and the mask has no place for it (PEFT fails there)"
         )
     reasons = {
         "past_key_values": "the prefix fills the cache",

@@ -7,6 +7,7 @@ it, but some models count it: in positions, in the distance to the prefix, or in
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
@@ -33,7 +34,15 @@ def follows_mask(model: Model) -> bool:
     decoder = decoder_of(model)
     if decoder.config.model_type in _POSITIONS_FROM_MASK:
         return True
-    return all("position_ids" in signature(part.forward).parameters for part in (model, decoder))
+    takes_them = all("position_ids" in signature(part.forward).parameters for part in (model, decoder))
+    return takes_them and _passes_positions_on(model)
+
+
+def _passes_positions_on(model: Model) -> bool:
+    """Whether `generate` gives the model the positions that it was given: some models drop them before each step."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    prepared = model.prepare_inputs_for_generation(ids, attention_mask=ids + 1, position_ids=ids, use_cache=True)
+    return prepared.get("position_ids") is not None
 
 
 def padding_shows(model: Model, length: int) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from service.client.generation import generate
+from service.client.padding import padding_shows
 from service.errors import InvalidRequest
 from tests.architectures import VOCABULARY
 from tests.client.conftest import Pairs, Peft
@@ -23,6 +24,7 @@ pytestmark = [
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
 PATCHED = ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "glm4v"]
+"""Models with positions along time, height and width."""
 
 base = cache(lambda name: VISION[name].build())
 vision = pytest.mark.parametrize("name", VISION)
@@ -69,7 +71,7 @@ def test_right_padded_rows_with_images(name: str, pairs: Pairs, peft_model: Peft
     for kind in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if kind in inputs:
             inputs[kind][1] = inputs[kind][1].roll(-2)
-    if name == "gemma3-vision":  # its window is shorter than the row
+    if name in ("gemma3-vision", "hyperclovax"):  # its window is shorter than the row; it takes no positions
         with pytest.raises(InvalidRequest, match=r"pixel_values.* cannot be served with right padding"):
             generate(base(name), pairs(name), **inputs, **OPTIONS)
         return
@@ -100,10 +102,11 @@ def _mllama() -> Any:
     return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)).requires_grad_(False)
 
 
-def test_images_in_cross_attention_are_refused(pairs: Pairs) -> None:
-    """The prefix fills the cross-attention layers of Mllama too, which then do not fit their image; so in PEFT."""
-    with pytest.raises(InvalidRequest, match="attends to images in layers that the prefix fills"):
-        generate(_mllama(), pairs("llava"), torch.ones(1, 4).long(), pixel_values=torch.zeros(1, 1, 1, 3, 8, 8))
+def test_a_mask_of_cross_attention_is_refused(pairs: Pairs) -> None:
+    """The prefix fills the cross-attention layers of Mllama too, which then do not fit their mask; so in PEFT."""
+    inputs = {"pixel_values": torch.zeros(1, 1, 1, 3, 8, 8), "cross_attention_mask": torch.ones(1, 4, 1, 1)}
+    with pytest.raises(InvalidRequest, match="cross_attention_mask cannot be served behind a prefix"):
+        generate(_mllama(), pairs("llava"), torch.ones(1, 4).long(), **inputs)
 
 
 def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
@@ -121,3 +124,13 @@ def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
     short, _ = scores
     alone = generate(model, pairs("llava"), ids[1:, :3], **OPTIONS | {"max_new_tokens": 1})
     torch.testing.assert_close(short, alone.logits[0], rtol=0, atol=1e-6)
+
+
+def test_a_model_that_drops_its_positions_counts_padding(pairs: Pairs, peft_model: Peft) -> None:
+    """Its forward takes positions, but `generate` gives it none: it counts from the cache's length."""
+    assert padding_shows(base("hyperclovax"), 12)
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(7))
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    found = generate(base("hyperclovax"), pairs("hyperclovax"), ids * mask, mask, max_new_tokens=6)
+    alone = peft_model("hyperclovax").generate(input_ids=ids[1:, :3], attention_mask=mask[1:, :3], max_new_tokens=6)
+    assert torch.equal(found[1, 6:], alone[0, 3:])
