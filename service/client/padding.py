@@ -1,4 +1,4 @@
-"""What padding does to a row, by architecture, and rows generated without any where it would change them.
+"""Whether a model counts padding, and inputs of rows that move to another side of their padding.
 
 Behind a prefix, padding on the left stands between the prefix and the row: `[prefix][padding][tokens]`. The mask hides
 it, but some models count it: in positions, in the distance to the prefix, or in a window.
@@ -54,9 +54,9 @@ def padding_shows(model: Model, length: int) -> bool:
     Mllama's cross-attention layers take the prefix for an image, without a mask and in the order of the input.
     """
     decoder = decoder_of(model)
-    if not follows_mask(model) or getattr(decoder.config, "cross_attention_layers", None):
-        return True
     if not decoder._supports_attention_backend and decoder.config.model_type not in _OWN_FULL_ATTENTION:
+        return True
+    if not follows_mask(model) or getattr(decoder.config, "cross_attention_layers", None):
         return True
     windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=decoder.config).layers)
     return any(window is not None and length > window for window in windows)

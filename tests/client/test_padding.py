@@ -20,11 +20,11 @@ from tests.architectures import (
     RIGHT,
     ROWS,
     SLOT_COUNTING,
+    VOCABULARY,
     Architecture,
     base,
     padded,
 )
-from tests.architectures import VOCABULARY as WORDS
 from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
@@ -40,7 +40,7 @@ NEW: dict[str, Any] = {"max_new_tokens": 4}
 LOGITS: dict[str, Any] = NEW | {"return_dict_in_generate": True, "output_logits": True}
 slot_counting = pytest.mark.parametrize("name", [architecture.name for architecture in SLOT_COUNTING])
 
-_IDS = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+_IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _WIDE = _IDS | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GPT = _IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 96}
 OWN_ATTENTION = [
@@ -149,18 +149,18 @@ def test_layers_without_keys_and_values_are_refused(config: Any, message: str) -
 
 def test_a_model_that_takes_no_cache_is_refused() -> None:
     """RWKV would ignore the prefix without a word."""
-    config = RwkvConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
     with pytest.raises(InvalidRequest, match="RwkvForCausalLM takes no past_key_values"):
         generate(RwkvForCausalLM(config), _drawn(), ROWS[0], **NEW)
 
 
 def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
     """BLIP-2 generates with the language model inside of it, past the prefix; PEFT's prefix is lost there too."""
-    text = {"model_type": "opt", "vocab_size": WORDS, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    text = {"model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Blip2Config(
         text_config=text | {"num_attention_heads": 4, "word_embed_proj_dim": 32},
-        qformer_config=small | {"encoder_hidden_size": 16, "vocab_size": WORDS},
+        qformer_config=small | {"encoder_hidden_size": 16, "vocab_size": VOCABULARY},
         vision_config=small | {"image_size": 8, "patch_size": 4},
     )
     model = transformers.Blip2ForConditionalGeneration(config)
