@@ -6,7 +6,7 @@ stopping criterion, streamer or `max_length` ever counts them.
 """
 
 from dataclasses import dataclass
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, Self
 
 import torch
@@ -132,8 +132,15 @@ def _option(model: Model, options: Options, name: str) -> Any:
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
+def _generates_itself(model: Model) -> bool:
+    """Whether `generate` is transformers' own, or a method around it that calls `super()`: others call `generate` of a
+    model inside of them, as BLIP-2, which PEFT's prefix never reaches."""
+    own = unwrap(type(model).generate)
+    return own is unwrap(GenerationMixin.generate) or "__class__" in own.__code__.co_freevars
+
+
 def _refuse(model: Model, options: Options) -> None:
-    if type(model).generate is not GenerationMixin.generate:
+    if not _generates_itself(model):
         raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
     if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
         raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")

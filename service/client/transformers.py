@@ -18,7 +18,14 @@ Shape = tuple[int | None, int | None]
 """(heads, head size) as a layer caches them; None for what the config does not tell in one number."""
 
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
-_KEYS_AND_VALUES = ("full_attention", "sliding_attention", "chunked_attention", "moe", "mlp")
+_KEYS_AND_VALUES = (
+    "full_attention",
+    "sliding_attention",
+    "reference_sliding_attention",
+    "chunked_attention",
+    "moe",
+    "mlp",
+)
 """transformers' types of layers that keep keys and values, or nothing."""
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DeepseekV3Config, JambaConfig, Qwen3NextConfig, RwkvConfig, RwkvForCausalLM
+from transformers import DeepseekV3Config, JambaConfig, LlamaForCausalLM, Qwen3NextConfig, RwkvConfig, RwkvForCausalLM
 
 from service.client.generation import generate
 from service.client.padding import padding_shows
@@ -166,3 +166,18 @@ def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
     model = transformers.Blip2ForConditionalGeneration(config)
     with pytest.raises(InvalidRequest, match="Blip2ForConditionalGeneration has a generate of its own"):
         generate(model, _drawn(), ROWS[0], **NEW)
+
+
+def test_a_generate_that_only_wraps_transformers_own_is_served(pairs: Pairs) -> None:
+    """Janus and others do so: the prefix reaches the model through `super()`."""
+
+    class Wrapping(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+        @torch.no_grad()
+        def generate(self, *args: Any, **options: Any) -> Any:
+            return super().generate(*args, **options)  # type: ignore[misc]
+
+    model = Wrapping(base("llama").config)
+    model.load_state_dict(base("llama").state_dict())
+    assert torch.equal(
+        generate(model, pairs("llama"), ROWS[0], **NEW), generate(base("llama"), pairs("llama"), ROWS[0], **NEW)
+    )
