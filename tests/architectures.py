@@ -79,8 +79,8 @@ class Architecture:
 
     @property
     def accepts_position_ids(self) -> bool:
-        """BLOOM knows no positions; encoder-decoder models count from their cache."""
-        return self.task == "CAUSAL_LM" and self.name != "bloom"
+        """BLOOM and MPT know no positions; BART and encoder-decoder models count from their cache."""
+        return self.task == "CAUSAL_LM" and self.name not in ("bloom", "mpt", "bart-decoder")
 
 
 def _windowed(window: int) -> dict[str, Any]:
@@ -147,6 +147,31 @@ DECODERS = [
     ),
 ]
 
+# They count slots of the cache, or see a window of them, in an attention of their own.
+SLOT_COUNTING = [
+    Architecture(
+        "mpt",
+        "Mpt:MptForCausalLM",
+        _COMMON | {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 96, "initializer_range": 0.15},
+        adapter={"num_attention_heads": 4, "token_dim": 32, "num_layers": 3},
+    ),
+    Architecture(
+        "gpt-neo-local",
+        "GPTNeo:GPTNeoForCausalLM",
+        _COMMON
+        | {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "window_size": 4}
+        | {"attention_types": [[["local", "global"], 1]], "max_position_embeddings": 96, "initializer_range": 0.15},
+    ),
+    Architecture(
+        "bart-decoder",
+        "Bart:BartForCausalLM",
+        _COMMON
+        | {"d_model": 32, "decoder_layers": 3, "encoder_layers": 3, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48}
+        | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "max_position_embeddings": 96}
+        | {"init_std": 0.15, "forced_eos_token_id": None},
+    ),
+]
+
 ENCODER_DECODERS = [
     Architecture(
         "t5",
@@ -178,7 +203,8 @@ ENCODERS = [
     Architecture("bert-token", "Bert:BertForTokenClassification", _SMALL, task="TOKEN_CLS"),
 ]
 
-NAMED = {architecture.name: architecture for architecture in [*DECODERS, *ENCODER_DECODERS, *ENCODERS]}
+_ALL = [*DECODERS, *SLOT_COUNTING, *ENCODER_DECODERS, *ENCODERS]
+NAMED = {architecture.name: architecture for architecture in _ALL}
 base = cache(lambda name: NAMED[name].build())
 """The base model of that name, built once."""
 

@@ -6,22 +6,21 @@ stopping criterion, streamer or `max_length` ever counts them.
 """
 
 from dataclasses import dataclass
-from inspect import signature
+from inspect import signature, unwrap
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, EncoderDecoderCache, GenerationMixin, StaticCache
 
+from service.client.devices import decoder_of
+from service.client.padding import Model, follows_mask, moved, padding_shows
 from service.client.transformers import Pairs, skips_layers, to_cache
 from service.errors import InvalidRequest
-from service.prefix.kv import position_ids, prefix_mask
+from service.prefix.kv import prefix_mask
 
-Model = Any
-"""A `PreTrainedModel` that is a `GenerationMixin`: transformers has no type for both."""
 Options = dict[str, Any]
 
-_PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids")
 _DEFAULT_NEW_TOKENS = 20  # transformers'
 
 
@@ -35,30 +34,35 @@ def generate(
     prefix_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """`model.generate` behind a prefix: what the caller would get from PEFT's `generate`, with any padding.
+    """Returns what `model.generate` returns behind a prefix, as PEFT's `generate` does, with any padding.
 
     `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix a row; they are
-    brought to the model's device and dtype. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder
-    model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes
-    them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are
-    those of `model.generate`; `use_cache=False` is ignored, as the prefix lives in the cache. With
-    `cache_implementation="static"` that is a static one, sized for this call or for `max_cache_len` if that is more
-    (prefix, input and new tokens): one size for all calls, and a compiled model is compiled once.
+    brought to the model's dtype, and to the device of each layer. `input_ids` is int64 `[B, S]`, the encoder's input
+    for an encoder-decoder model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where
+    transformers itself takes them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is
+    shorter. `options` are those of `model.generate`, images included; `use_cache=False` is ignored, as the prefix lives
+    in the cache, and so are `token_type_ids`, which PEFT drops in training too. The model computes its positions,
+    unless they are given. With `cache_implementation="static"` the cache is a static one, sized for this call or for
+    `max_cache_len` if that is more (prefix, input and new tokens): one size for all calls, and a compiled model is
+    compiled once.
 
     The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
     ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
     `return_dict_in_generate`, transformers' output object with such `sequences`.
 
-    Left-padded rows equal PEFT's. With padding on the right, or anywhere else, each row equals that row on its own: the
-    model sees it padded on the left. Where that padding would change what a row sees (a sliding window shorter than
-    the sequence counts it; layers without the prefix mistake the mask), rows of one length are generated at a time.
+    With padding on the right, or anywhere else, each row equals that row on its own: the model sees it padded on the
+    left. Where that padding could change the row (`padding_shows`; layers without the prefix mistake the mask), rows of
+    one length are generated at a time. Left-padded rows equal those of PEFT, which lets such models count the padding.
+    An encoder's rows are passed on as they are: BART's encoder counts padding on the left, with and without a prefix.
 
     Raises:
-        DimensionMismatch: as `to_cache`.
+        DimensionMismatch: the prefix does not fit the model.
         InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own, an assistant model (it has
-            no prefix), a static cache where the architecture has none, or another option that cannot be served.
+            no prefix), a static cache where the architecture has none, an architecture that no prefix fits, right
+            padding with inputs that cannot be split by row, or another option that cannot be served.
     """
     _refuse(model, options)
+    options.pop("token_type_ids", None)  # as PEFT, in training and here
     ids = input_ids if input_ids is not None else options.pop("inputs", None)
     if ids is None:
         raise InvalidRequest("generate needs input_ids")
@@ -106,11 +110,10 @@ class _Prefix:
         repeats = max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
         total = self.mask.shape[0] * repeats
 
-        def rows(tensor: Tensor) -> Tensor:
-            own = tensor.to(model.device, model.dtype)
+        def rows(own: Tensor) -> Tensor:
             return own.expand(total, -1, -1, -1) if own.shape[0] == 1 else own.repeat_interleave(repeats, dim=0)
 
-        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model.config, self.max_cache_len)
+        return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model, self.max_cache_len)
 
     def skips_layers(self, model: Model) -> bool:
         """Whether layers go without it: they take the start of the mask for theirs, with zeros in it the wrong part."""
@@ -129,7 +132,24 @@ def _option(model: Model, options: Options, name: str) -> Any:
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
+def _generates_itself(model: Model) -> bool:
+    """Whether `generate` is transformers' own, or a method around it that calls `super()`: others call `generate` of a
+    model inside of them, as BLIP-2, which PEFT's prefix never reaches."""
+    own = unwrap(type(model).generate)
+    return own is unwrap(GenerationMixin.generate) or "__class__" in own.__code__.co_freevars
+
+
 def _refuse(model: Model, options: Options) -> None:
+    if not _generates_itself(model):
+        raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
+    if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
+        raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
+    text = model.config.get_text_config(decoder=True)
+    if options.get("cross_attention_mask") is not None and getattr(text, "cross_attention_layers", None):
+        raise InvalidRequest(
+            f"cross_attention_mask cannot be served behind a prefix: the prefix fills the cross-attention layers of "
+            f"{type(model).__name__} too, and the mask has no place for it (PEFT fails there)"
+        )
     reasons = {
         "past_key_values": "the prefix fills the cache",
         "assistant_model": "it would draft without the prefix",
@@ -191,14 +211,16 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
     even = bool(prefix.mask.all())
     if not even and prefix.skips_layers(model):
         raise InvalidRequest("rows with prefixes of several lengths need a model that takes the prefix in all layers")
+    if not even and not follows_mask(model):
+        raise InvalidRequest("rows with prefixes of several lengths need a model that takes position_ids")
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
         # Float as PEFT's. Falcon's ALiBi is finer then: integers round it to bfloat16, as for a row without padding.
         return _continue(model, prefix, ids, mask.to(torch.float32) if even else mask, options)
-    if _padding_shows(model, prefix, ids.shape[1], options):
+    if prefix.skips_layers(model) or padding_shows(model, prefix.mask.shape[1] + _end(model, ids.shape[1], options)):
         return _generate_by_length(model, prefix, ids, mask, options)
     order = mask.argsort(dim=1, stable=True)  # (B, S): padding first, then the tokens in their order
-    moved = {name: options[name].gather(1, order) for name in _PER_TOKEN if options.get(name) is not None}
-    output = _continue(model, prefix, ids.gather(1, order), mask.gather(1, order), options | moved)
+    options = options | moved(options, order)
+    output = _continue(model, prefix, ids.gather(1, order), mask.gather(1, order), options)
     sequences = output if isinstance(output, Tensor) else output.sequences
     behind = _behind(ids, sequences[:, ids.shape[1] :], model, options)
     if isinstance(output, Tensor):
@@ -208,10 +230,16 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
 
 
 def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
-    """`model.generate` on rows padded on the left: real tokens stand at positions N and up."""
+    """`model.generate` on rows padded on the left: real tokens stand at positions N and up.
+
+    transformers asks the model for the positions of its inputs, which have several dimensions where there are images.
+    Behind a filled cache it would not ask, so it is done here: positions as without a prefix, and N added, as in PEFT.
+    """
     if "position_ids" in signature(model.forward).parameters:
-        given = options.get("position_ids")
-        own = position_ids(mask, 0) if given is None else given
+        own = options.get("position_ids")
+        if own is None:
+            own = model._prepare_position_ids_for_generation(ids, {**options, "attention_mask": mask})
+        # (B, 1) -> broadcast over (B, S), or (3 or 4, B, S)
         options = options | {"position_ids": own + prefix.mask.to(own).sum(dim=1, keepdim=True)}
     cache = prefix.cache(model, options)
     return model.generate(ids, attention_mask=prefix.extend(mask), past_key_values=cache, **options)
@@ -221,15 +249,6 @@ def _behind(ids: Tensor, new: Tensor, model: Model, options: Options) -> Tensor:
     """The new tokens behind the caller's own ids."""
     repeats = _option(model, options, "num_return_sequences") or 1
     return torch.cat([ids.repeat_interleave(repeats, dim=0), new.to(ids)], dim=1)
-
-
-def _padding_shows(model: Model, prefix: _Prefix, width: int, options: Options) -> bool:
-    """Whether padding between prefix and input would change what a row sees, masked as it is."""
-    if prefix.skips_layers(model):
-        return True
-    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers)
-    window = min((size for size in windows if size is not None), default=None)
-    return window is not None and prefix.mask.shape[1] + _end(model, width, options) > window
 
 
 def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Tensor:

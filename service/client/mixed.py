@@ -17,7 +17,7 @@ from service.prefix.mixed import MixedBatch, Part, Row, mixed_mask
 from service.prefix.mixed_wire import stacked
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 _IDENTITY = [field.name for field in fields(Identity)]
 
@@ -98,7 +98,7 @@ class MixedPrefix:
         moved = self.stacked.to(device=target, dtype=dtype)
         return replace(self, stacked=moved, lengths=self.lengths.to(device=target), inputs_mask=inputs)
 
-    def to_cache(self, config: "PreTrainedConfig") -> "Cache":
+    def to_cache(self, config: "PreTrainedConfig | PreTrainedModel") -> "Cache":
         """As `Prefix.to_cache`; give the model `attention_mask` and `position_ids` with it.
 
         Raises:

@@ -11,7 +11,7 @@ from service.errors import InvalidRequest
 from service.prefix.kv import PrefixKV, extend_mask, position_ids, prefix_mask
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,37 +82,46 @@ class Prefix:
         return replace(self, kv=self.kv.to(device=target, dtype=dtype), rows=rows)
 
     def extend_mask(self, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Ones for the prefix in front of an input's mask: `[B, S]` -> `[B, N + S]`, in its own dtype by default.
+        """Returns ones for the prefix, in front of an input's mask: `[B, S]` -> `[B, N + S]`, by default in its dtype.
 
         Falcon with ALiBi and 16 or more heads wants `torch.float32`, as PEFT always passes.
         """
         return extend_mask(attention_mask, self.num_virtual_tokens, dtype)
 
     def position_ids(self, attention_mask: Tensor) -> Tensor:
-        """Positions of the real tokens behind the prefix, int64 `[B, S]`, right for left and right padding."""
+        """Returns positions of the real tokens behind the prefix, int64 `[B, S]`, for left and for right padding.
+
+        They are for models of text that count from 0, such as Llama or GPT-2. Models that compute positions themselves
+        (of several dimensions, as Qwen2-VL's, or counted from another number, as RoBERTa's) get them from `generate`.
+        """
         return position_ids(attention_mask, self.num_virtual_tokens)
 
-    def to_cache(self, config: "PreTrainedConfig", max_cache_len: int | None = None) -> "Cache":
-        """transformers' own cache for a model of this config, filled with the prefix; needs the extra `transformers`.
+    def to_cache(self, config: "PreTrainedConfig | PreTrainedModel", max_cache_len: int | None = None) -> "Cache":
+        """Returns transformers' own cache for a model, filled with the prefix; needs the extra `transformers`.
 
-        With `max_cache_len` a static one, for `torch.compile`, with room for so many tokens, the prefix among them; on
-        the device and in the dtype of the prefix, so bring that to the model's (`to`) first. BLOOM wants a mask of that
-        length then, with zeros behind the tokens.
+        With the model's config, keys and values keep the device and dtype of the prefix: bring it to the model's (`to`)
+        first. With the model itself, they take its dtype, and those of each layer go to the device of that layer, also
+        where the model is spread over devices or offloaded (`device_map`).
+
+        With `max_cache_len` it is a static cache, for `torch.compile`, with room for so many tokens, the prefix among
+        them. BLOOM wants a mask of that length then, with zeros behind the tokens.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
-            InvalidRequest: `max_cache_len` leaves no room, or the architecture has no static cache.
+            InvalidRequest: `max_cache_len` leaves no room, the architecture has no static cache, or a layer keeps
+                something other than keys and values.
         """
         from service.client.transformers import to_cache
 
         return to_cache(self.past_key_values, config, max_cache_len)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
-        """`model.generate` with this prefix, left- or right-padded: see `service.client.generation.generate`.
+        """Returns what `model.generate` returns behind this prefix, with padding on either side; images and other
+        inputs of the model go into `options`. See `service.client.generation.generate`.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
-            InvalidRequest: an option that cannot be served with a prefix.
+            InvalidRequest: an option or an architecture that cannot be served with a prefix.
         """
         from service.client.generation import generate
 

@@ -6,10 +6,11 @@ What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_l
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
+from service.client.devices import place
 from service.client.static_cache import empty_static_cache
-from service.errors import DimensionMismatch
+from service.errors import DimensionMismatch, InvalidRequest
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """One `(key, value)` a layer, each `[B, H, N, D]`; rows may share memory."""
@@ -17,10 +18,25 @@ Shape = tuple[int | None, int | None]
 """(heads, head size) as a layer caches them; None for what the config does not tell in one number."""
 
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
+_KEYS_AND_VALUES = (
+    "full_attention",
+    "sliding_attention",
+    "reference_sliding_attention",
+    "chunked_attention",
+    "moe",
+    "mlp",
+)
+"""transformers' types of layers that keep keys and values, or nothing."""
 
 
-def to_cache(past_key_values: Pairs, config: PreTrainedConfig, max_cache_len: int | None = None) -> Cache:
-    """The cache that a model of `config` continues from, as PEFT's `get_prompt` builds it.
+def to_cache(
+    past_key_values: Pairs, config: PreTrainedConfig | PreTrainedModel, max_cache_len: int | None = None
+) -> Cache:
+    """Returns the cache that a model continues from, as PEFT's `get_prompt` builds it.
+
+    With the model's config, keys and values keep their device and dtype. With the model itself, they take its dtype,
+    and the keys and values of each layer go to the device on which that layer computes, also where the model is spread
+    over several devices or offloaded (`device_map`).
 
     `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
     order), as the adapter provisions them. They are copied: views are welcome and never written to. Most models get a
@@ -33,13 +49,20 @@ def to_cache(past_key_values: Pairs, config: PreTrainedConfig, max_cache_len: in
 
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
-        InvalidRequest: `max_cache_len` leaves no room behind the prefix, or the architecture has no static cache.
+        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, a
+            layer keeps something other than keys and values (state-space layers, latent attention), or the layers of a
+            model that is spread over devices cannot be found.
     """
+    model = config if isinstance(config, PreTrainedModel) else None
+    config = config if isinstance(config, PreTrainedConfig) else config.config
     decoder = config.get_text_config(decoder=True)
+    _check_layers(decoder)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
         raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
+    if model is not None:
+        past_key_values = place(past_key_values, model, layers)
     tokens = past_key_values[0][0].shape[2]
     static = None if max_cache_len is None else empty_static_cache(decoder, tokens, max_cache_len)
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):
@@ -63,6 +86,18 @@ def _num_layers(decoder: PreTrainedConfig) -> int:
     """T5 counts its decoder's layers under a name of their own."""
     own = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
     return int(own or decoder.num_hidden_layers)
+
+
+def _check_layers(decoder: PreTrainedConfig) -> None:
+    """Raises InvalidRequest where a layer keeps something other than keys and values."""
+    if getattr(decoder, "kv_lora_rank", None) is not None:
+        raise InvalidRequest(f"{decoder.model_type} keeps compressed keys and values, which a prefix does not fit")
+    for number, kind in enumerate(getattr(decoder, "layer_types", None) or ()):
+        if kind not in _KEYS_AND_VALUES:
+            raise InvalidRequest(
+                f"layer {number} of {decoder.model_type} is of type {kind}, which keeps more than keys and values: a "
+                "prefix does not fit"
+            )
 
 
 def _layer_shape(decoder: PreTrainedConfig, layer: int) -> Shape:

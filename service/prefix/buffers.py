@@ -9,7 +9,7 @@ from torch import Tensor
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, kept alive by the view."""
     if not tensor.nbytes:
-        return memoryview(b"")  # ctypes cannot view an array without elements as bytes
+        return memoryview(bytearray())  # ctypes cannot view an array without elements as bytes
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.tensor = tensor  # type: ignore[attr-defined]  # ctypes instances take attributes; this one owns the memory
     return memoryview(array).cast("B")

@@ -14,7 +14,9 @@ from service.client import AsyncPrefixClient, Prefix, PrefixClient
 from service.client.checkpoints import prepare_upload
 from tests.architectures import NAMED
 from tests.conftest import CORPUS, Server
+from tests.vision import VISION
 
+ARCHITECTURES = NAMED | VISION
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
 
@@ -83,13 +85,13 @@ Peft = Callable[[str], Any]
 @pytest.fixture(scope="session")
 def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Where PEFT saved an adapter for an architecture."""
-    return cache(lambda name: NAMED[name].save_adapter(tmp_path_factory.mktemp(name)))
+    return cache(lambda name: ARCHITECTURES[name].save_adapter(tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
 def peft_model(adapter_dir: Callable[[str], Path]) -> Peft:
     """PEFT's own model of an architecture, with that adapter."""
-    return cache(lambda name: NAMED[name].peft(adapter_dir(name)))
+    return cache(lambda name: ARCHITECTURES[name].peft(adapter_dir(name)))
 
 
 @pytest.fixture(scope="session")
