@@ -1,5 +1,6 @@
 """Options of the clients, checked before a request is made."""
 
+import contextlib
 import math
 import operator
 from pathlib import Path
@@ -126,6 +127,7 @@ def _span(name: str, value: Any) -> Span:
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise InvalidRequest(f"{name} must be a pair of whole numbers, got {value!r:.100}")
-    return whole(name, value[0], 0), whole(name, value[1], 0)
+    if isinstance(value, tuple | list) and len(value) == 2:
+        with contextlib.suppress(TypeError):
+            return operator.index(value[0]), operator.index(value[1])
+    raise InvalidRequest(f"{name} must be a pair of whole numbers, got {value!r:.100}")
