@@ -37,8 +37,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
 }
 """The most specific class in an error's ancestry decides. Under `/v2`, 422 is 400, as that protocol has it."""
 
-METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
-"""The methods that this service knows; CONNECT, which would open a tunnel, is not one of them."""
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 _LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
 """What came next on the connection would be the rest of what was refused."""
@@ -131,7 +130,7 @@ async def _routing(request: Request, error: Exception) -> Response:
 def _allowed_methods(request: Request) -> list[str]:
     """Returns the methods of a path in all its routes; Starlette names those of the first route alone."""
     routes = request.app.routes
-    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     return [
         method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)
     ]

@@ -20,7 +20,7 @@ _BAD_BYTES: Final = re.compile(
     rb"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
 _SPACES: Final = re.compile(rb" +")
-_RTSP: Final = re.compile(rb"\A((?:GET|POST|OPTIONS) [^ ]+ )RTSP(?=/)")
+_KIN: Final = re.compile(rb"\A(?:((?:GET|POST|OPTIONS) [^ ]+ )RTSP|(SOURCE [^ ]+ )ICE)(?=/)")
 _LENGTHS: Final = re.compile(rb"\r\ncontent-length:([^\r]*)", re.IGNORECASE)
 _PROXY_CONNECTION: Final = re.compile(rb"\r\nproxy-connection:", re.IGNORECASE)
 _QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
@@ -80,7 +80,7 @@ class _StrictBuffer(ReceiveBuffer):
     """Lines end in CRLF and are not folded; a length is given once, in digits; chunk sizes have no blanks.
 
     Like llhttp, which does not report any of them, it accepts several spaces between the parts of a request line, takes
-    `Proxy-Connection` for `Connection`, and takes RTSP for HTTP with the methods that both have.
+    `Proxy-Connection` for `Connection`, and takes RTSP and ICE for HTTP with the methods that they share.
     """
 
     def skip_empty_lines(self) -> None:
@@ -106,7 +106,7 @@ class _StrictBuffer(ReceiveBuffer):
         if len(lengths) > 1 or not all(length.strip(b" \t").isdigit() for length in lengths):
             raise h11.LocalProtocolError("the request has two Content-Length, or one that is no number")
         request_line, *lines = head.split(b"\r\n")
-        request_line = _RTSP.sub(rb"\1HTTP", _SPACES.sub(b" ", request_line))
+        request_line = _KIN.sub(rb"\1\2HTTP", _SPACES.sub(b" ", request_line))
         return [bytearray(request_line), *map(bytearray, lines)]
 
     def maybe_extract_next_line(self) -> bytearray | None:
