@@ -6,6 +6,7 @@ in the same form. `tests/api/framing/README.md` is the written table of accepted
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 from service.errors import HeaderFieldsTooLarge, MalformedRequest
@@ -20,12 +21,12 @@ _METHODS: Final = frozenset(
 )
 """The HTTP methods that llhttp knows; the app answers most with 405. CONNECT is left out, because it opens a tunnel."""
 
-_ORIGIN_FORM: Final = re.compile(rb"/[\x21\x22\x24-\x7e]*")
 _AUTHORITY: Final = rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(?::[0-9]*)?"
 _HOST: Final = re.compile(_AUTHORITY)
 _ABSOLUTE_FORM: Final = re.compile(
     rb"(?i:https?)://(?=[^/?:])(" + _AUTHORITY + rb")(/[\x21\x22\x24-\x3e\x40-\x7e]*)?(\?[\x21\x22\x24-\x7e]*)?"
 )
+_RARE: Final = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade"})
 _NOT_IN_TRAILERS: Final = frozenset(
     {b"connection", b"content-length", b"host", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 )
@@ -52,15 +53,15 @@ def admit(method: bytes, target: bytes, version: str, fields: Fields) -> bytes:
         name = method.decode("latin-1")
         raise MalformedRequest(f"the method {name!r:.40} is not known here: send GET, HEAD, POST, PUT or DELETE")
     _check_host(names, version, fields)
-    if b"content-length" in names or b"transfer-encoding" in names:
-        _check_length(names, version, fields)
     if names.count(b"authorization") > 1:
         raise MalformedRequest("the request has two Authorization fields: send one")
-    if b"expect" in names and any(name == b"expect" and value.lower() != b"100-continue" for name, value in fields):
-        raise MalformedRequest("the request has an Expect field other than 100-continue: leave it out")
-    if b"upgrade" in names:
+    if not _RARE.isdisjoint(names):
+        _check_length(names, version, fields)
+        if any(name == b"expect" and value.lower() != b"100-continue" for name, value in fields):
+            raise MalformedRequest("the request has an Expect field other than 100-continue: leave it out")
         fields[:] = [field for field in fields if field[0] != b"upgrade"]
-    return target if _ORIGIN_FORM.fullmatch(target) else _origin_form(target, fields)
+    is_origin_form = target.startswith(b"/") and b"#" not in target  # the parsers take visible ASCII alone
+    return target if is_origin_form else _origin_form(target, fields)
 
 
 def check_trailers(fields: Iterable[tuple[bytes, bytes]]) -> None:
@@ -88,10 +89,14 @@ def _check_host(names: Sequence[bytes], version: str, fields: Fields) -> None:
             raise MalformedRequest(f"the request has {hosts} Host fields: send one")
         return
     host = fields[names.index(b"host")][1]
-    if not _HOST.fullmatch(host):
-        raise MalformedRequest(
-            f"the Host {host.decode('latin-1')!r:.100} is not a name or address with or without port"
-        )
+    if not _is_host(host):
+        text = host.decode("latin-1")
+        raise MalformedRequest(f"the Host {text!r:.100} is not a name or address with or without port")
+
+
+@lru_cache(maxsize=64)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
 
 
 def _check_length(names: Sequence[bytes], version: str, fields: Fields) -> None:
@@ -100,13 +105,13 @@ def _check_length(names: Sequence[bytes], version: str, fields: Fields) -> None:
         raise MalformedRequest("the request has Transfer-Encoding and Content-Length: send one of them")
     if encodings + lengths > 1:
         raise MalformedRequest("the request has two fields that say where its body ends: send one")
-    if not encodings:
+    if lengths:
         length = fields[names.index(b"content-length")][1]
         if len(length) > 19:
             raise MalformedRequest(f"the Content-Length has {len(length)} digits, more than 19")
-    elif fields[names.index(b"transfer-encoding")][1].lower() != b"chunked":
+    elif encodings and fields[names.index(b"transfer-encoding")][1].lower() != b"chunked":
         raise MalformedRequest("the request has a Transfer-Encoding other than chunked")
-    elif version == "1.0":  # RFC 9112, section 6.1
+    elif encodings and version == "1.0":  # RFC 9112, section 6.1
         raise MalformedRequest("the request is HTTP/1.0, which has no Transfer-Encoding: send a Content-Length")
 
 

@@ -60,12 +60,15 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
-        if self._ignores_input:
+        if self._ignores_input or self._is_last:
             return
         self._unset_keepalive_if_required()
         self._pending += len(data)
         try:
-            self._parse(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._read_again(memoryview(data)[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if not self._is_last:
                 self._refuse(_reason(error))
@@ -73,23 +76,22 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
             if self._pending > MAX_HEAD_BYTES:  # also of heads, trailers and chunk extensions without end
                 self._refuse(too_large())
 
-    def _parse(self, data: bytes) -> None:
-        """Parse; read each head that has `Upgrade` a second time, without it.
+    def _read_again(self, rest: memoryview) -> None:
+        """Read the newest head again, without `Upgrade`, and then the bytes behind it.
 
         llhttp takes everything behind such a head for another protocol, and httptools gives no way to tell it that
         the server declined. It would take the request's body for the next request.
         """
-        rest = memoryview(data)
         while True:
+            head = self._declined_head()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(head)
             try:
                 self.parser.feed_data(rest)
             except httptools.HttpParserUpgrade as upgrade:
                 rest = rest[upgrade.args[0] :]
             else:
                 return
-            head = self._declined_head()
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.feed_data(head)
 
     def _declined_head(self) -> bytes:
         """Returns the head that was just read; `admit` took `Upgrade` out of its fields."""
@@ -98,23 +100,22 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         lines += [b"%s: %s" % field for field in self.headers]
         return b"\r\n".join([*lines, b"", b""])
 
-    def on_message_begin(self) -> None:
-        """Stop behind the last request. uvicorn would queue another, which is never answered."""
-        if self._is_last:
-            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
-        super().on_message_begin()
-
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a field. llhttp leaves the blanks behind a value."""
-        super().on_header(name, value.rstrip(b" \t"))
+        """Keep a field, as uvicorn does, but without the blanks behind its value, which llhttp leaves."""
+        name = name.lower()
+        if name == b"expect":
+            self.expect_100_continue = True
+        self.headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Look at a head before a request is made of it. uvicorn parses the target, and asks nothing of the fields."""
+        if self._is_last:  # uvicorn would queue a request that is never answered
+            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
         if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
             raise too_large()
         self.url = admit(self.parser.get_method(), self.url, version := self.parser.get_http_version(), self.headers)
         if self.parser.should_upgrade():
-            return  # see `_parse`
+            return  # see `_read_again`
         self._pending, self._has_body_to_come = 0, True
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
@@ -133,11 +134,14 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End a request. uvicorn would end the one before it, if this one has `Upgrade`."""
         if self.parser.should_upgrade():
-            return  # see `_parse`
-        check_trailers(self.headers)
+            return  # see `_read_again`
+        if self.headers:
+            check_trailers(self.headers)
         self._pending, self._has_body_to_come = 0, False
-        self._is_last = not self.cycle.keep_alive
-        super().on_message_complete()
+        cycle = self.cycle
+        self._is_last = not cycle.keep_alive
+        cycle.more_body = False
+        cycle.message_event.set()
 
     @property
     def _is_in_body(self) -> bool:
