@@ -221,7 +221,9 @@ def convert(
     for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}"):
         say(line)
     if conversion.left_out:
-        say(f"left out {len(conversion.left_out)} that are not the prefix: {shown_names(conversion.left_out)}")
+        say(
+            f"left out {len(conversion.left_out)} entries that are not part of the prefix: {shown_names(conversion.left_out)}"
+        )
     say(f"wrote {output}")
 
 

@@ -136,7 +136,7 @@ def prefetch(
     """
     form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     at_once = options.whole("concurrency", concurrency, 1)
-    fetches = [flows.get(self._reading, reference, form) for reference in dict.fromkeys(references)]
+    fetches = [flows.get(self._reading, reference, form) for reference in dict.fromkeys(options.references(references))]
     for result in (yield Together(fetches, at_once)):
         if isinstance(result, PrefixServiceError):
             raise result
@@ -157,7 +157,7 @@ def publish(
         InvalidResponse: the answer is not one of the service.
     """
     model = None if base_model_config is None else options.content("base_model_config", base_model_config)
-    return flows.publish(adapter, options.content("config", config), weights, model)
+    return flows.publish(adapter, options.content("config", config), options.file("weights", weights), model)
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
@@ -168,7 +168,7 @@ def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple
         NotFound, InvalidRequest, …: the service reported it; nothing was published.
         ConnectionFailed, InvalidResponse: as `publish`.
     """
-    return flows.compose(adapter, references)
+    return flows.compose(adapter, options.references(references))
 
 
 def inspect(self: Caller, reference: str) -> Flow[Mapping[str, Any]]:

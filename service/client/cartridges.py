@@ -64,8 +64,8 @@ def _lists(names: Collection[str], tensor_of: Callable[[str], Tensor]) -> Lists:
     members = {name: _MEMBER.fullmatch(name) for name in names}
     if unknown := {re.sub(r"\.[0-9]+$", "", name) for name, member in members.items() if member is None}:
         raise InvalidCheckpoint(
-            f"the cartridge holds {shown_names(unknown)}, of which nothing is known, beside {_KNOWN}: a prefix without "
-            "them would not be the one that was trained"
+            f"the cartridge holds {shown_names(unknown)}, which convert does not know (it knows {_KNOWN}): without "
+            "them the prefix would not be the one that was trained"
         )
     lists: dict[str, dict[int, Tensor]] = {name: {} for name in _KNOWN.split(", ")}
     for name, member in members.items():
@@ -90,6 +90,8 @@ def _tokens(lists: Lists, kind: str, layers: int) -> int:
     sizes = set()
     for part in ("keys", "values"):
         found = lists[f"{kind}_{part}"]
+        if not found:
+            raise InvalidCheckpoint(f"the cartridge has no {kind}_{part}")
         if len(found) != layers:
             raise InvalidCheckpoint(f"{kind}_{part} has {len(found)} layers, and trainable_keys has {layers}")
         for tensor in found:

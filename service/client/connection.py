@@ -36,14 +36,18 @@ class Connection:
         self.url = _parsed(base_url)
         self.api_key, self.uds, self.timeout = api_key, uds, timeout
         self._ca_file = ca_file
-        if api_key is not None and not (str(api_key).isascii() and str(api_key).isprintable()):
+        if api_key is not None and not isinstance(api_key, str):
+            raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise InvalidRequest("the API key has characters that no key has: a line break, or a letter beyond ASCII")
         self._tls = None if self.url.scheme == "http" else _trusting(ca_file)
         renew_in_child(self)
 
     @property
     def address(self) -> str:
-        """The URL for messages: without a user's name and password."""
+        """The service's address for messages: the path of its Unix socket, or the URL without name and password."""
+        if self.uds is not None:
+            return f"unix:{self.uds}"
         return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
 
     @property
@@ -119,12 +123,16 @@ def _trusting(ca_file: str | Path | None) -> ssl.SSLContext:
 
 
 def _parsed(base_url: str) -> httpx.URL:
+    if not isinstance(base_url, str | httpx.URL):
+        raise InvalidRequest(f"the service's URL must be a str, got {type(base_url).__name__}")
     try:
         url = httpx.URL(base_url)
-    except (httpx.InvalidURL, TypeError) as error:
+    except httpx.InvalidURL as error:
         raise InvalidRequest(f"the service's URL cannot be read: {error}") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise InvalidRequest(f"the service's URL must begin with http:// or https://, got {base_url!r:.100}")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise InvalidRequest(f"the service's URL has port {url.port}, and ports end at 65535: {base_url!r:.100}")
     if url.query or url.fragment:
         raise InvalidRequest(f"the service's URL must end with its path, without ? and #, got {base_url!r:.100}")
     return url

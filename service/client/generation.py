@@ -141,7 +141,9 @@ def _generates_itself(model: Model) -> bool:
 
 def _refuse(model: Model, options: Options) -> None:
     if not _generates_itself(model):
-        raise InvalidRequest(f"{type(model).__name__} has a generate of its own, which would not pass the prefix on")
+        name = type(model).__name__
+        instead = ": pass the base model, model.get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise InvalidRequest(f"{name} has a generate of its own, which would not pass the prefix on{instead}")
     if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
         raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
     text = model.config.get_text_config(decoder=True)

@@ -32,8 +32,10 @@ class Wanted:
 
         Raises:
             InvalidReference: one is no reference.
-            InvalidRequest: a list is empty, or `batch_size` is another.
+            InvalidRequest: `rows` is one text, a list is empty, or `batch_size` differs from the number of rows.
         """
+        if isinstance(rows, str | bytes):
+            raise InvalidRequest(f"rows must be a list, one entry for each row, got {rows!r:.100}")
         if batch_size not in (None, len(rows)):
             raise InvalidRequest(f"batch_size is {batch_size}, and there are {len(rows)} rows")
         asked = []

@@ -3,8 +3,9 @@
 import contextlib
 import math
 import operator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final, TypedDict, cast, get_args
+from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
 
 from service.errors import InvalidRequest
 from service.prefix.form import KVDtype, Span
@@ -100,6 +101,28 @@ def content(name: str, value: Any) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
         raise InvalidRequest(f"{name} must be the bytes of a file, got {type(value).__name__}")
     return bytes(value)
+
+
+def file(name: str, value: Any) -> BinaryIO:
+    """Returns an open binary file, or the bytes of one.
+
+    Raises:
+        InvalidRequest: the value is something else, as a path.
+    """
+    if not isinstance(value, bytes) and not callable(getattr(value, "read", None)):
+        raise InvalidRequest(f"{name} must be a file that is open for reading in binary mode, got {value!r:.100}")
+    return cast("BinaryIO", value)
+
+
+def references(value: Any) -> list[str]:
+    """Returns a list of references.
+
+    Raises:
+        InvalidRequest: the value is one text, or cannot be iterated.
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"references must be a list of references, got {value!r:.100}")
+    return list(value)
 
 
 def path(name: str, value: Any) -> Path | None:

@@ -9,7 +9,9 @@ module touches them, and only plain tensors leave it.
 import io
 import os
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +37,9 @@ _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None), torch.dtype,
 _UNRESTRICTED: Final[Any] = SimpleNamespace(
     __name__="pickle", Unpickler=pickle.__dict__["_Unpickler"], load=pickle.__dict__["_load"]
 )
+_LFS_POINTER: Final = b"version https://git-lfs"
+_ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
+_CHUNK: Final = 1 << 20  # bytes
 _MAX_DEPTH: Final = 32
 _MAX_VALUES: Final = 1 << 20
 
@@ -81,6 +86,7 @@ def read_pickle(path: Path, *, unsafe: bool) -> Pickled:
         UnsafeCheckpoint: it needs more than tensors and torch's containers, and `unsafe` is false.
         InvalidCheckpoint: it is damaged, or no mapping.
     """
+    _check_file(path)
     opened, state = _opened(path, unsafe=unsafe)
     with _damage_of(path):
         state = state.state_dict() if isinstance(state, nn.Module) else state
@@ -89,6 +95,27 @@ def read_pickle(path: Path, *, unsafe: bool) -> Pickled:
         found = _Collected()
         found.add("", state, 0)
         return Pickled(opened, _scope(state), found.tensors, found.objects)
+
+
+def _check_file(path: Path) -> None:
+    """Raises InvalidCheckpoint if a file is no output of torch.save, or its checksums show damage."""
+    with _damage_of(path):
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                raise InvalidCheckpoint(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
+            if not start.startswith(pickle.PROTO):
+                raise InvalidCheckpoint(f"{path} is no file that torch.save wrote")
+            return
+        # torch.load does not compare the checksums of a zip's members.
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if not member.CRC:  # torch.save writes 0 where it was configured to compute none
+                    continue
+                with archive.open(member) as content:
+                    while content.read(_CHUNK):
+                        pass
 
 
 def _opened(path: Path, *, unsafe: bool) -> tuple[str, Any]:
@@ -141,7 +168,10 @@ def _damage_of(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "")
+    text = _ANSI.sub("", str(error))
+    if blocked := re.search(r"(?:GLOBAL|global) (\S+) was not an allowed global", text):
+        return f"it names {blocked[1]:.100}"
+    line = next(iter(text.splitlines()), "")
     printable = "".join(character if character.isprintable() else "?" for character in line)
     return f"{type(error).__name__}: {printable:.200}" if printable else type(error).__name__
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prefix:
     """A prefix for a batch.
 
@@ -29,6 +29,15 @@ class Prefix:
     batch_size: int = 1
     rows: Tensor | None = None
     """`[L', 2, B, H', N, D]`, where the rows have memory of their own."""
+
+    def __repr__(self) -> str:
+        about, tensor = self.metadata, self.kv.tensor
+        layers, _, heads, tokens, size = tensor.shape
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return (
+            f"<Prefix {about.get('tenant')}/{about.get('adapter')}@{about.get('version')}: {self.batch_size} x "
+            f"{tokens} tokens, {layers} layers, {heads} heads of {size}, {dtype} on {tensor.device}>"
+        )
 
     @property
     def past_key_values(self) -> list[tuple[Tensor, Tensor]]:

@@ -4,9 +4,10 @@ What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_l
 """
 
 from collections.abc import Sequence
+from inspect import signature
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
 from service.client.devices import place
 from service.client.static_cache import empty_static_cache
@@ -50,12 +51,13 @@ def to_cache(
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
         InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, a
-            layer keeps something other than keys and values (state-space layers, latent attention), or the layers of a
-            model that is spread over devices cannot be found.
+            layer keeps something other than keys and values (state-space layers, latent attention), the architecture
+            takes no cache (RWKV), or the layers of a model that is spread over devices cannot be found.
     """
     model = config if isinstance(config, PreTrainedModel) else None
     config = config if isinstance(config, PreTrainedConfig) else config.config
     decoder = config.get_text_config(decoder=True)
+    _check_takes_cache(config, decoder)
     _check_layers(decoder)
     layers = _num_layers(decoder)
     # PEFT counts the encoder's layers: a shallower decoder leaves pairs unused, a deeper one cannot be filled.
@@ -86,6 +88,14 @@ def _num_layers(decoder: PreTrainedConfig) -> int:
     """T5 counts its decoder's layers under a name of their own."""
     own = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
     return int(own or decoder.num_hidden_layers)
+
+
+def _check_takes_cache(*configs: PreTrainedConfig) -> None:
+    """Raises InvalidRequest where transformers' models of these configs take no cache, and would ignore one (RWKV)."""
+    models = [MODEL_MAPPING.get(type(config), None) for config in configs]
+    known = [model for model in models if isinstance(model, type)]
+    if known and not any("past_key_values" in signature(model.forward).parameters for model in known):
+        raise InvalidRequest(f"{known[0].__name__} takes no past_key_values, so that no prefix fits")
 
 
 def _check_layers(decoder: PreTrainedConfig) -> None:
