@@ -14,7 +14,6 @@ from starlette.responses import StreamingResponse
 from service.api.auth import Caller, Reading
 from service.api.inference_v2_models import (
     MODEL,
-    PAGE,
     VERSION,
     Selector,
     every_version,
@@ -39,7 +38,6 @@ from service.api.state import LibraryOf, StateOf
 from service.catalog.records import Version, VersionName
 from service.errors import NotFound
 from service.library import Library
-from service.prefix.references import check_name
 
 EXTENSIONS: Final = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 """The extensions that are there, by the names that Triton gives them."""
@@ -111,19 +109,22 @@ def _configured(tensor: TensorMetadata) -> dict[str, Any]:
     return {"name": tensor.name, "data_type": f"TYPE_{tensor.datatype}", "dims": tensor.shape}
 
 
-async def _versions_of(library: Library, tenant: str, name: str) -> AsyncIterator[list[Version]]:
-    check_name("adapter", name)
-    newest_first = await to_thread.run_sync(library.catalog.versions_of, tenant, name)
-    versions = newest_first[::-1]
-    for start in range(0, len(versions), PAGE):
-        yield versions[start : start + PAGE]
+async def _versions_of(library: Library, tenant: str, name: str) -> AsyncIterator[list[VersionName]]:
+    await resolved(library, tenant, name)  # 404 where there is no such adapter
+    async for page in every_version(library, tenant, name):
+        yield page
 
 
-async def _counts(
-    statistics: InferenceStatistics, pages: AsyncIterator[list[Version]] | AsyncIterator[list[VersionName]]
-) -> StreamingResponse:
-    counted = ([_counted(statistics, version) for version in page] async for page in pages)
-    return await json_list(counted, b'{"model_stats":[', b"]}")
+async def _counts(statistics: InferenceStatistics, pages: AsyncIterator[list[VersionName]]) -> StreamingResponse:
+    async def counted() -> AsyncIterator[list[dict[str, Any]]]:
+        async for page in pages:
+            yield await to_thread.run_sync(_counted_all, statistics, page)
+
+    return await json_list(counted(), b'{"model_stats":[', b"]}")
+
+
+def _counted_all(statistics: InferenceStatistics, page: list[VersionName]) -> list[dict[str, Any]]:
+    return [_counted(statistics, version) for version in page]
 
 
 def _counted(statistics: InferenceStatistics, version: Version | VersionName) -> dict[str, Any]:

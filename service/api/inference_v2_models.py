@@ -92,11 +92,14 @@ async def _written(
     yield after
 
 
-async def every_version(library: Library, tenant: str | None) -> AsyncIterator[list[VersionName]]:
-    """Yields the versions of a tenant, or of all, page by page in the order of publishing; at least one page."""
+async def every_version(
+    library: Library, tenant: str | None, adapter: str | None = None
+) -> AsyncIterator[list[VersionName]]:
+    """Yields the versions of an adapter, of a tenant, or of all, page by page in the order of publishing; at least one
+    page."""
     after = 0
     while True:
-        found = await to_thread.run_sync(partial(library.catalog.index, tenant, after=after, limit=PAGE))
+        found = await to_thread.run_sync(partial(library.catalog.index, tenant, adapter, after=after, limit=PAGE))
         yield found
         if len(found) < PAGE:
             return

@@ -132,14 +132,17 @@ class Catalog:
             named = _aliases_of(connection, [row.adapter_id for row in rows])
         return [Adapter(_version(row), row.total, named.get(row.adapter_id, {})) for row in rows]
 
-    def index(self, tenant: str | None, *, after: int, limit: int) -> list[VersionName]:
-        """Up to `limit` versions of a tenant, or of all, in the order of their ids, beginning behind `after`."""
+    def index(self, tenant: str | None, adapter: str | None = None, *, after: int, limit: int) -> list[VersionName]:
+        """Returns up to `limit` versions of an adapter, of a tenant, or of all, in the order of their ids, beginning
+        behind `after`."""
         joined = versions.join(adapters, versions.c.adapter_id == adapters.c.id)
         joined = joined.join(tenants, adapters.c.tenant_id == tenants.c.id)
         names = (versions.c.id, tenants.c.name, adapters.c.name, versions.c.number, versions.c.digest)
         query = sa.select(*names).select_from(joined).where(versions.c.id > after).order_by(versions.c.id).limit(limit)
         if tenant is not None:
             query = query.where(tenants.c.name == tenant)
+        if adapter is not None:
+            query = query.where(adapters.c.name == adapter)
         with self._database.reading() as connection:
             return [VersionName(*row) for row in connection.execute(query)]
 

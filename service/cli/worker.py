@@ -220,10 +220,8 @@ def convert(
         return
     for line in (f"opened {source} with {conversion.opened}", f"found {conversion.found}"):
         say(line)
-    if conversion.left_out:
-        say(
-            f"left out {len(conversion.left_out)} entries that are not part of the prefix: {shown_names(conversion.left_out)}"
-        )
+    if left_out := conversion.left_out:
+        say(f"left out {len(left_out)} entries that are not part of the prefix: {shown_names(left_out)}")
     say(f"wrote {output}")
 
 

@@ -5,6 +5,7 @@ kernel copies a page when a caller first writes to it. A small body, and a large
 copied for each caller, which is faster up to about 2 MB.
 """
 
+import contextlib
 import os
 import resource
 import weakref
@@ -30,16 +31,24 @@ class MemoryFile:
 
     def __init__(self, handle: int, size: int) -> None:
         self._handle, self._size = handle, size
+        self._identity = _identity(handle)
         _open.add(handle)
-        weakref.finalize(self, _close, handle).atexit = False
+        weakref.finalize(self, _close, handle, self._identity).atexit = False
 
     def view(self) -> Tensor:
         """Its bytes, uint8 `[size]`: what is written to them reaches no other view.
 
         Raises:
-            OSError: the kernel refuses another mapping.
+            OSError: the kernel refuses another mapping, or the process has closed the descriptor.
         """
-        return map_file(self._handle, self._size)
+        # A program may close every descriptor (a daemon does), and its number may be another file's now.
+        own = os.open(f"/proc/self/fd/{self._handle}", os.O_RDONLY)
+        try:
+            if _identity(own) != self._identity:
+                raise OSError("the file in memory was closed by the program")
+            return map_file(own, self._size)
+        finally:
+            os.close(own)
 
 
 def _may_keep_open() -> bool:
@@ -138,6 +147,13 @@ def own_copy(shared: Tensor, file: MemoryFile | None, *, pinned: bool) -> Tensor
     return copy.view(shared.dtype).view(shared.shape).copy_(shared)
 
 
-def _close(handle: int) -> None:
+def _identity(handle: int) -> tuple[int, int]:
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino
+
+
+def _close(handle: int, identity: tuple[int, int]) -> None:
     _open.discard(handle)
-    os.close(handle)
+    with contextlib.suppress(OSError):  # the program has closed it
+        if _identity(handle) == identity:
+            os.close(handle)

@@ -37,7 +37,13 @@ class Request:
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether doing it twice does as once: all but a change under a condition, which the first may make false."""
+        """Whether carrying it out twice has the effect of once (RFC 9110, section 9.2.2).
+
+        A change under a condition is not idempotent: the first may make the condition false. Neither is a POST, since a
+        composition resolves its references again, except an upload, whose content names its version.
+        """
+        if self.method == "POST":
+            return self.files is not None
         return self.method == "GET" or not self.headers.keys() & {"If-Match", "If-None-Match"}
 
 

@@ -38,7 +38,7 @@ def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
     path, size, digest = _told(answer)
     try:
         body = _mapped(path, size)
-    except OSError as error:  # it has just been evicted, or lies behind another mount or group
+    except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or no path at all
         log.debug("%s cannot be mapped: %s", path, error)
         return None
     headers = {name: value for name, value in answer.headers.items() if name != "repr-digest"}

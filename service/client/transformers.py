@@ -5,6 +5,7 @@ What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_l
 
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any
 
 from torch import Tensor
 from transformers import MODEL_MAPPING, Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
@@ -92,8 +93,9 @@ def _num_layers(decoder: PreTrainedConfig) -> int:
 
 def _check_takes_cache(*configs: PreTrainedConfig) -> None:
     """Raises InvalidRequest where transformers' models of these configs take no cache, and would ignore one (RWKV)."""
-    models = [MODEL_MAPPING.get(type(config), None) for config in configs]
-    known = [model for model in models if isinstance(model, type)]
+    mapping: Any = MODEL_MAPPING
+    found = [mapping.get(type(config), None) for config in configs]
+    known: list[Any] = [model for model in found if isinstance(model, type)]
     if known and not any("past_key_values" in signature(model.forward).parameters for model in known):
         raise InvalidRequest(f"{known[0].__name__} takes no past_key_values, so that no prefix fits")
 

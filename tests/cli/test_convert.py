@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,30 @@ def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> 
     again = run("convert", source, tmp_path / "out")
     assert again.returncode == 1
     assert "exists: choose an empty folder" in again.stderr
+
+
+def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
+    """torch.load does not compare a zip's checksums, and would return another number."""
+    torch.save(cartridge("frozen"), tmp_path / "cache.pt")
+    with zipfile.ZipFile(tmp_path / "cache.pt") as archive:
+        member = next(item for item in archive.infolist() if item.filename.endswith("data/0"))
+    data = bytearray((tmp_path / "cache.pt").read_bytes())
+    data[member.header_offset + 30 + len(member.filename) + 128] ^= 1  # behind the member's own head
+    (tmp_path / "cache.pt").write_bytes(data)
+    with pytest.raises(InvalidCheckpoint, match="data/0"):
+        convert(tmp_path / "cache.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"just a text", "no file that torch.save wrote"),
+        (b"", "no file that torch.save wrote"),
+    ],
+)
+def test_90_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    """Nobody is advised to open it with --unsafe."""
+    (tmp_path / "cache.pt").write_bytes(content)
+    with pytest.raises(InvalidCheckpoint, match=message):
+        convert(tmp_path / "cache.pt")

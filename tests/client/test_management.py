@@ -225,6 +225,15 @@ def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, dire
     assert direct.run(management.aliases(name)) == {"prod": 1}
 
 
+def test_a_composition_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
+    """Its references may mean other versions by then: the caller learns that the connection failed."""
+    name = f"managed/composed{next(_names)}"
+    published(direct, f"{name}-part")
+    with pytest.raises(ConnectionFailed):
+        forgetful.compose(name, [f"{name}-part", f"{name}-part"])
+    assert direct.inspect(name)["version"] == 1
+
+
 def test_a_change_under_a_condition_whose_answer_was_lost_is_not_made_again(
     forgetful: Any, direct: PrefixClient
 ) -> None:

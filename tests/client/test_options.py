@@ -95,6 +95,23 @@ def test_an_option_of_the_constructor_that_is_wrong_is_named(kind: type[Any], wr
         kind("https://service" if "ca_file" in wrong else "http://service", **wrong)
 
 
+@pytest.mark.parametrize(
+    ("url", "key", "message"),
+    [
+        ("http://localhost:84278", None, "port 84278"),
+        ("http://localhost:0", None, "port 0"),
+        (None, None, "must be a str, got NoneType"),
+        (b"http://service", None, "must be a str, got bytes"),
+        ("http://service", b"pfx_1", "API key must be a str, got bytes"),
+        ("http://service", 5, "API key must be a str, got int"),
+    ],
+)
+def test_an_address_or_key_that_cannot_be_is_named(url: Any, key: Any, message: str) -> None:
+    """A port above 65535 would wrap to another service's, and the key would go there."""
+    with pytest.raises(InvalidRequest, match=message):
+        PrefixClient(url, key)
+
+
 def test_a_transport_of_the_other_kind_is_refused() -> None:
     """A blocking client cannot await, and the other way round."""
     with pytest.raises(InvalidRequest, match="http"):
@@ -140,8 +157,20 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
             outcome(client, "publish", "a/b", "{}", io.BytesIO(b""))
         with pytest.raises(InvalidInput):
             outcome(client, "publish", "a/b", b"{}", io.StringIO(""))
+        with pytest.raises(InvalidInput, match="weights must be a file"):
+            outcome(client, "publish", "a/b", b"{}", "adapter_model.safetensors")
+        for name, before in (("prefetch", ()), ("get_many", ()), ("compose", ("a/b",))):
+            with pytest.raises(InvalidInput, match="must be a list"):
+                outcome(client, name, *before, "a/b")
         assert server.requests == []
         outcome(client, "close")
+
+
+def test_a_prefix_is_shown_on_one_line() -> None:
+    """Which one it is, its sizes and where its tensors are, but not their numbers."""
+    with hostile_server(says(answer())) as server, PrefixClient(server.url) as client:
+        shown = repr(client.get("a/b@1", batch_size=4))
+    assert shown == "<Prefix a/b@1: 4 x 20 tokens, 3 layers, 2 heads of 8, float32 on cpu>"
 
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])

@@ -350,3 +350,27 @@ def test_a_tensor_that_is_not_aligned_is_never_taken_from_elsewhere() -> None:
             found: Prefix = client.get("a/b@1")
             assert torch.equal(found.kv.tensor.flatten(), torch.arange(found.kv.tensor.numel(), dtype=torch.float32))
             found.kv.tensor.zero_()
+
+
+@pytest.mark.parametrize("size", ["large"])
+def test_a_descriptor_that_the_program_closed_is_never_read(server: Server, size: str, tmp_path: Path) -> None:
+    """A daemon closes every descriptor, and the number of a cached body's file becomes another file's."""
+    other = tmp_path / "other"
+    other.write_bytes(b"another tenant" * (1 << 19))
+    with PrefixClient(server.url, server.admin_key) as client:
+        right = client.get(f"own/{size}@1").kv.tensor.clone()
+        handle = max(memory._open)
+        os.close(handle)
+        taken = os.open(other, os.O_RDONLY)
+        os.dup2(taken, handle)
+        try:
+            for _ in range(2):
+                found = client.get(f"own/{size}@1")
+                assert torch.equal(found.kv.tensor, right)
+                found.kv.tensor.zero_()
+            client.clear_cache()
+            gc.collect()
+            assert os.read(handle, 7) == b"another"  # the program's own file stays open
+        finally:
+            os.close(taken)
+            os.close(handle)

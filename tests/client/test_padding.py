@@ -152,6 +152,9 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
     config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
     with pytest.raises(InvalidRequest, match="RwkvForCausalLM takes no past_key_values"):
         generate(RwkvForCausalLM(config), _drawn(), ROWS[0], **NEW)
+    for model in (config, RwkvForCausalLM(config)):
+        with pytest.raises(InvalidRequest, match="takes no past_key_values"):
+            to_cache(_drawn(), model)
 
 
 def test_a_model_with_a_generate_of_its_own_is_refused() -> None:

@@ -367,3 +367,10 @@ def test_who_does_not_want_it_does_not_ask(options: dict[str, Any]) -> None:
         with PrefixClient(server.url, **wanted) as client, pytest.raises(InvalidResponse):
             client.get("a/b@1")
         assert all(SHARED.encode() not in request for requests in server.requests for request in requests)
+
+
+def test_a_file_of_a_name_that_no_file_can_have_is_not_mapped() -> None:
+    """JSON can hold half a surrogate pair, which no path can: the bytes are asked for."""
+    named = b'{"file": "/tmp/\\ud800", "bytes": %d}' % len(BODY)
+    prefix = asked_of(answer(named, f"Content-Type: {SHARED}"), answer(prefix_body(tokens=4)))
+    assert prefix.num_virtual_tokens == 4
