@@ -132,7 +132,7 @@ def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Pat
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     """Damaged files, files without a prefix, and folders with several checkpoints, each in words."""
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(InvalidCheckpoint, match=r"cannot be read|needs more"):
+    with pytest.raises(InvalidCheckpoint, match="no file that torch.save wrote"):
         convert(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InvalidCheckpoint, match="holds a list"):
@@ -207,7 +207,7 @@ def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"fixed_keys": [torch.zeros(1, 2, 1, 8)] * 3}, "both frozen_ and fixed_"),
-        ({"frozen_values": []}, "frozen_values has 0 layers, and trainable_keys has 3"),
+        ({"frozen_values": []}, "the cartridge has no frozen_values"),
         ({"trainable_values": [torch.zeros(1, 2, 5, 8)] * 2}, "trainable_values has 2 layers"),
         ({"trainable_values": [torch.zeros(1, 2, 4, 8)] * 3}, r"have \[4, 5\] tokens"),
         ({"trainable_values": [torch.zeros(1, 2, 5, 9)] * 3}, r"got \[1, 2, 5, 9\]"),
@@ -246,7 +246,7 @@ def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
     done = run("convert", tmp_path / "last.ckpt", tmp_path / "out", "--config", config)
     names = "lists.0, lm_head.weight, optimizer.state.0.exp_avg"
-    assert f"left out 3 that are not the prefix: {names}" in done.stdout
+    assert f"left out 3 entries that are not part of the prefix: {names}" in done.stdout
     as_json = run("convert", tmp_path / "last.ckpt", tmp_path / "again", "--config", config, "--json")
     assert sorted(json.loads(as_json.stdout)["left_out"]) == names.split(", ")
 
@@ -287,9 +287,9 @@ def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     """torch.load does not compare a zip's checksums, and would return another number."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     with zipfile.ZipFile(tmp_path / "cache.pt") as archive:
-        member = next(item for item in archive.infolist() if item.filename.endswith("data/0"))
+        content = archive.read("cache/data/0")
     data = bytearray((tmp_path / "cache.pt").read_bytes())
-    data[member.header_offset + 30 + len(member.filename) + 128] ^= 1  # behind the member's own head
+    data[data.index(content)] ^= 1
     (tmp_path / "cache.pt").write_bytes(data)
     with pytest.raises(InvalidCheckpoint, match="data/0"):
         convert(tmp_path / "cache.pt")
