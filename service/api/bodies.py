@@ -125,7 +125,9 @@ async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
             async with asyncio.timeout(patience.left):
                 piece = await anext(stream, None)
         except TimeoutError as error:
-            slow = f"the body stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second: send it anew"
+            slow = (
+                f"the body stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second: send it again"
+            )
             raise RequestTimeout(slow) from error
         except ClientDisconnect as error:
             raise InvalidRequest("the connection ended before the body did") from error

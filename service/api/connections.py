@@ -101,7 +101,7 @@ class Guarded(asyncio.Protocol):
         self._timer = self.loop.call_later(self._every, self._look)
         if self._is_awaited_too_long():
             seconds = self._deadlines.receive
-            self._refuse(RequestTimeout(f"no complete head of a request within {seconds:g} seconds: send it anew"))
+            self._refuse(RequestTimeout(f"no complete head of a request within {seconds:g} seconds: send it again"))
 
     def _is_read_too_slowly(self) -> bool:
         unsent = self.transport.get_write_buffer_size()

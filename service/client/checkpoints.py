@@ -66,7 +66,7 @@ class TensorFiles:
         """Returns one tensor of the prefix.
 
         Raises:
-            InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file was cut meanwhile.
+            InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file became shorter.
         """
         path, entry = self._entries[name]
         require_dtype(name, entry, WEIGHT_DTYPES)

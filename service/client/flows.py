@@ -196,4 +196,4 @@ def inspect(reference: str) -> Flow[Mapping[str, Any]]:
 def is_ready() -> Flow[bool]:
     """Whether the service can do its work."""
     answer: Answer = yield Request("GET", "/readyz")
-    return answer.status == 200
+    return answer.status == 200 and bool(answer.json_object())

@@ -1,7 +1,7 @@
 """Digests of a body as HTTP carries them: `Repr-Digest` and `Want-Repr-Digest` (RFC 9530).
 
-SHA-256 names a body for good. CRC-32C finds damage on the way at a twentieth of the cost, and is no defence against an
-attacker, who is TLS's business. CPython has no CRC-32C; of the libraries measured, AWS's common runtime is the fastest.
+CRC-32C detects damage in transit at a twentieth of SHA-256's cost. It is no defence against an attacker; TLS is. CPython
+has no CRC-32C; AWS's common runtime is the fastest of the libraries that tests/benchmarks/speed compares.
 """
 
 import base64

@@ -360,9 +360,8 @@ def test_a_descriptor_that_the_program_closed_is_never_read(server: Server, size
     with PrefixClient(server.url, server.admin_key) as client:
         right = client.get(f"own/{size}@1").kv.tensor.clone()
         handle = max(memory._open)
-        os.close(handle)
-        taken = os.open(other, os.O_RDONLY)
-        os.dup2(taken, handle)
+        with other.open("rb") as taken:
+            os.dup2(taken.fileno(), handle)  # closes the handle first
         try:
             for _ in range(2):
                 found = client.get(f"own/{size}@1")
@@ -372,5 +371,4 @@ def test_a_descriptor_that_the_program_closed_is_never_read(server: Server, size
             gc.collect()
             assert os.read(handle, 7) == b"another"  # the program's own file stays open
         finally:
-            os.close(taken)
             os.close(handle)
