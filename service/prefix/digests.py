@@ -1,13 +1,14 @@
 """Digests of a body as HTTP carries them: `Repr-Digest` and `Want-Repr-Digest` (RFC 9530).
 
-CRC-32C detects damage in transit at a twentieth of SHA-256's cost. It is no defence against an attacker; TLS is. CPython
-has no CRC-32C; AWS's common runtime is the fastest of the libraries that tests/benchmarks/speed compares.
+CRC-32C detects damage in transit at a twentieth of SHA-256's cost. It is no defence against an attacker; TLS is.
+CPython has no CRC-32C; AWS's common runtime is the fastest of the libraries that tests/benchmarks/speed compares.
 """
 
 import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, Literal, Protocol, get_args
 
 Algorithm = Literal["sha-256", "crc32c"]
@@ -77,7 +78,8 @@ def format_digest(algorithm: Algorithm, digest: bytes) -> str:
     return f"{algorithm}=:{base64.b64encode(digest).decode()}:"
 
 
-def parse_digests(repr_digest: str) -> dict[Algorithm, bytes]:
+@lru_cache(maxsize=64)  # an answer's digests are looked at several times
+def parse_digests(repr_digest: str) -> Mapping[Algorithm, bytes]:
     """Return the digests in a `Repr-Digest` field, by algorithm. Members that are malformed or of other algorithms are
     left out."""
     found: dict[Algorithm, bytes] = {}
