@@ -209,8 +209,9 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
 def _from_cache(model: Model, cache: Cache, ids: Tensor, options: Options) -> Any:
     """`model.generate`, which must continue from `cache`."""
     arrival = Arrival(model, cache)
-    processors = [arrival, *(options.get("logits_processor") or ())]
-    output = model.generate(ids, past_key_values=cache, **options | {"logits_processor": processors})
+    if not _option(model, options, "prompt_lookup_num_tokens"):  # lookup asks the processors before the first forward
+        options = options | {"logits_processor": [arrival, *(options.get("logits_processor") or ())]}
+    output = model.generate(ids, past_key_values=cache, **options)
     arrival.check()  # a `generate` of the model's own may drop the processors too
     return output
 
@@ -283,7 +284,7 @@ def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor
 
 def _lengths(model: Model, mask: Tensor, options: Options) -> Tensor:
     """Tokens of each row, `[B]`; refuses what may have an entry, or know a number, for each row."""
-    apart = {*GenerationConfig().to_dict(), "generation_config", "tokenizer", "synced_gpus"}
+    apart = {*GenerationConfig().to_dict(), "generation_config", "tokenizer", "synced_gpus"}  # type: ignore[no-untyped-call]
     per_row = [name for name, value in options.items() if name not in apart and value is not None]
     if _option(model, options, "return_dict_in_generate"):
         per_row.append("return_dict_in_generate")

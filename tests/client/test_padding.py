@@ -148,7 +148,7 @@ def test_padding_shows_in_windows_alone_where_positions_follow_the_mask(name: st
 
 @slot_counting
 def test_what_cannot_be_taken_apart_is_refused(name: str, pairs: Pairs) -> None:
-    refused = partial(generate, base(name), pairs(name), padded(RIGHT), RIGHT, **NEW)
+    refused: Any = partial(generate, base(name), pairs(name), padded(RIGHT), RIGHT, **NEW)
     for option in ("logits_processor", "stopping_criteria"):
         with pytest.raises(InvalidRequest, match=f"{option} cannot be served with right padding"):
             refused(**{option: [lambda _ids, scores: scores]})
@@ -260,7 +260,7 @@ class _Super(LlamaForCausalLM):  # type: ignore[no-untyped-call]
 
 class _ByName(LlamaForCausalLM):  # type: ignore[no-untyped-call]
     def generate(self, *args: Any, **options: Any) -> Any:
-        return LlamaForCausalLM.generate(self, *args, **options)  # type: ignore[attr-defined]
+        return LlamaForCausalLM.generate(self, *args, **options)  # type: ignore[arg-type]
 
 
 class _Forgetting(LlamaForCausalLM):  # type: ignore[no-untyped-call]
