@@ -26,6 +26,27 @@ def place(
     ]
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns transformers' model inside of `torch.compile`'s wrapper or PEFT's (LoRA acts inside of the model too).
+
+    Raises:
+        InvalidRequest: an adapter acts in PEFT's wrapper, which a prefix passes by: another prefix or prompt, or aLoRA.
+    """
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            for name, config in model.peft_config.items():
+                if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+                    raise InvalidRequest(
+                        f"adapter {name!r} ({config.peft_type.value}) acts in PEFT's wrapper, and cannot be combined "
+                        "with this prefix: pass the base model, model.get_base_model()"
+                    )
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def decoder_of(model: Any) -> Any:
     """Returns the part of a model whose layers take the prefix: an encoder-decoder model's decoder, the language model
     of a model with images. Where `get_decoder` finds only a head of that name, it is the model without its head."""

@@ -6,14 +6,15 @@ stopping criterion, streamer or `max_length` ever counts them.
 """
 
 from dataclasses import dataclass
-from inspect import signature, unwrap
+from inspect import signature
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, GenerationMixin, StaticCache
+from transformers import Cache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from service.client.devices import decoder_of
+from service.client.arrival import Arrival
+from service.client.devices import decoder_of, unwrapped
 from service.client.padding import Model, follows_mask, moved, padding_shows
 from service.client.transformers import Pairs, skips_layers, to_cache
 from service.errors import InvalidRequest
@@ -37,14 +38,14 @@ def generate(
     """Returns what `model.generate` returns behind a prefix, as PEFT's `generate` does, with any padding.
 
     `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix a row; they are
-    brought to the model's dtype, and to the device of each layer. `input_ids` is int64 `[B, S]`, the encoder's input
-    for an encoder-decoder model. `attention_mask` `[B, S]` belongs to it; without one, pad ids are padding where
-    transformers itself takes them for that. `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is
-    shorter. `options` are those of `model.generate`, images included; `use_cache=False` is ignored, as the prefix lives
-    in the cache, and so are `token_type_ids`, which PEFT drops in training too. The model computes its positions,
-    unless they are given. With `cache_implementation="static"` the cache is a static one, sized for this call or for
-    `max_cache_len` if that is more (prefix, input and new tokens): one size for all calls, and a compiled model is
-    compiled once.
+    brought to the model's dtype, and to the device of each layer. `model` may be wrapped by `torch.compile` or by
+    PEFT's LoRA. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder model. `attention_mask`
+    `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes them for that.
+    `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are those of
+    `model.generate`, images included; `use_cache=False` is ignored, as the prefix lives in the cache, and so are
+    `token_type_ids`, which PEFT drops in training too. The model computes its positions, unless they are given. With
+    `cache_implementation="static"` the cache is a static one, sized for this call or for `max_cache_len` if that is
+    more (prefix, input and new tokens): one size for all calls, and a compiled model is compiled once.
 
     The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
     ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
@@ -52,15 +53,19 @@ def generate(
 
     With padding on the right, or anywhere else, each row equals that row on its own: the model sees it padded on the
     left. Where that padding could change the row (`padding_shows`; layers without the prefix mistake the mask), rows of
-    one length are generated at a time. Left-padded rows equal those of PEFT, which lets such models count the padding.
+    one length are generated at a time. Left-padded rows equal those of PEFT, which lets such models count the padding,
+    and lets the longest row of a batch choose the rotary frequencies of all (`dynamic` and `longrope`).
     An encoder's rows are passed on as they are: BART's encoder counts padding on the left, with and without a prefix.
 
     Raises:
         DimensionMismatch: the prefix does not fit the model.
         InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own, an assistant model (it has
-            no prefix), a static cache where the architecture has none, an architecture that no prefix fits, right
-            padding with inputs that cannot be split by row, or another option that cannot be served.
+            no prefix), a static cache where the architecture has none, an architecture that no prefix fits, a model
+            that does not continue from the prefix (Phi-3, where the input is longer than its first range of positions;
+            a `generate` of the model's own), a row without a token, right padding with inputs that cannot be split by
+            row, or another option that cannot be served.
     """
+    model = unwrapped(model)
     _refuse(model, options)
     options.pop("token_type_ids", None)  # as PEFT, in training and here
     ids = input_ids if input_ids is not None else options.pop("inputs", None)
@@ -132,18 +137,10 @@ def _option(model: Model, options: Options, name: str) -> Any:
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
-def _generates_itself(model: Model) -> bool:
-    """Whether `generate` is transformers' own, or a method around it that calls `super()`: others call `generate` of a
-    model inside of them, as BLIP-2, which PEFT's prefix never reaches."""
-    own = unwrap(type(model).generate)
-    return own is unwrap(GenerationMixin.generate) or "__class__" in own.__code__.co_freevars
-
-
 def _refuse(model: Model, options: Options) -> None:
-    if not _generates_itself(model):
-        name = type(model).__name__
-        instead = ": pass the base model, model.get_base_model()" if hasattr(model, "get_base_model") else ""
-        raise InvalidRequest(f"{name} has a generate of its own, which would not pass the prefix on{instead}")
+    name = type(model).__name__
+    if next(iter(signature(model.generate).parameters)) == "pixel_values":  # BLIP-2 and others with a model inside
+        raise InvalidRequest(f"{name} has a generate of its own, for images first, which would not pass the prefix on")
     if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
         raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
     text = model.config.get_text_config(decoder=True)
@@ -206,10 +203,22 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
     if prefix.max_cache_len is not None:
         cross = StaticCache(config=model.config, max_cache_len=ids.shape[1])
         cache = EncoderDecoderCache(cache.self_attention_cache, cross)
-    return model.generate(ids, past_key_values=cache, **options)
+    return _from_cache(model, cache, ids, options)
+
+
+def _from_cache(model: Model, cache: Cache, ids: Tensor, options: Options) -> Any:
+    """`model.generate`, which must continue from `cache`."""
+    arrival = Arrival(model, cache)
+    if not _option(model, options, "prompt_lookup_num_tokens"):  # lookup asks the processors before the first forward
+        options = options | {"logits_processor": [arrival, *(options.get("logits_processor") or ())]}
+    output = model.generate(ids, past_key_values=cache, **options)
+    arrival.check()  # a `generate` of the model's own may drop the processors too
+    return output
 
 
 def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
+    if len(empty := (mask == 0).all(dim=1).nonzero()):
+        raise InvalidRequest(f"row {int(empty[0])} of input_ids has no token: its attention_mask is all zeros")
     even = bool(prefix.mask.all())
     if not even and prefix.skips_layers(model):
         raise InvalidRequest("rows with prefixes of several lengths need a model that takes the prefix in all layers")
@@ -244,7 +253,7 @@ def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options:
         # (B, 1) -> broadcast over (B, S), or (3 or 4, B, S)
         options = options | {"position_ids": own + prefix.mask.to(own).sum(dim=1, keepdim=True)}
     cache = prefix.cache(model, options)
-    return model.generate(ids, attention_mask=prefix.extend(mask), past_key_values=cache, **options)
+    return _from_cache(model, cache, ids, options | {"attention_mask": prefix.extend(mask)})
 
 
 def _behind(ids: Tensor, new: Tensor, model: Model, options: Options) -> Tensor:
@@ -274,18 +283,22 @@ def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor
 
 
 def _lengths(model: Model, mask: Tensor, options: Options) -> Tensor:
-    """Tokens of each row, `[B]`; refuses what has an entry for each row and cannot be taken apart."""
-    options = options | {"return_dict_in_generate": _option(model, options, "return_dict_in_generate") or None}
-    named = ("return_dict_in_generate", "prefix_allowed_tokens_fn", "streamer")
-    per_row = [name for name in options if isinstance(options[name], Tensor) or (name in named and options[name])]
-    lengths = mask.sum(dim=1)
-    if per_row or not lengths.all():
-        what = ", ".join(per_row) or "a row without a token"
+    """Tokens of each row, `[B]`; refuses what may have an entry, or know a number, for each row."""
+    apart = {*GenerationConfig().to_dict(), "generation_config", "tokenizer", "synced_gpus"}  # type: ignore[no-untyped-call]
+    per_row = [name for name, value in options.items() if name not in apart and value is not None]
+    if _option(model, options, "return_dict_in_generate"):
+        per_row.append("return_dict_in_generate")
+    if per_row:
+        what = ", ".join(per_row)
         raise InvalidRequest(f"{what} cannot be served with right padding in a model of this kind; pad on the left")
-    return lengths
+    return mask.sum(dim=1)
 
 
 def _shortened(model: Model, options: Options, padding: int) -> Options:
-    """`max_length` counts padding: less of it where the padding is gone."""
-    limit = _option(model, options, "max_length")
-    return {"max_length": limit - padding} if limit and not _option(model, options, "max_new_tokens") else {}
+    """`min_length` and `max_length` count padding: less of it where the padding is gone."""
+    limits = {}
+    for kind in ("min", "max"):
+        limit = _option(model, options, f"{kind}_length")
+        if limit and _option(model, options, f"{kind}_new_tokens") is None:
+            limits[f"{kind}_length"] = max(limit - padding, 0)
+    return limits

@@ -49,7 +49,8 @@ def padding_shows(model: Model, length: int) -> bool:
     """Whether padding between prefix and input can change a row of `length` tokens in all, prefix and new tokens
     included.
 
-    It cannot where positions follow the mask and no window is shorter than the row. The windows of transformers' shared
+    It cannot where positions follow the mask, no window is shorter than the row, and no longer row of the batch changes
+    this one's rotary frequencies. The windows of transformers' shared
     attention stand in the config, as the cache's layers read it; a model with attention of its own may have others.
     Mllama's cross-attention layers take the prefix for an image, without a mask and in the order of the input.
     """
@@ -58,8 +59,32 @@ def padding_shows(model: Model, length: int) -> bool:
         return True
     if not follows_mask(model) or getattr(decoder.config, "cross_attention_layers", None):
         return True
+    if length > _rope_changes_behind(decoder.config) or length >= _scale_changes_at(decoder.config):
+        return True
     windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=decoder.config).layers)
     return any(window is not None and length > window for window in windows)
+
+
+def _rope_changes_behind(config: Any) -> float:
+    """The length up to which the rotary frequencies of a row do not depend on the longest row of its batch."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    each = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
+    changing = [rope for rope in each if "dynamic" in rope["rope_type"] or rope["rope_type"] == "longrope"]
+    lengths = (
+        holder.get(name)
+        for rope in changing
+        for holder, name in (
+            (rope, "original_max_position_embeddings"),
+            (vars(config), "original_max_position_embeddings"),
+            (vars(config), "max_position_embeddings"),
+        )
+    )
+    return min((length for length in lengths if length is not None), default=float("inf"))
+
+
+def _scale_changes_at(config: Any) -> float:
+    """The length from which Llama 4 scales queries by their slot in the cache."""
+    return config.floor_scale if getattr(config, "attn_temperature_tuning", False) else float("inf")
 
 
 def moved(tensors: dict[str, Any], order: Tensor) -> dict[str, Tensor]:

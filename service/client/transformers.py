@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MODEL_MAPPING, Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
-from service.client.devices import place
+from service.client.devices import place, unwrapped
 from service.client.static_cache import empty_static_cache
 from service.errors import DimensionMismatch, InvalidRequest
 
@@ -38,7 +38,7 @@ def to_cache(
 
     With the model's config, keys and values keep their device and dtype. With the model itself, they take its dtype,
     and the keys and values of each layer go to the device on which that layer computes, also where the model is spread
-    over several devices or offloaded (`device_map`).
+    over several devices or offloaded (`device_map`), or wrapped by `torch.compile` or PEFT's LoRA.
 
     `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
     order), as the adapter provisions them. They are copied: views are welcome and never written to. Most models get a
@@ -55,8 +55,10 @@ def to_cache(
             layer keeps something other than keys and values (state-space layers, latent attention), the architecture
             takes no cache (RWKV), or the layers of a model that is spread over devices cannot be found.
     """
-    model = config if isinstance(config, PreTrainedModel) else None
-    config = config if isinstance(config, PreTrainedConfig) else config.config
+    model: Any = None
+    if not isinstance(config, PreTrainedConfig):
+        model = unwrapped(config)
+        config = model.config
     decoder = config.get_text_config(decoder=True)
     _check_takes_cache(config, decoder)
     _check_layers(decoder)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DeepseekV3Config, JambaConfig, LlamaForCausalLM, Qwen3NextConfig, RwkvConfig, RwkvForCausalLM
 
@@ -57,6 +58,39 @@ OWN_ATTENTION = [
 ]
 
 
+_GROUPED = _WIDE | {"max_position_embeddings": 96, "num_key_value_heads": 4}
+_LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 14}
+_LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+_PHI3 = Architecture(
+    "phi3-longrope",
+    "Phi3:Phi3ForCausalLM",
+    _GROUPED | {"original_max_position_embeddings": 14, "rope_parameters": _LONGROPE},
+)
+_PHIMOE = Architecture(
+    "phimoe-longrope",
+    "Phimoe:PhimoeForCausalLM",
+    dict(_PHI3.config)
+    | {"num_local_experts": 2, "rope_parameters": _LONGROPE | {"short_mscale": 1.0, "long_mscale": 1.0}},
+)
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+BATCH_COUNTING = [
+    _PHI3,
+    Architecture(
+        "llama-dynamic",
+        "Llama:LlamaForCausalLM",
+        _GROUPED | {"max_position_embeddings": 14, "rope_parameters": _DYNAMIC},
+    ),
+    Architecture(
+        "llama4-scaled",
+        "Llama4Text:Llama4ForCausalLM",
+        _GROUPED
+        | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]}
+        | {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 2.0, "attention_chunk_size": 64},
+    ),
+]
+"""Models in which a row depends on the slots, or on the longest row of its batch, once it is long enough."""
+
+
 def _drawn() -> list[tuple[Tensor, Tensor]]:
     """Keys and values of two layers with four heads of eight."""
     draw = torch.Generator().manual_seed(4)
@@ -70,12 +104,9 @@ def test_first_logits_of_a_right_padded_row_are_those_of_the_row_alone(
     """And so are its tokens, as PEFT generates them from the row alone."""
     assert padding_shows(base(name), 10)
     scores: list[Tensor] = []
-
-    def keep(_ids: Tensor, logits: Tensor) -> Tensor:
-        scores.append(logits.clone())
-        return logits
-
-    found = generate(base(name), pairs(name), padded(RIGHT), RIGHT, logits_processor=[keep], **NEW)
+    hook = base(name).register_forward_hook(lambda _model, _inputs, output: scores.append(output.logits[:, -1]))
+    found = generate(base(name), pairs(name), padded(RIGHT), RIGHT, **NEW)
+    hook.remove()
     first = dict(zip(sorted(LENGTHS), scores[:: NEW["max_new_tokens"]], strict=True))  # rows go shortest first
     for row, tokens in enumerate(ROWS):
         alone = peft_model(name).generate(input_ids=tokens, **LOGITS)
@@ -95,6 +126,18 @@ def test_models_with_an_attention_of_their_own_that_follows_the_mask(architectur
             torch.testing.assert_close(logits[row], alone.logits[step][0], rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("architecture", BATCH_COUNTING, ids=lambda architecture: architecture.name)
+def test_no_longer_row_of_the_batch_changes_a_row(architecture: Architecture) -> None:
+    """Frequencies by the longest row (longrope, dynamic), a scale by slots (Llama 4): rows go by length then."""
+    options: dict[str, Any] = {"max_new_tokens": 10}
+    assert padding_shows(architecture.build(), 15)
+    assert not padding_shows(architecture.build(), 3)
+    found = generate(architecture.build(), _drawn(), padded(RIGHT), RIGHT, **options)
+    for row, tokens in enumerate(ROWS):
+        alone = generate(architecture.build(), _drawn(), tokens, **options)
+        assert torch.equal(found[row, RIGHT.shape[1] :], alone[0, LENGTHS[row] :])
+
+
 @pytest.mark.parametrize("name", [architecture.name for architecture in DECODERS])
 def test_padding_shows_in_windows_alone_where_positions_follow_the_mask(name: str) -> None:
     """As long as a row is shorter than each window, it stays in one batch."""
@@ -105,10 +148,36 @@ def test_padding_shows_in_windows_alone_where_positions_follow_the_mask(name: st
 
 @slot_counting
 def test_what_cannot_be_taken_apart_is_refused(name: str, pairs: Pairs) -> None:
+    refused: Any = partial(generate, base(name), pairs(name), padded(RIGHT), RIGHT, **NEW)
+    for option in ("logits_processor", "stopping_criteria"):
+        with pytest.raises(InvalidRequest, match=f"{option} cannot be served with right padding"):
+            refused(**{option: [lambda _ids, scores: scores]})
     with pytest.raises(
         InvalidRequest, match=r"return_dict_in_generate cannot be served with right padding .* on the left"
     ):
         generate(base(name), pairs(name), padded(RIGHT), RIGHT, **LOGITS)
+
+
+@slot_counting
+def test_the_shortest_length_counts_padding_no_more(name: str, pairs: Pairs, peft_model: Peft) -> None:
+    """Like `max_length`: a row ends where it ends on its own, with so much less as it had padding."""
+    row, width = 2, RIGHT.shape[1]
+    alone = partial(peft_model(name).generate, input_ids=ROWS[row])
+    end = int(alone(max_new_tokens=3)[0, LENGTHS[row] + 1])  # would end the row at its second token, or its first
+    limits: dict[str, Any] = {"max_length": width + 8, "eos_token_id": end, "pad_token_id": 0}
+    found = generate(base(name), pairs(name), padded(RIGHT), RIGHT, min_length=width + 3, **limits)[row, width:]
+    padding = width - LENGTHS[row]
+    short = {"min_length": LENGTHS[row] + 3, "max_length": width + 8 - padding}
+    want = alone(**limits | short)[0, LENGTHS[row] :]
+    assert found[: len(want)].tolist() == want.tolist()
+    assert not found[len(want) :].any()
+
+
+@pytest.mark.parametrize("mask", [[[1] * 7] * 2 + [[0] * 7], [[1] * 6 + [0]] * 2 + [[0] * 7]], ids=["even", "right"])
+@pytest.mark.parametrize("name", ["llama", *[architecture.name for architecture in SLOT_COUNTING]])
+def test_a_row_without_a_token_is_refused(name: str, mask: list[list[int]], pairs: Pairs) -> None:
+    with pytest.raises(InvalidRequest, match="row 2 of input_ids has no token"):
+        generate(base(name), pairs(name), padded(RIGHT), torch.tensor(mask), **NEW)
 
 
 @slot_counting
@@ -171,16 +240,78 @@ def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
         generate(model, _drawn(), ROWS[0], **NEW)
 
 
-def test_a_generate_that_only_wraps_transformers_own_is_served(pairs: Pairs) -> None:
-    """Janus and others do so: the prefix reaches the model through `super()`."""
+@pytest.mark.parametrize("architecture", [_PHI3, _PHIMOE], ids=lambda architecture: architecture.name)
+def test_an_input_that_makes_the_model_drop_its_cache_is_refused(architecture: Architecture) -> None:
+    """A longrope model computes an input afresh that is longer than its first range, and forgets the prefix."""
+    model = architecture.build()
+    ids = torch.randint(3, VOCABULARY, (1, 15), generator=torch.Generator().manual_seed(3))
+    assert generate(model, _drawn(), ids[:, 1:], **NEW).shape == (1, 18)
+    with pytest.raises(InvalidRequest, match=r"did not continue from the prefix \(.* is longer than 14 tokens\)"):
+        generate(model, _drawn(), ids, **NEW)
 
-    class Wrapping(LlamaForCausalLM):  # type: ignore[no-untyped-call]
-        @torch.no_grad()
-        def generate(self, *args: Any, **options: Any) -> Any:
-            return super().generate(*args, **options)  # type: ignore[misc]
 
-    model = Wrapping(base("llama").config)
+class _Super(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    """As Janus and others."""
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return super().generate(*args, **options)  # type: ignore[misc]
+
+
+class _ByName(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return LlamaForCausalLM.generate(self, *args, **options)  # type: ignore[arg-type]
+
+
+class _Forgetting(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return super().generate(*args, max_new_tokens=options["max_new_tokens"])  # type: ignore[misc]
+
+
+def _of(kind: Any) -> Any:
+    model = kind(base("llama").config).eval()
     model.load_state_dict(base("llama").state_dict())
-    assert torch.equal(
-        generate(model, pairs("llama"), ROWS[0], **NEW), generate(base("llama"), pairs("llama"), ROWS[0], **NEW)
-    )
+    return model
+
+
+def _lora(**options: Any) -> Any:
+    return get_peft_model(_of(LlamaForCausalLM), LoraConfig(r=2, target_modules=["q_proj"], **options)).eval()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda: _of(_Super),
+        lambda: _of(_ByName),
+        lambda: torch.compile(_of(LlamaForCausalLM), backend="eager"),
+        lambda: _lora(task_type="CAUSAL_LM"),
+        _lora,
+    ],
+    ids=["super", "by-name", "compiled", "lora", "lora-without-task"],
+)
+def test_what_wraps_a_model_is_served(wrapped: Any, pairs: Pairs) -> None:
+    """The prefix reaches the model inside, in `generate` and in `to_cache`."""
+    model = wrapped()
+    expected = generate(base("llama"), pairs("llama"), ROWS[0], **NEW)
+    assert torch.equal(generate(model, pairs("llama"), ROWS[0], **NEW), expected)
+    assert to_cache(pairs("llama"), model).get_seq_length() == NUM_VIRTUAL_TOKENS
+
+
+def test_lora_acts_behind_a_prefix(pairs: Pairs) -> None:
+    torch.manual_seed(5)
+    model = _lora(init_lora_weights=False)
+    first = generate(model, pairs("llama"), ROWS[0], **LOGITS).logits[0]
+    bare = generate(base("llama"), pairs("llama"), ROWS[0], **LOGITS).logits[0]
+    assert (first - bare).abs().max() > 1e-3
+
+
+def test_adapters_that_act_in_pefts_wrapper_are_refused(pairs: Pairs, peft_model: Peft) -> None:
+    for model in (peft_model("llama"), _lora(task_type="CAUSAL_LM", alora_invocation_tokens=[3])):
+        with pytest.raises(InvalidRequest, match=r"adapter 'default' \(\w+\) acts in PEFT's wrapper"):
+            generate(model, pairs("llama"), ROWS[0], **NEW)
+
+
+def test_a_generate_that_drops_the_prefix_is_refused(pairs: Pairs) -> None:
+    """Whatever else it drops."""
+    with pytest.raises(InvalidRequest, match=r"_Forgetting\.generate did not continue from the prefix"):
+        generate(_of(_Forgetting), pairs("llama"), ROWS[0], **NEW)

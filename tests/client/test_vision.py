@@ -115,12 +115,9 @@ def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(7))
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
     scores: list[torch.Tensor] = []
-
-    def keep(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        scores.append(logits.clone())
-        return logits
-
-    generate(model, pairs("llava"), ids * mask, mask, max_new_tokens=1, logits_processor=[keep])
+    hook = model.register_forward_hook(lambda _model, _inputs, output: scores.append(output.logits[:, -1]))
+    generate(model, pairs("llava"), ids * mask, mask, max_new_tokens=1)
+    hook.remove()
     short, _ = scores
     alone = generate(model, pairs("llava"), ids[1:, :3], **OPTIONS | {"max_new_tokens": 1})
     torch.testing.assert_close(short, alone.logits[0], rtol=0, atol=1e-6)
