@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -107,12 +108,29 @@ def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[
     key = "prefix_adapter"
     for place, letter, insert in edits:
         key = key[:place] + letter + key[place if insert else place + 1 :]
-    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: None}}):
+    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: ""}}):
         with pytest.raises(InvalidRequest, match="which vLLM would ignore"):
             adapter_asked(fields)
     if key != "prefix_adapter":
         with pytest.raises(InvalidRequest, match="did you mean prefix_adapter"):
             adapter_asked({"kv_transfer_params": {key: "acme/a"}}, {key})
+
+
+def test_a_field_that_is_null_names_nothing() -> None:
+    """Clients send null for what they leave out, wherever it stands."""
+    nulls = {"prefix_adapter": None, "adapter": None, "kvTransferParams": None}
+    fields = {**nulls, "extra_body": nulls, "kv_transfer_params": {"prefix_adapter": "acme/a", "hint": None}}
+    assert adapter_asked(fields) == "acme/a"
+    assert adapter_asked({**nulls, "kv_transfer_params": {"prefix_adapter": None, "prefix_adaptor": None}}) is None
+
+
+def test_keys_are_compared_up_to_a_limit() -> None:
+    """Many other keys pass; a key that needs a comparison letter by letter passes too, until there are too many."""
+    others = {f"{number:013}": 1 for number in range(100_000)}
+    alike = {f"ixad{number:09}": 1 for number in range(1000)}
+    assert adapter_asked({**others, "inner": alike, **alike}) is None
+    with pytest.raises(InvalidRequest, match="more than 1000 keys that are like prefix_adapter"):
+        adapter_asked({**alike, "ixad_one_more": 1})
 
 
 def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
@@ -394,7 +412,8 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
     """In the query, a header, a form; on a route that takes none; in a body of two meanings or endless depth."""
     body = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
     boundary = "multipart/form-data; boundary=x"
-    part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n--x--\r\n'
+    some = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n'
+    part, many = some + "--x--\r\n", some.format("file") * 1999
     urlencoded = "application/x-www-form-urlencoded"
     for words, answer in (
         ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
@@ -405,11 +424,26 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
         ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
         ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
         ("nested too deeply", behind.post("[" * 100_000)),
+        ("'form.prefix_adapter'", behind.post(many + part.format("prefix_adapter"), content_type=boundary)),
+        ("more than 2000 parts", behind.post(many + some + part, content_type=boundary)),
+        ("more than 2000 fields", behind.post("a=1&" * 2000, content_type=urlencoded)),
     ):
         assert answer.status_code == 400
         assert words in answer.json()["error"]["message"]
     for content, content_type in ((part.format("file"), boundary), ("a=1", urlencoded), ('{"a": 1, "a": 2}', "")):
         assert behind.post(content, content_type=content_type).content == content.encode()
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "piece", [b"form-data;", b"--x\r\nContent-Disposition:", b"content-disposition: name=\r\n", b"%41"]
+)
+def test_a_hostile_form_costs_no_more_than_its_length(content_type: str, piece: bytes) -> None:
+    """Of 200 KB: a search that began afresh at each piece would take a minute."""
+    began = time.process_time()
+    with suppress(InvalidRequest):
+        bodies.fields_of({"headers": [(b"content-type", content_type.encode())]}, piece * (200_000 // len(piece)))
+    assert time.process_time() - began < 2
 
 
 def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ ROUTES: Final = frozenset(
 """Routes that hand `kv_transfer_params` to the engine. On every other one an adapter is refused."""
 
 _THREADS: Final = 32
+_PARSERS: Final = 2  # the interpreter runs one thread at a time: more would only slow each other
+_SMALL: Final = 16 << 10  # bytes that are parsed in a few milliseconds at most
 _SPAN: Final = (0, 1)
 _TYPES: Final = {  # vLLM's words
     400: "BadRequestError",
@@ -52,6 +54,7 @@ class PrefixMiddleware:
     def __init__(self, app: App) -> None:
         self._app = app
         self._threads = ThreadPoolExecutor(_THREADS, "prefix-middleware")
+        self._parsers = ThreadPoolExecutor(_PARSERS, "prefix-bodies")
         self._engine: Any = None
         self._config: ConnectorConfig | InvalidRequest = InvalidRequest("this server has no engine")
         self._service: tuple[PrefixClient, Model] | None = None
@@ -71,7 +74,11 @@ class PrefixMiddleware:
             body = await read_body(receive)
             if body is None:
                 return
-            reference = self._asked(scope, body)
+            self._find_engine(scope["app"].state)
+            if len(body) <= _SMALL:
+                reference = self._asked(scope, body)
+            else:  # other requests are served in the meantime
+                reference = await asyncio.get_running_loop().run_in_executor(self._parsers, self._asked, scope, body)
             if reference is not None:
                 await self._check_adapter(reference)
         except PrefixServiceError as error:
@@ -85,7 +92,6 @@ class PrefixMiddleware:
 
     def _asked(self, scope: Message, body: bytes) -> str | None:
         """Return the adapter that a request names."""
-        self._find_engine(scope["app"].state)
         refuse_misplaced_outside(scope)
         fields = fields_of(scope, body)
         config = self._config
@@ -123,7 +129,8 @@ class PrefixMiddleware:
 
     def close(self) -> None:
         """End threads and connections."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._parsers):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
             self._service[0].close()
 
