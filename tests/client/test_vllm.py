@@ -15,6 +15,11 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import service.client.vllm as connector
 from service.client import PrefixClient
@@ -287,6 +292,19 @@ def test_salts_differ_where_anything_differs(named: list[tuple[str, str, str, st
     assert not set(made) & {Salts().of(*one) for one in named}
 
 
+def _lifespan() -> Callable[[], Awaitable[Any]]:
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    return receive
+
+
+async def _ignore(message: Any) -> None:
+    pass
+
+
 class Behind:
     """An application that answers with what it was sent, as vLLM's has its state."""
 
@@ -303,48 +321,38 @@ class Behind:
             ),
         )
         self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))
+        self.routes = ["/v1/completions", "/tokenize"]
+        self.middlewares: list[Any] = []
         self.reached: list[Any] = []
         self.handed: Any = None  # what this application gives to its engine for each request
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        scope["app"] = self
-        await self.made(scope, receive, send)
 
     def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
         self.reached.append(sampling_params)
 
-    async def _echo(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        if scope["type"] == "lifespan":
-            return
-        body, more = b"", scope["method"] == "POST"
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+    async def _echo(self, request: Request) -> Response:
+        body = await request.body()
         if self.handed is not None:
             await asyncio.create_task(self._task())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": body})
+        return Response(body)
 
     async def _task(self) -> None:
         self.state.engine_client.generate("Why?", SimpleNamespace(extra_args=self.handed), request_id="1")
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
-
-        self.made = PrefixMiddleware(self._echo)
-
-        async def ask() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self), base_url="http://vllm") as client:
-                named = {name.replace("_", "-"): value for name, value in headers.items()}
-                return await client.request(
-                    "POST" if content is not None else "GET", path, content=content, headers=named
-                )
+        app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
+        app.state = self.state
+        for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
+            app.add_middleware(middleware)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
 
         async def live() -> httpx.Response:
-            try:
-                return await ask()
-            finally:
-                await self({"type": "lifespan"}, None, None)
+            method = "GET" if content is None else "POST"
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
+                try:
+                    return await client.request(method, path, content=content, headers=named)
+                finally:
+                    await app({"type": "lifespan"}, _lifespan(), _ignore)
 
         return asyncio.run(live())
 
@@ -462,7 +470,7 @@ def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "prefix_adapter: this server has no engine")
 
 
-async def test_a_client_that_leaves_within_its_body_reaches_nobody() -> None:
+async def test_a_client_that_leaves_within_its_body_reaches_nobody(behind: Behind) -> None:
     """A half of a body is no request."""
     arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
@@ -472,7 +480,42 @@ async def test_a_client_that_leaves_within_its_body_reaches_nobody() -> None:
     async def unreachable(*_: Any) -> None:
         pytest.fail("the application was called, or something was sent")
 
-    await PrefixMiddleware(unreachable)({"type": "http", "method": "POST"}, receive, unreachable)
+    app = Starlette(routes=[Route("/v1/completions", unreachable, methods=["POST"])])
+    app.add_middleware(PrefixMiddleware)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await app(scope, receive, unreachable)
+
+
+class Refusing:
+    """An authentication, as vLLM's: between its routes and what `--middleware` names."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and Headers(scope=scope).get("Authorization") != "Bearer right":
+            await Response("who?", 401)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def test_only_who_is_let_through_learns_of_an_adapter(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others get the authentication's answer, whatever they ask for and however much they send."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 100)
+    behind.middlewares = [Refusing]
+    for adapter, status in (("vllm/fits", 200), ("vllm/none", 404), ("none", 400), (" " * 100, 413)):
+        content = json.dumps({"kv_transfer_params": {"prefix_adapter": adapter}})
+        assert behind.post(content, authorization="Bearer right").status_code == status
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            answer = behind.post(content, **headers)
+            assert (answer.status_code, answer.text) == (401, "who?")
+
+
+def test_what_is_posted_to_no_route_is_not_read(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves most paths open to callers without a key: a body is read where vLLM would read it."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 0)
+    assert behind.post("{}", "/nowhere").status_code == 404
+    assert behind.post("{}", "/tokenize").status_code == 413
 
 
 def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) -> None:

@@ -2,7 +2,7 @@
 
 vLLM answers every failure inside of its engine with 500 and no reason, and ignores fields that it does not know.
 `--middleware service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets everything else
-through as it came. Plain ASGI: it imports neither vLLM nor a web framework.
+through as it came. It imports neither vLLM nor a web framework.
 """
 
 import asyncio
@@ -49,10 +49,16 @@ _TYPES: Final = {  # vLLM's words
 
 
 class PrefixMiddleware:
-    """Around vLLM's application; reads where the service is from the engine's own configuration."""
+    """Checks requests between all middlewares of vLLM's application and its routes.
+
+    vLLM puts what `--middleware` names around its own authentication. A check there would read bodies of callers
+    without an API key, and tell them which adapters there are.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._router: Any = None
+        self._behind: App
         self._threads = ThreadPoolExecutor(_THREADS, "prefix-middleware")
         self._parsers = ThreadPoolExecutor(_PARSERS, "prefix-bodies")
         self._engine: Any = None
@@ -60,15 +66,20 @@ class PrefixMiddleware:
         self._service: tuple[PrefixClient, Model] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Check what is posted, and pass it on."""
-        if scope["type"] == "lifespan":
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self.close()
-            return
-        if scope["type"] != "http" or scope["method"] != "POST":
+        """Pass on what arrives; `_check` meets what the other middlewares let through."""
+        if self._router is None:
+            self._router = scope["app"].router
+            self._behind, self._router.middleware_stack = self._router.middleware_stack, self._check
+        try:
             await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "lifespan":
+                self.close()
+
+    async def _check(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Check what is posted to a route, and pass it on."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not self._has_route(scope):
+            await self._behind(scope, receive, send)
             return
         try:
             body = await read_body(receive)
@@ -86,9 +97,12 @@ class PrefixMiddleware:
             return
         token = ASKED.set(reference)
         try:
-            await self._app(scope, replay(body, receive), send)
+            await self._behind(scope, replay(body, receive), send)
         finally:
             ASKED.reset(token)
+
+    def _has_route(self, scope: Message) -> bool:
+        return any(route.matches(scope)[0].name == "FULL" for route in self._router.routes)
 
     def _asked(self, scope: Message, body: bytes) -> str | None:
         """Return the adapter that a request names."""
