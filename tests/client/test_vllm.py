@@ -170,9 +170,12 @@ def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
         parameters_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=["a"]), pooling_params=None))
 
 
+def _sampling(**options: Any) -> dict[str, Any]:
+    return {"sampling_params": SimpleNamespace(**options)}
+
+
 _PLAIN = {
-    "sampling_params": SimpleNamespace(prompt_logprobs=None),
-    "skip_reading_prefix_cache": False,
+    **_sampling(prompt_logprobs=None, skip_reading_prefix_cache=False),
     "prompt_token_ids": [1],
     "prompt_is_token_ids": None,
     "mm_features": [],
@@ -184,8 +187,8 @@ _PLAIN = {
     ("change", "words"),
     [
         ({"sampling_params": None}, "pooling"),
-        ({"sampling_params": SimpleNamespace(prompt_logprobs=0)}, "prompt_logprobs"),
-        ({"skip_reading_prefix_cache": True}, "skip_reading_prefix_cache"),
+        (_sampling(prompt_logprobs=0, skip_reading_prefix_cache=True), "prompt_logprobs"),
+        (_sampling(prompt_logprobs=None, skip_reading_prefix_cache=True), "skip_reading_prefix_cache"),
         ({"prompt_token_ids": None}, "prompt embeddings"),
         ({"mm_features": [1]}, "images"),
         ({"resumable": True}, "in pieces"),
@@ -324,7 +327,8 @@ class Behind:
         self.routes = ["/v1/completions", "/tokenize"]
         self.middlewares: list[Any] = []
         self.reached: list[Any] = []
-        self.handed: Any = None  # what this application gives to its engine for each request
+        self.handed: Any = None  # the extra parameters that this application gives to its engine for each request
+        self.sampling: dict[str, Any] = {"prompt_logprobs": None, "skip_reading_prefix_cache": False}  # the others
 
     def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
         self.reached.append(sampling_params)
@@ -336,7 +340,9 @@ class Behind:
         return Response(body)
 
     async def _task(self) -> None:
-        self.state.engine_client.generate("Why?", SimpleNamespace(extra_args=self.handed), request_id="1")
+        self.state.engine_client.generate(
+            "Why?", SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
+        )
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
@@ -531,3 +537,16 @@ def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) 
     for behind.handed in (adapter, *lost):  # requests that name none, after those that do
         assert behind.post("{}").status_code == 200
     assert len(behind.reached) == 5
+
+
+@pytest.mark.parametrize(("option", "value"), [("prompt_logprobs", 0), ("skip_reading_prefix_cache", True)])
+def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engine(
+    behind: Behind, option: str, value: Any
+) -> None:
+    """In the engine it would be a 500 without a reason: vLLM makes a 400 of ValueError. Plain requests may have it."""
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    behind.sampling[option] = value
+    with pytest.raises(ValueError, match=f"a request with prefix_adapter cannot have {option}"):
+        behind.post(json.dumps(behind.handed))
+    assert behind.reached == []
+    assert behind.post("{}").status_code == 200

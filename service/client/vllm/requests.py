@@ -179,22 +179,40 @@ def parameters_of(request: Any) -> Mapping[str, Any]:
     return extra or {}
 
 
+def refuse_sampling(sampling: Any) -> None:
+    """Refuse sampling parameters that vLLM cannot serve behind a prefix; `None` stands for a pooling request.
+
+    Raises:
+        InvalidRequest: they are such.
+    """
+    _refuse(
+        {
+            "pooling": sampling is None,
+            "prompt_logprobs (in the HTTP API also echo with logprobs, or echo in a chat): vLLM computes them from the "
+            "whole prompt, of which a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
+            "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": sampling is not None
+            and sampling.skip_reading_prefix_cache,
+        }
+    )
+
+
 def refuse_unservable(request: Any) -> None:
     """Refuse a vLLM request that names an adapter and asks for what vLLM cannot do behind one.
 
     Raises:
         InvalidRequest: it does.
     """
-    sampling = request.sampling_params
-    reasons = {
-        "pooling": sampling is None,
-        "prompt_logprobs (in the HTTP API also echo with logprobs): vLLM computes them from the whole prompt, of which "
-        "a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
-        "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": request.skip_reading_prefix_cache,
-        "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
-        "images, audio or video": bool(request.mm_features),
-        "a prompt that comes in pieces": request.resumable,
-    }
+    refuse_sampling(request.sampling_params)
+    _refuse(
+        {
+            "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
+            "images, audio or video": bool(request.mm_features),
+            "a prompt that comes in pieces": request.resumable,
+        }
+    )
+
+
+def _refuse(reasons: Mapping[str, bool]) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
