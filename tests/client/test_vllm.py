@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,11 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 import service.client.vllm as connector
 from service.client import PrefixClient
@@ -107,12 +113,29 @@ def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[
     key = "prefix_adapter"
     for place, letter, insert in edits:
         key = key[:place] + letter + key[place if insert else place + 1 :]
-    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: None}}):
+    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: ""}}):
         with pytest.raises(InvalidRequest, match="which vLLM would ignore"):
             adapter_asked(fields)
     if key != "prefix_adapter":
         with pytest.raises(InvalidRequest, match="did you mean prefix_adapter"):
             adapter_asked({"kv_transfer_params": {key: "acme/a"}}, {key})
+
+
+def test_a_field_that_is_null_names_nothing() -> None:
+    """Clients send null for what they leave out, wherever it stands."""
+    nulls = {"prefix_adapter": None, "adapter": None, "kvTransferParams": None}
+    fields = {**nulls, "extra_body": nulls, "kv_transfer_params": {"prefix_adapter": "acme/a", "hint": None}}
+    assert adapter_asked(fields) == "acme/a"
+    assert adapter_asked({**nulls, "kv_transfer_params": {"prefix_adapter": None, "prefix_adaptor": None}}) is None
+
+
+def test_keys_are_compared_up_to_a_limit() -> None:
+    """Many other keys pass; a key that needs a comparison letter by letter passes too, until there are too many."""
+    others = {f"{number:013}": 1 for number in range(100_000)}
+    alike = {f"ixad{number:09}": 1 for number in range(1000)}
+    assert adapter_asked({**others, "inner": alike, **alike}) is None
+    with pytest.raises(InvalidRequest, match="more than 1000 keys that are like prefix_adapter"):
+        adapter_asked({**alike, "ixad_one_more": 1})
 
 
 def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
@@ -147,9 +170,12 @@ def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
         parameters_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=["a"]), pooling_params=None))
 
 
+def _sampling(**options: Any) -> dict[str, Any]:
+    return {"sampling_params": SimpleNamespace(**options)}
+
+
 _PLAIN = {
-    "sampling_params": SimpleNamespace(prompt_logprobs=None),
-    "skip_reading_prefix_cache": False,
+    **_sampling(prompt_logprobs=None, skip_reading_prefix_cache=False),
     "prompt_token_ids": [1],
     "prompt_is_token_ids": None,
     "mm_features": [],
@@ -161,8 +187,8 @@ _PLAIN = {
     ("change", "words"),
     [
         ({"sampling_params": None}, "pooling"),
-        ({"sampling_params": SimpleNamespace(prompt_logprobs=0)}, "prompt_logprobs"),
-        ({"skip_reading_prefix_cache": True}, "skip_reading_prefix_cache"),
+        (_sampling(prompt_logprobs=0, skip_reading_prefix_cache=True), "prompt_logprobs"),
+        (_sampling(prompt_logprobs=None, skip_reading_prefix_cache=True), "skip_reading_prefix_cache"),
         ({"prompt_token_ids": None}, "prompt embeddings"),
         ({"mm_features": [1]}, "images"),
         ({"resumable": True}, "in pieces"),
@@ -269,6 +295,19 @@ def test_salts_differ_where_anything_differs(named: list[tuple[str, str, str, st
     assert not set(made) & {Salts().of(*one) for one in named}
 
 
+def _lifespan() -> Callable[[], Awaitable[Any]]:
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    return receive
+
+
+async def _ignore(message: Any) -> None:
+    pass
+
+
 class Behind:
     """An application that answers with what it was sent, as vLLM's has its state."""
 
@@ -285,48 +324,41 @@ class Behind:
             ),
         )
         self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))
+        self.routes = ["/v1/completions", "/tokenize"]
+        self.middlewares: list[Any] = []
         self.reached: list[Any] = []
-        self.handed: Any = None  # what this application gives to its engine for each request
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        scope["app"] = self
-        await self.made(scope, receive, send)
+        self.handed: Any = None  # the extra parameters that this application gives to its engine for each request
+        self.sampling: dict[str, Any] = {"prompt_logprobs": None, "skip_reading_prefix_cache": False}  # the others
 
     def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
         self.reached.append(sampling_params)
 
-    async def _echo(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Any) -> None:
-        if scope["type"] == "lifespan":
-            return
-        body, more = b"", scope["method"] == "POST"
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
+    async def _echo(self, request: Request) -> Response:
+        body = await request.body()
         if self.handed is not None:
             await asyncio.create_task(self._task())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": body})
+        return Response(body)
 
     async def _task(self) -> None:
-        self.state.engine_client.generate("Why?", SimpleNamespace(extra_args=self.handed), request_id="1")
+        self.state.engine_client.generate(
+            "Why?", SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
+        )
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
-
-        self.made = PrefixMiddleware(self._echo)
-
-        async def ask() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self), base_url="http://vllm") as client:
-                named = {name.replace("_", "-"): value for name, value in headers.items()}
-                return await client.request(
-                    "POST" if content is not None else "GET", path, content=content, headers=named
-                )
+        app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
+        app.state = self.state
+        for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
+            app.add_middleware(middleware)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
 
         async def live() -> httpx.Response:
-            try:
-                return await ask()
-            finally:
-                await self({"type": "lifespan"}, None, None)
+            method = "GET" if content is None else "POST"
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
+                try:
+                    return await client.request(method, path, content=content, headers=named)
+                finally:
+                    await app({"type": "lifespan"}, _lifespan(), _ignore)
 
         return asyncio.run(live())
 
@@ -394,7 +426,8 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
     """In the query, a header, a form; on a route that takes none; in a body of two meanings or endless depth."""
     body = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
     boundary = "multipart/form-data; boundary=x"
-    part = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n--x--\r\n'
+    some = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n'
+    part, many = some + "--x--\r\n", some.format("file") * 1999
     urlencoded = "application/x-www-form-urlencoded"
     for words, answer in (
         ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
@@ -405,11 +438,26 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
         ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
         ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
         ("nested too deeply", behind.post("[" * 100_000)),
+        ("'form.prefix_adapter'", behind.post(many + part.format("prefix_adapter"), content_type=boundary)),
+        ("more than 2000 parts", behind.post(many + some + part, content_type=boundary)),
+        ("more than 2000 fields", behind.post("a=1&" * 2000, content_type=urlencoded)),
     ):
         assert answer.status_code == 400
         assert words in answer.json()["error"]["message"]
     for content, content_type in ((part.format("file"), boundary), ("a=1", urlencoded), ('{"a": 1, "a": 2}', "")):
         assert behind.post(content, content_type=content_type).content == content.encode()
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "piece", [b"form-data;", b"--x\r\nContent-Disposition:", b"content-disposition: name=\r\n", b"%41"]
+)
+def test_a_hostile_form_costs_no_more_than_its_length(content_type: str, piece: bytes) -> None:
+    """Of 200 KB: a search that began afresh at each piece would take a minute."""
+    began = time.process_time()
+    with suppress(InvalidRequest):
+        bodies.fields_of({"headers": [(b"content-type", content_type.encode())]}, piece * (200_000 // len(piece)))
+    assert time.process_time() - began < 2
 
 
 def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +476,7 @@ def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "prefix_adapter: this server has no engine")
 
 
-async def test_a_client_that_leaves_within_its_body_reaches_nobody() -> None:
+async def test_a_client_that_leaves_within_its_body_reaches_nobody(behind: Behind) -> None:
     """A half of a body is no request."""
     arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
@@ -438,7 +486,42 @@ async def test_a_client_that_leaves_within_its_body_reaches_nobody() -> None:
     async def unreachable(*_: Any) -> None:
         pytest.fail("the application was called, or something was sent")
 
-    await PrefixMiddleware(unreachable)({"type": "http", "method": "POST"}, receive, unreachable)
+    app = Starlette(routes=[Route("/v1/completions", unreachable, methods=["POST"])])
+    app.add_middleware(PrefixMiddleware)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await app(scope, receive, unreachable)
+
+
+class Refusing:
+    """An authentication, as vLLM's: between its routes and what `--middleware` names."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and Headers(scope=scope).get("Authorization") != "Bearer right":
+            await Response("who?", 401)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def test_only_who_is_let_through_learns_of_an_adapter(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others get the authentication's answer, whatever they ask for and however much they send."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 100)
+    behind.middlewares = [Refusing]
+    for adapter, status in (("vllm/fits", 200), ("vllm/none", 404), ("none", 400), (" " * 100, 413)):
+        content = json.dumps({"kv_transfer_params": {"prefix_adapter": adapter}})
+        assert behind.post(content, authorization="Bearer right").status_code == status
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            answer = behind.post(content, **headers)
+            assert (answer.status_code, answer.text) == (401, "who?")
+
+
+def test_what_is_posted_to_no_route_is_not_read(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves most paths open to callers without a key: a body is read where vLLM would read it."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 0)
+    assert behind.post("{}", "/nowhere").status_code == 404
+    assert behind.post("{}", "/tokenize").status_code == 413
 
 
 def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) -> None:
@@ -454,3 +537,16 @@ def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) 
     for behind.handed in (adapter, *lost):  # requests that name none, after those that do
         assert behind.post("{}").status_code == 200
     assert len(behind.reached) == 5
+
+
+@pytest.mark.parametrize(("option", "value"), [("prompt_logprobs", 0), ("skip_reading_prefix_cache", True)])
+def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engine(
+    behind: Behind, option: str, value: Any
+) -> None:
+    """In the engine it would be a 500 without a reason: vLLM makes a 400 of ValueError. Plain requests may have it."""
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    behind.sampling[option] = value
+    with pytest.raises(ValueError, match=f"a request with prefix_adapter cannot have {option}"):
+        behind.post(json.dumps(behind.handed))
+    assert behind.reached == []
+    assert behind.post("{}").status_code == 200

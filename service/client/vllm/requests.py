@@ -5,7 +5,6 @@ vLLM ignores a field that it does not know: it would answer a request with a mis
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, Final
 
 from service.errors import InvalidRequest
@@ -14,6 +13,7 @@ from service.prefix.references import parse_qualified
 PARAMETER: Final = "prefix_adapter"
 CONTAINER: Final = "kv_transfer_params"
 BODY: Final = "body"
+_MAX_COMPARED: Final = 1000  # keys of a request that share a third of the parameter's letters, and are not it
 _OTHERS_OPTION: Final = "kv_connector_extra_config.other_parameters"
 
 # Objects of the caller's own data: schemas, metadata, another request's answer. Their keys name no parameters.
@@ -22,6 +22,8 @@ _FREE: Final = frozenset({
 })  # fmt: skip
 # Objects whose entries are parameters, the request itself ("") among them.
 _PARAMETERS: Final = frozenset({"", BODY, "extra_body", "vllm_xargs", "extra_args", "sampling_params"})
+
+_Path = tuple[()] | tuple["_Path", Any]  # the keys from the request to a field: those around it, then its own
 
 
 def adapter_asked(fields: Mapping[str, Any], others: Collection[str] | None = ()) -> str | None:
@@ -50,10 +52,10 @@ def adapter_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> 
         return None
     if not isinstance(kv_transfer_params, Mapping):
         raise InvalidRequest(f"{CONTAINER} must be an object, got {kv_transfer_params!r:.100}")
-    for key in kv_transfer_params:
-        if key == PARAMETER:
+    for key, value in kv_transfer_params.items():
+        if key == PARAMETER or value is None:
             continue
-        if _resembles(key, PARAMETER):
+        if _letters(key) in _LIKE_PARAMETER:
             raise InvalidRequest(f"{CONTAINER} has {key!r:.100}: did you mean {PARAMETER}?")
         if others is not None and key not in others:
             raise InvalidRequest(
@@ -83,35 +85,74 @@ def refuse_misplaced(fields: Iterable[tuple[Any, Any]]) -> None:
 
 
 def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
-    """Yield the dotted names of fields that look like an adapter, except what stands in `kv_transfer_params`."""
-    waiting = [("", fields)]
+    """Yield the dotted names of fields that look like an adapter, except what stands in `kv_transfer_params`.
+
+    A field that is null names nothing, as if it were left out.
+
+    Raises:
+        InvalidRequest: more than 1,000 different keys must be compared letter by letter.
+    """
+    compared = set[str]()
+    waiting: list[tuple[_Path, Iterable[tuple[Any, Any]]]] = [((), fields)]
     while waiting:
         inside, entries = waiting.pop()
+        parameters = not inside or inside[1] in _PARAMETERS
         for key, value in entries:
-            if key == CONTAINER and not inside:
+            if value is None or (key == CONTAINER and not inside):
                 continue
-            name = f"{inside}.{key}" if inside else key
-            if _names_adapter(key, parameters=inside.rpartition(".")[2] in _PARAMETERS):
-                yield name
-            elif isinstance(value, Mapping) and key not in _FREE:
-                waiting.append((name, value.items()))
+            letters = _letters(key)
+            if any(near.may_be(letters) for near in _NEAR):
+                compared.add(letters)
+                if len(compared) > _MAX_COMPARED:
+                    raise InvalidRequest(f"the request has more than {_MAX_COMPARED} keys that are like {PARAMETER}")
+                if _names_adapter(letters, parameters=parameters):
+                    yield _dotted((inside, key))
+                    continue
+            if isinstance(value, Mapping) and key not in _FREE:
+                waiting.append(((inside, key), value.items()))
 
 
-def _names_adapter(key: Any, *, parameters: bool) -> bool:
-    return (
-        _resembles(key, PARAMETER)
-        or _resembles(key, CONTAINER, edits=1)  # ec_transfer_params, which vLLM reads, is two edits away
-        or (parameters and _resembles(key, "adapter", edits=1))
-    )
+def _dotted(path: _Path) -> str:
+    keys = []
+    while path:
+        path, key = path
+        keys.append(f"{key:.100}")
+    return ".".join(reversed(keys))
 
 
-@lru_cache(1024)  # most requests have the same fields
-def _resembles(key: Any, name: str, edits: int = 2) -> bool:
-    """Whether a key is within some edits of a name, without regard to case and punctuation."""
+def _letters(key: Any) -> str:
+    """Return a key without case and punctuation; nothing for what is too long to be meant as a name of ours."""
     if not isinstance(key, str) or len(key) > 100:
-        return False
-    one, other = (re.sub(r"[\W_]", "", text).casefold() for text in (key, name))
-    return abs(len(one) - len(other)) <= edits and _distance(one, other) <= edits
+        return ""
+    return _PUNCTUATION.sub("", key).casefold()
+
+
+class _Near:
+    """The texts within some edits (insert, delete, substitute) of a name."""
+
+    def __init__(self, name: str, edits: int) -> None:
+        self._name, self._edits = _letters(name), edits
+        size, parts = len(self._name), edits + 1
+        self._pieces = [self._name[size * part // parts : size * (part + 1) // parts] for part in range(parts)]
+
+    def may_be(self, letters: str) -> bool:
+        """Return False for most texts that are not within the edits, quickly: each edit spoils one piece at most."""
+        apart = abs(len(letters) - len(self._name))
+        return apart <= self._edits and any(piece in letters for piece in self._pieces)
+
+    def __contains__(self, letters: str) -> bool:
+        return self.may_be(letters) and _distance(letters, self._name) <= self._edits
+
+
+_PUNCTUATION: Final = re.compile(r"[\W_]")
+_LIKE_PARAMETER: Final = _Near(PARAMETER, 2)
+_LIKE_CONTAINER: Final = _Near(CONTAINER, 1)  # ec_transfer_params, which vLLM reads, is two edits away
+_LIKE_ADAPTER: Final = _Near("adapter", 1)
+_NEAR: Final = (_LIKE_PARAMETER, _LIKE_CONTAINER, _LIKE_ADAPTER)
+
+
+def _names_adapter(letters: str, *, parameters: bool) -> bool:
+    return letters in _LIKE_PARAMETER or letters in _LIKE_CONTAINER or (parameters and letters in _LIKE_ADAPTER)
 
 
 def _distance(one: str, other: str) -> int:
@@ -138,22 +179,40 @@ def parameters_of(request: Any) -> Mapping[str, Any]:
     return extra or {}
 
 
+def refuse_sampling(sampling: Any) -> None:
+    """Refuse sampling parameters that vLLM cannot serve behind a prefix; `None` stands for a pooling request.
+
+    Raises:
+        InvalidRequest: they are such.
+    """
+    _refuse(
+        {
+            "pooling": sampling is None,
+            "prompt_logprobs (in the HTTP API also echo with logprobs, or echo in a chat): vLLM computes them from the "
+            "whole prompt, of which a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
+            "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": sampling is not None
+            and sampling.skip_reading_prefix_cache,
+        }
+    )
+
+
 def refuse_unservable(request: Any) -> None:
     """Refuse a vLLM request that names an adapter and asks for what vLLM cannot do behind one.
 
     Raises:
         InvalidRequest: it does.
     """
-    sampling = request.sampling_params
-    reasons = {
-        "pooling": sampling is None,
-        "prompt_logprobs (in the HTTP API also echo with logprobs): vLLM computes them from the whole prompt, of which "
-        "a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
-        "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": request.skip_reading_prefix_cache,
-        "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
-        "images, audio or video": bool(request.mm_features),
-        "a prompt that comes in pieces": request.resumable,
-    }
+    refuse_sampling(request.sampling_params)
+    _refuse(
+        {
+            "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
+            "images, audio or video": bool(request.mm_features),
+            "a prompt that comes in pieces": request.resumable,
+        }
+    )
+
+
+def _refuse(reasons: Mapping[str, bool]) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
