@@ -102,7 +102,7 @@ class Guarded(asyncio.Protocol):
     """The part that both parsers' connections share; stands in front of one of uvicorn's protocols."""
 
     loop: asyncio.AbstractEventLoop
-    transport: "LingeringTransport"
+    transport: asyncio.Transport
     flow: FlowControl
     cycle: Any  # of the newest request; None before the first
     client: tuple[str, int] | None
@@ -124,8 +124,8 @@ class Guarded(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to look at it."""
-        lingering = LingeringTransport(cast("asyncio.Transport", transport), self.loop, self._has_input)
-        super().connection_made(cast("asyncio.Transport", lingering))
+        self._lingering = LingeringTransport(cast("asyncio.Transport", transport), self.loop, self._has_input)
+        super().connection_made(cast("asyncio.Transport", self._lingering))
         # What an answer holds in memory it holds until the connection can take more.
         self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
@@ -161,7 +161,7 @@ class Guarded(asyncio.Protocol):
             else:
                 self._unparsed = b""
                 self._parse(data)
-        self.transport.hold(bool(self._unparsed))
+        self._lingering.hold(bool(self._unparsed))
 
     def _parse(self, data: bytes | memoryview) -> None:
         raise NotImplementedError
@@ -238,7 +238,7 @@ class Guarded(asyncio.Protocol):
         fields = [*self.server_state.default_headers, *answer.raw_headers]
         head = b"".join(b"%s: %s\r\n" % field for field in fields)
         self.transport.write(status + head + b"\r\n" + bytes(answer.body))
-        self.transport.linger()
+        self._lingering.linger()
         if self.cycle is not None:  # an app that waits for the rest of a body
             self.cycle.disconnected = True
             self.cycle.message_event.set()

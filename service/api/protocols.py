@@ -56,6 +56,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
         self._pending = 0  # bytes since the last that were of a body, or ended a head
         self._has_body_to_come = False
+        self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends with its answer
         super().__init__(deadlines, **uvicorn)
 
@@ -115,6 +116,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # see `_read_again`
         self._pending, self._has_body_to_come = 0, True
+        self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         super().on_headers_complete()
@@ -127,6 +129,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
         self._pending = 0
+        self._body_left -= len(body)
         self._events += 1
         super().on_body(body)
 
@@ -141,6 +144,11 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         self._is_last = not cycle.keep_alive
         cycle.more_body = False
         cycle.message_event.set()
+
+    @property
+    def _piece(self) -> int:
+        """A body with a length is one event for each piece; no request behind it is in the piece that ends it."""
+        return max(PIECE, self._body_left)
 
     @property
     def _ignores_input(self) -> bool:
@@ -171,7 +179,7 @@ class H11Connection(Guarded, H11Protocol):
 
     @property
     def _piece(self) -> int:
-        """A body with a length is one event for each piece, and ends h11's part of a piece."""
+        """A body with a length is one event for each piece; h11 itself keeps what stands behind it."""
         return _LARGE_PIECE if self.conn.is_in_body and self.conn.has_length else PIECE
 
     @property
