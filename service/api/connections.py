@@ -6,6 +6,7 @@ Here one timer for each connection bounds both, and a refusal is a problem docum
 
 import asyncio
 import http
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -27,7 +28,13 @@ _LOOKS: Final = 8
 """How often the timer looks at a connection within the shorter of its deadlines: they hold within this part."""
 
 _LINGER: Final = 2.0
-"""Seconds in which a peer may read a refusal while it still sends: data that is not read would reset the connection."""
+"""Seconds in which a peer may read the last answer while it still sends: unread input would reset the connection."""
+
+PIECE: Final = 4 << 10
+"""Bytes that a parser gets at a time: between two pieces it can stop, and keep the rest as bytes."""
+
+_EVENTS: Final = 500
+"""Events of a parser, such as chunks, after which other connections get their turn."""
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
@@ -38,6 +45,57 @@ class Deadlines:
 
     receive: float
     send: float
+
+
+class LingeringTransport(GatheringTransport):
+    """A transport that reads on while it closes, since a connection that is closed in front of unread input is reset,
+    and its peer may lose the last answer."""
+
+    def __init__(
+        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, has_input: Callable[[], bool]
+    ) -> None:
+        super().__init__(transport, loop)
+        self._has_input = has_input
+        self._is_lingering = self._is_paused = self._is_held = self._is_still = False
+
+    def pause_reading(self) -> None:
+        """Read nothing until `resume_reading`."""
+        self._is_paused = True
+        self._apply()
+
+    def resume_reading(self) -> None:
+        """Read again, unless reading is held."""
+        self._is_paused = False
+        self._apply()
+
+    def hold(self, held: bool) -> None:
+        """Read nothing while it is held, whatever uvicorn resumes."""
+        self._is_held = held
+        self._apply()
+
+    def _apply(self) -> None:
+        still = (self._is_paused or self._is_held) and not self._is_lingering
+        if still != self._is_still and not self._transport.is_closing():
+            self._is_still = still
+            (self._transport.pause_reading if still else self._transport.resume_reading)()
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is sent or parsed."""
+        return self._is_lingering or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close, behind what was written; linger before that, if input would reset the connection."""
+        if self.is_closing() or not self._has_input():
+            super().close()
+        else:
+            self.linger()
+
+    def linger(self) -> None:
+        """End the sending side, drop input for `_LINGER` seconds or until the peer closes, and close."""
+        self._is_lingering = True
+        self.write_eof()
+        self._apply()
+        self._loop.call_later(_LINGER, self.close)
 
 
 class Guarded(asyncio.Protocol):
@@ -59,14 +117,15 @@ class Guarded(asyncio.Protocol):
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
-        self._is_refused = False
+        self._unparsed: bytes | memoryview = b""
+        self._events = 0  # since the parser began its turn
         self._postponed: PrefixServiceError | None = None
         super().__init__(**uvicorn)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to look at it."""
-        gathering = GatheringTransport(cast("asyncio.Transport", transport), self.loop)
-        super().connection_made(cast("asyncio.Transport", gathering))
+        self._lingering = LingeringTransport(cast("asyncio.Transport", transport), self.loop, self._has_input)
+        super().connection_made(cast("asyncio.Transport", self._lingering))
         # What an answer holds in memory it holds until the connection can take more.
         self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
@@ -75,7 +134,41 @@ class Guarded(asyncio.Protocol):
         """End."""
         if self._timer is not None:
             self._timer.cancel()
+        self._unparsed = b""
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived, up to the first request that waits for its turn; keep what stands behind it as bytes."""
+        if not self.transport.is_closing():
+            self._unparsed = memoryview(bytes(self._unparsed) + data) if self._unparsed else data
+            self._parse_on()
+
+    def _parse_on(self) -> None:
+        self._events = 0
+        while self._unparsed and not self._owes_answers():
+            if self._ignores_input:
+                self._unparsed = b""
+                break
+            if self._events > _EVENTS:
+                self.loop.call_soon(self._parse_on)
+                break
+            self._unset_keepalive_if_required()
+            data, size = self._unparsed, self._piece
+            if len(data) > size:
+                data = memoryview(data)
+                self._unparsed = data[size:]
+                self._parse(data[:size])
+            else:
+                self._unparsed = b""
+                self._parse(data)
+        self._lingering.hold(bool(self._unparsed))
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        raise NotImplementedError
+
+    @property
+    def _piece(self) -> int:
+        return PIECE
 
     def pause_writing(self) -> None:
         """More than the high-water mark is unsent."""
@@ -88,10 +181,12 @@ class Guarded(asyncio.Protocol):
         super().resume_writing()
 
     def on_response_complete(self) -> None:
-        """Refuse what stood behind the requests that are now answered."""
+        """Go on with what stood behind the requests that are now answered."""
         super().on_response_complete()  # type: ignore[misc]
         if self._postponed is not None:
             self._refuse(self._postponed)
+        elif self._unparsed:
+            self._parse_on()
 
     def _look(self) -> None:
         if self._is_read_too_slowly():
@@ -128,7 +223,7 @@ class Guarded(asyncio.Protocol):
         return self._waited >= self._deadlines.receive
 
     def _refuse(self, error: PrefixServiceError) -> None:
-        if self._is_refused or self.transport.is_closing():
+        if self.transport.is_closing():
             return
         if self._owes_answers():
             self._postponed = error
@@ -143,18 +238,18 @@ class Guarded(asyncio.Protocol):
         fields = [*self.server_state.default_headers, *answer.raw_headers]
         head = b"".join(b"%s: %s\r\n" % field for field in fields)
         self.transport.write(status + head + b"\r\n" + bytes(answer.body))
-        self.transport.write_eof()
-        self._is_refused = True
+        self._lingering.linger()
         if self.cycle is not None:  # an app that waits for the rest of a body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(_LINGER, self.transport.abort)
 
     @property
     def _ignores_input(self) -> bool:
-        return self._is_refused or self._postponed is not None
+        return self._postponed is not None or self.transport.is_closing()
+
+    def _has_input(self) -> bool:
+        """Whether bytes are on their way, or wait, that nobody will read."""
+        return self._is_in_body or bool(self._unparsed)
 
     @property
     def _is_in_body(self) -> bool:

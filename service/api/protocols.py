@@ -15,13 +15,14 @@ import httptools
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.connections import Deadlines, Guarded
+from service.api.connections import PIECE, Deadlines, Guarded
 from service.api.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
 from service.api.strict_h11 import StrictH11
 from service.errors import MalformedRequest, PrefixServiceError
 from service.settings import Settings
 
 Message = dict[str, Any]
+_LARGE_PIECE = 256 << 10
 
 
 def protocol_class(parser: Literal["httptools", "h11"], deadlines: Deadlines) -> type[asyncio.Protocol]:
@@ -55,14 +56,12 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
         self._pending = 0  # bytes since the last that were of a body, or ended a head
         self._has_body_to_come = False
+        self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends with its answer
         super().__init__(deadlines, **uvicorn)
 
-    def data_received(self, data: bytes) -> None:
+    def _parse(self, data: bytes | memoryview) -> None:
         """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
-        if self._ignores_input or self._is_last:
-            return
-        self._unset_keepalive_if_required()
         self._pending += len(data)
         try:
             try:
@@ -117,6 +116,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # see `_read_again`
         self._pending, self._has_body_to_come = 0, True
+        self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         super().on_headers_complete()
@@ -129,6 +129,8 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
         self._pending = 0
+        self._body_left -= len(body)
+        self._events += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -142,6 +144,15 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         self._is_last = not cycle.keep_alive
         cycle.more_body = False
         cycle.message_event.set()
+
+    @property
+    def _piece(self) -> int:
+        """A body with a length is one event for each piece; no request behind it is in the piece that ends it."""
+        return max(PIECE, self._body_left)
+
+    @property
+    def _ignores_input(self) -> bool:
+        return self._is_last or super()._ignores_input
 
     @property
     def _is_in_body(self) -> bool:
@@ -160,10 +171,21 @@ class H11Connection(Guarded, H11Protocol):
         super().__init__(deadlines, **uvicorn)
         self.conn = StrictH11()
 
-    def data_received(self, data: bytes) -> None:
-        """Parse; h11 would refuse data behind a request that asked for the end of the connection."""
-        if not self._ignores_input and self.conn.their_state not in (h11.MUST_CLOSE, h11.CLOSED):
-            super().data_received(data)
+    def _parse(self, data: bytes | memoryview) -> None:
+        before = self.conn.events
+        self.conn.receive_data(bytes(data))
+        self.handle_events()
+        self._events += self.conn.events - before
+
+    @property
+    def _piece(self) -> int:
+        """A body with a length is one event for each piece; h11 itself keeps what stands behind it."""
+        return _LARGE_PIECE if self.conn.is_in_body and self.conn.has_length else PIECE
+
+    @property
+    def _ignores_input(self) -> bool:
+        """h11 would refuse data behind a request that asked for the end of the connection."""
+        return self.conn.their_state in (h11.MUST_CLOSE, h11.CLOSED) or super()._ignores_input
 
     def handle_events(self) -> None:
         """Begin to answer a request; its answer is not sent before this returns."""

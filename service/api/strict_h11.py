@@ -37,8 +37,10 @@ class StrictH11(h11.Connection):
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
         self._receive_buffer = self._lines = _StrictBuffer()
-        self.is_in_body = False
-        """Whether the newest request has more to come."""
+        self.is_in_body = self.has_length = False
+        """Whether the newest request has more to come, and whether its head has a Content-Length."""
+        self.events = 0
+        """Events that were parsed."""
 
     def next_event(self) -> Any:
         """Parse the next event; a request's target is in origin-form.
@@ -49,9 +51,11 @@ class StrictH11(h11.Connection):
         if self.their_state is h11.IDLE:
             self._lines.skip_empty_lines()
         event = super().next_event()
+        self.events += 1
         try:
             if isinstance(event, h11.Request):
                 event, self.is_in_body = _admitted(event), True
+                self.has_length = any(name == b"content-length" for name, _ in event.headers)
             elif isinstance(event, h11.EndOfMessage):
                 check_trailers(event.headers)
                 self.is_in_body = False

@@ -92,3 +92,71 @@ def test_62_a_boundary_is_needed(boundary: str) -> None:
     """A Content-Type without one, or with one that no line can have."""
     with pytest.raises(InvalidRequest, match="boundary"):
         MultipartReader(f"multipart/form-data{boundary}")
+
+
+def names_of(disposition: bytes) -> list[str]:
+    """The names of the parts of a body that has one part, with this Content-Disposition."""
+    return [name for name, _ in parts_of([b"--x\r\nContent-Disposition: " + disposition + b"\r\n\r\n\r\n--x--"])]
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        pytest.param(b'form-data; name="n"; filename="a b.bin"', id="curl"),
+        pytest.param(b'form-data; name="n"; filename="a%22b;c=\xc3\xa9.bin"', id="a browser"),
+        pytest.param(b"form-data; name=\"n\"; filename*=utf-8''a%20%C3%A9.bin", id="requests, in Python"),
+        pytest.param(b'form-data; name="n"; filename="a\\"b\\\\; name=z"', id="Go"),
+        pytest.param(b'form-data; filename="name=z"; name="n"', id="another order"),
+        pytest.param(b"form-data;name=n;filename=a/b=c:d\xe9", id="unquoted"),
+        pytest.param(b'form-data ;; Name\t = "\\n" ; ', id="blanks and nothing"),
+        pytest.param(b"form-data; name*=z; name=n; name*0=z", id="beside RFC 2231"),
+    ],
+)
+def test_62_parameters_are_read_as_clients_send_them(disposition: bytes) -> None:
+    """The name is `n`, whatever the other parameters are."""
+    assert names_of(disposition) == ["n"]
+
+
+@pytest.mark.parametrize("boundary", ["----=_Part_0/1:2", '"a b"', '"\\a\\ b"', "a; charset=utf-8"])
+def test_62_boundaries_are_read_as_clients_send_them(boundary: str) -> None:
+    """Quoted, escaped, or with characters that should be quoted."""
+    plain = "a" if ";" in boundary else boundary.replace('"', "").replace("\\", "")
+    reader = MultipartReader(f"multipart/form-data; boundary={boundary}")
+    head = b"Content-Disposition: form-data; name=n\r\n\r\n"
+    assert list(reader.read(b"--%b\r\n%b\r\n--%b--" % (plain.encode(), head, plain.encode()))) == [Part("n")]
+
+
+HOSTILE = [
+    pytest.param("{}*%s=x" % ("1" * 5000), id="a number of 5000 digits"),
+    pytest.param("{}*=a; {}*0=b", id="RFC 2231 in two ways"),
+    pytest.param("{}*=nonsense''a%ff", id="an unknown character set"),
+    pytest.param('a="' + ";" * 60_000, id="60,000 semicolons in an open quote"),
+    pytest.param(';a="";b="' * 6_000, id="6,000 quotes"),
+    pytest.param('{}="x', id="an open quote"),
+    pytest.param('{}="x\\"', id="an escaped end of a quote"),
+    pytest.param('{}="x"y', id="something behind a quote"),
+    pytest.param("{}=x y", id="something behind a token"),
+    pytest.param("{}", id="no value"),
+    pytest.param("=x", id="no name"),
+    pytest.param("{}=x; {}=x", id="twice"),
+    pytest.param("{}=x; A=b; a=c", id="another parameter twice, with other letters"),
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_62_hostile_parameters_are_refused(admin: httpx.Client, hostile: str) -> None:
+    """422 with a reason, in the Content-Type and in a Content-Disposition."""
+    path = versions_path(TENANT, "hostile")
+    headers = {"Content-Type": "multipart/form-data; " + hostile.replace("{}", "boundary")}
+    problem(admin.post(path, content=b"--x\r\n", headers=headers), 422, "invalid-request")
+    head = f"--x\r\nContent-Disposition: form-data; {hostile.replace('{}', 'name')}\r\n\r\n--x--"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    problem(admin.post(path, content=head.encode(), headers=headers), 422, "invalid-request")
+
+
+def test_62_field_values_are_bounded() -> None:
+    """A value of 4 KiB is read, and one that is longer is not, so that no value takes long."""
+    start = "multipart/form-data; boundary=x; a="
+    MultipartReader(start + "b" * (4096 - len(start)))
+    with pytest.raises(InvalidRequest, match="4097 characters, more than 4096"):
+        MultipartReader(start + "b" * (4097 - len(start)))

@@ -32,14 +32,19 @@ http {{
         listen 127.0.0.1:{port};
         location / {{
             proxy_pass http://service;
-            proxy_http_version 1.1;
+            client_max_body_size 0;
             proxy_request_buffering {buffering};
-            proxy_set_header Upgrade $http_upgrade;
-            proxy_set_header Connection $connection_upgrade;
+            {connection}
         }}
     }}
 }}
 """
+_KEPT: Final = """
+            proxy_http_version 1.1;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $connection_upgrade;
+"""
+_CLOSED: Final = "proxy_http_version 1.0; proxy_set_header Connection close;"
 _HAPROXY: Final = """
 defaults
     mode http
@@ -57,10 +62,12 @@ backend service
 
 
 @contextmanager
-def nginx(url: str, folder: Path, *, buffering: bool = False) -> Iterator[str]:
-    """nginx in front of the service at `url`, forwarding `Upgrade`; the URL for callers. With `buffering` it sends a
-    request on when it has all of the body."""
+def nginx(url: str, folder: Path, *, buffering: bool = False, kept: bool = True) -> Iterator[str]:
+    """nginx in front of the service at `url`; the URL for callers. With `buffering` it sends a request on when it has
+    all of the body. It forwards `Upgrade`; unless connections are `kept`, it asks in HTTP/1.0, one request on each, as
+    by default."""
     words = {"buffering": "on" if buffering else "off", "user": "user root;" if os.geteuid() == 0 else ""}
+    words["connection"] = _KEPT if kept else _CLOSED
     with _proxy([_program("nginx"), "-p", str(folder), "-c"], _NGINX, url, folder, **words) as found:
         yield found
 
