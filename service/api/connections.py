@@ -152,7 +152,6 @@ class Guarded(asyncio.Protocol):
             if self._events > _EVENTS:
                 self.loop.call_soon(self._parse_on)
                 break
-            self._unset_keepalive_if_required()
             data, size = self._unparsed, self._piece
             if len(data) > size:
                 data = memoryview(data)

@@ -62,6 +62,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
 
     def _parse(self, data: bytes | memoryview) -> None:
         """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
+        self._unset_keepalive_if_required()
         self._pending += len(data)
         try:
             try:
@@ -172,6 +173,7 @@ class H11Connection(Guarded, H11Protocol):
         self.conn = StrictH11()
 
     def _parse(self, data: bytes | memoryview) -> None:
+        self._unset_keepalive_if_required()
         before = self.conn.events
         self.conn.receive_data(bytes(data))
         self.handle_events()
