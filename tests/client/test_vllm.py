@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, State
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -347,7 +347,7 @@ class Behind:
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
         app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
-        app.state = self.state
+        app.state = State(vars(self.state))
         for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
             app.add_middleware(middleware)
         named = {name.replace("_", "-"): value for name, value in headers.items()}
