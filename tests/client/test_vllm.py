@@ -129,6 +129,17 @@ def test_a_field_that_is_null_names_nothing() -> None:
     assert adapter_asked({**nulls, "kv_transfer_params": {"prefix_adapter": None, "prefix_adaptor": None}}) is None
 
 
+@pytest.mark.parametrize("name", ["extra_body", "vllm_xargs", "extra_args", "sampling_params"])
+@pytest.mark.parametrize("named", [{"adapter": "acme/a"}, {"kv_transfer_params": {"prefix_adapter": "acme/a"}}])
+def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str, named: dict[str, Any]) -> None:
+    """Clients that encode their parameters twice, or send several sets; a text that is no JSON is no parameters."""
+    for value in ([{}, named], json.dumps(named), json.dumps([named])):
+        with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
+            adapter_asked({name: value})
+    for plain in ("adapter", "[" * 100_000, [1, "adapter"], {}, ""):
+        assert adapter_asked({name: plain}) is None
+
+
 def test_keys_are_compared_up_to_a_limit() -> None:
     """Many other keys pass; a key that needs a comparison letter by letter passes too, until there are too many."""
     others = {f"{number:013}": 1 for number in range(100_000)}
