@@ -136,7 +136,8 @@ def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str
     for value in ([{}, named], json.dumps(named), json.dumps([named])):
         with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
             adapter_asked({name: value})
-    for plain in ("adapter", "[" * 100_000, [1, "adapter"], {}, ""):
+    plains: list[Any] = ["adapter", "[" * 100_000, [1, "adapter"], {}, ""]
+    for plain in plains:
         assert adapter_asked({name: plain}) is None
 
 
