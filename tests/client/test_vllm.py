@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, State
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -127,6 +127,18 @@ def test_a_field_that_is_null_names_nothing() -> None:
     fields = {**nulls, "extra_body": nulls, "kv_transfer_params": {"prefix_adapter": "acme/a", "hint": None}}
     assert adapter_asked(fields) == "acme/a"
     assert adapter_asked({**nulls, "kv_transfer_params": {"prefix_adapter": None, "prefix_adaptor": None}}) is None
+
+
+@pytest.mark.parametrize("name", ["extra_body", "vllm_xargs", "extra_args", "sampling_params"])
+@pytest.mark.parametrize("named", [{"adapter": "acme/a"}, {"kv_transfer_params": {"prefix_adapter": "acme/a"}}])
+def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str, named: dict[str, Any]) -> None:
+    """Clients that encode their parameters twice, or send several sets; a text that is no JSON is no parameters."""
+    for value in ([{}, named], json.dumps(named), json.dumps([named])):
+        with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
+            adapter_asked({name: value})
+    plains: list[Any] = ["adapter", "[" * 100_000, [1, "adapter"], {}, ""]
+    for plain in plains:
+        assert adapter_asked({name: plain}) is None
 
 
 def test_keys_are_compared_up_to_a_limit() -> None:
@@ -347,7 +359,7 @@ class Behind:
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         """What it answers, in a life of its own."""
         app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
-        app.state = self.state
+        app.state = State(vars(self.state))
         for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
             app.add_middleware(middleware)
         named = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -132,12 +132,12 @@ _WITHOUT_ADAPTER: Final = frozenset({
 
 def test_who_has_no_key_of_vllm_learns_nothing_of_adapters(openai: httpx.Client) -> None:
     """vLLM's own 401, whether the adapter is there or not; `/invocations` is a route that vLLM leaves open."""
-    guarded = sorted(ROUTES & {path for path in ROUTES if path.startswith(("/v1", "/inference"))})
+    guarded = sorted(path for path in ROUTES if path.startswith(("/v1", "/inference")))
     for path in guarded:
         for adapter in (_PARAMS["prefix_adapter"], "demo/nosuch", "nosuch"):
             for key in ("", "Bearer wrong"):
-                body = {"kv_transfer_params": {"prefix_adapter": adapter}}
-                answer = openai.post(path, json=body, headers={"Authorization": key})
+                named = {"kv_transfer_params": {"prefix_adapter": adapter}}
+                answer = openai.post(path, json=named, headers={"Authorization": key})
                 assert (answer.status_code, answer.json()) == (401, {"error": "Unauthorized"}), (path, adapter)
     body = {"model": "model", "prompt": "Why?", "max_tokens": 1, "kv_transfer_params": _PARAMS}
     assert openai.post("/invocations", json=body, headers={"Authorization": ""}).status_code == 200
@@ -228,10 +228,10 @@ def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> No
         assert openai.post("/v1/completions", content=content, headers=more).status_code == 400
     for query, headers in (({"prefix_adapter": adapter}, {}), ({}, {"X-Prefix-Adapter": adapter})):
         assert openai.post("/v1/completions", json=body, params=query, headers=headers).status_code == 400
-    for option in ({"prompt_logprobs": 1}, {"skip_reading_prefix_cache": True}):
-        generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, **option}, **named}
+    for option in ("prompt_logprobs", "skip_reading_prefix_cache"):
+        generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, option: True}, **named}
         answer = openai.post("/inference/v1/generate", json=generate)
-        assert (answer.status_code, *option) == (400, *(name for name in option if name in answer.text)), answer.text
+        assert (answer.status_code, option in answer.text) == (400, True), answer.text
     echoing = _chat(openai, adapter, "Why?", echo=True)
     assert (echoing.status_code, "prompt_logprobs" in echoing.json()["error"]["message"]) == (400, True), echoing.text
     assert openai.post("/v1/completions", json=body).status_code == 200

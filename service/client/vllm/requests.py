@@ -3,6 +3,7 @@
 vLLM ignores a field that it does not know: it would answer a request with a misspelt adapter by the plain model.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -108,8 +109,20 @@ def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
                 if _names_adapter(letters, parameters=parameters):
                     yield _dotted((inside, key))
                     continue
-            if isinstance(value, Mapping) and key not in _FREE:
-                waiting.append(((inside, key), value.items()))
+            if key not in _FREE:
+                waiting.extend(((inside, key), one.items()) for one in _objects(key, value))
+
+
+def _objects(key: Any, value: Any) -> list[Mapping[Any, Any]]:
+    """Return a field's object; of a field of parameters also those of a list, or the one that a text of JSON has."""
+    if key in _PARAMETERS and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    if key in _PARAMETERS and isinstance(value, list):
+        return [one for one in value if isinstance(one, Mapping)]
+    return [value] if isinstance(value, Mapping) else []
 
 
 def _dotted(path: _Path) -> str:
