@@ -55,10 +55,8 @@ def to_cache(
             layer keeps something other than keys and values (state-space layers, latent attention), the architecture
             takes no cache (RWKV), or the layers of a model that is spread over devices cannot be found.
     """
-    model: Any = None
-    if not isinstance(config, PreTrainedConfig):
-        model = unwrapped(config)
-        config = model.config
+    model: Any = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
+    config = config if isinstance(config, PreTrainedConfig) else model.config
     decoder = config.get_text_config(decoder=True)
     _check_takes_cache(config, decoder)
     _check_layers(decoder)

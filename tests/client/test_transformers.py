@@ -350,7 +350,6 @@ def test_what_a_prefix_cannot_serve_is_refused(options: dict[str, Any], message:
         (RIGHT, {"return_dict_in_generate": True}, "return_dict_in_generate cannot be served with right padding"),
         (RIGHT, {"position_ids": position_ids(RIGHT, 0)}, "position_ids cannot be served with right padding"),
         (RIGHT, {"prefix_allowed_tokens_fn": lambda _row, _ids: [5]}, "prefix_allowed_tokens_fn cannot be served"),
-        (RIGHT * torch.tensor([[1], [1], [0]]), {}, "a row without a token cannot be served"),
     ],
 )
 def test_what_cannot_be_generated_length_by_length_is_refused(

@@ -77,8 +77,9 @@ CONFIGS: Final[Mapping[str, Options]] = {
     "janus": {"vq_config.base_channels": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "led": {"attention_window": [8] * 4},
-    "llama4_text:scaled": {"floor_scale": 4},
     "llama4": {
+        "floor_scale": 4,
+        "text_config.floor_scale": 4,
         "vision_config.intermediate_size": 256,
         "vision_config.projector_input_dim": 64,
         "vision_config.projector_output_dim": 64,
@@ -130,7 +131,6 @@ VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {
     "gemma2": ("short",),
     "gemma3_text": ("short",),
     "gemma4_text": ("short",),
-    "llama4_text": ("scaled",),
     "mistral": ("short",),
     "qwen2": ("windows",),
 }
