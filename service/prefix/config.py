@@ -143,7 +143,7 @@ class PromptLearningConfig(BaseModel):
         filled = _validate(type(self), {**self.model_dump(), **missing})
         if unknown := filled._unknown_dimensions():
             kind = base_model_config.get("model_type")
-            of_type = "has no model_type and" if kind is None else f"(model_type {_shown(kind)})"
+            of_type = "has no model_type, and" if kind is None else f"(model_type {_shown(kind)})"
             raise InvalidConfig(
                 f"the base model's config {of_type} does not give {', '.join(unknown)}: set them in adapter_config.json"
             )

@@ -142,5 +142,5 @@ def test_13_values_that_are_given_stand_beside_defaults(config: dict[str, Any], 
 def test_13_a_model_type_without_defaults_is_named(model_type: Any) -> None:
     """The message names the model type and what to do, and does not ask for the file again."""
     config = parse_config({"peft_type": "PREFIX_TUNING"})
-    with pytest.raises(InvalidConfig, match=r"model_type .*does not tell .*num_attention_heads.*adapter_config.json"):
+    with pytest.raises(InvalidConfig, match=r"model_type.* does not give .*num_attention_heads.*adapter_config.json"):
         config.filled({"model_type": model_type, "num_hidden_layers": 2, "hidden_size": 8})

@@ -165,7 +165,7 @@ def test_the_adapters_own_dimensions_stand() -> None:
 
 def test_a_base_model_that_tells_nothing_is_named() -> None:
     """The message does not ask for the file that was given: it names the model type and what is missing."""
-    with pytest.raises(InvalidConfig, match=r"model_type 'new'\) does not tell token_dim, num_attention_heads: set"):
+    with pytest.raises(InvalidConfig, match=r"model_type 'new'\) does not give token_dim, num_attention_heads: set"):
         prefix_tuning(num_layers=3).filled({"model_type": "new"})
 
 
