@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _WORTH_WAKING: Final = 512 << 10  # bytes
 _AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do something else
-_OBSERVED_AT_ONCE: Final = 1 << 20  # still in the processor's cache, while the kernel receives the next
+_OBSERVED_AT_ONCE: Final = 256 << 10  # still in the processor's cache when the observer sees it
 MOST_UNDECLARED: Final = 1 << 30
 """Bytes that a body may have that does not declare its length."""
 

@@ -20,6 +20,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -149,8 +150,28 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
         runner.run(later_trusting.close())
 
 
+def cost_of_the_digest(url: str, key: str, reference: str, rounds: int) -> list[str]:
+    """Returns the time of a fetch with the digest ÷ without it, and, as a control, without ÷ without.
+
+    Three clients take turns in an order that alternates, so that none always follows the same other one.
+    """
+    options: dict[str, bool | None] = {"with": None, "without": False, "control": False}
+    with contextlib.ExitStack() as stack:
+        fetches: dict[str, Fetch] = {}
+        for name, verify in options.items():
+            client = stack.enter_context(PrefixClient(url, key, cache_bytes=0, verify_digest=verify))
+            fetches[name] = timed(partial(client.get, reference))
+        found: dict[str, list[float]] = {name: [] for name in fetches}
+        for number in range(-2, rounds):
+            for name in list(fetches)[:: 1 if number % 2 else -1]:
+                seconds = fetches[name]()
+                if number >= 0:
+                    found[name].append(seconds)
+    return [str(ratio(found[name], found["without"])) for name in ("with", "control")]
+
+
 def compared(rows: list[list[str]], title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> dict[str, float]:
-    """Every contestant in turn; one row each, and the median seconds."""
+    """Runs every contestant in turn; adds a row for each. Returns median seconds."""
     found = in_turns(fetches, rounds)
     for name, seconds in found.items():
         spread = Spread.of([1000 * value for value in seconds])
@@ -163,6 +184,7 @@ def compared(rows: list[list[str]], title: str, fetches: dict[str, Fetch], size:
 def measure(*, quick: bool) -> Outcome:
     """Publish, fetch, compare."""
     rows: list[list[str]] = []
+    costs: list[list[str]] = []
     medians: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "data", environment=QUIET) as server:
         port = int(server.url.rpartition(":")[2])
@@ -179,10 +201,13 @@ def measure(*, quick: bool) -> Outcome:
             say(f"  {size}, {rounds} rounds")
             with contestants(port, path, server.admin_key, reference) as fetches:
                 medians[f"{size}, service"] = compared(rows, f"{size} from the service", fetches, shape.nbytes, rounds)
+            costs.append([size, *cost_of_the_digest(server.url, server.admin_key, reference, 3 * rounds)])
             with bare_server(whole) as bare, contestants(bare, path, server.admin_key, reference) as fetches:
                 medians[f"{size}, bare"] = compared(rows, f"{size} from a bare server", fetches, shape.nbytes, rounds)
     head_row = ["", "", "ms (quartiles)", "GB/s", "raw's time ÷ its", "httpx's time ÷ its"]
     names = list(next(iter(medians.values())))
     series: dict[str, list[float | None]] = {name: [1000 * found[name] for found in medians.values()] for name in names}
     chart = Chart("bars", "Until tensors are usable", "ms", list(medians), series)
-    return Outcome([Grid("Until a prefix's tensors are usable", head_row, rows)], chart)
+    headings = ["", "with it", "without, as a control"]
+    cost = Grid("What the digest costs: time of a fetch ÷ time without it", headings, costs)
+    return Outcome([Grid("Until a prefix's tensors are usable", head_row, rows), cost], chart)
