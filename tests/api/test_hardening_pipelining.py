@@ -1,4 +1,4 @@
-"""HARDENING.md 19: many requests on one connection, and many pieces of one body, hold neither memory nor the loop."""
+"""Many requests on one connection, and many pieces of one body, hold neither memory nor the loop."""
 
 import asyncio
 import itertools

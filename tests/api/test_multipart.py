@@ -1,4 +1,4 @@
-"""HARDENING.md 62: multipart bodies as RFC 2046 allows them, however they are cut into pieces."""
+"""Multipart bodies as RFC 2046 allows them, however they are cut into pieces."""
 
 import json
 from collections.abc import Iterable

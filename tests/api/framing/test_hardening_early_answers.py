@@ -1,4 +1,4 @@
-"""HARDENING.md 21: an answer that comes before its request's body was read reaches the client."""
+"""An answer that comes before its request's body was read reaches the client."""
 
 import socket
 import time

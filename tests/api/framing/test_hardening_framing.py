@@ -1,4 +1,4 @@
-"""HARDENING.md 60 and 61: both parsers read the requests of `README.md`, and see each end at the same byte."""
+"""Both parsers read the requests of `README.md`, and see each end at the same byte."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""HARDENING.md 60: a proxy uses one connection for all callers, and no bytes of one become a request of another."""
+"""A proxy uses one connection for all callers, and no bytes of one become a request of another."""
 
 import contextlib
 import itertools
