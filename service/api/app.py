@@ -55,7 +55,7 @@ _DESCRIPTION = (
 
 
 class _App(FastAPI):
-    """What every request passes stands in front of FastAPI: what was answered before never comes to its own layers."""
+    """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
 
     def open(self, state: State) -> None:
         """Serve with these collaborators from now on."""

@@ -72,7 +72,7 @@ _INFERENCE: Final[dict[str, Any]] = {
 
 @router.get("")
 async def server_metadata() -> ServerMetadata:
-    """What this server is, and the extensions that it speaks."""
+    """Name and version of this server, and the extensions that it supports."""
     return ServerMetadata(name="prefix-service", version=version_of("prefix-service"), extensions=list(EXTENSIONS))
 
 

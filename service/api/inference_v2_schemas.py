@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol says, as pydantic models: its objects, and the parameters that count here.
+"""Pydantic models of the Open Inference Protocol's objects, and of the parameters that are read here.
 
 Sources: KServe's Open Inference Protocol (https://kserve.github.io/website/docs/concepts/architecture/data-plane/v2-protocol)
 and Triton's extensions `binary_tensor_data`, `model_repository` and `parameters`
@@ -81,7 +81,7 @@ class ResponseOutput(BaseModel):
 
 
 class ResponseParameters(BaseModel):
-    """What was made: the version's digest, and the dtype of keys and values."""
+    """The digest of the version that was served, and the dtype of keys and values."""
 
     digest: str
     dtype: KVDtype
@@ -209,14 +209,14 @@ class ModelStatistics(BaseModel):
 
 
 class Statistics(BaseModel):
-    """What the process that answers has counted since it started; each worker process counts for itself. Of each
+    """Counts of the process that answers, since it started; each worker process counts for itself. Of each
     tenant, the 1,024 versions that were asked for last are counted; the others have zeros."""
 
     model_stats: list[ModelStatistics]
 
 
 class IndexRequest(_Strict):
-    """Which versions to list: all, or those in memory."""
+    """The versions to list: all, or those in memory."""
 
     ready: StrictBool = False
 

@@ -1,4 +1,4 @@
-"""What HTTP callers may say about a representation: Accept, Content-Type, conditions and ranges (RFC 9110)."""
+"""Content negotiation, conditions and ranges of HTTP requests (RFC 9110), and wanted digests (RFC 9530)."""
 
 import re
 from typing import Final

@@ -129,7 +129,7 @@ async def post_prefix(
     settings: SettingsOf,
     options: Annotated[PrefixRequest, Query()],
 ) -> PrefixResponse:
-    """The same, with the input's attention mask extended and the position ids that follow from it."""
+    """A prefix, with the input's attention mask extended and the position ids that follow from it."""
     require_acceptable(request.headers, MEDIA_TYPE)
     media_type = require_media_type(request.headers, "application/json", MEDIA_TYPE)
     reference = parse_reference(ref)

@@ -63,7 +63,7 @@ def problem(error: errors.PrefixServiceError) -> Response:
 
 
 class _ProblemResponse(Response):
-    """A problem document; the request's line in the log tells its code.
+    """Returns a problem document; the request's line in the log has its code.
 
     Clients of the Open Inference Protocol read the member `error` alone, which all of `/v2` has beside the others.
     """

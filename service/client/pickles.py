@@ -190,6 +190,11 @@ class _Collected:
     seen: int = 0
 
     def add(self, name: str, value: Any, depth: int) -> None:
+        """Collect the tensors in `value`, under names that begin with `name`.
+
+        Raises:
+            InvalidCheckpoint: two tensors have one name, or the values are too many or nested too deeply.
+        """
         self.seen += 1
         if depth > _MAX_DEPTH or self.seen > _MAX_VALUES:
             raise InvalidCheckpoint(f"the checkpoint has more than {_MAX_DEPTH} levels or {_MAX_VALUES} values")
