@@ -210,7 +210,7 @@ class Guarded(asyncio.Protocol):
         return self._reader.left <= 0
 
     def _is_awaited_too_long(self) -> bool:
-        """Whether a head, or the rest of an already answered body, is late; uvicorn ends idle connections by its own timer."""
+        """Whether a head, or the rest of a body that was answered early, is late; uvicorn ends idle connections."""
         cycle = self.cycle
         if (cycle is not None and not cycle.response_complete) or self.timeout_keep_alive_task is not None:
             self._waited = 0
