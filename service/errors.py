@@ -24,6 +24,7 @@ PrefixServiceError
 │   └── QuotaExceeded           the tenant has as much as it may have
 ├── Unavailable                 try again later
 │   ├── RateLimited             more requests than the tenant's rate
+│   ├── Overloaded              too many requests in flight, or too much work in progress
 │   ├── CorruptBlob             stored bytes no longer match their digest
 │   └── StorageFailed           the disk or the catalog refused a write or a read
 ├── Internal                    a defect of the service
@@ -191,6 +192,12 @@ class RateLimited(Unavailable):
     """More requests a second than the tenant may send."""
 
     code = "rate-limited"
+
+
+class Overloaded(Unavailable):
+    """Too many requests are in flight, in the process or of the tenant, or too much work is in progress."""
+
+    code = "overloaded"
 
 
 class CorruptBlob(Unavailable):

@@ -43,6 +43,7 @@ from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
 from service.prefix.rendering import KV_DTYPES, Rendering
+from service.registry.admission import Admission
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
@@ -69,6 +70,7 @@ class Library:
         blobs: BlobStore,
         registry: AdapterRegistry,
         limits: Limits,
+        admission: Admission,
         shared_files: SharedFiles | None = None,
     ) -> None:
         self.catalog = Catalog(database)
@@ -77,6 +79,7 @@ class Library:
         self.tenants = Tenants(database)
         self.audit = AuditLog(database)
         self.limits = limits
+        self.admission = admission
         self._blobs = blobs
         self.registry = registry
         self.encodings = Encodings(self.catalog, blobs, registry.device, registry.host_memory)

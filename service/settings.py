@@ -38,6 +38,12 @@ class Settings(BaseSettings):
         Path | None,
         Field(description="folder in memory for files that workers on the Unix socket map instead of receiving"),
     ] = None
+    work_bytes: Annotated[
+        int,
+        Field(gt=0, description="memory of work in progress of each process, in bytes; a request may take half"),
+    ] = 4 * _GIB
+    max_in_flight: Annotated[int, Field(gt=0, description="requests that a process answers at a time")] = 2048
+    max_in_flight_tenant: Annotated[int, Field(gt=0, description="requests of one tenant among them")] = 512
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

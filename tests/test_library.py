@@ -16,6 +16,7 @@ from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import parse_reference
 from service.registry.registry import AdapterRegistry
+from tests.admission import generous_admission
 from tests.conftest import CORPUS
 from tests.test_blobs import largest_file
 
@@ -27,7 +28,7 @@ async def library(tmp_path: Path) -> AsyncIterator[Library]:
     """A library on a folder."""
     database = Database(tmp_path / "catalog.sqlite")
     registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
-    made = Library(database, FolderBlobStore(tmp_path / "blobs"), registry, LIMITS)
+    made = Library(database, FolderBlobStore(tmp_path / "blobs"), registry, LIMITS, generous_admission())
     made.tenants.put("acme", COMMAND_LINE)
     yield made
     database.close()

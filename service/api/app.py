@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -44,6 +45,7 @@ from service.data_folder import blob_folder, catalog_file
 from service.library import Library
 from service.logs import configure
 from service.plan import Limits
+from service.registry.admission import Admission
 from service.registry.registry import AdapterRegistry, choose_device
 from service.settings import Settings
 from service.shared_files import SharedFiles
@@ -143,11 +145,18 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
     metrics.watch(registry.tiers)
-    library = Library(database, FolderBlobStore(blob_folder(settings.data_dir)), registry, limits, shared_files)
+    admission = Admission(
+        in_flight=settings.max_in_flight,
+        in_flight_tenant=settings.max_in_flight_tenant,
+        work_bytes=settings.work_bytes,
+        processors=os.cpu_count() or 1,
+    )
+    blobs = FolderBlobStore(blob_folder(settings.data_dir))
+    library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
     authenticator = Authenticator(None if settings.dev else keyring)
     rates = RateLimits(library.tenants.requests_per_second)
     statistics = InferenceStatistics()
     for hear in (library.hear, authenticator.hear, rates.hear, statistics.hear):
         library.changes.listen(_on_this_loop(hear))
-    return State(settings, library, keyring, authenticator, rates, metrics, Answers(library), statistics)
+    return State(settings, library, admission, keyring, authenticator, rates, metrics, Answers(library), statistics)

@@ -12,6 +12,7 @@ from service.api.metrics import Metrics
 from service.api.rates import RateLimits
 from service.catalog.keys import Keyring
 from service.library import Library
+from service.registry.admission import Admission
 from service.settings import Settings
 
 
@@ -21,6 +22,7 @@ class State:
 
     settings: Settings
     library: Library
+    admission: Admission
     keyring: Keyring
     authenticator: Authenticator
     rates: RateLimits

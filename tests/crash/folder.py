@@ -23,6 +23,7 @@ from service.plan import Limits, PrefixRequest
 from service.prefix.references import parse_reference
 from service.registry.registry import AdapterRegistry
 from service.settings import Settings
+from tests.admission import generous_admission
 
 _LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 24)
 
@@ -59,7 +60,7 @@ def serving(data_dir: Path) -> Iterator[Service]:
     blobs = FolderBlobStore(blob_folder(data_dir))
     registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
     try:
-        library = Library(database, blobs, registry, _LIMITS)
+        library = Library(database, blobs, registry, _LIMITS, generous_admission())
         yield Service(data_dir, database, library, blobs, Keyring(database, data_dir / "key.secret"))
     finally:
         database.close()

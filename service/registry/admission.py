@@ -1,0 +1,241 @@
+"""What may begin now: requests in flight, and the memory and processor time of work in progress.
+
+Everything that allocates, or computes for long, by what a caller sent asks here first, in the name of the tenant that
+pays for it. Refusals come before the work and cost nothing.
+"""
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from service.errors import OutOfSpace, Overloaded
+from service.registry.turns import Turns
+
+T = TypeVar("T")
+
+PATIENCE: Final = 30.0
+"""Seconds that work waits for memory before its request is refused."""
+
+_PART: Final = 2  # one job may take a half of the budget: there is always room for somebody else's
+
+
+class InFlight:
+    """Counts requests, in all and of each tenant. Pure state."""
+
+    def __init__(self, most: int, most_of_tenant: int) -> None:
+        self.total = 0
+        self._most, self._most_of_tenant = most, most_of_tenant
+        self._of: dict[str, int] = {}
+
+    def of(self, tenant: str) -> int:
+        """Returns the requests in flight of one tenant."""
+        return self._of.get(tenant, 0)
+
+    def begin(self, tenant: str | None) -> None:
+        """Counts a request; `tenant` is None where nobody's adapters are asked for.
+
+        Raises:
+            Overloaded: there are too many; it is not counted.
+        """
+        if self.total >= self._most:
+            raise Overloaded(f"{self.total} requests are in flight, the most that this process takes: try again")
+        if tenant is not None and (count := self.of(tenant)) >= self._most_of_tenant:
+            raise Overloaded(f"tenant {tenant!r} has {count} requests in flight, the most that one may have: try again")
+        self.total += 1
+        if tenant is not None:
+            self._of[tenant] = self.of(tenant) + 1
+
+    def end(self, tenant: str | None) -> None:
+        """Ends what `begin` counted."""
+        self.total -= 1
+        if tenant is not None:
+            left = self._of.pop(tenant) - 1
+            if left:
+                self._of[tenant] = left
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Work of a tenant that takes `nbytes` of memory; it may not begin before `is_admitted`."""
+
+    tenant: str
+    nbytes: int
+    is_admitted: bool = False
+
+
+@dataclass(slots=True)
+class _Tenant:
+    held: int = 0
+    waiting: deque[Job] = field(default_factory=deque)
+
+
+class WorkBudget:
+    """A budget of bytes for the work in progress of all tenants. Pure state.
+
+    Dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998):
+    a tenant may hold as many bytes as are free afterwards, so n tenants that want everything hold 1/(n + 1) each, and
+    as much is free for the next. A tenant that holds nothing may begin one job of up to half of the budget, if so much
+    is free. Jobs that do not fit wait; whenever bytes become free, waiting tenants are asked in turn.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.used = 0
+        self._tenants: dict[str, _Tenant] = {}
+        self._turns: OrderedDict[str, None] = OrderedDict()  # tenants that have a job waiting, the next first
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that are not admitted yet."""
+        return sum(len(self._tenants[name].waiting) for name in self._turns)
+
+    def held_by(self, tenant: str) -> int:
+        """Returns the bytes of a tenant's admitted jobs."""
+        found = self._tenants.get(tenant)
+        return found.held if found else 0
+
+    def ask(self, tenant: str, nbytes: int) -> Job:
+        """Returns a new job, admitted or waiting. End it either way.
+
+        Raises:
+            OutOfSpace: it would not even fit alone.
+        """
+        if nbytes > self.budget // _PART:
+            raise OutOfSpace(
+                f"this takes {nbytes} bytes of memory, and one request may take {self.budget // _PART}: send less, or "
+                "raise PREFIX_WORK_BYTES, of which that is a half"
+            )
+        job, owner = Job(tenant, nbytes), self._tenants.setdefault(tenant, _Tenant())
+        if not owner.waiting and self._fits(owner, nbytes):
+            self._admit(owner, job)
+        else:
+            owner.waiting.append(job)
+            self._turns.setdefault(tenant)
+        return job
+
+    def end(self, job: Job) -> list[Job]:
+        """Ends a job, admitted or waiting. Returns those that are admitted in its place."""
+        owner = self._tenants[job.tenant]
+        if job.is_admitted:
+            owner.held -= job.nbytes
+            self.used -= job.nbytes
+        else:
+            owner.waiting.remove(job)
+            if not owner.waiting:
+                del self._turns[job.tenant]
+        admitted = self._admit_waiting()
+        if not owner.held and not owner.waiting:
+            self._tenants.pop(job.tenant)
+        return admitted
+
+    def _admit_waiting(self) -> list[Job]:
+        admitted: list[Job] = []
+        passed = 0
+        while passed < len(self._turns):
+            name, _ = self._turns.popitem(last=False)
+            owner = self._tenants[name]
+            if self._fits(owner, owner.waiting[0].nbytes):
+                admitted.append(job := owner.waiting.popleft())
+                self._admit(owner, job)
+                passed = 0
+            else:
+                passed += 1
+            if owner.waiting:
+                self._turns[name] = None
+        return admitted
+
+    def _admit(self, owner: _Tenant, job: Job) -> None:
+        owner.held += job.nbytes
+        self.used += job.nbytes
+        job.is_admitted = True
+
+    def _fits(self, owner: _Tenant, nbytes: int) -> bool:
+        free = self.budget - self.used - nbytes
+        return free >= (owner.held + nbytes if owner.held else 0)
+
+
+class Work:
+    """Admitted work: `run` computes in its tenant's turn."""
+
+    def __init__(self, tenant: str, turns: Turns) -> None:
+        self._tenant, self._turns = tenant, turns
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Calls in a thread, once it is the tenant's turn."""
+        return await self._turns.run(self._tenant, call)
+
+
+class Admission:
+    """The one place that decides whether requests and work may begin in this process. Used from one event loop.
+
+    `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. `processors`
+    computations run in parallel, tenants in turn.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_flight: int,
+        in_flight_tenant: int,
+        work_bytes: int,
+        processors: int,
+        patience: float = PATIENCE,
+    ) -> None:
+        self.requests = InFlight(in_flight, in_flight_tenant)
+        self.memory = WorkBudget(work_bytes)
+        self._turns = Turns(processors)
+        self._patience = patience
+        self._admitted: dict[Job, asyncio.Event] = {}  # of the jobs that wait
+
+    @contextlib.contextmanager
+    def request(self, tenant: str | None) -> Iterator[None]:
+        """Counts a request while the block runs.
+
+        Raises:
+            Overloaded: there are too many in flight.
+        """
+        self.requests.begin(tenant)
+        try:
+            yield
+        finally:
+            self.requests.end(tenant)
+
+    @contextlib.asynccontextmanager
+    async def work(self, tenant: str, nbytes: int) -> AsyncIterator[Work]:
+        """Reserves memory for a tenant's work while the block runs; waits for it in the tenant's turn.
+
+        Raises:
+            OutOfSpace: one request may not take as much.
+            Overloaded: other work held the memory for too long.
+        """
+        job = self.memory.ask(tenant, nbytes)
+        try:
+            if not job.is_admitted:
+                await self._wait(job)
+            yield Work(tenant, self._turns)
+        finally:
+            for admitted in self.memory.end(job):
+                self._admitted[admitted].set()
+
+    async def _wait(self, job: Job) -> None:
+        self._admitted[job] = admitted = asyncio.Event()
+        try:
+            async with asyncio.timeout(self._patience):
+                await admitted.wait()
+        except TimeoutError as error:
+            if job.is_admitted:
+                return
+            raise Overloaded(
+                f"this takes {job.nbytes} bytes of memory, which other work has held for {self._patience:g} seconds: "
+                "try again",
+                5,
+            ) from error
+        finally:
+            del self._admitted[job]
+
+    async def run(self, tenant: str, call: Callable[[], T]) -> T:
+        """Calls in a thread, once it is the tenant's turn; for work that takes time and no memory to speak of."""
+        return await self._turns.run(tenant, call)
