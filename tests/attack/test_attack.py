@@ -1,0 +1,26 @@
+"""The attacks in short: the service lives within its budgets, and the neighbour gets its bytes; times are not judged."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.attack.attacks import ATTACKS
+from tests.attack.trial import Stage, judged, staged
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One service for all attacks, one after another."""
+    with staged(tmp_path_factory.mktemp("attack"), print) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nobody_is_hurt(stage: Stage, name: str) -> None:
+    """One second of each attack, beside a neighbour that reads."""
+    assert judged(stage, name, 1, 1).broken() == []
+
+
+def test_nothing_is_a_defect(stage: Stage) -> None:
+    """After all attacks the log holds no traceback."""
+    assert "Traceback" not in stage.server.log.read_text()
