@@ -4,7 +4,6 @@ About 15 minutes for all attacks. Exit status 1 if a promise did not hold.
 """
 
 import contextlib
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from tests.attack.attacks import ATTACKS
 from tests.attack.trial import Stage, Verdict, judged, staged
-from tests.benchmarks.fleet import percentile
 
 console = Console()
 
@@ -36,43 +34,37 @@ def main(
                 place = Path(folder) / str(len(verdicts))
                 stage = stack.enter_context(staged(place, console.print, PREFIX_HTTP_PARSER=parser))
             console.print(f"[bold]{name}[/]: {ATTACKS[name].says}")
-            verdicts.append(judged(stage, name, seconds, rounds))
+            verdicts.append(judged(stage, ATTACKS[name], seconds, rounds))
             _show(verdicts[-1])
             if verdicts[-1].has_ended_service:
                 stack.close()
                 stage = None
     console.print(_table(verdicts))
-    sys.exit(any(verdict.broken() or verdict.slow() for verdict in verdicts))
+    sys.exit(any(verdict.broken or verdict.slow() for verdict in verdicts))
 
 
 def _show(verdict: Verdict) -> None:
     answers = ", ".join(f"{status}: {count}" for status, count in verdict.answers.items())
     console.print(f"  answered {answers or 'nothing'}")
-    for reason in verdict.broken() + verdict.slow():
+    for reason in verdict.broken + verdict.slow():
         console.print(f"  [red]{reason}[/]")
 
 
 def _table(verdicts: list[Verdict]) -> Table:
     """Within 80 columns; times in milliseconds, medians of the rounds."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("attack", "key", "MiB", "silent", "warm p50", "p99", "cold p50", "p99", "held"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("attack", "key", "MiB", "silent", "warm p50", "warm p99", "cold p99", "held"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("attack", "key") else "right")
     for verdict in verdicts:
-        memory = max(one.memory for one in verdict.rounds)
-        cells = [verdict.attack.name, verdict.attack.key, str(memory >> 20), f"{verdict.silence * 1000:.0f}"]
-        for kind in ("warm", "cold"):
-            cells += [_beside_alone(verdict, kind, 0.5), _beside_alone(verdict, kind, 0.99)]
-        table.add_row(*cells, "no" if verdict.broken() or verdict.slow() else "yes")
+        cells = [verdict.attack.name, verdict.attack.key, str(verdict.memory >> 20), f"{verdict.silence * 1000:.0f}"]
+        cells += [_beside_alone(verdict, *which) for which in (("warm", 0.5), ("warm", 0.99), ("cold", 0.99))]
+        table.add_row(*cells, "no" if verdict.broken or verdict.slow() else "yes")
     table.caption = "milliseconds; the neighbour's latencies beside the attack/alone"
     return table
 
 
 def _beside_alone(verdict: Verdict, kind: str, share: float) -> str:
-    beside, alone = (
-        statistics.median(percentile(getattr(getattr(one, when), kind), share) for one in verdict.rounds)
-        for when in ("beside", "alone")
-    )
-    return f"{beside * 1000:.0f}/{alone * 1000:.0f}"
+    return "/".join(f"{seconds * 1000:.0f}" for seconds in verdict.latency(kind, share))
 
 
 if __name__ == "__main__":

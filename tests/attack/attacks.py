@@ -116,6 +116,16 @@ def _posting(path: str, key: str, body: Callable[[], bytes], connections: int, *
     return run
 
 
+async def _unread(target: Target, answers: Answers, connections: int, whole: bytes) -> None:
+    """Send a request on each of so many connections, and read no more than the head of its answer."""
+
+    async def step(connection: Connection) -> None:
+        await connection.send(whole)
+        await connection.status()
+
+    await once_each(target, answers, connections, step)
+
+
 def _lists(start: bytes, item: bytes, end: bytes, nbytes: int = _BIG) -> bytes:
     count = nbytes // (len(item) + 1)
     return start + b",".join([item] * count) + end
@@ -153,7 +163,7 @@ async def json_masks(target: Target, answers: Answers) -> None:
     """Masks of 256 rows of 8,192 tokens as JSON, eight at a time; nobody reads the answers."""
     row = [1] * 8192
     whole = request(target, "POST", f"{LARGE}/prefix", "read", as_json({"attention_mask": [row] * 256}))
-    await once_each(target, answers, 8, lambda connection: connection.send(whole))
+    await _unread(target, answers, 8, whole)
 
 
 @attack("read", 200, 413, 503, 507)
@@ -164,7 +174,7 @@ async def binary_masks(target: Target, answers: Answers) -> None:
     body = struct.pack("<Q", len(text)) + text + data
     fields = {"Content_Type": "application/vnd.safetensors"}
     whole = request(target, "POST", f"{WIDE}/prefix?mask_dtype=int64", "read", body, **fields)
-    await once_each(target, answers, 24, lambda connection: connection.send(whole))
+    await _unread(target, answers, 24, whole)
 
 
 @attack("read", 413, 422, 503, 507)
@@ -263,15 +273,15 @@ async def large_uploads(target: Target, answers: Answers) -> None:
 
 @attack("write", 413, 422, 429, 503, 507)
 async def untrained(target: Target, answers: Answers) -> None:
-    """Untrained versions of 512 MiB, of a tenant that may have 256."""
-    config = _config(num_virtual_tokens=WIDE_TOKENS, num_layers=64, token_dim=64)
+    """Untrained versions of 1 GiB, whose weights take as much, of a tenant that may have 1 GiB in all."""
+    config = _config(num_virtual_tokens=WIDE_TOKENS, num_layers=128, token_dim=64)
     body = as_json({"config": config, "init_weights": "random", "seed": 1})
     await _posting(f"{ADAPTERS}/untrained/versions", "write", lambda: body, 4)(target, answers)
 
 
 @attack("write", 413, 422, 503, 507)
 async def over_the_quota(target: Target, answers: Answers) -> None:
-    """Uploads that declare a gigabyte, of a tenant that may have a quarter."""
+    """Uploads that declare a gigabyte, of a tenant that may have so much in all and has something already."""
     fields = {"Content_Type": "multipart/form-data; boundary=attack", "Content_Length": str(1 << 30)}
     start = head(target, "POST", f"{ADAPTERS}/quota/versions", "write", **fields)
 
@@ -300,7 +310,7 @@ async def long_names(target: Target, answers: Answers) -> None:
 async def unread_masks(target: Target, answers: Answers) -> None:
     """24 requests for 256 rows of 16,384 tokens; nobody reads the answers."""
     whole = request(target, "GET", f"{WIDE}/prefix?batch_size=256", "read")
-    await once_each(target, answers, 24, lambda connection: connection.send(whole))
+    await _unread(target, answers, 24, whole)
 
 
 @attack("read", 200, 503)
@@ -308,23 +318,13 @@ async def digests_of_rows(target: Target, answers: Answers) -> None:
     """HEAD for the digests of 256 rows of a large adapter, 50 at a time."""
     numbers = itertools.count()
 
-    async def step(connection: Connection) -> int | None:
+    async def step(connection: Connection) -> tuple[int, int] | None:
         layers = f"0:{next(numbers) % LARGE_LAYERS + 1}"
         query = f"batch_size=256&layers={layers}&layout={'layers' if next(numbers) % 2 else 'stacked'}"
         await connection.send(request(target, "HEAD", f"{LARGE}/prefix?{query}", "read", Want_Repr_Digest="sha-256=10"))
-        return await _head_alone(connection)
+        return await connection.status()
 
     await repeatedly(target, answers, 50, step)
-
-
-async def _head_alone(connection: Connection) -> int | None:
-    try:
-        found = await connection.reader.readuntil(b"\r\n\r\n")
-    except (OSError, asyncio.IncompleteReadError):
-        connection.answers.count("cut off")
-        return None
-    connection.answers.count(status := found.split(b" ", 2)[1].decode())
-    return int(status)
 
 
 @attack("read", 200, 503, 507)
@@ -336,10 +336,9 @@ async def slow_readers(target: Target, answers: Answers) -> None:
         first = next(numbers) % LARGE_LAYERS
         query = f"layers={first}:{LARGE_LAYERS}&batch_size=256"
         await connection.send(request(target, "GET", f"{LARGE}/prefix?{query}", "read"))
-        got = await connection.reader.readuntil(b"\r\n\r\n")
-        connection.answers.count(got.split(b" ", 2)[1].decode())
-        while await connection.reader.read(7500):
-            await asyncio.sleep(0.1)  # noqa: ASYNC110 - the pace, not a wait for something
+        await connection.status()
+        while await connection.reader.read(7500):  # noqa: ASYNC110 - the pace, not a wait for something
+            await asyncio.sleep(0.1)
 
     await once_each(target, answers, 32, step)
 
@@ -348,10 +347,10 @@ async def slow_readers(target: Target, answers: Answers) -> None:
 async def long_questions(target: Target, answers: Answers) -> None:
     """Reads with 32 KiB of `Accept`, each another."""
 
-    async def step(connection: Connection) -> int | None:
+    async def step(connection: Connection) -> tuple[int, int] | None:
         accept = "*/*;a=" + secrets.token_hex(16 << 10)
         await connection.send(request(target, "HEAD", f"{LARGE}/prefix", "read", Accept=accept))
-        return await _head_alone(connection)
+        return await connection.status()
 
     await repeatedly(target, answers, 8, step)
 
@@ -386,7 +385,7 @@ async def cold_scan(target: Target, answers: Answers) -> None:
 async def pipelined(target: Target, answers: Answers) -> None:
     """10,000 requests on each of 16 connections, whose answers nobody reads."""
     whole = request(target, "GET", f"{LARGE}/prefix", "read") * 10_000
-    await once_each(target, answers, 16, lambda connection: connection.send(whole))
+    await _unread(target, answers, 16, whole)
 
 
 @attack("read", 408, 503)

@@ -1,11 +1,11 @@
-"""The attacks in short: the service lives within its budgets, and the neighbour gets its bytes; times are not judged."""
+"""The attacks in short: the service lives within its budgets, the neighbour gets its bytes; times are not judged."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.attack.attacks import ATTACKS
-from tests.attack.trial import Stage, judged, staged
+from tests.attack.attacks import ATTACKS, Attack
+from tests.attack.trial import Stage, attacked, staged
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +15,10 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         yield made
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_nobody_is_hurt(stage: Stage, name: str) -> None:
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_nobody_is_hurt(stage: Stage, attack: Attack) -> None:
     """One second of each attack, beside a neighbour that reads."""
-    assert judged(stage, name, 1, 1).broken() == []
+    assert attacked(stage, attack, 1).broken(stage, attack) == []
 
 
 def test_nothing_is_a_defect(stage: Stage) -> None:

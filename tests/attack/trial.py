@@ -1,20 +1,22 @@
 """One attack beside a neighbour, on a real service: what each of them saw, and what the service took."""
 
 import contextlib
+import hashlib
 import json
 import statistics
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx
 
-from tests.attack.attacks import ATTACKS, LARGE_LAYERS, MANY, TENANT, WIDE_TOKENS, Attack
+from tests.attack.attacks import LARGE_LAYERS, MANY, TENANT, WIDE_TOKENS, Attack
 from tests.attack.neighbour import Seen
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.conftest import Server, running_server
@@ -25,6 +27,9 @@ BUDGETS: Final = {
     "PREFIX_RENDERING_BYTES": 64 * _MIB,
     "PREFIX_WORK_BYTES": 256 * _MIB,
 }
+_SILENCE: Final = 0.25  # seconds
+_SLOWER: Final = 3  # times the neighbour's own undisturbed p99
+LIMITS: Final = {"PREFIX_MAX_CONNECTIONS": "1000", "PREFIX_MAX_IN_FLIGHT_TENANT": "256"}
 SLACK: Final = 256 * _MIB
 """Bytes of memory that an attack may take beside the budgets."""
 QUOTA: Final = 1 << 30
@@ -40,7 +45,7 @@ class Stage:
     """A service with the neighbour's and the attacker's adapters, and their keys."""
 
     server: Server
-    hosted: list[Hosted]
+    bodies: dict[str, str]
     neighbour_key: str
     attacker_keys: dict[str, str]
     idle: int
@@ -51,25 +56,10 @@ class Stage:
         return self.idle + sum(BUDGETS.values()) + SLACK
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What was seen alone and beside the attack: latencies in seconds, memory in bytes."""
-
-    alone: Seen
-    beside: Seen
-    answers: Mapping[str, int]
-    memory: int
-    is_alive: bool
-
-    def ratio(self, kind: str) -> float:
-        """The neighbour's p99 beside the attack, in its own undisturbed ones; `kind` is warm or cold."""
-        return percentile(getattr(self.beside, kind), 0.99) / percentile(getattr(self.alone, kind), 0.99)
-
-
 @contextlib.contextmanager
 def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> Iterator[Stage]:
     """Start a service with these settings, and publish what attacks and neighbour need."""
-    environment = {name: str(nbytes) for name, nbytes in BUDGETS.items()} | settings
+    environment = {name: str(nbytes) for name, nbytes in BUDGETS.items()} | LIMITS | settings
     with running_server(folder / "data", environment=environment) as server:
         admin = server.client()
         for tenant in ("neighbour", TENANT):
@@ -84,9 +74,10 @@ def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> It
                 _made(admin.post(f"/v1/tenants/{TENANT}/adapters/{name}/versions", json=body))
         _made(admin.get(f"{MANY}@{count}"))
         keys = {scope: server.key(scope, TENANT) for scope in ("read", "write", "admin")}
-        stage = Stage(server, hosted, server.key("read", "neighbour"), keys, 0)
+        bodies = {one.path: _body(admin.get(one.path), one) for one in hosted}
+        stage = Stage(server, bodies, server.key("read", "neighbour"), keys, 0)
         _watch(stage, 2.0)
-        yield Stage(server, hosted, stage.neighbour_key, keys, memory(server))
+        yield replace(stage, idle=memory(server))
 
 
 def _config(sizes: Mapping[str, int]) -> dict[str, object]:
@@ -97,6 +88,13 @@ def _config(sizes: Mapping[str, int]) -> dict[str, object]:
 def _made(answer: httpx.Response) -> None:
     if answer.status_code not in (200, 201):
         raise RuntimeError(f"{answer.request.url}: {answer.status_code} {answer.text}")
+
+
+def _body(answer: httpx.Response, hosted: Hosted) -> str:
+    _made(answer)
+    if not hosted.is_right(answer.content):
+        raise RuntimeError(f"{answer.request.url}: other keys and values than were published")
+    return hashlib.sha256(answer.content).hexdigest()
 
 
 def memory(server: Server) -> int:
@@ -144,8 +142,7 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
 
 def _watch(stage: Stage, seconds: float, *others: subprocess.Popen[str]) -> tuple[Seen, list[str]]:
     """Let the neighbour watch, and others begin in the same moment; what each of them wrote."""
-    hosted = [asdict(one) for one in stage.hosted]
-    given = {"url": stage.server.url, "key": stage.neighbour_key, "hosted": hosted, "seconds": seconds}
+    given = {"url": stage.server.url, "key": stage.neighbour_key, "bodies": stage.bodies, "seconds": seconds}
     neighbour = _started("tests.attack.neighbour", given)
     for process in (neighbour, *others):
         _tell(process, "go")
@@ -153,79 +150,95 @@ def _watch(stage: Stage, seconds: float, *others: subprocess.Popen[str]) -> tupl
     return Seen(**json.loads(seen)), written
 
 
-def tried(stage: Stage, attack: Attack, seconds: float) -> Round:
-    """One round of an attack: the neighbour alone, then beside it, each for so many seconds."""
-    alone, _ = _watch(stage, seconds)
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """What the neighbour and the attacker saw, and the most memory that the service had, in bytes."""
+
+    seen: Seen
+    answers: Mapping[str, int]
+    memory: int
+    is_alive: bool
+
+    def broken(self, stage: Stage, attack: Attack) -> list[str]:
+        """Returns what must never be, whatever the machine."""
+        found = [] if self.is_alive else ["the process died"]
+        if self.memory > stage.most_memory:
+            found.append(f"{self.memory / _MIB:.0f} MiB of memory, more than {stage.most_memory / _MIB:.0f}")
+        wrong = {status for status in self.answers if status.isdigit() and int(status) not in attack.allowed}
+        if wrong:
+            found.append(f"the attacker was answered {', '.join(sorted(wrong))}")
+        if self.seen.wrong:
+            found.append(f"the neighbour got {self.seen.wrong} wrong bodies")
+        if self.seen.statuses:
+            found.append(f"the neighbour was answered {self.seen.statuses}")
+        return found
+
+
+def attacked(stage: Stage, attack: Attack, seconds: float) -> Attacked:
+    """Attack for so many seconds, while the neighbour watches."""
     address = urlsplit(stage.server.url)
     target = {"host": address.hostname, "port": address.port, "keys": stage.attacker_keys, "seconds": seconds}
     attacker = _started("tests.attack.attacker", {"attack": attack.name, "target": target})
     with _Watcher(stage.server) as watcher:
-        beside, (answers,) = _watch(stage, seconds, attacker)
-    return Round(alone, beside, json.loads(answers), watcher.most, stage.server.process.poll() is None)
+        seen, (answers,) = _watch(stage, seconds, attacker)
+    return Attacked(seen, json.loads(answers), watcher.most, stage.server.process.poll() is None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Verdict:
-    """An attack's rounds, and what of the promises did not hold: first those that hold at any time, then those of
-    time, which are judged by the median of the rounds."""
+    """An attack's rounds, each behind one in which the neighbour is alone, and what never may be but was."""
 
     attack: Attack
-    rounds: list[Round]
-    most_memory: int
-
-    def ratio(self, kind: str) -> float:
-        """The median of the rounds."""
-        return statistics.median(one.ratio(kind) for one in self.rounds)
-
-    @property
-    def silence(self) -> float:
-        """Seconds, the median of the rounds' longest."""
-        return statistics.median(one.beside.silence for one in self.rounds)
-
-    @property
-    def answers(self) -> dict[str, int]:
-        """What the attacker got, in all rounds."""
-        statuses = {status for one in self.rounds for status in one.answers}
-        return {status: sum(one.answers.get(status, 0) for one in self.rounds) for status in sorted(statuses)}
+    alone: list[Seen] = field(default_factory=list)
+    beside: list[Attacked] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     @property
     def has_ended_service(self) -> bool:
         """Whether the service's process is gone."""
-        return not self.rounds[-1].is_alive
+        return not self.beside[-1].is_alive
 
-    def broken(self) -> list[str]:
-        """What must never be."""
-        found = []
-        if self.has_ended_service:
-            found.append("the process died")
-        if (most := max(one.memory for one in self.rounds)) > self.most_memory:
-            found.append(f"{most / _MIB:.0f} MiB of memory, more than {self.most_memory / _MIB:.0f}")
-        wrong = {status for status in self.answers if status.isdigit() and int(status) not in self.attack.allowed}
-        if wrong:
-            found.append(f"the attacker was answered {', '.join(sorted(wrong))}")
-        for one in self.rounds:
-            if one.beside.wrong:
-                found.append(f"the neighbour got {one.beside.wrong} wrong bodies")
-            if one.beside.statuses:
-                found.append(f"the neighbour was answered {one.beside.statuses}")
-        return found
+    @property
+    def memory(self) -> int:
+        """The most bytes that the service had."""
+        return max(one.memory for one in self.beside)
+
+    @property
+    def silence(self) -> float:
+        """Seconds between two signs of life: the longest of each round, the median of the rounds."""
+        return statistics.median(one.seen.silence for one in self.beside)
+
+    @property
+    def answers(self) -> Counter[str]:
+        """What the attacker got."""
+        return sum((Counter(one.answers) for one in self.beside), Counter[str]())
+
+    def latency(self, kind: str, share: float) -> tuple[float, float]:
+        """Returns the neighbour's percentile beside the attack and alone, in seconds: medians of the rounds. `kind` is
+        warm or cold."""
+        rounds = ([one.seen for one in self.beside], self.alone)
+        beside, alone = (statistics.median(percentile(getattr(one, kind), share) for one in seen) for seen in rounds)
+        return beside, alone
 
     def slow(self) -> list[str]:
-        """What took too long."""
-        found = []
-        if self.silence > 0.25:
-            found.append(f"/livez was silent for {self.silence * 1000:.0f} ms")
-        ratios = {kind: self.ratio(kind) for kind in ("warm", "cold")}
-        found += [f"the neighbour's {kind} p99 grew {ratio:.1f} times" for kind, ratio in ratios.items() if ratio > 3]
+        """Returns what took too long."""
+        found = [f"/livez was silent for {self.silence * 1000:.0f} ms"] if self.silence > _SILENCE else []
+        for kind in ("warm", "cold"):
+            pairs = zip(self.beside, self.alone, strict=True)
+            ratios = [
+                percentile(getattr(one.seen, kind), 0.99) / percentile(getattr(alone, kind), 0.99)
+                for one, alone in pairs
+            ]
+            if (ratio := statistics.median(ratios)) > _SLOWER:
+                found.append(f"the neighbour's {kind} p99 grew {ratio:.1f} times")
         return found
 
 
-def judged(stage: Stage, name: str, seconds: float, rounds: int) -> Verdict:
-    """Try an attack so many times."""
-    attack = ATTACKS[name]
-    found = []
-    for _ in range(rounds):
-        found.append(tried(stage, attack, seconds))
-        if not found[-1].is_alive:
-            break
-    return Verdict(attack, found, stage.most_memory)
+def judged(stage: Stage, attack: Attack, seconds: float, rounds: int) -> Verdict:
+    """Try an attack so many times, unless it ends the service."""
+    verdict = Verdict(attack)
+    while len(verdict.beside) < rounds and not (verdict.beside and verdict.has_ended_service):
+        verdict.alone.append(_watch(stage, seconds)[0])
+        verdict.beside.append(attacked(stage, attack, seconds))
+        verdict.broken += verdict.beside[-1].broken(stage, attack)
+    return verdict

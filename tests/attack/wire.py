@@ -41,11 +41,12 @@ class Connection:
                 self.writer.write(piece)
                 await self.writer.drain()
 
-    async def answer(self) -> int | None:
-        """Read one answer and count its status; None if the connection ended before."""
+    async def status(self) -> tuple[int, int] | None:
+        """Read the head of one answer and count its status. Returns it with the length of the body, which nobody has
+        read; None if the connection ended before."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        except (OSError, asyncio.IncompleteReadError):
             self.answers.count(CUT)
             return None
         except asyncio.CancelledError:
@@ -54,9 +55,13 @@ class Connection:
         status = int(head.split(b" ", 2)[1])
         self.answers.count(str(status))
         fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
-        left = int(fields.get(b"content-length", b"0"))
-        if head.startswith(b"HTTP/1.1 304"):
-            left = 0
+        return status, int(fields.get(b"content-length", b"0"))
+
+    async def answer(self) -> int | None:
+        """Read one answer and count its status; None if the connection ended before."""
+        if (found := await self.status()) is None:
+            return None
+        status, left = found
         while left > 0 and (piece := await self.reader.read(min(left, 1 << 16))):
             left -= len(piece)
         return status
