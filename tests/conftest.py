@@ -24,7 +24,7 @@ _LONG: Final = (
     "tests/vllm/",
     "test_demo.py",
     "test_hardening_servers.py",
-    "test_openapi.py",
+    "test_fuzz.py",
 )
 
 CORPUS = Path(__file__).parent / "data" / "corpus"

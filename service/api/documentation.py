@@ -22,7 +22,28 @@ def documented(document: Document) -> Document:
             problems[PROBLEM_TYPE] = problems.pop("application/json")
             if path in PUBLIC:
                 operation["security"] = []
-    return document
+    schemas: Document = {}
+    shared: Document = _with_shared_schemas(document, schemas)
+    shared["components"]["schemas"] |= schemas
+    return shared
+
+
+def _with_shared_schemas(node: Any, schemas: Document) -> Any:
+    """Returns a part of the document with its `$defs` moved to `schemas`, where references in a document can point.
+
+    Pydantic writes `#/$defs/…` into the schema of a body that a route reads for itself.
+    """
+    if isinstance(node, list):
+        return [_with_shared_schemas(item, schemas) for item in node]
+    if isinstance(node, str):
+        return node.replace("#/$defs/", "#/components/schemas/") if node.startswith("#/$defs/") else node
+    if not isinstance(node, dict):
+        return node
+    for name, schema in node.get("$defs", {}).items():
+        moved = _with_shared_schemas(schema, schemas)
+        if schemas.setdefault(name, moved) != moved:
+            raise ValueError(f"two schemas have the name {name}: rename one of the models")
+    return {key: _with_shared_schemas(value, schemas) for key, value in node.items() if key != "$defs"}
 
 
 def operation_id(route: APIRoute) -> str:

@@ -1,0 +1,56 @@
+"""What a fuzzer looks at: the answers' statuses, the processor time of each request, and the log."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from service.api.problems import STATUSES
+from tests.conftest import Server
+
+DOCUMENTED: Final = frozenset({100, 200, 201, 204, 206, 304, 400, 405, *STATUSES.values()}) - {500}
+MOST_SECONDS: Final = 1.0
+"""Of processor time, for one request of a few kilobytes."""
+
+
+@dataclass
+class Findings:
+    """Answers by status, and what must not be: each kind once, with an example that reproduces it."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, bytes] = field(default_factory=dict)
+
+    def count(self, status: int | None, sent: bytes) -> None:
+        """Count an answer; None for a connection that ended or stayed silent."""
+        self.statuses[str(status or "none")] += 1
+        if status is not None and status not in DOCUMENTED:
+            self.faults.setdefault(f"answered {status}", sent)
+
+
+@contextmanager
+def watched(server: Server, findings: Findings, sent: bytes) -> Iterator[None]:
+    """While the block sends one request: note a process that died, and one that computed for too long."""
+    before = _processor_seconds(server)
+    yield
+    if server.process.poll() is not None:
+        findings.faults.setdefault(f"the process died: {server.process.returncode}", sent)
+    elif (seconds := _processor_seconds(server) - before) > MOST_SECONDS:
+        findings.faults.setdefault(f"{seconds:.1f} seconds of processor time", sent)
+
+
+def look_at_log(server: Server, findings: Findings) -> None:
+    """Note tracebacks in the log."""
+    log = server.log.read_bytes()
+    if (at := log.find(b"Traceback")) >= 0:
+        findings.faults.setdefault("a traceback in the log", log[max(at - 500, 0) : at + 3000])
+
+
+def _processor_seconds(server: Server) -> float:
+    try:
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
