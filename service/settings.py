@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     ] = 4 * _GIB
     max_in_flight: Annotated[int, Field(gt=0, description="requests that a process answers at a time")] = 2048
     max_in_flight_tenant: Annotated[int, Field(gt=0, description="requests of one tenant among them")] = 512
+    max_connections: Annotated[
+        int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
+    ] = 8192
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

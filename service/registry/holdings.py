@@ -60,9 +60,9 @@ class Holdings(Generic[K]):
         owner = entry.owner
         if owner.pinned + entry.nbytes > self.most - self.pinned - entry.nbytes:
             raise OutOfSpace(
-                f"tenant {owner.name!r} has pinned {owner.pinned} bytes, and {entry.nbytes} more would leave too little "
-                f"to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting}, of which "
-                "that is a half"
+                f"tenant {owner.name!r} has pinned {owner.pinned} bytes, and {entry.nbytes} more would leave too "
+                f"little to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting}, of "
+                "which that is a half"
             )
 
     def lease(self, entry: Entry[K], own: int) -> None:

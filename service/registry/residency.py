@@ -218,9 +218,10 @@ class Residency(Generic[K]):
             del self._tenants[entry.owner.name]
 
     def _why_not(self, nbytes: int) -> str:
+        pinned, held = self.holdings.pinned, self.holdings.held
         return (
-            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {self.holdings.pinned} are pinned, "
-            f"{self.holdings.held - self.holdings.pinned} in use, and the rest is not enough or guaranteed to other tenants"
+            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {pinned} are pinned, "
+            f"{held - pinned} in use, and the rest is not enough or guaranteed to other tenants"
         )
 
     def touch(self, key: K) -> None:

@@ -397,12 +397,12 @@ def test_one_tenants_readers_leave_a_half_to_others() -> None:
     residency = filled(16, "a", 16)
     for number in range(8):
         residency.lease(f"a{number}")
-    with pytest.raises(Overloaded, match="tenant 'a' .* hold 8 of 16 bytes"):
+    with pytest.raises(Overloaded, match=r"tenant 'a' .* hold 8 of 16 bytes"):
         residency.lease("a8")
     for number in range(4):
         residency.admit(f"b{number}", 1, "b")
         residency.lease(f"b{number}")
-    with pytest.raises(Overloaded, match="tenant 'b' .* hold 4 of 16 bytes"):
+    with pytest.raises(Overloaded, match=r"tenant 'b' .* hold 4 of 16 bytes"):
         residency.admit("b4", 1, "b")
     assert len(residency.admit("c", 4, "c")) == 4
     residency.lease("a0")  # once more costs nothing
