@@ -212,6 +212,7 @@ class Guarded(asyncio.Protocol):
             self.flow.pause_reading()
             return
         answer = problem(error)
+        answer.headers["Connection"] = "close"
         log.info("a connection was refused", peer=self._peer, status=answer.status_code, code=error.code)
         if not linger or not self._may_answer():
             self.transport.abort()
