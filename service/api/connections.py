@@ -7,6 +7,7 @@ Here one timer for each connection bounds both, and a refusal is a problem docum
 import asyncio
 import http
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -80,7 +81,7 @@ class Guarded(asyncio.Protocol):
         # What an answer holds in memory it holds until the connection can take more.
         self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
-        if self.client is not None:
+        if self.client is not None and sys.platform == "linux":
             self._bound_the_kernel(transport.get_extra_info("socket"))
         try:
             victim = self._peers.open(self, peer_name(self._peer))
@@ -98,10 +99,10 @@ class Guarded(asyncio.Protocol):
     def give_way(self) -> None:
         """Ends an idle connection for another one."""
         log.info("an idle connection was closed for another", peer=self._peer, connections=self._peers.most)
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
+        if self._lingering.is_closing() or not (self._has_input() or self.transport.get_write_buffer_size()):
             self._lingering.close()
+        else:
+            self.transport.abort()
 
     def _note_whether_idle(self) -> None:
         if self.cycle is None or (self.cycle.response_complete and not self.flow.write_paused):
