@@ -29,11 +29,17 @@ class Settings(BaseSettings):
         Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")
     ] = None
     device_bytes: Annotated[
-        int, Field(gt=0, description="budget of each process for prefixes on the device, in bytes")
+        int,
+        Field(gt=0, description="budget of each process for prefixes on the device, in bytes; a request may hold half"),
     ] = 4 * _GIB
     rendering_bytes: Annotated[
-        int, Field(gt=0, description="budget of each process for prefixes in host memory as they travel, in bytes")
-    ] = 1 * _GIB
+        int,
+        Field(
+            gt=0,
+            description="budget of each process for prefixes in host memory as they travel, in bytes; a request may "
+            "hold half",
+        ),
+    ] = 2 * _GIB
     shared_dir: Annotated[
         Path | None,
         Field(description="folder in memory for files that workers on the Unix socket map instead of receiving"),
@@ -44,6 +50,9 @@ class Settings(BaseSettings):
     ] = 4 * _GIB
     max_in_flight: Annotated[int, Field(gt=0, description="requests that a process answers at a time")] = 2048
     max_in_flight_tenant: Annotated[int, Field(gt=0, description="requests of one tenant among them")] = 512
+    max_connections: Annotated[
+        int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
+    ] = 8192
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

@@ -6,7 +6,9 @@ Here one timer for each connection bounds both, and a refusal is a problem docum
 
 import asyncio
 import http
-from collections.abc import Callable
+import socket
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -14,11 +16,12 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
-from service.api.gathering import GatheringTransport
+from service.api.lingering import LingeringTransport
 from service.api.patience import Patience
+from service.api.peers import Peers, peer_name
 from service.api.problems import problem
 from service.api.responses import DRAIN
-from service.errors import PrefixServiceError, RequestTimeout
+from service.errors import Overloaded, PrefixServiceError, RequestTimeout
 
 KEEP_ALIVE: Final = 75
 """Seconds that an idle connection stays: longer than the 60 for which proxies in front (nginx, AWS) keep theirs, so
@@ -27,14 +30,15 @@ that the side that sends requests is the one that closes. Workers keep theirs op
 _LOOKS: Final = 8
 """How often the timer looks at a connection within the shorter of its deadlines: they hold within this part."""
 
-_LINGER: Final = 2.0
-"""Seconds in which a peer may read the last answer while it still sends: unread input would reset the connection."""
-
 PIECE: Final = 4 << 10
 """Bytes that a parser gets at a time: between two pieces it can stop, and keep the rest as bytes."""
 
-_EVENTS: Final = 500
-"""Events of a parser, such as chunks, after which other connections get their turn."""
+_TURN: Final = 0.001
+"""Seconds of parsing after which other connections get their turn."""
+
+_UNSENT: Final = 256 << 10
+"""Bytes that the kernel takes of an answer before it can send them. What is on its way does not count, so that a fast
+reader is not slowed down, however far away it is; a reader that does not read holds no more than this."""
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
@@ -45,57 +49,6 @@ class Deadlines:
 
     receive: float
     send: float
-
-
-class LingeringTransport(GatheringTransport):
-    """A transport that reads on while it closes, since a connection that is closed in front of unread input is reset,
-    and its peer may lose the last answer."""
-
-    def __init__(
-        self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, has_input: Callable[[], bool]
-    ) -> None:
-        super().__init__(transport, loop)
-        self._has_input = has_input
-        self._is_lingering = self._is_paused = self._is_held = self._is_still = False
-
-    def pause_reading(self) -> None:
-        """Read nothing until `resume_reading`."""
-        self._is_paused = True
-        self._apply()
-
-    def resume_reading(self) -> None:
-        """Read again, unless reading is held."""
-        self._is_paused = False
-        self._apply()
-
-    def hold(self, held: bool) -> None:
-        """Read nothing while it is held, whatever uvicorn resumes."""
-        self._is_held = held
-        self._apply()
-
-    def _apply(self) -> None:
-        still = (self._is_paused or self._is_held) and not self._is_lingering
-        if still != self._is_still and not self._transport.is_closing():
-            self._is_still = still
-            (self._transport.pause_reading if still else self._transport.resume_reading)()
-
-    def is_closing(self) -> bool:
-        """Whether nothing more is sent or parsed."""
-        return self._is_lingering or self._transport.is_closing()
-
-    def close(self) -> None:
-        """Close, behind what was written; linger before that, if input would reset the connection."""
-        if self.is_closing() or not self._has_input():
-            super().close()
-        else:
-            self.linger()
-
-    def linger(self) -> None:
-        """End the sending side, drop input for `_LINGER` seconds or until the peer closes, and close."""
-        self._is_lingering = True
-        self.write_eof()
-        self._apply()
-        self._loop.call_later(_LINGER, self.close)
 
 
 class Guarded(asyncio.Protocol):
@@ -110,15 +63,14 @@ class Guarded(asyncio.Protocol):
     timeout_keep_alive_task: asyncio.TimerHandle | None
     app_state: dict[str, Any]
 
-    def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
-        self._deadlines = deadlines
+    def __init__(self, deadlines: Deadlines, peers: "Peers[Guarded]", **uvicorn: Any) -> None:
+        self._deadlines, self._peers = deadlines, peers
         self._every = min(deadlines.receive, deadlines.send) / _LOOKS
         self._timer: asyncio.TimerHandle | None = None
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
         self._unparsed: bytes | memoryview = b""
-        self._events = 0  # since the parser began its turn
         self._postponed: PrefixServiceError | None = None
         super().__init__(**uvicorn)
 
@@ -129,9 +81,38 @@ class Guarded(asyncio.Protocol):
         # What an answer holds in memory it holds until the connection can take more.
         self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
+        if self.client is not None and sys.platform == "linux":
+            self._bound_the_kernel(transport.get_extra_info("socket"))
+        try:
+            victim = self._peers.open(self, peer_name(self._peer))
+        except Overloaded as error:
+            self._refuse(error, linger=self._peers.may_tell(self))
+        else:
+            if victim is not None:
+                victim.give_way()
+
+    def _bound_the_kernel(self, connection: socket.socket) -> None:
+        """Bounds what the kernel keeps of answers, and for how long, also after the connection was closed."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._deadlines.send))
+
+    def give_way(self) -> None:
+        """Ends an idle connection for another one."""
+        log.info("an idle connection was closed for another", peer=self._peer, connections=self._peers.most)
+        if self._lingering.is_closing() or not (self._has_input() or self.transport.get_write_buffer_size()):
+            self._lingering.close()
+        else:
+            self.transport.abort()
+
+    def _note_whether_idle(self) -> None:
+        if self.cycle is None or (self.cycle.response_complete and not self.flow.write_paused):
+            self._peers.idle(self)
+        else:
+            self._peers.busy(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
+        self._peers.close(self)
         if self._timer is not None:
             self._timer.cancel()
         self._unparsed = b""
@@ -144,12 +125,12 @@ class Guarded(asyncio.Protocol):
             self._parse_on()
 
     def _parse_on(self) -> None:
-        self._events = 0
+        until = time.monotonic() + _TURN
         while self._unparsed and not self._owes_answers():
             if self._ignores_input:
                 self._unparsed = b""
                 break
-            if self._events > _EVENTS:
+            if time.monotonic() > until:
                 self.loop.call_soon(self._parse_on)
                 break
             data, size = self._unparsed, self._piece
@@ -161,6 +142,7 @@ class Guarded(asyncio.Protocol):
                 self._unparsed = b""
                 self._parse(data)
         self._lingering.hold(bool(self._unparsed))
+        self._note_whether_idle()
 
     def _parse(self, data: bytes | memoryview) -> None:
         raise NotImplementedError
@@ -178,6 +160,7 @@ class Guarded(asyncio.Protocol):
         """It was sent, down to the low-water mark."""
         self._sent += self._unsent - self.transport.get_write_buffer_size()
         super().resume_writing()
+        self._note_whether_idle()
 
     def on_response_complete(self) -> None:
         """Go on with what stood behind the requests that are now answered."""
@@ -186,6 +169,7 @@ class Guarded(asyncio.Protocol):
             self._refuse(self._postponed)
         elif self._unparsed:
             self._parse_on()
+        self._note_whether_idle()
 
     def _look(self) -> None:
         if self._is_read_too_slowly():
@@ -221,7 +205,7 @@ class Guarded(asyncio.Protocol):
         self._waited += self._every
         return self._waited >= self._deadlines.receive
 
-    def _refuse(self, error: PrefixServiceError) -> None:
+    def _refuse(self, error: PrefixServiceError, *, linger: bool = True) -> None:
         if self.transport.is_closing():
             return
         if self._owes_answers():
@@ -229,8 +213,9 @@ class Guarded(asyncio.Protocol):
             self.flow.pause_reading()
             return
         answer = problem(error)
+        answer.headers["Connection"] = "close"
         log.info("a connection was refused", peer=self._peer, status=answer.status_code, code=error.code)
-        if not self._may_answer():
+        if not linger or not self._may_answer():
             self.transport.abort()
             return
         status = f"HTTP/1.1 {answer.status_code} {http.HTTPStatus(answer.status_code).phrase}\r\n".encode()

@@ -35,7 +35,8 @@ class GatheringTransport:
     def _flush(self) -> None:
         if self._held:
             held, self._held, self._nbytes = self._held, [], 0
-            self._transport.writelines(held)
+            if not self._transport.is_closing():  # it was reset or aborted since `write`
+                self._transport.writelines(held)
 
     def get_write_buffer_size(self) -> int:
         """Bytes that were not sent."""

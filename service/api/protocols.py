@@ -17,23 +17,31 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.connections import PIECE, Deadlines, Guarded
 from service.api.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
+from service.api.peers import Peers
 from service.api.strict_h11 import StrictH11
 from service.errors import MalformedRequest, PrefixServiceError
+from service.file_limit import most_connections
 from service.settings import Settings
 
 Message = dict[str, Any]
 _LARGE_PIECE = 256 << 10
+_HEAD_PIECE = 1 << 10
+_SMALL_PIECE = 256  # of the tiniest chunks, a millisecond for h11
 
 
-def protocol_class(parser: Literal["httptools", "h11"], deadlines: Deadlines) -> type[asyncio.Protocol]:
-    """Returns what uvicorn takes as `http`, which it only calls."""
-    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines)
+def protocol_class(
+    parser: Literal["httptools", "h11"], deadlines: Deadlines, most: int = sys.maxsize
+) -> type[asyncio.Protocol]:
+    """Returns what uvicorn takes as `http`, which it only calls: connections of one process, `most` at a time."""
+    peers: Peers[Guarded] = Peers(most)
+    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers)
     return cast("type[asyncio.Protocol]", made)
 
 
 def connection_class(settings: Settings) -> type[asyncio.Protocol]:
     """Returns the connections of a service with these settings, for uvicorn."""
-    return protocol_class(settings.parser, Deadlines(settings.receive_timeout, settings.send_timeout))
+    deadlines = Deadlines(settings.receive_timeout, settings.send_timeout)
+    return protocol_class(settings.parser, deadlines, most_connections(settings.max_connections))
 
 
 def connection_from_environment(**uvicorn: Any) -> asyncio.Protocol:
@@ -53,12 +61,12 @@ def _of_this_process() -> type[asyncio.Protocol]:
 class HttpToolsConnection(Guarded, HttpToolsProtocol):
     """A connection read by the parser that is fast and bounds nothing."""
 
-    def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], **uvicorn: Any) -> None:
         self._pending = 0  # bytes since the last that were of a body, or ended a head
         self._has_body_to_come = False
         self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends with its answer
-        super().__init__(deadlines, **uvicorn)
+        super().__init__(deadlines, peers, **uvicorn)
 
     def _parse(self, data: bytes | memoryview) -> None:
         """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
@@ -131,7 +139,6 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         """A piece of a body."""
         self._pending = 0
         self._body_left -= len(body)
-        self._events += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -168,21 +175,22 @@ class H11Connection(Guarded, H11Protocol):
 
     conn: StrictH11
 
-    def __init__(self, deadlines: Deadlines, **uvicorn: Any) -> None:
-        super().__init__(deadlines, **uvicorn)
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], **uvicorn: Any) -> None:
+        super().__init__(deadlines, peers, **uvicorn)
         self.conn = StrictH11()
 
     def _parse(self, data: bytes | memoryview) -> None:
         self._unset_keepalive_if_required()
-        before = self.conn.events
         self.conn.receive_data(bytes(data))
         self.handle_events()
-        self._events += self.conn.events - before
 
     @property
     def _piece(self) -> int:
-        """A body with a length is one event for each piece; h11 itself keeps what stands behind it."""
-        return _LARGE_PIECE if self.conn.is_in_body and self.conn.has_length else PIECE
+        """A body with a length is one event for each piece, and so is what is left of a chunk. Many small chunks in a
+        large piece would keep h11 busy for long, also behind a head."""
+        if not self.conn.is_in_body:
+            return _HEAD_PIECE
+        return _LARGE_PIECE if self.conn.has_length else min(_LARGE_PIECE, max(_SMALL_PIECE, self.conn.left_in_chunk))
 
     @property
     def _ignores_input(self) -> bool:

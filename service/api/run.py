@@ -21,6 +21,7 @@ from service.api.protocols import connection_class
 from service.api.worker_metrics import shared_folder, whole_service
 from service.data_folder import bootstrap_file, opened
 from service.errors import Conflict, InvalidInput
+from service.file_limit import most_connections, raise_file_limit
 from service.logs import configure
 from service.registry.registry import choose_device
 from service.settings import Settings
@@ -41,6 +42,7 @@ def run(settings: Settings) -> None:
         StorageFailed, OutOfSpace: the disk refused.
     """
     configure(settings.log_level)
+    raise_file_limit()
     device = choose_device(settings.device)
     if settings.shared_dir is not None:
         _check_shared(settings.shared_dir, settings.uds)
@@ -50,7 +52,12 @@ def run(settings: Settings) -> None:
     with opened(settings), _app(settings) as app:
         where = f"unix:{settings.uds}" if settings.uds else f"http://{settings.host}:{settings.port}"
         log.info(
-            "serving", version=version("prefix-service"), at=where, data=str(settings.data_dir), device=str(device)
+            "serving",
+            version=version("prefix-service"),
+            at=where,
+            data=str(settings.data_dir),
+            device=str(device),
+            connections=most_connections(settings.max_connections),
         )
         if settings.dev:
             log.warning("dev mode: no keys, every caller on this machine may do everything")

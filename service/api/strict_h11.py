@@ -39,8 +39,12 @@ class StrictH11(h11.Connection):
         self._receive_buffer = self._lines = _StrictBuffer()
         self.is_in_body = self.has_length = False
         """Whether the newest request has more to come, and whether its head has a Content-Length."""
-        self.events = 0
-        """Events that were parsed."""
+
+    @property
+    def left_in_chunk(self) -> int:
+        """Bytes of a chunked body's newest chunk that are still to come, as far as h11 has read its size."""
+        left: int = getattr(self._reader, "_bytes_in_chunk", 0)
+        return left
 
     def next_event(self) -> Any:
         """Parse the next event; a request's target is in origin-form.
@@ -51,7 +55,6 @@ class StrictH11(h11.Connection):
         if self.their_state is h11.IDLE:
             self._lines.skip_empty_lines()
         event = super().next_event()
-        self.events += 1
         try:
             if isinstance(event, h11.Request):
                 event, self.is_in_body = _admitted(event), True

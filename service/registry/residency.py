@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final, Generic
 
-from service.errors import OutOfSpace, Unavailable
+from service.errors import Unavailable
+from service.registry.holdings import Holdings
 from service.registry.tenants import Entry, K, Tenant
 
 _PROBATION: Final = 0.1
@@ -24,7 +25,8 @@ class Residency(Generic[K]):
     """Which keys are resident, and which must leave for another to come.
 
     No I/O and no locks: the owner calls it from one thread, and frees what `admit` returns. Bytes are reserved
-    before they are allocated. What is leased or pinned is never evicted.
+    before they are allocated. What is leased or pinned is never evicted, and bounded for each tenant as `Holdings`
+    says. An entry that is removed while it is leased goes on counting until the last lease ends.
 
     Half of the budget is divided among the tenants that have something resident: a tenant within that share loses
     nothing to others, unless it asked for nothing while as much as the whole budget was admitted. The other half goes
@@ -32,11 +34,10 @@ class Residency(Generic[K]):
     the most there, so a scan takes nothing but a tenth of an equal part.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, setting: str = "the budget") -> None:
         self.budget = budget
         self.used = 0
-        self.held = 0
-        self.pinned = 0
+        self.holdings: Holdings[K] = Holdings(budget, setting)
         self._entries: dict[K, Entry[K]] = {}
         self._tenants: dict[str, Tenant[K]] = {}
         self._main: OrderedDict[K, Entry[K]] = OrderedDict()
@@ -67,16 +68,18 @@ class Residency(Generic[K]):
         """All that have something resident."""
         return iter(self._tenants.values())
 
-    def admit(self, key: K, nbytes: int, tenant: str) -> list[K]:
-        """Reserve a tenant's `nbytes` for a key that is not resident; the keys that had to leave, already removed.
+    def admit(self, key: K, nbytes: int, tenant: str, own: int = 0) -> list[K]:
+        """Reserve a tenant's `nbytes` for a key that is not resident, and that will be leased by a request that leases
+        `own` bytes of this tenant already; the keys that had to leave, already removed.
 
         Raises:
-            OutOfSpace: it would not fit even alone.
+            OutOfSpace: it is more than one request may hold.
+            Overloaded: the tenant's leases would take more than `Holdings` allows.
             Unavailable: what could leave is not enough, because the rest is in use, pinned, or guaranteed to others.
         """
-        if nbytes > self.budget:
-            raise OutOfSpace(f"{nbytes} bytes do not fit the memory budget of {self.budget} bytes")
+        self.holdings.require_size(nbytes)
         owner = self._tenants.get(tenant) or Tenant(tenant)
+        self.holdings.require_lease(owner, nbytes, held=False, own=own)
         victims = self._make_room(owner, nbytes)
         self._tenants[tenant] = owner
         self._admitted += nbytes
@@ -206,14 +209,19 @@ class Residency(Generic[K]):
     def _drop(self, key: K, entry: Entry[K]) -> None:
         entry.resident = False
         del self._entries[key]
+        if not entry.leases:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry[K]) -> None:
         entry.owner.entries -= 1
         if not entry.owner.entries:
             del self._tenants[entry.owner.name]
 
     def _why_not(self, nbytes: int) -> str:
+        pinned, held = self.holdings.pinned, self.holdings.held
         return (
-            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {self.pinned} are pinned, "
-            f"{self.held - self.pinned} in use, and the rest is not enough or guaranteed to other tenants"
+            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {pinned} are pinned, "
+            f"{held - pinned} in use, and the rest is not enough or guaranteed to other tenants"
         )
 
     def touch(self, key: K) -> None:
@@ -222,35 +230,46 @@ class Residency(Generic[K]):
         entry.use()
         entry.owner.seen = self._admitted
 
-    def lease(self, key: K) -> Entry[K]:
-        """Keep a resident key while it is being used; give what this returns to `release`."""
+    def lease(self, key: K, own: int = 0) -> Entry[K]:
+        """Keep a resident key while it is being used; give what this returns to `release`. The request that asks leases
+        `own` bytes of this tenant already.
+
+        Raises:
+            Overloaded: the tenant's leases would take more than `Holdings` allows.
+        """
         entry = self._entries[key]
-        if not entry.held:
-            self.held += entry.nbytes
+        if not entry.leases:
+            self.holdings.lease(entry, own)
         entry.leases += 1
         return entry
 
     def release(self, entry: Entry[K]) -> None:
-        """The end of a lease, also of a key that was removed in the meantime."""
+        """The end of a lease, also of a key that was removed in the meantime: then the last one frees its bytes."""
         entry.leases -= 1
-        if entry.resident and not entry.held:
-            self.held -= entry.nbytes
+        if entry.leases:
+            return
+        self.holdings.release(entry)
+        if not entry.resident:
+            self._count(entry, -entry.nbytes)
+            self._forget(entry)
 
     def holds(self, key: K, entry: Entry[K]) -> bool:
         """Whether this very entry is resident: a key may have been removed and admitted again."""
         return self._entries.get(key) is entry
 
     def pin(self, key: K, *, pinned: bool) -> None:
-        """Keep a resident key until it is unpinned, outside the queues; it counts as used again then."""
+        """Keep a resident key until it is unpinned, outside the queues; it counts as used again then.
+
+        Raises:
+            OutOfSpace: the tenant would pin more than `Holdings` allows.
+        """
         entry = self._entries[key]
         if entry.pinned == pinned:
             return
         if pinned:
+            self.holdings.require_pin(entry)
             self._dequeue(key, entry)
-        held, entry.pinned = entry.held, pinned
-        if held != entry.held:
-            self.held += entry.nbytes if pinned else -entry.nbytes
-        self.pinned += entry.nbytes if pinned else -entry.nbytes
+        self.holdings.pin(entry, pinned=pinned)
         if not pinned:
             entry.proven = True
             self._enqueue(key, entry)
@@ -263,11 +282,10 @@ class Residency(Generic[K]):
         """Forget a key; harmless if it is not resident."""
         if (entry := self._entries.get(key)) is None:
             return
-        if entry.held:
-            self.held -= entry.nbytes
         if entry.pinned:
-            self.pinned -= entry.nbytes
+            self.holdings.pin(entry, pinned=False)
         else:
             self._dequeue(key, entry)
-        self._count(entry, -entry.nbytes)
+        if not entry.leases:
+            self._count(entry, -entry.nbytes)
         self._drop(key, entry)

@@ -24,11 +24,6 @@ class Entry(Generic[K]):
     proven: bool = False
     resident: bool = True
 
-    @property
-    def held(self) -> bool:
-        """Whether it may not leave now."""
-        return self.pinned or self.leases > 0
-
     def use(self) -> None:
         """Note a use."""
         self.uses += 1
@@ -36,12 +31,15 @@ class Entry(Generic[K]):
 
 
 class Tenant(Generic[K]):
-    """`used` bytes; `seen` is when it last asked for something."""
+    """`used` bytes in memory, of which `leased` are read and `pinned` are pinned; `seen` is when it last asked for
+    something. `entries` counts what is resident, or was removed and is still read."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.entries = 0
         self.used = 0
+        self.leased = 0
+        self.pinned = 0
         self.seen = 0
         self.probation: OrderedDict[K, Entry[K]] = OrderedDict()
         self.on_probation = 0

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
-from service.errors import OutOfSpace, Unavailable
+from service.errors import Overloaded, Unavailable
 from service.registry.failures import Failures
 from service.registry.report import Reason, ShareReport, TierName, TierReport
 from service.registry.residency import Residency
+from service.registry.room import Room
 from service.registry.tenants import Entry, K
 
 
@@ -19,22 +21,23 @@ class Sized(Protocol):
     def nbytes(self) -> int: ...
 
 
+_SETTINGS: Final[dict[TierName, str]] = {"device": "PREFIX_DEVICE_BYTES", "host": "PREFIX_RENDERING_BYTES"}
+
 V = TypeVar("V", bound=Sized)
 G = TypeVar("G", bound=Hashable)
 
 
 class Tier(Generic[K, V, G]):
     """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment.
-    What finds no room waits up to `patience` seconds for somebody else's lease to end. Each key belongs to a `group`,
-    with which it is forgotten."""
+    What finds no room, or more of it than its tenant may lease, waits up to `patience` seconds for leases to end.
+    Each key belongs to a `group`, with which it is forgotten."""
 
     def __init__(self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], G]) -> None:
-        self.residency: Residency[K] = Residency(budget)
+        self.residency: Residency[K] = Residency(budget, _SETTINGS[name])
         self._group = group
         self._groups: dict[G, set[K]] = {}  # of what is resident
         self._name, self._place, self._patience = name, place, patience
-        self._room: asyncio.Event | None = None  # of those who wait now
-        self._collecting = asyncio.Lock()  # two who collect leases could wait for each other's
+        self._room = Room()
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -51,144 +54,119 @@ class Tier(Generic[K, V, G]):
         """The value of a tenant's `key`, not evicted from the reservation of its bytes until the block ends.
 
         The block raises:
-            OutOfSpace: it does not fit the budget.
+            OutOfSpace: it is more than one request may hold.
+            Overloaded: other readers of the tenant held its part of the budget for too long.
             Unavailable: what may leave is not enough, and did not become so in time.
             PrefixServiceError: what `load` raised, now or a moment ago.
         """
         return Lease(self, key, tenant, nbytes, load)
 
     async def enter(self, lease: "Lease[K, V, G]") -> V:
-        """Begin a lease."""
-        key = lease.key
-        if (value := self._values.get(key)) is not None:
-            self._hits += 1
-        elif key in self._loads:
-            self._waits += 1
-        else:
-            self._misses += 1
-            await self._begin(key, lease.tenant, lease.nbytes, lease.load)
-            return await self._lent(lease)
-        self.residency.touch(key)
-        if value is None:
-            return await self._lent(lease)
-        self._lend(lease)
+        """Begins a lease."""
+        value = self._values.get(lease.key)
+        if value is not None:
+            try:
+                lease.entry = self.residency.lease(lease.key)
+            except Overloaded:
+                pass
+            else:
+                self.residency.touch(lease.key)
+                self._hits += 1
+                self._readers += 1
+                return value
+        (value,) = await self.enter_all([lease])
         return value
 
     async def enter_all(self, leases: Sequence["Lease[K, V, G]"]) -> list[V]:
-        """Begin leases of different keys together: all or none; what has to be loaded is loaded side by side.
+        """Begins leases of different keys together: all or none; what has to be loaded is loaded side by side.
 
         Raises:
-            OutOfSpace: they do not fit the budget together.
-            Unavailable, PrefixServiceError: as for one.
+            OutOfSpace: together they are more than one request may hold.
+            Overloaded, Unavailable, PrefixServiceError: as for one.
         """
-        if (needed := sum(lease.nbytes for lease in leases)) > self.residency.budget:
-            raise OutOfSpace(
-                f"{needed} bytes are needed at once, and the memory budget has {self.residency.budget}: ask for less "
-                "in one request"
-            )
-        lent: list[asyncio.Future[V]] = []
+        self.residency.holdings.require_size(sum(lease.nbytes for lease in leases))
+        for lease in leases:
+            known = lease.key in self._values
+            self._hits += known
+            self._waits += lease.key in self._loads
+            self._misses += not known and lease.key not in self._loads
+        await self._begin(leases)
         try:
-            if all(lease.key in self._values for lease in leases):
-                lent += map(self._promised, leases)
-            else:
-                await self._collect(leases, lent)
+            # A waiter that is cancelled must not take the load away from the others.
+            loads = [asyncio.shield(self._loads[lease.key]) for lease in leases if lease.key in self._loads]
+            found = [self._values.get(lease.key) for lease in leases]
             # Failures wait for each other: which one is told does not hang on the order of loads.
-            await asyncio.gather(*lent, return_exceptions=True)
-            return [promise.result() for promise in lent]
+            await asyncio.gather(*loads, return_exceptions=True)
+            loaded = iter(loads)
+            return [next(loaded).result() if value is None else value for value in found]
         except BaseException:
-            for lease, promise in zip(leases, lent, strict=False):
-                promise.cancel()
+            for lease in leases:
                 self.leave(lease)
             raise
 
-    async def _collect(self, leases: Sequence["Lease[K, V, G]"], lent: list["asyncio.Future[V]"]) -> None:
-        """Reserve one after the other, and wait for room while holding the first: so only one may at a time."""
+    async def _begin(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+        """Begins leases now, or once there is room for all of them: until then they hold nothing."""
         until = time.monotonic() + self._patience
+        place = None
         try:
-            async with asyncio.timeout(self._patience):
-                await self._collecting.acquire()
-        except TimeoutError as error:
-            raise Unavailable("others wait for room for several prefixes at once: try again") from error
+            while True:
+                for lease in leases:
+                    if lease.key not in self.residency:
+                        self._failures.check(lease.key)
+                try:
+                    self._take(leases)
+                except Unavailable:
+                    place = place or self._room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
+                    if not await place.may_try_before(until):
+                        raise
+                else:
+                    return
+        finally:
+            if place is not None:
+                self._room.leave(place)
+
+    def _take(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+        """Begins leases, and loads of what is not resident.
+
+        Raises:
+            Overloaded, Unavailable: there is no room for one; then none has begun.
+        """
+        taken: list[Lease[K, V, G]] = []
+        new: set[Lease[K, V, G]] = set()
+        own: Counter[str] = Counter()
         try:
             for lease in leases:
-                is_new = lease.key not in self._values and lease.key not in self._loads
-                if is_new:
-                    self._misses += 1
-                    await self._begin(lease.key, lease.tenant, lease.nbytes, lease.load, until)
-                lent.append(self._promised(lease, is_new=is_new))
-        finally:
-            self._collecting.release()
-
-    def _promised(self, lease: "Lease[K, V, G]", *, is_new: bool = False) -> "asyncio.Future[V]":
-        """The value of a lease that begins now, once it is there."""
-        value = self._values.get(lease.key)
-        if not is_new:
-            self.residency.touch(lease.key)
-            self._hits += value is not None
-            self._waits += value is None
-        self._lend(lease)
-        if value is None:
-            return asyncio.shield(self._loads[lease.key])
-        promise: asyncio.Future[V] = asyncio.get_running_loop().create_future()
-        promise.set_result(value)
-        return promise
-
-    def _lend(self, lease: "Lease[K, V, G]") -> None:
-        lease.entry = self.residency.lease(lease.key)
-        self._readers += 1
-
-    async def _lent(self, lease: "Lease[K, V, G]") -> V:
-        """The value, once its load has ended; leased meanwhile."""
-        key = lease.key
-        self._lend(lease)
-        try:
-            value = self._values.get(key)
-            # A waiter that is cancelled must not take the load away from the others.
-            return await asyncio.shield(self._loads[key]) if value is None else value
-        except BaseException:
-            self.leave(lease)
+                key, tenant = lease.key, lease.tenant
+                if key not in self.residency:
+                    self._free(self.residency.admit(key, lease.nbytes, tenant, own[tenant]))
+                    new.add(lease)
+                lease.entry = self.residency.lease(key, own[tenant])
+                taken.append(lease)
+                own[tenant] += lease.entry.nbytes
+        except Unavailable:
+            for lease in taken:
+                self.residency.release(lease.entry)
+            for lease in new:
+                self.residency.remove(lease.key)
             raise
+        self._readers += len(leases)
+        for lease in leases:
+            if lease not in new:
+                self.residency.touch(lease.key)
+                continue
+            self._groups.setdefault(self._group(lease.key), set()).add(lease.key)
+            self._loads[lease.key] = asyncio.create_task(
+                self._load(lease.key, self.residency.lease(lease.key), lease.load)
+            )
 
     def leave(self, lease: "Lease[K, V, G]") -> None:
         """End a lease."""
         self._readers -= 1
         self._release(lease.entry)
 
-    async def _begin(
-        self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]], until: float | None = None
-    ) -> None:
-        """Reserve and begin to load, unless somebody else does while there is no room yet."""
-        until = time.monotonic() + self._patience if until is None else until
-        while key not in self._values and key not in self._loads:
-            self._failures.check(key)
-            try:
-                self._free(self.residency.admit(key, nbytes, tenant))
-            except Unavailable:
-                if not await self._room_before(until):
-                    raise
-            else:
-                self._groups.setdefault(self._group(key), set()).add(key)
-                self._loads[key] = asyncio.create_task(self._load(key, self.residency.lease(key), load))
-
-    async def _room_before(self, until: float) -> bool:
-        """Whether something may have become free in time."""
-        room = self._room = self._room or asyncio.Event()
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                await room.wait()
-        except TimeoutError:
-            return False
-        return True
-
     def _release(self, entry: Entry[K]) -> None:
         self.residency.release(entry)
-        self._make_known()
-
-    def _make_known(self) -> None:
-        """Those who wait now look again; who comes later waits for the next time."""
-        if self._room is not None:
-            self._room.set()
-            self._room = None
+        self._room.announce()
 
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
@@ -230,7 +208,7 @@ class Tier(Generic[K, V, G]):
     def pin(self, key: K, *, pinned: bool) -> None:
         """Keep a resident key, or let it go again."""
         self.residency.pin(key, pinned=pinned)
-        self._make_known()
+        self._room.announce()
 
     def forgive(self, group: G) -> None:
         """Forget that loads failed: what was wrong has been put right."""
@@ -243,7 +221,7 @@ class Tier(Generic[K, V, G]):
             self._values.pop(key, None)
             self._loads.pop(key, None)
             self.residency.remove(key)
-        self._make_known()
+        self._room.announce()
 
     def remove_where(self, matches: Callable[[G], bool]) -> None:
         """The same for all groups that match."""
@@ -269,7 +247,7 @@ class Tier(Generic[K, V, G]):
             place=self._place,
             budget=self.residency.budget,
             used=self.residency.used,
-            pinned=self.residency.pinned,
+            pinned=self.residency.holdings.pinned,
             entries=len(self.residency),
             loading=len(self._loads),
             readers=self._readers,

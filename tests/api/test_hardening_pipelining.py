@@ -18,7 +18,7 @@ COUNT = 6000
 QUEUED = 200
 """Requests that may be queued: those of 4 KiB."""
 CHUNKS = 40_000
-CHUNKS_IN_A_TURN = 1300
+CHUNKS_IN_A_TURN = CHUNKS // 4
 """Those of 4 KiB, and of the piece before, which had fewer than 500 events."""
 
 Parser = Literal["httptools", "h11"]

@@ -150,7 +150,7 @@ def test_hardening_40_the_end_of_a_version_during_a_transfer(
     tmp_path: Path, end: Callable[[Server], None], status: int
 ) -> None:
     """The transfer completes with the right bytes; later requests get what is true then."""
-    environment = {name: str(3 * LARGE_SIZE + 65_536) for name in ("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES")}
+    environment = {name: str(4 * LARGE_SIZE + 65_536) for name in ("PREFIX_DEVICE_BYTES", "PREFIX_RENDERING_BYTES")}
     with running_server(tmp_path / "data", environment=environment) as server:
         for number in range(1, 8):
             upload(server.client(), "races", f"large-{number}", LARGE, large(number))

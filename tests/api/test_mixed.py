@@ -287,9 +287,9 @@ def test_every_row_of_a_large_batch(client: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A service whose memory has room for one rendering of 512 KiB, not for two."""
+    """A service whose memory has room for one rendering of 512 KiB in a request, not for two."""
     with running_server(
-        tmp_path_factory.mktemp("small") / "data", environment={"PREFIX_RENDERING_BYTES": str(900 << 10)}
+        tmp_path_factory.mktemp("small") / "data", environment={"PREFIX_RENDERING_BYTES": str(1900 << 10)}
     ) as running:
         yield running
 
@@ -302,7 +302,10 @@ def test_rows_that_do_not_fit_memory_together(small: Server) -> None:
         flat = torch.randn(64, 64 * 2 * 16)
         assert upload(client, "t", adapter, config, save({"prompt_embeddings": flat})).status_code == 201
     said = problem(client.post(PATH, json={"rows": ["t/a", "t/b"]}), 507, "out-of-space")["detail"]
-    assert said == "1048576 bytes are needed at once, and the memory budget has 921600: ask for less in one request"
+    assert said == (
+        "1048576 bytes are needed in memory, and one request may hold 972800: ask for less at once, or raise "
+        "PREFIX_RENDERING_BYTES, of which that is a half"
+    )
     for rows in (["t/a", "t/a", None, ["t/a", "t/a"]], ["t/b"]):
         assert client.post(PATH, json={"rows": rows}).status_code == 200
 

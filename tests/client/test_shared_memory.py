@@ -217,7 +217,7 @@ def test_whoever_cannot_open_a_file_receives_it(
 
 def test_eviction_under_way(tmp_path: Path) -> None:
     """Workers that ask while everything is evicted again and again always get right bytes."""
-    with sharing_server(tmp_path, environment={"PREFIX_RENDERING_BYTES": str(3 << 20)}) as server:
+    with sharing_server(tmp_path, environment={"PREFIX_RENDERING_BYTES": str(5 << 20)}) as server:
         config = {**LARGE, "num_virtual_tokens": 64, "num_layers": 8}  # 2 MiB
         for number in range(3):
             path = f"/v1/tenants/same/adapters/a{number}/versions"
@@ -241,7 +241,7 @@ def test_eviction_under_way(tmp_path: Path) -> None:
             for thread in threads:
                 thread.join()
         assert wrong == []
-        assert len(shared_files(tmp_path)) <= 1
+        assert len(shared_files(tmp_path)) <= 2
 
 
 def told(**fields: Any) -> bytes:

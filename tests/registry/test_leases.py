@@ -1,11 +1,12 @@
 """Leases that begin together: all or none, never two who wait for each other."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import pytest
 
-from service.errors import CorruptBlob, OutOfSpace, Unavailable
+from service.errors import CorruptBlob, OutOfSpace, Overloaded, Unavailable
 from service.prefix.rendering import Rendering
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Leases
@@ -70,7 +71,7 @@ async def test_what_is_there_is_not_loaded_again_and_counts_as_used() -> None:
 
 async def test_more_than_the_budget_is_refused_before_anything_is_loaded() -> None:
     registry, loaders = registry_of(), [Loader(1), Loader(2), Loader(3)]
-    with pytest.raises(OutOfSpace, match=f"{3 * SIZE} bytes are needed at once, and the memory budget has {2 * SIZE}"):
+    with pytest.raises(OutOfSpace, match=f"{3 * SIZE} bytes are needed in memory, and one request may hold {2 * SIZE}"):
         async with together(registry, loaders):
             pass
     assert [loader.calls for loader in loaders] == [0, 0, 0]
@@ -112,8 +113,8 @@ async def test_the_first_failure_is_told_whichever_comes_first(order: tuple[int,
 
 
 async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
-    """Each reserves a quarter, and then waits for three: if both held a quarter, they would wait for each other."""
-    registry = registry_of(rendering_bytes=4 * SIZE, patience=3)
+    """Each needs all that one request may hold: if one held a part of it while it waits, both would wait for ever."""
+    registry = registry_of(rendering_bytes=8 * SIZE, patience=3)
 
     async def read(first: int) -> None:
         loaders = [Loader(first), Loader(first + 1)]
@@ -125,6 +126,40 @@ async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
         tasks.create_task(read(1))
         tasks.create_task(read(3))
         await asyncio.sleep(0.2)
+    assert readers(registry) == 0
+
+
+async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
+    """Neither what it waits for nor a turn: its neighbour's is answered immediately."""
+    registry = registry_of(rendering_bytes=8 * SIZE, patience=30)
+    async with contextlib.AsyncExitStack() as stack:
+        for number in range(4):
+            await stack.enter_async_context(leased(registry, Loader(number), number))
+        waiting = asyncio.create_task(together(registry, [Loader(7), Loader(8)]).__aenter__())
+        await asyncio.sleep(0)
+        neighbours = [
+            RenderingKey(VersionKey("beta", "b", number, "d"), "float32", (0, 1), (0, 1)) for number in (1, 2)
+        ]
+        async with (
+            asyncio.timeout(10),
+            Leases([registry.rendering(key, SIZE, SIZE, Loader(key.version.version)) for key in neighbours]),
+        ):
+            assert not waiting.done()
+            assert used(registry)[1] == 6 * SIZE
+    await waiting
+
+
+async def test_a_request_may_hold_a_half_where_its_tenant_holds_nothing_else() -> None:
+    """Together, as one prefix may: also beside what others hold. With something else it may not."""
+    registry = registry_of(device_bytes=16 * SIZE, rendering_bytes=8 * SIZE)
+    other = RenderingKey(VersionKey("beta", "b", 1, "d"), "float32", (0, 1), (0, 1))
+    async with registry.rendering(other, 2 * SIZE, SIZE, Loader()):
+        async with together(registry, [Loader(number) for number in range(1, 5)]):
+            pass
+        async with leased(registry, Loader(5), 5):
+            with pytest.raises(Overloaded, match="answers of tenant 'acme'"):
+                async with together(registry, [Loader(number) for number in range(1, 5)]):
+                    pass
     assert readers(registry) == 0
 
 

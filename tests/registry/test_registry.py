@@ -1,6 +1,7 @@
 """`service.registry.registry` on a real event loop: one load for all, eviction, forgetting, failures."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Unavailable
+from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloaded, Unavailable
 from service.prefix.kv import PrefixKV
 from service.prefix.rendering import Rendering, render
 from service.registry.registry import (
@@ -76,7 +77,7 @@ def held() -> Loader:
 
 
 def registry_of(
-    device_bytes: int = 2 * SIZE, rendering_bytes: int = 2 * SIZE, device: torch.device = CPU, patience: float = 0
+    device_bytes: int = 4 * SIZE, rendering_bytes: int = 4 * SIZE, device: torch.device = CPU, patience: float = 0
 ) -> AdapterRegistry:
     return AdapterRegistry(device, device_bytes, rendering_bytes, patience)
 
@@ -159,7 +160,7 @@ async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
 async def test_a_storm_on_a_broken_version_loads_it_once() -> None:
     """For a moment all get the same error at once, prefix or rendering, and nothing leaves for it; what is put right
     is loaded again."""
-    registry, load = registry_of(), Loader(error=CorruptBlob("bit rot", 60))
+    registry, load = registry_of(2 * SIZE), Loader(error=CorruptBlob("bit rot", 60))
     for number in (2, 3):
         await registry.prefix(version(number), SIZE, Loader(number))
     for _ in range(20):
@@ -202,7 +203,7 @@ async def test_a_failed_rendering_reserves_nothing() -> None:
 
 async def test_what_is_read_once_makes_room() -> None:
     """The budget is reserved before the load, and what was used again stays."""
-    registry = registry_of()
+    registry = registry_of(2 * SIZE)
     loaders = {number: Loader(number) for number in (1, 2, 3)}
     for number in (1, 2, 1, 1, 3):
         await registry.prefix(version(number), SIZE, loaders[number])
@@ -211,11 +212,11 @@ async def test_what_is_read_once_makes_room() -> None:
 
 
 async def test_requests_that_begin_together_do_not_evict_each_other() -> None:
-    """A load is held from its reservation on: who finds no room is told to come again."""
-    registry = registry_of(device_bytes=2 * SIZE)
+    """A load is held from its reservation on, and those of one tenant hold a half: the rest is told to come again."""
+    registry = registry_of(device_bytes=4 * SIZE)
     loads = (registry.prefix(version(number), SIZE, Loader(number)) for number in range(10))
     results = await asyncio.gather(*loads, return_exceptions=True)
-    assert [type(result) for result in results] == [PrefixKV] * 2 + [Unavailable] * 8
+    assert [type(result) for result in results] == [PrefixKV] * 2 + [Overloaded] * 8
     assert used(registry) == (2 * SIZE, 0)
 
 
@@ -230,7 +231,7 @@ async def test_who_finds_no_room_waits_for_it() -> None:
 
 async def test_who_waits_for_room_joins_a_load_that_begins_meanwhile() -> None:
     """Two who want the same version, and have no room, are one load."""
-    registry, load = registry_of(rendering_bytes=SIZE, patience=10), Loader(2)
+    registry, load = registry_of(rendering_bytes=2 * SIZE, patience=10), Loader(2)
     async with leased(registry, Loader()):
         tasks = [asyncio.create_task(leased(registry, load, 2).__aenter__()) for _ in range(2)]
         await asyncio.sleep(0.01)
@@ -242,7 +243,7 @@ async def test_who_waits_for_room_joins_a_load_that_begins_meanwhile() -> None:
 
 async def test_who_waits_for_room_in_vain_is_told() -> None:
     """After the patience is over, and not before."""
-    registry = registry_of(rendering_bytes=SIZE, patience=0.05)
+    registry = registry_of(rendering_bytes=2 * SIZE, patience=0.05)
     async with leased(registry, Loader()):
         began = asyncio.get_running_loop().time()
         with pytest.raises(Unavailable):
@@ -254,29 +255,34 @@ async def test_who_waits_for_room_in_vain_is_told() -> None:
 @pytest.mark.parametrize("how", ["unload", "unpin"])
 async def test_what_may_leave_now_makes_room_for_who_waits(how: str) -> None:
     """Not only the end of a lease."""
-    registry = registry_of(device_bytes=SIZE, patience=10)
+    registry, other = registry_of(patience=10), held()
     await registry.prefix(version(), SIZE, Loader())
     registry.pin(version(), pinned=True)
+    beside = asyncio.create_task(registry.prefix(version(3), SIZE, other))
+    await other.waiting()
     waiting = asyncio.create_task(registry.prefix(version(2), SIZE, Loader(2)))
     await asyncio.sleep(0.01)
+    assert not registry.state(version(2))["resident"]
     if how == "unload":
         registry.forget(version())
     else:
         registry.pin(version(), pinned=False)
     assert torch.equal((await waiting).tensor, kv_of(2).tensor)
+    other.go_on.set()
+    await beside
 
 
 async def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:
-    """No byte is read for it."""
+    """No byte is read for it; one request may hold a half of the budget, and the error names the setting."""
     load = Loader()
-    with pytest.raises(OutOfSpace):
-        await registry_of(device_bytes=SIZE - 1).prefix(version(), SIZE, load)
+    with pytest.raises(OutOfSpace, match=rf"^{SIZE} bytes .* may hold {SIZE - 1}: .* PREFIX_DEVICE_BYTES"):
+        await registry_of(device_bytes=2 * SIZE - 1).prefix(version(), SIZE, load)
     assert load.calls == 0
 
 
 async def test_a_lease_is_never_evicted() -> None:
     """While it is sent, another rendering finds no room; afterwards it does."""
-    registry = registry_of(rendering_bytes=SIZE)
+    registry = registry_of(rendering_bytes=2 * SIZE)
     async with leased(registry, Loader()) as rendering:
         with pytest.raises(Unavailable):
             async with leased(registry, Loader(2), 2):
@@ -288,7 +294,7 @@ async def test_a_lease_is_never_evicted() -> None:
 
 async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes count until the rendering is done, so the budget tells the truth."""
-    registry, rendering, go_on = registry_of(device_bytes=SIZE), threading.Event(), threading.Event()
+    registry, rendering, go_on = registry_of(device_bytes=2 * SIZE), threading.Event(), threading.Event()
 
     def slow(*args: object) -> Rendering:
         rendering.set()
@@ -307,14 +313,29 @@ async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPat
 
 async def test_a_pinned_version_stays_until_it_is_unpinned() -> None:
     """And the state says so."""
-    registry = registry_of(device_bytes=SIZE)
+    registry = registry_of()
     await registry.prefix(version(), SIZE, Loader())
     registry.pin(version(), pinned=True)
+    for number in range(2, 9):
+        await registry.prefix(version(number), SIZE, Loader(number))
     assert registry.state(version()) == {"resident": True, "pinned": True, "device": "cpu"}
-    with pytest.raises(Unavailable):
-        await registry.prefix(version(2), SIZE, Loader(2))
     registry.pin(version(), pinned=False)
-    await registry.prefix(version(2), SIZE, Loader(2))
+    for number in [*range(2, 6)] * 8:
+        await registry.prefix(version(number), SIZE, Loader(number))
+    assert registry.state(version()) == {"resident": False, "pinned": False, "device": "cpu"}
+
+
+async def test_what_one_tenant_pins_leaves_room_for_others() -> None:
+    """All pins together keep within a half, and one tenant's within a half of that; the error names the setting."""
+    registry = registry_of()
+    for number in (1, 2):
+        await registry.prefix(version(number), SIZE, Loader(number))
+    registry.pin(version(1), pinned=True)
+    with pytest.raises(OutOfSpace, match=f"'acme' has pinned {SIZE} bytes.* unpin some, or raise PREFIX_DEVICE_BYTES"):
+        registry.pin(version(2), pinned=True)
+    assert not registry.state(version(2))["pinned"]
+    registry.pin(version(1), pinned=False)
+    registry.pin(version(2), pinned=True)
 
 
 async def test_a_version_that_left_cannot_be_pinned() -> None:
@@ -325,16 +346,29 @@ async def test_a_version_that_left_cannot_be_pinned() -> None:
 
 
 async def test_what_is_forgotten_while_leased_stays_usable() -> None:
-    """A transfer completes; its bytes are free for others at once, and its end frees nothing twice."""
+    """A transfer completes; its bytes count until its end, which frees nothing twice."""
     registry = registry_of()
     async with leased(registry, Loader()) as rendering:
         registry.forget(version())
-        assert used(registry) == (0, 0)
+        assert used(registry) == (0, SIZE)
         async with leased(registry, Loader()) as again:
             assert again is not rendering
-            assert used(registry) == (SIZE, SIZE)
+            assert used(registry) == (SIZE, 2 * SIZE)
         assert torch.equal(rendering.values, kv_of().tensor)
     assert used(registry) == (SIZE, SIZE)
+
+
+async def test_forgetting_what_is_read_does_not_free_it_for_more_readers() -> None:
+    """A tenant that unloads what it reads slowly, and reads it again, holds no more than without: its part."""
+    registry = registry_of(rendering_bytes=8 * SIZE)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            await stack.enter_async_context(leased(registry, Loader()))
+            registry.forget(version())
+        with pytest.raises(Overloaded):
+            await stack.enter_async_context(leased(registry, Loader()))
+        assert used(registry)[1] == 4 * SIZE
+    assert used(registry) == (0, 0)
 
 
 async def test_what_is_forgotten_while_loading_does_not_stay() -> None:
@@ -343,7 +377,7 @@ async def test_what_is_forgotten_while_loading_does_not_stay() -> None:
     task = asyncio.create_task(registry.prefix(version(), SIZE, load))
     await load.waiting()
     registry.forget(version())
-    assert used(registry) == (0, 0)
+    assert used(registry) == (SIZE, 0)
     again = Loader()
     second = await registry.prefix(version(), SIZE, again)
     load.go_on.set()
@@ -449,10 +483,11 @@ async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
     async with leased(registry, Loader()) as rendering:
         await load.waiting()
         registry.forget_tenant("acme")
-        assert used(registry) == (SIZE, 0)
+        assert used(registry) == (2 * SIZE, SIZE)
         assert torch.equal(rendering.values, kv_of().tensor)
     load.go_on.set()
     await loading
+    assert used(registry) == (SIZE, 0)
     assert [row.tenant for row in registry.resident()] == ["beta"]
 
 
@@ -476,7 +511,7 @@ async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
 
 async def test_what_a_registry_tells_of_itself() -> None:
     """Budgets, bytes, leases and counts of both memories, and who has how much of its share."""
-    registry, load = registry_of(4 * SIZE, 4 * SIZE), held()
+    registry, load = registry_of(6 * SIZE, 4 * SIZE), held()
     other = VersionKey("beta", "b", 1, "d")
     await registry.prefix(other, SIZE, Loader())
     await registry.prefix(other, SIZE, Loader())
@@ -486,7 +521,7 @@ async def test_what_a_registry_tells_of_itself() -> None:
         await load.waiting()
         device, host = registry.tiers()
         assert (device.name, device.place, device.budget, device.used, device.pinned) == (
-            "device", "cpu", 4 * SIZE, 3 * SIZE, SIZE,
+            "device", "cpu", 6 * SIZE, 3 * SIZE, SIZE,
         )  # fmt: skip
         assert (device.entries, device.loading, device.readers) == (3, 1, 2)
         assert (device.hits, device.misses, device.waits, device.loads, device.failures) == (1, 3, 1, 2, 0)
@@ -502,15 +537,15 @@ async def test_what_a_registry_tells_of_itself() -> None:
         assert (second.uses, second.readers, third.uses, third.pinned) == (1, 2, 1, True)
         shares = [(row.tenant, row.tier, row.used, row.share) for row in registry.shares()]
         assert shares == [
-            ("acme", "device", 2 * SIZE, SIZE),
-            ("beta", "device", SIZE, SIZE),
+            ("acme", "device", 2 * SIZE, 6 * SIZE // 4),
+            ("beta", "device", SIZE, 6 * SIZE // 4),
             ("acme", "host", SIZE, 2 * SIZE),
         ]
     load.go_on.set()
     await asyncio.gather(*loading)
     registry.pin(other, pinned=False)
     assert {row.tenant: row.reason for row in registry.resident()} == {"acme": "kept", "beta": "share"}
-    for number in (3, 4):
+    for number in (3, 4, 5, 6):
         await registry.prefix(version(number), SIZE, Loader(number))
     assert registry.tiers()[0].evictions == 1
 

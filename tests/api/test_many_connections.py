@@ -1,0 +1,229 @@
+"""More connections than a process takes, and connections that end at any moment, on a real server."""
+
+import contextlib
+import json
+import resource
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests import conftest
+from tests.api.helpers import RawAnswer, assert_alive, head, read_answer, upload, versions_path
+from tests.conftest import PREFIX_SERVICE, Server, running_server
+
+MOST = 40
+FLOOD = 300
+LARGE: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 64, "num_layers": 8} | {
+    "num_attention_heads": 8,
+    "token_dim": 512,
+}  # 2 MiB in float32
+
+
+@pytest.fixture(scope="module", params=["httptools", "h11"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service with this parser that takes few connections."""
+    environment = {"PREFIX_HTTP_PARSER": request.param, "PREFIX_MAX_CONNECTIONS": str(MOST)}
+    with running_server(tmp_path_factory.mktemp(request.param) / "data", environment=environment) as running:
+        made = running.client().post(versions_path("t", "large"), json={"config": LARGE, "seed": 1})
+        assert made.status_code == 201
+        yield running
+
+
+def connected(server: Server, sent: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
+    """A connection that sent something, from an address of this machine."""
+    address = urlsplit(server.url)
+    connection = socket.create_connection((address.hostname, address.port), timeout=10, source_address=(source, 0))
+    connection.sendall(sent)
+    return connection
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether the service has not ended a connection that it has not answered on."""
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+    finally:
+        connection.settimeout(10)
+
+
+def answered(connection: socket.socket) -> RawAnswer:
+    connection.sendall(head("GET", "/livez"))
+    return read_answer(connection)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: a\r\nX: "], ids=["nothing", "a part of a head"])
+def test_idle_connections_of_one_peer_shut_nobody_out(server: Server, sent: bytes) -> None:
+    """A flood without a key costs itself its places, not another peer; the last that came are served."""
+    with ExitStack() as stack:
+        calm = stack.enter_context(connected(server, source="127.0.0.2"))
+        assert answered(calm).status == 200
+        flood = [stack.enter_context(connected(server, sent, "127.0.0.3")) for _ in range(FLOOD)]
+        assert httpx.get(f"{server.url}/livez").status_code == 200
+        assert answered(calm).status == 200
+        still = [is_open(connection) for connection in flood]
+        assert sum(still) < MOST
+        assert still[-1]
+    assert_alive(server)
+
+
+def test_connections_with_requests_in_progress_stay(server: Server) -> None:
+    """When all have some, a new one is told so and ends; when one is done, its place is free."""
+    slow = head(
+        "GET", "/v1/tenants/t/adapters/large@1/prefix?batch_size=64", Authorization=f"Bearer {server.admin_key}"
+    )
+    with ExitStack() as stack:
+        readers = [stack.enter_context(connected(server, slow)) for _ in range(MOST)]
+        for reader in readers:
+            reader.recv(1)
+        with connected(server) as refused:
+            answer = read_answer(refused)
+            assert (answer.status, answer.headers["content-type"]) == (503, "application/problem+json")
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.headers["connection"] == "close"
+            assert json.loads(answer.body)["code"] == "overloaded"
+            assert refused.recv(1) == b""
+        for reader in readers:
+            assert reader.recv(1)
+        readers[0].close()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with connected(server) as last, contextlib.suppress(OSError):
+                if answered(last).status == 200:
+                    break
+        else:
+            pytest.fail("the place did not become free")
+    assert_alive(server)
+
+
+def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
+    """SIGTERM with thousands of them, with and without a part of a head, ends the service with status 0."""
+    with running_server(tmp_path / "data") as server, ExitStack() as stack:
+        for number in range(2000):
+            stack.enter_context(connected(server, b"GET /" * (number % 2)))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
+
+
+def with_files(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Lets servers of a test start with this limit of open files."""
+    monkeypatch.setattr(conftest, "PREFIX_SERVICE", ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *PREFIX_SERVICE])
+
+
+def test_the_soft_limit_of_files_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the hard one: a service that a shell starts may have 1,024 only."""
+    with_files(monkeypatch, "-S -n 300")
+    with running_server(tmp_path / "data") as server:
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == min(hard, 1 << 20)
+
+
+def test_a_flood_leaves_files_for_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of idle connections without a key, more than the process may open files: uploads and cold reads go on."""
+    with_files(monkeypatch, "-n 400")
+    with running_server(tmp_path / "data") as server, ExitStack() as stack:
+        started = next(
+            line for line in map(json.loads, server.log.read_text().splitlines()) if line["event"] == "serving"
+        )
+        assert started["connections"] == (400 - 256) // 2
+        for _ in range(1000):
+            stack.enter_context(connected(server, source="127.0.0.3"))
+        assert upload(server.client(), "t", "a").status_code == 201
+        assert server.client().get("/v1/tenants/t/adapters/a/prefix").status_code == 200
+
+
+# Resets
+
+
+def reset(connection: socket.socket) -> None:
+    """Ends a connection by RST."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def _upload(server: Server, **fields: str) -> bytes:
+    key = f"Bearer {server.admin_key}"
+    return head(
+        "POST", versions_path("t", "r"), Authorization=key, Content_Type="multipart/form-data; boundary=x", **fields
+    )
+
+
+STAGES: dict[str, Callable[[Server], bytes]] = {
+    "nothing": lambda _: b"",
+    "in the head": lambda _: b"GET /livez HTTP/1.1\r\nHost",
+    "behind a request": lambda _: head("GET", "/livez"),
+    "in a body with a length": lambda server: _upload(server, Content_Length="100000") + b"--x\r\n",
+    "in a chunked body": lambda server: _upload(server, Transfer_Encoding="chunked") + b"5\r\n--x\r\n",
+    "in a JSON body": lambda server: (
+        head(
+            "POST",
+            "/v1/prefixes",
+            Authorization=f"Bearer {server.admin_key}",
+            Content_Type="application/json",
+            Content_Length="1000",
+        )
+        + b"{"
+    ),
+    "before 100 Continue": lambda server: _upload(server, Content_Length="100000", Expect="100-continue"),
+    "in a body that was answered early": lambda _: (
+        head("POST", versions_path("t", "r"), Content_Length="1000000") + b"a"
+    ),
+    "lingering": lambda _: b"no HTTP\r\n\r\n" + b"a" * 100_000,
+    "pipelined": lambda _: head("GET", "/livez") * 100,
+    "in the answer": lambda server: head(
+        "GET", "/v1/tenants/t/adapters/large@1/prefix?batch_size=64", Authorization=f"Bearer {server.admin_key}"
+    ),
+    "in the weights": lambda server: head(
+        "GET", "/v1/tenants/t/adapters/large@1/parameters", Authorization=f"Bearer {server.admin_key}"
+    ),
+    "in the metrics": lambda server: head("GET", "/metrics", Authorization=f"Bearer {server.admin_key}"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("waits", [False, True], ids=["immediately", "after what came"])
+def test_a_reset_leaves_no_traceback(server: Server, stage: str, waits: bool) -> None:
+    """In whatever stage: at info there is one line for the request at most, and no error."""
+    before = len(server.log.read_text())
+    for _ in range(5):
+        connection = connected(server, STAGES[stage](server))
+        if waits:
+            connection.settimeout(0.2)
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                connection.recv(1)
+        reset(connection)
+    assert answered_soon(server)
+    text = server.log.read_text()[before:]
+    for word in (
+        "Traceback",
+        "Exception in ASGI",
+        "never retrieved",
+        "was destroyed",
+        "Fatal error",
+        '"level": "error"',
+    ):
+        assert word not in text, text
+
+
+def answered_soon(server: Server) -> bool:
+    """Whether no request is in flight but the one that asks."""
+    client, deadline = server.client(), time.monotonic() + 10
+    while time.monotonic() < deadline:
+        text = client.get("/metrics").text
+        line = next(line for line in text.splitlines() if line.startswith("prefix_service_requests_in_flight"))
+        if float(line.split()[1]) <= 1:
+            return True
+        time.sleep(0.05)
+    return False
