@@ -104,10 +104,10 @@ class Encodings:
 
     def _encode_again(self, version: Version) -> PrefixKV:
         name = f"{version.tenant}/{version.adapter}@{version.number}"
-        log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
         current = self._catalog.resolve(version.tenant, parse_reference(f"{version.adapter}@{version.number}"))
         if current.key_values != version.key_values:
             raise EncodedAgain(current)
+        log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
         kv = self.encode(*self._weights(version))
         file = save({_KEY_VALUES: kv.tensor})
         digest = f"sha256:{hashlib.sha256(file).hexdigest()}"

@@ -11,7 +11,6 @@ from typing import Final
 log = logging.getLogger("prefix_service")
 
 RESERVED_BYTES: Final = 4 << 20
-_LEAST_BYTES: Final = 4096
 
 
 def reserve_file(catalog: Path) -> Path:
@@ -55,18 +54,14 @@ class Reserve:
 
 
 def _allocate(handle: int, nbytes: int) -> int:
-    """Allocate up to so many bytes; return how many a file has then."""
-    wanted = nbytes
-    while wanted >= _LEAST_BYTES:
-        try:
-            os.posix_fallocate(handle, 0, wanted)
-        except OSError:
-            wanted //= 2
-        else:
+    """Allocate so many bytes, or what the disk has; return how many the file has then."""
+    for wanted in (nbytes, _free_bytes(handle), nbytes // 2, nbytes // 4, nbytes // 8):
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(handle, 0, max(wanted, 1))
             break
     return os.fstat(handle).st_size
 
 
-def _free_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
+def _free_bytes(place: Path | int) -> int:
+    found = os.statvfs(place)
     return found.f_bavail * found.f_frsize

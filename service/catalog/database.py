@@ -159,7 +159,9 @@ class Database:
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(_MIGRATIONS))
             command.upgrade(config, "head")
-        self._reads.engine.dispose()  # SQLite's PRAGMAs would describe the old schema
+        # SQLite's PRAGMAs would describe the old schema. A pool's first connection is made under a lock: let it be now.
+        self._reads.engine.dispose()
+        self._reads.engine.connect().close()
 
 
 def _require_known(found: str | None, known: set[str], place: Path | str) -> None:
