@@ -11,7 +11,7 @@ from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.records import COMMAND_LINE, Quotas, Version
 from service.encodings import EncodedAgain
-from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, Unavailable
+from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from service.library import Library, Target
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
@@ -187,6 +187,29 @@ async def test_bit_rot_is_noticed_and_mended_for_one_version_alone(library: Libr
                 await body_of(library, version)
         assert await body_of(library, other)
     assert len(list((tmp_path / "blobs" / "quarantine").iterdir())) == 2
+
+
+async def test_a_read_only_library_serves_what_it_can_make(library: Library, tmp_path: Path) -> None:
+    """Damaged keys and values stay where they are; the very bits, made again, are served from memory, other bits are
+    not: the catalog could not name them."""
+    database = Database(tmp_path / "catalog.sqlite", read_only=True)
+    registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
+    blobs = FolderBlobStore(tmp_path / "blobs", read_only=True)
+    reading = Library(database, blobs, registry, LIMITS, generous_admission())
+    same = await published(library, "llama-n20-emb")
+    expected = await body_of(library, same)
+    other = with_other_bits(library, tmp_path, await published(library, "gpt2-n20-proj-trainstate"))
+    for version in (same, other):
+        path = blob(tmp_path, version.key_values)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    before = sorted((tmp_path / "blobs").rglob("*"))
+    assert await body_of(reading, same) == expected
+    with pytest.raises(CorruptBlob, match="read them once from the service that writes"):
+        await body_of(reading, other)
+    with pytest.raises(ReadOnly, match="--read-only"):
+        await reading.stage()
+    assert sorted((tmp_path / "blobs").rglob("*")) == before
+    database.close()
 
 
 async def test_a_blob_folder_that_is_gone_is_not_damage(library: Library, tmp_path: Path) -> None:

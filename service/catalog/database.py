@@ -26,15 +26,17 @@ Insert: TypeAlias = sqlite.Insert | postgresql.Insert
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds that a transaction waits for a connection, and then again for the locks of other transactions."""
+    """Seconds that a transaction waits for the locks of other processes; a reader waits as long for a connection, and a
+    writer for its `turn` among those of this process."""
 
     reads: float
     writes: float
+    turn: float
 
 
-PATIENT: Final = Patience(reads=30, writes=30)
+PATIENT: Final = Patience(reads=30, writes=30, turn=30)
 """For commands, migrations and background work, which have nobody waiting for an answer."""
-PROMPT: Final = Patience(reads=1, writes=2)
+PROMPT: Final = Patience(reads=1, writes=2, turn=5)
 """For requests: an answer that says "not now" is better than none."""
 
 _READERS, _WRITERS = 8, {"sqlite": 1, "postgresql": 8}  # connections; more would not make either faster
@@ -54,8 +56,8 @@ class Database:
     """
 
     def __init__(self, place: Path | str, patience: Patience = PATIENT, *, read_only: bool = False) -> None:
-        self._reads = _Access(_engine(place, patience.reads, writes=False, read_only=read_only), patience.reads)
-        self._writes = _Access(_engine(place, patience.writes, writes=True, read_only=read_only), patience.writes)
+        self._reads = _Access(_engine(place, patience, writes=False, read_only=read_only), patience.reads)
+        self._writes = _Access(_engine(place, patience, writes=True, read_only=read_only), patience.writes)
         self._reserve = Reserve(reserve_file(place)) if isinstance(place, Path) else None
         self._read_only = read_only
         self._after_writes: list[Callable[[], object]] = []
@@ -73,7 +75,7 @@ class Database:
             InvalidRequest: a value that the database cannot hold.
             StorageFailed: the database refused, or did not answer in time.
         """
-        with self._reads.guarded(), self._reads.engine.begin() as connection:
+        with self._reads.connected() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
@@ -90,8 +92,7 @@ class Database:
             raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
         calls: list[Callable[[], object]] = []
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._writes.guarded())
-            plain = stack.enter_context(self._writes.engine.connect())
+            plain = stack.enter_context(self._writes.connected())
             if frees and self._reserve is not None:
                 stack.enter_context(self._reserve.lent())
             connection = plain.execution_options(afterwards=calls)
@@ -197,28 +198,29 @@ def now(connection: sa.Connection) -> datetime:
     return moment.replace(tzinfo=None)
 
 
-def _engine(place: Path | str, patience: float, *, writes: bool, read_only: bool) -> sa.Engine:
+def _engine(place: Path | str, patience: Patience, *, writes: bool, read_only: bool) -> sa.Engine:
     if isinstance(place, Path):
         return _sqlite(place, patience, writes=writes, read_only=read_only)
     return _postgresql(place, patience, writes=writes and not read_only)
 
 
-def _sqlite(path: Path, patience: float, *, writes: bool, read_only: bool) -> sa.Engine:
+def _sqlite(path: Path, patience: Patience, *, writes: bool, read_only: bool) -> sa.Engine:
     query = {"uri": "true", "mode": "ro"} if read_only else {"uri": "true"}
     url = sa.URL.create("sqlite+pysqlite", database=path.absolute().as_uri(), query=query)
-    engine = sa.create_engine(url, connect_args={"timeout": patience}, **_pool("sqlite", patience, writes=writes))
+    locks = patience.writes if writes else patience.reads
+    engine = sa.create_engine(url, connect_args={"timeout": locks}, **_pool("sqlite", patience, writes=writes))
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin_writing if writes else _begin_reading)
     return engine
 
 
-def _postgresql(url: str, patience: float, *, writes: bool) -> sa.Engine:
-    milliseconds = int(1000 * patience)
+def _postgresql(url: str, patience: Patience, *, writes: bool) -> sa.Engine:
+    seconds = patience.writes if writes else patience.reads
     # A statement that only reads and takes this long has no reader any more; a deletion may take longer.
     bound = "lock_timeout" if writes else "statement_timeout"
     arguments = {
-        "options": f"-c timezone=utc -c {bound}={milliseconds}",
-        "connect_timeout": max(2, int(patience)),  # libpq takes no less
+        "options": f"-c timezone=utc -c {bound}={int(1000 * seconds)}",
+        "connect_timeout": max(2, int(seconds)),  # libpq takes no less
     }
     # The ping is a round trip; without it a restarted server would fail the first request of each idle process.
     pool = _pool("postgresql", patience, writes=writes)
@@ -228,10 +230,10 @@ def _postgresql(url: str, patience: float, *, writes: bool) -> sa.Engine:
     return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
-def _pool(dialect: str, patience: float, *, writes: bool) -> dict[str, Any]:
+def _pool(dialect: str, patience: Patience, *, writes: bool) -> dict[str, Any]:
     # One reader more than requests may have: `glancing` keeps it.
-    size = _WRITERS[dialect] if writes else _READERS + 1
-    return {"poolclass": sa.QueuePool, "pool_size": size, "max_overflow": 0, "pool_timeout": patience}
+    size, seconds = (_WRITERS[dialect], patience.turn) if writes else (_READERS + 1, patience.reads)
+    return {"poolclass": sa.QueuePool, "pool_size": size, "max_overflow": 0, "pool_timeout": seconds}
 
 
 def _configure(connection: Any, _record: Any) -> None:
@@ -260,23 +262,28 @@ class _Access:
         self._refusing_until = 0.0
 
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Translate failures of the block; one that took long is repeated to all callers of the next second.
+    def connected(self) -> Iterator[sa.Connection]:
+        """Lend a connection, and translate failures of the block; one that took long is repeated to all callers of the
+        next second, and to those who wait.
 
         Raises:
             InvalidRequest, OutOfSpace, StorageFailed: as `Database.writing`.
         """
         began = time.monotonic()
-        if began < self._refusing_until:
-            raise StorageFailed(self._refusal)
+        self._require_worth(began)
         try:
-            with _translated():
-                yield
+            with _translated(), self.engine.connect() as connection:
+                self._require_worth(time.monotonic())
+                yield connection
         except StorageFailed as error:
             ended = time.monotonic()
             if ended - began >= self._patience / 2:
                 self._refusal, self._refusing_until = error.message, ended + _REFUSING
             raise
+
+    def _require_worth(self, now: float) -> None:
+        if now < self._refusing_until:
+            raise StorageFailed(self._refusal)
 
 
 @contextlib.contextmanager
@@ -298,4 +305,8 @@ def _refused(error: BaseException | None) -> StorageFailed:
     """Say what a driver said, without the values that its text may hold."""
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return StorageFailed("the catalog is locked by another process")
+    if getattr(error, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
+        return StorageFailed(
+            "a crash cut a change of the catalog short: start a service without --read-only on it once, which undoes it"
+        )
     return StorageFailed(f"the catalog refused: {type(error).__name__}")

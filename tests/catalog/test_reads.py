@@ -2,6 +2,8 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from service.catalog.tenants import Tenants
 from service.errors import NotFound, ReadOnly, StorageFailed
 from tests.catalog.conftest import BY
 
-HURRIED = Patience(reads=0.2, writes=0.2)
+HURRIED = Patience(reads=0.2, writes=0.2, turn=1)
 
 
 @pytest.fixture
@@ -141,3 +143,21 @@ def test_a_read_only_catalog_is_not_migrated(path: Path) -> None:
     with pytest.raises(StorageFailed, match=r"has an older schema \(None\), .* start one without --read-only"):
         Database(path, read_only=True)
     assert path.stat().st_size == 0
+
+
+def test_a_read_only_catalog_does_not_undo_what_a_crash_left(tenants: Tenants, path: Path) -> None:
+    """It says who can; then it is read."""
+    crashing = """
+import os, sqlite3, sys
+catalog = sqlite3.connect(sys.argv[1], isolation_level=None)
+catalog.execute("PRAGMA cache_size=2")
+catalog.execute("BEGIN IMMEDIATE")
+for number in range(2000):
+    catalog.execute("INSERT INTO numbers VALUES (?, ?, 1)", (f"t{number}", "a" * 100))
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", crashing, str(path)], check=True)
+    with pytest.raises(StorageFailed, match="a crash cut a change of the catalog short: start a service without"):
+        Database(path, read_only=True)
+    tenants.require("acme")
+    Database(path, read_only=True).close()
