@@ -38,8 +38,9 @@ from service.api.schemas import Problem
 from service.api.state import State
 from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
+from service.catalog.access import PROMPT
 from service.catalog.changes import Listener
-from service.catalog.database import PROMPT, Database
+from service.catalog.database import Database
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry
 from service.data_folder import blob_folder, catalog_file, check

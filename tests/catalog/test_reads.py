@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from anyio import to_thread
 
-from service.catalog import database as module
+from service.catalog import access as module
 from service.catalog import reads
-from service.catalog.database import Database, Patience
+from service.catalog.access import Patience
+from service.catalog.database import Database
 from service.catalog.reads import read_catalog
 from service.catalog.tenants import Tenants
 from service.errors import NotFound, ReadOnly, StorageFailed
@@ -91,15 +92,15 @@ def test_what_fails_quickly_is_tried_again_immediately(tenants: Tenants) -> None
 
 def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
     """The others are told within their patience, and can go on with other work."""
-    release, hanging = threading.Event(), threading.Barrier(module._READERS + 2)
+    release, hanging = threading.Event(), threading.Barrier(module.READERS + 2)
 
     def hang() -> None:
         with tenants._database.reading():
             hanging.wait(10)
             release.wait(10)
 
-    with ThreadPoolExecutor(module._READERS + 1) as pool:
-        for _ in range(module._READERS + 1):
+    with ThreadPoolExecutor(module.READERS + 1) as pool:
+        for _ in range(module.READERS + 1):
             pool.submit(hang)
         hanging.wait(10)
         began = time.monotonic()
