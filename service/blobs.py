@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.disk import sync_folder, translated
-from service.errors import CorruptBlob, NotFound
+from service.disk import require_writable, sync_folder, translated
+from service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from service.host_memory import host_memory
 
 log = logging.getLogger("prefix_service")
@@ -57,6 +57,7 @@ class BlobStore(Protocol):
     def read(self, digest: str, memory: Memory = ..., beside: Beside | None = None) -> memoryview: ...
     def open(self, digest: str) -> BinaryIO: ...
     def exists(self, digest: str) -> bool: ...
+    def check(self) -> None: ...
     def listed(self) -> Iterator[StoredBlob]: ...
     def remove(self, digest: str, older_than: float) -> bool: ...
     def sweep(self, older_than: float) -> int: ...
@@ -69,16 +70,31 @@ class FolderBlobStore:
     it is whole or absent. A file is read into memory and hashed, never mapped: a mapped file that shrinks kills.
     Renames hold the file `<root>/lock` shared, removals exclusively, each for microseconds: nothing that was
     committed a moment ago is removed for what it was before.
+
+    A store that is `read_only` makes, moves and removes nothing, not even what is damaged.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        self._root, self._read_only = root, read_only
         self._staging, self._quarantine = root / "staging", root / "quarantine"
+        self._flushed: set[Path] = set()  # folders whose own entry is on the disk for certain
+        if read_only:
+            return
         with translated("make the blob folder"):
             self._staging.mkdir(parents=True, exist_ok=True)
             self._quarantine.mkdir(exist_ok=True)
             sync_folder(root.parent)
-        self._flushed: set[Path] = set()  # folders whose own entry is on the disk for certain
+
+    def check(self) -> None:
+        """Look whether blobs could be read and written now.
+
+        Raises:
+            OutOfSpace: the disk is full, or nearly.
+            Unavailable, StorageFailed: the folder is gone, or the disk refused.
+        """
+        self._require_reachable()
+        if not self._read_only:
+            require_writable(self._staging, "the blob folder")
 
     def sweep(self, older_than: float) -> int:
         """Remove what unfinished uploads left behind at least so many seconds ago. Returns how many."""
@@ -102,10 +118,25 @@ class FolderBlobStore:
         """Whether there is such a blob, sound or not.
 
         Raises:
+            Unavailable: the whole folder is gone.
             StorageFailed: the disk refused.
         """
         with translated(f"look for blob {digest}"):
-            return self.path(digest).exists()
+            found = self.path(digest).exists()
+        if not found:
+            self._require_reachable()
+        return found
+
+    def _require_reachable(self) -> None:
+        """A folder without an entry is a mount point without its disk: no blob was lost, all are elsewhere."""
+        with (
+            translated("look into the blob folder"),
+            contextlib.suppress(FileNotFoundError),
+            os.scandir(self._root) as entries,
+        ):
+            if next(entries, None) is not None:
+                return
+        raise Unavailable(f"the blob folder {self._root.name} is gone: mount it again, or bring it back")
 
     def remove(self, digest: str, older_than: float) -> bool:
         """Remove a blob that was not committed again within the last `older_than` seconds; whether it is gone.
@@ -147,7 +178,10 @@ class FolderBlobStore:
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused.
+            ReadOnly: this store only reads.
         """
+        if self._read_only:
+            raise ReadOnly("this service is read-only (--read-only): publish to the one that writes")
         with translated("begin a blob"):
             handle, name = tempfile.mkstemp(dir=self._staging)
             fcntl.flock(handle, fcntl.LOCK_SH)  # until it is closed: no sweep takes it away
@@ -159,6 +193,7 @@ class FolderBlobStore:
         Raises:
             NotFound: there is no such blob.
             CorruptBlob: its bytes no longer match its digest.
+            Unavailable: the whole folder is gone, or no file can be opened now.
             StorageFailed: the disk refused.
         """
         found, length = hashlib.sha256(), 0
@@ -178,7 +213,7 @@ class FolderBlobStore:
         """A blob as a file, verified, for what is too large for memory; the caller closes it.
 
         Raises:
-            NotFound, CorruptBlob, StorageFailed: as `read`.
+            NotFound, CorruptBlob, Unavailable, StorageFailed: as `read`.
         """
         with contextlib.ExitStack() as closing:
             file = closing.enter_context(self._existing(digest))
@@ -195,20 +230,28 @@ class FolderBlobStore:
             try:
                 return self.path(digest).open("rb")
             except FileNotFoundError as error:
+                self._require_reachable()
                 raise NotFound(f"there is no blob {digest}") from error
 
     def _damaged(self, digest: str, file: BinaryIO) -> CorruptBlob:
-        """Move a damaged file out of the way, unless the same content was committed anew meanwhile."""
-        path = self.path(digest)
-        with translated(f"put blob {digest} aside"), self.locked(fcntl.LOCK_EX):
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                path.replace(self._quarantine / path.name)
-        log.error("blob damaged", extra={"digest": digest, "kept": f"{self._quarantine.name}/{path.name}"})
+        """Move a damaged file out of the way, unless the same content was committed again meanwhile."""
+        kept = self._put_aside(self.path(digest), file)
+        log.error("blob damaged", extra={"digest": digest, "kept": kept})
         return CorruptBlob(
-            f"the stored bytes of {digest} no longer match their digest; they are put aside, publish the same files "
-            "again to mend the version",
+            f"the stored bytes of {digest} no longer match their digest; publish the same files again to mend the "
+            "version",
             retry_after=60,
         )
+
+    def _put_aside(self, path: Path, file: BinaryIO) -> str:
+        """Return where the damaged file is now; a disk that takes no change keeps it where it is."""
+        aside = self._quarantine / path.name
+        if not self._read_only:
+            with contextlib.suppress(OSError), self.locked(fcntl.LOCK_EX):
+                if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    path.replace(aside)
+                return str(aside.relative_to(self._root))
+        return str(path.relative_to(self._root))
 
     def path(self, digest: str) -> Path:
         """The file that holds a blob, whether or not it exists."""

@@ -1,6 +1,7 @@
 """The data folder of an embedded service: who may use it, and what a first start puts there."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from service.catalog.keys import Keyring
 from service.catalog.records import COMMAND_LINE
 from service.catalog.tenants import Tenants
 from service.collector import Collector, collecting
-from service.disk import sync_folder, translated, write_private
-from service.errors import Conflict
+from service.disk import require_writable, sync_folder, translated, write_private
+from service.errors import Conflict, NotFound, StorageFailed
+from service.reserve import Reserve, reserve_file
 from service.settings import Settings
 
 
@@ -33,18 +35,42 @@ def bootstrap_file(data_dir: Path) -> Path:
     return data_dir / "bootstrap.key"
 
 
+def check(settings: Settings) -> None:
+    """Look whether the catalog could be read and written now.
+
+    Raises:
+        OutOfSpace: the disk is full, or nearly.
+        StorageFailed: the folder is gone, or the disk refused.
+    """
+    with translated(f"look for {catalog_file(settings.data_dir)}"):
+        catalog_file(settings.data_dir).stat()  # a connection may read on from a file that has been removed
+    if not settings.read_only:
+        require_writable(settings.data_dir, "the data folder")
+
+
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[None]:
-    """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile.
+    """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile. With
+    `read_only` it is left as it is, and another service may write to it meanwhile.
 
     Raises:
         Conflict: another service runs on it.
+        NotFound: there is no catalog or no secret, and the service may make none.
         StorageFailed, OutOfSpace: the disk refused.
     """
     data_dir = settings.data_dir
-    with translated(f"use the data folder {data_dir}"):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    if settings.read_only:
+        _require_complete(settings)
+        yield
+        return
+    try:
+        with translated(f"use the data folder {data_dir}"):
+            data_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except StorageFailed as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
+            raise StorageFailed(f"{error}: start with --read-only to serve what it holds") from error
+        raise
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,6 +80,18 @@ def opened(settings: Settings) -> Iterator[None]:
             yield
     finally:
         os.close(handle)
+
+
+def _require_complete(settings: Settings) -> None:
+    needed = (
+        [catalog_file(settings.data_dir)] if settings.dev else [catalog_file(settings.data_dir), settings.secret_file]
+    )
+    for path in needed:
+        with translated(f"look for {path}"):
+            if not path.exists():
+                raise NotFound(
+                    f"{settings.data_dir} is no data folder that can be served --read-only: {path} is missing"
+                )
 
 
 @contextlib.contextmanager
@@ -79,6 +117,7 @@ def _prepared(settings: Settings) -> Iterator[None]:
     if not catalog_file(settings.data_dir).exists():
         with translated("make the catalog"):
             _make(settings)
+    Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
     database = Database(catalog_file(settings.data_dir))
     try:
         with collecting(Collector(Garbage(database), blobs, settings.garbage_grace), settings.garbage_grace):

@@ -3,13 +3,19 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from service.errors import OutOfSpace, StorageFailed
+from service.errors import OutOfSpace, StorageFailed, Unavailable
 
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_PASSING: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
+LEAST_FREE_BYTES: Final = 16 << 20
+"""Disk space below which a service says that it is not ready."""
 
 
 @contextlib.contextmanager
@@ -18,6 +24,7 @@ def translated(action: str) -> Iterator[None]:
 
     Raises:
         OutOfSpace: the disk or its quota is full.
+        Unavailable: no file descriptors are left, or the file server is away.
         StorageFailed: anything else.
     """
     try:
@@ -25,7 +32,27 @@ def translated(action: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise OutOfSpace(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+        if error.errno in _PASSING:
+            raise Unavailable(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
         raise StorageFailed(f"cannot {action}: {os.strerror(error.errno or 0)}") from error
+
+
+def require_writable(folder: Path, name: str) -> None:
+    """Write and flush a few bytes in a file of `folder` that nobody sees; `name` stands for the folder in errors.
+
+    Raises:
+        OutOfSpace: the disk is full, or nearly.
+        Unavailable, StorageFailed: the disk refused, or no file can be opened.
+    """
+    with translated(f"write to {name}"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"ready?")
+            file.flush()
+            os.fsync(file.fileno())
+        found = os.statvfs(folder)
+    free = found.f_bavail * found.f_frsize
+    if free < LEAST_FREE_BYTES:
+        raise OutOfSpace(f"the disk of {name} has {free} bytes left, and needs {LEAST_FREE_BYTES}")
 
 
 def sync_folder(path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is stored of a version: its weights as they were uploaded, and the keys and values that were made of them."""
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,11 +14,12 @@ from torch import Tensor
 from service.blobs import Beside, BlobStore, Memory
 from service.catalog.catalog import Catalog
 from service.catalog.records import Version
-from service.errors import CorruptBlob, NotFound, Unavailable
+from service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
 from service.prefix.checkpoint import PrefixWeights, load_weights
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.encoder import PrefixEncoder
 from service.prefix.kv import PrefixKV
+from service.prefix.references import parse_reference
 from service.prefix.rendering import to_host
 from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
 from service.prefix.streams import own_stream
@@ -28,9 +30,18 @@ _KEY_VALUES: Final = "past_key_values"
 _UNWATCHED: Final = contextlib.nullcontext[Beside | None](None)
 
 
+class EncodedAgain(Exception):
+    """The keys and values that were asked for are lost; `version` is the same one with the blob that replaced them,
+    whose bits differ. What was planned for the old bits, above all the entity tag, must be planned again."""
+
+    def __init__(self, version: Version) -> None:
+        super().__init__(f"{version.tenant}/{version.adapter}@{version.number} was encoded again")
+        self.version = version
+
+
 class Encodings:
-    """The encoder runs once in a version's life, on a device; what it gave is a derived blob. Blocking; `memory` is
-    what blobs are best read into for that device."""
+    """Stored weights, and the keys and values that the encoder makes of them once in a version's life, on a device:
+    a derived blob. Blocking; `memory` is what blobs are best read into for that device."""
 
     def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
         self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
@@ -42,14 +53,18 @@ class Encodings:
             return replace(kv, tensor=to_host(kv.tensor))
 
     def store(self, kv: PrefixKV) -> str:
-        """Keep them; the digest of the blob.
+        """Keep keys and values; return the digest of the blob.
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused.
+            ReadOnly: the blob store only reads.
         """
+        return self._store(save({_KEY_VALUES: kv.tensor}))
+
+    def _store(self, file: bytes) -> str:
         staged = self._blobs.stage()
         try:
-            staged.write(save({_KEY_VALUES: kv.tensor}))
+            staged.write(file)
             return staged.commit()
         finally:
             staged.discard()
@@ -57,29 +72,62 @@ class Encodings:
     def load(
         self, version: Version, watching: contextlib.AbstractContextManager[Beside | None] = _UNWATCHED
     ) -> PrefixKV:
-        """Keys and values as they are stored, made anew where they are lost; what `watching` yields sees the blob's
-        pieces as they come, and its block ends once they are verified.
+        """Read the stored keys and values; encode them again from the weights if their blob is lost or damaged.
+        `watching` is entered for the read; the observer that it yields receives the chunks.
 
         Raises:
-            Unavailable: they were lost, and the version has another entity tag now.
-            CorruptBlob, StorageFailed: the stored bytes cannot be read.
+            EncodedAgain: the new bits differ from the old ones, or another process has replaced them before.
+            NotFound: the version was deleted meanwhile.
+            CorruptBlob: the weights are lost or damaged too.
+            Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
         """
         try:
-            with watching as beside:
-                data = self._blobs.read(version.key_values, self._memory, beside)
-        except NotFound:
+            with watching as observer:
+                data = self._blobs.read(version.key_values, self._memory, observer)
+        except (NotFound, CorruptBlob):
             return self._encode_again(version)
         return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
 
+    def load_current(self, version: Version) -> PrefixKV:
+        """Read the keys and values as `load` does, or the ones that replaced them.
+
+        Raises:
+            NotFound, CorruptBlob, Unavailable, StorageFailed, OutOfSpace: as `load`.
+        """
+        try:
+            return self.load(version)
+        except EncodedAgain as again:
+            try:
+                return self.load(again.version)
+            except EncodedAgain as repeated:
+                raise unstable(repeated) from repeated
+
     def _encode_again(self, version: Version) -> PrefixKV:
-        """A derived blob that was lost is made anew from the weights; an MLP may give it other last bits."""
-        about = {"version": f"{version.tenant}/{version.adapter}@{version.number}", "digest": version.key_values}
-        log.warning("keys and values lost", extra=about)
+        name = f"{version.tenant}/{version.adapter}@{version.number}"
+        current = self._catalog.resolve(version.tenant, parse_reference(f"{version.adapter}@{version.number}"))
+        if current.key_values != version.key_values:
+            raise EncodedAgain(current)
+        log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
         kv = self.encode(*self._weights(version))
-        if (digest := self.store(kv)) != version.key_values:
-            self._catalog.set_key_values(version, digest)
-            raise Unavailable("the version was encoded again, ask again for its new entity tag")
-        return kv
+        file = save({_KEY_VALUES: kv.tensor})
+        digest = f"sha256:{hashlib.sha256(file).hexdigest()}"
+        if digest == version.key_values:
+            # These are the very bytes: they can be served, whether or not the disk takes them.
+            try:
+                self._store(file)
+            except (OutOfSpace, Unavailable, ReadOnly) as error:
+                log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
+            return kv
+        # An MLP on another processor may give other last bits.
+        try:
+            self._store(file)
+            raise EncodedAgain(self._catalog.replace_key_values(version, digest))
+        except ReadOnly as error:
+            raise CorruptBlob(
+                f"the stored keys and values of {name} are lost, and this service is read-only: read them once from "
+                "the service that writes, which encodes them again",
+                retry_after=60,
+            ) from error
 
     def flat(self, version: Version) -> Tensor:
         """The prefix as PEFT saves it, `[N, L * 2 * H * D]`.
@@ -89,7 +137,7 @@ class Encodings:
         """
         config = parse_config(version.config)
         if config.num_transformer_submodules == 1:
-            return self.load(version).flat()  # so an MLP does not run again
+            return self.load_current(version).flat()  # so an MLP does not run again
         # The layers of two submodules are served in another order, and not all.
         return PrefixEncoder.from_weights(*self._weights(version), torch.device("cpu")).flat()
 
@@ -106,6 +154,11 @@ class Encodings:
         config = parse_config(version.config)
         with _expected(version.weights):
             return config, load_weights(self._blobs.read(version.weights), config)
+
+
+def unstable(again: EncodedAgain) -> Unavailable:
+    """Return the error for a version whose keys and values were lost twice during one request."""
+    return Unavailable(f"{again}, twice during this request: look at the disk of the blob folder, and try again")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ PrefixServiceError
 ├── NotFound                    missing, or another tenant's
 ├── Unauthenticated             no key, or not a valid one
 ├── Forbidden                   the key's scope is too small
+│   └── ReadOnly                the service changes nothing, whoever asks
 ├── Conflict                    the state of the resource forbids it
 ├── PreconditionFailed          If-Match or If-None-Match did not hold
 ├── TooLarge                    more bytes than the configured limit
@@ -106,6 +107,12 @@ class Forbidden(PrefixServiceError):
     """The key is valid, and its scope is too small."""
 
     code = "forbidden"
+
+
+class ReadOnly(Forbidden):
+    """The service was started to serve what there is, and changes nothing."""
+
+    code = "read-only"
 
 
 class Conflict(PrefixServiceError):

@@ -20,10 +20,11 @@ from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
+from service.catalog.reads import read_catalog
 from service.catalog.records import AuditEntry, NewVersion, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
-from service.encodings import Encodings
+from service.encodings import EncodedAgain, Encodings, unstable
 from service.errors import InvalidConfig, InvalidRequest, NotFound
 from service.plan import (
     Limits,
@@ -187,7 +188,7 @@ class Library:
             NotFound: there is none.
         """
         known = self._versions.get(tenant, reference)
-        return await to_thread.run_sync(self._versions.resolve, tenant, reference) if known is None else known
+        return await read_catalog(self._versions.resolve, tenant, reference) if known is None else known
 
     async def resolve_for(self, by: Principal, tenant: str, reference: Reference) -> Version:
         """The same for a caller who may not see every tenant.
@@ -221,22 +222,51 @@ class Library:
 
     @contextlib.asynccontextmanager
     async def renderings(self, plan: MixedPlan) -> AsyncIterator[list[list[Rendering]]]:
-        """Those of every prefix in a plan's rows, together in host memory while the block runs; one of each version.
+        """The renderings of every prefix in a plan's rows, together in host memory while the block runs; one of each
+        version. Nothing else of such an answer depends on the stored bits, so versions that are encoded again meanwhile
+        change no plan.
 
         The block raises:
             OutOfSpace: they do not fit the memory budget together.
             CorruptBlob, StorageFailed, Unavailable: as for one.
         """
         plans = {planned.etag: planned for row in plan.rows for planned in row}
-        async with Leases([self.rendering(planned) for planned in plans.values()]) as found:
+        async with contextlib.AsyncExitStack() as stack:
+            found = await self._entered(stack, list(plans.values()))
             known = dict(zip(plans, found, strict=True))
             yield [[known[planned.etag] for planned in row] for row in plan.rows]
+
+    async def _entered(self, stack: contextlib.AsyncExitStack, plans: list[Plan]) -> list[Rendering]:
+        """Begin a lease of each plan, or of the plan that replaces it."""
+        renewed: set[Version] = set()
+        while True:
+            try:
+                return await stack.enter_async_context(Leases([self.rendering(plan) for plan in plans]))
+            except EncodedAgain as again:
+                if again.version in renewed:
+                    raise unstable(again) from again
+                renewed.add(again.version)
+                key = _key(again.version).whole
+                plans = [plan.renewed(again.version) if _key(plan.version).whole == key else plan for plan in plans]
+
+    @contextlib.asynccontextmanager
+    async def current_rendering(self, plan: Plan) -> AsyncIterator[Rendering]:
+        """The tensors of an answer whose head does not depend on the stored bits: those of the plan, or of a version
+        that was encoded again meanwhile.
+
+        The block raises:
+            CorruptBlob, StorageFailed, OutOfSpace, Unavailable: as `rendering`.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            (rendering,) = await self._entered(stack, [plan])
+            yield rendering
 
     def rendering(self, plan: Plan, digest: Algorithm | None = None) -> Lease[RenderingKey, Rendering, VersionKey]:
         """The tensors of a plan, in host memory while the block runs. `digest` names the algorithm that the caller will
         pass to `body_digest`, if any: it can be computed while the tensors are read.
 
         The block raises:
+            EncodedAgain: the stored tensors were lost, and others replaced them: plan again (`Plan.renewed`).
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
             OutOfSpace, Unavailable: the memory budget does not allow it now.
         """
@@ -253,14 +283,24 @@ class Library:
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None) -> PrefixKV:
         return self.encodings.load(version, self._digests.observing(plan, digest))
 
-    async def load(self, version: Version) -> None:
-        """Bring a version into memory now, and wait."""
+    async def load(self, version: Version) -> Version:
+        """Bring a version into memory now, and wait; return it, with other keys and values if it was encoded again."""
+        try:
+            return await self._load_now(version)
+        except EncodedAgain as again:
+            try:
+                return await self._load_now(again.version)
+            except EncodedAgain as repeated:
+                raise unstable(repeated) from repeated
+
+    async def _load_now(self, version: Version) -> Version:
         await self.registry.prefix(_key(version), version.key_values_bytes, partial(self.encodings.load, version))
+        return version
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """The same, at somebody's wish; `pinned` keeps it there."""
-        await self.load(version)
-        self.registry.pin(_key(version), pinned=pinned)
+        """Load a version because a caller wishes it; `pinned` keeps it in memory."""
+        loaded = await self.load(version)
+        self.registry.pin(_key(loaded), pinned=pinned)
         add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
         await to_thread.run_sync(add)
 
@@ -271,7 +311,7 @@ class Library:
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
-        return self.registry.state(_key(version))
+        return self.registry.state(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     async def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
         """Delete an adapter, or the version that a number or digest names; transfers under way complete.
@@ -294,7 +334,7 @@ class Library:
         await to_thread.run_sync(self.tenants.delete, tenant, by)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """What was deleted, here or by another process, leaves memory."""
+        """Forget what was deleted or encoded again, here or by another process: it leaves memory."""
         for change in changes:
             if change.action == "tenant.deleted":
                 self.registry.forget_tenant(change.target)
@@ -302,6 +342,10 @@ class Library:
                 tenant, reference = parse_qualified(change.target)
                 for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
                     self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
+            elif change.action == "version.encoded":
+                tenant, reference = parse_qualified(change.target)
+                number, digest = reference.version or 0, change.details["digest"]
+                self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
 
 
 def _elements(config: PrefixConfig) -> int:
@@ -312,8 +356,8 @@ def _name(version: Version) -> str:
     return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
-def _key(version: Version | VersionName) -> VersionKey:
-    return VersionKey(version.tenant, version.adapter, version.number, version.digest)
+def _key(version: Version) -> VersionKey:
+    return VersionKey(version.tenant, version.adapter, version.number, version.digest, version.key_values)
 
 
 def _canonical(manifest: dict[str, Any]) -> bytes:

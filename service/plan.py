@@ -80,6 +80,10 @@ class Plan:
         whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
         return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
 
+    def renewed(self, version: Version) -> "Plan":
+        """Return the plan of the same answer after the version's keys and values were encoded again."""
+        return replace(self, version=version, etag=_entity_tag(version, self.message))
+
 
 def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:
     """Check a request against a version; `mask` is the input's `[batch, seq]` of zeros and ones.
@@ -106,10 +110,16 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
         if config.num_transformer_submodules == 1:
             extras["position_ids"] = position_ids(mask, tokens)
     message = Message(identity, form, extras)
+    return Plan(version, message, _entity_tag(version, message))
+
+
+def _entity_tag(version: Version, message: Message) -> str:
+    """Hash everything that the body depends on: stored bits, form, and the input's mask."""
     tag = hashlib.sha256(version.key_values.encode() + message.header)
-    if mask is not None:
+    mask = message.extras["attention_mask"][:, message.identity.num_virtual_tokens :]
+    if mask.numel():
         tag.update(bytes_of(mask.to(torch.uint8).contiguous()))
-    return Plan(version, message, f'"{tag.hexdigest()[:40]}"')
+    return f'"{tag.hexdigest()[:40]}"'
 
 
 MixedVersions = Sequence[Sequence[tuple[str, Version]]]

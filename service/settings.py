@@ -24,6 +24,9 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, Field(description="folder of the catalog, the blobs and the keys' secret")] = Path("data")
     workers: Annotated[int, Field(ge=1, le=64, description="processes that serve the same data folder")] = 1
     dev: Annotated[bool, Field(description="no keys, every caller may do everything; on loopback only")] = False
+    read_only: Annotated[
+        bool, Field(description="serve what the data folder holds and change nothing, as on a read-only mount")
+    ] = False
     device: Annotated[str, Field(description="where prefixes are encoded and kept: auto, cpu, cuda or cuda:1")] = "auto"
     key_secret_file: Annotated[
         Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")

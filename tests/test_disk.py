@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.disk import translated, write_private
-from service.errors import OutOfSpace, PrefixServiceError, StorageFailed
+from service.errors import OutOfSpace, PrefixServiceError, StorageFailed, Unavailable
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,8 @@ from service.errors import OutOfSpace, PrefixServiceError, StorageFailed
         (errno.EACCES, StorageFailed),
         (errno.EIO, StorageFailed),
         (errno.EROFS, StorageFailed),
-        (errno.EMFILE, StorageFailed),
+        (errno.EMFILE, Unavailable),
+        (errno.ESTALE, Unavailable),
     ],
 )
 def test_what_the_system_says(number: int, wanted: type[PrefixServiceError]) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.records import COMMAND_LINE, Quotas, Version
-from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, Unavailable
+from service.encodings import EncodedAgain
+from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from service.library import Library, Target
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
@@ -70,17 +71,91 @@ async def test_a_lost_derived_blob_is_made_again_from_the_weights(library: Libra
     assert blob(tmp_path, version.key_values).exists()
 
 
+def with_other_bits(library: Library, tmp_path: Path, version: Version) -> Version:
+    """The version as another processor would have encoded it: the last bit of its stored keys and values differs."""
+    data = bytearray(blob(tmp_path, version.key_values).read_bytes())
+    data[-4] ^= 1
+    staged = FolderBlobStore(tmp_path / "blobs").stage()
+    staged.write(data)
+    return library.catalog.replace_key_values(version, staged.commit())
+
+
 async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(library: Library, tmp_path: Path) -> None:
-    """Bytes never change under a tag: the caller is asked to come again, and then gets the new one."""
+    """Bytes never change under a tag: what was planned for the old bits is planned again for the new ones."""
     version = await published(library, "gpt2-n20-proj-trainstate")
-    library.catalog.set_key_values(version, f"sha256:{'0' * 64}")  # as if another machine had encoded it
-    old = library.catalog.resolve("acme", parse_reference("a"))
-    with pytest.raises(Unavailable):
+    bits = await body_of(library, version)
+    old = with_other_bits(library, tmp_path, version)
+    others = await body_of(library, old)
+    assert others != bits
+    await library.unload(old, COMMAND_LINE)
+    blob(tmp_path, old.key_values).unlink()
+    with pytest.raises(EncodedAgain) as again:
         await body_of(library, old)
-    new = library.catalog.resolve("acme", parse_reference("a"))
+    new = again.value.version
+    assert new == library.catalog.resolve("acme", parse_reference("a"))
     assert new.key_values == version.key_values
-    assert library.plan(new, PrefixRequest()).etag != library.plan(old, PrefixRequest()).etag
-    assert await body_of(library, new)
+    for mask in (None, torch.tensor([[0, 1, 1], [1, 1, 1]])):
+        before, after = (library.plan(one, PrefixRequest(), mask) for one in (old, new))
+        renewed = before.renewed(new)
+        assert (renewed.version, renewed.etag) == (new, after.etag)
+        assert renewed.etag != before.etag
+    assert await body_of(library, new) == bits
+
+
+async def test_old_and_new_bits_never_meet_under_one_entity_tag(library: Library, tmp_path: Path) -> None:
+    """Whoever still holds the old plan gets the old bits or is told to plan again; old bits that are resident, as in a
+    process that has not heard of the change, are not sent under the new tag."""
+    version = await published(library, "gpt2-n20-proj-trainstate")
+    bits = await body_of(library, version)
+    old = with_other_bits(library, tmp_path, version)
+    others = await body_of(library, old)
+    assert await body_of(library, version) == bits
+    assert await body_of(library, old) == others
+
+
+async def test_a_load_takes_the_new_bits(library: Library, tmp_path: Path) -> None:
+    """What has no entity tag needs nobody to ask twice."""
+    version = await published(library, "gpt2-n20-proj-trainstate")
+    old = with_other_bits(library, tmp_path, version)
+    blob(tmp_path, old.key_values).unlink()
+    assert (await library.load(old)).key_values == version.key_values
+    assert library.residency(old)["resident"]
+
+
+async def test_a_composition_takes_the_new_bits(library: Library, tmp_path: Path) -> None:
+    """As if they had been there from the beginning."""
+    version = await published(library, "gpt2-n20-proj-trainstate")
+    target = Target("acme", "both", COMMAND_LINE)
+    expected, _ = await library.publish_composed(target, [("a", version), ("a", version)])
+    old = with_other_bits(library, tmp_path, version)
+    blob(tmp_path, old.key_values).unlink()
+    assert await library.publish_composed(target, [("a", old), ("a", old)]) == (expected, False)
+
+
+async def test_who_loses_the_race_takes_the_winners_bits(library: Library, tmp_path: Path) -> None:
+    """Two processes that encode again, each with other bits: the catalog keeps what came first."""
+    version = await published(library, "gpt2-n20-proj-trainstate")
+    old = with_other_bits(library, tmp_path, version)
+    first = library.catalog.replace_key_values(old, version.key_values)
+    assert first.key_values == version.key_values
+    assert library.catalog.replace_key_values(old, f"sha256:{'0' * 64}") == first
+
+
+async def test_lost_bits_are_served_though_the_disk_is_full(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were made again and are the very ones: that nothing can be stored does not matter."""
+    version = await published(library, "llama-n20-emb")
+    before = await body_of(library, version)
+    blob(tmp_path, version.key_values).unlink()
+    await library.unload(version, COMMAND_LINE)
+
+    def full(_store: FolderBlobStore) -> None:
+        raise OutOfSpace("cannot begin a blob: No space left on device")
+
+    monkeypatch.setattr(FolderBlobStore, "stage", full)
+    assert await body_of(library, version) == before
+    assert not blob(tmp_path, version.key_values).exists()
 
 
 async def test_lost_weights_are_damage(library: Library, tmp_path: Path) -> None:
@@ -95,18 +170,65 @@ async def test_lost_weights_are_damage(library: Library, tmp_path: Path) -> None
         library.encodings.open_weights(version)
 
 
-async def test_bit_rot_is_damage_for_one_version_alone(library: Library, tmp_path: Path) -> None:
-    """A byte that changed on the disk is noticed before it is served; others are unaffected."""
+async def test_bit_rot_is_noticed_and_mended_for_one_version_alone(library: Library, tmp_path: Path) -> None:
+    """A byte that changed on the disk is never served: keys and values are made again from the weights, within the same
+    request. If these are damaged too, that version is unavailable, and others are unaffected."""
     version, other = await published(library, "llama-n20-emb"), await published(library, "gpt2-n20-emb")
-    path = blob(tmp_path, version.key_values)
     before = await body_of(library, version)
-    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    for digests, served in (([version.key_values], True), ([version.key_values, version.weights], False)):
+        for digest in digests:
+            path = blob(tmp_path, digest)
+            path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+        await library.unload(version, COMMAND_LINE)
+        if served:
+            assert await body_of(library, version) == before
+        else:
+            with pytest.raises(CorruptBlob, match="no longer match"):
+                await body_of(library, version)
+        assert await body_of(library, other)
+    assert len(list((tmp_path / "blobs" / "quarantine").iterdir())) == 2
+
+
+async def test_a_read_only_library_serves_what_it_can_make(library: Library, tmp_path: Path) -> None:
+    """Damaged keys and values stay where they are; the very bits, made again, are served from memory, other bits are
+    not: the catalog could not name them."""
+    database = Database(tmp_path / "catalog.sqlite", read_only=True)
+    registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
+    blobs = FolderBlobStore(tmp_path / "blobs", read_only=True)
+    reading = Library(database, blobs, registry, LIMITS, generous_admission())
+    same = await published(library, "llama-n20-emb")
+    expected = await body_of(library, same)
+    other = with_other_bits(library, tmp_path, await published(library, "gpt2-n20-proj-trainstate"))
+    for version in (same, other):
+        path = blob(tmp_path, version.key_values)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    before = sorted((tmp_path / "blobs").rglob("*"))
+    assert await body_of(reading, same) == expected
+    with pytest.raises(CorruptBlob, match="read them once from the service that writes"):
+        await body_of(reading, other)
+    with pytest.raises(ReadOnly, match="--read-only"):
+        await reading.stage()
+    assert sorted((tmp_path / "blobs").rglob("*")) == before
+    database.close()
+
+
+async def test_a_blob_folder_that_is_gone_is_not_damage(library: Library, tmp_path: Path) -> None:
+    """No blob is lost, all are elsewhere: nothing is encoded again, and once the folder is back all is as before."""
+    version = await published(library, "llama-n20-emb")
+    before = await body_of(library, version)
     await library.unload(version, COMMAND_LINE)
-    with pytest.raises(CorruptBlob, match="no longer match"):
-        await body_of(library, version)
-    assert await body_of(library, other)
-    await library.unload(version, COMMAND_LINE)
-    assert await body_of(library, version) == before  # made again from its weights
+    (tmp_path / "blobs").rename(tmp_path / "away")
+    for empty in (False, True):  # a mount point without its disk is empty
+        if empty:
+            (tmp_path / "blobs").mkdir()
+        with pytest.raises(Unavailable, match="the blob folder blobs is gone") as gone:
+            await body_of(library, version)
+        assert (type(gone.value), gone.value.retry_after) == (Unavailable, 1)
+        with pytest.raises(Unavailable, match="gone"):
+            library.encodings.open_weights(version)
+    (tmp_path / "blobs").rmdir()
+    (tmp_path / "away").rename(tmp_path / "blobs")
+    assert await body_of(library, version) == before
 
 
 async def test_the_same_files_again_mend_a_version(library: Library, tmp_path: Path) -> None:

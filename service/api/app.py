@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -37,14 +38,16 @@ from service.api.schemas import Problem
 from service.api.state import State
 from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
+from service.catalog.access import PROMPT
 from service.catalog.changes import Listener
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry
-from service.data_folder import blob_folder, catalog_file
+from service.data_folder import blob_folder, catalog_file, check
 from service.library import Library
 from service.logs import configure
 from service.plan import Limits
+from service.readiness import Readiness
 from service.registry.admission import Admission
 from service.registry.registry import AdapterRegistry, choose_device
 from service.settings import Settings
@@ -84,7 +87,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: _App) -> AsyncIterator[None]:
-        database = Database(catalog_file(settings.data_dir))
+        database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
                 state = _compose(settings, database, metrics, shared_files)
@@ -151,12 +154,15 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         work_bytes=settings.work_bytes,
         processors=os.cpu_count() or 1,
     )
-    blobs = FolderBlobStore(blob_folder(settings.data_dir))
+    blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
     authenticator = Authenticator(None if settings.dev else keyring)
     rates = RateLimits(library.tenants.requests_per_second)
     statistics = InferenceStatistics()
+    readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
     for hear in (library.hear, authenticator.hear, rates.hear, statistics.hear):
         library.changes.listen(_on_this_loop(hear))
-    return State(settings, library, admission, keyring, authenticator, rates, metrics, Answers(library), statistics)
+    return State(
+        settings, library, admission, keyring, authenticator, rates, metrics, Answers(library), statistics, readiness
+    )

@@ -14,7 +14,7 @@ from service.api.paths import TenantPath
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.records import Scope as KeyScope
-from service.errors import Forbidden, NotFound, Unauthenticated
+from service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
 from service.logs import about
 from service.prefix.references import check_name
 
@@ -129,6 +129,7 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
             inside = request.path_params.get("ref") or request.path_params.get("name")
             raise NotFound(f"there is no {tenant}/{inside}" if inside else f"there is no tenant {tenant!r}")
         _require(principal, scope)
+        _require_writable(request, scope)
         request.scope["tenant"] = tenant
         return tenant
 
@@ -146,9 +147,20 @@ def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
         if principal.tenant is not None:
             raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
         _require(principal, scope)
+        _require_writable(request, scope)
         return principal
 
     return check
+
+
+def _require_writable(request: Request, scope: KeyScope) -> None:
+    """What needs more than `read`, and does more than look, changes something."""
+    if (
+        scope != "read"
+        and request.method not in ("GET", "HEAD")
+        and request.app.state.prefix_service.settings.read_only
+    ):
+        raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
 
 
 def _require(principal: Principal, scope: KeyScope) -> None:

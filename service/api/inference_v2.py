@@ -83,9 +83,9 @@ async def server_live() -> ServerLive:
 
 
 @router.get("/health/ready")
-async def server_ready(library: LibraryOf) -> ServerReady:
-    """The service can do its work: send it no requests while this fails."""
-    await to_thread.run_sync(library.catalog.check)
+async def server_ready(state: StateOf) -> ServerReady:
+    """The next request could be answered: send the service none while this fails."""
+    await state.readiness.require()
     return ServerReady()
 
 

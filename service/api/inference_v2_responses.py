@@ -72,7 +72,7 @@ class TensorsResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         with self._measurement:
-            async with self._library.rendering(self._plan) as rendering:
+            async with self._library.current_rendering(self._plan) as rendering:
                 self._measurement.step()
                 head = await to_thread.run_sync(self._head, rendering)
                 self._measurement.succeeded(self._plan.message.form.batch_size)

@@ -18,8 +18,8 @@ async def live() -> Health:
 
 @router.get("/readyz", tags=["health"])
 async def ready(state: StateOf) -> Health:
-    """The service can do its work: send it no requests while this fails."""
-    await to_thread.run_sync(state.library.catalog.check)
+    """The next request could be answered: send the service none while this fails."""
+    await state.readiness.require()
     return Health()
 
 

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.negotiation import is_current, requested_range, wanted_digest
 from service.catalog.records import Version
+from service.encodings import EncodedAgain, unstable
 from service.library import Library
 from service.plan import Plan
 from service.prefix.digests import Algorithm, format_digest
@@ -52,6 +53,9 @@ class BytesResponse(Response, ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, _receive: Receive, send: Send) -> None:
         request = Headers(raw=scope["headers"])
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
@@ -95,6 +99,20 @@ class PrefixResponse(BytesResponse):
             self._about.append((b"vary", b"Accept"))
         self.version = plan.version
         self._library, self._plan = library, plan
+        self._immutable, self._varies = immutable, varies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; with another entity tag if the version has to be encoded again. That is known before
+        anything leaves, since the tensors are read first."""
+        try:
+            await self._answer(scope, receive, send)
+        except EncodedAgain as again:
+            plan = self._plan.renewed(again.version)
+            renewed = type(self)(self._library, plan, immutable=self._immutable, varies=self._varies)
+            try:
+                await renewed._answer(scope, receive, send)
+            except EncodedAgain as repeated:
+                raise unstable(repeated) from repeated
 
     @property
     def planned_nbytes(self) -> int:

@@ -40,20 +40,19 @@ class SharedFileResponse(PrefixResponse):
         about = [field for field in self._about if field[0] != b"etag"]
         self._about_file: Fields = [*about, (b"etag", f"W/{self._tag}".encode())]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Headers(raw=scope["headers"])
         if is_current(request, self._tag):
             await send({"type": "http.response.start", "status": 304, "headers": self._about_file})
             await send({"type": "http.response.body"})
             return
         if is_current(request, self._etag):
-            await super().__call__(scope, receive, send)
+            await super()._answer(scope, receive, send)
             return
         algorithm = wanted_digest(request)
         async with self._library.rendering(self._plan, algorithm) as rendering:
             if rendering.file is None:
-                await super().__call__(scope, receive, send)
+                await super()._answer(scope, receive, send)
                 return
             told: dict[str, str | int] = {"file": rendering.file, "bytes": self._length}
             if algorithm is not None:

@@ -12,6 +12,7 @@ from service.api.metrics import Metrics
 from service.api.rates import RateLimits
 from service.catalog.keys import Keyring
 from service.library import Library
+from service.readiness import Readiness
 from service.registry.admission import Admission
 from service.settings import Settings
 
@@ -29,6 +30,7 @@ class State:
     metrics: Metrics
     answers: Answers
     inference_statistics: InferenceStatistics
+    readiness: Readiness
 
 
 def state_of(request: Request) -> State:

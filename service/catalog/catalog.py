@@ -93,14 +93,25 @@ class Catalog:
             raise NotFound(f"there is no {tenant}/{reference}")
         return found
 
-    def set_key_values(self, version: Version, digest: str) -> None:
-        """Note the blob that a version's keys and values are in after they had to be made anew."""
+    def replace_key_values(self, version: Version, digest: str) -> Version:
+        """Name another blob for a version's keys and values, unless the named one was replaced meanwhile; return the
+        version as it is then.
+
+        Raises:
+            NotFound: the version was deleted meanwhile.
+        """
         with self._database.writing() as connection:
             adapter_id = _adapter_id(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
-            if connection.execute(sa.update(versions).where(*row).values(key_values=digest)).rowcount:
-                target = f"{version.tenant}/{version.adapter}@{version.number}"
-                record(connection, SERVICE, "version.encoded", version.tenant, target, key_values=digest)
+            expected = versions.c.key_values == version.key_values
+            target = f"{version.tenant}/{version.adapter}@{version.number}"
+            if connection.execute(sa.update(versions).where(*row, expected).values(key_values=digest)).rowcount:
+                details = {"digest": version.digest, "key_values": digest}
+                record(connection, SERVICE, "version.encoded", version.tenant, target, **details)
+            current = _one(connection, adapter_id, versions.c.number == version.number)
+        if current is None:
+            raise NotFound(f"there is no {target}")
+        return current
 
     def versions_of(self, tenant: str, adapter: str) -> list[Version]:
         """Every version of an adapter, newest first.
@@ -186,7 +197,7 @@ class Catalog:
             NotFound: there is no such adapter or alias.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._changing(tenant, adapter) as (connection, adapter_id):
+        with self._changing(tenant, adapter, frees=True) as (connection, adapter_id):
             current = _require_target(connection, adapter_id, alias, expected)
             gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
             if connection.execute(gone).rowcount == 0:
@@ -200,7 +211,7 @@ class Catalog:
             NotFound: there is no such thing.
             Conflict: an alias points at the version.
         """
-        with self._changing(tenant, reference.adapter) as (connection, adapter_id):
+        with self._changing(tenant, reference.adapter, frees=True) as (connection, adapter_id):
             condition = versions.c.adapter_id == adapter_id
             if reference.explicit:
                 condition = sa.and_(condition, _selected(adapter_id, reference))
@@ -220,9 +231,9 @@ class Catalog:
             return gone
 
     @contextlib.contextmanager
-    def _changing(self, tenant: str, adapter: str) -> Iterator[tuple[sa.Connection, int]]:
+    def _changing(self, tenant: str, adapter: str, *, frees: bool = False) -> Iterator[tuple[sa.Connection, int]]:
         """A write transaction on an adapter that exists, alone among the changes of its tenant."""
-        with self._database.writing() as connection:
+        with self._database.writing(frees=frees) as connection:
             try:
                 lock(connection, tenant)
             except NotFound as error:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from service.errors import InvalidRequest, OutOfSpace, StorageFailed
+from service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
+from service.errors import ReadOnly, StorageFailed
+from service.reserve import Reserve, reserve_file
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
@@ -23,14 +22,21 @@ Insert: TypeAlias = sqlite.Insert | postgresql.Insert
 class Database:
     """A migrated database, used from many threads and processes: SQLite in a file, or PostgreSQL at a URL
     (`postgresql+psycopg://…`). On SQLite every write transaction is exclusive; on PostgreSQL writers lock the row of
-    the tenant whose things they change."""
+    the tenant whose things they change.
 
-    def __init__(self, place: Path | str) -> None:
-        self._engine = _sqlite(place) if isinstance(place, Path) else _postgresql(place)
-        self._reads = self._engine
+    A transaction that fails after a long wait makes those of the next second fail immediately, so callers do not queue
+    for a database that is locked or away. At most `READERS` readers can hang in it.
+
+    With `read_only` a SQLite file is opened for reading alone: it may lie on a read-only mount, and a service that
+    writes may use it at the same time.
+    """
+
+    def __init__(self, place: Path | str, patience: Patience = PATIENT, *, read_only: bool = False) -> None:
+        self._reads = Access(engine_of(place, patience, writes=False, read_only=read_only), patience.reads)
+        self._writes = Access(engine_of(place, patience, writes=True, read_only=read_only), patience.writes)
+        self._reserve = Reserve(reserve_file(place)) if isinstance(place, Path) else None
+        self._read_only = read_only
         self._after_writes: list[Callable[[], object]] = []
-        if self._engine.dialect.name == "postgresql":
-            self._reads = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         try:
             self._migrate(place)
         except BaseException:
@@ -43,25 +49,31 @@ class Database:
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
-            StorageFailed: the database refused.
+            StorageFailed: the database refused, or did not answer in time.
         """
-        with _translated(), self._reads.begin() as connection:
+        with self._reads.connected() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, *, frees: bool = False) -> Iterator[sa.Connection]:
         """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
-        what was given to `after_writes`.
+        what was given to `after_writes`. One that `frees` space may use the reserve while the disk is full.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
-            OutOfSpace, StorageFailed: the database refused.
+            OutOfSpace, StorageFailed: the database refused, or did not answer in time.
+            ReadOnly: the database is opened for reading alone.
         """
+        if self._read_only:
+            raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
         calls: list[Callable[[], object]] = []
-        with _translated(), self._engine.connect() as plain:
-            connection = plain.execution_options(writes=True, afterwards=calls)
-            with connection.begin():
-                yield connection
+        with contextlib.ExitStack() as stack:
+            plain = stack.enter_context(self._writes.connected())
+            if frees and self._reserve is not None:
+                stack.enter_context(self._reserve.lent())
+            connection = plain.execution_options(afterwards=calls)
+            stack.enter_context(connection.begin())
+            yield connection
         for call in (*calls, *self._after_writes):
             call()
 
@@ -77,11 +89,11 @@ class Database:
         Raises:
             StorageFailed: the database refused.
         """
-        if self._engine.dialect.name != "sqlite":
+        if self._reads.engine.dialect.name != "sqlite":
             yield lambda: True
             return
-        with _translated(), contextlib.closing(self._engine.raw_connection()) as pooled:
-            driver: Any = pooled.driver_connection
+        with translated(), self._reads.engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
             last: int | None = None
 
             def may_have_changed() -> bool:
@@ -89,7 +101,7 @@ class Database:
                 try:
                     found: int = driver.execute("PRAGMA data_version").fetchone()[0]
                 except driver.Error as error:
-                    raise StorageFailed(f"the catalog refused: {type(error).__name__}") from error
+                    raise refused(error) from error
                 changed, last = found != last, found
                 return changed
 
@@ -97,30 +109,45 @@ class Database:
 
     def close(self) -> None:
         """Give back every connection."""
-        self._engine.dispose()
+        self._reads.engine.dispose()
+        self._writes.engine.dispose()
 
     def _migrate(self, place: Path | str) -> None:
         known = {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
         with self.reading() as connection:
-            if _revision(connection) == max(known):
-                return
+            found = _revision(connection)
+        if found == max(known):
+            return
+        _require_known(found, known, place)
+        if self._read_only:
+            raise StorageFailed(
+                f"the catalog {place} has an older schema ({found}), and this service is read-only: start one without "
+                "--read-only on it, which migrates it"
+            )
         # Only who migrates waits for its import, a tenth of a second.
         from alembic import command
         from alembic.config import Config
 
         with self.writing() as connection:
             if connection.dialect.name == "postgresql":
+                connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            found = _revision(connection)
-            if found is not None and found not in known:
-                name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
-                raise StorageFailed(
-                    f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
-                    "start with a copy made before the upgrade"
-                )
+            _require_known(_revision(connection), known, place)
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(_MIGRATIONS))
             command.upgrade(config, "head")
+        # SQLite's PRAGMAs would describe the old schema. A pool's first connection is made under a lock: let it be now.
+        self._reads.engine.dispose()
+        self._reads.engine.connect().close()
+
+
+def _require_known(found: str | None, known: set[str], place: Path | str) -> None:
+    if found is not None and found not in known:
+        name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
+        raise StorageFailed(
+            f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
+            "start with a copy made before the upgrade"
+        )
 
 
 def _revision(connection: sa.Connection) -> str | None:
@@ -145,43 +172,3 @@ def now(connection: sa.Connection) -> datetime:
     """The database's time, naive and in UTC: the only clock that is compared with stored times."""
     moment: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
     return moment.replace(tzinfo=None)
-
-
-def _sqlite(path: Path) -> sa.Engine:
-    engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": 30})
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    return engine
-
-
-def _postgresql(url: str) -> sa.Engine:
-    # The ping is a round trip; without it a restarted server would fail the first request of each idle process.
-    return sa.create_engine(url, connect_args={"options": "-c timezone=utc"}, pool_pre_ping=True)
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    # pysqlite would begin transactions by itself, and too late; `_begin` does.
-    connection.isolation_level = None
-    # Not WAL: before SQLite 3.51.3 it has a corruption bug, and Python often carries an older one.
-    for pragma in ("journal_mode=TRUNCATE", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin(connection: sa.Connection) -> None:
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        # PostgreSQL's text holds no NUL.
-        raise InvalidRequest(f"the catalog cannot hold this: {error.orig}") from error
-    except DBAPIError as error:
-        if "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == "53100":
-            raise OutOfSpace("the catalog's disk is full") from error
-        raise StorageFailed(f"the catalog refused: {type(error.orig).__name__}") from error
-    except PoolTimeout as error:
-        raise StorageFailed("the catalog has no free connection") from error

@@ -19,7 +19,7 @@ from service.catalog.records import Key, Principal, Scope
 from service.catalog.schema import keys, tenants
 from service.catalog.tenants import lock
 from service.disk import sync_folder, translated, write_private
-from service.errors import NotFound, OutOfSpace, StorageFailed, Unauthenticated
+from service.errors import NotFound, OutOfSpace, ReadOnly, StorageFailed, Unauthenticated
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
 _KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
@@ -84,7 +84,7 @@ class Keyring:
             raise Unauthenticated("the key is unknown, expired or revoked")
         if row.last_used is None or moment - row.last_used >= _USE_GRANULARITY:
             # A full disk must not make a sound key useless.
-            with contextlib.suppress(OutOfSpace, StorageFailed), self._database.writing() as connection:
+            with contextlib.suppress(OutOfSpace, StorageFailed, ReadOnly), self._database.writing() as connection:
                 connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=moment))
         return Principal(row.id, row.tenant, row.scope)
 
@@ -118,7 +118,7 @@ class Keyring:
         Raises:
             NotFound: this owner has no such key, or there is no such owner.
         """
-        with self._database.writing() as connection:
+        with self._database.writing(frees=True) as connection:
             owner = _changed(connection, tenant)
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:

@@ -39,7 +39,7 @@ class Tenants:
         Raises:
             NotFound: there is no such tenant.
         """
-        with self._database.writing() as connection:
+        with self._database.writing(frees=True) as connection:
             owner = lock(connection, name)
             record(connection, by, "tenant.deleted", name, name)
             let_go(connection, _versions_of(owner.id))

@@ -46,10 +46,11 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: auto].")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes on the data folder [default: 1].")] = None,
     dev: Annotated[bool | None, typer.Option("--dev", help="No keys, on loopback only.")] = None,
+    read_only: Annotated[bool | None, typer.Option("--read-only", help="Serve what is there, change nothing.")] = None,
 ) -> None:
     """Run the service. Every option is also a setting from the environment (PREFIX_HOST, …)."""
     chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
-    chosen |= {"device": device, "workers": workers, "dev": dev}
+    chosen |= {"device": device, "workers": workers, "dev": dev, "read_only": read_only}
     # What is imported stays: no collection, at the start or later, needs to look through it for garbage.
     gc.disable()
     settings = load_settings(chosen)

@@ -31,12 +31,20 @@ _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
 
 
 class VersionKey(NamedTuple):
-    """The identity of what is resident: never a name alone, so that no tenant meets another's tensors."""
+    """The identity of what is resident: never a name alone, so that no tenant meets another's tensors, and with the
+    digest of the stored keys and values, so that no bits are sent as others. Without it, all that is resident of a
+    version is meant."""
 
     tenant: str
     adapter: str
     version: int
     digest: str
+    key_values: str = ""
+
+    @property
+    def whole(self) -> "VersionKey":
+        """The version, whatever its keys and values are."""
+        return self._replace(key_values="")
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.adapter}@{self.version}"
@@ -66,10 +74,10 @@ class AdapterRegistry:
         self.device = device
         self.host_memory = memory_for(device)  # what is to go onto the device is best read into it
         self._prefixes: Tier[VersionKey, PrefixKV, VersionKey] = Tier(
-            "device", str(device), device_bytes, patience, lambda key: key
+            "device", str(device), device_bytes, patience, lambda key: key.whole
         )
         self._renderings: Tier[RenderingKey, Rendering, VersionKey] = Tier(
-            "host", "host", rendering_bytes, patience, lambda key: key.version
+            "host", "host", rendering_bytes, patience, lambda key: key.version.whole
         )
         self._turns = Turns(_LOADS)
 
@@ -152,18 +160,19 @@ class AdapterRegistry:
 
     def state(self, key: VersionKey) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and where."""
-        residency = self._prefixes.residency
-        return {"resident": key in residency, "pinned": residency.is_pinned(key), "device": str(self.device)}
+        keys = self._prefixes.members(key.whole)
+        pinned = any(self._prefixes.residency.is_pinned(one) for one in keys)
+        return {"resident": bool(keys), "pinned": pinned, "device": str(self.device)}
 
     def forget(self, key: VersionKey) -> None:
         """Unload a version and its renderings, and forget that its load failed; transfers under way complete."""
-        self._prefixes.remove(key)
-        self._renderings.remove(key)
+        self._prefixes.remove(key.whole)
+        self._renderings.remove(key.whole)
 
     def forgive(self, key: VersionKey) -> None:
         """Forget that a version could not be loaded: its bytes have just been put right."""
-        self._prefixes.forgive(key)
-        self._renderings.forgive(key)
+        self._prefixes.forgive(key.whole)
+        self._renderings.forgive(key.whole)
 
     def forget_tenant(self, tenant: str) -> None:
         """Unload all versions of a tenant."""

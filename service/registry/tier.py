@@ -205,6 +205,10 @@ class Tier(Generic[K, V, G]):
         if not self._groups[group]:
             del self._groups[group]
 
+    def members(self, group: G) -> frozenset[K]:
+        """Return the keys of a group that are resident, or being loaded."""
+        return frozenset(self._groups.get(group, ()))
+
     def pin(self, key: K, *, pinned: bool) -> None:
         """Keep a resident key, or let it go again."""
         self.residency.pin(key, pinned=pinned)

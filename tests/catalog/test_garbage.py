@@ -136,7 +136,7 @@ def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: 
 def test_keys_and_values_that_were_made_anew(catalog: Catalog, garbage: Garbage) -> None:
     """Their version names the new blob alone."""
     publish(catalog, "acme", "a", version(1))
-    catalog.set_key_values(catalog.resolve("acme", parse_reference("a")), "kv2")
+    catalog.replace_key_values(catalog.resolve("acme", parse_reference("a")), "kv2")
     assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv2"}
 
 

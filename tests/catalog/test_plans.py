@@ -27,9 +27,9 @@ def asked(database: Database) -> Iterator[Asked]:
     def note(_connection: object, _cursor: object, statement: str, values: tuple[object, ...], *_: object) -> None:
         statements.append((statement, values))
 
-    event.listen(database._engine, "before_cursor_execute", note)
+    event.listen(database._reads.engine, "before_cursor_execute", note)
     yield statements
-    event.remove(database._engine, "before_cursor_execute", note)
+    event.remove(database._reads.engine, "before_cursor_execute", note)
 
 
 def plan(database: Database, asked: Asked) -> list[str]:

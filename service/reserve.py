@@ -1,0 +1,67 @@
+"""A file that keeps disk space free for deletions, which need some before they free any."""
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger("prefix_service")
+
+RESERVED_BYTES: Final = 4 << 20
+
+
+def reserve_file(catalog: Path) -> Path:
+    """Return where the reserve of a catalog's disk lies."""
+    return catalog.with_name("reserve")
+
+
+class Reserve:
+    """Holds up to `nbytes` of disk space. Safe to share between threads and processes: while the space is lent, others
+    that need it wait."""
+
+    def __init__(self, path: Path, nbytes: int = RESERVED_BYTES) -> None:
+        self._path, self._nbytes = path, nbytes
+
+    def fill(self) -> None:
+        """Take the space, or as much of it as the disk has."""
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                held = _allocate(handle, self._nbytes)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            log.warning("no disk space is reserved for deletions: %s", os.strerror(error.errno or 0))
+            return
+        if held < self._nbytes:
+            log.warning("the disk is full: %d bytes are reserved for deletions instead of %d", held, self._nbytes)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Free the space while the block runs, if the disk has less than that left."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # the block will say what is wrong with the disk
+                if _free_bytes(self._path.parent) < self._nbytes:
+                    handle = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+                    stack.callback(os.close, handle)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    os.ftruncate(handle, 0)
+                    stack.callback(_allocate, handle, self._nbytes)
+            yield
+
+
+def _allocate(handle: int, nbytes: int) -> int:
+    """Allocate so many bytes, or what the disk has; return how many the file has then."""
+    for wanted in (nbytes, _free_bytes(handle), nbytes // 2, nbytes // 4, nbytes // 8):
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(handle, 0, max(wanted, 1))
+            break
+    return os.fstat(handle).st_size
+
+
+def _free_bytes(place: Path | int) -> int:
+    found = os.statvfs(place)
+    return found.f_bavail * found.f_frsize

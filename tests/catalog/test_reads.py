@@ -1,0 +1,164 @@
+"""`service.catalog.reads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from anyio import to_thread
+
+from service.catalog import access as module
+from service.catalog import reads
+from service.catalog.access import Patience
+from service.catalog.database import Database
+from service.catalog.reads import read_catalog
+from service.catalog.tenants import Tenants
+from service.errors import NotFound, ReadOnly, StorageFailed
+from tests.catalog.conftest import BY
+
+HURRIED = Patience(reads=0.2, writes=0.2, turn=1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "catalog.sqlite"
+
+
+@pytest.fixture
+def tenants(path: Path) -> Iterator[Tenants]:
+    """With one tenant, in a database that waits for 0.2 seconds."""
+    opened = Database(path, HURRIED)
+    found = Tenants(opened)
+    found.put("acme", BY)
+    yield found
+    opened.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another program keeps the file to itself."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        other.close()
+
+
+def test_a_locked_catalog_refuses_in_time_and_then_immediately(
+    tenants: Tenants, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred readers and writers on forty threads end together with the first: nobody queues for a lock. As soon
+    as the lock is gone and the moment of refusal is over, everything works."""
+    monkeypatch.setattr(module, "_REFUSING", 5.0)
+
+    def ask(number: int) -> str:
+        with pytest.raises(StorageFailed) as refused:
+            tenants.put(f"t{number}", BY) if number % 2 else tenants.require("acme")
+        return refused.value.message
+
+    with locked(path):
+        began = time.monotonic()
+        with ThreadPoolExecutor(40) as pool:
+            said = set(pool.map(ask, range(200)))
+        assert time.monotonic() - began < 2
+    busy = "the catalog has no free connection: it is busy, or does not answer"
+    assert {"the catalog is locked by another process"} <= said <= {"the catalog is locked by another process", busy}
+    began = time.monotonic()
+    with pytest.raises(StorageFailed):
+        tenants.require("acme")
+    assert time.monotonic() - began < 0.1
+    monkeypatch.setattr(time, "monotonic", lambda: began + 6)
+    tenants.require("acme")
+    assert tenants.put("beta", BY)
+
+
+def test_what_fails_quickly_is_tried_again_immediately(tenants: Tenants) -> None:
+    """A missing tenant or a failed statement says nothing about the next."""
+    for _ in range(3):
+        with pytest.raises(NotFound):
+            tenants.require("nobody")
+        with pytest.raises(StorageFailed, match="the catalog refused"), tenants._database.reading() as connection:
+            connection.exec_driver_sql("SELECT * FROM nothing")
+        tenants.require("acme")
+
+
+def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
+    """The others are told within their patience, and can go on with other work."""
+    release, hanging = threading.Event(), threading.Barrier(module.READERS + 2)
+
+    def hang() -> None:
+        with tenants._database.reading():
+            hanging.wait(10)
+            release.wait(10)
+
+    with ThreadPoolExecutor(module.READERS + 1) as pool:
+        for _ in range(module.READERS + 1):
+            pool.submit(hang)
+        hanging.wait(10)
+        began = time.monotonic()
+        with pytest.raises(StorageFailed, match="no free connection"):
+            tenants.require("acme")
+        assert time.monotonic() - began < 1
+        release.set()
+
+
+async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callers get an error after the deadline, more of them than there are threads for reads."""
+    monkeypatch.setattr(reads, "DEADLINE", 0.2)
+    release = threading.Event()
+    began = time.monotonic()
+    asked = [asyncio.create_task(read_catalog(release.wait, 10)) for _ in range(2 * reads._THREADS)]
+    await asyncio.sleep(0)
+    assert await to_thread.run_sync(lambda: 7) == 7
+    for outcome in await asyncio.gather(*asked, return_exceptions=True):
+        assert isinstance(outcome, StorageFailed)
+        assert outcome.message == "the catalog has not answered within 0.2 seconds"
+    assert time.monotonic() - began < 2
+    release.set()
+    assert await read_catalog(int, "3") == 3
+
+
+def test_a_read_only_catalog_is_read_while_another_process_writes(tenants: Tenants, path: Path) -> None:
+    """It sees the changes, and makes none."""
+    reader = Database(path, HURRIED, read_only=True)
+    tenants.put("beta", BY)
+    Tenants(reader).require("beta")
+    with pytest.raises(ReadOnly, match="--read-only"):
+        Tenants(reader).put("gamma", BY)
+    with reader.reading() as connection, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        connection.connection.driver_connection.execute("DELETE FROM tenants")  # type: ignore[union-attr]
+    reader.close()
+
+
+def test_a_read_only_catalog_is_not_migrated(path: Path) -> None:
+    """An older schema, or none, is refused with what to do."""
+    sqlite3.connect(path).close()
+    with pytest.raises(StorageFailed, match=r"has an older schema \(None\), .* start one without --read-only"):
+        Database(path, read_only=True)
+    assert path.stat().st_size == 0
+
+
+def test_a_read_only_catalog_does_not_undo_what_a_crash_left(tenants: Tenants, path: Path) -> None:
+    """It says who can; then it is read."""
+    crashing = """
+import os, sqlite3, sys
+catalog = sqlite3.connect(sys.argv[1], isolation_level=None)
+catalog.execute("PRAGMA cache_size=2")
+catalog.execute("BEGIN IMMEDIATE")
+for number in range(2000):
+    catalog.execute("INSERT INTO numbers VALUES (?, ?, 1)", (f"t{number}", "a" * 100))
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", crashing, str(path)], check=True)
+    with pytest.raises(StorageFailed, match="a crash cut a change of the catalog short: start a service without"):
+        Database(path, read_only=True)
+    tenants.require("acme")
+    Database(path, read_only=True).close()
