@@ -230,8 +230,11 @@ class Admission:
         Raises:
             Overloaded: there are too many in flight.
         """
-        with self._counting("requests", Overloaded):
+        try:
             self.requests.begin(tenant, reserved=reserved)
+        except Overloaded:
+            self._refused["requests"] += 1
+            raise
 
     @contextlib.asynccontextmanager
     async def work(self, tenant: str, nbytes: int) -> AsyncIterator[Work]:

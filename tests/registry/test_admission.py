@@ -291,11 +291,15 @@ async def test_patience_ends() -> None:
 async def test_what_fails_gives_its_memory_back() -> None:
     """In the block, or in its thread; and `run` returns what its call returned."""
     of = admission()
+
+    async def fail() -> None:
+        async with of.work("a", 50) as work:
+            assert await work.run(lambda: 7) == 7
+            await work.run(lambda: 1 // 0)
+
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
-            async with of.work("a", 50) as work:
-                assert await work.run(lambda: 7) == 7
-                await work.run(lambda: 1 // 0)
+            await fail()
     assert of.report().used == 0
 
 
