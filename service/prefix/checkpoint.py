@@ -118,7 +118,7 @@ BLOCK: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class PrefixFile:
-    """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config, and are not read yet."""
+    """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
 
     layout: Layout
     names: Mapping[str, str]

@@ -58,8 +58,10 @@ class PrefixKV:
                 self.tensor[layer, :, :, tokens] = found[2 * layer % layers]
 
     def flat(self, first: int = 0, last: int | None = None) -> Tensor:
-        """Returns the tokens `first:last` as PEFT saves them, `[n, L * 2 * H * D]`: `from_flat` the other way round, but
-        not for two submodules, where it leaves layers out."""
+        """Returns the tokens `first:last` as PEFT saves them, `[n, L * 2 * H * D]`.
+
+        This is `from_flat` the other way round, but not for two submodules, where that leaves layers out.
+        """
         # (L, 2, H, n, D) -> (n, L, 2, H, D) -> (n, L*2*H*D)
         return self.tensor[:, :, :, first:last].permute(3, 0, 1, 2, 4).flatten(1)
 
