@@ -126,6 +126,7 @@ class Publisher:
         upload.arrival.hold(draft.nbytes)
         async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
             new = await work.run(partial(self._stored, draft, config, file, weights))
+        upload.arrival.end()  # or its bytes would count twice for who looks behind the transaction
         add = partial(
             self._catalog.add_version, target.tenant, target.adapter, new, target.by, make_tenant=target.make_tenant
         )

@@ -6,7 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Caller, Reading, Writing
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_length, read_json, read_upload, validated
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_json, read_upload, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.paths import NamePath, RefPath
@@ -92,7 +92,7 @@ async def _publish_composed(values: dict[str, Any], library: Library, target: Ta
 
 
 async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
-    async with library.publisher.receiving(target, declared_length(request)) as upload:
+    async with library.publisher.receiving(target, declared_weights(request)) as upload:
         config_json, base_json = await read_upload(request, upload, library.limits.upload_bytes)
         config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
         if base_json is not None:

@@ -23,6 +23,7 @@ CONFIG: Final = "adapter_config.json"
 BASE_CONFIG: Final = "base_model_config"
 WEIGHTS: Final = "adapter_model.safetensors"
 _MOST: Final = {CONFIG: MAX_CONFIG_BYTES, BASE_CONFIG: MAX_BASE_CONFIG_BYTES}
+_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what stands between the parts, at most
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 M = TypeVar("M", bound=BaseModel)
@@ -92,8 +93,12 @@ async def read_model(request: Request, model: type[M], limit: int) -> M:
     return validated(model, await read_json(request, limit))
 
 
-def declared_length(request: Request) -> int:
-    """Returns the Content-Length of a request; 0 where none is declared."""
+def declared_weights(request: Request) -> int:
+    """Returns the bytes of weights that an upload has at least, by its Content-Length; 0 where none is declared."""
+    return max(0, _declared_length(request) - _BESIDE)
+
+
+def _declared_length(request: Request) -> int:
     declared = request.headers.get("content-length", "")
     return int(declared) if declared.isdigit() else 0
 
@@ -108,22 +113,21 @@ async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[byt
         QuotaExceeded: more bytes than the tenant's quota leaves.
         RequestTimeout: it did not arrive in time.
     """
-    whole = limit + 2 * sum(_MOST.values())  # room for the configs, and for what stands between the parts
     parts = _Parts(MultipartReader(request.headers["content-type"]), upload.weights, limit)
-    pending, received = bytearray(), 0
-    async for piece in _arriving(request, whole):
-        upload.arrival.hold(received := received + len(piece))
+    pending = bytearray()
+    async for piece in _arriving(request, limit + _BESIDE):
         pending += piece
         if len(pending) >= _BATCH:
             await to_thread.run_sync(parts.receive, bytes(pending))
             pending.clear()
+            upload.arrival.hold(upload.weights.size)
     await to_thread.run_sync(parts.receive, bytes(pending))
     return parts.finished()
 
 
 async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
     """A body, piece by piece; its sender may pause as long as `receive_timeout`."""
-    if (declared := declared_length(request)) > limit:
+    if (declared := _declared_length(request)) > limit:
         raise TooLarge(f"the body has {declared} bytes, more than {limit}")
     patience = Patience(state_of(request).settings.receive_timeout)
     clock = asyncio.get_running_loop().time
