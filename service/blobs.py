@@ -1,6 +1,7 @@
 """Content-addressed bytes in a folder: durable before they are visible, verified whenever they are read."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -45,7 +46,7 @@ class StagedBlob(Protocol):
     @property
     def digest(self) -> str: ...
     def write(self, data: bytes | bytearray | memoryview) -> None: ...
-    def read(self) -> memoryview: ...
+    def read(self, start: int = ..., stop: int | None = ...) -> memoryview: ...
     def commit(self) -> str: ...
     def discard(self) -> None: ...
 
@@ -285,12 +286,15 @@ class StagedFile:
         """The digest of the bytes so far."""
         return _digest(self._hash)
 
-    def read(self) -> memoryview:
-        """All bytes so far."""
+    def read(self, start: int = 0, stop: int | None = None) -> memoryview:
+        """Returns the bytes `start:stop` of those so far, in new memory; writes go on at the end.
+
+        Raises:
+            StorageFailed: the disk refused.
+        """
         with translated("read a blob back"):
-            self._file.seek(0)
-            data = host_memory(self.size)
-            self._file.readinto(data)  # type: ignore[attr-defined]  # typeshed has it on BufferedRandom alone
+            data = read_range(self._file, start, self.size if stop is None else stop)
+            self._file.seek(0, os.SEEK_END)
         return data
 
     def commit(self) -> str:
@@ -318,6 +322,20 @@ class StagedFile:
             self._file.close()
         with contextlib.suppress(OSError):  # a sweep takes what stays
             self._path.unlink()
+
+
+def read_range(file: BinaryIO, start: int, stop: int) -> memoryview:
+    """Returns the bytes `start:stop` of an open blob, in new memory.
+
+    Raises:
+        StorageFailed: the disk refused, or the file has become shorter.
+    """
+    with translated("read a blob"):
+        data = host_memory(stop - start)
+        file.seek(start)
+        if sum(map(len, _pieces(file, data))) != len(data):
+            raise OSError(errno.EIO, "the file has become shorter")
+    return data
 
 
 def _digest(sha256: "hashlib._Hash") -> str:

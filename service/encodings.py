@@ -5,23 +5,24 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import BinaryIO, Final
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from service.blobs import Beside, BlobStore, Memory
+from service.blobs import Beside, BlobStore, Memory, read_range
 from service.catalog.catalog import Catalog
 from service.catalog.records import Version
 from service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
-from service.prefix.checkpoint import PrefixWeights, load_weights
+from service.prefix.buffers import bytes_of
+from service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
 from service.prefix.config import PrefixConfig, parse_config
-from service.prefix.encoder import PrefixEncoder
+from service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assemble
 from service.prefix.kv import PrefixKV
 from service.prefix.references import parse_reference
 from service.prefix.rendering import to_host
-from service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header, tensor_at
+from service.prefix.safetensors_header import WEIGHT_DTYPES, header_of, parse_header, tensor_at
 from service.prefix.streams import own_stream
 
 log = logging.getLogger("prefix_service")
@@ -46,10 +47,16 @@ class Encodings:
     def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
         self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
 
-    def encode(self, config: PrefixConfig, weights: PrefixWeights) -> PrefixKV:
-        """Keys and values of trained weights, in host memory."""
+    def encode(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> PrefixKV:
+        """Returns the keys and values of a prefix in a weights file, in host memory.
+
+        Raises:
+            InvalidCheckpoint: a weight, or the result of an MLP, is not finite.
+        """
+        if not file.is_projected:
+            return assemble(config, read_rows(file, read), file.dtype, torch.device("cpu"))
         with own_stream(self._device):
-            kv = PrefixEncoder.from_weights(config, weights, self._device).encode()
+            kv = PrefixEncoder.from_weights(config, read_weights(file, read), self._device).encode()
             return replace(kv, tensor=to_host(kv.tensor))
 
     def store(self, kv: PrefixKV) -> str:
@@ -59,12 +66,10 @@ class Encodings:
             OutOfSpace, StorageFailed: the disk refused.
             ReadOnly: the blob store only reads.
         """
-        return self._store(save({_KEY_VALUES: kv.tensor}))
-
-    def _store(self, file: bytes) -> str:
         staged = self._blobs.stage()
         try:
-            staged.write(file)
+            for piece in _pieces(kv):
+                staged.write(piece)
             return staged.commit()
         finally:
             staged.discard()
@@ -108,19 +113,22 @@ class Encodings:
         if current.key_values != version.key_values:
             raise EncodedAgain(current)
         log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
-        kv = self.encode(*self._weights(version))
-        file = save({_KEY_VALUES: kv.tensor})
-        digest = f"sha256:{hashlib.sha256(file).hexdigest()}"
+        with self._weights(version) as (file, read):
+            kv = self.encode(parse_config(version.config), file, read)
+        sha256 = hashlib.sha256()
+        for piece in _pieces(kv):
+            sha256.update(piece)
+        digest = f"sha256:{sha256.hexdigest()}"
         if digest == version.key_values:
             # These are the very bytes: they can be served, whether or not the disk takes them.
             try:
-                self._store(file)
+                self.store(kv)
             except (OutOfSpace, Unavailable, ReadOnly) as error:
                 log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
             return kv
         # An MLP on another processor may give other last bits.
         try:
-            self._store(file)
+            self.store(kv)
             raise EncodedAgain(self._catalog.replace_key_values(version, digest))
         except ReadOnly as error:
             raise CorruptBlob(
@@ -129,17 +137,33 @@ class Encodings:
                 retry_after=60,
             ) from error
 
-    def flat(self, version: Version) -> Tensor:
-        """The prefix as PEFT saves it, `[N, L * 2 * H * D]`.
+    def rows(self, version: Version) -> Iterator[Tensor]:
+        """Yields the prefix as PEFT saves it, some rows `[n, L * 2 * H * D]` at a time.
 
         Raises:
             CorruptBlob, StorageFailed: the stored bytes cannot be read.
         """
         config = parse_config(version.config)
-        if config.num_transformer_submodules == 1:
-            return self.load_current(version).flat()  # so an MLP does not run again
+        if config.num_transformer_submodules == 1:  # so an MLP does not run again
+            kv = self.load_current(version)
+            step = max(1, BLOCK // (kv.nbytes // kv.num_virtual_tokens))
+            yield from (kv.flat(first, first + step) for first in range(0, kv.num_virtual_tokens, step))
+            return
         # The layers of two submodules are served in another order, and not all.
-        return PrefixEncoder.from_weights(*self._weights(version), torch.device("cpu")).flat()
+        with self._weights(version) as (file, read):
+            if file.is_projected:
+                yield from PrefixEncoder.from_weights(config, read_weights(file, read), torch.device("cpu")).rows()
+            else:
+                yield from read_rows(file, read)
+
+    def rows_nbytes(self, version: Version) -> int:
+        """Returns the most bytes of memory that `rows` takes at a time, without a look into the stored bytes."""
+        config = parse_config(version.config)
+        block = max(BLOCK, version.key_values_bytes // config.num_virtual_tokens)
+        if config.num_transformer_submodules == 1:
+            return version.key_values_bytes + block
+        # In float32 beside halves, the weights come three times; an MLP's result has the size of the keys and values.
+        return 3 * version.weights_bytes + HIDDEN_BLOCK + version.key_values_bytes + block
 
     def open_weights(self, version: Version) -> BinaryIO:
         """The weights file, byte for byte as it was uploaded, verified; the caller closes it.
@@ -150,15 +174,21 @@ class Encodings:
         with _expected(version.weights):
             return self._blobs.open(version.weights)
 
-    def _weights(self, version: Version) -> tuple[PrefixConfig, PrefixWeights]:
-        config = parse_config(version.config)
-        with _expected(version.weights):
-            return config, load_weights(self._blobs.read(version.weights), config)
+    @contextlib.contextmanager
+    def _weights(self, version: Version) -> Iterator[tuple[PrefixFile, ReadBytes]]:
+        with self.open_weights(version) as stored:
+            read = partial(read_range, stored)
+            yield locate_prefix(read, version.weights_bytes, parse_config(version.config)), read
 
 
 def unstable(again: EncodedAgain) -> Unavailable:
     """Return the error for a version whose keys and values were lost twice during one request."""
     return Unavailable(f"{again}, twice during this request: look at the disk of the blob folder, and try again")
+
+
+def _pieces(kv: PrefixKV) -> tuple[bytes, memoryview]:
+    """Returns the safetensors file that keys and values are stored as, without a copy of them."""
+    return header_of(_KEY_VALUES, kv.tensor.dtype, kv.tensor.shape), bytes_of(kv.tensor)
 
 
 @contextlib.contextmanager

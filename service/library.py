@@ -1,31 +1,25 @@
-"""The use cases: publish, resolve, fetch, delete, load. The only place where the rooms meet; no HTTP here."""
+"""The use cases: resolve, fetch, delete, load. The only place where the rooms meet; no HTTP here."""
 
 import contextlib
-import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any
 
-import rfc8785
-import torch
 from anyio import to_thread
-from safetensors.torch import save
 from torch import Tensor
 
-from service.blobs import BlobStore, StagedBlob
+from service.blobs import BlobStore
 from service.body_digests import BodyDigests
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
 from service.catalog.reads import read_catalog
-from service.catalog.records import AuditEntry, NewVersion, Principal, Version, VersionName
+from service.catalog.records import AuditEntry, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
 from service.encodings import EncodedAgain, Encodings, unstable
-from service.errors import InvalidConfig, InvalidRequest, NotFound
+from service.errors import InvalidRequest, NotFound
 from service.plan import (
     Limits,
     MixedPlan,
@@ -36,30 +30,17 @@ from service.plan import (
     make_mixed_plan,
     make_plan,
 )
-from service.prefix.checkpoint import load_weights
-from service.prefix.compose import composed_config
-from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.digests import Algorithm
-from service.prefix.encoder import InitWeights, PrefixEncoder
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
-from service.prefix.rendering import KV_DTYPES, Rendering
+from service.prefix.rendering import Rendering
+from service.publishing import Publisher
 from service.registry.admission import Admission
 from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
 
 log = logging.getLogger("prefix_service")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a version is published, and by whom; `make_tenant` lets the tenant come into being with it."""
-
-    tenant: str
-    adapter: str
-    by: Principal
-    make_tenant: bool = False
 
 
 class Library:
@@ -81,105 +62,18 @@ class Library:
         self.audit = AuditLog(database)
         self.limits = limits
         self.admission = admission
-        self._blobs = blobs
         self.registry = registry
         self.encodings = Encodings(self.catalog, blobs, registry.device, registry.host_memory)
+        self.publisher = Publisher(
+            self.catalog,
+            blobs,
+            self.encodings,
+            admission,
+            limits.upload_bytes,
+            mended=lambda version: registry.forgive(_key(version)),
+        )
         self._digests = BodyDigests()
         self._shared_files = shared_files
-
-    async def stage(self) -> StagedBlob:
-        """Begin an upload; the caller writes to it, and discards it in the end."""
-        return await to_thread.run_sync(self._blobs.stage)
-
-    async def publish(self, target: Target, config: PrefixConfig, weights: StagedBlob) -> tuple[Version, bool]:
-        """Make trained weights a version, and whether it is new; the same content again is the same version.
-
-        Raises:
-            InvalidConfig, InvalidCheckpoint: nothing is visible then.
-            NotFound: there is no such tenant.
-            QuotaExceeded: the tenant's quotas do not allow it.
-            OutOfSpace, StorageFailed: the disk or the catalog refused.
-        """
-        version, is_new = await to_thread.run_sync(self._publish, target, config, weights)
-        if not is_new:
-            self.registry.forgive(_key(version))
-        return version, is_new
-
-    async def publish_fresh(
-        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int
-    ) -> tuple[Version, bool]:
-        """Make an untrained prefix a version; its weights are stored as PEFT would save them.
-
-        Raises:
-            InvalidConfig: a dimension is missing, or the sizes multiply to more than an upload may have.
-        """
-        config.require_dimensions()
-        trained = 0 if config.inference_mode else config.trainable_parameters or 0
-        self._require_moderate(4 * max(trained, _elements(config)))
-
-        def file() -> bytes:
-            return save({"prompt_embeddings": PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).flat()})
-
-        return await self._publish_made(target, config, file)
-
-    async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
-        """Make the concatenation of prefixes a version, under the names they were asked by, in their order; its weights
-        are stored as PEFT would save them.
-
-        Raises:
-            InvalidRequest: they differ in a dimension or in their task.
-            InvalidConfig: together they are more than an upload may have.
-        """
-        configs = [parse_config(version.config) for _, version in sources]
-        config = composed_config([(name, found) for (name, _), found in zip(sources, configs, strict=True)])
-        self._require_moderate(4 * _elements(config))
-
-        def file() -> bytes:
-            flats = [self.encodings.flat(version) for _, version in sources]
-            dtype = flats[0].dtype if len({flat.dtype for flat in flats}) == 1 else torch.float32
-            return save({"prompt_embeddings": torch.cat([flat.to(dtype) for flat in flats])})
-
-        return await self._publish_made(target, config, file)
-
-    async def _publish_made(
-        self, target: Target, config: PrefixConfig, file: Callable[[], bytes]
-    ) -> tuple[Version, bool]:
-        weights = await self.stage()
-        try:
-            await to_thread.run_sync(weights.write, await to_thread.run_sync(file))
-            return await self.publish(target, config, weights)
-        finally:
-            await to_thread.run_sync(weights.discard)
-
-    def _require_moderate(self, nbytes: int) -> None:
-        """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
-        if nbytes > self.limits.upload_bytes:
-            raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self.limits.upload_bytes}")
-
-    def _publish(self, target: Target, config: PrefixConfig, staged: StagedBlob) -> tuple[Version, bool]:
-        weights = load_weights(staged.read(), config)
-        key_values_bytes = _elements(config) * weights.encoded_dtype.itemsize
-        self._require_moderate(key_values_bytes)
-        manifest = _canonical({"format": 1, "config": config.model_dump(mode="json"), "weights": staged.digest})
-        digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
-        tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
-        # Known content, or no room for it: nothing needs to be encoded.
-        existing = self.catalog.find(tenant, adapter, digest, staged.size + key_values_bytes, make_tenant=makes)
-        if existing is not None:
-            staged.commit()
-            return existing, False
-        new = NewVersion(
-            digest=digest,
-            manifest=manifest.decode(),
-            base_model=config.base_model_name_or_path,
-            weights=staged.digest,
-            weights_bytes=staged.size,
-            weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == weights.dtype),
-            key_values=self.encodings.store(self.encodings.encode(config, weights)),
-            key_values_bytes=key_values_bytes,
-        )
-        staged.commit()
-        return self.catalog.add_version(tenant, adapter, new, target.by, make_tenant=makes)
 
     async def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now.
@@ -348,20 +242,9 @@ class Library:
                 self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
 
 
-def _elements(config: PrefixConfig) -> int:
-    return config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
-
-
 def _name(version: Version) -> str:
     return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
 def _key(version: Version) -> VersionKey:
     return VersionKey(version.tenant, version.adapter, version.number, version.digest, version.key_values)
-
-
-def _canonical(manifest: dict[str, Any]) -> bytes:
-    try:
-        return rfc8785.dumps(manifest)
-    except ValueError as error:  # also a lone surrogate in a key, which rfc8785 leaves to the codec
-        raise InvalidConfig(f"the config cannot be written as canonical JSON (RFC 8785): {error}") from error

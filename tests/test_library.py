@@ -12,15 +12,17 @@ from service.catalog.database import Database
 from service.catalog.records import COMMAND_LINE, Quotas, Version
 from service.encodings import EncodedAgain
 from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
-from service.library import Library, Target
+from service.library import Library
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import parse_reference
+from service.publishing import Target
 from service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.conftest import CORPUS
 from tests.test_blobs import largest_file
 
+TARGET = Target("acme", "a", COMMAND_LINE)
 LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 20)
 
 
@@ -39,12 +41,9 @@ async def published(library: Library, case: str) -> Version:
     """A corpus case as a version."""
     folder = CORPUS / "cases" / case / "adapter"
     config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
-    weights = await library.stage()
-    try:
-        weights.write((folder / "adapter_model.safetensors").read_bytes())
-        version, _ = await library.publish(Target("acme", "a", COMMAND_LINE), config, weights)
-    finally:
-        weights.discard()
+    async with library.publisher.receiving(TARGET, 0) as upload:
+        upload.weights.write((folder / "adapter_model.safetensors").read_bytes())
+        version, _ = await library.publisher.publish(TARGET, config, upload)
     return version
 
 
@@ -261,7 +260,7 @@ async def test_an_untrained_prefix_that_finds_no_room_leaves_nothing(library: Li
     config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
     large = parse_config({**config.model_dump(mode="json"), "num_virtual_tokens": 200})
     with largest_file(4096), pytest.raises(OutOfSpace):
-        await library.publish_fresh(Target("acme", "a", COMMAND_LINE), large, "zero", 0)
+        await library.publisher.publish_fresh(TARGET, large, "zero", 0)
     assert list((tmp_path / "blobs" / "staging").iterdir()) == []
 
 
@@ -271,11 +270,8 @@ async def test_the_bytes_that_count_are_those_that_are_kept(library: Library, tm
     config = parse_config(parse_json((folder / "adapter_config.json").read_bytes(), "the config"))
     halved = {name: value.to(torch.bfloat16) for name, value in load_file(folder / "adapter_model.safetensors").items()}
     for tensors in (load_file(folder / "adapter_model.safetensors"), halved):
-        weights = await library.stage()
-        try:
-            weights.write(save(tensors))
-            version, _ = await library.publish(Target("acme", "a", COMMAND_LINE), config, weights)
-        finally:
-            weights.discard()
+        async with library.publisher.receiving(TARGET, 0) as upload:
+            upload.weights.write(save(tensors))
+            version, _ = await library.publisher.publish(TARGET, config, upload)
         stored = load_file(blob(tmp_path, version.key_values))
         assert sum(tensor.nbytes for tensor in stored.values()) == version.key_values_bytes

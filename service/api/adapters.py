@@ -6,7 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Caller, Reading, Writing
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, read_json, read_upload, validated
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_json, read_upload, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
 from service.api.paths import NamePath, RefPath
@@ -21,9 +21,10 @@ from service.api.schemas import (
 )
 from service.api.state import LibraryOf, SettingsOf
 from service.catalog.records import Principal, Version
-from service.library import Library, Target
-from service.prefix.config import parse_config, parse_config_json
+from service.library import Library
+from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
 from service.prefix.references import check_name, parse_qualified, parse_reference
+from service.publishing import Target
 
 router = APIRouter(tags=["adapters"])
 
@@ -80,26 +81,23 @@ async def publish(
 
 async def _publish_fresh(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
     wanted = validated(FreshVersion, values)
-    return await library.publish_fresh(target, parse_config(wanted.config), wanted.init_weights, wanted.seed)
+    return await library.publisher.publish_fresh(target, parse_config(wanted.config), wanted.init_weights, wanted.seed)
 
 
 async def _publish_composed(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
     """From all that the caller may read."""
     named = [(name, *parse_qualified(name)) for name in validated(ComposedVersion, values).compose]
     sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
-    return await library.publish_composed(target, sources)
+    return await library.publisher.publish_composed(target, sources)
 
 
 async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
-    weights = await library.stage()
-    try:
-        config_json, base_json = await read_upload(request, weights, library.limits.upload_bytes)
+    async with library.publisher.receiving(target, declared_weights(request)) as upload:
+        config_json, base_json = await read_upload(request, upload, library.limits.upload_bytes)
         config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
         if base_json is not None:
-            config = config.filled(parse_config_json(base_json, BASE_CONFIG))
-        return await library.publish(target, config, weights)
-    finally:
-        await to_thread.run_sync(weights.discard)
+            config = config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
+        return await library.publisher.publish(target, config, upload)
 
 
 async def _target(library: Library, tenant: str, name: str, by: Principal) -> Target:

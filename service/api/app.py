@@ -28,6 +28,7 @@ from service.api import (
 from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
+from service.api.in_flight import InFlightMiddleware
 from service.api.inference_v2_statistics import InferenceStatistics
 from service.api.metrics import Metrics
 from service.api.middleware import StrictPathMiddleware
@@ -69,6 +70,7 @@ class _App(FastAPI):
         behind = RateLimitMiddleware(behind, lambda: state.rates)
         # Most tenants have no limit: what is known of them needs no look at the path.
         behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
+        behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
         self._front = RequestMiddleware(behind, state.metrics)
 
@@ -147,13 +149,13 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
-    metrics.watch(registry.tiers)
     admission = Admission(
         in_flight=settings.max_in_flight,
         in_flight_tenant=settings.max_in_flight_tenant,
         work_bytes=settings.work_bytes,
         processors=os.cpu_count() or 1,
     )
+    metrics.watch(registry.tiers, admission.report)
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)

@@ -10,7 +10,7 @@ from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.paths import TenantPath
+from service.api.paths import HEALTH, TenantPath
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.records import Scope as KeyScope
@@ -18,17 +18,7 @@ from service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
 from service.logs import about
 from service.prefix.references import check_name
 
-PUBLIC: Final = frozenset(
-    {
-        "/livez",
-        "/readyz",
-        "/v2/health/live",
-        "/v2/health/ready",
-        "/openapi.json",
-        "/docs",
-        "/docs/oauth2-redirect",
-    }
-)
+PUBLIC: Final = HEALTH | {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
 REMEMBERED_SECONDS: Final = 5.0
 """How long a verified key is not looked up again: the longest that a revoked one may still work."""
 

@@ -16,11 +16,14 @@ from service.api.problems import invalid_request
 from service.api.state import state_of
 from service.blobs import StagedBlob
 from service.errors import InvalidConfig, InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
-from service.prefix.config import MAX_CONFIG_BYTES, parse_json
+from service.prefix.config import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES, parse_json
+from service.publishing import Upload
 
 CONFIG: Final = "adapter_config.json"
 BASE_CONFIG: Final = "base_model_config"
 WEIGHTS: Final = "adapter_model.safetensors"
+_MOST: Final = {CONFIG: MAX_CONFIG_BYTES, BASE_CONFIG: MAX_BASE_CONFIG_BYTES}
+_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what stands between the parts, at most
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 M = TypeVar("M", bound=BaseModel)
@@ -90,31 +93,41 @@ async def read_model(request: Request, model: type[M], limit: int) -> M:
     return validated(model, await read_json(request, limit))
 
 
-async def read_upload(request: Request, weights: StagedBlob, limit: int) -> tuple[bytes, bytes | None]:
-    """A multipart upload: its weights go into `weights`; the adapter config and the base model's are returned.
+def declared_weights(request: Request) -> int:
+    """Returns the bytes of weights that an upload has at least, by its Content-Length; 0 where none is declared."""
+    return max(0, _declared_length(request) - _BESIDE)
+
+
+def _declared_length(request: Request) -> int:
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else 0
+
+
+async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[bytes, bytes | None]:
+    """A multipart upload: its weights go into `upload`; the adapter config and the base model's are returned.
 
     Raises:
         InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
         UnsafeCheckpoint: a field named like a pickle.
-        TooLarge: weights of more than `limit` bytes, or a config of more than a megabyte.
+        TooLarge: weights of more than `limit` bytes, or a config of more than it may have.
+        QuotaExceeded: more bytes than the tenant's quota leaves.
         RequestTimeout: it did not arrive in time.
     """
-    whole = limit + 4 * MAX_CONFIG_BYTES  # room for the configs, and for what stands between the parts
-    upload = _Upload(MultipartReader(request.headers["content-type"]), weights, limit)
+    parts = _Parts(MultipartReader(request.headers["content-type"]), upload.weights, limit)
     pending = bytearray()
-    async for piece in _arriving(request, whole):
+    async for piece in _arriving(request, limit + _BESIDE):
         pending += piece
         if len(pending) >= _BATCH:
-            await to_thread.run_sync(upload.receive, bytes(pending))
+            await to_thread.run_sync(parts.receive, bytes(pending))
             pending.clear()
-    await to_thread.run_sync(upload.receive, bytes(pending))
-    return upload.finished()
+            upload.arrival.hold(upload.weights.size)
+    await to_thread.run_sync(parts.receive, bytes(pending))
+    return parts.finished()
 
 
 async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
     """A body, piece by piece; its sender may pause as long as `receive_timeout`."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if (declared := _declared_length(request)) > limit:
         raise TooLarge(f"the body has {declared} bytes, more than {limit}")
     patience = Patience(state_of(request).settings.receive_timeout)
     clock = asyncio.get_running_loop().time
@@ -140,7 +153,7 @@ async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
         yield piece
 
 
-class _Upload:
+class _Parts:
     """The state of one multipart body: which part is arriving, and what has arrived."""
 
     def __init__(self, reader: MultipartReader, weights: StagedBlob, limit: int) -> None:
@@ -193,5 +206,5 @@ class _Upload:
             self._weights.write(data)
             return
         self._configs[name] += data
-        if len(self._configs[name]) > MAX_CONFIG_BYTES:
-            raise TooLarge(f"{name} has more than {MAX_CONFIG_BYTES} bytes")
+        if len(self._configs[name]) > _MOST[name]:
+            raise TooLarge(f"{name} has more than {_MOST[name]} bytes")

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from service.api.worker_metrics import Place, whole_service
+from service.registry.admission import AdmissionReport, Refusal
 from service.registry.report import TierReport
 
 _NAMESPACE: Final = "prefix_service"
@@ -32,14 +33,16 @@ class Metrics:
         self._place = place
         self._requests = _Requests(registry)
         self._tiers = _Tiers(registry)
+        self._work = _Work(registry)
         self._read: Callable[[], list[TierReport]] = list
+        self._admission: Callable[[], AdmissionReport] | None = None
         self._in_flight = _gauge(registry, "requests_in_flight", "requests that are being answered", ())
         build = _gauge(registry, "build_info", "versions; the value is 1", ("version", "python", "torch"), "livemax")
         build.labels(version("prefix-service"), platform.python_version(), torch.__version__).set(1)
 
-    def watch(self, tiers: Callable[[], list[TierReport]]) -> None:
-        """Where the numbers of the tiers come from; called on the event loop."""
-        self._read = tiers
+    def watch(self, tiers: Callable[[], list[TierReport]], admission: Callable[[], AdmissionReport]) -> None:
+        """Sample these from now on; they are called on the event loop."""
+        self._read, self._admission = tiers, admission
 
     def count(self, route: str, method: str, status: int, seconds: float, sent: int) -> None:
         """A request has ended."""
@@ -50,6 +53,8 @@ class Metrics:
         self._in_flight.set(self.in_flight)
         for report in self._read():
             self._tiers.take(report)
+        if self._admission is not None:
+            self._work.take(self._admission())
 
     @contextlib.asynccontextmanager
     async def sampled(self) -> AsyncIterator[None]:
@@ -153,6 +158,27 @@ class _Tiers:
     def _raise(self, counter: Counter, labels: tuple[str, ...], total: float) -> None:
         counter.labels(*labels).inc(total - self._counted.get((counter, labels), 0))
         self._counted[counter, labels] = total
+
+
+class _Work:
+    """The numbers of the admission of requests and work."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._budget = _gauge(registry, "work_budget_bytes", "bytes that work in progress may hold", ())
+        self._used = _gauge(registry, "work_used_bytes", "bytes that work in progress holds", ())
+        self._waiting = _gauge(registry, "work_waiting_jobs", "jobs that wait for memory", ())
+        text = "refusals: too many requests in flight, work of too large a size, no memory for work in time"
+        self._refusals = _counter(registry, "refusals", text, ("kind",))
+        self._counted: dict[Refusal, int] = {}
+
+    def take(self, report: AdmissionReport) -> None:
+        """One report."""
+        self._budget.set(report.budget)
+        self._used.set(report.used)
+        self._waiting.set(report.waiting)
+        for kind, total in report.refused.items():
+            self._refusals.labels(kind).inc(total - self._counted.get(kind, 0))
+            self._counted[kind] = total
 
 
 def _counter(registry: CollectorRegistry, name: str, text: str, labels: tuple[str, ...]) -> Counter:

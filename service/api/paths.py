@@ -4,6 +4,9 @@ from typing import Annotated, Final
 
 from fastapi import Path
 
+HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+"""The paths of the health routes, which need no key and are always answered."""
+
 _NAME: Final = "[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 _SELECTOR: Final = f"(?:@(?:sha256:[0-9a-f]{{64}}|{_NAME}))?"
 

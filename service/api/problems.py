@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from service import errors
 from service.logs import redacted
+from service.registry.memory import exhausted
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
@@ -141,6 +142,9 @@ async def _defect(_request: Request, error: Exception) -> Response:
 
 
 def defect(error: Exception) -> Response:
-    """The response to what should not have happened, which goes to the log."""
+    """Returns the response to what should not have happened, which goes to the log; 507 where memory itself ran out."""
+    if exhausted(error):
+        log.warning("a request found no memory", reason=str(error)[:200])
+        return problem(errors.OutOfSpace("this machine has no memory left for the request: send less, or try again"))
     log.error("a request met a defect of the service", exc_info=error)
     return problem(errors.Internal("a defect of the service; its log says more"))

@@ -113,7 +113,7 @@ class RateLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Charge whom the request is for."""
-        limits, tenant = self._limits(), _charged(scope)
+        limits, tenant = self._limits(), charged(scope)
         if tenant is None or limits.lets_through(tenant):
             await self._app(scope, receive, send)
             return
@@ -126,9 +126,12 @@ class RateLimitMiddleware:
             await problem(allowance.refusal(tenant))(scope, receive, _telling(allowance, send))
 
 
-def _charged(scope: Scope) -> str | None:
-    """A tenant's key charges its tenant, whatever it asks for; one of the platform the tenant whose adapters it asks
-    for, so that an operator always reaches the tenant itself and its keys."""
+def charged(scope: Scope) -> str | None:
+    """Returns the tenant that a request is charged to, if any.
+
+    A tenant's key charges its tenant, whatever it asks for; one of the platform the tenant whose adapters it asks for,
+    so that an operator always reaches the tenant itself and its keys.
+    """
     principal: Principal | None = scope.get("principal")
     if principal is None:
         return None

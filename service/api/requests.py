@@ -9,6 +9,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.metrics import Metrics
+from service.api.paths import HEALTH
 from service.api.problems import defect, problem
 from service.errors import PrefixServiceError
 from service.logs import LogLevel, RequestLog, about
@@ -18,7 +19,7 @@ UNROUTED: Final = "none"
 
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/metrics"})
+_QUIET: Final = HEALTH | {"/metrics"}
 
 
 class RequestMiddleware:

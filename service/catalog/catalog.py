@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from service.catalog.audit import record
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
-from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Version, VersionName
+from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Room, Version, VersionName
 from service.catalog.schema import adapters, aliases, numbers, tenants, versions
-from service.catalog.tenants import lock, make, require_room
+from service.catalog.tenants import lock, make, require_room, room
 from service.errors import Conflict, NotFound, PreconditionFailed
 from service.prefix.references import Reference
 
@@ -53,6 +53,21 @@ class Catalog:
                 require_room(connection, owner, adapter, nbytes)
             return existing
 
+    def room(self, tenant: str, adapter: str, *, make_tenant: bool = False) -> Room:
+        """Returns what the tenant's quotas leave for a version of an adapter, before anything is known of it.
+
+        Raises:
+            NotFound: there is no such tenant, and it may not come into being.
+            QuotaExceeded: the tenant may have no more adapters.
+        """
+        with self._database.reading() as connection:
+            owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
+            if owner is not None:
+                return room(connection, owner, adapter)
+        if make_tenant:
+            return Room()
+        raise NotFound(f"there is no tenant {tenant!r}")
+
     def add_version(
         self, tenant: str, adapter: str, new: NewVersion, by: Principal, *, make_tenant: bool = False
     ) -> tuple[Version, bool]:
@@ -76,7 +91,8 @@ class Catalog:
             )
             adapter_id = _adapter_id(connection, tenant, adapter)
             number = _next_number(connection, tenant, adapter)
-            connection.execute(sa.insert(versions).values(adapter_id=adapter_id, number=number, **asdict(new)))
+            row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}
+            connection.execute(sa.insert(versions).values(row))
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 

@@ -57,6 +57,16 @@ class Tenant:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a tenant's quota of bytes leaves: `left` of `quota`, None without a quota; and the bytes of the largest
+    version of an adapter, which may be published again."""
+
+    left: int | None = None
+    quota: int = 0
+    largest: int = 0
+
+
 @dataclass(frozen=True)
 class NewVersion:
     """What publishing puts into the catalog: the manifest, and what was derived from it.
@@ -74,9 +84,14 @@ class NewVersion:
     key_values_bytes: int
 
     @property
+    def manifest_bytes(self) -> int:
+        """The length of the manifest in UTF-8."""
+        return len(self.manifest.encode())
+
+    @property
     def nbytes(self) -> int:
         """What counts towards its tenant's quota, whoever else has the same bytes."""
-        return self.weights_bytes + self.key_values_bytes
+        return self.weights_bytes + self.key_values_bytes + self.manifest_bytes
 
 
 @dataclass(frozen=True)

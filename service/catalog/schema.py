@@ -72,10 +72,11 @@ versions = sa.Table(
     sa.Column("key_values", sa.Text, nullable=False, index=True),
     sa.Column("key_values_bytes", sa.BigInteger, nullable=False),
     sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("manifest_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("adapter_id", "number"),
     sa.UniqueConstraint("adapter_id", "digest"),
     # What a tenant has is summed from the index alone, without a look at the manifests.
-    sa.Index(None, "adapter_id", "weights_bytes", "key_values_bytes"),
+    sa.Index("ix_versions_sizes", "adapter_id", "weights_bytes", "key_values_bytes", "manifest_bytes"),
 )
 
 aliases = sa.Table(

@@ -8,11 +8,11 @@ import sqlalchemy as sa
 from service.catalog.audit import record
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
-from service.catalog.records import Principal, Quotas, Tenant
+from service.catalog.records import Principal, Quotas, Room, Tenant
 from service.catalog.schema import adapters, tenants, versions
 from service.errors import NotFound, QuotaExceeded
 
-_NBYTES: Final = versions.c.weights_bytes + versions.c.key_values_bytes
+_NBYTES: Final = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
 
 
 class Tenants:
@@ -128,6 +128,24 @@ def lock(connection: sa.Connection, name: str) -> sa.Row[Any]:
     return row
 
 
+def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
+    """Returns what a tenant's quota of bytes leaves at this moment for a version of an adapter.
+
+    Raises:
+        QuotaExceeded: the adapter does not exist, and the tenant has as many as it may have.
+    """
+    quotas = _quotas(owner)
+    if quotas.max_adapters is None and quotas.max_bytes is None:
+        return Room()
+    count, total = connection.execute(sa.select(*_counted(owner.id))).one()
+    _require_room_for_adapter(connection, owner, adapter, count)
+    if quotas.max_bytes is None:
+        return Room()
+    named = sa.and_(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
+    largest = connection.scalar(sa.select(sa.func.max(_NBYTES)).select_from(versions.join(adapters)).where(named))
+    return Room(quotas.max_bytes - total, quotas.max_bytes, largest or 0)
+
+
 def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
     """That a version of so many bytes fits its tenant's quotas, those of this moment.
 
@@ -138,14 +156,18 @@ def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nb
     if quotas.max_adapters is None and quotas.max_bytes is None:
         return
     count, total = connection.execute(sa.select(*_counted(owner.id))).one()
-    known = sa.select(adapters.c.id).where(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
-    if quotas.max_adapters is not None and count >= quotas.max_adapters and connection.scalar(known) is None:
-        raise QuotaExceeded(
-            f"tenant {owner.name!r} has {count} adapters and may have {quotas.max_adapters}: delete one, or ask the "
-            "platform for more"
-        )
+    _require_room_for_adapter(connection, owner, adapter, count)
     if quotas.max_bytes is not None and total + nbytes > quotas.max_bytes:
         raise QuotaExceeded(
             f"tenant {owner.name!r} has {total} of {quotas.max_bytes} bytes, and this version takes {nbytes}: "
             "delete versions, or ask the platform for more"
+        )
+
+
+def _require_room_for_adapter(connection: sa.Connection, owner: sa.Row[Any], adapter: str, count: int) -> None:
+    most = _quotas(owner).max_adapters
+    known = sa.select(adapters.c.id).where(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
+    if most is not None and count >= most and connection.scalar(known) is None:
+        raise QuotaExceeded(
+            f"tenant {owner.name!r} has {count} adapters and may have {most}: delete one, or ask the platform for more"
         )

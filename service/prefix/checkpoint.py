@@ -6,7 +6,7 @@ pickle, and nothing is allocated before names, shapes and dtypes have been check
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -17,7 +17,10 @@ from torch import Tensor
 from service.errors import InvalidCheckpoint
 from service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from service.prefix.safetensors_header import (
+    DTYPES,
     WEIGHT_DTYPES,
+    TensorEntry,
+    header_length,
     parse_checkpoint_header,
     require_dtype,
     shown_name,
@@ -106,6 +109,43 @@ class Match:
     tensors: Mapping[str, str]
 
 
+ReadBytes = Callable[[int, int], memoryview]
+"""Returns the bytes `start:stop` of a file, in new memory that may be written to."""
+
+BLOCK: Final = 16 << 20
+"""Bytes of a prefix that are read at a time where it need not be in memory as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFile:
+    """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
+
+    layout: Layout
+    names: Mapping[str, str]
+    entries: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(entry.stop - entry.start for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors; float32 where they differ."""
+        dtypes = {DTYPES[entry.dtype] for entry in self.entries.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether an MLP makes the prefix of these tensors."""
+        return "transform.w1" in self.entries
+
+    @property
+    def encoded_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
+        return torch.float32 if self.is_projected else self.dtype
+
+
 @dataclass(frozen=True, slots=True)
 class PrefixWeights:
     """The validated tensors of a prefix encoder, under the role names of `service.prefix.encoder`, matrices
@@ -115,10 +155,72 @@ class PrefixWeights:
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
 
-    @property
-    def encoded_dtype(self) -> torch.dtype:
-        """That of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
-        return torch.float32 if "transform.w1" in self.tensors else self.dtype
+
+def header_nbytes(read: ReadBytes, size: int) -> int:
+    """Returns the bytes of the header of a safetensors file that has `size` bytes.
+
+    Raises:
+        UnsafeCheckpoint, InvalidCheckpoint: the first bytes are not those of a safetensors file.
+    """
+    return header_length(read(0, min(size, 9)), size)
+
+
+def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFile:
+    """Returns where the prefix stands in a safetensors file of `size` bytes, of which the header alone is read.
+
+    Raises:
+        InvalidCheckpoint: malformed, incomplete, ambiguous, or not as the config says.
+        InvalidConfig: the config lacks dimensions.
+    """
+    config.require_dimensions()
+    header = parse_checkpoint_header(read(0, min(size, 8 + header_nbytes(read, size))), size=size)
+    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
+    for name in match.tensors.values():
+        require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
+    check_shapes(match, config, lambda name: header.tensors[name].shape)
+    return PrefixFile(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
+
+
+def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
+    """Returns the tensors of a prefix; nothing else of its file is read.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite.
+    """
+    tensors = {}
+    for role, entry in file.entries.items():
+        tensor = _read(read, entry, file.names[role], 0, entry.shape[0])
+        if not file.layout.linear and role in ("transform.w1", "transform.w2"):
+            tensor = tensor.T.contiguous()  # [in, out] -> [out, in]
+        tensors[role] = tensor
+    return PrefixWeights(file.layout.name, file.dtype, tensors)
+
+
+def read_rows(file: PrefixFile, read: ReadBytes) -> Iterator[Tensor]:
+    """Yields the rows `[n, L * 2 * token_dim]` of a prefix that no MLP makes, about 16 MiB at a time.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite.
+    """
+    for role in ("prompt_embeddings", "embedding", "frozen_embedding", "trainable_embedding"):
+        if (entry := file.entries.get(role)) is None:
+            continue
+        step = max(1, BLOCK // max(1, (entry.stop - entry.start) // max(1, entry.shape[0])))
+        for first in range(0, entry.shape[0], step):
+            yield _read(read, entry, file.names[role], first, min(entry.shape[0], first + step))
+
+
+def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int) -> Tensor:
+    """Returns rows of a tensor; each row has as many bytes."""
+    row = (entry.stop - entry.start) // max(1, entry.shape[0])
+    nbytes = row * (last - first)
+    part = TensorEntry(entry.dtype, (last - first, *entry.shape[1:]), 0, nbytes)
+    start = entry.start + row * first
+    tensor = tensor_at(read(start, start + nbytes), part)
+    # The extremes are NaN if any value is, and take no memory.
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise InvalidCheckpoint(f"{shown_names([name])} holds NaN or infinite values")
+    return tensor
 
 
 def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWeights:
@@ -128,14 +230,12 @@ def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWe
         InvalidCheckpoint: malformed, incomplete, ambiguous, not as the config says, or not finite.
         InvalidConfig: the config lacks dimensions.
     """
-    config.require_dimensions()
     view = memoryview(data)
-    header = parse_checkpoint_header(view)
-    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
-    for name in match.tensors.values():
-        require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
-    check_shapes(match, config, lambda name: header.tensors[name].shape)
-    return _oriented(match, {role: tensor_at(view, header.tensors[name]) for role, name in match.tensors.items()})
+
+    def read(start: int, stop: int) -> memoryview:
+        return view[start:stop]
+
+    return read_weights(locate_prefix(read, len(view), config), read)
 
 
 def find_prefix(names: Mapping[str, Shape]) -> Match:
@@ -246,15 +346,3 @@ def _said(config: PrefixConfig) -> str:
     names = ["num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"]
     names += ["num_frozen_tokens"] if isinstance(config, CartridgeConfig) else ["encoder_hidden_size"]
     return ", ".join(f"{name}={getattr(config, name)}" for name in names)
-
-
-def _oriented(match: Match, tensors: dict[str, Tensor]) -> PrefixWeights:
-    for role, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidCheckpoint(f"{shown_names([match.tensors[role]])} holds NaN or infinite values")
-    if not match.layout.linear:
-        # [in, out] -> [out, in]
-        tensors = {r: t.T.contiguous() if r in ("transform.w1", "transform.w2") else t for r, t in tensors.items()}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return PrefixWeights(match.layout.name, dtype, tensors)

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from service.errors import InvalidConfig
 from service.prefix.base_model import infer_dimensions
 
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 64 << 10  # PEFT writes about one KiB
+MAX_BASE_CONFIG_BYTES = 1 << 20  # is not stored; a classifier's names of 21,000 labels have half a megabyte
 _MAX_DEPTH = 32
 _EXACT = (1 << 53) - 1  # the largest integer of canonical JSON
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
@@ -232,7 +233,7 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 }
 
 
-def parse_config_json(data: bytes, what: str) -> dict[str, Any]:
+def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
 
     `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
@@ -240,7 +241,7 @@ def parse_config_json(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         InvalidConfig: as `parse_json`.
     """
-    return _parse(data, what, MAX_CONFIG_BYTES, float, _refuse_nan)
+    return _parse(data, what, limit, float, _refuse_nan)
 
 
 def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:

@@ -1,19 +1,25 @@
 """`PrefixEncoder`: trained weights on a device, run once to the keys and values of a prefix."""
 
-from collections.abc import Mapping
-from math import sqrt
-from typing import Literal, Self
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from math import prod, sqrt
+from typing import Final, Literal, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its customary name
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint
-from service.prefix.checkpoint import PrefixWeights
+from service.prefix.checkpoint import BLOCK, PrefixFile, PrefixWeights
 from service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from service.prefix.kv import PrefixKV
 
 InitWeights = Literal["random", "zero"]
+
+HIDDEN_BLOCK: Final = 64 << 20
+"""Bytes of an MLP's hidden activations, above which its rows are computed in blocks."""
+
+_ROWS: Final = ("prompt_embeddings", "embedding", "frozen_embedding", "trainable_embedding")
 
 # hf_peft_ex multiplies from the right: its matrices are [in, out], nn.Linear's are [out, in].
 _TRANSPOSED = frozenset({"transform.w1", "transform.w2"})
@@ -68,36 +74,40 @@ class PrefixEncoder:
             tensors = {"frozen_embedding": frozen, "trainable_embedding": trainable}
         return cls(config, tensors, device)
 
-    def flat(self) -> Tensor:
-        """The prefix as PEFT saves it, `[N, L * 2 * token_dim]`; float32 from an MLP, else in the stored dtype.
+    def rows(self) -> Iterator[Tensor]:
+        """Yields the prefix as PEFT saves it, `[n, L * 2 * token_dim]`: float32 from an MLP, else in the stored dtype.
+
+        The rows come in one piece, unless the hidden activations of an MLP would exceed 64 MiB.
 
         Raises:
             InvalidCheckpoint: the MLP's result is not finite.
         """
-        found = self._tensors
-        if "prompt_embeddings" in found:
-            return found["prompt_embeddings"]
-        if "trainable_embedding" in found:
-            parts = [found[n] for n in ("frozen_embedding", "trainable_embedding") if n in found]
-            return torch.cat(parts)  # (frozen, width) + (trainable, width) -> (N, width)
-        if "transform.w1" not in found:
-            return found["embedding"]
-        w = {name: tensor.to(torch.float32) for name, tensor in found.items()}
-        hidden = torch.tanh(F.linear(w["embedding"], w["transform.w1"], w["transform.b1"]))  # (N, hidden)
-        flat = F.linear(hidden, w["transform.w2"], w["transform.b2"])  # (N, L*2*token_dim)
-        if not bool(torch.isfinite(flat).all()):
-            raise InvalidCheckpoint("the projection's result holds NaN or infinite values")
-        return flat
+        if "transform.w1" not in self._tensors:
+            yield from (self._tensors[name] for name in _ROWS if name in self._tensors)
+            return
+        w = {name: tensor.to(torch.float32) for name, tensor in self._tensors.items()}
+        for embedding in w["embedding"].split(_rows_in_block(self.config)):
+            hidden = F.linear(embedding, w["transform.w1"], w["transform.b1"]).tanh_()  # (n, hidden)
+            rows = F.linear(hidden, w["transform.w2"], w["transform.b2"])  # (n, L*2*token_dim)
+            del hidden
+            if not all(bool(extreme.isfinite()) for extreme in rows.aminmax()):
+                raise InvalidCheckpoint("the projection's result holds NaN or infinite values")
+            yield rows
+
+    def flat(self) -> Tensor:
+        """Returns all rows, `[N, L * 2 * token_dim]`.
+
+        Raises:
+            InvalidCheckpoint: the MLP's result is not finite.
+        """
+        first, *others = self.rows()
+        return torch.cat([first, *others]) if others else first
 
     def encode(self) -> PrefixKV:
         """The keys and values of the prefix, on the encoder's device."""
+        dtype = torch.float32 if "transform.w1" in self._tensors else _common_dtype(self._tensors.values())
         with torch.inference_mode():
-            return PrefixKV.from_flat(
-                self.flat(),
-                num_layers=self.config.num_layers or 0,
-                num_kv_heads=self.config.num_attention_heads or 0,
-                num_transformer_submodules=self.config.num_transformer_submodules,
-            )
+            return assemble(self.config, self.rows(), dtype, self.device)
 
     def forward(self, batch_size: int) -> Tensor:
         """`past_key_values` of a batch, `[B, L, 2, H, N, D]`; the rows are one memory."""
@@ -126,3 +136,60 @@ class PrefixEncoder:
                 raise InvalidCheckpoint(f"{name} has shape {list(current[name].shape)}, got {list(tensor.shape)}")
         for name, tensor in parameters.items():
             self._tensors[name] = (tensor.T if name in _TRANSPOSED else tensor).contiguous().to(self.device)
+
+
+def assemble(config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> PrefixKV:
+    """Returns the keys and values that the rows of a flat prefix hold, `[n, L * 2 * token_dim]` at a time."""
+    shape = (
+        config.num_layers or 0,
+        2,
+        config.num_attention_heads or 0,
+        config.num_virtual_tokens,
+        config.head_dim or 0,
+    )
+    kv, first = PrefixKV.whole(torch.empty(shape, dtype=dtype, device=device)), 0
+    for block in rows:
+        kv.put_rows(first, block, config.num_transformer_submodules)
+        first += len(block)
+    return kv
+
+
+def hidden_nbytes(config: PrefixConfig) -> int:
+    """Returns the bytes of the hidden activations of all tokens, of a config whose projection is run."""
+    hidden = config.encoder_hidden_size if isinstance(config, PrefixTuningConfig) else None
+    return 4 * config.num_virtual_tokens * (hidden or 0)
+
+
+def encoding_nbytes(config: PrefixConfig, file: PrefixFile) -> int:
+    """Returns the most bytes of host memory that it takes to read a prefix and to encode it; its keys and values are
+    among them."""
+    width = config.prefix_embedding_dim or 0
+    key_values = config.num_virtual_tokens * width * file.encoded_dtype.itemsize
+    if not file.is_projected:
+        return key_values + max(BLOCK, width * file.dtype.itemsize)
+    elements = sum(prod(entry.shape) for entry in file.entries.values())
+    copied = 0 if file.dtype == torch.float32 else 4 * elements  # float32 of everything
+    turned = 0 if file.layout.linear else max(prod(file.entries[name].shape) for name in _TRANSPOSED) * 4
+    return file.nbytes + copied + turned + _running_nbytes(config) + key_values
+
+
+def fresh_nbytes(config: PrefixConfig) -> int:
+    """Returns the most bytes of host memory that it takes to make an untrained prefix, and its rows."""
+    if isinstance(config, PrefixTuningConfig) and config.prefix_projection and not config.inference_mode:
+        return 4 * (config.trainable_parameters or 0) + _running_nbytes(config)
+    return 4 * config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
+
+
+def _running_nbytes(config: PrefixConfig) -> int:
+    """Returns the bytes of one block of an MLP's activations and of its result."""
+    tokens = min(config.num_virtual_tokens, _rows_in_block(config))
+    return tokens * (hidden_nbytes(config) // config.num_virtual_tokens + 4 * (config.prefix_embedding_dim or 0))
+
+
+def _rows_in_block(config: PrefixConfig) -> int:
+    row = hidden_nbytes(config) // config.num_virtual_tokens
+    return config.num_virtual_tokens if hidden_nbytes(config) <= HIDDEN_BLOCK else max(1, HIDDEN_BLOCK // row)
+
+
+def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -38,18 +38,32 @@ class PrefixKV:
         With two submodules (encoder-decoder) PEFT doubles the tensor and groups it by four, so that decoder layer
         `i` receives pair `2i mod L`; adapters were trained that way.
         """
-        tokens = flat.shape[0]
-        # (N, L*2*H*D) -> (N, L, 2, H, D) -> (L, 2, H, N, D)
-        tensor = flat.view(tokens, num_layers, 2, num_kv_heads, -1).permute(1, 2, 3, 0, 4)
-        if num_transformer_submodules == 2:
-            tensor = tensor[[2 * layer % num_layers for layer in range(num_layers)]]
-        return cls.whole(tensor.contiguous())
+        tokens, width = flat.shape
+        tensor = flat.new_empty(num_layers, 2, num_kv_heads, tokens, width // (num_layers * 2 * num_kv_heads))
+        made = cls.whole(tensor)
+        made.put_rows(0, flat, num_transformer_submodules)
+        return made
 
-    def flat(self) -> Tensor:
-        """As PEFT saves it, `[N, L * 2 * H * D]`: `from_flat` the other way round, but not for two submodules, where
-        it leaves layers out."""
-        # (L, 2, H, N, D) -> (N, L, 2, H, D) -> (N, L*2*H*D)
-        return self.tensor.permute(3, 0, 1, 2, 4).reshape(self.num_virtual_tokens, -1)
+    def put_rows(self, first: int, flat: Tensor, num_transformer_submodules: int) -> None:
+        """Write the tokens that begin with `first`, from rows of the flat prefix `[n, L * 2 * H * D]`, as `from_flat`
+        reads them."""
+        layers, _, heads, _, size = self.tensor.shape
+        # (n, L*2*H*D) -> (n, L, 2, H, D) -> (L, 2, H, n, D)
+        found = flat.view(len(flat), layers, 2, heads, size).permute(1, 2, 3, 0, 4)
+        tokens = slice(first, first + len(flat))
+        if num_transformer_submodules == 1:
+            self.tensor[:, :, :, tokens] = found
+        else:
+            for layer in range(layers):
+                self.tensor[layer, :, :, tokens] = found[2 * layer % layers]
+
+    def flat(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Returns the tokens `first:last` as PEFT saves them, `[n, L * 2 * H * D]`.
+
+        This is `from_flat` the other way round, but not for two submodules, where that leaves layers out.
+        """
+        # (L, 2, H, n, D) -> (n, L, 2, H, D) -> (n, L*2*H*D)
+        return self.tensor[:, :, :, first:last].permute(3, 0, 1, 2, 4).flatten(1)
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -10,7 +10,7 @@ file; `parse_header` accepts only the dtypes that its caller reads, and no empty
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
@@ -144,6 +144,16 @@ def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
         return torch.empty(entry.shape, dtype=dtype)
     flat = torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start)
     return flat.view(entry.shape)
+
+
+def header_of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    """Returns length and header of a file with one tensor, whose bytes follow; the safetensors library writes the
+    same bytes."""
+    nbytes = prod(shape) * dtype.itemsize
+    fields = {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return _LENGTH.pack(len(text)) + text
 
 
 def header_length(data: memoryview, total: int) -> int:

@@ -7,17 +7,23 @@ pays for it. Refusals come before the work and cost nothing.
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar, get_args
 
-from service.errors import OutOfSpace, Overloaded
+from service.errors import OutOfSpace, Overloaded, PrefixServiceError
 from service.registry.turns import Turns
 
 T = TypeVar("T")
 
+Refusal = Literal["requests", "size", "memory"]
+"""Too many requests in flight; work that takes more than one request may; work that waited too long for memory."""
+
 PATIENCE: Final = 30.0
 """Seconds that work waits for memory before its request is refused."""
+
+RESERVE: Final = 16
+"""Requests that the platform's operators may have in flight when the process takes no others."""
 
 _PART: Final = 2  # one job may take a half of the budget: there is always room for somebody else's
 
@@ -34,19 +40,22 @@ class InFlight:
         """Returns the requests in flight of one tenant."""
         return self._of.get(tenant, 0)
 
-    def begin(self, tenant: str | None) -> None:
-        """Counts a request; `tenant` is None where nobody's adapters are asked for.
+    def begin(self, tenant: str | None, *, reserved: bool = False) -> None:
+        """Counts a request. `tenant` is None where nobody's adapters are asked for; `reserved` requests may also take
+        the last `RESERVE` places of the process.
 
         Raises:
-            Overloaded: there are too many; it is not counted.
+            Overloaded: there are too many; the request is not counted.
         """
-        if self.total >= self._most:
+        if self.total >= self._most + (RESERVE if reserved else 0):
             raise Overloaded(f"{self.total} requests are in flight, the most that this process takes: try again")
-        if tenant is not None and (count := self.of(tenant)) >= self._most_of_tenant:
-            raise Overloaded(f"tenant {tenant!r} has {count} requests in flight, the most that one may have: try again")
-        self.total += 1
         if tenant is not None:
-            self._of[tenant] = self.of(tenant) + 1
+            if (count := self.of(tenant)) >= self._most_of_tenant:
+                raise Overloaded(
+                    f"tenant {tenant!r} has {count} requests in flight, the most that one may have: try again"
+                )
+            self._of[tenant] = count + 1
+        self.total += 1
 
     def end(self, tenant: str | None) -> None:
         """Ends what `begin` counted."""
@@ -68,7 +77,8 @@ class Job:
 
 @dataclass(slots=True)
 class _Tenant:
-    held: int = 0
+    running: int = 0  # admitted jobs
+    held: int = 0  # their bytes
     waiting: deque[Job] = field(default_factory=deque)
 
 
@@ -77,8 +87,9 @@ class WorkBudget:
 
     Dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998):
     a tenant may hold as many bytes as are free afterwards, so n tenants that want everything hold 1/(n + 1) each, and
-    as much is free for the next. A tenant that holds nothing may begin one job of up to half of the budget, if so much
-    is free. Jobs that do not fit wait; whenever bytes become free, waiting tenants are asked in turn.
+    as much is free for the next. A tenant without running jobs may begin one job of up to half of the budget, if so
+    much is free. Jobs that do not fit wait. Whenever bytes become free, waiting tenants are asked in turn, those
+    without running jobs first; while such a tenant waits, no other tenant takes more than it holds.
     """
 
     def __init__(self, budget: int) -> None:
@@ -101,7 +112,7 @@ class WorkBudget:
         """Returns a new job, admitted or waiting. End it either way.
 
         Raises:
-            OutOfSpace: it would not even fit alone.
+            OutOfSpace: the job would not even fit alone.
         """
         if nbytes > self.budget // _PART:
             raise OutOfSpace(
@@ -109,7 +120,7 @@ class WorkBudget:
                 "raise PREFIX_WORK_BYTES, of which that is a half"
             )
         job, owner = Job(tenant, nbytes), self._tenants.setdefault(tenant, _Tenant())
-        if not owner.waiting and self._fits(owner, nbytes):
+        if not owner.waiting and self._fits(owner, nbytes) and not (owner.running and self._is_starved()):
             self._admit(owner, job)
         else:
             owner.waiting.append(job)
@@ -120,6 +131,7 @@ class WorkBudget:
         """Ends a job, admitted or waiting. Returns those that are admitted in its place."""
         owner = self._tenants[job.tenant]
         if job.is_admitted:
+            owner.running -= 1
             owner.held -= job.nbytes
             self.used -= job.nbytes
         else:
@@ -127,34 +139,45 @@ class WorkBudget:
             if not owner.waiting:
                 del self._turns[job.tenant]
         admitted = self._admit_waiting()
-        if not owner.held and not owner.waiting:
-            self._tenants.pop(job.tenant)
+        if not owner.running and not owner.waiting:
+            del self._tenants[job.tenant]
         return admitted
 
     def _admit_waiting(self) -> list[Job]:
         admitted: list[Job] = []
-        passed = 0
-        while passed < len(self._turns):
-            name, _ = self._turns.popitem(last=False)
+        while (name := self._next()) is not None:
             owner = self._tenants[name]
-            if self._fits(owner, owner.waiting[0].nbytes):
-                admitted.append(job := owner.waiting.popleft())
-                self._admit(owner, job)
-                passed = 0
-            else:
-                passed += 1
+            admitted.append(job := owner.waiting.popleft())
+            self._admit(owner, job)
+            del self._turns[name]
             if owner.waiting:
                 self._turns[name] = None
         return admitted
 
+    def _next(self) -> str | None:
+        """Returns the tenant whose first waiting job is admitted next."""
+        for wanted in (False, True):
+            for name in self._turns:
+                owner = self._tenants[name]
+                if bool(owner.running) is wanted and self._fits(owner, owner.waiting[0].nbytes):
+                    return name
+            if self._is_starved():
+                break
+        return None
+
     def _admit(self, owner: _Tenant, job: Job) -> None:
+        owner.running += 1
         owner.held += job.nbytes
         self.used += job.nbytes
         job.is_admitted = True
 
     def _fits(self, owner: _Tenant, nbytes: int) -> bool:
         free = self.budget - self.used - nbytes
-        return free >= (owner.held + nbytes if owner.held else 0)
+        return free >= (owner.held + nbytes if owner.running else 0)
+
+    def _is_starved(self) -> bool:
+        """Whether a tenant without running jobs waits."""
+        return any(not self._tenants[name].running for name in self._turns)
 
 
 class Work:
@@ -168,11 +191,21 @@ class Work:
         return await self._turns.run(self._tenant, call)
 
 
+@dataclass(frozen=True, slots=True)
+class AdmissionReport:
+    """Bytes of the work budget, those that are held, jobs that wait; and refusals by kind since the start."""
+
+    budget: int
+    used: int
+    waiting: int
+    refused: Mapping[Refusal, int]
+
+
 class Admission:
     """The one place that decides whether requests and work may begin in this process. Used from one event loop.
 
     `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. `processors`
-    computations run in parallel, tenants in turn.
+    computations run in parallel, at least two, tenants in turn.
     """
 
     def __init__(
@@ -186,22 +219,22 @@ class Admission:
     ) -> None:
         self.requests = InFlight(in_flight, in_flight_tenant)
         self.memory = WorkBudget(work_bytes)
-        self._turns = Turns(processors)
+        self._turns = Turns(max(processors, 2))
         self._patience = patience
         self._admitted: dict[Job, asyncio.Event] = {}  # of the jobs that wait
+        self._refused: dict[Refusal, int] = dict.fromkeys(get_args(Refusal), 0)
 
-    @contextlib.contextmanager
-    def request(self, tenant: str | None) -> Iterator[None]:
-        """Counts a request while the block runs.
+    def begin(self, tenant: str | None, *, reserved: bool = False) -> None:
+        """Counts a request in flight, as `InFlight.begin`; end it with `requests.end`.
 
         Raises:
             Overloaded: there are too many in flight.
         """
-        self.requests.begin(tenant)
         try:
-            yield
-        finally:
-            self.requests.end(tenant)
+            self.requests.begin(tenant, reserved=reserved)
+        except Overloaded:
+            self._refused["requests"] += 1
+            raise
 
     @contextlib.asynccontextmanager
     async def work(self, tenant: str, nbytes: int) -> AsyncIterator[Work]:
@@ -211,10 +244,12 @@ class Admission:
             OutOfSpace: one request may not take as much.
             Overloaded: other work held the memory for too long.
         """
-        job = self.memory.ask(tenant, nbytes)
+        with self._counting("size", OutOfSpace):
+            job = self.memory.ask(tenant, nbytes)
         try:
             if not job.is_admitted:
-                await self._wait(job)
+                with self._counting("memory", Overloaded):
+                    await self._wait(job)
             yield Work(tenant, self._turns)
         finally:
             for admitted in self.memory.end(job):
@@ -236,6 +271,18 @@ class Admission:
         finally:
             del self._admitted[job]
 
+    @contextlib.contextmanager
+    def _counting(self, kind: Refusal, refusal: type[PrefixServiceError]) -> Iterator[None]:
+        try:
+            yield
+        except refusal:
+            self._refused[kind] += 1
+            raise
+
     async def run(self, tenant: str, call: Callable[[], T]) -> T:
         """Calls in a thread, once it is the tenant's turn; for work that takes time and no memory to speak of."""
         return await self._turns.run(tenant, call)
+
+    def report(self) -> AdmissionReport:
+        """Returns the state of this moment."""
+        return AdmissionReport(self.memory.budget, self.memory.used, self.memory.waiting, dict(self._refused))

@@ -1,7 +1,7 @@
 """Who may load now: a few at a time, tenants in turn."""
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,15 +11,18 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Threads for `places` calls at once, of their own: what waits here does not keep SQL or files waiting.
+    """Threads for `places` calls in parallel, of their own: what waits here does not keep SQL or files waiting.
 
     A place that becomes free goes to the next tenant that waits, not to the next call: five hundred loads of one
-    tenant delay the one load of another by one at most, for each place.
+    tenant delay the one load of another by one at most, for each place. A tenant never takes the last place, unless
+    there is only one, so a long call of one tenant does not delay another's.
     """
 
     def __init__(self, places: int) -> None:
         self._free = places
+        self._most = max(places - 1, 1)  # calls of one tenant
         self._threads = CapacityLimiter(places)
+        self._running: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, tenant: str, call: Callable[[], T]) -> T:
@@ -28,11 +31,11 @@ class Turns:
         try:
             return await to_thread.run_sync(call, limiter=self._threads)
         finally:
-            self._end()
+            self._end(tenant)
 
     async def _begin(self, tenant: str) -> None:
-        if self._free:
-            self._free -= 1
+        if self._free and self._running[tenant] < self._most:
+            self._take(tenant)
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(turn)
@@ -40,17 +43,31 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had been given already
-                self._end()
+                self._end(tenant)
             raise
 
-    def _end(self) -> None:
+    def _take(self, tenant: str) -> None:
+        self._free -= 1
+        self._running[tenant] += 1
+
+    def _end(self, tenant: str) -> None:
         """Give the place to the tenant that has waited longest for one; it goes behind the others then."""
-        while self._waiting:
-            tenant, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[tenant] = turns
-            if not turn.done():
-                turn.set_result(None)
-                return
         self._free += 1
+        self._running[tenant] -= 1
+        if not self._running[tenant]:
+            del self._running[tenant]
+        while self._free and (found := self._next()) is not None:
+            following, turn = found
+            if not turn.done():
+                self._take(following)
+                turn.set_result(None)
+
+    def _next(self) -> tuple[str, "asyncio.Future[None]"] | None:
+        tenant = next((name for name in self._waiting if self._running[name] < self._most), None)
+        if tenant is None:
+            return None
+        turns = self._waiting.pop(tenant)
+        turn = turns.popleft()
+        if turns:
+            self._waiting[tenant] = turns
+        return tenant, turn

@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from service.api.metrics import Metrics
+from service.registry.admission import AdmissionReport, Refusal
 from service.registry.report import TierReport
 from tests.api.helpers import problem, upload, weights
 from tests.cli.conftest import run_command
@@ -135,16 +136,20 @@ def test_counts_since_the_start_become_increments() -> None:
     """Sampling often changes nothing, and devices are told apart."""
     metrics = Metrics()
     reports = [_report("cuda:0", hits=3, used=5, failures=0), _report("cuda:1", hits=7, used=0, failures=1)]
-    metrics.watch(lambda: reports)
+    refused: list[dict[Refusal, int]] = [{"requests": 5, "size": 0, "memory": 1}]
+    metrics.watch(lambda: reports, lambda: AdmissionReport(100, 30, 2, refused[0]))
     for _ in range(3):
         metrics.sample()
     reports[0] = _report("cuda:0", hits=4, used=2, failures=0)
+    refused[0] = {"requests": 6, "size": 0, "memory": 1}
     metrics.sample()
     found = numbers(metrics.exposition("")[0].decode())
     assert found["lookups_total cuda:0 hit device"] == 4
     assert found["lookups_total cuda:1 hit device"] == 7
     assert found["residency_used_bytes cuda:0 device"] == 2
     assert found["loads_total failed cuda:1 device"] == 1
+    assert [found[f"refusals_total {kind}"] for kind in ("requests", "size", "memory")] == [6, 0, 1]
+    assert [found[f"work_{name}"] for name in ("budget_bytes", "used_bytes", "waiting_jobs")] == [100, 30, 2]
 
 
 def test_no_metric_is_global() -> None:

@@ -5,11 +5,14 @@ from typing import Any
 
 import httpx
 import pytest
+import rfc8785
 
+from service.prefix.config import parse_config
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
-SIZE = len(weights()) + 3 * 32 * 4  # what one version takes: its file, and its keys and values
+MANIFEST = rfc8785.dumps({"format": 1, "config": parse_config(CONFIG).model_dump(), "weights": f"sha256:{'0' * 64}"})
+SIZE = len(weights()) + 3 * 32 * 4 + len(MANIFEST)  # what one version takes: its file, keys and values, its manifest
 
 
 @pytest.fixture

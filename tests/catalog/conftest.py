@@ -85,11 +85,12 @@ def keyring(database: Database, secret: Path) -> Keyring:
 
 @pytest.fixture
 def content() -> Content:
-    """What publishing would put into the catalog, for a content that is told apart by a word: 10 + 20 bytes."""
+    """What publishing would put into the catalog, for a content that is told apart by a word: 10 bytes of weights, 20
+    of keys and values, and 70 of the manifest."""
 
     def make(word: str, base_model: str | None = "gpt2") -> NewVersion:
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"
-        manifest = f'{{"config":{{"word":"{word}"}}}}'
+        manifest = f'{{"config":{{"word":"{word}"}}}}'.ljust(70)
         return NewVersion(digest, manifest, base_model, digest, 10, "bfloat16", digest, 20)
 
     return make

@@ -18,8 +18,8 @@ from service.errors import NotFound, QuotaExceeded, Unauthenticated
 from service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, Place
 
-VERSION_BYTES = 30
-"""What `content` makes: 10 of weights, 20 of keys and values."""
+VERSION_BYTES = 100
+"""What `content` makes: 10 of weights, 20 of keys and values, 70 of the manifest."""
 
 
 def test_a_tenant_is_made_once(tenants: Tenants) -> None:
@@ -92,10 +92,10 @@ def test_bytes_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Cont
     tenants.put("acme", BY, Quotas(max_bytes=2 * VERSION_BYTES))
     catalog.add_version("acme", "a", content("x"), BY)
     assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES) is None
-    with pytest.raises(QuotaExceeded, match=r"'acme' has 30 of 60 bytes, and this version takes 31: delete versions"):
+    with pytest.raises(QuotaExceeded, match=r"'acme' has 100 of 200 bytes, and this version takes 101: delete"):
         catalog.find("acme", "a", content("y").digest, VERSION_BYTES + 1)
     catalog.add_version("acme", "a", content("y"), BY)
-    with pytest.raises(QuotaExceeded, match="has 60 of 60 bytes"):
+    with pytest.raises(QuotaExceeded, match="has 200 of 200 bytes"):
         catalog.add_version("acme", "a", content("z"), BY)
 
 

@@ -12,9 +12,10 @@ from anyio import to_thread
 
 from service.catalog.records import COMMAND_LINE
 from service.data_folder import opened
-from service.library import Library, Target
+from service.library import Library
 from service.prefix.config import parse_config, parse_json
 from service.prefix.references import parse_reference
+from service.publishing import Target
 from tests.conftest import CORPUS
 from tests.crash.folder import Service, serving, settings_of
 
@@ -32,13 +33,11 @@ async def publish(library: Library, tenant: str, adapter: str, case: str) -> Non
     directory = CORPUS / "cases" / case / "adapter"
     config = parse_config(parse_json((directory / "adapter_config.json").read_bytes(), "the config"), from_file=True)
     weights = (directory / "adapter_model.safetensors").read_bytes()
-    staged = await library.stage()
-    try:
+    target = Target(tenant, adapter, COMMAND_LINE, make_tenant=True)
+    async with library.publisher.receiving(target, 0) as upload:
         for start in range(0, len(weights), _PIECE):
-            await to_thread.run_sync(staged.write, weights[start : start + _PIECE])
-        await library.publish(Target(tenant, adapter, COMMAND_LINE, make_tenant=True), config, staged)
-    finally:
-        await to_thread.run_sync(staged.discard)
+            await to_thread.run_sync(upload.weights.write, weights[start : start + _PIECE])
+        await library.publisher.publish(target, config, upload)
 
 
 def _publish(service: Service, case: str) -> Change:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidConfig
-from service.prefix.checkpoint import load_weights
+from service.prefix import checkpoint, encoder
+from service.prefix.checkpoint import PrefixFile, header_nbytes, load_weights, locate_prefix, read_rows
 from service.prefix.config import PrefixConfig, parse_config
-from service.prefix.encoder import PrefixEncoder
+from service.prefix.encoder import PrefixEncoder, assemble, encoding_nbytes
+from service.prefix.kv import PrefixKV
 from tests.conftest import CORPUS
 
 TheirEncoder: Any = peft.PrefixEncoder
@@ -177,3 +179,62 @@ def test_parameters_that_do_not_fit_change_nothing(parameters: dict[str, Tensor]
     with pytest.raises(InvalidCheckpoint, match=message):
         encoder.set_trainable_parameters({"transform.b1": torch.ones(6), **parameters})
     assert torch.equal(encoder.flat(), before)
+
+
+def test_large_activations_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows at a time, and the last: the same values to the last bits, in the same places."""
+    wanted = config(**MLP)
+    whole = PrefixEncoder.fresh(wanted, "random", 3, CPU)
+    assert [len(rows) for rows in whole.rows()] == [5]
+    before = whole.encode().tensor
+    monkeypatch.setattr(encoder, "HIDDEN_BLOCK", 2 * 6 * 4)
+    assert [len(rows) for rows in whole.rows()] == [2, 2, 1]
+    torch.testing.assert_close(whole.encode().tensor, before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole.flat(), torch.cat(list(whole.rows())), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_file_make_the_same_keys_and_values(
+    monkeypatch: pytest.MonkeyPatch, task_type: str, dtype: torch.dtype
+) -> None:
+    """Whatever number of them is read at a time; nothing else of the file is, not even the rest of its tensors."""
+    wanted, flat = config(task_type=task_type), torch.randn(5, 48).to(dtype)
+    data = bytearray(save({"prompt_embeddings": flat, "score.weight": torch.zeros(1000)}))
+    expected = PrefixKV.from_flat(
+        flat, num_layers=3, num_kv_heads=2, num_transformer_submodules=wanted.num_transformer_submodules
+    )
+    for block in (1, 2 * 48 * dtype.itemsize, 1 << 20):
+        monkeypatch.setattr(checkpoint, "BLOCK", block)
+        asked: list[int] = []
+
+        def read(start: int, stop: int) -> memoryview:
+            asked.append(stop - start)  # noqa: B023 - called in this round
+            return memoryview(data)[start:stop]
+
+        file = locate_prefix(read, len(data), wanted)
+        found = assemble(wanted, read_rows(file, read), file.encoded_dtype, CPU)
+        assert torch.equal(found.tensor, expected.tensor)
+        assert sum(asked) <= flat.nbytes + 2 * header_nbytes(read, len(data)) + 100
+
+
+def test_the_estimate_of_an_encoding() -> None:
+    """Weights, activations, result, keys and values; in half precision float32 copies too; without an MLP a block."""
+    values = {"num_virtual_tokens": 1 << 14, "num_layers": 4, "num_attention_heads": 2, "token_dim": 64}
+    plain = parse_config({"peft_type": "PREFIX_TUNING", **values})
+    width, tokens, hidden = 4 * 2 * 64, 1 << 14, 1 << 12
+    data = bytearray(save({"prompt_embeddings": torch.zeros(tokens, width, dtype=torch.bfloat16)}))
+    assert encoding_nbytes(plain, located(plain, data)) == tokens * width * 2 + checkpoint.BLOCK
+    projected = parse_config(
+        {"peft_type": "PREFIX_TUNING", **values, "prefix_projection": True, "encoder_hidden_size": hidden}
+    )
+    state = TheirEncoder(peft.PrefixTuningConfig(**values, prefix_projection=True, encoder_hidden_size=hidden))
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in state.state_dict().items()}
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    rows = encoder.HIDDEN_BLOCK // (4 * hidden)
+    expected = 3 * stored + encoder.HIDDEN_BLOCK + rows * width * 4 + tokens * width * 4
+    assert encoding_nbytes(projected, located(projected, bytearray(save(tensors)))) == expected
+
+
+def located(wanted: PrefixConfig, data: bytearray) -> PrefixFile:
+    return locate_prefix(lambda start, stop: memoryview(data)[start:stop], len(data), wanted)

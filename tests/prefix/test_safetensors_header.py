@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save
 
 from service.errors import InvalidCheckpoint, UnsafeCheckpoint
+from service.prefix.buffers import bytes_of
 from service.prefix.safetensors_header import (
     DTYPES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     WEIGHT_DTYPES,
     Header,
+    header_of,
     parse_checkpoint_header,
     parse_header,
     tensor_at,
@@ -199,3 +201,12 @@ def test_tensors_that_do_not_tile_the_file(second: list[int], size: int, message
     """Every byte behind the header belongs to exactly one tensor."""
     with pytest.raises(InvalidCheckpoint, match=message):
         parse(file_of({"a": tensor(), "b": tensor(data_offsets=second)}, b"\0" * size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 2, 2, 10, 4), (1024, 123)])
+def test_a_file_of_one_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Byte for byte as the safetensors library writes it: digests of stored blobs rely on it."""
+    tensor = torch.randn(shape).to(dtype)
+    for name in ("past_key_values", "prompt_embeddings"):
+        assert header_of(name, dtype, shape) + bytes(bytes_of(tensor)) == save({name: tensor})

@@ -63,16 +63,30 @@ async def test_one_load_does_not_wait_behind_another_tenants_five_hundred() -> N
     """Of the first two places that become free one is its own."""
     turns, gate = Turns(2), Gate()
     many = await begun(turns, gate, "many", [f"many{number}" for number in range(500)])
-    one = await begun(turns, gate, "one", ["one"])
+    others = await begun(turns, gate, "other", ["other"]) + await begun(turns, gate, "one", ["one"])
     await two_have_started(gate)
     gate.open(2)
     await two_have_started(gate)
     # Two ran already, then one of the queue of each tenant; their threads note themselves in either order.
-    assert set(gate.order[2:4]) == {"many2", "one"}
-    gate.open(499)
-    await asyncio.gather(*many, *one)
-    assert len(gate.order) == 501
+    assert set(gate.order[2:4]) == {"many1", "one"}
+    gate.open(500)
+    await asyncio.gather(*many, *others)
+    assert len(gate.order) == 502
     assert gate.most <= 2
+
+
+async def test_one_tenant_never_takes_the_last_place() -> None:
+    """Another one's call begins while a hundred wait, and the place that it leaves stays free for a third."""
+    turns, gate = Turns(3), Gate()
+    many = await begun(turns, gate, "many", [f"many{number}" for number in range(100)])
+    await two_have_started(gate)
+    for name in ("second", "third"):
+        quick = asyncio.create_task(turns.run(name, partial(str, name)))
+        assert await asyncio.wait_for(quick, 10) == name
+    assert set(gate.order) == {"many0", "many1"}
+    gate.open(100)
+    await asyncio.gather(*many)
+    assert gate.most == 2
 
 
 async def test_tenants_take_turns() -> None:
@@ -87,12 +101,12 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_others_threads_stay_free() -> None:
-    """While every place is taken and many wait, what SQL and files run in is not touched."""
+    """While every place that a tenant may take is taken and many wait, what SQL and files run in is not touched."""
     turns, gate = Turns(4), Gate()
     tasks = await begun(turns, gate, "many", [str(number) for number in range(100)])
-    for _ in range(4):
+    for _ in range(3):
         assert await asyncio.to_thread(gate.started.acquire, timeout=10)
-    assert gate.running == 4
+    assert gate.running == 3
     assert await asyncio.wait_for(to_thread.run_sync(partial(str, "sql")), 10) == "sql"
     assert to_thread.current_default_thread_limiter().borrowed_tokens == 0
     gate.open(100)
@@ -117,7 +131,7 @@ async def test_who_gives_up_at_the_moment_of_its_turn_gives_it_back() -> None:
     await turns._begin("a")
     task = asyncio.create_task(turns.run("a", lambda: 1))
     await asyncio.sleep(0)
-    turns._end()
+    turns._end("a")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
