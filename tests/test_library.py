@@ -125,10 +125,10 @@ async def test_a_composition_takes_the_new_bits(library: Library, tmp_path: Path
     """As if they had been there from the beginning."""
     version = await published(library, "gpt2-n20-proj-trainstate")
     target = Target("acme", "both", COMMAND_LINE)
-    expected, _ = await library.publish_composed(target, [("a", version), ("a", version)])
+    expected, _ = await library.publisher.publish_composed(target, [("a", version), ("a", version)])
     old = with_other_bits(library, tmp_path, version)
     blob(tmp_path, old.key_values).unlink()
-    assert await library.publish_composed(target, [("a", old), ("a", old)]) == (expected, False)
+    assert await library.publisher.publish_composed(target, [("a", old), ("a", old)]) == (expected, False)
 
 
 async def test_who_loses_the_race_takes_the_winners_bits(library: Library, tmp_path: Path) -> None:
@@ -206,7 +206,8 @@ async def test_a_read_only_library_serves_what_it_can_make(library: Library, tmp
     with pytest.raises(CorruptBlob, match="read them once from the service that writes"):
         await body_of(reading, other)
     with pytest.raises(ReadOnly, match="--read-only"):
-        await reading.stage()
+        async with reading.publisher.receiving(TARGET, 0):
+            pytest.fail("a read-only service takes an upload")
     assert sorted((tmp_path / "blobs").rglob("*")) == before
     database.close()
 

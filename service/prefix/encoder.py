@@ -86,7 +86,7 @@ class PrefixEncoder:
             yield from (self._tensors[name] for name in _ROWS if name in self._tensors)
             return
         w = {name: tensor.to(torch.float32) for name, tensor in self._tensors.items()}
-        for embedding in w["embedding"].split(_rows_in_block(self.config)):
+        for embedding in torch.split(w["embedding"], _rows_in_block(self.config)):
             hidden = F.linear(embedding, w["transform.w1"], w["transform.b1"]).tanh_()  # (n, hidden)
             rows = F.linear(hidden, w["transform.w2"], w["transform.b2"])  # (n, L*2*token_dim)
             del hidden

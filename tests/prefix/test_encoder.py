@@ -220,7 +220,12 @@ def test_rows_of_a_file_make_the_same_keys_and_values(
 
 def test_the_estimate_of_an_encoding() -> None:
     """Weights, activations, result, keys and values; in half precision float32 copies too; without an MLP a block."""
-    values = {"num_virtual_tokens": 1 << 14, "num_layers": 4, "num_attention_heads": 2, "token_dim": 64}
+    values: dict[str, Any] = {
+        "num_virtual_tokens": 1 << 14,
+        "num_layers": 4,
+        "num_attention_heads": 2,
+        "token_dim": 64,
+    }
     plain = parse_config({"peft_type": "PREFIX_TUNING", **values})
     width, tokens, hidden = 4 * 2 * 64, 1 << 14, 1 << 12
     data = bytearray(save({"prompt_embeddings": torch.zeros(tokens, width, dtype=torch.bfloat16)}))
