@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.disk import sync_folder, translated
+from service.disk import PRIVATE_FOLDER, sync_folder, translated
 from service.errors import CorruptBlob, NotFound
 from service.host_memory import host_memory
 
@@ -75,8 +75,8 @@ class FolderBlobStore:
         self._root = root
         self._staging, self._quarantine = root / "staging", root / "quarantine"
         with translated("make the blob folder"):
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self._quarantine.mkdir(exist_ok=True)
+            for folder in (root, self._staging, self._quarantine):
+                folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             sync_folder(root.parent)
         self._flushed: set[Path] = set()  # folders whose own entry is on the disk for certain
 
@@ -138,7 +138,7 @@ class FolderBlobStore:
     def prepare(self, folder: Path) -> None:
         """Have a folder of blobs; that it exists does not say that it would outlive a power loss."""
         if folder not in self._flushed:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self._root)
             self._flushed.add(folder)
 

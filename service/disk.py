@@ -2,13 +2,21 @@
 
 import contextlib
 import errno
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from service.errors import OutOfSpace, StorageFailed
 
+log = logging.getLogger("prefix_service")
+
+PRIVATE_FOLDER: Final = 0o700
+"""The mode of a folder that only its owner may enter."""
+_PRIVATE_FILE: Final = 0o600
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -41,6 +49,37 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for `open(…, opener=…)`; one that is made only its owner may read, whatever the umask.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    return os.open(path, flags, _PRIVATE_FILE)
+
+
+def tighten(path: Path) -> None:
+    """Take from group and others what they may do with a file or folder of this process's user. Logs a warning where
+    that is impossible; a folder with the sticky bit is shared on purpose, and stays.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    found = path.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if not mode & _OTHERS:
+        return
+    reason = "it is shared (sticky bit)" if mode & stat.S_ISVTX else "it belongs to another user"
+    if found.st_uid == os.geteuid() and not mode & stat.S_ISVTX:
+        try:
+            path.chmod(mode & ~_OTHERS)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        else:
+            return
+    log.warning("others may use a file of the service: %s", reason, extra={"path": str(path), "mode": f"{mode:04o}"})
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read, durably; refuse one that exists, and leave none that is not whole.
 
@@ -48,7 +87,7 @@ def write_private(path: Path, text: str) -> None:
         FileExistsError: it exists.
         OSError: the disk refused.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_FILE)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text + "\n")

@@ -8,6 +8,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from service.catalog.audit import record
+from service.catalog.authority import prove_in, writing_for
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
 from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Version, VersionName
@@ -35,14 +36,18 @@ class Catalog:
         with self._database.reading() as connection:
             connection.execute(sa.select(versions.c.id).limit(1))
 
-    def find(self, tenant: str, adapter: str, digest: str, nbytes: int, *, make_tenant: bool = False) -> Version | None:
+    def find(
+        self, tenant: str, adapter: str, digest: str, nbytes: int, by: Principal, *, make_tenant: bool = False
+    ) -> Version | None:
         """The version that has this content already; None if it would be a new one, and there is room for its bytes.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant, and it may not come into being.
             QuotaExceeded: the tenant's quotas do not allow it.
         """
         with self._database.reading() as connection:
+            prove_in(connection, by)
             owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
             if owner is None:
                 if make_tenant:
@@ -60,10 +65,11 @@ class Catalog:
         With `make_tenant` its tenant comes into being with it.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
             QuotaExceeded: the tenant's quotas do not allow it.
         """
-        with self._database.writing() as connection:
+        with writing_for(self._database, by) as connection:
             if make_tenant:
                 make(connection, tenant, by)
             owner = lock(connection, tenant)
@@ -95,7 +101,7 @@ class Catalog:
 
     def set_key_values(self, version: Version, digest: str) -> None:
         """Note the blob that a version's keys and values are in after they had to be made anew."""
-        with self._database.writing() as connection:
+        with writing_for(self._database, SERVICE) as connection:
             adapter_id = _adapter_id(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
             if connection.execute(sa.update(versions).where(*row).values(key_values=digest)).rowcount:
@@ -163,10 +169,11 @@ class Catalog:
         nowhere, -1 for anywhere.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such adapter or version.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._changing(tenant, adapter) as (connection, adapter_id):
+        with self._changing(tenant, adapter, by) as (connection, adapter_id):
             if _one(connection, adapter_id, _numbered(number)) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
@@ -183,10 +190,11 @@ class Catalog:
         """Forget an alias; `expected` as in `put_alias`.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such adapter or alias.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._changing(tenant, adapter) as (connection, adapter_id):
+        with self._changing(tenant, adapter, by) as (connection, adapter_id):
             current = _require_target(connection, adapter_id, alias, expected)
             gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
             if connection.execute(gone).rowcount == 0:
@@ -197,10 +205,11 @@ class Catalog:
         """Delete an adapter, or one version of it; the versions that are gone. An adapter goes with its last version.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such thing.
             Conflict: an alias points at the version.
         """
-        with self._changing(tenant, reference.adapter) as (connection, adapter_id):
+        with self._changing(tenant, reference.adapter, by) as (connection, adapter_id):
             condition = versions.c.adapter_id == adapter_id
             if reference.explicit:
                 condition = sa.and_(condition, _selected(adapter_id, reference))
@@ -220,9 +229,9 @@ class Catalog:
             return gone
 
     @contextlib.contextmanager
-    def _changing(self, tenant: str, adapter: str) -> Iterator[tuple[sa.Connection, int]]:
-        """A write transaction on an adapter that exists, alone among the changes of its tenant."""
-        with self._database.writing() as connection:
+    def _changing(self, tenant: str, adapter: str, by: Principal) -> Iterator[tuple[sa.Connection, int]]:
+        """A write transaction of `by` on an adapter that exists, alone among the changes of its tenant."""
+        with writing_for(self._database, by) as connection:
             try:
                 lock(connection, tenant)
             except NotFound as error:

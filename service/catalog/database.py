@@ -12,10 +12,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from service.catalog.records import Principal
+from service.disk import private_opener, translated
 from service.errors import InvalidRequest, OutOfSpace, StorageFailed
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
+_PRECISE: Final = "%Y-%m-%d %H:%M:%f"
 
 Insert: TypeAlias = sqlite.Insert | postgresql.Insert
 
@@ -49,9 +52,10 @@ class Database:
             yield connection
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, by: Principal | None = None) -> Iterator[sa.Connection]:
         """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
-        what was given to `after_writes`.
+        what was given to `after_writes`. `by` is who was given the transaction (`authority.writing_for`); without it
+        nothing can be recorded in the audit.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
@@ -59,7 +63,7 @@ class Database:
         """
         calls: list[Callable[[], object]] = []
         with _translated(), self._engine.connect() as plain:
-            connection = plain.execution_options(writes=True, afterwards=calls)
+            connection = plain.execution_options(writes=True, afterwards=calls, by=by)
             with connection.begin():
                 yield connection
         for call in (*calls, *self._after_writes):
@@ -143,11 +147,17 @@ def insert(connection: sa.Connection, table: sa.Table) -> Insert:
 
 def now(connection: sa.Connection) -> datetime:
     """The database's time, naive and in UTC: the only clock that is compared with stored times."""
+    if connection.dialect.name == "sqlite":  # its CURRENT_TIMESTAMP has whole seconds
+        return datetime.fromisoformat(connection.execute(sa.select(sa.func.strftime(_PRECISE, "now"))).scalar_one())
     moment: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
     return moment.replace(tzinfo=None)
 
 
 def _sqlite(path: Path) -> sa.Engine:
+    if not path.exists():
+        # SQLite takes the mode of a file that is there, for its journal too.
+        with translated(f"make the catalog {path}"), open(path, "ab", opener=private_opener):
+            pass
     engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": 30})
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)

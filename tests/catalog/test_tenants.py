@@ -68,9 +68,9 @@ def test_what_a_tenant_has(tenants: Tenants, catalog: Catalog, content: Content)
     for tenant in ("acme", "beta"):
         for adapter, word in (("a", "x"), ("a", "y"), ("b", "x")):
             catalog.add_version(tenant, adapter, content(word), BY, make_tenant=True)
-    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (2, 3 * VERSION_BYTES)
+    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (2, 3 * VERSION_BYTES, BY)
     catalog.delete("acme", parse_reference("b"), BY)
-    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (1, 2 * VERSION_BYTES)
+    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (1, 2 * VERSION_BYTES, BY)
 
 
 def test_adapters_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Content) -> None:
@@ -81,7 +81,7 @@ def test_adapters_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: C
     with pytest.raises(QuotaExceeded, match=r"'acme' has 2 adapters and may have 2: delete one, or ask the platform"):
         catalog.add_version("acme", "c", content("x"), BY)
     with pytest.raises(QuotaExceeded):
-        catalog.find("acme", "c", content("x").digest, VERSION_BYTES)
+        catalog.find("acme", "c", content("x").digest, VERSION_BYTES, BY)
     assert catalog.add_version("acme", "a", content("y"), BY)[0].number == 2
     catalog.delete("acme", parse_reference("b"), BY)
     assert catalog.add_version("acme", "c", content("x"), BY)[1]
@@ -91,9 +91,9 @@ def test_bytes_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Cont
     """To the byte."""
     tenants.put("acme", BY, Quotas(max_bytes=2 * VERSION_BYTES))
     catalog.add_version("acme", "a", content("x"), BY)
-    assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES) is None
+    assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES, BY) is None
     with pytest.raises(QuotaExceeded, match=r"'acme' has 30 of 60 bytes, and this version takes 31: delete versions"):
-        catalog.find("acme", "a", content("y").digest, VERSION_BYTES + 1)
+        catalog.find("acme", "a", content("y").digest, VERSION_BYTES + 1, BY)
     catalog.add_version("acme", "a", content("y"), BY)
     with pytest.raises(QuotaExceeded, match="has 60 of 60 bytes"):
         catalog.add_version("acme", "a", content("z"), BY)
@@ -116,14 +116,14 @@ def test_the_same_content_needs_no_room(tenants: Tenants, catalog: Catalog, cont
     tenants.put("acme", BY, quotas)
     version, is_new = catalog.add_version("acme", "a", content("x"), BY)
     assert (version.number, is_new) == (1, False)
-    assert catalog.find("acme", "a", content("x").digest, VERSION_BYTES) == version
+    assert catalog.find("acme", "a", content("x").digest, VERSION_BYTES, BY) == version
 
 
 def test_room_for_a_tenant_that_is_yet_to_be(catalog: Catalog) -> None:
     """It has no quotas; unless it may not come into being."""
-    assert catalog.find("ghost", "a", "sha256:0", 1, make_tenant=True) is None
+    assert catalog.find("ghost", "a", "sha256:0", 1, BY, make_tenant=True) is None
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
-        catalog.find("ghost", "a", "sha256:0", 1)
+        catalog.find("ghost", "a", "sha256:0", 1, BY)
 
 
 def publish(place: Place, adapters: list[str], contents: list[NewVersion]) -> int:
@@ -153,7 +153,7 @@ def test_many_who_publish_at_once_do_not_exceed_a_quota(
     jobs = [[f"{worker}-{n}" for n in range(5)] for worker in range(8)]
     futures = [pool.submit(publish, place, job, [content(word) for word in job]) for job in jobs]
     assert sum(future.result(60) for future in futures) == 5
-    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (5, 5 * VERSION_BYTES)
+    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (5, 5 * VERSION_BYTES, BY)
 
 
 def test_a_tenant_goes_with_everything(
