@@ -12,7 +12,7 @@ from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.garbage import Garbage
 from service.data_folder import blob_folder, catalog_file
-from service.disk import PRIVATE_FOLDER, private_opener, translated, write_private
+from service.disk import PRIVATE_FOLDER, make_private, private_opener, translated, write_private
 from service.errors import Conflict, CorruptBlob, NotFound
 from service.settings import Settings
 
@@ -86,7 +86,7 @@ class _Copy:
 
 
 def _snapshot(source: Path, target: Path) -> None:
-    write_private(target, "")  # SQLite takes the mode of a file that is there
+    make_private(target)  # SQLite takes the mode of a file that is there
     with (
         contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
         contextlib.closing(sqlite3.connect(target)) as after,

@@ -58,6 +58,15 @@ def private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, _PRIVATE_FILE)
 
 
+def make_private(path: Path) -> None:
+    """Make an empty file that only its owner may read, whatever the umask; one that is there stays as it is.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    os.close(private_opener(str(path), os.O_WRONLY | os.O_CREAT))
+
+
 def tighten(path: Path) -> None:
     """Take from group and others what they may do with a file or folder of this process's user. Logs a warning where
     that is impossible; a folder with the sticky bit is shared on purpose, and stays.

@@ -47,7 +47,11 @@ ON_A_TERMINAL = {
     "question": "options.confirm(text, yes=False)",
 }
 SAYINGS = [
-    *(pytest.param(call, is_terminal, id=f"{name} {is_terminal}") for name, call in CALLS.items() for is_terminal in (True, False)),
+    *(
+        pytest.param(call, is_terminal, id=f"{name} {is_terminal}")
+        for name, call in CALLS.items()
+        for is_terminal in (True, False)
+    ),
     *(pytest.param(call, True, id=name) for name, call in ON_A_TERMINAL.items()),
 ]
 

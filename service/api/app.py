@@ -91,7 +91,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
             with _shared_files(settings) as shared_files:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.changes.followed(), state.known_keys.uses_noted():
+                with state.library.changes.followed(), state.known_keys.running():
                     async with metrics.sampled():
                         yield
         finally:

@@ -1,17 +1,17 @@
 """Keys that this process knows: checked in memory, and looked up at a bounded rate where they are new."""
 
+import asyncio
 import contextlib
 import hashlib
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
-import anyio
-from anyio import to_thread
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
@@ -37,7 +37,7 @@ class KnownKeys:
     """The keys of a catalog that were used or made last, by their ids, as `hear` is told of changes. What is in memory
     holds while `are_known` says that changes are heard; then each key is looked up again.
 
-    Belongs to the event loop, `uses_noted` aside.
+    Belongs to the event loop, `running` aside.
     """
 
     def __init__(self, keyring: Keyring, are_known: Callable[[], bool]) -> None:
@@ -50,7 +50,8 @@ class KnownKeys:
         self._noted: dict[str, float] = {}
         self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
         self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._threads = anyio.CapacityLimiter(_LOOKUPS)
+        # Of its own, so that where the catalog hangs no more threads hang than these.
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
     def recall(self, header: bytes) -> Principal | None:
         """Returns whose key was verified by this very `Authorization` header, if the key is still good."""
@@ -82,6 +83,7 @@ class KnownKeys:
                 self._keys |= {one.key_id: None for one in gone if one.tenant == change.target}
             elif change.action == "key.revoked":
                 self._keys.pop(change.target, None)
+                _remember(self._missing, change.target, None, _MOST_MISSING)
             elif change.action == "key.created":
                 _remember(self._keys, change.target, None, _MOST_KEYS)
                 self._missing.pop(change.target, None)
@@ -89,9 +91,12 @@ class KnownKeys:
                 continue
             self._heard += 1
 
-    def uses_noted(self) -> contextlib.AbstractContextManager[None]:
-        """Write down when keys were used, in a thread, while the block runs."""
-        return in_background("uses of keys", self._note)
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
+        with in_background("uses of keys", self._note):
+            yield
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _stored(self, key_id: str) -> StoredKey | None:
         known = self._keys.get(key_id)
@@ -101,10 +106,8 @@ class KnownKeys:
             raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
         heard = self._heard
         try:
-            with anyio.fail_after(_PATIENCE):
-                found = await to_thread.run_sync(
-                    self._keyring.find, key_id, limiter=self._threads, abandon_on_cancel=True
-                )
+            async with asyncio.timeout(_PATIENCE):
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, self._keyring.find, key_id)
         except TimeoutError as error:
             raise StorageFailed(f"the catalog has not answered within {_PATIENCE:g} seconds: try again") from error
         if heard == self._heard:  # else it may have been read before a change that was heard meanwhile

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from service.catalog.records import Principal
-from service.disk import private_opener, translated
+from service.disk import make_private, translated
 from service.errors import InvalidRequest, OutOfSpace, StorageFailed
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -156,8 +156,8 @@ def now(connection: sa.Connection) -> datetime:
 def _sqlite(path: Path) -> sa.Engine:
     if not path.exists():
         # SQLite takes the mode of a file that is there, for its journal too.
-        with translated(f"make the catalog {path}"), open(path, "ab", opener=private_opener):
-            pass
+        with translated(f"make the catalog {path}"):
+            make_private(path)
     engine = sa.create_engine(f"sqlite+pysqlite:///{path}", connect_args={"timeout": 30})
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)
