@@ -94,9 +94,11 @@ class KnownKeys:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
-        with in_background("uses of keys", self._note):
-            yield
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        try:
+            with in_background("uses of keys", self._note):
+                yield
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _stored(self, key_id: str) -> StoredKey | None:
         known = self._keys.get(key_id)
