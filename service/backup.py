@@ -12,7 +12,7 @@ from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.garbage import Garbage
 from service.data_folder import blob_folder, catalog_file
-from service.disk import translated, write_private
+from service.disk import PRIVATE_FOLDER, make_private, private_opener, translated, write_private
 from service.errors import Conflict, CorruptBlob, NotFound
 from service.settings import Settings
 
@@ -47,7 +47,7 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
     partial = target.with_name(f"{target.name}.partial")
     with translated(f"write the backup {target}"):
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o700, parents=True)
+        partial.mkdir(PRIVATE_FOLDER, parents=True)
         copy = _Copy(FolderBlobStore(blob_folder(settings.data_dir)), blob_folder(partial), progress)
         copy.add(blob.digest for blob in copy.source.listed())
         _snapshot(source, catalog_file(partial))
@@ -77,8 +77,8 @@ class _Copy:
     def _copy(self, digest: str) -> None:
         path = self.target.path(digest)
         with self.source.open(digest) as file:
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as copied:
+            path.parent.mkdir(PRIVATE_FOLDER, exist_ok=True)
+            with open(path, "wb", opener=private_opener) as copied:
                 shutil.copyfileobj(file, copied, 1 << 20)
         self.done.add(digest)
         self.nbytes += path.stat().st_size
@@ -86,6 +86,7 @@ class _Copy:
 
 
 def _snapshot(source: Path, target: Path) -> None:
+    make_private(target)  # SQLite takes the mode of a file that is there
     with (
         contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
         contextlib.closing(sqlite3.connect(target)) as after,

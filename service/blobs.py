@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.disk import require_writable, sync_folder, translated
+from service.disk import PRIVATE_FOLDER, require_writable, sync_folder, translated
 from service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from service.host_memory import host_memory
 
@@ -82,8 +82,8 @@ class FolderBlobStore:
         if read_only:
             return
         with translated("make the blob folder"):
-            self._staging.mkdir(parents=True, exist_ok=True)
-            self._quarantine.mkdir(exist_ok=True)
+            for folder in (root, self._staging, self._quarantine):
+                folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             sync_folder(root.parent)
 
     def check(self) -> None:
@@ -170,7 +170,7 @@ class FolderBlobStore:
     def prepare(self, folder: Path) -> None:
         """Have a folder of blobs; that it exists does not say that it would outlive a power loss."""
         if folder not in self._flushed:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self._root)
             self._flushed.add(folder)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.errors import InvalidInput
+from service.printable import printable, printable_lines
 
 console = Console()
 errors_console = Console(stderr=True)
@@ -20,31 +21,43 @@ _WORD: Final = 20  # characters of what is not broken: a name, an action, a key'
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write one JSON document to standard output."""
+    sys.stdout.write(printable_lines(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[object]]) -> None:
     """A table; numbers stand to the right, and where it is too wide long cells are folded, not short words."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         words = all(len(row[index]) <= _WORD and " " not in row[index] for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=words)
+        table.add_column(
+            Text(printable(column)), justify="right" if numeric else "left", overflow="fold", no_wrap=words
+        )
     for row in cells:
         table.add_row(*map(Text, row))
     console.print(table)
 
 
 def say(line: str) -> None:
-    """One line on standard output, whole and as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Write one line to standard output, never wrapped."""
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """Write one line to standard error, never wrapped."""
+    errors_console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(line: str) -> None:
+    """Write one line in red to standard error, never wrapped."""
+    errors_console.print(printable(line), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def working(what: str) -> Status:
     """A sign on a terminal that something is under way, while the block runs."""
-    return errors_console.status(what)
+    return errors_console.status(Text(printable(what)))
 
 
 def human_bytes(count: float) -> str:

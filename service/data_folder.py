@@ -14,7 +14,7 @@ from service.catalog.keys import Keyring
 from service.catalog.records import COMMAND_LINE
 from service.catalog.tenants import Tenants
 from service.collector import Collector, collecting
-from service.disk import require_writable, sync_folder, translated, write_private
+from service.disk import PRIVATE_FOLDER, require_writable, sync_folder, tighten, translated, write_private
 from service.errors import Conflict, NotFound, StorageFailed
 from service.reserve import Reserve, reserve_file
 from service.settings import Settings
@@ -65,7 +65,8 @@ def opened(settings: Settings) -> Iterator[None]:
         return
     try:
         with translated(f"use the data folder {data_dir}"):
-            data_dir.mkdir(parents=True, exist_ok=True)
+            data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+            _tighten(settings)
             handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except StorageFailed as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
@@ -102,12 +103,22 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
         StorageFailed, OutOfSpace: the disk refused.
     """
     with translated(f"use the data folder {settings.data_dir}"):
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
     database = Database(catalog_file(settings.data_dir))
     try:
         yield Keyring(database, settings.secret_file), Tenants(database)
     finally:
         database.close()
+
+
+def _tighten(settings: Settings) -> None:
+    """Close a folder that an older release, or a copy, left open to others; files of blobs lie in folders."""
+    data_dir, blobs = settings.data_dir, blob_folder(settings.data_dir)
+    files = [data_dir / "lock", data_dir / "key.secret", bootstrap_file(data_dir)]
+    found = [data_dir, *files, *data_dir.glob(f"{catalog_file(data_dir).name}*"), blobs, *blobs.glob("*")]
+    for path in found:
+        if path.exists():
+            tighten(path)
 
 
 @contextlib.contextmanager

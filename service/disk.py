@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,12 @@ from typing import Final
 
 from service.errors import OutOfSpace, StorageFailed, Unavailable
 
+log = logging.getLogger("prefix_service")
+
+PRIVATE_FOLDER: Final = 0o700
+"""The mode of a folder that only its owner may enter."""
+_PRIVATE_FILE: Final = 0o600
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _PASSING: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
@@ -68,6 +76,46 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for `open(…, opener=…)`; one that is made only its owner may read, whatever the umask.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    return os.open(path, flags, _PRIVATE_FILE)
+
+
+def make_private(path: Path) -> None:
+    """Make an empty file that only its owner may read, whatever the umask; one that is there stays as it is.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    os.close(private_opener(str(path), os.O_WRONLY | os.O_CREAT))
+
+
+def tighten(path: Path) -> None:
+    """Take from group and others what they may do with a file or folder of this process's user. Logs a warning where
+    that is impossible; a folder with the sticky bit is shared on purpose, and stays.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    found = path.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    if not mode & _OTHERS:
+        return
+    reason = "it is shared (sticky bit)" if mode & stat.S_ISVTX else "it belongs to another user"
+    if found.st_uid == os.geteuid() and not mode & stat.S_ISVTX:
+        try:
+            path.chmod(mode & ~_OTHERS)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+        else:
+            return
+    log.warning("others may use a file of the service: %s", reason, extra={"path": str(path), "mode": f"{mode:04o}"})
+
+
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read, durably; refuse one that exists, and leave none that is not whole.
 
@@ -75,7 +123,7 @@ def write_private(path: Path, text: str) -> None:
         FileExistsError: it exists.
         OSError: the disk refused.
     """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_FILE)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text + "\n")

@@ -11,6 +11,7 @@ from torch import Tensor
 from service.blobs import BlobStore
 from service.body_digests import BodyDigests
 from service.catalog.audit import AuditLog
+from service.catalog.authority import prove
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
@@ -55,6 +56,7 @@ class Library:
         admission: Admission,
         shared_files: SharedFiles | None = None,
     ) -> None:
+        self._database = database
         self.catalog = Catalog(database)
         self.changes = Changes(database)
         self._versions = RememberedVersions(self.catalog, self.changes)
@@ -191,17 +193,35 @@ class Library:
         await self.registry.prefix(_key(version), version.key_values_bytes, partial(self.encodings.load, version))
         return version
 
+    async def require_authority(self, by: Principal) -> None:
+        """Check once more who asks for a change, after its body has arrived and before anything is read or loaded for
+        it. The transaction that writes checks it again.
+
+        Raises:
+            Unauthenticated, NotFound: `by` has no authority any more.
+        """
+        await to_thread.run_sync(prove, self._database, by)
+
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """Load a version because a caller wishes it; `pinned` keeps it in memory."""
-        loaded = await self.load(version)
-        self.registry.pin(_key(loaded), pinned=pinned)
+        """Load a version because a caller wishes it; `pinned` keeps it in memory.
+
+        Raises:
+            Unauthenticated, NotFound: `by` has no authority any more; nothing is pinned then.
+        """
+        await self.load(version)
         add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
         await to_thread.run_sync(add)
+        loaded = await self.load(version)  # it may have been evicted while the change was recorded
+        self.registry.pin(_key(loaded), pinned=pinned)
 
     async def unload(self, version: Version, by: Principal) -> None:
-        """Take a version out of memory; the next request loads it again."""
-        self.registry.forget(_key(version))
+        """Take a version out of memory; the next request loads it again.
+
+        Raises:
+            Unauthenticated, NotFound: `by` has no authority any more; the version stays in memory then.
+        """
         await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
+        self.registry.forget(_key(version))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""

@@ -1,6 +1,7 @@
 """Structured logs: everything that a service says goes through one renderer, onto standard error."""
 
 import asyncio
+import io
 import json
 import logging
 import re
@@ -11,8 +12,11 @@ from typing import Any, Final, Literal, TextIO
 
 import orjson
 import structlog
+from structlog.dev import plain_traceback
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_logger_name
-from structlog.typing import EventDict, Processor
+from structlog.typing import EventDict, ExcInfo, Processor
+
+from service.printable import printable, printable_lines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -87,7 +91,7 @@ class RequestLog:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
             if not self._pending:
                 asyncio.get_running_loop().call_soon(self._write)
-            self._pending.append(redacted(_json(fields)))
+            self._pending.append(printable(redacted(_json(fields))))
 
     def _write(self) -> None:
         if self._lines is not None:
@@ -114,8 +118,25 @@ class _Lines:
 def _rendering(*, colours: bool) -> list[Processor]:
     if colours:
         # Rich's tracebacks, the default, show the values of local variables: keys among them.
-        return [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback), _redact]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json), _redact]
+        return [_escape, structlog.dev.ConsoleRenderer(exception_formatter=_traceback), _redact]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json), _redact, _harmless]
+
+
+def _escape(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Escape the texts of a line before it gets its colours; what is nested is shown by `repr`, which escapes too. The
+    event itself may have several lines, as uvicorn's tracebacks."""
+    shown = {printable(name): printable(value) if isinstance(value, str) else value for name, value in event.items()}
+    return {**shown, "event": printable_lines(str(event.get("event", "")))}
+
+
+def _traceback(file: TextIO, exc_info: ExcInfo) -> None:
+    text = io.StringIO()
+    plain_traceback(text, exc_info)
+    file.write(printable_lines(text.getvalue()))
+
+
+def _harmless(_logger: Any, _method: str, line: Any) -> Any:
+    return printable(line)
 
 
 def _with_context(_logger: Any, _method: str, event: EventDict) -> EventDict:

@@ -96,6 +96,7 @@ class Publisher:
 
         Raises:
             InvalidConfig, InvalidCheckpoint: nothing is visible then.
+            Unauthenticated: the caller has no authority any more.
             NotFound: there is no such tenant.
             QuotaExceeded: the tenant's quotas do not allow it.
             OutOfSpace, StorageFailed: the disk or the catalog refused, or it takes too much memory.
@@ -137,8 +138,8 @@ class Publisher:
 
     def _find(self, target: Target, draft: NewVersion, weights: StagedBlob) -> Version | None:
         """Known content, or no room for it: nothing needs to be encoded."""
-        tenant, adapter = target.tenant, target.adapter
-        existing = self._catalog.find(tenant, adapter, draft.digest, draft.nbytes, make_tenant=target.make_tenant)
+        tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
+        existing = self._catalog.find(tenant, adapter, draft.digest, draft.nbytes, target.by, make_tenant=makes)
         if existing is not None:
             weights.commit()
         return existing

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         Field(description="auto: httptools on loopback and Unix sockets, h11 elsewhere"),
     ] = "auto"
     receive_timeout: Annotated[
-        float, Field(gt=0, description="seconds for the head of a request, and for its body without progress")
+        float, Field(gt=0, description="seconds for a request's head, for its body, and for an upload without progress")
     ] = 30
     send_timeout: Annotated[
         float, Field(gt=0, description="seconds after which a reader that does not read is cut off")

@@ -34,7 +34,7 @@ class SharedFiles:
     """The files of this process, at most so many, below the folder `parent`, which is made if it is not there.
 
     Raises:
-        InvalidInput: others may replace what lies in `parent`.
+        InvalidInput: others may replace `parent`, or what lies in it.
         StorageFailed, OutOfSpace: the system refused.
     """
 
@@ -88,6 +88,7 @@ def sweep(parent: Path) -> None:
         mode = parent.stat().st_mode
         if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
             raise InvalidInput(f"others may replace what lies in {parent}: choose a folder of the service's own")
+        _require_own(parent.absolute())
         for folder in parent.glob(f"{_NAME}*"):
             with contextlib.suppress(OSError):  # another service's, or somebody else is removing it
                 handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -96,6 +97,22 @@ def sweep(parent: Path) -> None:
                     shutil.rmtree(folder)
                 finally:
                     os.close(handle)
+
+
+def _require_own(folder: Path) -> None:
+    """Require that a folder and those above it belong to this process's user or to root: the owner of any of them could
+    put another in its place.
+
+    Raises:
+        InvalidInput: one of them belongs to somebody else.
+        OSError: one of them cannot be looked at.
+    """
+    for each in (folder, *folder.parents):
+        if (owner := each.stat().st_uid) not in (0, os.geteuid()):
+            raise InvalidInput(
+                f"{each} belongs to user {owner}, who could replace what the service shares in {folder}: choose a "
+                "folder that, with those above it, is the service's own or root's"
+            )
 
 
 def _own_folder(parent: Path) -> tuple[Path, int]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sqlite3
 import stat
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from service.catalog.records import COMMAND_LINE, Principal
 from service.data_folder import bootstrap_file, catalog_file, keys_of, opened
 from service.errors import Conflict, StorageFailed, Unauthenticated
 from service.settings import Settings
+from tests.api.helpers import upload
+from tests.conftest import PREFIX_SERVICE, running_server
 
 
 @pytest.fixture
@@ -173,3 +176,40 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageFailed, match=r"cannot use the data folder .*: Not a directory"):
         start(Settings(data_dir=tmp_path / "file" / "data"))
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """The modes of a folder and of all in it but the log, which the tests make."""
+    found = {str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode) for path in (folder, *folder.rglob("*"))}
+    return {name: mode for name, mode in found.items() if name != "serve.log"}
+
+
+def test_a_data_folder_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
+    """Folders have 0700 and files 0600, in a copy too; what was open to others before is closed at the start."""
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    before = os.umask(0)
+    try:
+        for folder in (data, data / "blobs", data / "blobs" / "00"):
+            folder.mkdir()
+        with running_server(data, "--workers", "2") as server:
+            assert upload(server.client(), "acme", "a").status_code == 201
+            server.key("read", "acme")
+            command = [*PREFIX_SERVICE, "backup", str(copy), "--data-dir", str(data)]
+            subprocess.run(command, check=True, capture_output=True)
+            found = {**modes(data), **{f"copy/{name}": mode for name, mode in modes(copy).items()}}
+        with sqlite3.connect(data / "catalog.sqlite") as catalog:
+            catalog.execute("CREATE TABLE journalled (x)")
+            found |= modes(data)
+        catalog.close()
+    finally:
+        os.umask(before)
+    assert {
+        "catalog.sqlite",
+        "catalog.sqlite-journal",
+        "key.secret",
+        "lock",
+        "bootstrap.key",
+        "copy/catalog.sqlite",
+    } <= {*found}
+    places = {name for name in found if not (data / name).is_dir() and not (tmp_path / name).is_dir()}
+    assert {name: oct(mode) for name, mode in found.items() if mode != (0o600 if name in places else 0o700)} == {}

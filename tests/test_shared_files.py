@@ -1,6 +1,7 @@
 """`service.shared_files`: what a process keeps there, and what others may not do to it."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.errors import InvalidInput
 from service.prefix.form import Form, Identity
 from service.prefix.kv import PrefixKV
 from service.prefix.received import read_kv, read_message
@@ -104,6 +106,23 @@ def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) ->
         thread.join()
     assert made == [True] * 300
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+@pytest.mark.parametrize("foreign", ["", "a", "a/b"])
+def test_a_folder_below_somebody_elses_is_refused(tmp_path: Path, foreign: str) -> None:
+    """Its owner could put another in its place; root may do everything anyway."""
+    folder = tmp_path / "a" / "b" / "shared"
+    folder.parent.mkdir(parents=True)
+    os.chown(tmp_path / foreign, 12345, -1)
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="belongs to user 12345, who could replace what the service shares"):
+            sweep(folder)
+    os.chown(tmp_path / foreign, 0, -1)
+    sweep(folder)
+    os.chown(folder, 12345, -1)
+    with pytest.raises(InvalidInput, match="12345"):
+        SharedFiles(folder)
 
 
 def test_a_sweep_touches_nothing_else(tmp_path: Path) -> None:

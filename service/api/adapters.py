@@ -5,7 +5,8 @@ from typing import Annotated, Any, Final
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
-from service.api.auth import Caller, Reading, Writing
+from service.api.auth import Reading, Writing
+from service.api.authority import Actor, Founder
 from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_json, read_upload, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import decode_cursor, encode_cursor, next_link
@@ -21,6 +22,7 @@ from service.api.schemas import (
 )
 from service.api.state import LibraryOf, SettingsOf
 from service.catalog.records import Principal, Version
+from service.errors import NotFound
 from service.library import Library
 from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
 from service.prefix.references import check_name, parse_qualified, parse_reference
@@ -59,7 +61,7 @@ async def publish(
     response: Response,
     tenant: Writing,
     name: NamePath,
-    by: Caller,
+    by: Founder,
     library: LibraryOf,
     settings: SettingsOf,
 ) -> VersionDetail:
@@ -67,9 +69,10 @@ async def publish(
     concatenation of others."""
     check_name("adapter", name)
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
-    target = await _target(library, tenant, name, by)
+    target = _target(tenant, name, by)
     if media_type == "application/json":
         values = await read_json(request, settings.max_request_bytes)
+        await library.require_authority(by)
         publish_json = _publish_composed if "compose" in values else _publish_fresh
         version, is_new = await publish_json(values, library, target)
     else:
@@ -100,11 +103,11 @@ async def _publish_upload(request: Request, library: Library, target: Target) ->
         return await library.publisher.publish(target, config, upload)
 
 
-async def _target(library: Library, tenant: str, name: str, by: Principal) -> Target:
+def _target(tenant: str, name: str, by: Principal) -> Target:
     """A platform admin's first upload makes the tenant; for everybody else it must exist."""
     makes_tenants = by.tenant is None and by.has("admin")
-    if not makes_tenants:
-        await to_thread.run_sync(library.tenants.require, tenant)
+    if by.acts_on is None and not makes_tenants:
+        raise NotFound(f"there is no tenant {tenant!r}")
     return Target(tenant, name, by, makes_tenants)
 
 
@@ -149,7 +152,7 @@ async def list_versions(tenant: Reading, name: NamePath, library: LibraryOf) -> 
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf) -> None:
+async def delete(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
     await library.delete(tenant, parse_reference(ref), by)
 

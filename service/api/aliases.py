@@ -5,7 +5,8 @@ from typing import Final
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from service.api.auth import Caller, Reading, Writing
+from service.api.auth import Reading, Writing
+from service.api.authority import Actor
 from service.api.bodies import read_model
 from service.api.documentation import json_body, request_headers
 from service.api.negotiation import is_expected, require_media_type
@@ -34,7 +35,7 @@ async def put_alias(
     tenant: Writing,
     name: NamePath,
     alias: AliasPath,
-    by: Caller,
+    by: Actor,
     library: LibraryOf,
     settings: SettingsOf,
 ) -> Alias:
@@ -43,6 +44,7 @@ async def put_alias(
     _check(name, alias)
     require_media_type(request.headers, "application/json")
     target = await read_model(request, AliasTarget, settings.max_request_bytes)
+    await library.require_authority(by)
     expected = await _expected(request, library, tenant, name, alias)
     if target.preload:
         reference = Reference(name, str(target.version), explicit=True)
@@ -67,7 +69,7 @@ async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: 
 
 @router.delete(_PATH, status_code=204, openapi_extra=_CONDITIONS)
 async def delete_alias(
-    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Caller, library: LibraryOf
+    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
 ) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)

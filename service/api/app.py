@@ -30,9 +30,11 @@ from service.api.auth import AuthenticationMiddleware, Authenticator
 from service.api.documentation import documented, operation_id
 from service.api.in_flight import InFlightMiddleware
 from service.api.inference_v2_statistics import InferenceStatistics
+from service.api.known_keys import KnownKeys
 from service.api.metrics import Metrics
 from service.api.middleware import StrictPathMiddleware
 from service.api.negotiation import require_json_acceptable
+from service.api.opaque import OpaqueNumbers
 from service.api.rates import RateLimitMiddleware, RateLimits
 from service.api.requests import RequestMiddleware
 from service.api.schemas import Problem
@@ -94,7 +96,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
             with _shared_files(settings) as shared_files:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.changes.followed():
+                with state.library.changes.followed(), state.known_keys.running():
                     async with metrics.sampled():
                         yield
         finally:
@@ -159,12 +161,25 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
-    authenticator = Authenticator(None if settings.dev else keyring)
-    rates = RateLimits(library.tenants.requests_per_second)
+    changes = library.changes
+    known_keys = KnownKeys(keyring, lambda: changes.are_known)
+    authenticator = Authenticator(None if settings.dev else known_keys)
+    rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
     statistics = InferenceStatistics()
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for hear in (library.hear, authenticator.hear, rates.hear, statistics.hear):
-        library.changes.listen(_on_this_loop(hear))
+    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear):
+        changes.listen(_on_this_loop(hear))
     return State(
-        settings, library, admission, keyring, authenticator, rates, metrics, Answers(library), statistics, readiness
+        settings=settings,
+        library=library,
+        admission=admission,
+        keyring=keyring,
+        known_keys=known_keys,
+        audit_ids=OpaqueNumbers(keyring.derived("audit ids")),
+        authenticator=authenticator,
+        rates=rates,
+        metrics=metrics,
+        answers=Answers(library),
+        inference_statistics=statistics,
+        readiness=readiness,
     )

@@ -1,5 +1,6 @@
 """The audit: every change, readable by the tenant's admin, and all of them by the platform's."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -7,11 +8,10 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from service.api.auth import Administering, PlatformAdmin
-from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.pagination import next_link
 from service.api.schemas import Moment
-from service.api.state import LibraryOf
-from service.errors import InvalidRequest
-from service.library import Library
+from service.api.state import State, StateOf
+from service.catalog.records import AuditEntry
 
 router = APIRouter(tags=["audit"])
 
@@ -19,9 +19,10 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class AuditItem(BaseModel):
-    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what."""
+    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what. The
+    id is opaque: neither order nor gaps of ids say what others do."""
 
-    id: int
+    id: str
     at: Moment
     tenant: str | None
     actor: str
@@ -43,12 +44,12 @@ async def tenant_audit(
     request: Request,
     response: Response,
     tenant: Administering,
-    library: LibraryOf,
+    state: StateOf,
     limit: Limit = 100,
     cursor: str | None = None,
 ) -> AuditPage:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, response, library, tenant, limit, cursor)
+    return await _page(request, response, state, tenant, limit, cursor)
 
 
 @router.get("/v1/audit")
@@ -56,24 +57,25 @@ async def audit(
     request: Request,
     response: Response,
     _caller: PlatformAdmin,
-    library: LibraryOf,
+    state: StateOf,
     limit: Limit = 100,
     cursor: str | None = None,
 ) -> AuditPage:
     """Every change, newest first."""
-    return await _page(request, response, library, None, limit, cursor)
+    return await _page(request, response, state, None, limit, cursor)
 
 
 async def _page(
-    request: Request, response: Response, library: Library, tenant: str | None, limit: int, cursor: str | None
+    request: Request, response: Response, state: State, tenant: str | None, limit: int, cursor: str | None
 ) -> AuditPage:
-    name = decode_cursor(cursor)
-    if name and not (name.isdigit() and len(name) <= 18):
-        raise InvalidRequest(f"cursor {cursor!r:.80} is not one that this listing gave")
-    before = int(name) if name else None
-    found = await to_thread.run_sync(lambda: library.audit.listed(tenant, before=before, limit=limit + 1))
-    items = [AuditItem.model_validate(entry, from_attributes=True) for entry in found[:limit]]
-    following = encode_cursor(str(items[-1].id)) if len(found) > limit else None
+    before = None if cursor is None else state.audit_ids.number(cursor)
+    found = await to_thread.run_sync(lambda: state.library.audit.listed(tenant, before=before, limit=limit + 1))
+    items = [_item(state, entry) for entry in found[:limit]]
+    following = items[-1].id if len(found) > limit else None
     if following is not None:
         response.headers["Link"] = next_link(request, following)
     return AuditPage(items=items, next=following)
+
+
+def _item(state: State, entry: AuditEntry) -> AuditItem:
+    return AuditItem.model_validate({**asdict(entry), "id": state.audit_ids.text(entry.id)})

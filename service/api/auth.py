@@ -1,80 +1,49 @@
 """Deny by default: every route but the public ones needs a key, checked before any body is read."""
 
-import hashlib
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Final
 
-from anyio import to_thread
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.known_keys import KnownKeys
 from service.api.paths import HEALTH, TenantPath
-from service.catalog.keys import Keyring
-from service.catalog.records import AuditEntry, Principal
+from service.catalog.records import DEV, Principal
 from service.catalog.records import Scope as KeyScope
 from service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
 from service.logs import about
 from service.prefix.references import check_name
 
 PUBLIC: Final = HEALTH | {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
-REMEMBERED_SECONDS: Final = 5.0
-"""How long a verified key is not looked up again: the longest that a revoked one may still work."""
-
-_ANYONE: Final = Principal("dev", None, "admin")
-_OF_THIS_MACHINE: Final = re.compile(rb"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
+_LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
+_LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
+_LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)
 
 
 class Authenticator:
-    """From an `Authorization` header to a principal. Without a keyring (dev mode) everyone is a platform admin."""
+    """From an `Authorization` header to a principal. Without keys (dev mode) everyone is a platform admin."""
 
-    def __init__(self, keyring: Keyring | None) -> None:
-        self._keyring = keyring
-        self._known: dict[bytes, tuple[Principal, float]] = {}
-        self._heard = 0
+    def __init__(self, keys: KnownKeys | None) -> None:
+        self._keys = keys
 
     def remembered(self, header: bytes) -> Principal | None:
-        """Who asks, if that was verified lately."""
-        if self._keyring is None:
-            return _ANYONE
-        principal, until = self._known.get(hashlib.sha256(header).digest(), (None, 0.0))
-        return principal if time.monotonic() < until else None
+        """Returns who asks, if the key has been verified before and is still good."""
+        return DEV if self._keys is None else self._keys.recall(header)
 
     async def authenticate(self, header: bytes) -> Principal:
-        """Who asks, by the value of an `Authorization` header; empty for none.
+        """Returns who asks, by the value of an `Authorization` header; empty for none.
 
         Raises:
             Unauthenticated: no key, or not a valid one.
+            Overloaded, StorageFailed: the key is not known here, and cannot be looked up now.
         """
         if (known := self.remembered(header)) is not None:
             return known
         scheme, _, key = header.decode("latin-1").partition(" ")
-        if self._keyring is None or scheme.lower() != "bearer" or not key:
+        if self._keys is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
-        heard = self._heard
-        principal = await to_thread.run_sync(self._keyring.verify, key.strip())
-        if heard == self._heard:  # else it may have been revoked since it was read
-            self._remember(hashlib.sha256(header).digest(), principal)
-        return principal
-
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Keys that were revoked, or whose tenant was deleted, stop working now."""
-        revoked = {change.target for change in changes if change.action == "key.revoked"}
-        gone = {change.target for change in changes if change.action == "tenant.deleted"}
-        if revoked or gone:
-            self._heard += 1
-            self._known = {
-                name: known
-                for name, known in self._known.items()
-                if known[0].key_id not in revoked and known[0].tenant not in gone
-            }
-
-    def _remember(self, name: bytes, principal: Principal) -> None:
-        now = time.monotonic()
-        if len(self._known) >= 10_000:
-            self._known = {name: known for name, known in self._known.items() if known[1] > now}
-        self._known[name] = principal, now + REMEMBERED_SECONDS
+        return await self._keys.verify(header, key.strip())
 
 
 class AuthenticationMiddleware:
@@ -89,8 +58,8 @@ class AuthenticationMiddleware:
         if scope["path"] not in PUBLIC:
             authenticator, header = self._authenticator(), _header(scope, b"authorization")
             principal = authenticator.remembered(header) or await authenticator.authenticate(header)
-            if principal is _ANYONE:
-                _refuse_other_sites(_header(scope, b"origin"))
+            if principal is DEV:
+                _require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
             about.get()["key_id"] = principal.key_id
         await self._app(scope, receive, send)
@@ -104,10 +73,29 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
     return b""
 
 
-def _refuse_other_sites(origin: bytes) -> None:
-    """Without keys a web page, opened on this machine, could change things for its reader (RFC 6454, section 7)."""
-    if origin and not _OF_THIS_MACHINE.fullmatch(origin):
-        raise Forbidden(f"--dev serves this machine alone, and a web page of {origin.decode('latin-1')!r:.100} asks")
+def _require_local(scope: Scope) -> None:
+    """Refuse what a web page sends that a browser on this machine has opened: without keys it could read and change
+    everything (DNS rebinding: the page's own name leads to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
+
+    A browser reaches no Unix socket, so the name that a caller gives such a service does not matter.
+
+    Raises:
+        Forbidden: the host, the origin or the site is not of this machine.
+    """
+    host, origin, site = (_header(scope, name) for name in (b"host", b"origin", b"sec-fetch-site"))
+    if scope["client"] is not None and not _LOCAL_HOST.fullmatch(host):
+        raise Forbidden(
+            f"--dev answers to the hosts localhost, 127.0.0.1 and [::1] alone, not to {_quoted(host)}: ask for one of "
+            "them, or serve with keys"
+        )
+    if origin and not _LOCAL_ORIGIN.fullmatch(origin):
+        raise Forbidden(f"--dev serves this machine alone, and a web page of {_quoted(origin)} asks")
+    if site not in (b"", b"same-origin", b"none"):
+        raise Forbidden(f"--dev serves this machine alone, and a web page of another site asks ({_quoted(site)})")
+
+
+def _quoted(value: bytes) -> str:
+    return repr(value.decode("latin-1")[:100])
 
 
 def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:

@@ -40,11 +40,11 @@ async def read_body(request: Request, limit: int) -> bytearray:
 
     Raises:
         TooLarge: it has more than `limit` bytes, declared or not.
-        RequestTimeout: it did not arrive in time.
+        RequestTimeout: it did not arrive within `receive_timeout` seconds, however steadily it came.
         InvalidRequest: the caller went away.
     """
     body = bytearray()
-    async for piece in _arriving(request, limit):
+    async for piece in _arriving(request, limit, extends=False):
         body += piece
     return body
 
@@ -115,7 +115,7 @@ async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[byt
     """
     parts = _Parts(MultipartReader(request.headers["content-type"]), upload.weights, limit)
     pending = bytearray()
-    async for piece in _arriving(request, limit + _BESIDE):
+    async for piece in _arriving(request, limit + _BESIDE, extends=True):
         pending += piece
         if len(pending) >= _BATCH:
             await to_thread.run_sync(parts.receive, bytes(pending))
@@ -125,11 +125,13 @@ async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[byt
     return parts.finished()
 
 
-async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """A body, piece by piece; its sender may pause as long as `receive_timeout`."""
+async def _arriving(request: Request, limit: int, *, extends: bool) -> AsyncIterator[bytes]:
+    """Yields a body, piece by piece. It has `receive_timeout` seconds to arrive; with `extends`, bytes that arrive
+    extend them."""
     if (declared := _declared_length(request)) > limit:
         raise TooLarge(f"the body has {declared} bytes, more than {limit}")
-    patience = Patience(state_of(request).settings.receive_timeout)
+    settings = state_of(request).settings
+    patience = Patience(settings.receive_timeout)
     clock = asyncio.get_running_loop().time
     stream, received = request.stream(), 0
     while True:
@@ -138,10 +140,9 @@ async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
             async with asyncio.timeout(patience.left):
                 piece = await anext(stream, None)
         except TimeoutError as error:
-            slow = (
-                f"the body stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second: send it again"
-            )
-            raise RequestTimeout(slow) from error
+            slow = f"stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second"
+            late = f"is not whole after {settings.receive_timeout:g} seconds, {received} bytes have arrived"
+            raise RequestTimeout(f"the body {slow if extends else late}: send it again") from error
         except ClientDisconnect as error:
             raise InvalidRequest("the connection ended before the body did") from error
         if piece is None:
@@ -149,7 +150,7 @@ async def _arriving(request: Request, limit: int) -> AsyncIterator[bytes]:
         received += len(piece)
         if received > limit:
             raise TooLarge(f"the body has more than {limit} bytes")
-        patience.spend(clock() - began, len(piece))
+        patience.spend(clock() - began, len(piece) if extends else 0)
         yield piece
 
 

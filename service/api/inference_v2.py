@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from service.api.auth import Caller, Reading, Writing
+from service.api.authority import Actor
 from service.api.bodies import json_object, read_body, validated
 from service.api.documentation import json_body, request_headers
 from service.api.inference_v2_extensions import EXTENSIONS
@@ -143,13 +144,14 @@ async def repository_index(
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
 async def repository_load(
-    request: Request, tenant: Writing, name: NamePath, by: Caller, library: LibraryOf, settings: SettingsOf
+    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf, settings: SettingsOf
 ) -> Response:
     """Load a model's latest version into memory now, and wait; whether it is pinned stays as it is."""
     wanted = validated(LoadRequest, await _optional_json(request, settings.max_request_bytes))
     if wanted.parameters:
         given = ", ".join(wanted.parameters)
         raise InvalidRequest(f"load takes no parameters, got {given:.80}: a version is what was published")
+    await library.require_authority(by)
     version = await resolved(library, tenant, name)
     await library.pin(version, by, pinned=bool(library.residency(version)["pinned"]))
     return Response()
@@ -157,10 +159,11 @@ async def repository_load(
 
 @router.post(f"{_REPOSITORY}/unload", response_class=Response, openapi_extra=json_body(UnloadRequest, required=False))
 async def repository_unload(
-    request: Request, tenant: Writing, name: NamePath, by: Caller, library: LibraryOf, settings: SettingsOf
+    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf, settings: SettingsOf
 ) -> Response:
     """Take all versions of a model out of memory; the next inference loads what it needs again."""
     validated(UnloadRequest, await _optional_json(request, settings.max_request_bytes))
+    await library.require_authority(by)
     check_name("adapter", name)
     latest, *others = await to_thread.run_sync(library.catalog.versions_of, tenant, name)
     for version in (latest, *(other for other in others if library.residency(other)["resident"])):

@@ -5,7 +5,8 @@ from functools import partial
 from anyio import to_thread
 from fastapi import APIRouter, Request
 
-from service.api.auth import Administering, Caller, PlatformAdmin
+from service.api.auth import Administering, PlatformAdmin
+from service.api.authority import Actor
 from service.api.bodies import read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
@@ -18,7 +19,7 @@ router = APIRouter(tags=["keys"])
 
 
 @router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
-async def create_tenant_key(request: Request, tenant: Administering, by: Caller, state: StateOf) -> CreatedKey:
+async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
     """A new key of a tenant, beside those that it has; the answer alone tells it."""
     return await _create(request, state, tenant, by)
 
@@ -36,7 +37,7 @@ async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf)
 
 
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
-async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Caller, state: StateOf) -> None:
+async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, tenant, key_id, by)
 

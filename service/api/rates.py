@@ -17,9 +17,6 @@ from service.catalog.records import AuditEntry, Principal
 from service.errors import InvalidReference, RateLimited
 from service.prefix.references import check_name
 
-REMEMBERED_SECONDS: Final = 5.0
-"""How long a rate is not looked up again: the longest that an old one may still hold."""
-
 _REMEMBERED_TENANTS: Final = 10_000
 
 RateOf = Callable[[str], int | None]
@@ -57,15 +54,16 @@ class RateLimits:
     fixed 2.8 µs a request and 0.3 MiB, moving 4.0 and 7.1, sliding 5.1 and 0.3.
     """
 
-    def __init__(self, rate_of: RateOf) -> None:
-        self._rate_of = rate_of
+    def __init__(self, rate_of: RateOf, are_known: Callable[[], bool]) -> None:
+        """`are_known` says whether changes of rates are heard: a rate is remembered as long as they are."""
+        self._rate_of, self._are_known = rate_of, are_known
         self._windows = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._known: dict[str, tuple[RateLimitItemPerSecond | None, float]] = {}
+        self._known: dict[str, RateLimitItemPerSecond | None] = {}
+        self._heard = 0
 
     def lets_through(self, tenant: str) -> bool:
         """Whether a tenant is known to have no limit."""
-        rate, until = self._known.get(tenant, (None, 0.0))
-        return rate is None and time.monotonic() < until
+        return tenant in self._known and self._known[tenant] is None and self._are_known()
 
     async def charge(self, tenant: str) -> Allowance | None:
         """Count a request of a tenant; None where there is no limit."""
@@ -90,17 +88,19 @@ class RateLimits:
         """A rate that was changed holds now."""
         for change in changes:
             if change.action.startswith("tenant."):
+                self._heard += 1
                 self._known.pop(change.target, None)
 
     async def _rate(self, tenant: str) -> RateLimitItemPerSecond | None:
-        rate, until = self._known.get(tenant, (None, 0.0))
-        if time.monotonic() > until:
-            self._known.pop(tenant, None)
-            found = await to_thread.run_sync(self._rate_of, tenant)
-            rate = None if found is None else RateLimitItemPerSecond(found)
-            if len(self._known) >= _REMEMBERED_TENANTS:
+        if tenant in self._known and self._are_known():
+            return self._known[tenant]
+        heard = self._heard
+        found = await to_thread.run_sync(self._rate_of, tenant)
+        rate = None if found is None else RateLimitItemPerSecond(found)
+        if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
+            self._known[tenant] = rate
+            if len(self._known) > _REMEMBERED_TENANTS:
                 del self._known[next(iter(self._known))]
-            self._known[tenant] = rate, time.monotonic() + REMEMBERED_SECONDS
         return rate
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request
 
-from service.api.auth import Caller, PlatformReader, Reading, Writing
+from service.api.auth import PlatformReader, Reading, Writing
+from service.api.authority import Actor
 from service.api.bodies import has_body, read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
@@ -40,13 +41,14 @@ async def overview(
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
 async def load(
-    request: Request, tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf, settings: SettingsOf
+    request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf, settings: SettingsOf
 ) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
         require_media_type(request.headers, "application/json")
         wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
+    await library.require_authority(by)
     version = await library.resolve(tenant, parse_reference(ref))
     await library.pin(version, by, pinned=wanted.pinned)
     return ResidencyState.model_validate(library.residency(version))
@@ -60,6 +62,6 @@ async def residency(tenant: Reading, ref: RefPath, library: LibraryOf) -> Reside
 
 
 @router.delete(_PATH, status_code=204)
-async def unload(tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf) -> None:
+async def unload(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> None:
     """Take a version out of memory; the next request loads it again."""
     await library.unload(await library.resolve(tenant, parse_reference(ref)), by)

@@ -8,7 +8,9 @@ from fastapi import Depends, Request
 from service.api.answers import Answers
 from service.api.auth import Authenticator
 from service.api.inference_v2_statistics import InferenceStatistics
+from service.api.known_keys import KnownKeys
 from service.api.metrics import Metrics
+from service.api.opaque import OpaqueNumbers
 from service.api.rates import RateLimits
 from service.catalog.keys import Keyring
 from service.library import Library
@@ -25,6 +27,8 @@ class State:
     library: Library
     admission: Admission
     keyring: Keyring
+    known_keys: KnownKeys
+    audit_ids: OpaqueNumbers
     authenticator: Authenticator
     rates: RateLimits
     metrics: Metrics

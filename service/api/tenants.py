@@ -6,6 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import PlatformAdmin, Reading
+from service.api.authority import Actor, Founder
 from service.api.bodies import has_body, read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
@@ -40,7 +41,7 @@ async def list_tenants(
     openapi_extra=json_body(TenantQuotas, required=False),
 )
 async def put_tenant(
-    request: Request, response: Response, tenant: Reading, by: PlatformAdmin, state: StateOf
+    request: Request, response: Response, tenant: Reading, _caller: PlatformAdmin, by: Founder, state: StateOf
 ) -> TenantItem:
     """Make a tenant, or give one other quotas: a body sets them all, without one they stay as they are."""
     quotas = None
@@ -60,6 +61,6 @@ async def get_tenant(tenant: Reading, library: LibraryOf) -> TenantItem:
 
 
 @router.delete("/v1/tenants/{tenant}", status_code=204)
-async def delete_tenant(tenant: Reading, by: PlatformAdmin, state: StateOf) -> None:
+async def delete_tenant(tenant: Reading, _caller: PlatformAdmin, by: Actor, state: StateOf) -> None:
     """Delete a tenant with its keys, adapters and versions."""
     await state.library.delete_tenant(tenant, by)

@@ -14,6 +14,8 @@ from sqlalchemy import event
 from sqlalchemy.exc import DataError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from service.disk import make_private
+from service.disk import translated as translated_files
 from service.errors import InvalidRequest, OutOfSpace, StorageFailed
 
 
@@ -50,6 +52,10 @@ def _sqlite(path: Path, patience: Patience, *, writes: bool, read_only: bool) ->
     query = {"uri": "true", "mode": "ro"} if read_only else {"uri": "true"}
     url = sa.URL.create("sqlite+pysqlite", database=path.absolute().as_uri(), query=query)
     locks = patience.writes if writes else patience.reads
+    if writes and not read_only and not path.exists():
+        # SQLite takes the mode of a file that is there, for its journal too.
+        with translated_files(f"make the catalog {path}"):
+            make_private(path)
     engine = sa.create_engine(url, connect_args={"timeout": locks}, **_pool("sqlite", patience, writes=writes))
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin_writing if writes else _begin_reading)

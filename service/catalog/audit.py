@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
+from service.catalog.authority import writing_for
 from service.catalog.database import Database, afterwards
 from service.catalog.records import AuditEntry, Principal
 from service.catalog.schema import audit, tenants
@@ -21,7 +22,10 @@ ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fiel
 def record(
     connection: sa.Connection, by: Principal, action: str, tenant: str | None, target: str, **details: Any
 ) -> None:
-    """Note that `by` did `action` to `target`, a resource of `tenant` or of the platform."""
+    """Note that `by`, for whom the transaction was opened with `writing_for`, did `action` to `target`, a resource of
+    `tenant` or of the platform."""
+    if connection.get_execution_options()["by"] != by:
+        raise AssertionError("a change is recorded outside a transaction that proved who makes it")
     actor = by.tenant or _PLATFORM
     # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
     owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
@@ -40,9 +44,10 @@ class AuditLog:
         """Note a change that the catalog does not hold.
 
         Raises:
+            Unauthenticated, NotFound: `by` may not act any more.
             OutOfSpace, StorageFailed: the database refused.
         """
-        with self._database.writing() as connection:
+        with writing_for(self._database, by) as connection:
             record(connection, by, action, tenant, target, **details)
 
     def listed(self, tenant: str | None, *, before: int | None, limit: int) -> list[AuditEntry]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from service.catalog.audit import record
+from service.catalog.authority import prove_in, writing_for
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
 from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Room, Version, VersionName
@@ -35,14 +36,18 @@ class Catalog:
         with self._database.reading() as connection:
             connection.execute(sa.select(versions.c.id).limit(1))
 
-    def find(self, tenant: str, adapter: str, digest: str, nbytes: int, *, make_tenant: bool = False) -> Version | None:
+    def find(
+        self, tenant: str, adapter: str, digest: str, nbytes: int, by: Principal, *, make_tenant: bool = False
+    ) -> Version | None:
         """The version that has this content already; None if it would be a new one, and there is room for its bytes.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant, and it may not come into being.
             QuotaExceeded: the tenant's quotas do not allow it.
         """
         with self._database.reading() as connection:
+            prove_in(connection, by)
             owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
             if owner is None:
                 if make_tenant:
@@ -75,10 +80,11 @@ class Catalog:
         With `make_tenant` its tenant comes into being with it.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
             QuotaExceeded: the tenant's quotas do not allow it.
         """
-        with self._database.writing() as connection:
+        with writing_for(self._database, by) as connection:
             if make_tenant:
                 make(connection, tenant, by)
             owner = lock(connection, tenant)
@@ -116,7 +122,7 @@ class Catalog:
         Raises:
             NotFound: the version was deleted meanwhile.
         """
-        with self._database.writing() as connection:
+        with writing_for(self._database, SERVICE) as connection:
             adapter_id = _adapter_id(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
             expected = versions.c.key_values == version.key_values
@@ -190,10 +196,11 @@ class Catalog:
         nowhere, -1 for anywhere.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such adapter or version.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._changing(tenant, adapter) as (connection, adapter_id):
+        with self._changing(tenant, adapter, by) as (connection, adapter_id):
             if _one(connection, adapter_id, _numbered(number)) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
@@ -210,10 +217,11 @@ class Catalog:
         """Forget an alias; `expected` as in `put_alias`.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such adapter or alias.
             PreconditionFailed: it does not point where `expected` says.
         """
-        with self._changing(tenant, adapter, frees=True) as (connection, adapter_id):
+        with self._changing(tenant, adapter, by, frees=True) as (connection, adapter_id):
             current = _require_target(connection, adapter_id, alias, expected)
             gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
             if connection.execute(gone).rowcount == 0:
@@ -224,10 +232,11 @@ class Catalog:
         """Delete an adapter, or one version of it; the versions that are gone. An adapter goes with its last version.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such thing.
             Conflict: an alias points at the version.
         """
-        with self._changing(tenant, reference.adapter, frees=True) as (connection, adapter_id):
+        with self._changing(tenant, reference.adapter, by, frees=True) as (connection, adapter_id):
             condition = versions.c.adapter_id == adapter_id
             if reference.explicit:
                 condition = sa.and_(condition, _selected(adapter_id, reference))
@@ -247,9 +256,11 @@ class Catalog:
             return gone
 
     @contextlib.contextmanager
-    def _changing(self, tenant: str, adapter: str, *, frees: bool = False) -> Iterator[tuple[sa.Connection, int]]:
-        """A write transaction on an adapter that exists, alone among the changes of its tenant."""
-        with self._database.writing(frees=frees) as connection:
+    def _changing(
+        self, tenant: str, adapter: str, by: Principal, *, frees: bool = False
+    ) -> Iterator[tuple[sa.Connection, int]]:
+        """A write transaction of `by` on an adapter that exists, alone among the changes of its tenant."""
+        with writing_for(self._database, by, frees=frees) as connection:
             try:
                 lock(connection, tenant)
             except NotFound as error:

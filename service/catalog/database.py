@@ -10,11 +10,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
+from service.catalog.records import Principal
 from service.errors import ReadOnly, StorageFailed
 from service.reserve import Reserve, reserve_file
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
+_PRECISE: Final = "%Y-%m-%d %H:%M:%f"
 
 Insert: TypeAlias = sqlite.Insert | postgresql.Insert
 
@@ -55,9 +57,10 @@ class Database:
             yield connection
 
     @contextlib.contextmanager
-    def writing(self, *, frees: bool = False) -> Iterator[sa.Connection]:
+    def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
         """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
-        what was given to `after_writes`. One that `frees` space may use the reserve while the disk is full.
+        what was given to `after_writes`. `by` is who was given the transaction (`authority.writing_for`); without it
+        nothing can be recorded in the audit. One that `frees` space may use the reserve while the disk is full.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
@@ -71,7 +74,7 @@ class Database:
             plain = stack.enter_context(self._writes.connected())
             if frees and self._reserve is not None:
                 stack.enter_context(self._reserve.lent())
-            connection = plain.execution_options(afterwards=calls)
+            connection = plain.execution_options(afterwards=calls, by=by)
             stack.enter_context(connection.begin())
             yield connection
         for call in (*calls, *self._after_writes):
@@ -170,5 +173,7 @@ def insert(connection: sa.Connection, table: sa.Table) -> Insert:
 
 def now(connection: sa.Connection) -> datetime:
     """The database's time, naive and in UTC: the only clock that is compared with stored times."""
+    if connection.dialect.name == "sqlite":  # its CURRENT_TIMESTAMP has whole seconds
+        return datetime.fromisoformat(connection.execute(sa.select(sa.func.strftime(_PRECISE, "now"))).scalar_one())
     moment: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
     return moment.replace(tzinfo=None)

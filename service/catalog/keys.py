@@ -1,12 +1,15 @@
 """Bearer keys: made, verified, listed, revoked; only a keyed hash is stored."""
 
-import contextlib
 import hashlib
 import hmac
+import math
 import os
 import re
 import secrets
+import time
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -14,16 +17,18 @@ from typing import Final
 import sqlalchemy as sa
 
 from service.catalog.audit import record
+from service.catalog.authority import writing_for
 from service.catalog.database import Database, now
 from service.catalog.records import Key, Principal, Scope
 from service.catalog.schema import keys, tenants
 from service.catalog.tenants import lock
 from service.disk import sync_folder, translated, write_private
-from service.errors import NotFound, OutOfSpace, ReadOnly, StorageFailed, Unauthenticated
+from service.errors import NotFound, StorageFailed, Unauthenticated
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
 _KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
-_USE_GRANULARITY: Final = timedelta(seconds=60)  # between two notes of a key's last use
+USE_GRANULARITY: Final = timedelta(seconds=60)
+"""Time between two notes of a key's last use."""
 
 _KEY_ROW: Final = sa.select(
     keys.c.id,
@@ -34,6 +39,19 @@ _KEY_ROW: Final = sa.select(
     keys.c.expires,
     keys.c.last_used,
 ).select_from(keys.outerjoin(tenants, keys.c.tenant_id == tenants.c.id))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key in the catalog: whose it is, the hash of its text, and the moment of `time.monotonic` when it ends."""
+
+    principal: Principal
+    hash: str
+    ends: float
+
+    def admits(self, found: str) -> bool:
+        """Whether the key is alive, and `found` is the hash of its text."""
+        return hmac.compare_digest(self.hash, found) and time.monotonic() < self.ends
 
 
 class Keyring:
@@ -52,6 +70,7 @@ class Keyring:
         """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
         """
         if expires is not None and expires.tzinfo is not None:
@@ -59,12 +78,33 @@ class Keyring:
         key_id = secrets.token_hex(8)
         body = f"pfx_{key_id}_{secrets.token_hex(24)}"
         text = f"{body}_{_checksum(body)}"
-        with self._database.writing() as connection:
+        with writing_for(self._database, by) as connection:
             owner = _changed(connection, tenant)
             row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": expires}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
             return self._key(connection, key_id), text
+
+    def parse(self, text: str) -> tuple[str, str]:
+        """Returns the id in a key's text, and the hash of the text. The database is not asked.
+
+        Raises:
+            Unauthenticated: the text is malformed.
+        """
+        match = _KEY.fullmatch(text)
+        if match is None or _checksum(match[1]) != match[3]:
+            raise Unauthenticated("the key is malformed: it should look like pfx_…, copied whole")
+        return match[2], self._hash(text)
+
+    def find(self, key_id: str) -> StoredKey | None:
+        """Returns a key by its id, alive or expired; None if it never existed or was revoked."""
+        with self._database.reading() as connection:
+            query = _KEY_ROW.add_columns(keys.c.hash, keys.c.tenant_id).where(keys.c.id == key_id)
+            row, began, moment = connection.execute(query).one_or_none(), time.monotonic(), now(connection)
+        if row is None:
+            return None
+        ends = math.inf if row.expires is None else began + (row.expires - moment).total_seconds()
+        return StoredKey(Principal(row.id, row.tenant, row.scope, row.tenant_id), row.hash, ends)
 
     def verify(self, text: str) -> Principal:
         """Whose key this is.
@@ -72,21 +112,32 @@ class Keyring:
         Raises:
             Unauthenticated: nobody's: malformed, unknown, expired or revoked.
         """
-        match = _KEY.fullmatch(text)
-        if match is None or _checksum(match[1]) != match[3]:
-            raise Unauthenticated("the key is malformed: it should look like pfx_…, copied whole")
-        alive = sa.or_(keys.c.expires.is_(None), keys.c.expires > sa.func.now())
-        with self._database.reading() as connection:
-            query = _KEY_ROW.add_columns(keys.c.hash).where(keys.c.id == match[2], alive)
-            row = connection.execute(query).one_or_none()
-            moment = now(connection)
-        if not hmac.compare_digest(self._hash(text), "" if row is None else row.hash) or row is None:
+        key_id, found = self.parse(text)
+        stored = self.find(key_id)
+        if stored is None or not stored.admits(found):
             raise Unauthenticated("the key is unknown, expired or revoked")
-        if row.last_used is None or moment - row.last_used >= _USE_GRANULARITY:
-            # A full disk must not make a sound key useless.
-            with contextlib.suppress(OutOfSpace, StorageFailed, ReadOnly), self._database.writing() as connection:
-                connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=moment))
-        return Principal(row.id, row.tenant, row.scope)
+        return stored.principal
+
+    def latest_ids(self, limit: int) -> list[str]:
+        """Returns the ids of the `limit` keys that were used or made last, the latest at the end."""
+        latest = sa.func.coalesce(keys.c.last_used, keys.c.created)
+        with self._database.reading() as connection:
+            found = connection.scalars(sa.select(keys.c.id).order_by(latest.desc()).limit(limit)).all()
+        return list(reversed(found))
+
+    def note_uses(self, uses: Mapping[str, datetime]) -> None:
+        """Note when keys, by their ids, were used: naive moments in UTC. Of those within `USE_GRANULARITY` the first
+        is written."""
+        late = sa.or_(keys.c.last_used.is_(None), keys.c.last_used <= sa.bindparam("early", type_=sa.DateTime))
+        noted = sa.update(keys).where(keys.c.id == sa.bindparam("used"), late)
+        noted = noted.values(last_used=sa.bindparam("moment", type_=sa.DateTime))
+        rows = [{"used": key, "moment": at, "early": at - USE_GRANULARITY} for key, at in uses.items()]
+        with self._database.writing() as connection:
+            connection.execute(noted, rows)
+
+    def derived(self, purpose: str) -> bytes:
+        """Returns a secret of 32 bytes for another purpose, made of the keys' secret with HMAC-SHA-256."""
+        return hmac.digest(self._secret, f"purpose:{purpose}".encode(), "sha256")
 
     def listed(self, tenant: str | None) -> list[Key]:
         """The keys of a tenant, or of the platform, oldest first.
@@ -116,9 +167,10 @@ class Keyring:
         """Forget a key.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: this owner has no such key, or there is no such owner.
         """
-        with self._database.writing(frees=True) as connection:
+        with writing_for(self._database, by, frees=True) as connection:
             owner = _changed(connection, tenant)
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:

@@ -15,11 +15,19 @@ SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: a tenant, or the platform (`tenant` None), with a scope."""
+    """Who asks: a tenant, or the platform (`tenant` None), with a scope.
+
+    `tenant_id` is the tenant's id in the catalog. `acts_on` is the id of the tenant whose things the request changes,
+    as it was when the request began; None if the request names no tenant, or one that did not exist. Without a key
+    (`has_key` false) it is somebody whom the operating system has let in, and nothing has to be proved.
+    """
 
     key_id: str
     tenant: str | None
     scope: Scope
+    tenant_id: int | None = None
+    acts_on: int | None = None
+    has_key: bool = True
 
     def may_see(self, tenant: str) -> bool:
         """Whether this tenant's resources exist for the caller."""
@@ -30,11 +38,14 @@ class Principal:
         return SCOPES.index(self.scope) >= SCOPES.index(scope)
 
 
-SERVICE: Final = Principal("service", None, "admin")
+SERVICE: Final = Principal("service", None, "admin", has_key=False)
 """The service itself, where it mends what is its own."""
 
-COMMAND_LINE: Final = Principal("command-line", None, "admin")
-"""Who works on a data folder with the command line, and needs no key."""
+COMMAND_LINE: Final = Principal("command-line", None, "admin", has_key=False)
+"""Who works on a data folder with the command line."""
+
+DEV: Final = Principal("dev", None, "admin", has_key=False)
+"""Every caller of a service in dev mode, which has no keys."""
 
 
 @dataclass(frozen=True, slots=True)

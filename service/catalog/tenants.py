@@ -1,11 +1,13 @@
 """Tenants: who has what, and how much of it they may have."""
 
+import secrets
 from dataclasses import asdict
 from typing import Any, Final
 
 import sqlalchemy as sa
 
 from service.catalog.audit import record
+from service.catalog.authority import writing_for
 from service.catalog.database import Database, insert
 from service.catalog.garbage import let_go
 from service.catalog.records import Principal, Quotas, Room, Tenant
@@ -22,9 +24,14 @@ class Tenants:
         self._database = database
 
     def put(self, name: str, by: Principal, quotas: Quotas | None = None) -> bool:
-        """Make a tenant, or give one other quotas; whether it is new. None leaves the quotas as they are."""
+        """Make a tenant, or give one other quotas; whether it is new. None leaves the quotas as they are.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: the tenant existed when the request began, and has been deleted since.
+        """
         values = asdict(quotas or Quotas())
-        with self._database.writing() as connection:
+        with writing_for(self._database, by) as connection:
             if make(connection, name, by, quotas):
                 return True
             before = lock(connection, name)
@@ -37,9 +44,10 @@ class Tenants:
         """Delete a tenant with its keys, adapters and versions; its version numbers are never given again.
 
         Raises:
+            Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
         """
-        with self._database.writing(frees=True) as connection:
+        with writing_for(self._database, by, frees=True) as connection:
             owner = lock(connection, name)
             record(connection, by, "tenant.deleted", name, name)
             let_go(connection, _versions_of(owner.id))
@@ -63,15 +71,17 @@ class Tenants:
         with self._database.reading() as connection:
             return [_tenant(row) for row in connection.execute(query)]
 
-    def require(self, name: str) -> None:
-        """That there is such a tenant.
+    def require(self, name: str) -> int:
+        """Returns the id of a tenant.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none of that name.
         """
         with self._database.reading() as connection:
-            if connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == name)) is None:
-                raise NotFound(f"there is no tenant {name!r}")
+            found: int | None = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == name))
+        if found is None:
+            raise NotFound(f"there is no tenant {name!r}")
+        return found
 
     def requests_per_second(self, name: str) -> int | None:
         """How many requests a tenant may make in a second; None for no limit, or no such tenant."""
@@ -108,7 +118,9 @@ def _quotas(row: sa.Row[Any]) -> Quotas:
 def make(connection: sa.Connection, name: str, by: Principal, quotas: Quotas | None = None) -> bool:
     """Make a tenant unless it exists; whether it is new."""
     given = {key: value for key, value in asdict(quotas or Quotas()).items() if value is not None}
-    statement = insert(connection, tenants).values(name=name, **given).on_conflict_do_nothing()
+    # At random: a number from a sequence would be given again by SQLite, once the last tenant was deleted.
+    row = {"id": 1 + secrets.randbelow(2**31 - 1), "name": name, **given}
+    statement = insert(connection, tenants).values(row).on_conflict_do_nothing(index_elements=["name"])
     if connection.scalar(statement.returning(tenants.c.id)) is None:
         return False
     record(connection, by, "tenant.created", name, name, **given)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.cli import alias, demo, residency, serve, tenant, worker
-from service.console import errors_console
+from service.console import complain
 from service.errors import PrefixServiceError
 
 app = typer.Typer(
@@ -45,7 +45,5 @@ def run() -> None:
     try:
         app()
     except PrefixServiceError as error:
-        errors_console.print(
-            f"error ({error.code}): {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        complain(f"error ({error.code}): {error}")
         sys.exit(1)

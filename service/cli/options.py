@@ -9,6 +9,7 @@ from rich.text import Text
 
 from service.console import errors_console
 from service.errors import InvalidRequest
+from service.printable import printable
 
 if TYPE_CHECKING:
     from service.client import PrefixClient
@@ -52,5 +53,5 @@ def confirm(deletion: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise InvalidRequest(f"to {deletion} needs a yes: answer on a terminal, or add --yes")
-    if not Confirm.ask(Text(f"{deletion}?"), console=errors_console, default=False):
+    if not Confirm.ask(Text(printable(f"{deletion}?")), console=errors_console, default=False):
         raise typer.Abort

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from service.cli.options import Json
-from service.console import console, errors_console, human_bytes, print_json, print_table
+from service.console import errors_console, human_bytes, print_json, print_table, say
 from service.errors import InvalidInput, InvalidRequest
 from service.prefix.references import check_name
 
@@ -177,9 +177,9 @@ def backup(
     if as_json:
         print_json({"path": str(target), "blobs": done.blobs, "bytes": done.nbytes, "lost": done.lost})
     else:
-        console.print(f"copied {done.blobs} blobs, {human_bytes(done.nbytes)}, to {target}", highlight=False)
+        say(f"copied {done.blobs} blobs, {human_bytes(done.nbytes)}, to {target}")
         for digest in done.lost:
-            console.print(f"lost or damaged: {digest}", style="red", highlight=False, soft_wrap=True)
+            say(f"lost or damaged: {digest}")
     if done.lost:
         raise typer.Exit(1)
 

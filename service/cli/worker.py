@@ -10,7 +10,7 @@ import typer
 from rich.progress import wrap_file
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
-from service.console import errors_console, human_bytes, print_json, print_table, say
+from service.console import errors_console, human_bytes, note, print_json, print_table, say
 from service.errors import InvalidRequest
 from service.prefix.form import KVDtype
 
@@ -49,7 +49,7 @@ def publish(
 
     upload = prepare_upload(source, config)
     if upload.cut_from is not None:
-        errors_console.print(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}", highlight=False)
+        note(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}")
     base = None if base_config is None else base_config.read_bytes()
     shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
     with connect(url, api_key) as client, upload.weights, shown as weights:

@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import struct
 from pathlib import Path
 
 import httpx
@@ -35,6 +36,7 @@ class Connection:
     ) -> None:
         self.url = _parsed(base_url)
         self.api_key, self.uds, self.timeout = api_key, uds, timeout
+        self.peer_uid: int | None = None  # whose process listened on the Unix socket that was dialled last
         self._ca_file = ca_file
         if api_key is not None and not isinstance(api_key, str):
             raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
@@ -81,6 +83,7 @@ class Connection:
         try:
             dialled.settimeout(time_left(until))
             dialled.connect(str(self.uds))
+            self.peer_uid = _peer_uid(dialled)
         except BaseException:
             dialled.close()
             raise
@@ -143,3 +146,13 @@ def connection_failed(error: Exception, address: str) -> ConnectionFailed:
     late = (TimeoutError, httpx.TimeoutException)
     kind = "did not answer in time" if isinstance(error, late) or isinstance(error.__cause__, late) else None
     return ConnectionFailed(f"{address} {kind or 'cannot be reached'}: {str(error) or type(error).__name__}")
+
+
+def _peer_uid(connected: socket.socket) -> int | None:
+    """Returns the user whose process listens on a Unix socket (unix(7), SO_PEERCRED); None where the system does not
+    say."""
+    option: int | None = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))
+    return int(uid)

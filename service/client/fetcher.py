@@ -32,7 +32,7 @@ class Fetcher:
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self.address, self._lane = connection.address, Lane(connection)
+        self.address, self._lane, self._connection = connection.address, Lane(connection), connection
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 
@@ -78,14 +78,14 @@ class Fetcher:
     def _fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
         if self._shared_memory:
             named = self._whole(fetch, until, interrupt, ACCEPTING_FILES)
-            if (found := read_shared(fetch, named)) is not None:
+            if (found := read_shared(fetch, named, self._connection.peer_uid)) is not None:
                 return found
         return fetch.read(require_success(self._answer(fetch, until, interrupt)))
 
     async def _fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
         if self._shared_memory:
             named = await self._whole_on_loop(fetch, until, ACCEPTING_FILES)
-            if (found := read_shared(fetch, named)) is not None:
+            if (found := read_shared(fetch, named, self._connection.peer_uid)) is not None:
                 return found
         return fetch.read(require_success(await self._whole_on_loop(fetch, until)))
 

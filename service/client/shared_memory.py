@@ -25,19 +25,20 @@ ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {ME
 """The header that asks for the name of a file, if there is one."""
 
 
-def read_shared(fetch: Fetch, answer: Answer) -> Any | None:
+def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | None:
     """What `fetch` makes of an answer, or of the file that it names; None if the bytes must be asked for, because the
-    file cannot be reached from here or holds something else.
+    file cannot be reached from here or holds something else. `peer_uid` is the user whose process listens on the
+    socket, where the system says that.
 
     Raises:
-        InvalidResponse: it names something else than a file of the service.
+        InvalidResponse: it names something else than a file of the service, of root or of this process's user.
         PrefixServiceError: the service reported it, or the fetch refused an answer that names no file.
     """
     if answer.headers.get("content-type") != SHARED_FILE_TYPE:
         return fetch.read(require_success(answer))
     path, size, digest = _told(answer)
     try:
-        body = _mapped(path, size)
+        body = _mapped(path, size, {peer_uid, 0, os.geteuid()})
     except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or no path at all
         log.debug("%s cannot be mapped: %s", path, error)
         return None
@@ -62,7 +63,7 @@ def _told(answer: Answer) -> tuple[str, int, str | None]:
     raise InvalidResponse(f"the answer names no file that could be mapped: {bytes(answer.body[:200])!r}")
 
 
-def _mapped(path: str, size: int) -> memoryview:
+def _mapped(path: str, size: int, owners: set[int | None]) -> memoryview:
     from service.client.memory import map_for_many
 
     handle = os.open(path, _FLAGS)
@@ -70,6 +71,8 @@ def _mapped(path: str, size: int) -> memoryview:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o222 or not 0 < size == found.st_size:
             raise InvalidResponse(f"{path} is not a file of {size} bytes that nobody writes to")
+        if found.st_uid not in owners:
+            raise InvalidResponse(f"{path} belongs to user {found.st_uid}, who is not the service's: it is not mapped")
         return map_for_many(handle, size)
     finally:
         os.close(handle)

@@ -138,10 +138,11 @@ def test_it_comes_in_pages(own: tuple[str, httpx.Client]) -> None:
         answer = client.get(path)
         found += [item["id"] for item in answer.json()["items"]]
         path = answer.headers.get("link", "").partition(">")[0].removeprefix("<")
-    assert found == whole == sorted(whole, reverse=True)
+    assert found == whole
+    assert len(set(whole)) == len(whole)
 
 
-@pytest.mark.parametrize("cursor", ["x", "YQ", "", "MTIz=", "OTk5OTk5OTk5OTk5OTk5OTk5OQ"])
+@pytest.mark.parametrize("cursor", ["x", "YQ", "", "17", "0" * 32, "A" * 32, "\u0661" * 32])
 def test_cursors_that_it_did_not_give(own: tuple[str, httpx.Client], cursor: str) -> None:
     """422."""
     problem(own[1].get(f"/v1/tenants/{TENANT}/audit", params={"cursor": cursor}), 422, "invalid-request")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -315,16 +316,16 @@ def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
         problem(admin.delete(f"{path}/{made['id']}"), 404, "not-found")
 
 
-def test_a_key_that_was_revoked_elsewhere_ends_within_five_seconds(server: Server) -> None:
-    """A revocation by another process is seen within the stated time."""
+def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -> None:
+    """A revocation by another process is seen within the stated time; a busy machine has another."""
     made = server.client().post("/v1/keys", json={"scope": "read"}).json()
     client = server.client(made["key"])
     assert client.get(f"/v1/tenants/{MINE}").status_code == 200
     command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
     subprocess.run(command, check=True, capture_output=True)
-    until = time.monotonic() + 5.2
+    until = time.monotonic() + 2
     while client.get(f"/v1/tenants/{MINE}").status_code == 200 and time.monotonic() < until:
-        time.sleep(0.2)
+        time.sleep(0.05)
     problem(client.get(f"/v1/tenants/{MINE}"), 401, "unauthenticated")
 
 
@@ -367,3 +368,73 @@ def test_dev_mode_refuses_web_pages_of_other_sites(tmp_path: Path) -> None:
             assert origin in told["detail"]
         for origin in (dev.url, "http://localhost:3000", "http://[::1]:8080"):
             assert client.post(load, headers={"Origin": origin}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service without keys, with one adapter."""
+    with running_server(tmp_path_factory.mktemp("dev") / "data", "--dev") as running:
+        assert upload(running.client(""), MINE, "a").status_code == 201
+        yield running
+
+
+def _status(server: Server, call: Call, **headers: str) -> int:
+    """The status of a request without a body, as one that changes nothing where it is carried out."""
+    fields = {"Host": urlsplit(server.url).netloc, **headers}
+    return raw(server, head(call.method, call.to("auth-none"), **fields)).status
+
+
+FOREIGN_HOSTS = (
+    *("attacker.example", "attacker.example:8080", "localhost.attacker.example", "127.0.0.1.nip.io", "127.0.0.2"),
+    *("1.1.1.1", "localhost:80:80", "localhost@attacker.example", "[::2]", "x127.0.0.1", "127x0x0x1"),
+)
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call) -> None:
+    """A page whose name was made to lead here (DNS rebinding) is of the same origin for its browser, and sends no
+    Origin: its Host tells it apart, on every route that shows data."""
+    for host in FOREIGN_HOSTS[:4]:
+        assert _status(dev, call, Host=host) == 403, host
+    port = urlsplit(dev.url).port
+    for host in (
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+        f"localhost:{port}",
+        f"127.0.0.1:{port}",
+        f"[::1]:{port}",
+        "LocalHost",
+    ):
+        assert _status(dev, call, Host=host) != 403, host
+
+
+def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
+    """And which it answers to."""
+    for host in FOREIGN_HOSTS:
+        answer = raw(dev, head("GET", "/v1/tenants", Host=host))
+        assert answer.status in (400, 403), host
+        assert (
+            answer.status == 400 or "answers to the hosts localhost, 127.0.0.1 and [::1] alone" in answer.body.decode()
+        )
+    assert raw(dev, b"GET /v1/tenants HTTP/1.0\r\n\r\n").status in (400, 403)
+    for path in sorted(HEALTH):
+        assert raw(dev, head("GET", path, Host="attacker.example")).status == 200
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_dev_mode_refuses_what_other_sites_ask(dev: Server, call: Call) -> None:
+    """Whatever kind of request it is: browsers say where it comes from, also where they send no Origin."""
+    for site in ("cross-site", "same-site", "else"):
+        assert _status(dev, call, Sec_Fetch_Site=site) == 403, site
+    for site in ("same-origin", "none"):
+        assert _status(dev, call, Sec_Fetch_Site=site) != 403, site
+
+
+def test_dev_mode_on_a_unix_socket_has_no_name(tmp_path: Path) -> None:
+    """No browser gets there, and clients send any Host; what a page would send through a proxy is still refused."""
+    with running_server(tmp_path / "data", "--dev", "--uds", str(tmp_path / "s"), uds=tmp_path / "s") as dev:
+        client = dev.client("")
+        assert client.get("/v1/tenants", headers={"Host": "prefix-service"}).status_code == 200
+        for headers in ({"Origin": "https://elsewhere.example"}, {"Sec-Fetch-Site": "cross-site"}):
+            problem(client.get("/v1/tenants", headers=headers), 403, "forbidden")

@@ -19,7 +19,7 @@ Content = Callable[..., NewVersion]
 Place = Path | str
 """Where a database is: a file for SQLite, a URL for PostgreSQL."""
 
-BY = Principal("platform-key", None, "admin")
+BY = Principal("platform-key", None, "admin", has_key=False)
 """Who makes the changes that a test is not about."""
 
 # Tests of what one of the two alone does.

@@ -10,17 +10,16 @@ import pytest
 import sqlalchemy as sa
 
 from service.catalog.audit import AuditLog, record
+from service.catalog.authority import writing_for
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
-from service.catalog.records import AuditEntry, Principal, Quotas
+from service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas
 from service.catalog.schema import metadata
 from service.catalog.tenants import Tenants
 from service.errors import Conflict, NotFound, PreconditionFailed, PrefixServiceError, QuotaExceeded, StorageFailed
 from service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content
-
-ACME = Principal("acme-key", "acme", "write")
 
 
 @pytest.fixture(autouse=True)
@@ -33,20 +32,29 @@ def acme(tenants: Tenants, catalog: Catalog, content: Content) -> None:
 
 
 @pytest.fixture
-def changes(tenants: Tenants, catalog: Catalog, keyring: Keyring, content: Content) -> dict[str, Callable[[], object]]:
+def own(keyring: Keyring) -> Principal:
+    """A key of the tenant."""
+    return keyring.verify(keyring.create("acme", "write", "own", BY)[1])
+
+
+@pytest.fixture
+def changes(
+    tenants: Tenants, catalog: Catalog, keyring: Keyring, audit: AuditLog, content: Content, own: Principal
+) -> dict[str, Callable[[], object]]:
     """One of every change."""
     key, _ = keyring.create("acme", "read", "", BY)
     return {
-        "tenant.created": lambda: tenants.put("beta", ACME, Quotas(max_bytes=9)),
-        "tenant.changed": lambda: tenants.put("acme", ACME, Quotas(max_adapters=9)),
-        "tenant.deleted": lambda: tenants.delete("acme", ACME),
-        "key.created": lambda: keyring.create("acme", "read", "ci", ACME),
-        "key.revoked": lambda: keyring.revoke("acme", key.id, ACME),
-        "version.published": lambda: catalog.add_version("acme", "a", content("z"), ACME),
-        "version.deleted": lambda: catalog.delete("acme", parse_reference("a@2"), ACME),
-        "adapter.deleted": lambda: catalog.delete("acme", parse_reference("a"), ACME),
-        "alias.moved": lambda: catalog.put_alias("acme", "a", "prod", 2, ACME),
-        "alias.deleted": lambda: catalog.delete_alias("acme", "a", "prod", ACME),
+        "tenant.created": lambda: tenants.put("beta", own, Quotas(max_bytes=9)),
+        "tenant.changed": lambda: tenants.put("acme", own, Quotas(max_adapters=9)),
+        "tenant.deleted": lambda: tenants.delete("acme", own),
+        "key.created": lambda: keyring.create("acme", "read", "ci", own),
+        "key.revoked": lambda: keyring.revoke("acme", key.id, own),
+        "version.published": lambda: catalog.add_version("acme", "a", content("z"), own),
+        "version.deleted": lambda: catalog.delete("acme", parse_reference("a@2"), own),
+        "adapter.deleted": lambda: catalog.delete("acme", parse_reference("a"), own),
+        "alias.moved": lambda: catalog.put_alias("acme", "a", "prod", 2, own),
+        "alias.deleted": lambda: catalog.delete_alias("acme", "a", "prod", own),
+        "residency.loaded": lambda: audit.add(own, "residency.loaded", "acme", "acme/a@1", pinned=True),
     }
 
 
@@ -61,6 +69,7 @@ EXPECTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adapter.deleted": ("acme", "acme/a", {"versions": [1, 2]}),
     "alias.moved": ("acme", "acme/a@prod", {"version": 2, "before": 1}),
     "alias.deleted": ("acme", "acme/a@prod", {"before": 1}),
+    "residency.loaded": ("acme", "acme/a@1", {"pinned": True}),
 }
 
 
@@ -86,7 +95,7 @@ def entries(audit: AuditLog, tenant: str | None = None) -> list[AuditEntry]:
 
 @pytest.mark.parametrize("action", EXPECTED)
 def test_every_change_is_one_row_and_one_line(
-    changes: dict[str, Callable[[], object]], audit: AuditLog, action: str
+    changes: dict[str, Callable[[], object]], audit: AuditLog, own: Principal, action: str
 ) -> None:
     """Who, what, when, and from which key; the line says the same."""
     before = entries(audit)
@@ -95,7 +104,7 @@ def test_every_change_is_one_row_and_one_line(
     entry, *rest = entries(audit)
     assert rest == before
     tenant, target, details = EXPECTED[action]
-    assert (entry.actor, entry.key_id, entry.action, entry.tenant) == ("acme", "acme-key", action, tenant)
+    assert (entry.actor, entry.key_id, entry.action, entry.tenant) == ("acme", own.key_id, action, tenant)
     assert entry.target.startswith(target)
     assert entry.details.items() >= details.items()
     assert abs(entry.at.replace(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=10)
@@ -127,7 +136,7 @@ def test_what_cannot_be_noted_is_not_done(
 
 
 def note_and_fail(database: Database) -> None:
-    with database.writing() as connection:
+    with writing_for(database, BY) as connection:
         record(connection, BY, "looked.at", None, "x")
         raise KeyError
 
@@ -182,21 +191,28 @@ def test_a_publication_may_bring_its_tenant(catalog: Catalog, audit: AuditLog, c
     assert [entry.action for entry in entries(audit, "beta")] == ["version.published", "tenant.created"]
 
 
+@pytest.mark.parametrize("by", [None, COMMAND_LINE])
+def test_only_a_transaction_of_who_acts_can_be_recorded(database: Database, by: Principal | None) -> None:
+    """A writing method that proves nobody, or somebody else, fails in every test that it has."""
+    with pytest.raises(AssertionError, match="proved"), database.writing(by) as connection:
+        record(connection, BY, "looked.at", None, "x")
+
+
 def test_the_line_comes_after_the_commit(database: Database, audit: AuditLog) -> None:
     """Whoever reads the line finds the row."""
     with captured() as lines:
-        with database.writing() as connection:
+        with writing_for(database, BY) as connection:
             record(connection, BY, "looked.at", None, "x")
             assert lines == []
         assert [line["action"] for line in lines] == ["looked.at"]
     assert entries(audit)[0].action == "looked.at"
 
 
-def test_changes_that_the_catalog_does_not_hold(audit: AuditLog) -> None:
+def test_changes_that_the_catalog_does_not_hold(audit: AuditLog, own: Principal) -> None:
     """`add` notes them: a tenant's, the platform's, and those of a tenant that is gone."""
     audit.add(BY, "residency.loaded", "acme", "acme/a@1", tier="host")
     audit.add(BY, "tenant.looked-at", "ghost", "ghost")
-    audit.add(ACME, "limits.changed", None, "limits")
+    audit.add(own, "limits.changed", None, "limits")
     limits, ghost, loaded = entries(audit)[:3]
     assert (loaded.tenant, loaded.actor, loaded.details) == ("acme", "platform", {"tier": "host"})
     assert (ghost.tenant, limits.tenant, limits.actor) == ("ghost", None, "acme")

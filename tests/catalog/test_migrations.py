@@ -167,14 +167,14 @@ def test_an_older_catalog_comes_along(migrated: Database) -> None:
         assert {field: getattr(version, field) for field in digests} == digests
     assert catalog.aliases_of("acme", "summarize") == {"prod": 1}
     caller = Keyring(migrated, FOLDER_0001 / "key.secret").verify(told["key"])
-    assert caller == Principal(told["key"].split("_")[1], "acme", "write")
+    assert caller == Principal(told["key"].split("_")[1], "acme", "write", Tenants(migrated).require("acme"))
 
 
 def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     """Numbers count on, the same content is the same version, usage counts what was there."""
     catalog, tenants = Catalog(migrated), Tenants(migrated)
     known = catalog.resolve(*parse_qualified("acme/summarize@1"))
-    assert catalog.find("acme", "summarize", known.digest, known.nbytes) == known
+    assert catalog.find("acme", "summarize", known.digest, known.nbytes, BY) == known
     usage = tenants.get("acme")
     assert (usage.adapters, usage.bytes) == (1, sum(one.nbytes for one in catalog.versions_of("acme", "summarize")))
     assert catalog.add_version("acme", "summarize", content("x"), BY)[0].number == 3

@@ -57,7 +57,7 @@ def test_no_table_is_read_whole(
     """Reading, publishing, moving, deleting, counting and listing; `named` alone goes through all there is."""
     tenants.put("acme", BY, Quotas(9, 10**9))
     for word in "xy":
-        catalog.find("acme", "a", content(word).digest, 1)
+        catalog.find("acme", "a", content(word).digest, 1, BY)
         catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
     catalog.put_alias("acme", "a", "prod", 1, BY)
     for reference in ("a", "a@1", "a@prod", f"a@{content('x').digest}"):

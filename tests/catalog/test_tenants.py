@@ -81,7 +81,7 @@ def test_adapters_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: C
     with pytest.raises(QuotaExceeded, match=r"'acme' has 2 adapters and may have 2: delete one, or ask the platform"):
         catalog.add_version("acme", "c", content("x"), BY)
     with pytest.raises(QuotaExceeded):
-        catalog.find("acme", "c", content("x").digest, VERSION_BYTES)
+        catalog.find("acme", "c", content("x").digest, VERSION_BYTES, BY)
     assert catalog.add_version("acme", "a", content("y"), BY)[0].number == 2
     catalog.delete("acme", parse_reference("b"), BY)
     assert catalog.add_version("acme", "c", content("x"), BY)[1]
@@ -91,9 +91,9 @@ def test_bytes_up_to_the_quota(tenants: Tenants, catalog: Catalog, content: Cont
     """To the byte."""
     tenants.put("acme", BY, Quotas(max_bytes=2 * VERSION_BYTES))
     catalog.add_version("acme", "a", content("x"), BY)
-    assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES) is None
+    assert catalog.find("acme", "a", content("y").digest, VERSION_BYTES, BY) is None
     with pytest.raises(QuotaExceeded, match=r"'acme' has 100 of 200 bytes, and this version takes 101: delete"):
-        catalog.find("acme", "a", content("y").digest, VERSION_BYTES + 1)
+        catalog.find("acme", "a", content("y").digest, VERSION_BYTES + 1, BY)
     catalog.add_version("acme", "a", content("y"), BY)
     with pytest.raises(QuotaExceeded, match="has 200 of 200 bytes"):
         catalog.add_version("acme", "a", content("z"), BY)
@@ -116,14 +116,14 @@ def test_the_same_content_needs_no_room(tenants: Tenants, catalog: Catalog, cont
     tenants.put("acme", BY, quotas)
     version, is_new = catalog.add_version("acme", "a", content("x"), BY)
     assert (version.number, is_new) == (1, False)
-    assert catalog.find("acme", "a", content("x").digest, VERSION_BYTES) == version
+    assert catalog.find("acme", "a", content("x").digest, VERSION_BYTES, BY) == version
 
 
 def test_room_for_a_tenant_that_is_yet_to_be(catalog: Catalog) -> None:
     """It has no quotas; unless it may not come into being."""
-    assert catalog.find("ghost", "a", "sha256:0", 1, make_tenant=True) is None
+    assert catalog.find("ghost", "a", "sha256:0", 1, BY, make_tenant=True) is None
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):
-        catalog.find("ghost", "a", "sha256:0", 1)
+        catalog.find("ghost", "a", "sha256:0", 1, BY)
 
 
 def publish(place: Place, adapters: list[str], contents: list[NewVersion]) -> int:

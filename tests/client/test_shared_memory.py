@@ -340,6 +340,14 @@ def test_a_file_of_another_content_is_refused_where_it_is_verified(file: Path) -
             asked_of(told(**fields, **more), answer().replace(BODY, BODY[:-1] + b"x"), verify_digest=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_another_user_is_refused(file: Path) -> None:
+    """Neither the service's, nor root's, nor this process's: whoever owns it may write to it whenever he likes."""
+    os.chown(file, 12345, -1)
+    with pytest.raises(InvalidResponse, match="belongs to user 12345, who is not the service's"):
+        asked_of(told(file=str(file), bytes=len(BODY)))
+
+
 def test_a_link_is_not_followed(file: Path) -> None:
     """It may point anywhere, and change: the bytes are asked for."""
     link = file.with_name("link")

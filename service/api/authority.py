@@ -1,0 +1,33 @@
+"""Who changes a tenant's things: the caller, bound to the tenant that the path names when the request begins."""
+
+from dataclasses import replace
+from typing import Annotated
+
+from anyio import to_thread
+from fastapi import Depends, Request
+
+from service.api.auth import Caller
+from service.api.paths import TenantPath
+from service.api.state import state_of
+from service.catalog.records import Principal
+from service.errors import NotFound
+
+
+async def _actor(request: Request, tenant: TenantPath, caller: Caller) -> Principal:
+    if caller.tenant is not None:
+        return replace(caller, acts_on=caller.tenant_id)
+    acts_on = await to_thread.run_sync(state_of(request).library.tenants.require, tenant)
+    return replace(caller, acts_on=acts_on)
+
+
+async def _founder(request: Request, tenant: TenantPath, caller: Caller) -> Principal:
+    try:
+        return await _actor(request, tenant, caller)
+    except NotFound:
+        return caller
+
+
+Actor = Annotated[Principal, Depends(_actor)]
+"""Who changes things of the path's tenant, which must exist; declared after the tenant, so that it may be seen."""
+Founder = Annotated[Principal, Depends(_founder)]
+"""Who changes things of the path's tenant, or makes it."""
