@@ -76,13 +76,11 @@ class _Copy:
 
     def _copy(self, digest: str) -> None:
         path = self.target.path(digest)
-        with self.source.open(digest) as file:
-            path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as copied:
-                shutil.copyfileobj(file, copied, 1 << 20)
+        path.parent.mkdir(exist_ok=True)
+        nbytes = self.source.copy(digest, path)
         self.done.add(digest)
-        self.nbytes += path.stat().st_size
-        self._progress(path.stat().st_size)
+        self.nbytes += nbytes
+        self._progress(nbytes)
 
 
 def _snapshot(source: Path, target: Path) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
-from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
 from service.catalog.records import COMMAND_LINE
 from service.catalog.tenants import Tenants
-from service.collector import Collector, collecting
+from service.collector import collecting
 from service.disk import sync_folder, translated, write_private
 from service.errors import Conflict
 from service.settings import Settings
@@ -81,7 +80,7 @@ def _prepared(settings: Settings) -> Iterator[None]:
             _make(settings)
     database = Database(catalog_file(settings.data_dir))
     try:
-        with collecting(Collector(Garbage(database), blobs, settings.garbage_grace), settings.garbage_grace):
+        with collecting(database, blobs, settings.garbage_grace, settings.audit_days):
             yield
     finally:
         database.close()

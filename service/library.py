@@ -20,6 +20,7 @@ from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
+from service.catalog.listings import Listings
 from service.catalog.records import AuditEntry, NewVersion, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
 from service.catalog.tenants import Tenants
@@ -44,7 +45,8 @@ from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
 from service.prefix.rendering import KV_DTYPES, Rendering
 from service.registry.admission import Admission
-from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.keys import RenderingKey, VersionKey
+from service.registry.registry import AdapterRegistry
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
 
@@ -74,6 +76,7 @@ class Library:
         shared_files: SharedFiles | None = None,
     ) -> None:
         self.catalog = Catalog(database)
+        self.listings = Listings(database)
         self.changes = Changes(database)
         self._versions = RememberedVersions(self.catalog, self.changes)
         self.tenants = Tenants(database)
@@ -264,7 +267,18 @@ class Library:
         add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
         await to_thread.run_sync(add)
 
-    async def unload(self, version: Version, by: Principal) -> None:
+    async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
+        """Takes all versions of an adapter out of memory; the audit names the latest one, and those that were there.
+
+        Raises:
+            NotFound: there is no such adapter.
+        """
+        latest = await self.resolve(tenant, Reference(adapter))
+        present = [VersionName(*key) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
+        for version in (latest, *(one for one in present if one.number != latest.number)):
+            await self.unload(version, by)
+
+    async def unload(self, version: Version | VersionName, by: Principal) -> None:
         """Take a version out of memory; the next request loads it again."""
         self.registry.forget(_key(version))
         await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
@@ -295,10 +309,12 @@ class Library:
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """What was deleted, here or by another process, leaves memory."""
+        tenants = {change.target for change in changes if change.action == "tenant.deleted"}
+        adapters = {tuple(change.target.split("/")) for change in changes if change.action == "adapter.deleted"}
+        if tenants or adapters:
+            self.registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
         for change in changes:
-            if change.action == "tenant.deleted":
-                self.registry.forget_tenant(change.target)
-            elif change.action in ("version.deleted", "adapter.deleted"):
+            if change.action == "version.deleted":
                 tenant, reference = parse_qualified(change.target)
                 for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
                     self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
@@ -308,7 +324,7 @@ def _elements(config: PrefixConfig) -> int:
     return config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
 
 
-def _name(version: Version) -> str:
+def _name(version: Version | VersionName) -> str:
     return f"{version.tenant}/{version.adapter}@{version.number}"
 
 

@@ -1,21 +1,18 @@
 """The audit: every change, readable by the tenant's admin, and all of them by the platform's."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from anyio import to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.auth import Administering, PlatformAdmin
-from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.pagination import NUMBER, Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import Moment
 from service.api.state import LibraryOf
-from service.errors import InvalidRequest
+from service.catalog.records import AuditEntry
 from service.library import Library
 
 router = APIRouter(tags=["audit"])
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class AuditItem(BaseModel):
@@ -38,42 +35,27 @@ class AuditPage(BaseModel):
     next: str | None
 
 
-@router.get("/v1/tenants/{tenant}/audit")
+@router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
-    request: Request,
-    response: Response,
-    tenant: Administering,
-    library: LibraryOf,
-    limit: Limit = 100,
-    cursor: str | None = None,
-) -> AuditPage:
+    request: Request, tenant: Administering, library: LibraryOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, response, library, tenant, limit, cursor)
+    return await _page(request, library, tenant, limit, cursor)
 
 
-@router.get("/v1/audit")
+@router.get("/v1/audit", response_model=AuditPage)
 async def audit(
-    request: Request,
-    response: Response,
-    _caller: PlatformAdmin,
-    library: LibraryOf,
-    limit: Limit = 100,
-    cursor: str | None = None,
-) -> AuditPage:
+    request: Request, _caller: PlatformAdmin, library: LibraryOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
     """Every change, newest first."""
-    return await _page(request, response, library, None, limit, cursor)
+    return await _page(request, library, None, limit, cursor)
 
 
-async def _page(
-    request: Request, response: Response, library: Library, tenant: str | None, limit: int, cursor: str | None
-) -> AuditPage:
-    name = decode_cursor(cursor)
-    if name and not (name.isdigit() and len(name) <= 18):
-        raise InvalidRequest(f"cursor {cursor!r:.80} is not one that this listing gave")
-    before = int(name) if name else None
-    found = await to_thread.run_sync(lambda: library.audit.listed(tenant, before=before, limit=limit + 1))
-    items = [AuditItem.model_validate(entry, from_attributes=True) for entry in found[:limit]]
-    following = encode_cursor(str(items[-1].id)) if len(found) > limit else None
-    if following is not None:
-        response.headers["Link"] = next_link(request, following)
-    return AuditPage(items=items, next=following)
+async def _page(request: Request, library: Library, tenant: str | None, limit: int, cursor: str | None) -> Response:
+    def load(place: str, limit: int) -> list[AuditEntry]:
+        return library.audit.listed(tenant, before=int(place) if place else None, limit=limit)
+
+    listing = Listing(
+        load, lambda entry: str(entry.id), lambda entry: AuditItem.model_validate(entry, from_attributes=True)
+    )
+    return await answer_page(request, tenant, listing, decode_cursor(cursor, NUMBER), limit)

@@ -133,7 +133,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A model: its inputs are optional, and each of its outputs may be asked for; without the input `attention_mask`,
+    """A model: `versions` are its 1,000 newest, ascending; its inputs are optional, and each of its outputs may be asked for; without the input `attention_mask`,
     `position_ids` is empty, `[batch, 0]`."""
 
     name: str

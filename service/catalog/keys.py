@@ -88,15 +88,20 @@ class Keyring:
                 connection.execute(sa.update(keys).where(keys.c.id == row.id).values(last_used=moment))
         return Principal(row.id, row.tenant, row.scope)
 
-    def listed(self, tenant: str | None) -> list[Key]:
-        """The keys of a tenant, or of the platform, oldest first.
+    def listed(
+        self, tenant: str | None, *, after: tuple[datetime, str] | None = None, limit: int | None = None
+    ) -> list[Key]:
+        """Up to `limit` keys of a tenant, or of the platform, oldest first, beginning behind the moment and the id of
+        another; without a limit all.
 
         Raises:
             NotFound: there is no such tenant.
         """
         with self._database.reading() as connection:
             query = _KEY_ROW.where(keys.c.tenant_id == _tenant_id(connection, tenant))
-            query = query.order_by(keys.c.created, keys.c.id)
+            query = query.order_by(keys.c.created, keys.c.id).limit(limit)
+            if after is not None:
+                query = query.where(sa.tuple_(keys.c.created, keys.c.id) > sa.tuple_(*after))
             return [Key(*row) for row in connection.execute(query)]
 
     def get(self, tenant: str | None, key_id: str) -> Key:

@@ -74,9 +74,14 @@ class NewVersion:
     key_values_bytes: int
 
     @property
+    def manifest_bytes(self) -> int:
+        """The length of the manifest in UTF-8."""
+        return len(self.manifest.encode())
+
+    @property
     def nbytes(self) -> int:
         """What counts towards its tenant's quota, whoever else has the same bytes."""
-        return self.weights_bytes + self.key_values_bytes
+        return self.weights_bytes + self.key_values_bytes + self.manifest_bytes
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,8 @@ class Version(NewVersion):
 
 @dataclass(frozen=True, slots=True)
 class VersionName:
-    """A version in the index of all, where `id` tells its place: the order in which they were published."""
+    """A version in the index of all: its name and digest."""
 
-    id: int
     tenant: str
     adapter: str
     number: int
