@@ -166,7 +166,8 @@ class Library:
         digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
         tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
         # Known content, or no room for it: nothing needs to be encoded.
-        existing = self.catalog.find(tenant, adapter, digest, staged.size + key_values_bytes, make_tenant=makes)
+        nbytes = staged.size + key_values_bytes + len(manifest)
+        existing = self.catalog.find(tenant, adapter, digest, nbytes, make_tenant=makes)
         if existing is not None:
             staged.commit()
             return existing, False

@@ -72,7 +72,7 @@ class Catalog:
                 return existing, False
             require_room(connection, owner, adapter, new.nbytes)
             made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
-            is_first = connection.execute(made).rowcount == 1
+            is_first = connection.scalar(made.returning(adapters.c.id)) is not None
             adapter_id = find_adapter(connection, tenant, adapter)
             number = _next_number(connection, tenant, adapter)
             row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}

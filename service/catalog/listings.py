@@ -1,16 +1,21 @@
 """Listings of adapters and versions, each read from an index a page at a time."""
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import sqlalchemy as sa
 
 from service.catalog.database import Database
 from service.catalog.records import Adapter, Version, VersionName
-from service.catalog.rows import OWNED, PRESENT, VERSION, aliases_of, find_adapter, version_of
+from service.catalog.rows import PRESENT, VERSION, aliases_of, find_adapter, version_of
 from service.catalog.schema import adapters, tenants, versions
 
 _ORDER: Final = (tenants.c.name, adapters.c.name, versions.c.number)
-_NAME: Final = sa.select(*_ORDER, versions.c.digest).select_from(OWNED).where(PRESENT).order_by(*_ORDER)
+# Adding nothing keeps SQLite from beginning with the versions, all of which it would read and sort.
+_FROM: Final = tenants.join(adapters, adapters.c.tenant_id == tenants.c.id + 0).join(
+    versions, versions.c.adapter_id == adapters.c.id + 0
+)
+_NAME: Final = sa.select(*_ORDER, versions.c.digest).select_from(_FROM).where(PRESENT).order_by(*_ORDER)
 
 
 class Listings:
@@ -69,26 +74,22 @@ class Listings:
         """Returns up to `limit` versions of an adapter, of a tenant, or of all, in the order of tenant, adapter and
         number, beginning behind `after`."""
         found: list[VersionName] = []
+        after = after or VersionName(tenant or "", adapter or "", 0, "")
         with self._database.reading() as connection:
-            for condition in _behind(tenant, adapter, after):
-                rows = connection.execute(_NAME.where(condition).limit(limit - len(found)))
+            for query in _behind(tenant, adapter, after):
+                rows = connection.execute(query.limit(limit - len(found)))
                 found += [VersionName(*row) for row in rows]
                 if len(found) == limit:
                     break
         return found
 
 
-def _behind(tenant: str | None, adapter: str | None, after: VersionName | None) -> list[sa.ColumnElement[bool]]:
-    """Returns conditions that follow each other: the rest of the adapter of `after`, the rest of its tenant, and the
-    tenants behind it. An index answers each of them in order, and none would a comparison of all three columns."""
-    of_tenant = sa.true() if tenant is None else tenants.c.name == tenant
-    of_adapter = sa.true() if adapter is None else adapters.c.name == adapter
-    if after is None:
-        return [sa.and_(of_tenant, of_adapter)]
-    same_tenant: Any = tenants.c.name == after.tenant
-    found = [sa.and_(same_tenant, adapters.c.name == after.adapter, versions.c.number > after.number)]
+def _behind(tenant: str | None, adapter: str | None, after: VersionName) -> Iterator[sa.Select[Any]]:
+    """Yields queries that follow each other: the rest of the adapter of `after`, the rest of its tenant, and the
+    tenants behind it. An index answers each of them in order; it could not answer a comparison of all three columns."""
+    of_tenant = _NAME.where(tenants.c.name == after.tenant)
+    yield of_tenant.where(adapters.c.name == after.adapter, versions.c.number > after.number)
     if adapter is None:
-        found.append(sa.and_(same_tenant, adapters.c.name > after.adapter))
+        yield of_tenant.where(adapters.c.name > after.adapter)
     if tenant is None:
-        found.append(tenants.c.name > after.tenant)
-    return found
+        yield _NAME.where(tenants.c.name > after.tenant)

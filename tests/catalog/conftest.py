@@ -9,8 +9,10 @@ import pytest
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
+from service.catalog.listings import Listings
 from service.catalog.records import NewVersion, Principal
 from service.catalog.tenants import Tenants
 from tests.postgresql import PostgreSQL
@@ -59,6 +61,11 @@ def catalog(database: Database) -> Catalog:
 
 
 @pytest.fixture
+def listings(database: Database) -> Listings:
+    return Listings(database)
+
+
+@pytest.fixture
 def tenants(database: Database) -> Tenants:
     return Tenants(database)
 
@@ -73,6 +80,13 @@ def garbage(database: Database) -> Garbage:
     return Garbage(database)
 
 
+def remove_deleted(database: Database) -> None:
+    """What the collector does: every row of what was deleted goes."""
+    deletions = Deletions(database)
+    while deletions.remove_slice():
+        pass
+
+
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
     return tmp_path / "secrets" / "key.secret"
@@ -85,11 +99,12 @@ def keyring(database: Database, secret: Path) -> Keyring:
 
 @pytest.fixture
 def content() -> Content:
-    """What publishing would put into the catalog, for a content that is told apart by a word: 10 + 20 bytes."""
+    """What publishing would put into the catalog, for a content that is told apart by a word: 10 bytes of weights, 20
+    of keys and values, and 70 of the manifest."""
 
     def make(word: str, base_model: str | None = "gpt2") -> NewVersion:
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"
-        manifest = f'{{"config":{{"word":"{word}"}}}}'
+        manifest = f'{{"config":{{"word":"{word}"}}}}'.ljust(70)
         return NewVersion(digest, manifest, base_model, digest, 10, "bfloat16", digest, 20)
 
     return make

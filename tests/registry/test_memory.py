@@ -9,8 +9,8 @@ import torch
 
 from service.errors import OutOfSpace
 from service.prefix.kv import PrefixKV
-from service.registry.memory import exhausted
 from service.registry.keys import RenderingKey, VersionKey
+from service.registry.memory import exhausted
 from service.registry.registry import AdapterRegistry
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test exhausts one")
