@@ -84,10 +84,13 @@ class _Copy:
 
 
 def _snapshot(source: Path, target: Path) -> None:
+    """Copies the catalog as it is at one moment. Writers wait meanwhile: nothing is flushed here, but in the end."""
     with (
         contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
         contextlib.closing(sqlite3.connect(target)) as after,
     ):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF"):
+            after.execute(f"PRAGMA {pragma}")
         before.backup(after)
 
 

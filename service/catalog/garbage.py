@@ -12,7 +12,7 @@ from service.catalog.schema import adapters, garbage, tenants, versions
 
 _PAGE: Final = 1000
 
-SLICE: Final = 500
+SLICE: Final = 250
 """Rows that one transaction removes: others can write again after some tens of milliseconds."""
 
 

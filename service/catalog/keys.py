@@ -101,7 +101,8 @@ class Keyring:
             query = _KEY_ROW.where(keys.c.tenant_id == _tenant_id(connection, tenant))
             query = query.order_by(keys.c.created, keys.c.id).limit(limit)
             if after is not None:
-                query = query.where(sa.tuple_(keys.c.created, keys.c.id) > sa.tuple_(*after))
+                place = sa.tuple_(sa.literal(after[0], keys.c.created.type), sa.literal(after[1]))
+                query = query.where(sa.tuple_(keys.c.created, keys.c.id) > place)
             return [Key(*row) for row in connection.execute(query)]
 
     def get(self, tenant: str | None, key_id: str) -> Key:

@@ -1,6 +1,7 @@
 """The catalog's tables; `migrations/` makes them, and a test holds the two together."""
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 
 metadata = sa.MetaData(
     naming_convention={
@@ -13,6 +14,9 @@ metadata = sa.MetaData(
 
 # Names are compared and ordered byte by byte, also where a database would rather follow a language.
 Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+# As SQLite's own clock writes it, without fractions: texts of the same moment must be equal.
+_Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")
 
 
 def _being_removed() -> sa.Index:
@@ -45,7 +49,7 @@ keys = sa.Table(
     sa.Column("scope", sa.Text, nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("hash", sa.Text, nullable=False),
-    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("created", _Made, nullable=False, server_default=sa.func.now()),
     sa.Column("expires", sa.DateTime),
     sa.Column("last_used", sa.DateTime),
     sa.Index(None, "tenant_id", "created", "id"),
