@@ -80,7 +80,7 @@ def _first(table: sa.Table) -> sa.Select[Any]:
 
 def _remove_from(connection: sa.Connection, tenant_id: int) -> None:
     """Removes some adapters of a tenant; after the last one its name in the audit, and in the end its row."""
-    owned = sa.select(adapters.c.id, adapters.c.versions).where(adapters.c.tenant_id == tenant_id)
+    owned: sa.Select[Any] = sa.select(adapters.c.id, adapters.c.versions).where(adapters.c.tenant_id == tenant_id)
     found = connection.execute(owned.order_by(adapters.c.name).limit(SLICE)).all()
     if found:
         _remove_adapters(connection, found)

@@ -16,7 +16,7 @@ metadata = sa.MetaData(
 Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 # As SQLite's own clock writes it, without fractions: texts of the same moment must be equal.
-_Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")
+_Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")  # type: ignore[no-untyped-call]
 
 
 def _being_removed() -> sa.Index:

@@ -11,8 +11,13 @@ def upgrade() -> None:
     """Add what keeps publishing, deleting and listing independent of how much there is."""
     for table in ("tenants", "adapters"):
         op.add_column(table, sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()))
-        condition = {"sqlite_where": sa.text("deleted = 1"), "postgresql_where": sa.text("deleted")}
-        op.create_index(f"ix_{table}_deleted", table, ["deleted"], **condition)
+        op.create_index(
+            f"ix_{table}_deleted",
+            table,
+            ["deleted"],
+            sqlite_where=sa.text("deleted = 1"),
+            postgresql_where=sa.text("deleted"),
+        )
     totals = {"tenants": ("adapters", "bytes"), "adapters": ("versions", "bytes"), "versions": ("manifest_bytes",)}
     for table, columns in totals.items():
         for column in columns:
