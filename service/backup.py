@@ -12,7 +12,7 @@ from service.blobs import FolderBlobStore
 from service.catalog.database import Database
 from service.catalog.garbage import Garbage
 from service.data_folder import blob_folder, catalog_file
-from service.disk import PRIVATE_FOLDER, make_private, private_opener, translated, write_private
+from service.disk import PRIVATE_FOLDER, make_private, translated, write_private
 from service.errors import Conflict, CorruptBlob, NotFound
 from service.settings import Settings
 
@@ -76,21 +76,22 @@ class _Copy:
 
     def _copy(self, digest: str) -> None:
         path = self.target.path(digest)
-        with self.source.open(digest) as file:
-            path.parent.mkdir(PRIVATE_FOLDER, exist_ok=True)
-            with open(path, "wb", opener=private_opener) as copied:
-                shutil.copyfileobj(file, copied, 1 << 20)
+        path.parent.mkdir(PRIVATE_FOLDER, exist_ok=True)
+        nbytes = self.source.copy(digest, path)
         self.done.add(digest)
-        self.nbytes += path.stat().st_size
-        self._progress(path.stat().st_size)
+        self.nbytes += nbytes
+        self._progress(nbytes)
 
 
 def _snapshot(source: Path, target: Path) -> None:
+    """Copies the catalog as it is at one moment. Writers wait meanwhile: nothing is flushed here, but in the end."""
     make_private(target)  # SQLite takes the mode of a file that is there
     with (
         contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
         contextlib.closing(sqlite3.connect(target)) as after,
     ):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF"):
+            after.execute(f"PRAGMA {pragma}")
         before.backup(after)
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
@@ -20,6 +20,7 @@ from service.host_memory import host_memory
 log = logging.getLogger("prefix_service")
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_REMOVED_TOGETHER: Final = 50
 _PIECE: Final = 1 << 20  # read, and hashed while it is in the processor's cache
 
 Memory = Callable[[int], memoryview]
@@ -60,7 +61,7 @@ class BlobStore(Protocol):
     def exists(self, digest: str) -> bool: ...
     def check(self) -> None: ...
     def listed(self) -> Iterator[StoredBlob]: ...
-    def remove(self, digest: str, older_than: float) -> bool: ...
+    def remove(self, digests: Sequence[str], older_than: float) -> set[str]: ...
     def sweep(self, older_than: float) -> int: ...
 
 
@@ -139,18 +140,24 @@ class FolderBlobStore:
                 return
         raise Unavailable(f"the blob folder {self._root.name} is gone: mount it again, or bring it back")
 
-    def remove(self, digest: str, older_than: float) -> bool:
-        """Remove a blob that was not committed again within the last `older_than` seconds; whether it is gone.
+    def remove(self, digests: Sequence[str], older_than: float) -> set[str]:
+        """Removes blobs that were not committed again within the last `older_than` seconds; returns those that are
+        gone. Commits wait for `_REMOVED_TOGETHER` removals at most.
 
         Raises:
-            StorageFailed: the disk refused.
+            StorageFailed: the disk refused; some may be gone.
         """
-        path, now = self.path(digest), self._now()
-        with translated(f"remove blob {digest}"), self.locked(fcntl.LOCK_EX):
-            if not path.exists() or now - path.stat().st_mtime < older_than:
-                return False
-            path.unlink()
-            return True
+        limit = self._now() - older_than
+        gone = set()
+        for begin in range(0, len(digests), _REMOVED_TOGETHER):
+            with translated("remove blobs"), self.locked(fcntl.LOCK_EX):
+                for digest in digests[begin : begin + _REMOVED_TOGETHER]:
+                    path = self.path(digest)
+                    with contextlib.suppress(FileNotFoundError):
+                        if path.stat().st_mtime <= limit:
+                            path.unlink()
+                            gone.add(digest)
+        return gone
 
     def _now(self) -> float:
         """The file system's time, which may not be this machine's."""
@@ -225,6 +232,25 @@ class FolderBlobStore:
                 raise self._damaged(digest, file)
             closing.pop_all()
             return file
+
+    def copy(self, digest: str, target: Path) -> int:
+        """Copies a blob to a file outside the store, verified while it is read; returns its bytes. The caller flushes
+        it to the disk.
+
+        Raises:
+            NotFound, CorruptBlob, StorageFailed: as `read`; there is no file then.
+            OutOfSpace: the target's disk is full.
+        """
+        found, length = hashlib.sha256(), 0
+        with self._existing(digest) as file:
+            with translated(f"copy blob {digest}"), target.open("wb") as copied:
+                while piece := file.read(_PIECE):
+                    found.update(piece)
+                    length += copied.write(piece)
+            if _digest(found) != digest:
+                target.unlink()
+                raise self._damaged(digest, file)
+        return length
 
     def _existing(self, digest: str) -> BinaryIO:
         with translated(f"read blob {digest}"):

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,13 +11,18 @@ from typing import Final
 
 from service.background import in_background
 from service.blobs import BlobStore, StoredBlob
+from service.catalog.database import Database
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
+from service.catalog.retention import expire_audit
 from service.errors import PrefixServiceError
 
 log = logging.getLogger("prefix_service")
 
 _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
+_LOOK: Final = 0.5  # seconds between two looks for what was deleted
+_REST: Final = 0.05  # seconds, at least, that others can write between two slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +62,9 @@ class Collector:
         old = (blob for blob in self._blobs.listed() if blob.age >= self._grace)
         for batch in _batches(old):
             wanted = self._garbage.wanted([blob.digest for blob in batch], self._grace)
-            for blob in batch:
-                if blob.digest not in wanted and self._blobs.remove(blob.digest, older_than=self._grace):
-                    blobs, nbytes = blobs + 1, nbytes + blob.size
-        self._garbage.forget(self._grace)
+            unwanted = [blob.digest for blob in batch if blob.digest not in wanted]
+            gone = self._blobs.remove(unwanted, older_than=self._grace) if unwanted else set()
+            blobs, nbytes = blobs + len(gone), nbytes + sum(blob.size for blob in batch if blob.digest in gone)
         if blobs or leftovers:
             log.info("garbage collected", extra={"blobs": blobs, "bytes": nbytes, "leftovers": leftovers})
         return Collected(blobs, nbytes, leftovers)
@@ -86,6 +91,42 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
         yield batch
 
 
+class Housekeeping:
+    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`."""
+
+    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int) -> None:
+        self._database, self._grace, self._audit_days = database, grace, audit_days
+        self._garbage, self._deletions = Garbage(database), Deletions(database)
+        self._collector = Collector(self._garbage, blobs, grace)
+
+    def work(self, stop: threading.Event) -> None:
+        """Goes on until `stop` is set."""
+        pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+        _logged(self._collector.reconcile)
+        collected = time.monotonic()
+        while not stop.wait(min(_LOOK, pause)):
+            _logged(lambda: in_slices(self._deletions.remove_slice, stop))
+            if time.monotonic() - collected >= pause:
+                _logged(lambda: self._collect(stop))
+                collected = time.monotonic()
+
+    def _collect(self, stop: threading.Event) -> None:
+        self._collector.collect()
+        in_slices(lambda: self._garbage.forget(self._grace), stop)
+        in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
+
+
+def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
+    """Calls until there is nothing more, or `stop` is set. Between two calls others can write for as long as a call
+    took."""
+    more = True
+    while more:
+        began = time.monotonic()
+        more = remove()
+        if stop.wait(max(_REST, time.monotonic() - began) if more else 0):
+            return
+
+
 def _logged(call: Callable[[], object]) -> None:
     try:
         call()
@@ -94,14 +135,7 @@ def _logged(call: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def collecting(collector: Collector, grace: float) -> Iterator[None]:
-    """Reconcile once, then collect again and again, in a thread, while the block runs."""
-    pause = min(max(grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
-
-    def work(stop: threading.Event) -> None:
-        _logged(collector.reconcile)
-        while not stop.wait(pause):
-            _logged(collector.collect)
-
-    with in_background("collector", work):
+def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int) -> Iterator[None]:
+    """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
+    with in_background("collector", Housekeeping(database, blobs, grace, audit_days).work):
         yield

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
-from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
 from service.catalog.records import COMMAND_LINE
 from service.catalog.tenants import Tenants
-from service.collector import Collector, collecting
+from service.collector import collecting
 from service.disk import PRIVATE_FOLDER, require_writable, sync_folder, tighten, translated, write_private
 from service.errors import Conflict, NotFound, StorageFailed
 from service.reserve import Reserve, reserve_file
@@ -131,7 +130,7 @@ def _prepared(settings: Settings) -> Iterator[None]:
     Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
     database = Database(catalog_file(settings.data_dir))
     try:
-        with collecting(Collector(Garbage(database), blobs, settings.garbage_grace), settings.garbage_grace):
+        with collecting(database, blobs, settings.garbage_grace, settings.audit_days):
             yield
     finally:
         database.close()

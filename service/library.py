@@ -15,6 +15,7 @@ from service.catalog.authority import prove
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
+from service.catalog.listings import Listings
 from service.catalog.reads import read_catalog
 from service.catalog.records import AuditEntry, Principal, Version, VersionName
 from service.catalog.remembered import RememberedVersions
@@ -37,7 +38,8 @@ from service.prefix.references import Reference, parse_qualified
 from service.prefix.rendering import Rendering
 from service.publishing import Publisher
 from service.registry.admission import Admission
-from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.keys import RenderingKey, VersionKey
+from service.registry.registry import AdapterRegistry
 from service.registry.tier import Lease, Leases
 from service.shared_files import SharedFiles
 
@@ -58,6 +60,7 @@ class Library:
     ) -> None:
         self._database = database
         self.catalog = Catalog(database)
+        self.listings = Listings(database)
         self.changes = Changes(database)
         self._versions = RememberedVersions(self.catalog, self.changes)
         self.tenants = Tenants(database)
@@ -214,14 +217,27 @@ class Library:
         loaded = await self.load(version)  # it may have been evicted while the change was recorded
         self.registry.pin(_key(loaded), pinned=pinned)
 
-    async def unload(self, version: Version, by: Principal) -> None:
+    async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
+        """Takes all versions of an adapter out of memory; the audit names the latest one, and those that were there.
+
+        Raises:
+            Unauthenticated, NotFound: `by` has no authority any more, or there is no such adapter.
+        """
+        latest = await self.resolve(tenant, Reference(adapter))
+        present = [VersionName(*key[:4]) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
+        await self.unload(latest, by)
+        for version in present:
+            if version.number != latest.number:
+                await self.unload(version, by)
+
+    async def unload(self, version: Version | VersionName, by: Principal) -> None:
         """Take a version out of memory; the next request loads it again.
 
         Raises:
             Unauthenticated, NotFound: `by` has no authority any more; the version stays in memory then.
         """
         await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
-        self.registry.forget(_key(version))
+        self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
         """Whether a version is resident and pinned, and on which device."""
@@ -249,10 +265,12 @@ class Library:
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """Forget what was deleted or encoded again, here or by another process: it leaves memory."""
+        tenants = {change.target for change in changes if change.action == "tenant.deleted"}
+        adapters = {tuple(change.target.split("/")) for change in changes if change.action == "adapter.deleted"}
+        if tenants or adapters:
+            self.registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
         for change in changes:
-            if change.action == "tenant.deleted":
-                self.registry.forget_tenant(change.target)
-            elif change.action in ("version.deleted", "adapter.deleted"):
+            if change.action == "version.deleted":
                 tenant, reference = parse_qualified(change.target)
                 for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
                     self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
@@ -262,7 +280,7 @@ class Library:
                 self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
 
 
-def _name(version: Version) -> str:
+def _name(version: Version | VersionName) -> str:
     return f"{version.tenant}/{version.adapter}@{version.number}"
 
 

@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
+    audit_days: Annotated[int, Field(ge=1, le=36_500, description="days that the audit keeps a change")] = 365
     http_parser: Annotated[
         Literal["auto", "httptools", "h11"],
         Field(description="auto: httptools on loopback and Unix sockets, h11 elsewhere"),

@@ -189,9 +189,9 @@ def test_removal_spares_what_was_committed_again(folder: FolderBlobStore) -> Non
     """Age counts from the last commit, also of the same bytes, so what a running upload stored stays."""
     old, again = aged(folder, b"old", 1000), aged(folder, b"again", 1000)
     staged(folder, b"again").commit()
-    assert [folder.remove(digest, older_than=60) for digest in (old, again)] == [True, False]
+    assert folder.remove([old, again], older_than=60) == {old}
     assert (folder.exists(old), folder.exists(again)) == (False, True)
-    assert not folder.remove(old, older_than=60)
+    assert folder.remove([old], older_than=60) == set()
 
 
 def test_an_upload_that_began_long_ago_is_new_when_it_is_committed(folder: FolderBlobStore, root: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_upload_that_began_long_ago_is_new_when_it_is_committed(folder: Folde
     blob = staged(folder)
     for path in (root / "staging").iterdir():
         os.utime(path, (0, 0))
-    assert not folder.remove(blob.commit(), older_than=60)
+    assert folder.remove([blob.commit()], older_than=60) == set()
 
 
 def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
@@ -207,11 +207,11 @@ def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
     digest = aged(folder, DATA, 1000)
     with ThreadPoolExecutor(1) as pool:
         with folder.locked(fcntl.LOCK_SH):
-            removal = pool.submit(folder.remove, digest, 60)
+            removal = pool.submit(folder.remove, [digest], 60)
             with pytest.raises(TimeoutError):
                 removal.result(0.2)
             os.utime(folder.path(digest))
-        assert removal.result(10) is False
+        assert removal.result(10) == set()
     assert folder.read(digest) == DATA
 
 

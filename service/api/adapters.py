@@ -9,7 +9,7 @@ from service.api.auth import Reading, Writing
 from service.api.authority import Actor, Founder
 from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_json, read_upload, validated
 from service.api.negotiation import require_media_type
-from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.pagination import NUMBER, Limit, Listing, answer_page, decode_cursor
 from service.api.paths import NamePath, RefPath
 from service.api.schemas import (
     AdapterItem,
@@ -21,7 +21,7 @@ from service.api.schemas import (
     VersionSummary,
 )
 from service.api.state import LibraryOf, SettingsOf
-from service.catalog.records import Principal, Version
+from service.catalog.records import Adapter, Principal, Version
 from service.errors import NotFound
 from service.library import Library
 from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
@@ -111,29 +111,24 @@ def _target(tenant: str, name: str, by: Principal) -> Target:
     return Target(tenant, name, by, makes_tenants)
 
 
-@router.get("/v1/tenants/{tenant}/adapters")
+@router.get("/v1/tenants/{tenant}/adapters", response_model=AdapterPage)
 async def list_adapters(
     request: Request,
-    response: Response,
     tenant: Reading,
     library: LibraryOf,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Limit = 100,
     cursor: str | None = None,
     base_model: Annotated[str | None, Query(max_length=1000)] = None,
-) -> AdapterPage:
+) -> Response:
     """The adapters of a tenant, in the order of their names."""
     after = decode_cursor(cursor)
     await to_thread.run_sync(library.tenants.require, tenant)
 
-    def load() -> list[AdapterItem]:
-        found = library.catalog.list_adapters(tenant, after=after, limit=limit + 1, base_model=base_model)
-        return [AdapterItem.of(adapter) for adapter in found]
+    def load(after: str, limit: int) -> list[Adapter]:
+        return library.listings.adapters(tenant, after=after, limit=limit, base_model=base_model)
 
-    items = await to_thread.run_sync(load)
-    following = encode_cursor(items[limit - 1].adapter) if len(items) > limit else None
-    if following is not None:
-        response.headers["Link"] = next_link(request, following)
-    return AdapterPage(items=items[:limit], next=following)
+    listing = Listing(load, lambda row: row.latest.adapter, AdapterItem.of)
+    return await answer_page(request, tenant, listing, after, limit)
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{ref}")
@@ -142,13 +137,25 @@ async def inspect(tenant: Reading, ref: RefPath, library: LibraryOf) -> VersionD
     return await _detail(library, await library.resolve(tenant, parse_reference(ref)))
 
 
-@router.get("/v1/tenants/{tenant}/adapters/{name}/versions")
-async def list_versions(tenant: Reading, name: NamePath, library: LibraryOf) -> VersionPage:
-    """Every version of an adapter, newest first."""
+@router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
+async def list_versions(
+    request: Request,
+    tenant: Reading,
+    name: NamePath,
+    library: LibraryOf,
+    limit: Limit = 100,
+    cursor: str | None = None,
+) -> Response:
+    """The versions of an adapter, newest first."""
     check_name("adapter", name)
-    versions = await to_thread.run_sync(library.catalog.versions_of, tenant, name)
+    place = decode_cursor(cursor, NUMBER)
     aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
-    return VersionPage(items=[VersionSummary.of(version, aliases) for version in versions])
+
+    def load(place: str, limit: int) -> list[Version]:
+        return library.listings.versions(tenant, name, before=int(place) if place else None, limit=limit)
+
+    listing = Listing(load, lambda row: str(row.number), lambda row: VersionSummary.of(row, aliases))
+    return await answer_page(request, tenant, listing, place, limit)
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)

@@ -1,21 +1,18 @@
 """The audit: every change, readable by the tenant's admin, and all of them by the platform's."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
-from anyio import to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.auth import Administering, PlatformAdmin
-from service.api.pagination import next_link
+from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import Moment
 from service.api.state import State, StateOf
 from service.catalog.records import AuditEntry
 
 router = APIRouter(tags=["audit"])
-
-Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class AuditItem(BaseModel):
@@ -39,43 +36,30 @@ class AuditPage(BaseModel):
     next: str | None
 
 
-@router.get("/v1/tenants/{tenant}/audit")
+@router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
-    request: Request,
-    response: Response,
-    tenant: Administering,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: str | None = None,
-) -> AuditPage:
+    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, response, state, tenant, limit, cursor)
+    return await _page(request, state, tenant, limit, cursor)
 
 
-@router.get("/v1/audit")
+@router.get("/v1/audit", response_model=AuditPage)
 async def audit(
-    request: Request,
-    response: Response,
-    _caller: PlatformAdmin,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: str | None = None,
-) -> AuditPage:
+    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
     """Every change, newest first."""
-    return await _page(request, response, state, None, limit, cursor)
+    return await _page(request, state, None, limit, cursor)
 
 
-async def _page(
-    request: Request, response: Response, state: State, tenant: str | None, limit: int, cursor: str | None
-) -> AuditPage:
-    before = None if cursor is None else state.audit_ids.number(cursor)
-    found = await to_thread.run_sync(lambda: state.library.audit.listed(tenant, before=before, limit=limit + 1))
-    items = [_item(state, entry) for entry in found[:limit]]
-    following = items[-1].id if len(found) > limit else None
-    if following is not None:
-        response.headers["Link"] = next_link(request, following)
-    return AuditPage(items=items, next=following)
+async def _page(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
+    ids, audit = state.audit_ids, state.library.audit
 
+    def load(place: str, limit: int) -> list[AuditEntry]:
+        return audit.listed(tenant, before=ids.number(place) if place else None, limit=limit)
 
-def _item(state: State, entry: AuditEntry) -> AuditItem:
-    return AuditItem.model_validate({**asdict(entry), "id": state.audit_ids.text(entry.id)})
+    def item(entry: AuditEntry) -> AuditItem:
+        return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id)})
+
+    listing = Listing(load, lambda entry: ids.text(entry.id), item)
+    return await answer_page(request, tenant, listing, decode_cursor(cursor, ids.holds), limit)

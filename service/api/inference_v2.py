@@ -1,6 +1,7 @@
 """The Open Inference Protocol (KServe v2, Triton's REST dialect): a model is an adapter, `<tenant>/<adapter>`."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from importlib.metadata import version as version_of
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from service.api.documentation import json_body, request_headers
 from service.api.inference_v2_extensions import EXTENSIONS
 from service.api.inference_v2_models import (
     MODEL,
+    PAGE,
     VERSION,
     Selector,
     every_version,
@@ -24,6 +26,7 @@ from service.api.inference_v2_models import (
     outputs_of,
     platform_of,
     resolved,
+    written,
 )
 from service.api.inference_v2_requests import JSON_LENGTH, parse_inference
 from service.api.inference_v2_responses import TensorsResponse
@@ -42,7 +45,7 @@ from service.api.inference_v2_schemas import (
 )
 from service.api.paths import NamePath
 from service.api.state import LibraryOf, SettingsOf, State, StateOf
-from service.catalog.records import Version
+from service.catalog.records import Version, VersionName
 from service.errors import InvalidRequest
 from service.library import Library
 from service.prefix.references import check_name
@@ -137,9 +140,10 @@ async def infer_version(
 async def repository_index(
     request: Request, caller: Caller, library: LibraryOf, settings: SettingsOf
 ) -> StreamingResponse:
-    """Every version that the caller may see, in the order of publishing, and whether it is in memory."""
+    """Every version that the caller may see, in the order of names and numbers, and whether it is in memory."""
     wanted = validated(IndexRequest, await _optional_json(request, settings.max_request_bytes))
-    return await json_list(_index(library, caller.tenant, only_ready=wanted.ready))
+    pages = _ready(library, caller.tenant) if wanted.ready else _all(library, caller.tenant)
+    return await json_list(pages)
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
@@ -165,9 +169,7 @@ async def repository_unload(
     validated(UnloadRequest, await _optional_json(request, settings.max_request_bytes))
     await library.require_authority(by)
     check_name("adapter", name)
-    latest, *others = await to_thread.run_sync(library.catalog.versions_of, tenant, name)
-    for version in (latest, *(other for other in others if library.residency(other)["resident"])):
-        await library.unload(version, by)
+    await library.unload_all(tenant, name, by)
     return Response()
 
 
@@ -190,23 +192,30 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
 
 
 async def _metadata(library: Library, version: Version) -> ModelMetadata:
-    versions = await to_thread.run_sync(library.catalog.versions_of, version.tenant, version.adapter)
+    numbers = await to_thread.run_sync(library.listings.numbers, version.tenant, version.adapter, PAGE)
     return ModelMetadata(
         name=name_of(version),
-        versions=[str(one.number) for one in reversed(versions)],
+        versions=[str(number) for number in numbers],
         platform=platform_of(version),
         inputs=inputs_of_every_model(),
         outputs=outputs_of(library, version),
     )
 
 
-async def _index(library: Library, tenant: str | None, *, only_ready: bool) -> AsyncIterator[list[dict[str, str]]]:
-    async for page in every_version(library, tenant):
-        entries = []
-        for one in page:
-            ready = bool(library.residency(one)["resident"])
-            if ready or not only_ready:
-                state, reason = ("READY", "") if ready else ("UNAVAILABLE", "not in memory: inference loads it")
-                entry = IndexEntry(name=name_of(one), version=str(one.number), state=state, reason=reason)
-                entries.append(entry.model_dump())
-        yield entries
+def _all(library: Library, tenant: str | None) -> AsyncIterator[bytes]:
+    return every_version(
+        library, tenant, None, lambda version: _entry(version, ready=bool(library.residency(version)["resident"]))
+    )
+
+
+async def _ready(library: Library, tenant: str | None) -> AsyncIterator[bytes]:
+    """Yields what is in memory, without a look at what is not."""
+    names = [VersionName(*key[:4]) for key in sorted(library.registry.versions()) if tenant in (None, key.tenant)]
+    for begin in range(0, len(names) or 1, PAGE):
+        page = partial(written, names[begin : begin + PAGE], partial(_entry, ready=True))
+        yield await library.admission.run(tenant or "", page)
+
+
+def _entry(version: VersionName, *, ready: bool) -> dict[str, Any]:
+    state, reason = ("READY", "") if ready else ("UNAVAILABLE", "not in memory: inference loads it")
+    return {"name": name_of(version), "version": str(version.number), "state": state, "reason": reason}

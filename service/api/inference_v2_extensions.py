@@ -3,11 +3,11 @@
 Source: https://github.com/triton-inference-server/server/tree/main/docs/protocol
 """
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
-from anyio import to_thread
 from fastapi import APIRouter
 from starlette.responses import StreamingResponse
 
@@ -34,7 +34,7 @@ from service.api.inference_v2_schemas import (
 )
 from service.api.inference_v2_statistics import Duration, InferenceStatistics
 from service.api.paths import NamePath
-from service.api.state import LibraryOf, StateOf
+from service.api.state import LibraryOf, State, StateOf
 from service.catalog.records import Version, VersionName
 from service.errors import NotFound
 from service.library import Library
@@ -78,14 +78,15 @@ async def version_config(tenant: Reading, name: NamePath, version: Selector, lib
 
 @router.get("/models/stats", **_LISTING)
 async def all_statistics(caller: Caller, state: StateOf) -> StreamingResponse:
-    """Counts of every version that the caller may see, in the order of publishing."""
-    return await _counts(state.inference_statistics, every_version(state.library, caller.tenant))
+    """Counts of every version that the caller may see, in the order of names and numbers."""
+    return await _counts(state, caller.tenant)
 
 
 @router.get(f"{MODEL}/stats", **_LISTING)
 async def model_statistics(tenant: Reading, name: NamePath, state: StateOf) -> StreamingResponse:
     """Counts of every version of a model, oldest first."""
-    return await _counts(state.inference_statistics, _versions_of(state.library, tenant, name))
+    await resolved(state.library, tenant, name)  # 404 where there is no such adapter
+    return await _counts(state, tenant, name)
 
 
 @router.get(f"{VERSION}/stats")
@@ -109,22 +110,10 @@ def _configured(tensor: TensorMetadata) -> dict[str, Any]:
     return {"name": tensor.name, "data_type": f"TYPE_{tensor.datatype}", "dims": tensor.shape}
 
 
-async def _versions_of(library: Library, tenant: str, name: str) -> AsyncIterator[list[VersionName]]:
-    await resolved(library, tenant, name)  # 404 where there is no such adapter
-    async for page in every_version(library, tenant, name):
-        yield page
-
-
-async def _counts(statistics: InferenceStatistics, pages: AsyncIterator[list[VersionName]]) -> StreamingResponse:
-    async def counted() -> AsyncIterator[list[dict[str, Any]]]:
-        async for page in pages:
-            yield await to_thread.run_sync(_counted_all, statistics, page)
-
-    return await json_list(counted(), b'{"model_stats":[', b"]}")
-
-
-def _counted_all(statistics: InferenceStatistics, page: list[VersionName]) -> list[dict[str, Any]]:
-    return [_counted(statistics, version) for version in page]
+async def _counts(state: State, tenant: str | None, adapter: str | None = None) -> StreamingResponse:
+    counted = partial(_counted, state.inference_statistics)
+    pages = every_version(state.library, tenant, adapter, counted)
+    return await json_list(pages, b'{"model_stats":[', b"]}")
 
 
 def _counted(statistics: InferenceStatistics, version: Version | VersionName) -> dict[str, Any]:

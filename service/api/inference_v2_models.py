@@ -1,12 +1,11 @@
 """The models of the Open Inference Protocol: a model is an adapter, `<tenant>/<adapter>`, with its versions."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Final
 
 import orjson
 import torch
-from anyio import to_thread
 from fastapi import Path
 from starlette.responses import StreamingResponse
 
@@ -23,7 +22,7 @@ MODEL: Final = "/models/{tenant}/{name}"
 VERSION: Final = MODEL + "/versions/{version}"
 
 PAGE: Final = 1000
-"""Versions that are read and written together in a listing."""
+"""Versions that are read and written together in a listing, and the most that a model's metadata names."""
 
 Selector = Annotated[str, Path(description="the version's number, or an alias, digest or latest")]
 
@@ -71,36 +70,41 @@ def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
     ]
 
 
-async def json_list(
-    pages: AsyncIterator[Sequence[Any]], before: bytes = b"[", after: bytes = b"]"
-) -> StreamingResponse:
-    """Returns pages of objects as one JSON list, written page by page; what the first page raises is raised here,
-    before the answer begins."""
+async def json_list(pages: AsyncIterator[bytes], before: bytes = b"[", after: bytes = b"]") -> StreamingResponse:
+    """Returns pages of objects, which are written already, as one JSON list; what the first page raises is raised
+    here, before the answer begins."""
     first = await anext(pages)
-    return StreamingResponse(_written(first, pages, before, after), media_type="application/json")
+    return StreamingResponse(_joined(first, pages, before, after), media_type="application/json")
 
 
-async def _written(
-    first: Sequence[Any], others: AsyncIterator[Sequence[Any]], before: bytes, after: bytes
-) -> AsyncIterator[bytes]:
-    yield before + orjson.dumps(first)[1:-1]
+async def _joined(first: bytes, others: AsyncIterator[bytes], before: bytes, after: bytes) -> AsyncIterator[bytes]:
+    yield before + first
     empty = not first
     async for page in others:
         if page:
-            yield (b"" if empty else b",") + orjson.dumps(page)[1:-1]
+            yield (b"" if empty else b",") + page
             empty = False
     yield after
 
 
 async def every_version(
-    library: Library, tenant: str | None, adapter: str | None = None
-) -> AsyncIterator[list[VersionName]]:
-    """Yields the versions of an adapter, of a tenant, or of all, page by page in the order of publishing; at least one
-    page."""
-    after = 0
+    library: Library, tenant: str | None, adapter: str | None, shown: Callable[[VersionName], dict[str, Any]]
+) -> AsyncIterator[bytes]:
+    """Yields the versions of an adapter, of a tenant, or of all, as JSON objects with commas between them, in the order
+    of their names and numbers; at least one page. Pages are read and written in threads, in their tenant's turn."""
+
+    def page(after: VersionName | None) -> tuple[bytes, VersionName | None]:
+        found = library.listings.index(tenant, adapter, after=after, limit=PAGE)
+        return written(found, shown), found[-1] if len(found) == PAGE else None
+
+    last = None
     while True:
-        found = await to_thread.run_sync(partial(library.catalog.index, tenant, adapter, after=after, limit=PAGE))
-        yield found
-        if len(found) < PAGE:
+        text, last = await library.admission.run(tenant or "", partial(page, last))
+        yield text
+        if last is None:
             return
-        after = found[-1].id
+
+
+def written(versions: Sequence[VersionName], shown: Callable[[VersionName], dict[str, Any]]) -> bytes:
+    """Returns JSON objects with commas between them."""
+    return orjson.dumps([shown(version) for version in versions])[1:-1]

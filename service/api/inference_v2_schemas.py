@@ -133,8 +133,8 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """A model: its inputs are optional, and each of its outputs may be asked for; without the input `attention_mask`,
-    `position_ids` is empty, `[batch, 0]`."""
+    """A model: `versions` are the 1,000 newest, ascending. Inputs are optional, and each output may be asked
+    for; without the input `attention_mask`, `position_ids` is empty, `[batch, 0]`."""
 
     name: str
     versions: list[str]

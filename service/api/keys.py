@@ -1,21 +1,28 @@
 """The keys of tenants and of the platform."""
 
+import contextlib
+import re
+from datetime import datetime
 from functools import partial
+from typing import Final
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from service.api.auth import Administering, PlatformAdmin
 from service.api.authority import Actor
 from service.api.bodies import read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
+from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.paths import KeyPath
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey
 from service.api.state import State, StateOf
 from service.catalog.records import Key, Principal
 
 router = APIRouter(tags=["keys"])
+
+_KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 
 
 @router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
@@ -24,10 +31,12 @@ async def create_tenant_key(request: Request, tenant: Administering, by: Actor, 
     return await _create(request, state, tenant, by)
 
 
-@router.get("/v1/tenants/{tenant}/keys")
-async def list_tenant_keys(tenant: Administering, state: StateOf) -> KeyPage:
-    """The keys of a tenant, without their secrets."""
-    return await _list(state, tenant)
+@router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
+async def list_tenant_keys(
+    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
+    """The keys of a tenant, oldest first, without their secrets."""
+    return await _list(request, state, tenant, limit, cursor)
 
 
 @router.get("/v1/tenants/{tenant}/keys/{key_id}")
@@ -48,10 +57,12 @@ async def create_platform_key(request: Request, by: PlatformAdmin, state: StateO
     return await _create(request, state, None, by)
 
 
-@router.get("/v1/keys")
-async def list_platform_keys(_caller: PlatformAdmin, state: StateOf) -> KeyPage:
-    """The keys of the platform, without their secrets."""
-    return await _list(state, None)
+@router.get("/v1/keys", response_model=KeyPage)
+async def list_platform_keys(
+    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
+    """The keys of the platform, oldest first, without their secrets."""
+    return await _list(request, state, None, limit, cursor)
 
 
 @router.get("/v1/keys/{key_id}")
@@ -74,8 +85,22 @@ async def _create(request: Request, state: State, tenant: str | None, by: Princi
     return CreatedKey(**_item(key).model_dump(), key=text)
 
 
-async def _list(state: State, tenant: str | None) -> KeyPage:
-    return KeyPage(items=[_item(key) for key in await to_thread.run_sync(state.keyring.listed, tenant)])
+async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
+    def load(place: str, limit: int) -> list[Key]:
+        created, _, key_id = place.partition(" ")
+        after = (datetime.fromisoformat(created), key_id) if place else None
+        return state.keyring.listed(tenant, after=after, limit=limit)
+
+    listing = Listing(load, lambda key: f"{key.created.isoformat()} {key.id}", _item)
+    return await answer_page(request, tenant, listing, decode_cursor(cursor, _is_place), limit)
+
+
+def _is_place(text: str) -> bool:
+    """Returns whether a cursor names a moment and a key's id."""
+    created, _, key_id = text.partition(" ")
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(created).isoformat() == created and _KEY_ID.fullmatch(key_id) is not None
+    return False
 
 
 async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:

@@ -29,12 +29,20 @@ class OpaqueNumbers:
         Raises:
             InvalidRequest: `text` did not give it.
         """
-        if _TEXT.fullmatch(text):
-            sealed = bytes.fromhex(text)
-            plain = self._hidden(sealed[:8], sealed[8:])
-            if hmac.compare_digest(self._tag(plain), sealed[:8]):
-                return int.from_bytes(plain)
-        raise InvalidRequest(f"cursor {text!r:.80} is not one that a listing gave")
+        if (found := self._number(text)) is None:
+            raise InvalidRequest(f"{text!r:.80} is not an id that this service gave")
+        return found
+
+    def holds(self, text: str) -> bool:
+        """Returns whether `text` gave this text."""
+        return self._number(text) is not None
+
+    def _number(self, text: str) -> int | None:
+        if not _TEXT.fullmatch(text):
+            return None
+        sealed = bytes.fromhex(text)
+        plain = self._hidden(sealed[:8], sealed[8:])
+        return int.from_bytes(plain) if hmac.compare_digest(self._tag(plain), sealed[:8]) else None
 
     def _tag(self, plain: bytes) -> bytes:
         return hmac.digest(self._tags, plain, "sha256")[:8]

@@ -1,42 +1,69 @@
 """Residency: what is in memory, one version of it, and all at a glance."""
 
-from dataclasses import dataclass
-from typing import Annotated, Final
+import re
+from typing import Final
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from service.api.auth import PlatformReader, Reading, Writing
 from service.api.authority import Actor
 from service.api.bodies import has_body, read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
+from service.api.pagination import Limit, decode_cursor, encode_cursor, json_page
 from service.api.paths import RefPath
 from service.api.schemas import ResidencyRequest, ResidencyState
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf, SettingsOf, StateOf
 from service.prefix.references import parse_reference
+from service.registry.keys import VersionKey
 from service.registry.report import ResidentReport, ShareReport, TierReport
+from service.registry.snapshot import Place, place_of
 
 router = APIRouter(tags=["residency"])
 
+_PLACE: Final = re.compile(r"[0-9]{1,18} [a-z0-9._-]{1,64} [a-z0-9._-]{1,64} [0-9]{1,18} sha256:[0-9a-f]{64}")
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
 
 
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """What this process has in memory: its budgets, each tenant's part of them, and the largest versions."""
+class Residency(BaseModel):
+    """What this process has in memory: its budgets, the tenants that have the most in each of them, and a page of the
+    versions, the largest first. `next` is the cursor of the following page, or null."""
 
     tiers: list[TierReport]
     tenants: list[ShareReport]
     resident: list[ResidentReport]
+    next: str | None
 
 
-@router.get("/v1/residency")
+@router.get("/v1/residency", response_model=Residency)
 async def overview(
-    _caller: PlatformReader, library: LibraryOf, limit: Annotated[int, Query(ge=1, le=1000)] = 100
-) -> Residency:
-    """What is in memory, where and why, of the process that answers; the largest versions first, at most `limit`."""
-    registry = library.registry
-    return Residency(registry.tiers(), registry.shares(), registry.resident()[:limit])
+    request: Request, _caller: PlatformReader, state: StateOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
+    """What is in memory, where and why, of the process that answers: the largest versions and tenants first, at most
+    `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
+    place = _place(decode_cursor(cursor, _PLACE.fullmatch))
+    registry = state.library.registry
+    tiers, snapshot = registry.tiers(), registry.snapshot()
+
+    def make() -> Response:
+        found = snapshot.resident(limit + 1, place)
+        following = encode_cursor(_named(place_of(found[limit - 1]))) if len(found) > limit else None
+        shown = Residency(tiers=tiers, tenants=snapshot.shares(limit), resident=found[:limit], next=following)
+        return json_page(request, shown.model_dump_json().encode(), following)
+
+    return await state.admission.run("", make)
+
+
+def _place(text: str) -> Place | None:
+    if not text:
+        return None
+    nbytes, tenant, adapter, version, digest = text.split(" ")
+    return -int(nbytes), VersionKey(tenant, adapter, int(version), digest)
+
+
+def _named(place: Place) -> str:
+    return " ".join(map(str, (-place[0], *place[1])))
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))

@@ -148,10 +148,10 @@ class AdapterPage(BaseModel):
 
 
 class VersionPage(BaseModel):
-    """Every version of an adapter, newest first."""
+    """Versions of an adapter, newest first; `next` is the cursor of older ones, or null."""
 
     items: list[VersionSummary]
-    next: None = None
+    next: str | None
 
 
 class FreshVersion(BaseModel):
@@ -269,10 +269,10 @@ class CreatedKey(KeyItem):
 
 
 class KeyPage(BaseModel):
-    """Keys, oldest first."""
+    """Keys, oldest first; `next` is the cursor of younger ones, or null."""
 
     items: list[KeyItem]
-    next: None = None
+    next: str | None
 
 
 class Health(BaseModel):

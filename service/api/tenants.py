@@ -1,38 +1,27 @@
 """Tenants and their quotas."""
 
-from typing import Annotated
-
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from service.api.auth import PlatformAdmin, Reading
 from service.api.authority import Actor, Founder
 from service.api.bodies import has_body, read_model
 from service.api.documentation import json_body
 from service.api.negotiation import require_media_type
-from service.api.pagination import decode_cursor, encode_cursor, next_link
+from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import TenantItem, TenantPage, TenantQuotas
 from service.api.state import LibraryOf, StateOf
 
 router = APIRouter(tags=["tenants"])
 
 
-@router.get("/v1/tenants")
+@router.get("/v1/tenants", response_model=TenantPage)
 async def list_tenants(
-    request: Request,
-    response: Response,
-    _caller: PlatformAdmin,
-    library: LibraryOf,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    cursor: str | None = None,
-) -> TenantPage:
+    request: Request, _caller: PlatformAdmin, library: LibraryOf, limit: Limit = 100, cursor: str | None = None
+) -> Response:
     """Every tenant, in the order of their names."""
-    after = decode_cursor(cursor)
-    found = await to_thread.run_sync(library.tenants.listed, after, limit + 1)
-    following = encode_cursor(found[limit - 1].name) if len(found) > limit else None
-    if following is not None:
-        response.headers["Link"] = next_link(request, following)
-    return TenantPage(items=[TenantItem.of(tenant) for tenant in found[:limit]], next=following)
+    listing = Listing(library.tenants.listed, lambda row: row.name, TenantItem.of)
+    return await answer_page(request, None, listing, decode_cursor(cursor), limit)
 
 
 @router.put(

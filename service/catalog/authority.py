@@ -48,7 +48,8 @@ def prove_in(connection: sa.Connection, by: Principal) -> None:
 
 def _prove(connection: sa.Connection, by: Principal, *, held: bool) -> None:
     # The tenant's row first, as whoever changes its things locks it: PostgreSQL's writers cannot deadlock then.
-    exists = by.acts_on is None or _found(connection, sa.select(tenants.c.id).where(tenants.c.id == by.acts_on), held)
+    present = sa.and_(tenants.c.id == by.acts_on, sa.not_(tenants.c.deleted))
+    exists = by.acts_on is None or _found(connection, sa.select(tenants.c.id).where(present), held)
     if by.has_key:
         alive = sa.or_(keys.c.expires.is_(None), keys.c.expires > now(connection))
         same = (keys.c.id == by.key_id, keys.c.tenant_id == by.tenant_id, keys.c.scope == by.scope)

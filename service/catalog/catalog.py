@@ -1,25 +1,25 @@
 """Adapters, their immutable versions, and aliases."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Final
 
 import sqlalchemy as sa
 
 from service.catalog.audit import record
 from service.catalog.authority import prove_in, writing_for
 from service.catalog.database import Database, insert
-from service.catalog.garbage import let_go
-from service.catalog.records import SERVICE, Adapter, NewVersion, Principal, Room, Version, VersionName
+from service.catalog.deletions import hide_adapter, let_go
+from service.catalog.records import SERVICE, NewVersion, Principal, Room, Version
+from service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
 from service.catalog.schema import adapters, aliases, numbers, tenants, versions
-from service.catalog.tenants import lock, make, require_room, room
+from service.catalog.tenants import count, lock, make, require_room, room
 from service.errors import Conflict, NotFound, PreconditionFailed
 from service.prefix.references import Reference
 
-_VERSION: Final = sa.select(versions, tenants.c.name.label("tenant"), adapters.c.name.label("adapter")).select_from(
-    versions.join(adapters, versions.c.adapter_id == adapters.c.id).join(tenants, adapters.c.tenant_id == tenants.c.id)
-)
+MOST_ALIASES: Final = 1000
+"""Aliases that an adapter may have: a listing shows all of them."""
 
 
 class Catalog:
@@ -92,13 +92,13 @@ class Catalog:
             if existing is not None:
                 return existing, False
             require_room(connection, owner, adapter, new.nbytes)
-            connection.execute(
-                insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
-            )
-            adapter_id = _adapter_id(connection, tenant, adapter)
+            made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
+            is_first = connection.scalar(made.returning(adapters.c.id)) is not None
+            adapter_id = find_adapter(connection, tenant, adapter)
             number = _next_number(connection, tenant, adapter)
             row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}
             connection.execute(sa.insert(versions).values(row))
+            count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=new.nbytes)
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
@@ -109,7 +109,7 @@ class Catalog:
             NotFound: there is none.
         """
         with self._database.reading() as connection:
-            adapter_id = _adapter_id(connection, tenant, reference.adapter)
+            adapter_id = find_adapter(connection, tenant, reference.adapter)
             found = _one(connection, adapter_id, _selected(adapter_id, reference))
         if found is None:
             raise NotFound(f"there is no {tenant}/{reference}")
@@ -123,7 +123,7 @@ class Catalog:
             NotFound: the version was deleted meanwhile.
         """
         with writing_for(self._database, SERVICE) as connection:
-            adapter_id = _adapter_id(connection, version.tenant, version.adapter)
+            adapter_id = find_adapter(connection, version.tenant, version.adapter)
             row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
             expected = versions.c.key_values == version.key_values
             target = f"{version.tenant}/{version.adapter}@{version.number}"
@@ -135,50 +135,6 @@ class Catalog:
             raise NotFound(f"there is no {target}")
         return current
 
-    def versions_of(self, tenant: str, adapter: str) -> list[Version]:
-        """Every version of an adapter, newest first.
-
-        Raises:
-            NotFound: there is no such adapter.
-        """
-        with self._database.reading() as connection:
-            adapter_id = _adapter_id(connection, tenant, adapter)
-            query = _VERSION.where(versions.c.adapter_id == adapter_id).order_by(versions.c.number.desc())
-            return [_version(row) for row in connection.execute(query)]
-
-    def list_adapters(self, tenant: str, *, after: str, limit: int, base_model: str | None) -> list[Adapter]:
-        """Up to `limit` adapters in the order of their names, beginning behind `after`."""
-        every = versions.alias()
-        count = sa.select(sa.func.count()).where(every.c.adapter_id == adapters.c.id).correlate(adapters)
-        newest = sa.select(sa.func.max(every.c.number)).where(every.c.adapter_id == adapters.c.id).correlate(adapters)
-        query = (
-            _VERSION.add_columns(versions.c.adapter_id, count.scalar_subquery().label("total"))
-            .where(tenants.c.name == tenant, adapters.c.name > after)
-            .where(versions.c.number == newest.scalar_subquery())
-            .order_by(adapters.c.name)
-            .limit(limit)
-        )
-        if base_model is not None:
-            query = query.where(versions.c.base_model == base_model)
-        with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-            named = _aliases_of(connection, [row.adapter_id for row in rows])
-        return [Adapter(_version(row), row.total, named.get(row.adapter_id, {})) for row in rows]
-
-    def index(self, tenant: str | None, adapter: str | None = None, *, after: int, limit: int) -> list[VersionName]:
-        """Returns up to `limit` versions of an adapter, of a tenant, or of all, in the order of their ids, beginning
-        behind `after`."""
-        joined = versions.join(adapters, versions.c.adapter_id == adapters.c.id)
-        joined = joined.join(tenants, adapters.c.tenant_id == tenants.c.id)
-        names = (versions.c.id, tenants.c.name, adapters.c.name, versions.c.number, versions.c.digest)
-        query = sa.select(*names).select_from(joined).where(versions.c.id > after).order_by(versions.c.id).limit(limit)
-        if tenant is not None:
-            query = query.where(tenants.c.name == tenant)
-        if adapter is not None:
-            query = query.where(adapters.c.name == adapter)
-        with self._database.reading() as connection:
-            return [VersionName(*row) for row in connection.execute(query)]
-
     def aliases_of(self, tenant: str, adapter: str) -> dict[str, int]:
         """The aliases of an adapter and the version numbers that they point at.
 
@@ -186,8 +142,8 @@ class Catalog:
             NotFound: there is no such adapter.
         """
         with self._database.reading() as connection:
-            adapter_id = _adapter_id(connection, tenant, adapter)
-            return _aliases_of(connection, [adapter_id])[adapter_id]
+            adapter_id = find_adapter(connection, tenant, adapter)
+            return aliases_of(connection, [adapter_id])[adapter_id]
 
     def put_alias(
         self, tenant: str, adapter: str, alias: str, number: int, by: Principal, expected: int | None = -1
@@ -199,11 +155,14 @@ class Catalog:
             Unauthenticated: `by` has no authority any more.
             NotFound: there is no such adapter or version.
             PreconditionFailed: it does not point where `expected` says.
+            Conflict: the adapter has as many aliases as it may have.
         """
         with self._changing(tenant, adapter, by) as (connection, adapter_id):
             if _one(connection, adapter_id, _numbered(number)) is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
+            if current is None:
+                _require_room_for_alias(connection, adapter_id, f"{tenant}/{adapter}")
             values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
             connection.execute(
                 values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
@@ -228,8 +187,8 @@ class Catalog:
                 raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
             record(connection, by, "alias.deleted", tenant, f"{tenant}/{adapter}@{alias}", before=current)
 
-    def delete(self, tenant: str, reference: Reference, by: Principal) -> list[Version]:
-        """Delete an adapter, or one version of it; the versions that are gone. An adapter goes with its last version.
+    def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
+        """Deletes an adapter, or one version of it. An adapter is deleted with its last version.
 
         Raises:
             Unauthenticated: `by` has no authority any more.
@@ -237,23 +196,20 @@ class Catalog:
             Conflict: an alias points at the version.
         """
         with self._changing(tenant, reference.adapter, by, frees=True) as (connection, adapter_id):
-            condition = versions.c.adapter_id == adapter_id
             if reference.explicit:
-                condition = sa.and_(condition, _selected(adapter_id, reference))
-            gone = [_version(row) for row in connection.execute(_VERSION.where(condition))]
-            if reference.explicit:
-                if not gone:
+                gone = _one(connection, adapter_id, _selected(adapter_id, reference))
+                if gone is None:
                     raise NotFound(f"there is no {tenant}/{reference}")
-                _require_no_alias(connection, adapter_id, gone[0].number, f"{tenant}/{reference}")
-            let_go(connection, condition)
-            connection.execute(sa.delete(versions).where(condition))
-            left = connection.scalar(sa.select(sa.func.count()).where(versions.c.adapter_id == adapter_id))
-            if left == 0:
-                connection.execute(sa.delete(adapters).where(adapters.c.id == adapter_id))
-            action = "version.deleted" if reference.explicit else "adapter.deleted"
-            deleted = {"versions": [one.number for one in gone], "digests": [one.digest for one in gone]}
-            record(connection, by, action, tenant, f"{tenant}/{reference}", **deleted)
-            return gone
+                _require_no_alias(connection, adapter_id, gone.number, f"{tenant}/{reference}")
+                left = _delete_version(connection, adapter_id, gone)
+                details = {"versions": [gone.number], "digests": [gone.digest]}
+                record(connection, by, "version.deleted", tenant, f"{tenant}/{reference}", **details)
+                if left:
+                    return
+            else:
+                total = connection.scalar(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id))
+                record(connection, by, "adapter.deleted", tenant, f"{tenant}/{reference}", versions=total)
+            hide_adapter(connection, adapter_id)
 
     @contextlib.contextmanager
     def _changing(
@@ -264,14 +220,24 @@ class Catalog:
             try:
                 lock(connection, tenant)
             except NotFound as error:
-                raise _missing(tenant, adapter) from error
-            yield connection, _adapter_id(connection, tenant, adapter)
+                raise missing(tenant, adapter) from error
+            yield connection, find_adapter(connection, tenant, adapter)
 
 
 def _same(connection: sa.Connection, tenant_id: int, adapter: str, digest: str) -> Version | None:
     owned = sa.and_(adapters.c.tenant_id == tenant_id, adapters.c.name == adapter)
-    row = connection.execute(_VERSION.where(owned, versions.c.digest == digest)).one_or_none()
-    return None if row is None else _version(row)
+    row = connection.execute(VERSION.where(owned, versions.c.digest == digest)).one_or_none()
+    return None if row is None else version_of(row)
+
+
+def _delete_version(connection: sa.Connection, adapter_id: int, version: Version) -> int:
+    """Deletes one version; returns how many its adapter has left."""
+    condition = sa.and_(versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+    let_go(connection, condition)
+    connection.execute(sa.delete(versions).where(condition))
+    count(connection, adapter_id, versions_more=-1, bytes_more=-version.nbytes)
+    left: int = connection.execute(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id)).scalar_one()
+    return left
 
 
 def _next_number(connection: sa.Connection, tenant: str, adapter: str) -> int:
@@ -282,21 +248,15 @@ def _next_number(connection: sa.Connection, tenant: str, adapter: str) -> int:
 
 
 def _require_no_alias(connection: sa.Connection, adapter_id: int, number: int, reference: str) -> None:
-    pointing = [name for name, target in _aliases_of(connection, [adapter_id])[adapter_id].items() if target == number]
+    pointing = [name for name, target in aliases_of(connection, [adapter_id])[adapter_id].items() if target == number]
     if pointing:
         raise Conflict(f"alias {', '.join(pointing)} points at {reference}: move it first")
 
 
-def _missing(tenant: str, adapter: str) -> NotFound:
-    return NotFound(f"there is no {tenant}/{adapter}")
-
-
-def _adapter_id(connection: sa.Connection, tenant: str, adapter: str) -> int:
-    query = sa.select(adapters.c.id).join(tenants).where(tenants.c.name == tenant, adapters.c.name == adapter)
-    found: int | None = connection.scalar(query)
-    if found is None:
-        raise _missing(tenant, adapter)
-    return found
+def _require_room_for_alias(connection: sa.Connection, adapter_id: int, adapter: str) -> None:
+    found = connection.scalar(sa.select(sa.func.count()).where(aliases.c.adapter_id == adapter_id)) or 0
+    if found >= MOST_ALIASES:
+        raise Conflict(f"{adapter} has {found} aliases, and may have {MOST_ALIASES}: delete one first")
 
 
 def _numbered(number: int) -> sa.ColumnElement[bool]:
@@ -317,8 +277,8 @@ def _selected(adapter_id: int, reference: Reference) -> sa.ColumnElement[bool]:
 
 
 def _one(connection: sa.Connection, adapter_id: int, condition: sa.ColumnElement[bool]) -> Version | None:
-    row = connection.execute(_VERSION.where(versions.c.adapter_id == adapter_id, condition)).one_or_none()
-    return None if row is None else _version(row)
+    row = connection.execute(VERSION.where(versions.c.adapter_id == adapter_id, condition)).one_or_none()
+    return None if row is None else version_of(row)
 
 
 def _required(version: Version | None) -> Version:
@@ -327,20 +287,8 @@ def _required(version: Version | None) -> Version:
     return version
 
 
-def _version(row: sa.Row[Any]) -> Version:
-    return Version(**{name: row._mapping[name] for name in Version.__dataclass_fields__})
-
-
 def _require_target(connection: sa.Connection, adapter_id: int, alias: str, expected: int | None) -> int | None:
-    current = _aliases_of(connection, [adapter_id])[adapter_id].get(alias)
+    current = aliases_of(connection, [adapter_id])[adapter_id].get(alias)
     if expected not in (-1, current):
         raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
     return current
-
-
-def _aliases_of(connection: sa.Connection, adapter_ids: Sequence[int]) -> dict[int, dict[str, int]]:
-    query = sa.select(aliases).where(aliases.c.adapter_id.in_(adapter_ids)).order_by(aliases.c.name)
-    named: dict[int, dict[str, int]] = {adapter_id: {} for adapter_id in adapter_ids}
-    for row in connection.execute(query):
-        named[row.adapter_id][row.name] = row.number
-    return named

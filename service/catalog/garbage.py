@@ -6,10 +6,14 @@ from typing import Final
 
 import sqlalchemy as sa
 
-from service.catalog.database import Database, insert, now
+from service.catalog.database import Database, now
+from service.catalog.rows import OWNED, PRESENT
 from service.catalog.schema import adapters, garbage, tenants, versions
 
 _PAGE: Final = 1000
+
+SLICE: Final = 250
+"""Rows that one transaction removes: others can write again after some tens of milliseconds."""
 
 
 class Garbage:
@@ -29,13 +33,14 @@ class Garbage:
             )
             return {digest for query in queries for digest in connection.scalars(query)}
 
-    def forget(self, grace: float) -> None:
-        """Forget what was let go longer ago than `grace` seconds."""
+    def forget(self, grace: float) -> bool:
+        """Forgets some of what was let go longer ago than `grace` seconds; returns whether there may be more."""
         with self._database.writing() as connection:
             early = garbage.c.since <= now(connection) - timedelta(seconds=grace)
-            # What another transaction holds is being let go again, or forgotten there.
-            free = sa.select(garbage.c.digest).where(early).with_for_update(skip_locked=True)
-            connection.execute(sa.delete(garbage).where(garbage.c.digest.in_(free)))
+            # Another transaction holds a row to let it go again, or to forget it.
+            free = sa.select(garbage.c.digest).where(early).order_by(garbage.c.since).limit(SLICE)
+            statement = sa.delete(garbage).where(garbage.c.digest.in_(free.with_for_update(skip_locked=True)))
+            return connection.execute(statement).rowcount == SLICE
 
     def named(self) -> Iterator[tuple[str, str, str]]:
         """Every version as `tenant/adapter@number`, with the digests of its weights and of its keys and values."""
@@ -50,8 +55,8 @@ class Garbage:
                     tenants.c.name.label("tenant"),
                     adapters.c.name.label("adapter"),
                 )
-                .select_from(versions.join(adapters, versions.c.adapter_id == adapters.c.id).join(tenants))
-                .where(versions.c.id > last)
+                .select_from(OWNED)
+                .where(PRESENT, versions.c.id > last)
                 .order_by(versions.c.id)
                 .limit(_PAGE)
             )
@@ -62,11 +67,3 @@ class Garbage:
             if len(rows) < _PAGE:
                 return
             last = rows[-1].id
-
-
-def let_go(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
-    """Before versions are deleted: note their blobs, whose grace period begins now."""
-    found = sa.union(*(sa.select(column).where(condition) for column in (versions.c.weights, versions.c.key_values)))
-    # In order: tenants share blobs, and on PostgreSQL two who locked these rows each in its own order would deadlock.
-    statement = insert(connection, garbage).from_select(["digest"], found.order_by(sa.text("1")))
-    connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()}))

@@ -139,15 +139,21 @@ class Keyring:
         """Returns a secret of 32 bytes for another purpose, made of the keys' secret with HMAC-SHA-256."""
         return hmac.digest(self._secret, f"purpose:{purpose}".encode(), "sha256")
 
-    def listed(self, tenant: str | None) -> list[Key]:
-        """The keys of a tenant, or of the platform, oldest first.
+    def listed(
+        self, tenant: str | None, *, after: tuple[datetime, str] | None = None, limit: int | None = None
+    ) -> list[Key]:
+        """Up to `limit` keys of a tenant, or of the platform, oldest first, beginning behind the moment and the id of
+        another; without a limit all.
 
         Raises:
             NotFound: there is no such tenant.
         """
         with self._database.reading() as connection:
             query = _KEY_ROW.where(keys.c.tenant_id == _tenant_id(connection, tenant))
-            query = query.order_by(keys.c.created, keys.c.id)
+            query = query.order_by(keys.c.created, keys.c.id).limit(limit)
+            if after is not None:
+                place = sa.tuple_(sa.literal(after[0], keys.c.created.type), sa.literal(after[1]))
+                query = query.where(sa.tuple_(keys.c.created, keys.c.id) > place)
             return [Key(*row) for row in connection.execute(query)]
 
     def get(self, tenant: str | None, key_id: str) -> Key:

@@ -123,9 +123,8 @@ class Version(NewVersion):
 
 @dataclass(frozen=True, slots=True)
 class VersionName:
-    """A version in the index of all, where `id` tells its place: the order in which they were published."""
+    """A version in the index of all: its name and digest."""
 
-    id: int
     tenant: str
     adapter: str
     number: int

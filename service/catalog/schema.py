@@ -1,6 +1,7 @@
 """The catalog's tables; `migrations/` makes them, and a test holds the two together."""
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
 
 metadata = sa.MetaData(
     naming_convention={
@@ -14,7 +15,17 @@ metadata = sa.MetaData(
 # Names are compared and ordered byte by byte, also where a database would rather follow a language.
 Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
-# A quota of NULL is none.
+# As SQLite's own clock writes it, without fractions: texts of the same moment must be equal.
+_Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")  # type: ignore[no-untyped-call]
+
+
+def _being_removed() -> sa.Index:
+    """Finds the rows that were deleted, of which the collector removes what hangs on them."""
+    return sa.Index(None, "deleted", sqlite_where=sa.text("deleted = 1"), postgresql_where=sa.text("deleted"))
+
+
+# A quota of NULL is none. `adapters` and `bytes` are running totals, which every write transaction keeps.
+# Whatever is `deleted` has a name that nobody can ask for, and its rows are removed a slice at a time.
 tenants = sa.Table(
     "tenants",
     metadata,
@@ -24,28 +35,38 @@ tenants = sa.Table(
     sa.Column("max_adapters", sa.BigInteger),
     sa.Column("max_bytes", sa.BigInteger),
     sa.Column("requests_per_second", sa.BigInteger),
+    sa.Column("adapters", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()),
+    _being_removed(),
 )
 
 keys = sa.Table(
     "keys",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), index=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE")),
     sa.Column("scope", sa.Text, nullable=False),
     sa.Column("name", sa.Text, nullable=False),
     sa.Column("hash", sa.Text, nullable=False),
-    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("created", _Made, nullable=False, server_default=sa.func.now()),
     sa.Column("expires", sa.DateTime),
     sa.Column("last_used", sa.DateTime),
+    sa.Index(None, "tenant_id", "created", "id"),
 )
 
+# `versions` and `bytes` are running totals, too.
 adapters = sa.Table(
     "adapters",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), nullable=False),
     sa.Column("name", Name, nullable=False),
+    sa.Column("versions", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("tenant_id", "name"),
+    _being_removed(),
 )
 
 # By name and without a foreign key: a number is never given twice, not even after a deletion.
@@ -75,8 +96,6 @@ versions = sa.Table(
     sa.Column("manifest_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("adapter_id", "number"),
     sa.UniqueConstraint("adapter_id", "digest"),
-    # What a tenant has is summed from the index alone, without a look at the manifests.
-    sa.Index("ix_versions_sizes", "adapter_id", "weights_bytes", "key_values_bytes", "manifest_bytes"),
 )
 
 aliases = sa.Table(
@@ -92,7 +111,7 @@ garbage = sa.Table(
     "garbage",
     metadata,
     sa.Column("digest", sa.Text, primary_key=True),
-    sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
 )
 
 # `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not.

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from service.catalog.audit import record
 from service.catalog.authority import writing_for
 from service.catalog.database import Database, insert
-from service.catalog.garbage import let_go
+from service.catalog.deletions import hide_tenant
 from service.catalog.records import Principal, Quotas, Room, Tenant
 from service.catalog.schema import adapters, tenants, versions
 from service.errors import NotFound, QuotaExceeded
@@ -50,8 +50,7 @@ class Tenants:
         with writing_for(self._database, by, frees=True) as connection:
             owner = lock(connection, name)
             record(connection, by, "tenant.deleted", name, name)
-            let_go(connection, _versions_of(owner.id))
-            connection.execute(sa.delete(tenants).where(tenants.c.id == owner.id))
+            hide_tenant(connection, owner.id)
 
     def get(self, name: str) -> Tenant:
         """A tenant with its quotas and what it has.
@@ -60,14 +59,15 @@ class Tenants:
             NotFound: there is no such tenant.
         """
         with self._database.reading() as connection:
-            row = connection.execute(_USAGE.where(tenants.c.name == name)).one_or_none()
+            row = connection.execute(sa.select(tenants).where(tenants.c.name == name)).one_or_none()
         if row is None:
             raise NotFound(f"there is no tenant {name!r}")
         return _tenant(row)
 
     def listed(self, after: str, limit: int) -> list[Tenant]:
         """Up to `limit` tenants in the order of their names, beginning behind `after`."""
-        query = _USAGE.where(tenants.c.name > after).order_by(tenants.c.name).limit(limit)
+        behind = sa.and_(tenants.c.name > after, sa.not_(tenants.c.deleted))
+        query = sa.select(tenants).where(behind).order_by(tenants.c.name).limit(limit)
         with self._database.reading() as connection:
             return [_tenant(row) for row in connection.execute(query)]
 
@@ -89,22 +89,6 @@ class Tenants:
         with self._database.reading() as connection:
             rate: int | None = connection.scalar(query)
         return rate
-
-
-def _versions_of(tenant_id: Any) -> sa.ColumnElement[bool]:
-    owned = sa.select(adapters.c.id).where(adapters.c.tenant_id == tenant_id).correlate(tenants)
-    return versions.c.adapter_id.in_(owned)
-
-
-def _counted(tenant_id: Any) -> tuple[sa.ScalarSelect[int], sa.ScalarSelect[int]]:
-    """How many adapters a tenant has, and bytes of all their versions."""
-    count = sa.select(sa.func.count()).select_from(adapters).where(adapters.c.tenant_id == tenant_id)
-    total = sa.select(sa.cast(sa.func.coalesce(sa.func.sum(_NBYTES), 0), sa.BigInteger)).where(_versions_of(tenant_id))
-    return count.scalar_subquery(), total.scalar_subquery()
-
-
-_COUNT, _TOTAL = _counted(tenants.c.id)
-_USAGE: Final = sa.select(tenants, _COUNT.label("adapters"), _TOTAL.label("bytes"))
 
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
@@ -140,6 +124,17 @@ def lock(connection: sa.Connection, name: str) -> sa.Row[Any]:
     return row
 
 
+def count(
+    connection: sa.Connection, adapter_id: int, *, adapters_more: int = 0, versions_more: int, bytes_more: int
+) -> None:
+    """Adds to the running totals of an adapter and its tenant, which the caller has locked."""
+    change = {"versions": adapters.c.versions + versions_more, "bytes": adapters.c.bytes + bytes_more}
+    changed = sa.update(adapters).where(adapters.c.id == adapter_id).values(change).returning(adapters.c.tenant_id)
+    owner = connection.execute(changed).scalar_one()
+    total = {"adapters": tenants.c.adapters + adapters_more, "bytes": tenants.c.bytes + bytes_more}
+    connection.execute(sa.update(tenants).where(tenants.c.id == owner).values(total))
+
+
 def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
     """Returns what a tenant's quota of bytes leaves at this moment for a version of an adapter.
 
@@ -149,13 +144,12 @@ def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
     quotas = _quotas(owner)
     if quotas.max_adapters is None and quotas.max_bytes is None:
         return Room()
-    count, total = connection.execute(sa.select(*_counted(owner.id))).one()
-    _require_room_for_adapter(connection, owner, adapter, count)
+    _require_room_for_adapter(connection, owner, adapter)
     if quotas.max_bytes is None:
         return Room()
     named = sa.and_(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
     largest = connection.scalar(sa.select(sa.func.max(_NBYTES)).select_from(versions.join(adapters)).where(named))
-    return Room(quotas.max_bytes - total, quotas.max_bytes, largest or 0)
+    return Room(quotas.max_bytes - owner.bytes, quotas.max_bytes, largest or 0)
 
 
 def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
@@ -167,19 +161,19 @@ def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nb
     quotas = _quotas(owner)
     if quotas.max_adapters is None and quotas.max_bytes is None:
         return
-    count, total = connection.execute(sa.select(*_counted(owner.id))).one()
-    _require_room_for_adapter(connection, owner, adapter, count)
-    if quotas.max_bytes is not None and total + nbytes > quotas.max_bytes:
+    _require_room_for_adapter(connection, owner, adapter)
+    if quotas.max_bytes is not None and owner.bytes + nbytes > quotas.max_bytes:
         raise QuotaExceeded(
-            f"tenant {owner.name!r} has {total} of {quotas.max_bytes} bytes, and this version takes {nbytes}: "
+            f"tenant {owner.name!r} has {owner.bytes} of {quotas.max_bytes} bytes, and this version takes {nbytes}: "
             "delete versions, or ask the platform for more"
         )
 
 
-def _require_room_for_adapter(connection: sa.Connection, owner: sa.Row[Any], adapter: str, count: int) -> None:
+def _require_room_for_adapter(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> None:
     most = _quotas(owner).max_adapters
     known = sa.select(adapters.c.id).where(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
-    if most is not None and count >= most and connection.scalar(known) is None:
+    if most is not None and owner.adapters >= most and connection.scalar(known) is None:
         raise QuotaExceeded(
-            f"tenant {owner.name!r} has {count} adapters and may have {most}: delete one, or ask the platform for more"
+            f"tenant {owner.name!r} has {owner.adapters} adapters and may have {most}: delete one, or ask the platform "
+            "for more"
         )

@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 @residency_app.command("show")
 def show(
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many tenants and versions.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many tenants and versions.")] = 20,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,

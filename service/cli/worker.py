@@ -10,7 +10,7 @@ import typer
 from rich.progress import wrap_file
 
 from service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
-from service.console import errors_console, human_bytes, note, print_json, print_table, say
+from service.console import errors_console, human_bytes, human_time, note, print_json, print_table, say
 from service.errors import InvalidRequest
 from service.prefix.form import KVDtype
 
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command()(compose)
     app.command()(fetch)
     app.command(name="list")(list_adapters)
+    app.command()(versions)
     app.command()(inspect)
     app.command(name="rm")(remove)
     app.command()(convert)
@@ -132,6 +133,30 @@ def list_adapters(
         return
     columns = ["adapter", "latest", "tokens", "dtype", "size", "aliases", "base model"]
     print_table(f"Adapters of {tenant}", columns, [_listed(item) for item in items])
+
+
+def versions(
+    adapter: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="The adapter.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """List the versions of an adapter, newest first."""
+    from service.client import management
+
+    with connect(url, api_key) as client:
+        items = client.run(management.versions(adapter))
+    if as_json:
+        print_json({"items": items})
+        return
+    columns = ["version", "created (UTC)", "tokens", "dtype", "size", "aliases", "digest"]
+    print_table(f"Versions of {adapter}", columns, [_version(item) for item in items])
+
+
+def _version(item: Mapping[str, Any]) -> list[object]:
+    size, aliases = human_bytes(item["size"]["key_values"]), ", ".join(item["aliases"])
+    created = human_time(item["created"])
+    return [item["version"], created, item["num_virtual_tokens"], item["dtype"], size, aliases, item["digest"]]
 
 
 def _listed(item: Mapping[str, Any]) -> list[object]:

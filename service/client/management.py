@@ -11,8 +11,9 @@ reported as ConnectionFailed, since its first try may have made the condition fa
 from collections.abc import Mapping
 from typing import Any
 
+from service.client import listing
 from service.client.flows import Flow, adapter_alone
-from service.client.listing import Item, items_of, pages
+from service.client.listing import Item, pages
 from service.client.protocol import Answer, Request, adapter_path, tenant_path
 from service.errors import InvalidRequest, InvalidResponse
 from service.prefix.references import check_alias, parse_qualified
@@ -23,9 +24,8 @@ Found = Mapping[str, Any]
 def aliases(adapter: str) -> Flow[dict[str, int]]:
     """The aliases of `tenant/name`, in the order of their names, and the version numbers that they point at."""
     tenant, name = adapter_alone(adapter)
-    answer: Answer = yield Request("GET", adapter_path(tenant, name, "versions"))
     found: dict[str, int] = {}
-    for item in items_of(answer.json_object()):
+    for item in (yield from listing.versions(tenant, name)):
         version, names = item.get("version"), item.get("aliases")
         if type(version) is not int or not isinstance(names, list) or not all(isinstance(one, str) for one in names):
             raise InvalidResponse(f"a version should have its number and its aliases, got {item!r:.200}")
@@ -93,10 +93,14 @@ def unload(reference: str) -> Flow[None]:
     yield from _deletion(adapter_path(*parse_qualified(reference), "residency"))
 
 
+def versions(adapter: str) -> Flow[list[Item]]:
+    """Every version of `tenant/name`, newest first."""
+    return (yield from listing.versions(*adapter_alone(adapter)))
+
+
 def residency(limit: int = 100) -> Flow[Found]:
     """What the process that answers has in memory: `tiers`, `tenants`, and the `limit` largest versions, `resident`."""
-    answer: Answer = yield Request("GET", "/v1/residency", {"limit": str(limit)})
-    return answer.json_object()
+    return (yield from listing.residency(limit))
 
 
 def tenants() -> Flow[list[Item]]:

@@ -4,18 +4,18 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, Final, NamedTuple, TypeVar, get_args
+from typing import Final, TypeVar
 
 import torch
 
 from service.errors import InvalidInput, OutOfSpace, Unavailable
-from service.prefix.form import KVDtype, Span
 from service.prefix.kv import PrefixKV
 from service.prefix.rendering import Rendering, render
 from service.prefix.streams import own_stream
+from service.registry.keys import RenderingKey, VersionKey
 from service.registry.memory import exhausted, memory_for, of_device
-from service.registry.report import Reason, ResidentReport, ShareReport, TierReport
-from service.registry.tenants import Entry
+from service.registry.report import TierReport
+from service.registry.snapshot import Snapshot
 from service.registry.tier import Lease, Tier
 from service.registry.turns import Turns
 
@@ -28,35 +28,6 @@ PATIENCE: Final = 2.0
 
 _LOADS: Final = 8  # threads: more read no faster from one disk, and a few that hang leave the others some
 _DEVICE: Final = re.compile(r"cpu|cuda(?::([0-9]{1,3}))?")
-
-
-class VersionKey(NamedTuple):
-    """The identity of what is resident: never a name alone, so that no tenant meets another's tensors, and with the
-    digest of the stored keys and values, so that no bits are sent as others. Without it, all that is resident of a
-    version is meant."""
-
-    tenant: str
-    adapter: str
-    version: int
-    digest: str
-    key_values: str = ""
-
-    @property
-    def whole(self) -> "VersionKey":
-        """The version, whatever its keys and values are."""
-        return self._replace(key_values="")
-
-    def __str__(self) -> str:
-        return f"{self.tenant}/{self.adapter}@{self.version}"
-
-
-class RenderingKey(NamedTuple):
-    """The identity of a rendering: a version, and what was made of it."""
-
-    version: VersionKey
-    dtype: KVDtype
-    layers: Span
-    kv_heads: Span
 
 
 class AdapterRegistry:
@@ -174,46 +145,22 @@ class AdapterRegistry:
         self._prefixes.forgive(key.whole)
         self._renderings.forgive(key.whole)
 
-    def forget_tenant(self, tenant: str) -> None:
-        """Unload all versions of a tenant."""
+    def forget_where(self, matches: Callable[[VersionKey], bool]) -> None:
+        """Unload all versions that match."""
         for tier in (self._prefixes, self._renderings):
-            tier.remove_where(lambda version: version.tenant == tenant)
+            tier.remove_where(matches)
 
     def tiers(self) -> list[TierReport]:
         """Both budgets, the device's first."""
         return [self._prefixes.report(), self._renderings.report()]
 
-    def shares(self) -> list[ShareReport]:
-        """What each tenant has, the device first, the largest first."""
-        return [*self._prefixes.shares(), *self._renderings.shares()]
+    def snapshot(self) -> Snapshot:
+        """What is in memory now, to be looked through in a thread."""
+        return Snapshot(self._prefixes.snapshot(), self._renderings.snapshot())
 
-    def resident(self) -> list[ResidentReport]:
-        """What is in memory, one row a version, the largest first."""
-        rows: dict[VersionKey, ResidentReport] = {}
-        for key, entry in self._prefixes.residency.items():
-            rows[key] = replace(_row(key, entry, self._prefixes.reason(key)), device_bytes=entry.nbytes)
-        for rendering, part in self._renderings.residency.items():
-            key, row = rendering.version, _row(rendering.version, part, self._renderings.reason(rendering))
-            row = replace(row, host_bytes=part.nbytes, renderings=1)
-            rows[key] = _joined(rows[key], row) if key in rows else row
-        return sorted(rows.values(), key=lambda row: -(row.device_bytes + row.host_bytes))
-
-
-def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
-    readers = entry.leases - (reason == "loading")  # a load leases what it brings
-    return ResidentReport(
-        key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
-    )
-
-
-def _joined(first: ResidentReport, second: ResidentReport) -> ResidentReport:
-    sums = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
-    return replace(
-        first,
-        pinned=first.pinned or second.pinned,
-        reason=min(first.reason, second.reason, key=get_args(Reason).index),
-        **{name: getattr(first, name) + getattr(second, name) for name in sums},
-    )
+    def versions(self) -> list[VersionKey]:
+        """The versions whose prefixes are in memory now, each once, whatever its keys and values are."""
+        return list(dict.fromkeys(key.whole for key, _ in self._prefixes.residency.items()))
 
 
 def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:

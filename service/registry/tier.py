@@ -8,9 +8,10 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from service.errors import Overloaded, Unavailable
 from service.registry.failures import Failures
-from service.registry.report import Reason, ShareReport, TierName, TierReport
+from service.registry.report import TierName, TierReport
 from service.registry.residency import Residency
 from service.registry.room import Room
+from service.registry.snapshot import TierSnapshot
 from service.registry.tenants import Entry, K
 
 
@@ -233,17 +234,6 @@ class Tier(Generic[K, V, G]):
         for group in [group for group in self._groups if matches(group)]:
             self.remove(group)
 
-    def reason(self, key: K) -> Reason:
-        """Why a resident key stays."""
-        entry = self.residency.entry(key)
-        if key in self._loads:
-            return "loading"
-        if entry.leases:
-            return "reading"
-        if entry.pinned:
-            return "pinned"
-        return "share" if entry.owner.used <= self.residency.share else "kept"
-
     def report(self) -> TierReport:
         """The budget, what is under it, and the counts since the start."""
         return TierReport(
@@ -264,10 +254,11 @@ class Tier(Generic[K, V, G]):
             load_seconds=self._load_seconds,
         )
 
-    def shares(self) -> list[ShareReport]:
-        """What each tenant has, the largest first."""
-        tenants = sorted(self.residency.tenants(), key=lambda tenant: (-tenant.used, tenant.name))
-        return [ShareReport(tenant.name, self._name, tenant.used, self.residency.share) for tenant in tenants]
+    def snapshot(self) -> TierSnapshot[K]:
+        """What is under the budget at this moment."""
+        residency = self.residency
+        tenants = [(tenant.name, tenant.used) for tenant in residency.tenants()]
+        return TierSnapshot(self._name, list(residency.items()), frozenset(self._loads), tenants, residency.share)
 
 
 class Lease(Generic[K, V, G]):

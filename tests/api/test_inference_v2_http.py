@@ -361,7 +361,7 @@ def _line(server: Server, request_id: str) -> dict[str, Any]:
 
 
 def test_the_index_of_thousands(tmp_path: Path) -> None:
-    """Every version once, in the order of publishing, and `ready` those in memory alone."""
+    """Every version once, in the order of names and numbers, and `ready` those in memory alone."""
     settings = Settings(data_dir=tmp_path)
     with keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]

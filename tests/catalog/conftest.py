@@ -9,8 +9,10 @@ import pytest
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
+from service.catalog.listings import Listings
 from service.catalog.records import NewVersion, Principal
 from service.catalog.tenants import Tenants
 from tests.postgresql import PostgreSQL
@@ -59,6 +61,11 @@ def catalog(database: Database) -> Catalog:
 
 
 @pytest.fixture
+def listings(database: Database) -> Listings:
+    return Listings(database)
+
+
+@pytest.fixture
 def tenants(database: Database) -> Tenants:
     return Tenants(database)
 
@@ -71,6 +78,13 @@ def audit(database: Database) -> AuditLog:
 @pytest.fixture
 def garbage(database: Database) -> Garbage:
     return Garbage(database)
+
+
+def remove_deleted(database: Database) -> None:
+    """What the collector does: every row of what was deleted goes."""
+    deletions = Deletions(database)
+    while deletions.remove_slice():
+        pass
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
+from service.catalog.listings import Listings
 from service.catalog.records import NewVersion, Version
 from service.catalog.tenants import Tenants
 from service.errors import Conflict, NotFound, PreconditionFailed
@@ -176,25 +177,26 @@ def test_a_version_behind_an_alias_stays(catalog: Catalog, content: Content) -> 
     assert resolve(catalog, "a@1").number == 1
 
 
-def test_an_adapter_goes_with_everything(catalog: Catalog, content: Content) -> None:
+def test_an_adapter_goes_with_everything(catalog: Catalog, listings: Listings, content: Content) -> None:
     """Aliases do not protect it, and do not come back with its name."""
     publish(catalog, content("x"))
     catalog.put_alias("acme", "a", "prod", 1, BY)
     delete(catalog, "a")
-    for call in (catalog.aliases_of, catalog.versions_of):
-        with pytest.raises(NotFound, match="there is no acme/a"):
-            call("acme", "a")
+    with pytest.raises(NotFound, match="there is no acme/a"):
+        catalog.aliases_of("acme", "a")
+    with pytest.raises(NotFound, match="there is no acme/a"):
+        listings.versions("acme", "a", before=None, limit=9)
     publish(catalog, content("x"))
     assert catalog.aliases_of("acme", "a") == {}
 
 
-def test_an_adapter_goes_with_its_last_version(catalog: Catalog, content: Content) -> None:
+def test_an_adapter_goes_with_its_last_version(catalog: Catalog, listings: Listings, content: Content) -> None:
     """There is no empty adapter."""
     publish(catalog, content("x"))
     delete(catalog, "a@1")
     with pytest.raises(NotFound):
-        catalog.versions_of("acme", "a")
-    assert catalog.list_adapters("acme", after="", limit=9, base_model=None) == []
+        listings.versions("acme", "a", before=None, limit=99)
+    assert listings.adapters("acme", after="", limit=9, base_model=None) == []
 
 
 @pytest.mark.parametrize("reference", ["a", "a@1", "b@1"])
@@ -206,53 +208,60 @@ def test_what_is_not_there_cannot_be_deleted(catalog: Catalog, content: Content,
         delete(catalog, reference)
 
 
-def test_versions_come_newest_first(catalog: Catalog, content: Content) -> None:
+def test_versions_come_newest_first(catalog: Catalog, listings: Listings, content: Content) -> None:
     """All of them."""
     for word in "xyz":
         publish(catalog, content(word))
-    assert [version.number for version in catalog.versions_of("acme", "a")] == [3, 2, 1]
+    assert [version.number for version in listings.versions("acme", "a", before=None, limit=99)] == [3, 2, 1]
 
 
-def test_adapters_come_in_pages(catalog: Catalog, content: Content) -> None:
+def test_adapters_come_in_pages(catalog: Catalog, listings: Listings, content: Content) -> None:
     """In the order of names, each with its newest version, its count and its aliases."""
     for name in ("c", "a", "b"):
         publish(catalog, content(name), name)
     publish(catalog, content("new"), "b")
     catalog.put_alias("acme", "b", "prod", 1, BY)
-    first = catalog.list_adapters("acme", after="", limit=2, base_model=None)
+    first = listings.adapters("acme", after="", limit=2, base_model=None)
     assert [(item.latest.adapter, item.latest.number, item.versions) for item in first] == [("a", 1, 1), ("b", 2, 2)]
     assert first[1].aliases == {"prod": 1}
-    rest = catalog.list_adapters("acme", after="b", limit=2, base_model=None)
+    rest = listings.adapters("acme", after="b", limit=2, base_model=None)
     assert [item.latest.adapter for item in rest] == ["c"]
 
 
-def test_the_index_names_every_version(catalog: Catalog, tenants: Tenants, content: Content) -> None:
-    """In the order of publishing, page by page, of one tenant or of all; a deletion moves nobody's place."""
+def test_the_index_names_every_version(
+    catalog: Catalog, listings: Listings, tenants: Tenants, content: Content
+) -> None:
+    """In the order of names and numbers, page by page, of an adapter, a tenant or all; a deletion moves nobody's
+    place."""
     tenants.put("beta", BY)
     published = [("acme", "b", "w"), ("beta", "a", "x"), ("acme", "a", "y"), ("acme", "b", "z")]
     for tenant, adapter, word in published:
         publish(catalog, content(word), adapter, tenant)
-    every = catalog.index(None, after=0, limit=9)
+    every = listings.index(None, after=None, limit=9)
     assert [(one.tenant, one.adapter, one.number) for one in every] == [
-        ("acme", "b", 1),
-        ("beta", "a", 1),
         ("acme", "a", 1),
+        ("acme", "b", 1),
         ("acme", "b", 2),
+        ("beta", "a", 1),
     ]
-    assert [one.digest for one in every] == [content(word).digest for _, _, word in published]
-    assert catalog.index("acme", after=0, limit=9) == [every[0], *every[2:]]
-    assert catalog.index("acme", after=every[0].id, limit=1) == [every[2]]
+    assert [one.digest for one in every] == [content(word).digest for word in "ywzx"]
+    assert listings.index("acme", after=None, limit=9) == every[:3]
+    assert listings.index("acme", "b", after=None, limit=9) == every[1:3]
+    for limit in (1, 2, 9):
+        for at, after in enumerate(every, 1):
+            assert listings.index(None, after=after, limit=limit) == every[at : at + limit]
+            assert listings.index("acme", after=every[min(at, 3) - 1], limit=limit) == every[min(at, 3) : 3][:limit]
     delete(catalog, "b@1")
-    assert catalog.index(None, after=every[0].id, limit=2) == every[1:3]
-    assert catalog.index("none", after=0, limit=9) == []
+    assert listings.index(None, after=every[1], limit=2) == every[2:]
+    assert listings.index("none", after=None, limit=9) == []
 
 
-def test_adapters_of_one_base_model(catalog: Catalog, content: Content) -> None:
+def test_adapters_of_one_base_model(catalog: Catalog, listings: Listings, content: Content) -> None:
     """That of the newest version decides."""
     publish(catalog, content("x", "llama"), "a")
     publish(catalog, content("y", "gpt2"), "a")
     publish(catalog, content("z", "llama"), "b")
-    found = catalog.list_adapters("acme", after="", limit=9, base_model="llama")
+    found = listings.adapters("acme", after="", limit=9, base_model="llama")
     assert [item.latest.adapter for item in found] == ["b"]
 
 
@@ -273,7 +282,7 @@ def pool_of(kind: str, workers: int) -> Executor:
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("threads", 8), ("processes", 2)])
-def test_many_who_publish_at_once(catalog: Catalog, place: Place, content: Content, kind: str, workers: int) -> None:
+def test_many_who_publish_at_once(listings: Listings, place: Place, content: Content, kind: str, workers: int) -> None:
     """The same content: one is new, the rest get its version. Different contents: consecutive numbers."""
     same = [content("same")] * 5
     own = [[content(f"{worker}-{n}") for n in range(5)] for worker in range(workers)]
@@ -283,7 +292,9 @@ def test_many_who_publish_at_once(catalog: Catalog, place: Place, content: Conte
     numbers = {number for number, is_new in results if is_new}
     assert len([1 for _, is_new in results if is_new]) == len(numbers) == 5 * workers + 1
     assert numbers == set(range(1, 5 * workers + 2))
-    assert [version.number for version in catalog.versions_of("acme", "a")] == sorted(numbers, reverse=True)
+    assert [version.number for version in listings.versions("acme", "a", before=None, limit=99)] == sorted(
+        numbers, reverse=True
+    )
 
 
 def test_many_who_move_an_alias_at_once(catalog: Catalog, content: Content) -> None:

@@ -268,7 +268,8 @@ def test_a_listener_is_told_what_happened(changes: Changes, catalog: Catalog) ->
         told.extend(entries)
 
     changes.listen(listen)
-    gone = catalog.delete("acme", parse_reference("a@2"), BY)
+    gone = catalog.resolve("acme", parse_reference("a@2"))
+    catalog.delete("acme", parse_reference("a@2"), BY)
     (entry,) = told
     assert (entry.action, entry.tenant, entry.target) == ("version.deleted", "acme", "acme/a@2")
-    assert entry.details == {"versions": [2], "digests": [gone[0].digest]}
+    assert entry.details == {"versions": [2], "digests": [gone.digest]}

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
 from service.catalog.records import Quotas
@@ -17,7 +18,7 @@ from service.catalog.schema import adapters, aliases, tenants, versions
 from service.catalog.tenants import Tenants
 from service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
 from service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, Content, on_postgresql
+from tests.catalog.conftest import BY, Content, on_postgresql, remove_deleted
 
 SECONDS = 3.0
 REFUSALS = (Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated)
@@ -29,6 +30,7 @@ class Worker:
 
     def __init__(self, database: Database, keyring: Keyring, content: Content, seed: int) -> None:
         self._catalog, self._tenants, self._garbage = Catalog(database), Tenants(database), Garbage(database)
+        self._deletions = Deletions(database)
         self._audit, self._keyring, self._content = AuditLog(database), keyring, content
         self._choose = random.Random(seed)  # noqa: S311
         self._keys = [("acme", "", "")]
@@ -90,6 +92,7 @@ class Worker:
     def collect(self) -> None:
         self._garbage.wanted([self._content(word).digest for word in "stuvwxyz"], 0)
         self._garbage.forget(0)
+        self._deletions.remove_slice()
 
 
 def test_everything_at_once(database: Database, keyring: Keyring, content: Content) -> None:
@@ -98,6 +101,7 @@ def test_everything_at_once(database: Database, keyring: Keyring, content: Conte
     with ThreadPoolExecutor(len(workers)) as pool:
         counts = [future.result(60) for future in [pool.submit(worker.run) for worker in workers]]
     assert min(counts) > 0
+    remove_deleted(database)
     named = sa.select(versions.c.adapter_id, versions.c.number)
     pointed = sa.select(aliases.c.adapter_id, aliases.c.number)
     empty = sa.select(adapters.c.id).where(adapters.c.id.not_in(sa.select(versions.c.adapter_id)))
@@ -111,7 +115,7 @@ def fill(database: Database, tenant: str, blobs: list[int]) -> None:
     Tenants(database).put(tenant, BY)
     with database.writing() as connection:
         owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-        new = sa.insert(adapters).values(tenant_id=owner, name="a").returning(adapters.c.id)
+        new = sa.insert(adapters).values(tenant_id=owner, name="a", versions=len(blobs)).returning(adapters.c.id)
         adapter_id = connection.scalar(new)
         for number, blob in enumerate(blobs, 1):
             row = {"adapter_id": adapter_id, "number": number, "digest": str(number), "manifest": "{}"}
@@ -127,3 +131,4 @@ def test_tenants_that_share_blobs_go_at_once(database: Database) -> None:
         fill(database, name, random.Random(n).sample(range(400), 400 - 40 * n))  # noqa: S311
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: Tenants(database).delete(name, BY), names))
+        list(pool.map(lambda _: remove_deleted(database), names))

@@ -15,6 +15,7 @@ import service.catalog
 from service.catalog.audit import AuditLog
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database, now
+from service.catalog.listings import Listings
 from service.catalog.records import NewVersion
 from service.catalog.schema import tenants
 from service.catalog.tenants import Tenants
@@ -154,7 +155,7 @@ def test_only_the_databases_time_is_compared() -> None:
     "call",
     [
         lambda database, text: Tenants(database).put(text, BY),
-        lambda database, text: Catalog(database).list_adapters("acme", after="", limit=1, base_model=text),
+        lambda database, text: Listings(database).adapters("acme", after="", limit=1, base_model=text),
         lambda database, text: Catalog(database).add_version("acme", "a", new(base_model=text), BY, make_tenant=True),
         lambda database, text: AuditLog(database).add(BY, "looked.at", None, text),
     ],

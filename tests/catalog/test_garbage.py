@@ -15,7 +15,7 @@ from service.catalog.schema import versions
 from service.catalog.tenants import Tenants
 from service.errors import Conflict
 from service.prefix.references import parse_reference
-from tests.catalog.conftest import BY, on_postgresql
+from tests.catalog.conftest import BY, on_postgresql, remove_deleted
 
 GRACE = 3600.0
 BLOBS = {"w1", "kv1", "w2", "kv2"}
@@ -32,6 +32,7 @@ def publish(catalog: Catalog, tenant: str, adapter: str, new: NewVersion) -> Non
 
 def delete(catalog: Catalog, tenant: str, reference: str) -> None:
     catalog.delete(tenant, parse_reference(reference), BY)
+    remove_deleted(catalog._database)
 
 
 def age(database: Database, seconds: float) -> None:
@@ -58,7 +59,11 @@ def test_what_was_let_go_is_wanted_for_a_while(
 ) -> None:
     """However it went: with its version, its adapter or its tenant."""
     publish(catalog, "acme", "a", version(1))
-    tenants.delete("acme", BY) if reference is None else delete(catalog, "acme", reference)
+    if reference is None:
+        tenants.delete("acme", BY)
+        remove_deleted(database)
+    else:
+        delete(catalog, "acme", reference)
     assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
     age(database, GRACE - 60)
     assert garbage.wanted(BLOBS, GRACE) == {"w1", "kv1"}
@@ -105,6 +110,7 @@ def test_other_versions_are_not_let_go(catalog: Catalog, tenants: Tenants, datab
     delete(catalog, "acme", "a@2")
     assert held(database) == {"w2", "kv2"}
     tenants.delete("acme", BY)
+    remove_deleted(database)
     assert held(database) == BLOBS
 
 

@@ -133,6 +133,18 @@ def test_a_listing_has_the_owners_keys(keyring: Keyring, tenants: Tenants) -> No
         keyring.listed("ghost")
 
 
+def test_listings_come_in_pages(keyring: Keyring, tenants: Tenants) -> None:
+    """Of keys that were made in the same second too."""
+    tenants.put("acme", BY)
+    made = [keyring.create("acme", "read", str(n), BY)[0] for n in range(7)]
+    found, after = [], None
+    while page := keyring.listed("acme", after=after, limit=2):
+        found += page
+        after = page[-1].created, page[-1].id
+    assert found == keyring.listed("acme")
+    assert {key.id for key in found} == {key.id for key in made}
+
+
 def test_a_key_needs_its_tenant(keyring: Keyring) -> None:
     """A key of nobody would be the platform's."""
     with pytest.raises(NotFound, match="there is no tenant 'ghost'"):

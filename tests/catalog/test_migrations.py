@@ -22,15 +22,19 @@ from service.catalog import migrations
 from service.catalog.catalog import Catalog
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
+from service.catalog.listings import Listings
 from service.catalog.records import Principal
 from service.catalog.schema import metadata
 from service.catalog.tenants import Tenants
 from service.errors import StorageFailed
 from service.prefix.references import parse_qualified
-from tests.catalog.conftest import BY, Content, Place
+from tests.catalog.conftest import BY, Content, Place, on_sqlite
 
 FOLDER_0001 = Path(__file__).parents[1] / "data" / "folder-0001"
 """A data folder as release 0001 left it, and what it told of itself."""
+
+
+FOLDER_0002 = FOLDER_0001.with_name("folder-0002")
 
 
 def plain(place: Place) -> sa.Engine:
@@ -176,9 +180,33 @@ def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     known = catalog.resolve(*parse_qualified("acme/summarize@1"))
     assert catalog.find("acme", "summarize", known.digest, known.nbytes, BY) == known
     usage = tenants.get("acme")
-    assert (usage.adapters, usage.bytes) == (1, sum(one.nbytes for one in catalog.versions_of("acme", "summarize")))
+    assert (usage.adapters, usage.bytes) == (
+        1,
+        sum(one.nbytes for one in Listings(migrated).versions("acme", "summarize", before=None, limit=9)),
+    )
     assert catalog.add_version("acme", "summarize", content("x"), BY)[0].number == 3
     assert catalog.add_version("gamma", "a", content("x"), BY, make_tenant=True)[0].number == 1
+
+
+@on_sqlite
+def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) -> None:
+    """Of a folder with several tenants: bytes of weights, keys, values and manifests; nobody is deleted."""
+    shutil.copy(FOLDER_0002 / "catalog.sqlite", tmp_path / "older.sqlite")
+    migrated = Database(tmp_path / "older.sqlite")
+    tenants, listings = Tenants(migrated), Listings(migrated)
+    found = tenants.listed("", 99)
+    assert len(found) > 1
+    for tenant in found:
+        there = listings.adapters(tenant.name, after="", limit=99, base_model=None)
+        versions = {
+            one.latest.adapter: listings.versions(tenant.name, one.latest.adapter, before=None, limit=99)
+            for one in there
+        }
+        assert [one.versions for one in there] == [len(some) for some in versions.values()]
+        assert tenant.adapters == len(there)
+        assert tenant.bytes == sum(version.nbytes for some in versions.values() for version in some)
+    assert any(tenant.bytes for tenant in found)
+    migrated.close()
 
 
 def test_a_newer_database_is_refused(place: Place) -> None:

@@ -26,6 +26,18 @@ def test_publish_tells_a_script(run: Run) -> None:
     assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, True, 20)
 
 
+def test_versions(run: Run) -> None:
+    """Newest first, with digests that are not cropped, and the aliases of each."""
+    for case in ("llama-n20-emb", "llama-n20-proj"):
+        run("publish", CORPUS / "cases" / case / "adapter", "cli/versions")
+    run("alias", "set", "cli/versions", "prod", "1")
+    told = json.loads(run("versions", "cli/versions", "--json").stdout)["items"]
+    assert [(item["version"], item["aliases"]) for item in told] == [(2, []), (1, ["prod"])]
+    shown = run("versions", "cli/versions").stdout
+    assert all(item["digest"] in shown for item in told)
+    assert "there is no cli/none" in run("versions", "cli/none").stderr
+
+
 def test_compose(run: Run) -> None:
     """Published prefixes, one behind the other, are a new version."""
     run("publish", LLAMA, "cli/part")

@@ -13,6 +13,7 @@ import torch
 
 from service.blobs import FolderBlobStore
 from service.catalog.database import Database
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
 from service.catalog.keys import Keyring
 from service.catalog.records import Version
@@ -48,6 +49,12 @@ class Service:
     blobs: FolderBlobStore
     keyring: Keyring
 
+    def remove_deleted(self) -> None:
+        """Removes the rows of what was deleted."""
+        deletions = Deletions(self.database)
+        while deletions.remove_slice():
+            pass
+
     def collector(self) -> Collector:
         """One that waits for nothing."""
         return Collector(Garbage(self.database), self.blobs, 0)
@@ -80,11 +87,11 @@ async def _snapshot(service: Service) -> Snapshot:
     found: Snapshot = {"admin": _first_key_works(service)}
     for tenant in library.tenants.listed("", 1000):
         found[tenant.name] = (tenant.adapters, tenant.bytes)
-        for adapter in library.catalog.list_adapters(tenant.name, after="", limit=1000, base_model=None):
+        for adapter in library.listings.adapters(tenant.name, after="", limit=1000, base_model=None):
             name = adapter.latest.adapter
             latest = await library.resolve(tenant.name, parse_reference(name))
             found[f"{tenant.name}/{name}"] = (latest.number, adapter.aliases)
-            for version in library.catalog.versions_of(tenant.name, name):
+            for version in library.listings.versions(tenant.name, name, before=None, limit=1000):
                 found[f"{tenant.name}/{name}@{version.number}"] = await _whole(library, version)
     entries = library.audit.listed(None, before=None, limit=1000)
     found["audit"] = [(entry.action, entry.tenant, entry.target, entry.details) for entry in entries if entry.tenant]

@@ -65,6 +65,10 @@ def _collect(service: Service, _: str) -> Change:
     return service.collector().collect
 
 
+def _remove(service: Service, _: str) -> Change:
+    return service.remove_deleted
+
+
 def _while_serving(change: Callable[[Service, str], Change]) -> Act:
     """The service runs already when the change begins."""
 
@@ -114,6 +118,13 @@ def with_garbage(data_dir: Path) -> None:
         _delete(service, "")()
 
 
+def with_deleted_tenant(data_dir: Path) -> None:
+    """Two tenants, one of whom was deleted; its rows are there."""
+    two_tenants(data_dir)
+    with serving(data_dir) as service:
+        _delete_tenant(service, "")()
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """A change and the folder that it is made on; whether making it twice is making it once, and whether a service
@@ -136,6 +147,7 @@ OPERATIONS: Final = {
         Operation("alias move", two_tenants, _while_serving(_move)),
         Operation("deletion", two_tenants, _while_serving(_delete), repeatable=False),
         Operation("tenant deletion", two_tenants, _while_serving(_delete_tenant), repeatable=False),
+        Operation("removal", with_deleted_tenant, _while_serving(_remove)),
         Operation("collection", with_garbage, _while_serving(_collect)),
     )
 }

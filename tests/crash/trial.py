@@ -177,6 +177,7 @@ def _restarted(data_dir: Path) -> Snapshot:
         seen = snapshot(service)
         lost = service.collector().reconcile()
         _require(not lost, f"blobs are lost: {lost}")
+        service.remove_deleted()
         service.collector().collect()
         _require(not leftovers(service), f"too many or too few blobs after a collection: {leftovers(service)}")
         return seen

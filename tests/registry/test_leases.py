@@ -8,7 +8,8 @@ import pytest
 
 from service.errors import CorruptBlob, OutOfSpace, Overloaded, Unavailable
 from service.prefix.rendering import Rendering
-from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.keys import RenderingKey, VersionKey
+from service.registry.registry import AdapterRegistry
 from service.registry.tier import Leases
 from tests.registry.test_registry import SIZE, Loader, held, leased, registry_of, used, version, whole
 

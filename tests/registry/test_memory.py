@@ -9,8 +9,9 @@ import torch
 
 from service.errors import OutOfSpace
 from service.prefix.kv import PrefixKV
+from service.registry.keys import RenderingKey, VersionKey
 from service.registry.memory import exhausted
-from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+from service.registry.registry import AdapterRegistry
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test exhausts one")
 
@@ -27,7 +28,8 @@ EXHAUSTING = textwrap.dedent(
     import torch
     from service.errors import OutOfSpace
     from service.prefix.kv import PrefixKV
-    from service.registry.registry import AdapterRegistry, RenderingKey, VersionKey
+    from service.registry.keys import RenderingKey, VersionKey
+    from service.registry.registry import AdapterRegistry
 
     SIZE = 64 << 20
 
@@ -58,7 +60,7 @@ EXHAUSTING = textwrap.dedent(
                 registry.pin(key(number), pinned=True)
         except OutOfSpace as error:
             print(error)
-        registry.forget_tenant("acme")
+        registry.forget_where(lambda version: version.tenant == "acme")
         print("bytes", (await registry.prefix(key(0), SIZE, by_torch)).nbytes == SIZE)
 
     asyncio.run(main())

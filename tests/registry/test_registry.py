@@ -14,12 +14,8 @@ import torch
 from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloaded, Unavailable
 from service.prefix.kv import PrefixKV
 from service.prefix.rendering import Rendering, render
-from service.registry.registry import (
-    AdapterRegistry,
-    RenderingKey,
-    VersionKey,
-    choose_device,
-)
+from service.registry.keys import RenderingKey, VersionKey
+from service.registry.registry import AdapterRegistry, choose_device
 
 CPU = torch.device("cpu")
 SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
@@ -454,7 +450,7 @@ async def test_what_left_is_not_looked_for_when_a_version_is_forgotten() -> None
     for number in (1, 2, 3):
         async with leased(registry, Loader(number), number):
             pass
-    assert len(registry.resident()) == 2
+    assert len(registry.snapshot().resident(1000)) == 2
     assert_groups_hold_what_is_resident(registry)
     with pytest.raises(CorruptBlob):
         await registry.prefix(version(4), SIZE, Loader(4, error=CorruptBlob("damaged")))
@@ -482,13 +478,13 @@ async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
     loading = asyncio.create_task(registry.prefix(version(2), SIZE, load))
     async with leased(registry, Loader()) as rendering:
         await load.waiting()
-        registry.forget_tenant("acme")
+        registry.forget_where(lambda version: version.tenant == "acme")
         assert used(registry) == (2 * SIZE, SIZE)
         assert torch.equal(rendering.values, kv_of().tensor)
     load.go_on.set()
     await loading
     assert used(registry) == (SIZE, 0)
-    assert [row.tenant for row in registry.resident()] == ["beta"]
+    assert [row.tenant for row in registry.snapshot().resident(1000)] == ["beta"]
 
 
 async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
@@ -506,7 +502,7 @@ async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
     for number in range(100):
         await read("acme", number)
     assert sum([await read("beta", number) for number in range(18)]) == 0
-    assert {row.tenant: row.used // SIZE for row in registry.shares()} == {"beta": 18, "acme": 2}
+    assert {row.tenant: row.used // SIZE for row in registry.snapshot().shares(1000)} == {"beta": 18, "acme": 2}
 
 
 async def test_what_a_registry_tells_of_itself() -> None:
@@ -529,13 +525,13 @@ async def test_what_a_registry_tells_of_itself() -> None:
             "host", "host", SIZE, 1, 1, 1,
         )  # fmt: skip
         assert host.load_seconds > 0
-        rows = {(row.tenant, row.version): row for row in registry.resident()}
+        rows = {(row.tenant, row.version): row for row in registry.snapshot().resident(1000)}
         first, second, third = rows["acme", 1], rows["acme", 2], rows["beta", 1]
-        assert registry.resident()[0] == first
+        assert registry.snapshot().resident(1000)[0] == first
         assert (first.device_bytes, first.host_bytes, first.renderings, first.readers) == (SIZE, SIZE, 1, 1)
         assert (first.reason, second.reason, third.reason) == ("reading", "loading", "pinned")
         assert (second.uses, second.readers, third.uses, third.pinned) == (1, 2, 1, True)
-        shares = [(row.tenant, row.tier, row.used, row.share) for row in registry.shares()]
+        shares = [(row.tenant, row.tier, row.used, row.share) for row in registry.snapshot().shares(1000)]
         assert shares == [
             ("acme", "device", 2 * SIZE, 6 * SIZE // 4),
             ("beta", "device", SIZE, 6 * SIZE // 4),
@@ -544,7 +540,7 @@ async def test_what_a_registry_tells_of_itself() -> None:
     load.go_on.set()
     await asyncio.gather(*loading)
     registry.pin(other, pinned=False)
-    assert {row.tenant: row.reason for row in registry.resident()} == {"acme": "kept", "beta": "share"}
+    assert {row.tenant: row.reason for row in registry.snapshot().resident(1000)} == {"acme": "kept", "beta": "share"}
     for number in (3, 4, 5, 6):
         await registry.prefix(version(number), SIZE, Loader(number))
     assert registry.tiers()[0].evictions == 1

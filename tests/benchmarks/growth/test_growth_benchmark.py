@@ -1,0 +1,14 @@
+"""The measures behind README.md, on a few hundred adapters."""
+
+from pathlib import Path
+
+from tests.benchmarks.growth.measure import measure
+
+
+def test_everything_is_measured_and_ends(tmp_path: Path) -> None:
+    """The deleted tenant's rows and blobs are gone, the backup and the index were whole, and each step has figures."""
+    found = measure(tmp_path, 300)
+    assert list(found)[:2] == ["start", "nothing"]
+    assert {"backup", "deletion: rows", "collection"} < set(found)
+    assert all(noticed.seconds > 0 for noticed in found.values())
+    assert all(noticed.silence > 0 and noticed.wait > 0 for name, noticed in found.items() if name != "start")

@@ -1,0 +1,203 @@
+"""`service.catalog.deletions`: what is deleted is gone at once, and its rows go a slice at a time."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import sqlalchemy as sa
+
+from service.catalog import schema
+from service.catalog.audit import AuditLog
+from service.catalog.catalog import MOST_ALIASES, Catalog
+from service.catalog.changes import Changes
+from service.catalog.database import Database
+from service.catalog.deletions import Deletions
+from service.catalog.garbage import SLICE, Garbage
+from service.catalog.keys import Keyring
+from service.catalog.listings import Listings
+from service.catalog.records import AuditEntry, Quotas
+from service.catalog.tenants import Tenants
+from service.errors import Conflict, NotFound, Unauthenticated
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, Content, Place, on_sqlite, remove_deleted
+
+
+def fill(database: Database, tenant: str, sizes: list[int]) -> None:
+    """A tenant with an adapter for each of these sizes, and as many versions of it; its totals are right."""
+    Tenants(database).put(tenant, BY)
+    with database.writing() as connection:
+        owner = connection.scalar(sa.select(schema.tenants.c.id).where(schema.tenants.c.name == tenant))
+        for n, size in enumerate(sizes):
+            row = {"tenant_id": owner, "name": f"a{n}", "versions": size, "bytes": 4 * size}
+            adapter_id = connection.scalar(sa.insert(schema.adapters).values(row).returning(schema.adapters.c.id))
+            made = [
+                {"adapter_id": adapter_id, "number": number, "digest": f"{n} {number}", "manifest": "{}"}
+                | {"weights": f"w {tenant} {n} {number}", "weights_bytes": 1, "weights_dtype": "bfloat16"}
+                | {"key_values": f"kv {n} {number}", "key_values_bytes": 1, "manifest_bytes": 2}
+                for number in range(1, size + 1)
+            ]
+            connection.execute(sa.insert(schema.versions), made)
+        total = {"adapters": len(sizes), "bytes": 4 * sum(sizes)}
+        connection.execute(sa.update(schema.tenants).where(schema.tenants.c.id == owner).values(total))
+
+
+def rows(database: Database) -> dict[str, int]:
+    """How many each table has."""
+    with database.reading() as connection:
+        return {
+            name: connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+            for name, table in schema.metadata.tables.items()
+        }
+
+
+def test_a_deleted_tenant_is_gone_before_its_rows_are(
+    database: Database, tenants: Tenants, catalog: Catalog, listings: Listings, keyring: Keyring, content: Content
+) -> None:
+    """Nothing resolves, nothing is listed, no key works, and a namesake begins with nothing but the numbers."""
+    tenants.put("acme", BY, Quotas(max_bytes=1000))
+    catalog.add_version("acme", "a", content("x"), BY)
+    _, text = keyring.create("acme", "admin", "", BY)
+    tenants.delete("acme", BY)
+    assert rows(database)["versions"] == 1
+    assert tenants.listed("", 9) == []
+    assert listings.index(None, after=None, limit=9) == []
+    assert list(Garbage(database).named()) == []
+    for look in (tenants.get, tenants.require, lambda name: listings.versions(name, "a", before=None, limit=9)):
+        with pytest.raises(NotFound):
+            look("acme")
+    with pytest.raises(NotFound):
+        catalog.resolve("acme", parse_reference("a"))
+    with pytest.raises(Unauthenticated):
+        keyring.verify(text)
+    assert catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)[0].number == 2
+    assert (tenants.get("acme").quotas, tenants.get("acme").bytes) == (Quotas(), 100)
+    remove_deleted(database)
+    assert catalog.resolve("acme", parse_reference("a")).number == 2
+    assert {name: rows(database)[name] for name in ("tenants", "adapters", "versions")} == dict.fromkeys(
+        ("tenants", "adapters", "versions"), 1
+    )
+
+
+def test_a_deleted_adapter_is_gone_before_its_rows_are(
+    database: Database, tenants: Tenants, catalog: Catalog, listings: Listings, content: Content
+) -> None:
+    """And counts no more, while its namesake does."""
+    for word in "xy":
+        catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+    catalog.delete("acme", parse_reference("a"), BY)
+    assert rows(database)["versions"] == 2
+    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (0, 0)
+    assert listings.adapters("acme", after="", limit=9, base_model=None) == []
+    assert listings.index("acme", after=None, limit=9) == []
+    assert catalog.add_version("acme", "a", content("x"), BY)[0].number == 3
+    assert catalog.aliases_of("acme", "a") == {}
+    remove_deleted(database)
+    assert (rows(database)["versions"], rows(database)["aliases"]) == (1, 0)
+    assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (1, 100)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[SLICE + 1], [3 * SLICE], [1] * (SLICE + 2), [SLICE - 1, 1, 1], [2, 2 * SLICE, 2]], ids=str
+)
+def test_slices_are_bounded_and_leave_nothing(database: Database, sizes: list[int]) -> None:
+    """Whatever the shape: no transaction removes more than a slice, and other tenants keep what they have."""
+    fill(database, "acme", sizes)
+    fill(database, "beta", [2])
+    Tenants(database).delete("acme", BY)
+    deletions, before = Deletions(database), rows(database)
+    while deletions.remove_slice():
+        now = rows(database)
+        removed = sum(before[name] - now[name] for name in ("tenants", "adapters", "versions", "aliases"))
+        assert 0 <= removed <= SLICE
+        before = now
+    assert {name: before[name] for name in ("tenants", "adapters", "versions")} == {
+        "tenants": 1,
+        "adapters": 1,
+        "versions": 2,
+    }
+    assert before["garbage"] == 2 * sum(sizes)
+
+
+def test_many_aliases_are_removed_in_slices(database: Database, catalog: Catalog, content: Content) -> None:
+    """An adapter has as many aliases as it may have, which is more than a slice."""
+    catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
+
+    with database.writing() as connection:
+        adapter_id = connection.scalar(sa.select(schema.adapters.c.id)) or 0
+        made = [{"adapter_id": adapter_id, "name": f"n{n}", "number": 1} for n in range(MOST_ALIASES)]
+        connection.execute(sa.insert(schema.aliases), made)
+    with pytest.raises(Conflict, match=f"acme/a has {MOST_ALIASES} aliases, and may have {MOST_ALIASES}: delete one"):
+        catalog.put_alias("acme", "a", "prod", 1, BY)
+    assert catalog.put_alias("acme", "a", "n1", 1, BY) is False
+    catalog.delete("acme", parse_reference("a"), BY)
+    deletions = Deletions(database)
+    assert deletions.remove_slice()
+    assert rows(database)["aliases"] == MOST_ALIASES - SLICE
+    remove_deleted(database)
+    assert rows(database)["aliases"] == 0
+
+
+def test_the_audit_of_a_deleted_tenant_stays(database: Database, tenants: Tenants, content: Content) -> None:
+    """In slices its entries lose their owner; the platform reads them, a namesake does not."""
+    tenants.put("acme", BY)
+    with database.writing() as connection:
+        owner = connection.scalar(sa.select(schema.tenants.c.id))
+        entry = {"tenant_id": owner, "tenant": "acme", "actor": "acme", "key_id": "k", "action": "x", "target": "acme"}
+        connection.execute(sa.insert(schema.audit), [entry | {"details": {}} for _ in range(2 * SLICE)])
+    tenants.delete("acme", BY)
+    tenants.put("acme", BY)
+    remove_deleted(database)
+    log = AuditLog(database)
+    assert len(log.listed(None, before=None, limit=5 * SLICE)) == 2 * SLICE + 3
+    assert [entry.action for entry in log.listed("acme", before=None, limit=9)] == ["tenant.created"]
+
+
+def test_listeners_hear_of_one_deletion(database: Database, tenants: Tenants) -> None:
+    """However many slices follow."""
+    fill(database, "acme", [SLICE + 1])
+    changes, heard = Changes(database), list[AuditEntry]()
+    changes.listen(heard.extend)
+    tenants.delete("acme", BY)
+    remove_deleted(database)
+    changes.catch_up()
+    assert [(entry.action, entry.target) for entry in heard] == [("tenant.deleted", "acme")]
+
+
+REMOVING = textwrap.dedent(
+    """
+    import pathlib, signal, sys
+    from service.catalog.database import Database
+    from service.catalog.deletions import Deletions
+
+    deletions = Deletions(Database(pathlib.Path(sys.argv[1])))
+    deletions.remove_slice()
+    print("one", flush=True)
+    for _ in range(9):
+        deletions.remove_slice()
+    signal.pause()
+    """
+)
+
+
+@on_sqlite
+def test_a_removal_that_was_killed_goes_on(database: Database, place: Place) -> None:
+    """Whatever slice a process was killed in, the next one finishes, and what other tenants have is whole."""
+    fill(database, "acme", [1] * 20 * SLICE)
+    fill(database, "beta", [3])
+    Tenants(database).delete("acme", BY)
+    with subprocess.Popen([sys.executable, "-c", REMOVING, str(place)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "one\n"
+        process.kill()
+    assert 3 < rows(database)["versions"] < 20 * SLICE + 3
+    remove_deleted(database)
+    left = rows(database)
+    assert {name: left[name] for name in ("tenants", "adapters", "versions")} == {
+        "tenants": 1,
+        "adapters": 1,
+        "versions": 3,
+    }
+    assert left["garbage"] == 2 * 20 * SLICE
+    assert Tenants(database).get("beta").bytes == 12

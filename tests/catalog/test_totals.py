@@ -1,0 +1,104 @@
+"""Running totals of adapters and tenants are the sums of their rows, whatever was published and deleted."""
+
+import contextlib
+import hashlib
+import tempfile
+from pathlib import Path
+
+import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from service.catalog.catalog import Catalog
+from service.catalog.database import Database
+from service.catalog.deletions import Deletions
+from service.catalog.records import NewVersion, Quotas
+from service.catalog.schema import adapters, tenants, versions
+from service.catalog.tenants import Tenants
+from service.errors import Conflict, NotFound, QuotaExceeded
+from service.prefix.references import parse_reference
+from tests.catalog.conftest import BY
+
+TENANTS = st.sampled_from(["acme", "beta"])
+ADAPTERS = st.sampled_from("abc")
+NUMBERS = st.integers(1, 6)
+
+_NBYTES = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
+
+
+class Totals(RuleBasedStateMachine):
+    """Publishing, moving aliases and deleting, with and without quotas, while deletions are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory()
+        self._database = Database(Path(self._folder.name) / "catalog.sqlite")
+        self._catalog, self._tenants = Catalog(self._database), Tenants(self._database)
+
+    def teardown(self) -> None:
+        self._database.close()
+        self._folder.cleanup()
+
+    @rule(tenant=TENANTS, adapter=ADAPTERS, word=st.text(max_size=3))
+    def publish(self, tenant: str, adapter: str, word: str) -> None:
+        """The same content may come again, and may exceed a quota."""
+        digest = hashlib.sha256(word.encode()).hexdigest()
+        new = NewVersion(digest, f"é{word}", None, digest, len(word), "float32", digest, 7)
+        with contextlib.suppress(QuotaExceeded):
+            self._catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
+
+    @rule(tenant=TENANTS, adapter=ADAPTERS, number=NUMBERS)
+    def point(self, tenant: str, adapter: str, number: int) -> None:
+        """An alias keeps its version from being deleted."""
+        with contextlib.suppress(NotFound):
+            self._catalog.put_alias(tenant, adapter, "prod", number, BY)
+
+    @rule(tenant=TENANTS, adapter=ADAPTERS, selector=st.none() | NUMBERS)
+    def delete(self, tenant: str, adapter: str, selector: int | None) -> None:
+        """A version, perhaps the last one, or an adapter."""
+        reference = adapter if selector is None else f"{adapter}@{selector}"
+        with contextlib.suppress(NotFound, Conflict):
+            self._catalog.delete(tenant, parse_reference(reference), BY)
+
+    @rule(tenant=TENANTS)
+    def delete_tenant(self, tenant: str) -> None:
+        """With all that it has."""
+        with contextlib.suppress(NotFound):
+            self._tenants.delete(tenant, BY)
+
+    @rule(tenant=TENANTS, quotas=st.sampled_from([Quotas(), Quotas(max_adapters=1), Quotas(max_bytes=30)]))
+    def limit(self, tenant: str, quotas: Quotas) -> None:
+        """Quotas change nothing of what is there."""
+        self._tenants.put(tenant, BY, quotas)
+
+    @rule()
+    def remove(self) -> None:
+        """A slice of what was deleted."""
+        Deletions(self._database).remove_slice()
+
+    @invariant()
+    def totals_are_sums(self) -> None:
+        """Of what was not deleted; bytes of a manifest are those of its UTF-8."""
+        count = sa.func.count
+        by_adapter = sa.select(versions.c.adapter_id, count(), sa.func.sum(_NBYTES)).group_by(versions.c.adapter_id)
+        by_tenant = (
+            sa.select(adapters.c.tenant_id, count(), sa.func.sum(adapters.c.bytes))
+            .where(sa.not_(adapters.c.deleted))
+            .group_by(adapters.c.tenant_id)
+        )
+        with self._database.reading() as connection:
+            for table, counted, columns in (
+                (adapters, by_adapter, ("versions", "bytes")),
+                (tenants, by_tenant, ("adapters", "bytes")),
+            ):
+                sums = {row[0]: tuple(row[1:]) for row in connection.execute(counted)}
+                present = sa.select(table.c.id, *(table.c[name] for name in columns)).where(sa.not_(table.c.deleted))
+                for row in connection.execute(present):
+                    assert tuple(row[1:]) == sums.get(row.id, (0, 0)), (table.name, row)
+            manifests = connection.execute(sa.select(versions.c.manifest, versions.c.manifest_bytes)).all()
+        assert all(len(manifest.encode()) == nbytes for manifest, nbytes in manifests)
+
+
+TestTotals = Totals.TestCase
+TestTotals.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
