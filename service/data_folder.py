@@ -34,8 +34,10 @@ def bootstrap_file(data_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[None]:
+def opened(settings: Settings) -> Iterator[int]:
     """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile.
+
+    Yields the lock's file descriptor. The lock holds until every process that inherited the descriptor has ended.
 
     Raises:
         Conflict: another service runs on it.
@@ -51,7 +53,7 @@ def opened(settings: Settings) -> Iterator[None]:
         except BlockingIOError as error:
             raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
         with _prepared(settings):
-            yield
+            yield handle
     finally:
         os.close(handle)
 

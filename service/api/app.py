@@ -35,7 +35,6 @@ from service.api.rates import RateLimitMiddleware, RateLimits
 from service.api.requests import RequestMiddleware
 from service.api.schemas import Problem
 from service.api.state import State
-from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
 from service.catalog.changes import Listener
 from service.catalog.database import Database
@@ -43,7 +42,6 @@ from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry
 from service.data_folder import blob_folder, catalog_file
 from service.library import Library
-from service.logs import configure
 from service.plan import Limits
 from service.registry.admission import Admission
 from service.registry.registry import AdapterRegistry, choose_device
@@ -115,13 +113,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
-
-
-def create_app_from_environment() -> FastAPI:
-    """For worker processes, which get their settings from the environment."""
-    settings = Settings()
-    configure(settings.log_level)
-    return create_app(settings, Metrics(take_place()))
 
 
 def _on_this_loop(listener: Listener) -> Listener:
