@@ -1,10 +1,13 @@
 """Chaos: `python -m tests.chaos --minutes 10`. Root, or a user who may mount, sees every fault."""
 
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,10 +29,18 @@ def main(
     if unknown := set(only or ()) - set(names):
         sys.exit(f"no such fault: {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
     chosen = [fault for fault in FAULTS if not only or fault.name in only]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started or mounted stays
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        console.print(f"{time.monotonic() - started:6.1f} s  {what}", highlight=False)
+
     with campaign() as running:
-        rows = running.run(chosen, minutes * 60, lambda name: console.print(f"{name} …", highlight=False))
+        rows = running.run(chosen, minutes * 60, tell)
+        tell("end in order, start again, compare")
         running.finish()
     console.print(table(rows))
+    console.print(errors(rows))
     console.print(f"{running.truth.acknowledged} changes acknowledged")
     for contradiction in [*running.truth.wrong, *running.truth.lost][:20]:
         console.print(contradiction, highlight=False, soft_wrap=True)
@@ -40,25 +51,36 @@ def main(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Returns the rows, 80 columns wide; times are the longest of each fault, in seconds."""
-    made = Table(width=80, padding=(0, 1, 0, 0), box=None, pad_edge=False)
+    """Returns the rows, within 80 columns; times are seconds, the longest of each fault."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column("fault")
-    made.add_column("times", justify="right")
-    made.add_column("/readyz true", justify="right")
-    made.add_column("work goes on", justify="right")
-    made.add_column("worker back", justify="right")
-    made.add_column("errors", ratio=1)
-    made.add_column("wrong", justify="right")
-    made.add_column("lost", justify="right")
+    for name in (
+        "times",
+        "/readyz\ntells it",
+        "work\ngoes on",
+        "worker back\n+ its start",
+        "wrong\nbytes",
+        "changes\nlost",
+    ):
+        made.add_column(name, justify="right")
     for row in rows:
         if row.skipped:
-            made.add_row(row.fault.name, "0", "", "", "", f"[red]SKIPPED[/red]: {row.skipped}", "", "")
+            made.add_row(row.fault.name, "0", *["SKIPPED"] * 5, style="red")
             continue
-        back = "" if row.fault.replaces is None else f"{_seconds(row.replaced)}+{row.start:.1f}"
-        errors = ", ".join(f"{count} {kind}" for kind, count in row.errors.most_common())
+        back = "" if row.fault.replaces is None else f"{_seconds(row.replaced)} + {row.start:.1f}"
         ready = _seconds(row.truthful) if row.fault.unready else ""
-        counts = (str(row.wrong), str(row.lost))
-        made.add_row(row.fault.name, str(row.times), ready, _seconds(row.goes_on), back, errors or "none", *counts)
+        made.add_row(row.fault.name, str(row.times), ready, _seconds(row.goes_on), back, str(row.wrong), str(row.lost))
+    return made
+
+
+def errors(rows: Sequence[Row]) -> Table:
+    """Returns what callers met instead of answers, within 80 columns; or why a fault was skipped."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=80)
+    made.add_column("fault", no_wrap=True)
+    made.add_column("errors by kind", ratio=1)
+    for row in rows:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in row.errors.most_common())
+        made.add_row(row.fault.name, f"SKIPPED, {row.skipped}" if row.skipped else kinds or "none")
     return made
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,7 @@ import httpx
 
 from tests.chaos.faults import Fault
 from tests.chaos.service import Service, now, own_file_system
-from tests.chaos.truth import Truth
+from tests.chaos.truth import Adapter, Truth
 from tests.chaos.work import Seen, Work, key_values_of
 
 _UNDISTURBED: Final = 2.0  # seconds of work before each fault
@@ -108,28 +109,26 @@ class Campaign:
         """Compare everything that was acknowledged with what the service says now."""
         with self.work.quiet(), self.service.client(timeout=30) as client:
             for adapter in self.truth.adapters():
-                for version, content in adapter.versions.items():
-                    path = f"{adapter.path}@{version}"
-                    answer = _sound(client, f"{path}/prefix?layout=stacked")
-                    if version in adapter.leaving:
-                        if answer.status_code != 404:
-                            self.truth.lost.append(f"{path} was deleted: {answer.status_code}")
-                    elif answer.status_code != 200:
-                        self.truth.lost.append(f"{path}: {answer.status_code} {answer.text}")
-                    else:
-                        self.truth.check_prefix(adapter, version, key_values_of(answer.content))
-                        file = _sound(client, f"{path}/parameters")
-                        if file.status_code == 200:
-                            self.truth.check_parameters(adapter, version, file.content)
-                        else:
-                            self.truth.lost.append(f"{path}: {content.weights}, {file.status_code} {file.text}")
-                self._replay_aliases(client, adapter.path, adapter.aliases)
+                for version in adapter.versions:
+                    self._replay_version(client, adapter, version)
+                for alias, version in adapter.aliases.items():
+                    answer = _settled(client, f"{adapter.path}@{alias}", partial(_is_version, version))
+                    if not _is_version(version, answer):
+                        self.truth.lost.append(f"{adapter.path}@{alias} is not {version}: {answer.text}")
 
-    def _replay_aliases(self, client: httpx.Client, path: str, aliases: dict[str, int]) -> None:
-        for alias, version in aliases.items():
-            answer = _sound(client, f"{path}@{alias}")
-            if answer.status_code != 200 or answer.json()["version"] != version:
-                self.truth.lost.append(f"{path}@{alias} is not {version}: {answer.text}")
+    def _replay_version(self, client: httpx.Client, adapter: Adapter, version: int) -> None:
+        path = f"{adapter.path}@{version}"
+        expected = 404 if version in adapter.leaving else 200
+        prefix = _settled(client, f"{path}/prefix?layout=stacked", partial(_has_status, expected))
+        if prefix.status_code != expected:
+            self.truth.lost.append(f"{path} must answer {expected}: {prefix.status_code} {prefix.text[:200]!r}")
+        elif expected == 200:
+            self.truth.check_prefix(adapter, version, key_values_of(prefix.content))
+            file = _settled(client, f"{path}/parameters", partial(_has_status, 200))
+            if file.status_code == 200:
+                self.truth.check_parameters(adapter, version, file.content)
+            else:
+                self.truth.lost.append(f"{path}/parameters: {file.status_code} {file.text[:200]!r}")
 
     def run(self, faults: Sequence[Fault], seconds: float, told: Callable[[str], None]) -> list[Row]:
         """Let all faults happen, again and again until the time is over. `told` is called with what happens now."""
@@ -172,8 +171,9 @@ def campaign() -> Iterator[Campaign]:
             service.end()
 
 
-def _sound(client: httpx.Client, path: str) -> httpx.Response:
-    """Returns an answer; one that says `try again` is asked for again for a while."""
+def _settled(client: httpx.Client, path: str, is_expected: Callable[[httpx.Response], bool]) -> httpx.Response:
+    """Returns the expected answer, or the last after half a minute: a process hears of changes by another within a
+    second, and a load that failed is not tried again for three."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -182,9 +182,17 @@ def _sound(client: httpx.Client, path: str) -> httpx.Response:
             if time.monotonic() > deadline:
                 raise
         else:
-            if answer.status_code not in (429, 503) or time.monotonic() > deadline:
+            if is_expected(answer) or time.monotonic() > deadline:
                 return answer
         time.sleep(0.25)
+
+
+def _has_status(status: int, answer: httpx.Response) -> bool:
+    return answer.status_code == status
+
+
+def _is_version(version: int, answer: httpx.Response) -> bool:
+    return answer.status_code == 200 and answer.json()["version"] == version
 
 
 def _truthful(fault: Fault, seen: Seen, began: float, ended: float) -> float | None:

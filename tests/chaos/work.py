@@ -19,7 +19,7 @@ from tests.chaos.truth import SHAPE, Adapter, Truth, content
 
 _BETWEEN: Final = 0.03  # seconds between two requests of one caller
 _AFTER_FAILURE: Final = 0.1
-_MOST_VERSIONS: Final = 12
+_MOST_VERSIONS: Final = 6
 
 
 @dataclass
