@@ -18,6 +18,16 @@ from tests.processes import eventually, is_alive, lines_of, within, workers_of
 _HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))\n"
 _LOST = "import os\nif 'PROMETHEUS_MULTIPROC_DIR' in os.environ: os.environ['PROMETHEUS_MULTIPROC_DIR'] = '/nowhere'\n"
 
+_NO_PRCTL = """
+import ctypes
+
+class CDLL(ctypes.CDLL):
+    def __getattr__(self, name):
+        return (lambda *_: -1) if name == "prctl" else super().__getattr__(name)
+
+ctypes.CDLL = CDLL
+"""
+
 
 def customized(folder: Path, code: str) -> dict[str, str]:
     """An environment in which each Python process begins with this code."""
@@ -97,29 +107,35 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_workers_end_with_their_supervisor_and_the_folder_is_theirs_until_then(tmp_path: Path) -> None:
-    """Each holds the folder's lock. When the supervisor is killed they are gone within seconds, a stopped one too, and
-    the next service starts."""
+def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
+    """When it is killed they are gone within seconds, one that is stopped too, and the next service starts."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
-        lock = server.data_dir / "lock"
-        assert all(holds(pid, lock) for pid in workers)
         os.kill(workers[0], signal.SIGSTOP)
         server.process.kill()
-        eventually(lambda: not any(map(is_alive, workers)), 5)
         server.process.wait()
+        eventually(lambda: not any(map(is_alive, workers)), 5)
     with two_workers(tmp_path):
-        second = run_command("serve", "--data-dir", tmp_path / "data", "--port", "0")
+        pass
+
+
+def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) -> None:
+    """Where the kernel does not kill them (not Linux), workers end when their supervisor's socket does. One that is
+    stopped cannot, so that the next service is refused until it has."""
+    with two_workers(tmp_path, environment=customized(tmp_path, _NO_PRCTL)) as server:
+        stopped, other = ready_of(server)
+        os.kill(stopped, signal.SIGSTOP)
+        server.process.kill()
+        server.process.wait()
+        eventually(lambda: not is_alive(other))
+        arguments = ("serve", "--data-dir", server.data_dir, "--port", str(free_port()))
+        second = run_command(*arguments)
         assert second.returncode == 1
         assert "another prefix-service runs on the data folder" in second.stderr
-
-
-def holds(pid: int, lock: Path) -> bool:
-    """Whether a process has a file open under a lock of the whole file."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        if descriptor.readlink() == lock:
-            return "FLOCK" in Path(f"/proc/{pid}/fdinfo/{descriptor.name}").read_text()
-    return False
+        os.kill(stopped, signal.SIGCONT)
+        eventually(lambda: not is_alive(stopped))
+    with running_server(tmp_path / "data"):
+        pass
 
 
 def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
