@@ -48,9 +48,12 @@ def check(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[None]:
+def opened(settings: Settings) -> Iterator[int | None]:
     """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile. With
     `read_only` it is left as it is, and another service may write to it meanwhile.
+
+    Yields the lock's file descriptor, None with `read_only`. The lock holds until every process that inherited the
+    descriptor has ended.
 
     Raises:
         Conflict: another service runs on it.
@@ -60,7 +63,7 @@ def opened(settings: Settings) -> Iterator[None]:
     data_dir = settings.data_dir
     if settings.read_only:
         _require_complete(settings)
-        yield
+        yield None
         return
     try:
         with translated(f"use the data folder {data_dir}"):
@@ -77,7 +80,7 @@ def opened(settings: Settings) -> Iterator[None]:
         except BlockingIOError as error:
             raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
         with _prepared(settings):
-            yield
+            yield handle
     finally:
         os.close(handle)
 

@@ -93,7 +93,11 @@ def running_server(
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
     url = f"http://127.0.0.1:{port}"
-    _wait_until_ready(url, process, log, uds)
+    try:
+        _wait_until_ready(url, process, log, uds)
+    except BaseException:
+        process.kill()
+        raise
     key_file = data_dir / "bootstrap.key"
     server = Server(url, data_dir, key_file.read_text().strip() if key_file.exists() else "", process, log, uds)
     try:

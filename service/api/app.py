@@ -39,7 +39,6 @@ from service.api.rates import RateLimitMiddleware, RateLimits
 from service.api.requests import RequestMiddleware
 from service.api.schemas import Problem
 from service.api.state import State
-from service.api.worker_metrics import take_place
 from service.blobs import FolderBlobStore
 from service.catalog.access import PROMPT
 from service.catalog.changes import Listener
@@ -48,7 +47,6 @@ from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry
 from service.data_folder import blob_folder, catalog_file, check
 from service.library import Library
-from service.logs import configure
 from service.plan import Limits
 from service.readiness import Readiness
 from service.registry.admission import Admission
@@ -122,13 +120,6 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
-
-
-def create_app_from_environment() -> FastAPI:
-    """For worker processes, which get their settings from the environment."""
-    settings = Settings()
-    configure(settings.log_level)
-    return create_app(settings, Metrics(take_place()))
 
 
 def _on_this_loop(listener: Listener) -> Listener:

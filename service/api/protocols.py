@@ -7,7 +7,7 @@ its way to the app costs one look at the names of its header fields.
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, cast
 
 import h11
@@ -42,20 +42,6 @@ def connection_class(settings: Settings) -> type[asyncio.Protocol]:
     """Returns the connections of a service with these settings, for uvicorn."""
     deadlines = Deadlines(settings.receive_timeout, settings.send_timeout)
     return protocol_class(settings.parser, deadlines, most_connections(settings.max_connections))
-
-
-def connection_from_environment(**uvicorn: Any) -> asyncio.Protocol:
-    """Returns a connection of a worker process, which reads its settings from the environment.
-
-    uvicorn gets this function by name. A pickled class would import torch in the worker before the worker answers the
-    supervisor, which kills silent workers.
-    """
-    return _of_this_process()(**uvicorn)
-
-
-@cache
-def _of_this_process() -> type[asyncio.Protocol]:
-    return connection_class(Settings())
 
 
 class HttpToolsConnection(Guarded, HttpToolsProtocol):

@@ -19,6 +19,7 @@ from service.registry.report import TierReport
 from tests.api.helpers import problem, upload, weights
 from tests.cli.conftest import run_command
 from tests.conftest import Server, free_port, running_server
+from tests.processes import workers_of
 
 PREFIX = "/v1/tenants/acme/adapters/a/prefix"
 ROUTE = "/v1/tenants/{tenant}/adapters/{ref}/prefix"
@@ -195,13 +196,6 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, port: int) -> None:
     assert f"metrics cannot be served on 127.0.0.1:{port}" in refused.stderr
 
 
-def _workers(server: Server) -> list[int]:
-    """The processes that serve."""
-    pid = server.process.pid
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
     """`--workers 2`: the same counts whichever process answers, also after one was killed and another took its place;
     the folder of the numbers does not grow, and is gone in the end."""
@@ -215,17 +209,23 @@ def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
         own_port = httpx.get(f"http://127.0.0.1:{environment['PREFIX_METRICS_PORT']}/metrics")
         assert numbers(own_port.text)[counter] == 40
         (folder,) = tmp_path.glob("prefix-service-metrics-*")
-        _until(lambda: (folder / "1.lock").exists() and sum(map(_counts, _workers(server))) == 2)
+        _until(lambda: (folder / "1.lock").exists() and sum(map(_counts, workers_of(server.process.pid))) == 2)
         files = sorted(path.name for path in folder.iterdir())
-        killed = _workers(server)[0]
+        killed = workers_of(server.process.pid)[0]
         os.kill(killed, signal.SIGKILL)
-        _until(lambda: killed not in _workers(server) and sum(map(_counts, _workers(server))) == 2)
+        _until(
+            lambda: (
+                killed not in workers_of(server.process.pid) and sum(map(_counts, workers_of(server.process.pid))) == 2
+            )
+        )
         _fetch(server, 10)
         _expect(server, counter, 50)
         assert sorted(path.name for path in folder.iterdir()) == files
         assert scraped(server.client())["requests_in_flight"] >= 1
-        server.process.send_signal(signal.SIGTTOU)  # one worker less: what it held is not the service's any more
-        _until(lambda: len(_workers(server)) == len(list(folder.glob("gauge_livesum_*"))) == 1)
+        ended = workers_of(server.process.pid)[0]
+        os.kill(ended, signal.SIGTERM)  # in order: what it held is not the service's any more
+        _until(lambda: len(list(folder.glob("gauge_livesum_*"))) == 1)
+        _until(lambda: ended not in workers_of(server.process.pid) and len(list(folder.glob("gauge_livesum_*"))) == 2)
         _expect(server, counter, 50)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 0

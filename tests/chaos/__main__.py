@@ -1,0 +1,92 @@
+"""Chaos: `python -m tests.chaos --minutes 10`. Root, or a user who may mount, sees every fault."""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.campaign import Row, campaign
+from tests.chaos.faults import FAULTS
+
+console = Console()
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0, help="Faults are repeated until so many minutes are over.")] = 10,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A fault's name, as the table has it; may be repeated.")
+    ] = None,
+) -> None:
+    """Use a service with two workers while one fault after another happens to it. Exit status 1 if an answer had wrong
+    bytes, an acknowledged change was lost, work did not go on, or a worker was not replaced in time."""
+    names = [fault.name for fault in FAULTS]
+    if unknown := set(only or ()) - set(names):
+        sys.exit(f"no such fault: {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
+    chosen = [fault for fault in FAULTS if not only or fault.name in only]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nothing that was started or mounted stays
+    started = time.monotonic()
+
+    def tell(what: str) -> None:
+        console.print(f"{time.monotonic() - started:6.1f} s  {what}", highlight=False)
+
+    with campaign() as running:
+        rows = running.run(chosen, minutes * 60, tell)
+        tell("end in order, start again, compare")
+        running.finish()
+    console.print(table(rows))
+    console.print(errors(rows))
+    console.print(f"{running.truth.acknowledged} changes acknowledged")
+    for contradiction in [*running.truth.wrong, *running.truth.lost][:20]:
+        console.print(contradiction, highlight=False, soft_wrap=True)
+    failures = [row.failure for row in rows if row.failure]
+    for failure in failures:
+        console.print(failure, style="red", highlight=False, soft_wrap=True)
+    sys.exit(1 if failures or running.truth.wrong or running.truth.lost else 0)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Returns the rows, within 80 columns; times are seconds, the longest of each fault."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    made.add_column("fault")
+    for name in (
+        "times",
+        "/readyz\ntells it",
+        "work\ngoes on",
+        "worker back\n+ its start",
+        "wrong\nbytes",
+        "changes\nlost",
+    ):
+        made.add_column(name, justify="right")
+    for row in rows:
+        if row.skipped:
+            made.add_row(row.fault.name, "0", *["SKIPPED"] * 5, style="red")
+            continue
+        back = "" if row.fault.replaces is None else f"{_seconds(row.replaced)} + {row.start:.1f}"
+        ready = _seconds(row.truthful) if row.fault.unready else ""
+        made.add_row(row.fault.name, str(row.times), ready, _seconds(row.goes_on), back, str(row.wrong), str(row.lost))
+    return made
+
+
+def errors(rows: Sequence[Row]) -> Table:
+    """Returns what callers met instead of answers, within 80 columns; or why a fault was skipped."""
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=80)
+    made.add_column("fault", no_wrap=True)
+    made.add_column("errors by kind", ratio=1)
+    for row in rows:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in row.errors.most_common())
+        made.add_row(row.fault.name, f"SKIPPED, {row.skipped}" if row.skipped else kinds or "none")
+    return made
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,207 @@
+"""One fault after another on a service that is in use, and what was seen of each."""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from tests.chaos.faults import Fault
+from tests.chaos.service import Service, now, own_file_system
+from tests.chaos.truth import Adapter, Truth
+from tests.chaos.work import Seen, Work, key_values_of
+
+_UNDISTURBED: Final = 2.0  # seconds of work before each fault
+_LONGEST: Final = 90.0  # seconds within which work must go on
+_BACK: Final = 3.0  # seconds within which another worker is started
+
+
+@dataclass(slots=True)
+class Row:
+    """What was seen of a fault, of all its repetitions. Times are seconds, the longest of each; None: never."""
+
+    fault: Fault
+    times: int = 0
+    skipped: str = ""
+    truthful: float | None = 0
+    goes_on: float | None = 0
+    replaced: float | None = 0  # until another process is started, from the moment that one is expected
+    start: float = 0  # until that one is ready
+    errors: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+    lost: int = 0
+
+    @property
+    def failure(self) -> str:
+        """Why the service did not survive this, or ""."""
+        if self.wrong or self.lost:
+            return f"{self.fault.name}: {self.wrong} wrong answers, {self.lost} acknowledged changes lost"
+        if self.goes_on is None:
+            return f"{self.fault.name}: work did not go on within {_LONGEST:g} seconds"
+        if self.fault.replaces is not None and (self.replaced is None or self.replaced > _BACK):
+            return f"{self.fault.name}: the worker was not replaced within {_BACK:g} seconds"
+        return ""
+
+
+class Campaign:
+    """A service in use, on a file system of its own where that is allowed."""
+
+    def __init__(self, service: Service, truth: Truth, work: Work, why_no_mounts: str | None) -> None:
+        self.service, self.truth, self.work = service, truth, work
+        self.why_no_mounts = why_no_mounts
+
+    def suffer(self, fault: Fault, row: Row) -> None:
+        """Let the fault happen once, and add what was seen to its row."""
+        if fault.needs and self.why_no_mounts is not None:
+            row.skipped = f"needs a mount: {self.why_no_mounts}"
+            return
+        time.sleep(_UNDISTURBED)
+        before = (len(self.truth.wrong), len(self.truth.lost))
+        self.work.seen = seen = Seen()
+        workers = self.service.workers()
+        with fault.begin(self.work):
+            began = now()
+            if fault.replaces is not None:
+                self._watch_replacement(fault, row, workers, began)
+            time.sleep(max(0.0, fault.seconds - (now() - began)))
+            ended = now()
+        row.goes_on = _longest(row.goes_on, self._goes_on(seen, now()))
+        self.service.wait_until_ready()
+        self._replay()
+        row.truthful = _longest(row.truthful, _truthful(fault, seen, began, ended))
+        row.errors += seen.errors
+        row.wrong += len(self.truth.wrong) - before[0]
+        row.lost += len(self.truth.lost) - before[1]
+        row.times += 1
+
+    def _watch_replacement(self, fault: Fault, row: Row, before: Sequence[int], began: float) -> None:
+        assert fault.replaces is not None
+        deadline = began + fault.replaces + _LONGEST
+        while not (new := set(self.service.workers()) - set(before)) and now() < deadline:
+            time.sleep(0.02)
+        started = now()
+        row.replaced = _longest(row.replaced, max(0.0, started - began - fault.replaces) if new else None)
+        while new and now() < deadline:
+            if (ready := self.service.ready_since(next(iter(new)))) is not None:
+                row.start = max(row.start, ready - started)
+                return
+            time.sleep(0.05)
+
+    @staticmethod
+    def _goes_on(seen: Seen, mended: float) -> float | None:
+        """Returns how long after the fault a read and a write were sent that succeeded."""
+        deadline = now() + _LONGEST
+        while now() < deadline:
+            read = next((sent for sent in list(seen.reads) if sent >= mended), None)
+            written = next((sent for sent in list(seen.writes) if sent >= mended), None)
+            if read is not None and written is not None:
+                return max(read, written) - mended
+            time.sleep(0.02)
+        return None
+
+    def _replay(self) -> None:
+        """Compare everything that was acknowledged with what the service says now."""
+        with self.work.quiet(), self.service.client(timeout=30) as client:
+            for adapter in self.truth.adapters():
+                for version in adapter.versions:
+                    self._replay_version(client, adapter, version)
+                for alias, version in adapter.aliases.items():
+                    answer = _settled(client, f"{adapter.path}@{alias}", partial(_is_version, version))
+                    if not _is_version(version, answer):
+                        self.truth.lost.append(f"{adapter.path}@{alias} is not {version}: {answer.text}")
+
+    def _replay_version(self, client: httpx.Client, adapter: Adapter, version: int) -> None:
+        path = f"{adapter.path}@{version}"
+        expected = 404 if version in adapter.leaving else 200
+        prefix = _settled(client, f"{path}/prefix?layout=stacked", partial(_has_status, expected))
+        if prefix.status_code != expected:
+            self.truth.lost.append(f"{path} must answer {expected}: {prefix.status_code} {prefix.text[:200]!r}")
+        elif expected == 200:
+            self.truth.check_prefix(adapter, version, key_values_of(prefix.content))
+            file = _settled(client, f"{path}/parameters", partial(_has_status, 200))
+            if file.status_code == 200:
+                self.truth.check_parameters(adapter, version, file.content)
+            else:
+                self.truth.lost.append(f"{path}/parameters: {file.status_code} {file.text[:200]!r}")
+
+    def run(self, faults: Sequence[Fault], seconds: float, told: Callable[[str], None]) -> list[Row]:
+        """Let all faults happen, again and again until the time is over. `told` is called with what happens now."""
+        rows = {fault.name: Row(fault) for fault in faults}
+        deadline = time.monotonic() + seconds
+        first = True
+        while first or time.monotonic() < deadline:
+            for fault in faults:
+                if first or time.monotonic() < deadline:
+                    told(fault.name)
+                    self.suffer(fault, rows[fault.name])
+            first = False
+            if all(row.skipped for row in rows.values()):
+                break
+        return list(rows.values())
+
+    def finish(self) -> None:
+        """End the service in order, start it again, and replay the journal from the disk."""
+        with self.work.quiet():
+            status = self.service.stop()
+            if status != 0:
+                self.truth.lost.append(f"SIGTERM ended the service with status {status}")
+            self.service.start()
+            self.service.wait_until_ready()
+        self._replay()
+
+
+@contextmanager
+def campaign() -> Iterator[Campaign]:
+    """A service with two workers in use, which ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as place, own_file_system(Path(place) / "disk") as refused:
+        service, truth = Service(Path(place) / "disk" / "data", Path(place) / "serve.log"), Truth()
+        try:
+            service.start()
+            service.wait_until_ready()
+            work = Work(service, truth)
+            with work.running():
+                yield Campaign(service, truth, work, refused)
+        finally:
+            service.end()
+
+
+def _settled(client: httpx.Client, path: str, is_expected: Callable[[httpx.Response], bool]) -> httpx.Response:
+    """Returns the expected answer, or the last after half a minute: a process hears of changes by another within a
+    second, and a load that failed is not tried again for three."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            answer = client.get(path)
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        else:
+            if is_expected(answer) or time.monotonic() > deadline:
+                return answer
+        time.sleep(0.25)
+
+
+def _has_status(status: int, answer: httpx.Response) -> bool:
+    return answer.status_code == status
+
+
+def _is_version(version: int, answer: httpx.Response) -> bool:
+    return answer.status_code == 200 and answer.json()["version"] == version
+
+
+def _truthful(fault: Fault, seen: Seen, began: float, ended: float) -> float | None:
+    """Returns how long `/readyz` did not say 503 although the fault was there; 0 where it may say 200."""
+    if not fault.unready:
+        return 0
+    during = [sent for sent, said in seen.readiness if began <= sent < ended and said.startswith("503")]
+    return during[0] - began if during else None
+
+
+def _longest(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)

@@ -1,0 +1,152 @@
+"""The service under chaos: two workers on a data folder, killed and started again on the same port."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+
+from tests.conftest import PREFIX_SERVICE, free_port
+from tests.processes import eventually, lines_of, workers_of
+
+_ENVIRONMENT = {
+    "PREFIX_GARBAGE_GRACE": "5",
+    # So little that many reads are cold.
+    "PREFIX_DEVICE_BYTES": str(2 << 20),
+    "PREFIX_RENDERING_BYTES": str(2 << 20),
+}
+
+
+class Service:
+    """A service on `data_dir`; its log is beside, on another file system where the folder has its own."""
+
+    def __init__(self, data_dir: Path, log: Path) -> None:
+        self.data_dir, self.log = data_dir, log
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and return before it is ready. What runs on the folder still must end within seconds."""
+        arguments = ["serve", "--port", str(self.port), "--data-dir", str(self.data_dir), "--workers", "2"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*PREFIX_SERVICE, *arguments], stdout=log, stderr=log, env={**os.environ, **_ENVIRONMENT}
+            )
+
+    def wait_until_ready(self, seconds: float = 120) -> None:
+        """Return once both workers are ready.
+
+        Raises:
+            AssertionError: they are not within `seconds`, or the service ended.
+        """
+
+        def ready() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, f"the service ended:\n{self.log.read_text()[-2000:]}"
+            return len(self.ready_workers()) == 2
+
+        eventually(ready, seconds)
+
+    def ready_workers(self) -> list[int]:
+        """Returns the workers that live and have been ready."""
+        ready = {line["pid"] for line in lines_of(self.log, "a worker is ready")}
+        return [worker for worker in self.workers() if worker in ready]
+
+    def ready_since(self, worker: int) -> float | None:
+        """Returns when a worker became ready, in seconds since the epoch."""
+        for line in lines_of(self.log, "a worker is ready"):
+            if line["pid"] == worker:
+                return datetime.fromisoformat(line["timestamp"]).timestamp()
+        return None
+
+    @property
+    def pid(self) -> int:
+        """The supervisor."""
+        assert self._process is not None
+        return self._process.pid
+
+    def workers(self) -> list[int]:
+        """Returns the workers that live."""
+        try:
+            return workers_of(self.pid)
+        except FileNotFoundError:
+            return []
+
+    @property
+    def key(self) -> str:
+        """The platform admin's key."""
+        return (self.data_dir / "bootstrap.key").read_text().strip()
+
+    def client(self, timeout: float = 5) -> httpx.Client:
+        """An HTTP client with that key."""
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=timeout)
+
+    def kill(self) -> None:
+        """End the supervisor without warning."""
+        os.kill(self.pid, signal.SIGKILL)
+        assert self._process is not None
+        self._process.wait()
+
+    def stop(self) -> int:
+        """End it in order. Returns the exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout=60)
+
+    def end(self) -> None:
+        """End it, whatever state it is in."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def own_file_system(place: Path, megabytes: int = 64) -> Iterator[str | None]:
+    """Mount a small file system on `place` while the block runs; yields why not, where that is not allowed."""
+    place.mkdir()
+    mounted = _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(place))
+    try:
+        yield mounted
+    finally:
+        if mounted is None:
+            _run("umount", "--lazy", str(place))
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Let a folder be read-only while the block runs, also for who has files open there: a second mount covers it."""
+    for arguments in (("--bind", str(folder), str(folder)), ("-o", "remount,bind,ro", str(folder))):
+        if (refused := _run("mount", *arguments)) is not None:
+            raise OSError(f"cannot make {folder} read-only: {refused}")
+    try:
+        yield
+    finally:
+        _run("umount", "--lazy", str(folder))
+
+
+def _run(*command: str) -> str | None:
+    """Run a command. Returns what it said, if it failed."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")
+
+
+def code_of(answer: httpx.Response) -> str:
+    """Returns status and code of an answer that failed, as `503 storage-failed`."""
+    try:
+        return f"{answer.status_code} {answer.json()['code']}"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return str(answer.status_code)
+
+
+def now() -> float:
+    """Seconds since the epoch, as the log has them."""
+    return time.time()

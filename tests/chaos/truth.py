@@ -1,0 +1,103 @@
+"""What a service under chaos has acknowledged, and what each answer must therefore be."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+from tests.benchmarks.fleet import Shape
+
+SHAPE: Final = Shape(layers=4, heads=2, head_dim=32, tokens=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one upload holds: the weights file, its SHA-256, and the SHA-256 of the keys and values that follow from it,
+    computed by an encoder that is not the service's."""
+
+    seed: int
+    weights: str
+    key_values: str
+
+    @property
+    def file(self) -> bytes:
+        """The weights file, made again."""
+        return SHAPE.weights(self.seed)[0]
+
+
+def content(seed: int) -> Content:
+    """Returns the content of a seed."""
+    file, key_values = SHAPE.weights(seed)
+    return Content(seed, hashlib.sha256(file).hexdigest(), key_values)
+
+
+@dataclass(slots=True)
+class Adapter:
+    """One adapter, which a single owner changes."""
+
+    tenant: str
+    name: str
+    versions: dict[int, Content] = field(default_factory=dict)
+    attempted: dict[str, Content] = field(default_factory=dict)  # by digest of keys and values
+    leaving: set[int] = field(default_factory=set)  # whose deletion was asked for, acknowledged or not
+    aliases: dict[str, int] = field(default_factory=dict)
+    spared: set[int] = field(default_factory=set)  # that a fault has in its hands
+
+    @property
+    def path(self) -> str:
+        """Its path in the API."""
+        return f"/v1/tenants/{self.tenant}/adapters/{self.name}"
+
+    @property
+    def deletable(self) -> list[int]:
+        """Versions that no alias names and no fault uses; the newest stays."""
+        kept = {*self.aliases.values(), *self.spared, max(self.versions, default=0)}
+        return [version for version in self.versions if version not in kept and version not in self.leaving]
+
+
+class Truth:
+    """The journal of acknowledged changes, and counts of answers that contradict it. Safe to share between threads."""
+
+    def __init__(self, tenants: int = 2, adapters: int = 3) -> None:
+        self.lock = threading.RLock()
+        self.owned = [[Adapter(f"tenant-{t}", f"adapter-{a}") for a in range(adapters)] for t in range(tenants)]
+        self.acknowledged = 0
+        self.wrong: list[str] = []
+        self.lost: list[str] = []
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Every adapter of every owner."""
+        for owned in self.owned:
+            yield from owned
+
+    def anything(self, random: Random) -> tuple[Adapter, int] | None:
+        """Returns a version that is acknowledged and stays for the time being, if there is one."""
+        with self.lock:
+            found = [
+                (adapter, version)
+                for adapter in self.adapters()
+                for version in adapter.versions
+                if version not in adapter.leaving
+            ]
+        return random.choice(found) if found else None
+
+    def check_prefix(self, adapter: Adapter, version: int | None, digest: str) -> None:
+        """Compare a prefix that was read with what was published: as this version, or as any of the adapter."""
+        with self.lock:
+            expected = None if version is None else adapter.versions.get(version)
+            right = digest in adapter.attempted if expected is None else digest == expected.key_values
+        if not right:
+            self.wrong.append(f"{adapter.path}@{version}: keys and values {digest}")
+
+    def check_parameters(self, adapter: Adapter, version: int, file: bytes) -> None:
+        """Compare a weights file that was read with the one that was published."""
+        if hashlib.sha256(file).hexdigest() != adapter.versions[version].weights:
+            self.wrong.append(f"{adapter.path}@{version}: parameters")
+
+    def check_missing(self, adapter: Adapter, version: int, why: str) -> None:
+        """Count an acknowledged version that the service denies, unless its deletion was asked for."""
+        with self.lock:
+            if version in adapter.versions and version not in adapter.leaving:
+                self.lost.append(f"{adapter.path}@{version}: {why}")

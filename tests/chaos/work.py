@@ -1,0 +1,221 @@
+"""Those who use a service while it suffers: owners that publish, move aliases and delete, readers, and a prober."""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+import httpx
+
+from service.client import PrefixClient
+from service.errors import NotFound, PrefixServiceError
+from service.prefix.buffers import bytes_of
+from tests.chaos.service import Service, code_of, now
+from tests.chaos.truth import SHAPE, Adapter, Truth, content
+
+_BETWEEN: Final = 0.03  # seconds between two requests of one caller
+_AFTER_FAILURE: Final = 0.1
+_MOST_VERSIONS: Final = 6
+
+
+@dataclass
+class Seen:
+    """What callers saw since the last fault began. Appending and counting are atomic under the interpreter's lock."""
+
+    errors: Counter[str] = field(default_factory=Counter)
+    reads: list[float] = field(default_factory=list)  # when requests that succeeded were sent
+    writes: list[float] = field(default_factory=list)
+    readiness: list[tuple[float, str]] = field(default_factory=list)
+
+
+class Work:
+    """Callers in threads. `seen` is what they saw; a campaign puts a new one there for each fault."""
+
+    def __init__(self, service: Service, truth: Truth) -> None:
+        self.service, self.truth = service, truth
+        self.seen = Seen()
+        self._stop = threading.Event()
+        self._may_write = threading.Event()
+        self._may_write.set()
+        self._writing = [threading.Lock() for _ in truth.owned]
+        self.seeds = iter(range(1, 1 << 30))
+        self._seeds_lock = threading.Lock()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """All of them, while the block runs."""
+        owners = [lambda number=number: self._own(number) for number in range(len(self.truth.owned))]
+        loops: list[Callable[[], None]] = [*owners, self._read_raw, self._read_raw, self._read_by_client, self._probe]
+        threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._may_write.set()
+            self._stop.set()
+            for thread in threads:
+                thread.join(60)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Nothing is changed while the block runs: every change that was begun is acknowledged."""
+        self._may_write.clear()
+        try:
+            for lock in self._writing:
+                if not lock.acquire(timeout=90):
+                    raise TimeoutError("a change was not acknowledged within 90 seconds")
+                lock.release()
+            yield
+        finally:
+            self._may_write.set()
+
+    def _own(self, number: int) -> None:
+        """Change the adapters of one owner. A change is sent until it is acknowledged."""
+        random = Random(number)  # noqa: S311 - the same changes each time
+        with self.service.client() as client:
+            while not self._stop.wait(_BETWEEN):
+                self._may_write.wait()
+                with self._writing[number]:
+                    adapter = random.choice(self.truth.owned[number])
+                    what = random.random()
+                    if len(adapter.versions) - len(adapter.leaving) < 2 or (
+                        what < 0.4 and len(adapter.versions) - len(adapter.leaving) < _MOST_VERSIONS
+                    ):
+                        self._publish(client, adapter)
+                    elif what < 0.8 or not (candidates := adapter.deletable):
+                        self._move(client, adapter, random)
+                    else:
+                        self._delete(client, adapter, random.choice(candidates))
+
+    def _publish(self, client: httpx.Client, adapter: Adapter) -> None:
+        with self._seeds_lock:
+            new = content(next(self.seeds))
+        with self.truth.lock:
+            adapter.attempted[new.key_values] = new
+        files = {"adapter_config.json": SHAPE.config, "adapter_model.safetensors": new.file}
+        answer = self._until_acknowledged(lambda: client.post(f"{adapter.path}/versions", files=files), 200, 201)
+        if answer is not None:
+            with self.truth.lock:
+                adapter.versions[answer.json()["version"]] = new
+
+    def _move(self, client: httpx.Client, adapter: Adapter, random: Random) -> None:
+        alias = random.choice(["prod", "canary"])
+        version = random.choice([each for each in adapter.versions if each not in adapter.leaving])
+        path = f"{adapter.path}/aliases/{alias}"
+        if self._until_acknowledged(lambda: client.put(path, json={"version": version}), 200, 201) is not None:
+            adapter.aliases[alias] = version
+
+    def _delete(self, client: httpx.Client, adapter: Adapter, version: int) -> None:
+        with self.truth.lock:
+            if version in adapter.spared:
+                return
+            adapter.leaving.add(version)
+        self._until_acknowledged(lambda: client.delete(f"{adapter.path}@{version}"), 204, 404)
+
+    def _until_acknowledged(self, send: Callable[[], httpx.Response], *statuses: int) -> httpx.Response | None:
+        """Send a change until it is acknowledged. Returns None where the work ends before."""
+        while not self._stop.is_set():
+            started = now()
+            answer = self._answer(send)
+            if answer is not None and answer.status_code in statuses:
+                self.seen.writes.append(started)
+                self.truth.acknowledged += 1
+                return answer
+            if answer is not None:
+                self.seen.errors[code_of(answer)] += 1
+            self._stop.wait(_AFTER_FAILURE)
+        return None
+
+    def _answer(self, send: Callable[[], httpx.Response]) -> httpx.Response | None:
+        try:
+            return send()
+        except httpx.TimeoutException:
+            self.seen.errors["timeout"] += 1
+        except httpx.TransportError:
+            self.seen.errors["disconnected"] += 1
+        return None
+
+    def _read_raw(self) -> None:
+        """Read versions, aliases and weights files, half of the time on a connection of its own."""
+        random = Random(threading.get_ident())  # noqa: S311 - any order will do
+        client = self.service.client()
+        while not self._stop.wait(_BETWEEN):
+            if random.random() < 0.5:
+                client.close()
+                client = self.service.client()
+            if (chosen := self.truth.anything(random)) is None:
+                continue
+            adapter, version = chosen
+            started, what = now(), random.random()
+            if what < 0.2:
+                answer = self._answer(lambda: client.get(f"{adapter.path}@{version}/parameters"))  # noqa: B023
+                if answer is not None and answer.status_code == 200:
+                    self.truth.check_parameters(adapter, version, answer.content)
+            elif what < 0.4 and adapter.aliases:
+                alias = random.choice(list(adapter.aliases))
+                answer = self._answer(lambda: client.get(f"{adapter.path}@{alias}/prefix?layout=stacked"))  # noqa: B023
+                if answer is not None and answer.status_code == 200:
+                    self.truth.check_prefix(adapter, None, key_values_of(answer.content))
+            else:
+                answer = self._answer(lambda: client.get(f"{adapter.path}@{version}/prefix?layout=stacked"))  # noqa: B023
+                if answer is not None and answer.status_code == 200:
+                    self.truth.check_prefix(adapter, version, key_values_of(answer.content))
+                elif answer is not None and answer.status_code == 404:
+                    self.truth.check_missing(adapter, version, "404")
+            self._count(answer, started)
+        client.close()
+
+    def _count(self, answer: httpx.Response | None, started: float) -> None:
+        if answer is None:
+            return
+        if answer.status_code == 200:
+            self.seen.reads.append(started)
+        elif answer.status_code != 404:  # what was deleted meanwhile
+            self.seen.errors[code_of(answer)] += 1
+
+    def _read_by_client(self) -> None:
+        """Read as a worker does."""
+        random = Random(0)  # noqa: S311 - any order will do
+        with PrefixClient(self.service.url, self.service.key, timeout=10, cache_bytes=1 << 18) as client:
+            while not self._stop.wait(_BETWEEN):
+                if (chosen := self.truth.anything(random)) is None:
+                    continue
+                adapter, version = chosen
+                try:
+                    prefix = client.get(f"{adapter.tenant}/{adapter.name}@{version}")
+                except NotFound as error:
+                    self.truth.check_missing(adapter, version, str(error))
+                except PrefixServiceError as error:
+                    self.seen.errors[f"client {error.code}"] += 1
+                else:
+                    digest = hashlib.sha256()
+                    for keys, values in prefix.past_key_values:
+                        digest.update(bytes_of(keys.contiguous()))
+                        digest.update(bytes_of(values.contiguous()))
+                    self.truth.check_prefix(adapter, version, digest.hexdigest())
+
+    def _probe(self) -> None:
+        """Ask `/readyz`, on a new connection each time."""
+        while not self._stop.wait(0.1):
+            started = now()
+            try:
+                answer = httpx.get(f"{self.service.url}/readyz", timeout=2)
+                self.seen.readiness.append((started, "200" if answer.status_code == 200 else code_of(answer)))
+            except httpx.TransportError:
+                self.seen.readiness.append((started, "none"))
+
+
+def key_values_of(body: bytes) -> str:
+    """Returns the SHA-256 of the keys and values in a stacked safetensors body; "" for what is none."""
+    import json
+
+    with suppress(ValueError, KeyError):
+        length = 8 + int.from_bytes(body[:8], "little")
+        start, stop = json.loads(body[8:length])["past_key_values"]["data_offsets"]
+        return hashlib.sha256(memoryview(body)[length + start : length + stop]).hexdigest()
+    return ""
