@@ -29,6 +29,7 @@ from service.client.vllm.middleware import PrefixMiddleware
 from service.client.vllm.model import Model, refuse_model
 from service.client.vllm.requests import adapter_asked, adapter_of, parameters_of, refuse_unservable
 from service.client.vllm.salt import Salts
+from service.client.vllm.source import Source
 from service.client.vllm.versions import check_version
 from service.errors import DimensionMismatch, InvalidReference, InvalidRequest
 from tests.client.conftest import GPT2
@@ -86,10 +87,9 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
         ({"api_key_env": "OTHER"}, "from-environment"),
         ({}, None),
     ):
-        with ConnectorConfig.of({"url": "http://x", **more}).client() as client:
-            assert client._connection.api_key == key
+        assert ConnectorConfig.of({"url": "http://x", **more}).api_key() == key
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}).client()
+        Source(ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}), 0)
 
 
 def test_a_request_names_its_adapter_or_none() -> None:
@@ -327,6 +327,7 @@ class Behind:
         transfer = SimpleNamespace(kv_connector_extra_config={"url": url, "timeout": 2}) if transfers else None
         config = SimpleNamespace(
             kv_transfer_config=transfer,
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
             model_config=SimpleNamespace(
                 get_total_num_hidden_layers=lambda: model["num_layers"],
                 get_total_num_kv_heads=lambda: model["num_kv_heads"],

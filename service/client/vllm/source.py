@@ -1,0 +1,54 @@
+"""The service as vLLM's processes see it: a client whose key may be rotated while they run."""
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from service.client.client import AsyncPrefixClient
+from service.client.vllm.config import ConnectorConfig
+from service.errors import Unauthenticated
+
+if TYPE_CHECKING:
+    from service.client.prefix import Prefix
+
+
+class Source:
+    """Reads prefixes, on one event loop. `cache_bytes` is the budget of the client's own cache.
+
+    Raises:
+        InvalidRequest: the configuration has a URL that is none, or names a key's file that cannot be read.
+    """
+
+    def __init__(self, config: ConnectorConfig, cache_bytes: int) -> None:
+        self._config, self._cache_bytes = config, cache_bytes
+        self.timeout = config.timeout
+        self._key = config.api_key()
+        self._client = config.client(self._key, cache_bytes)
+
+    async def get(self, reference: str, **options: Any) -> "Prefix":
+        """Returns a prefix as `AsyncPrefixClient.get` does. If the service does not know the key, `api_key_file` is
+        read again, and if it has another key by now, the service is asked once more with that.
+
+        Raises:
+            PrefixServiceError: as `AsyncPrefixClient.get`.
+            InvalidRequest: the key's file cannot be read any more.
+        """
+        client = self._client
+        try:
+            return await client.get(reference, **options)
+        except Unauthenticated:
+            if not await self._has_renewed(client):
+                raise
+        return await self._client.get(reference, **options)
+
+    async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
+        """Whether there is another client than the one whose key was refused."""
+        if self._client is client:
+            key = await asyncio.to_thread(self._config.api_key)
+            if self._client is client and key != self._key:
+                # The old client is not closed: others may be waiting for its answers. Its connections end with it.
+                self._key, self._client = key, self._config.client(key, self._cache_bytes)
+        return self._client is not client
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
