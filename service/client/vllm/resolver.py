@@ -142,8 +142,8 @@ class Resolver:
                 prefix = await self._source.get(reference, layers=_SPAN, kv_heads=_SPAN)
         except TimeoutError as error:
             raise Unavailable(
-                f"the service has not answered the questions of tenant {tenant} within {self._source.timeout} s, of "
-                f"which the one for {reference} was not the first"
+                f"the service did not say within {self._source.timeout} s what {reference} means; questions for tenant "
+                f"{tenant} are asked {self._slots.of(tenant)} in parallel, and the others wait"
             ) from error
         told = prefix.metadata
         self._model.check(told)

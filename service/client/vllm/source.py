@@ -23,6 +23,7 @@ class Source:
         self.timeout = config.timeout
         self._key = config.api_key()
         self._client = config.client(self._key, cache_bytes)
+        self._retired: list[AsyncPrefixClient] = []
 
     async def get(self, reference: str, **options: Any) -> "Prefix":
         """Returns a prefix as `AsyncPrefixClient.get` does. If the service does not know the key, `api_key_file` is
@@ -45,10 +46,11 @@ class Source:
         if self._client is client:
             key = await asyncio.to_thread(self._config.api_key)
             if self._client is client and key != self._key:
-                # The old client is not closed: others may be waiting for its answers. Its connections end with it.
+                self._retired.append(client)  # others may be waiting for its answers
                 self._key, self._client = key, self._config.client(key, self._cache_bytes)
         return self._client is not client
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._client.close()
+        for client in (*self._retired, self._client):
+            await client.close()

@@ -20,13 +20,17 @@ class Share:
 
     def has_room(self, tenant: str, amount: int) -> bool:
         """Whether a tenant may take an amount now."""
-        own, left = self._of.get(tenant, 0), self._total - self.taken - amount
+        own, left = self.of(tenant), self._total - self.taken - amount
         return left >= 0 and (own == 0 or own + amount <= left)
+
+    def of(self, tenant: str) -> int:
+        """Returns what a tenant has."""
+        return self._of.get(tenant, 0)
 
     def take(self, tenant: str, amount: int) -> None:
         """Count an amount as the tenant's."""
         self.taken += amount
-        self._of[tenant] = self._of.get(tenant, 0) + amount
+        self._of[tenant] = self.of(tenant) + amount
 
     def give(self, tenant: str, amount: int) -> None:
         """Count an amount as the tenant's no longer."""
