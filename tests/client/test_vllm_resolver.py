@@ -173,6 +173,9 @@ async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish
     source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
     with pytest.raises(Unauthenticated):
         await source.get("quick/a")
+    file.rename(tmp_path / "away")
+    with pytest.raises(Unauthenticated):
+        await source.get("quick/a")
     file.write_text(server.admin_key + "\n")
     found = await asyncio.gather(*(source.get("quick/a") for _ in range(3)))
     assert {prefix.version for prefix in found} == {1}

@@ -146,6 +146,18 @@ def _wait_for_fetches(server: Server, count: int) -> None:
         time.sleep(0.005)
 
 
+def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
+    """A version that is known is neither asked for nor fetched; after a reset of the connector it is both."""
+    asking.run(("a@1", "short"))
+    fetched = _fetches(asking.server)
+    assert asking.engine.ask({"forget": "blocks"}) == {"reset": True}
+    asking.run(("a@1", "short"))
+    assert _fetches(asking.server) == fetched
+    assert asking.engine.ask({"forget": "all"}) == {"reset": True}
+    asking.run(("a@1", "short"))
+    _wait_for_fetches(asking.server, fetched + 2)
+
+
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
     """While it is away, versions that were loaded are served; who asks for the latest waits until it is back."""
     server = asking.server

@@ -3,12 +3,14 @@
 The KV cache is small: 47 blocks of 32 tokens.
 """
 
+import asyncio
 import json
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +29,8 @@ from tests.vllm.tokenizer import save_tokenizer
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
 _COUNT: Final = 8  # tokens of an answer
+_PATH: Final = "/v1/completions"
+_MANY: Final = httpx.Limits(max_connections=None)
 _BYTES: Final = b"layers=0%3A4"  # in the requests of workers; the questions which version it is ask for one layer
 
 
@@ -40,12 +44,28 @@ class Serving:
     key_file: Path
     reference: Reference
 
-    def ask(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> httpx.Response:
-        """The answer of a completion."""
+    def body(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> dict[str, Any]:
+        """A completion's request."""
         named = {} if adapter is None else {"kv_transfer_params": {"prefix_adapter": adapter}}
         ids = self.reference.prompts[prompt] if isinstance(prompt, str) else prompt
-        body = {"model": "model", "prompt": ids, "max_tokens": _COUNT, "temperature": 0, "return_token_ids": True}
-        return self.vllm.post("/v1/completions", json={**body, "ignore_eos": True, **named, **more})
+        fixed = {"model": "model", "max_tokens": _COUNT, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        return {**fixed, "prompt": ids, **named, **more}
+
+    def ask(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> httpx.Response:
+        """The answer of a completion."""
+        return self.vllm.post(_PATH, json=self.body(adapter, prompt, **more))
+
+    @asynccontextmanager
+    async def asking(self, *adapters: str) -> AsyncIterator[list["asyncio.Task[httpx.Response]"]]:
+        """Clients that ask for an adapter each, and that leave at the end of the block."""
+        async with httpx.AsyncClient(base_url=self.vllm.base_url, timeout=120, limits=_MANY) as client:
+            tasks = [asyncio.create_task(client.post(_PATH, json=self.body(adapter))) for adapter in adapters]
+            try:
+                yield tasks
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self, answer: httpx.Response, adapter: str | None, prompt: str = "short") -> None:
         """The tokens of PEFT's `generate`."""
@@ -101,33 +121,32 @@ def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:
             serving.check(answer.result(), "large")
 
 
-def test_clients_that_leave_give_up_questions_and_bytes(serving: Serving) -> None:
-    """In the middleware and in the engine; the service sees the connections end."""
+@pytest.mark.parametrize(
+    ("pattern", "names", "held"), [(b"/none-", [f"none-{n}" for n in range(8)], 8), (_BYTES, ["left"] * 8, 1)]
+)
+async def test_clients_that_leave_give_up_questions_and_bytes(
+    serving: Serving, pattern: bytes, names: list[str], held: int
+) -> None:
+    """Questions of the middleware, and fetches of the engine's workers: the service sees the connections end."""
     publish(serving.service, "acme/left", serving.reference.adapter("large"))
-    for pattern, adapter in ((b"/none-", "acme/none-{}"), (_BYTES, "acme/left")):
-        serving.held.hold(pattern)
-        with ThreadPoolExecutor(8) as threads, httpx.Client(base_url=serving.vllm.base_url, timeout=120) as leaving:
-            left = Serving(leaving, serving.service, serving.held, serving.key_file, serving.reference)
-            answers: list[Future[Any]] = [threads.submit(left.ask, adapter.format(number)) for number in range(8)]
-            serving.held.wait_for(8 if pattern == b"/none-" else 1)
-            leaving.close()
-            serving.held.wait_for(0)
-            assert all(answer.exception() is not None for answer in answers)
+    serving.held.hold(pattern)
+    try:
+        async with serving.asking(*(f"acme/{name}" for name in names)):
+            await asyncio.to_thread(serving.held.wait_for, held)
+        await asyncio.to_thread(serving.held.wait_for, 0)
+    finally:
         serving.held.hold()
     serving.check(serving.ask("acme/left"), "large")
 
 
-def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: Serving) -> None:
+async def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: Serving) -> None:
     """Forty requests of it wait, at one question a second; another tenant's answers come as fast as without them."""
     serving.run(management.put_tenant("noisy", {"requests_per_second": 1}))
     undisturbed = serving.seconds("acme/a@1")
-    with ThreadPoolExecutor(40) as threads, httpx.Client(base_url=serving.vllm.base_url, timeout=120) as noisy:
-        noise = Serving(noisy, serving.service, serving.held, serving.key_file, serving.reference)
-        answers = [threads.submit(noise.ask, f"noisy/none-{number}") for number in range(40)]
-        next(answer for answer in answers if answer.result().status_code == 404)
-        disturbed = serving.seconds("acme/a@1")
-        assert sum(answer.done() for answer in answers) < 40
-        noisy.close()
+    async with serving.asking(*(f"noisy/none-{number}" for number in range(40))) as asking:
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        disturbed = await asyncio.to_thread(serving.seconds, "acme/a@1")
+        assert not all(task.done() for task in asking)
     assert disturbed < 5 * undisturbed + 0.2
 
 

@@ -12,5 +12,5 @@ def save_tokenizer(folder: Path) -> None:
     """Write the files that vLLM reads."""
     words, unknown = {f"w{number}": number for number in range(VOCABULARY)}, "w0"
     made = Tokenizer(models.WordLevel(words, unk_token=unknown))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment] # the stubs know no setter
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown).save_pretrained(folder)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=unknown).save_pretrained(folder)  # type: ignore[no-untyped-call]

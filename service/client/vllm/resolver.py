@@ -197,6 +197,7 @@ class Resolver:
     def forget(self) -> None:
         """Forget every version: each is asked for again."""
         self._memory.clear()
+        self._source.forget()
 
     async def close(self) -> None:
         """Give up every question, and close the connections."""

@@ -1,14 +1,17 @@
 """The service as vLLM's processes see it: a client whose key may be rotated while they run."""
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 from service.client.client import AsyncPrefixClient
 from service.client.vllm.config import ConnectorConfig
-from service.errors import Unauthenticated
+from service.errors import InvalidRequest, Unauthenticated
 
 if TYPE_CHECKING:
     from service.client.prefix import Prefix
+
+log = logging.getLogger("vllm.prefix_service")
 
 
 class Source:
@@ -31,7 +34,6 @@ class Source:
 
         Raises:
             PrefixServiceError: as `AsyncPrefixClient.get`.
-            InvalidRequest: the key's file cannot be read any more.
         """
         client = self._client
         try:
@@ -44,11 +46,19 @@ class Source:
     async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
         """Whether there is another client than the one whose key was refused."""
         if self._client is client:
-            key = await asyncio.to_thread(self._config.api_key)
+            try:
+                key = await asyncio.to_thread(self._config.api_key)
+            except InvalidRequest as error:
+                log.warning("the service refuses the key, and %s", error)
+                return False
             if self._client is client and key != self._key:
                 self._retired.append(client)  # others may be waiting for its answers
                 self._key, self._client = key, self._config.client(key, self._cache_bytes)
         return self._client is not client
+
+    def forget(self) -> None:
+        """Forget every prefix that was fetched, in `cache_dir` too."""
+        self._client.clear_cache()
 
     async def close(self) -> None:
         """Close every connection."""
