@@ -66,7 +66,7 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         if role == KVConnectorRole.SCHEDULER:
             shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size)
             resolver = Resolver(Source(config, config.cache_bytes), model)
-            self.half = SchedulerHalf(resolver, shelf, model, config.other_parameters)
+            self.half = SchedulerHalf(resolver, shelf, model, config)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)

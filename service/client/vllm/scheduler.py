@@ -9,19 +9,21 @@ exception would end the engine for everybody. Nothing here waits: the same threa
 
 import logging
 import secrets
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from service.client.vllm.background import Background
+from service.client.vllm.config import ConnectorConfig
 from service.client.vllm.failures import attach
 from service.client.vllm.model import Model
 from service.client.vllm.requests import adapter_asked, parameters_of, refuse_length, refuse_unservable
 from service.client.vllm.resolver import Resolver, Version
 from service.client.vllm.salt import Salts
 from service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
-from service.errors import Internal, PrefixServiceError
+from service.errors import Internal, PrefixServiceError, Unavailable
 
 log = logging.getLogger("vllm.prefix_service")
 
@@ -33,14 +35,15 @@ class _Ticket:
     asked: "Future[Version] | None" = None
     version: Version | None = None  # from when it is prepared
     parcel: Parcel | None = None  # while it needs the bytes
+    until: float = 0.0  # the moment of `time.monotonic` by which they must be here
     error: PrefixServiceError | None = None  # why it is refused
 
 
 class SchedulerHalf:
     """Scheduler side of the connector; called by one thread."""
 
-    def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, others: Collection[str]) -> None:
-        self._resolver, self._shelf, self._model, self._others = resolver, shelf, model, others
+    def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig) -> None:
+        self._resolver, self._shelf, self._model, self._config = resolver, shelf, model, config
         self._background, self._salts = Background("prefix-versions"), Salts()
         self._tickets: dict[str, _Ticket] = {}
         self._loads: list[Load] = []
@@ -48,7 +51,7 @@ class SchedulerHalf:
     def arrived(self, request: Any) -> None:
         """A new request: prepare it, or begin to ask for its version."""
         try:
-            reference = adapter_asked(parameters_of(request), self._others)
+            reference = adapter_asked(parameters_of(request), self._config.other_parameters)
             if reference is None:
                 return
             ticket = self._tickets[request.request_id] = _Ticket()
@@ -91,9 +94,17 @@ class SchedulerHalf:
         if ticket.parcel is None:
             nbytes = self._model.nbytes_on_worker(version.num_virtual_tokens)
             ticket.parcel = self._shelf.want(request.request_id, version.tenant, version.reference, nbytes)
+            ticket.until = time.monotonic() + self._config.timeout
         if ticket.parcel.error is not None:
             raise ticket.parcel.error
-        return (left, True) if ticket.parcel.is_here else (None, False)
+        if ticket.parcel.is_here:
+            return left, True
+        if time.monotonic() > ticket.until:
+            raise Unavailable(
+                f"the bytes of {version.reference} have not come within {self._config.timeout} s: fetches take turns, "
+                "tenant by tenant"
+            )
+        return None, False
 
     def _refuse(self, request: Any, error: Exception) -> None:
         known = isinstance(error, PrefixServiceError)
