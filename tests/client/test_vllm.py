@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,15 +24,17 @@ from starlette.routing import Route
 
 import service.client.vllm as connector
 from service.client import PrefixClient
-from service.client.vllm import bodies
+from service.client.vllm import bodies, failures, guard, resolver
 from service.client.vllm.config import ConnectorConfig, refuse_partners
 from service.client.vllm.middleware import PrefixMiddleware
 from service.client.vllm.model import Model, refuse_model
 from service.client.vllm.requests import adapter_asked, adapter_of, parameters_of, refuse_unservable
 from service.client.vllm.salt import Salts
+from service.client.vllm.source import Source
 from service.client.vllm.versions import check_version
 from service.errors import DimensionMismatch, InvalidReference, InvalidRequest
 from tests.client.conftest import GPT2
+from tests.client.holding_proxy import holding_proxy
 from tests.conftest import Publish, Server
 
 GPT2_MODEL = Model(num_layers=4, num_kv_heads=4, head_dim=8, dtype="float32", max_length=128)
@@ -86,10 +89,9 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatc
         ({"api_key_env": "OTHER"}, "from-environment"),
         ({}, None),
     ):
-        with ConnectorConfig.of({"url": "http://x", **more}).client() as client:
-            assert client._connection.api_key == key
+        assert ConnectorConfig.of({"url": "http://x", **more}).api_key() == key
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}).client()
+        Source(ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}), 0)
 
 
 def test_a_request_names_its_adapter_or_none() -> None:
@@ -324,9 +326,11 @@ class Behind:
     """An application that answers with what it was sent, as vLLM's has its state."""
 
     def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
+        self.url, self.key = url, os.environ["PREFIX_API_KEY"]
         transfer = SimpleNamespace(kv_connector_extra_config={"url": url, "timeout": 2}) if transfers else None
         config = SimpleNamespace(
             kv_transfer_config=transfer,
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
             model_config=SimpleNamespace(
                 get_total_num_hidden_layers=lambda: model["num_layers"],
                 get_total_num_kv_heads=lambda: model["num_kv_heads"],
@@ -339,6 +343,7 @@ class Behind:
         self.routes = ["/v1/completions", "/tokenize"]
         self.middlewares: list[Any] = []
         self.reached: list[Any] = []
+        self.prompt: Any = "Why?"
         self.handed: Any = None  # the extra parameters that this application gives to its engine for each request
         self.sampling: dict[str, Any] = {"prompt_logprobs": None, "skip_reading_prefix_cache": False}  # the others
 
@@ -353,7 +358,7 @@ class Behind:
 
     async def _task(self) -> None:
         self.state.engine_client.generate(
-            "Why?", SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
+            self.prompt, SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
         )
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
@@ -546,6 +551,7 @@ def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) 
         with pytest.raises(ValueError, match="vLLM left out prefix_adapter vllm/fits on the way"):
             behind.post(json.dumps(adapter))
     assert len(behind.reached) == 1
+    assert behind.reached[0].extra_args["kv_transfer_params"]["prefix_adapter"].startswith("vllm/fits@sha256:")
     for behind.handed in (adapter, *lost):  # requests that name none, after those that do
         assert behind.post("{}").status_code == 200
     assert len(behind.reached) == 5
@@ -562,3 +568,84 @@ def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engi
         behind.post(json.dumps(behind.handed))
     assert behind.reached == []
     assert behind.post("{}").status_code == 200
+
+
+def test_a_prompt_that_leaves_no_room_behind_its_prefix_never_reaches_the_engine(behind: Behind) -> None:
+    """With the numbers; the longest that leaves room for a token does."""
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    with PrefixClient(behind.url, behind.key) as client:
+        room = 128 - client.get("vllm/fits").num_virtual_tokens
+    behind.prompt = {"prompt_token_ids": [1] * (room - 1)}
+    assert behind.post(json.dumps(behind.handed)).status_code == 200
+    behind.prompt = {"prompt_token_ids": [1] * room}
+    with pytest.raises(ValueError, match=f"with the prompt's {room} there is no room for an answer"):
+        behind.post(json.dumps(behind.handed))
+    assert len(behind.reached) == 1
+
+
+async def test_a_client_that_leaves_while_the_service_is_asked_takes_its_question_back(
+    behind: Behind, server: Server
+) -> None:
+    """The service sees the connection end, and the application is not called."""
+    leaves, body = asyncio.Event(), json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}).encode()
+    messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def unreachable(*_: Any) -> None:
+        pytest.fail("the application was called, or something was sent")
+
+    with holding_proxy(server.url) as held:
+        behind = Behind(held.url, {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1})
+        held.hold(b"/tenants/vllm/")
+        app = Starlette(routes=[Route("/v1/completions", unreachable, methods=["POST"])])
+        app.state = State(vars(behind.state))
+        app.add_middleware(PrefixMiddleware)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        answering = asyncio.create_task(app(scope, receive, unreachable))
+        await asyncio.to_thread(held.wait_for, 1)
+        leaves.set()
+        await answering
+        await asyncio.to_thread(held.wait_for, 0)
+        await app({"type": "lifespan"}, _lifespan(), _ignore)
+
+
+async def test_the_reason_of_a_failure_in_the_engine_is_raised_where_its_outputs_are_read() -> None:
+    """It travels beside the trace context, and other outputs pass as they are."""
+    request = SimpleNamespace(trace_headers={"traceparent": "00-1-2-01"})
+    failures.attach(request, InvalidRequest("too long"))
+    failed = SimpleNamespace(trace_headers=request.trace_headers, kv_transfer_params=None)
+    fine = SimpleNamespace(trace_headers={"traceparent": "00-1-2-01"}, kv_transfer_params={"prefix_version": 1})
+    plain = SimpleNamespace(trace_headers=None, kv_transfer_params=None)
+    processed: list[Any] = []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.output_processor = SimpleNamespace(process_outputs=processed.extend)
+
+        async def generate(self, prompt: Any, sampling_params: Any) -> Any:
+            for output in processed:
+                yield output
+
+    engine = Engine()
+    guard.guard_engine(engine)
+    engine.output_processor.process_outputs([plain, fine, failed])
+    version = resolver.Version("acme", "a", 1, "sha256:0", 5)
+    sampling = SimpleNamespace(
+        extra_args={"kv_transfer_params": {"prefix_adapter": "acme/a"}},
+        prompt_logprobs=None,
+        skip_reading_prefix_cache=False,
+    )
+    token = guard.ASKED.set(guard.Asked("acme/a", version, 100))
+    try:
+        outputs = engine.generate("Why?", sampling)
+    finally:
+        guard.ASKED.reset(token)
+    assert [await anext(outputs), await anext(outputs)] == [plain, fine]
+    with pytest.raises(ValueError, match="too long"):
+        await anext(outputs)
+    assert (plain.kv_transfer_params, fine.kv_transfer_params) == (None, {"prefix_version": 1})

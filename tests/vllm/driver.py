@@ -164,7 +164,7 @@ def openai_server(
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if client.get("/health").status_code == 200:

@@ -7,7 +7,7 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
-- `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the clients have fetched too)
+- `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
 Writes a line of JSON for each, on the descriptor in argv[1].
 """
@@ -84,12 +84,7 @@ def _preemptions(llm: Any) -> int:
 
 
 def _forget(llm: Any, what: str) -> dict[str, Any]:
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    if what == "all":
-        for connector in (llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()):
-            connector.half._client.clear_cache()
-    return {"reset": llm.reset_prefix_cache()}
+    return {"reset": llm.reset_prefix_cache(reset_connector=what == "all")}
 
 
 def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY: Final = 1000
-TOKENS: Final = {"a": 20, "b": 20, "c": 64, "d": 45, "b2": 20}
-"""Virtual tokens of each adapter: less than a block of 32, two whole blocks, and one and a part."""
+TOKENS: Final = {"a": 20, "b": 20, "c": 64, "d": 45, "b2": 20, "large": 300}
+"""Virtual tokens of each adapter: less than a block of 32, two whole blocks, one and a part, and many."""
 _PROMPTS: Final = {"tiny": 5, "short": 13, "middle": 37, "long": 90}
 
 

@@ -116,7 +116,7 @@ def test_a_misspelt_or_misplaced_adapter_is_an_error(asking: Asking) -> None:
 
 
 def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None:
-    """What is under way ends with the version that it began with."""
+    """What is under way ends with the version that it began with; requests a second later have the other."""
     server, count = asking.server, 120
     publish(server, "acme/moving", asking.reference.adapter("b"))
     with PrefixClient(server.url, server.admin_key) as client:
@@ -126,7 +126,9 @@ def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None
         _wait_for_fetches(server, fetched + 2)  # the scheduler's, and the worker's
         assert publish(server, "acme/moving", asking.reference.adapter("b2")) == 2
         client.run(management.put_alias("acme/moving", "prod", 2))
+        moved = time.monotonic()
     before = asking.engine.answer()["outputs"][0]
+    time.sleep(max(0.0, moved + 1 - time.monotonic()))  # what an alias means is remembered for a second
     after = asking.engine.run([asking.job("moving@prod", "short")], count)["outputs"][0]
     assert [before["params"]["prefix_version"], after["params"]["prefix_version"]] == [1, 2]
     asking.check(before, "b", "short", count=count)
@@ -142,6 +144,18 @@ def _wait_for_fetches(server: Server, count: int) -> None:
     while _fetches(server) < count:
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
+    """A version that is known is neither asked for nor fetched; after a reset of the connector it is both."""
+    asking.run(("a@1", "short"))
+    fetched = _fetches(asking.server)
+    assert asking.engine.ask({"forget": "blocks"}) == {"reset": True}
+    asking.run(("a@1", "short"))
+    assert _fetches(asking.server) == fetched
+    assert asking.engine.ask({"forget": "all"}) == {"reset": True}
+    asking.run(("a@1", "short"))
+    _wait_for_fetches(asking.server, fetched + 2)
 
 
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:

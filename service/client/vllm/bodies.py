@@ -44,6 +44,13 @@ async def read_body(receive: Receive) -> bytes | None:
             return b"".join(pieces)
 
 
+async def has_left(receive: Receive) -> bool:
+    """Wait, behind a request's body, until its client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    return True
+
+
 def replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that yields a body that was read, then the messages that follow it."""
     waiting: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])

@@ -7,7 +7,7 @@ from typing import Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from service.client.client import PrefixClient
+from service.client.client import AsyncPrefixClient
 from service.errors import InvalidRequest
 
 CONNECTOR: Final = "PrefixConnector"
@@ -19,7 +19,8 @@ _KEY_VARIABLE: Final = "PREFIX_API_KEY"
 
 class ConnectorConfig(BaseModel):
     """The service's URL, where its key is found (a file, or an environment variable: vLLM logs this configuration),
-    options of `PrefixClient`, which documents them, and parameters of other connectors."""
+    options of `AsyncPrefixClient`, which documents them, and parameters of other connectors. Each worker has
+    `cache_bytes` for prefixes in host memory, those on their way included."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,19 +78,19 @@ class ConnectorConfig(BaseModel):
             known = ", ".join(cls.model_fields)
             raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(told)}. It may have: {known}") from error
 
-    def client(self) -> PrefixClient:
-        """A client of that service.
+    def client(self, key: str | None, cache_bytes: int) -> AsyncPrefixClient:
+        """Returns a client of that service.
 
         Raises:
-            InvalidRequest: the URL or the key's file is none.
+            InvalidRequest: the URL is none.
         """
-        return PrefixClient(
+        return AsyncPrefixClient(
             self.url,
-            self._api_key(),
+            key,
             uds=self.uds,
             ca_file=self.ca_file,
             timeout=self.timeout,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=cache_bytes,
             cache_dir=self.cache_dir,
             cache_dir_bytes=self.cache_dir_bytes,
             verify_digest=self.verify_digest,
@@ -97,7 +98,12 @@ class ConnectorConfig(BaseModel):
             shared_memory=self.shared_memory,
         )
 
-    def _api_key(self) -> str | None:
+    def api_key(self) -> str | None:
+        """Returns the key that the file or the environment has now.
+
+        Raises:
+            InvalidRequest: the file cannot be read.
+        """
         if self.api_key_file is None:
             return os.environ.get(self.api_key_env) or None
         try:

@@ -1,7 +1,10 @@
 """The class that vLLM loads: its hooks, handed to the half that this process is. Read against vLLM 0.32.0.
 
 `vllm.v1.core.sched.scheduler.Scheduler` asks for matched tokens before it allocates; `(None, False)` leaves a request
-waiting and others running, `(n, True)` holds its blocks until every worker has reported it, done or failed.
+waiting and others running, `(n, True)` holds its blocks until every worker has reported it, done or failed. Metadata
+goes to the workers with each step and back (`KVConnectorOutput.kv_connector_worker_meta`), and steps happen, though
+empty, while any request waits (`EngineCore.step`, `KVConnectorModelRunnerMixin.kv_connector_no_forward`): so workers
+can fetch bytes, and report them, before a block is claimed.
 """
 
 from dataclasses import dataclass, field
@@ -13,23 +16,38 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 
 from service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
 from service.client.vllm.model import Model, refuse_model
-from service.client.vllm.scheduler import Load, SchedulerHalf
+from service.client.vllm.resolver import Resolver
+from service.client.vllm.scheduler import SchedulerHalf
+from service.client.vllm.shelf import Orders, Reports, Shelf
+from service.client.vllm.source import Source
 from service.client.vllm.worker import WorkerHalf
 from service.errors import InvalidRequest
 from service.prefix.ranks import kv_heads_of_rank
 
 
 @dataclass
-class PrefixLoads(KVConnectorMetadata):  # type: ignore[misc] # vLLM is not installed where mypy runs
+class PrefixOrders(KVConnectorMetadata):  # type: ignore[misc] # vLLM is not installed where mypy runs
     """What travels from the scheduler to the workers with each step."""
 
-    loads: list[Load] = field(default_factory=list)
+    orders: Orders = field(default_factory=Orders)
+
+
+@dataclass
+class PrefixReports(KVConnectorWorkerMetadata):  # type: ignore[misc] # as above
+    """What travels back."""
+
+    reports: Reports
+
+    def aggregate(self, other: "PrefixReports") -> "PrefixReports":
+        """Returns what two groups of workers report, as one."""
+        return PrefixReports(self.reports.aggregate(other.reports))
 
 
 class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
@@ -43,15 +61,17 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         super().__init__(vllm_config, role, kv_cache_config)
         refuse_model(vllm_config, kv_cache_config)
         config = ConnectorConfig.of(self._kv_transfer_config.kv_connector_extra_config)
-        client = config.client()
         model = Model.of(vllm_config)
         self.half: Any
         if role == KVConnectorRole.SCHEDULER:
-            self.half = SchedulerHalf(client, model, config.other_parameters)
+            shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size)
+            resolver = Resolver(Source(config, config.cache_bytes), model)
+            self.half = SchedulerHalf(resolver, shelf, model, config)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
-            self.half = WorkerHalf(client, model, heads, vllm_config.cache_config.block_size)
+            source = Source(config, cache_bytes=0)  # the scheduler decides what is kept
+            self.half = WorkerHalf(source, model, heads, vllm_config.cache_config.block_size)
 
     # --- The scheduler ---
 
@@ -68,13 +88,24 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         """A request has its blocks."""
         self.half.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: Any) -> PrefixLoads:
-        """What workers have to load."""
-        return PrefixLoads(self.half.take_loads())
+    def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
+        """What workers have to do."""
+        return PrefixOrders(self.half.take_orders())
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What workers report."""
+        metadata = connector_output.kv_connector_worker_meta
+        if metadata is not None:
+            self.half.take_reports(metadata.reports)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request ended; its blocks may go at once."""
-        return False, self.half.finished(request.request_id)
+        """A request ended; its blocks may go immediately."""
+        return False, self.half.finished(request)
+
+    def reset_cache(self) -> bool:
+        """Forget what was remembered; called for `reset_prefix_cache` with `reset_connector`."""
+        self.half.forget()
+        return True
 
     # --- The worker ---
 
@@ -96,12 +127,17 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin what the scheduler asked for."""
-        self.half.start(self._get_connector_metadata().loads)
+        self.half.start(self._get_connector_metadata().orders)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Write what has arrived, and tell."""
+        """Write what this step loads, and report it."""
         done, failed = self.half.finish()
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
+
+    def build_connector_worker_meta(self) -> PrefixReports | None:
+        """What became of fetches since the last step."""
+        reports = self.half.reports()
+        return PrefixReports(reports) if reports.arrived or reports.failed else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request begins when all its layers are there."""

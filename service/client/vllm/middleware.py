@@ -7,17 +7,27 @@ through as it came. It imports neither vLLM nor a web framework.
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from service.client.client import PrefixClient
-from service.client.vllm.bodies import Message, Receive, fields_of, read_body, refuse_misplaced_outside, replay
+from service.client.vllm.bodies import (
+    Message,
+    Receive,
+    fields_of,
+    has_left,
+    read_body,
+    refuse_misplaced_outside,
+    replay,
+)
 from service.client.vllm.config import ConnectorConfig
-from service.client.vllm.guard import ASKED, guard_engine
+from service.client.vllm.failures import status_of
+from service.client.vllm.guard import ASKED, Asked, guard_engine
 from service.client.vllm.model import Model
 from service.client.vllm.requests import CONTAINER, PARAMETER, adapter_asked
-from service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, TooLarge
+from service.client.vllm.resolver import Resolver, Version
+from service.client.vllm.source import Source
+from service.errors import InvalidRequest, PrefixServiceError, Unavailable
 
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
@@ -36,10 +46,8 @@ ROUTES: Final = frozenset(
 )
 """Routes that hand `kv_transfer_params` to the engine. On every other one an adapter is refused."""
 
-_THREADS: Final = 32
 _PARSERS: Final = 2  # the interpreter runs one thread at a time: more would only slow each other
 _SMALL: Final = 16 << 10  # bytes that are parsed in a few milliseconds at most
-_SPAN: Final = (0, 1)
 _TYPES: Final = {  # vLLM's words
     400: "BadRequestError",
     404: "NotFoundError",
@@ -59,11 +67,10 @@ class PrefixMiddleware:
         self._app = app
         self._router: Any = None
         self._behind: App
-        self._threads = ThreadPoolExecutor(_THREADS, "prefix-middleware")
         self._parsers = ThreadPoolExecutor(_PARSERS, "prefix-bodies")
         self._engine: Any = None
         self._config: ConnectorConfig | InvalidRequest = InvalidRequest("this server has no engine")
-        self._service: tuple[PrefixClient, Model] | None = None
+        self._service: tuple[Resolver, Model] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass on what arrives; `_check` meets what the other middlewares let through."""
@@ -74,7 +81,7 @@ class PrefixMiddleware:
             await self._app(scope, receive, send)
         finally:
             if scope["type"] == "lifespan":
-                self.close()
+                await self.close()
 
     async def _check(self, scope: Message, receive: Receive, send: Send) -> None:
         """Check what is posted to a route, and pass it on."""
@@ -90,12 +97,13 @@ class PrefixMiddleware:
                 reference = self._asked(scope, body)
             else:  # other requests are served in the meantime
                 reference = await asyncio.get_running_loop().run_in_executor(self._parsers, self._asked, scope, body)
-            if reference is not None:
-                await self._check_adapter(reference)
+            asked = None if reference is None else await self._resolved(reference, receive)
+            if asked is None and reference is not None:
+                return
         except PrefixServiceError as error:
             await _answer(send, error)
             return
-        token = ASKED.set(reference)
+        token = ASKED.set(asked)
         try:
             await self._behind(scope, replay(body, receive), send)
         finally:
@@ -128,25 +136,33 @@ class PrefixMiddleware:
         except InvalidRequest as error:
             self._config = error
 
-    async def _check_adapter(self, reference: str) -> None:
-        """Ask the service for the adapter; the client's own deadline holds."""
+    async def _resolved(self, reference: str, receive: Receive) -> Asked | None:
+        """Returns what a reference means, by asking the service if necessary; None if the client leaves before."""
         if isinstance(self._config, InvalidRequest):
             raise InvalidRequest(f"{PARAMETER}: {self._config.message}")
         if self._service is None:
-            self._service = (self._config.client(), Model.of(self._engine.vllm_config))
-        client, model = self._service
+            model = Model.of(self._engine.vllm_config)
+            self._service = Resolver(Source(self._config, self._config.cache_bytes), model), model
+        resolver, model = self._service
+        version = resolver.recall(reference) or await _unless_left(resolver.resolve(reference), receive)
+        return None if version is None else Asked(reference, version, model.max_length)
 
-        def check() -> None:
-            model.check(client.get(reference, layers=_SPAN, kv_heads=_SPAN).metadata)
-
-        await asyncio.get_running_loop().run_in_executor(self._threads, check)
-
-    def close(self) -> None:
+    async def close(self) -> None:
         """End threads and connections."""
-        for threads in (self._threads, self._parsers):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._parsers.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
-            self._service[0].close()
+            await self._service[0].close()
+
+
+async def _unless_left(work: Coroutine[Any, Any, Version], receive: Receive) -> Version | None:
+    """Returns what `work` does, or None if the client leaves before: then it is cancelled."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(has_left(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 def refuse_options(fields: Mapping[str, Any]) -> None:
@@ -172,7 +188,7 @@ def refuse_options(fields: Mapping[str, Any]) -> None:
 
 
 async def _answer(send: Send, error: PrefixServiceError) -> None:
-    status = _status(error)
+    status = status_of(error)
     described = {
         "message": error.message,
         "type": _TYPES[status],
@@ -181,13 +197,7 @@ async def _answer(send: Send, error: PrefixServiceError) -> None:
     }
     body = json.dumps({"error": described}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if isinstance(error, Unavailable):
+        headers.append((b"retry-after", str(error.retry_after).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _status(error: PrefixServiceError) -> int:
-    if isinstance(error, NotFound):
-        return 404
-    if isinstance(error, TooLarge):
-        return 413
-    return 400 if isinstance(error, InvalidInput) else 503

@@ -13,13 +13,16 @@ _DRAFTS_WITHOUT_A_MODEL: Final = ("ngram", "ngram_gpu", "suffix")
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Totals over all ranks, the dtype of keys and values, and the longest sequence in tokens."""
+    """Totals over all ranks, the dtype of keys and values, the longest sequence in tokens, and the ranks that divide
+    heads and layers among them."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: KVDtype
     max_length: int
+    tensor_ranks: int = 1
+    pipeline_ranks: int = 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> Self:
@@ -31,7 +34,15 @@ class Model:
             model.get_head_size(),
             cast("KVDtype", str(model.dtype).removeprefix("torch.")),
             model.max_model_len,
+            vllm_config.parallel_config.tensor_parallel_size,
+            vllm_config.parallel_config.pipeline_parallel_size,
         )
+
+    def nbytes_on_worker(self, num_virtual_tokens: int) -> int:
+        """Returns the bytes of a prefix that one rank has."""
+        heads = -(-self.num_kv_heads // self.tensor_ranks)
+        layers = -(-self.num_layers // self.pipeline_ranks)
+        return 2 * layers * heads * num_virtual_tokens * self.head_dim * (4 if self.dtype == "float32" else 2)
 
     def check(self, metadata: Mapping[str, Any]) -> None:
         """Check that a prefix fits.

@@ -6,10 +6,13 @@ vLLM ignores a field that it does not know: it would answer a request with a mis
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from service.errors import InvalidRequest
 from service.prefix.references import parse_qualified
+
+if TYPE_CHECKING:
+    from service.client.vllm.resolver import Version
 
 PARAMETER: Final = "prefix_adapter"
 CONTAINER: Final = "kv_transfer_params"
@@ -223,6 +226,20 @@ def refuse_unservable(request: Any) -> None:
             "a prompt that comes in pieces": request.resumable,
         }
     )
+
+
+def refuse_length(version: "Version", prompt: int, max_length: int) -> None:
+    """Refuse a prompt of so many tokens behind a prefix.
+
+    Raises:
+        InvalidRequest: with the prefix there is no room for an answer.
+    """
+    count = version.num_virtual_tokens
+    if count + prompt >= max_length:
+        raise InvalidRequest(
+            f"{version.adapter}@{version.number} has {count} virtual tokens: with the prompt's {prompt} there is no "
+            f"room for an answer in vLLM's max_model_len {max_length}"
+        )
 
 
 def _refuse(reasons: Mapping[str, bool]) -> None:

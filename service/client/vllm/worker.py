@@ -1,35 +1,39 @@
-"""A worker's half: fetches this rank's layers and heads in threads, and writes them between two steps of the model."""
+"""A worker's half: fetches this rank's layers and heads in the background, and writes them between two steps of the
+model."""
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from service.client.client import PrefixClient
-from service.client.prefix import Prefix
+from service.client.vllm.background import Background
 from service.client.vllm.model import Model
-from service.client.vllm.scheduler import Load
-from service.errors import InvalidRequest, PrefixServiceError
+from service.client.vllm.shelf import Load, Orders, Reports
+from service.client.vllm.source import Source
+from service.errors import Internal, InvalidRequest, PrefixServiceError
 from service.prefix.form import Span
 
-log = logging.getLogger("vllm.prefix_service")
+if TYPE_CHECKING:
+    from service.client.prefix import Prefix
 
-_THREADS: Final = 8
+log = logging.getLogger("vllm.prefix_service")
 
 
 class WorkerHalf:
     """Worker side of the connector. Its calls come from one thread, which alone writes to the cache: so no write meets
     a forward pass, on whatever stream it runs."""
 
-    def __init__(self, client: PrefixClient, model: Model, kv_heads: Span, block_size: int) -> None:
-        self._client, self._model, self._kv_heads, self._block_size = client, model, kv_heads, block_size
-        self._threads = ThreadPoolExecutor(_THREADS, "prefix-loads")
+    def __init__(self, source: Source, model: Model, kv_heads: Span, block_size: int) -> None:
+        self._source, self._model, self._kv_heads, self._block_size = source, model, kv_heads, block_size
+        self._background = Background("prefix-bytes")
         self._layers: dict[int, Any] = {}
-        self._fetches: dict[str, Future[Prefix]] = {}
-        self._loads: list[Load] = []
+        self._parcels: dict[int, Future[Prefix]] = {}  # by number: those that have arrived, and those on their way
+        self._unreported: set[int] = set()
+        self._loads: list[tuple[Load, Future[Prefix] | None]] = []
 
     def register(self, layers: Mapping[int, Any]) -> None:
         """The attention layers of this rank, by their number in the model.
@@ -48,40 +52,54 @@ class WorkerHalf:
                 )
         self._layers = dict(sorted(layers.items()))
 
-    def start(self, loads: Sequence[Load]) -> None:
-        """Begin to fetch what these loads need; one fetch for all who wait for the same version."""
-        for load in loads:
-            self._loads.append(load)
-            if load.reference is not None and load.reference not in self._fetches:
-                self._fetches[load.reference] = self._threads.submit(self._fetch, load.reference)
+    def start(self, orders: Orders) -> None:
+        """Begin what the scheduler orders."""
+        for load in orders.loads:
+            self._loads.append((load, None if load.parcel is None else self._parcels.get(load.parcel)))
+        for number in orders.drops:
+            self._unreported.discard(number)
+            parcel = self._parcels.pop(number, None)
+            if parcel is not None:
+                parcel.cancel()
+        for number, reference in orders.fetches:
+            self._parcels[number] = self._background.submit(self._fetch(reference))
+            self._unreported.add(number)
 
-    def _fetch(self, reference: str) -> Prefix:
+    async def _fetch(self, reference: str) -> "Prefix":
         layers = (min(self._layers), max(self._layers) + 1)
-        return self._client.get(reference, dtype=self._model.dtype, layers=layers, kv_heads=self._kv_heads)
+        return await self._source.get(reference, dtype=self._model.dtype, layers=layers, kv_heads=self._kv_heads)
+
+    def reports(self) -> Reports:
+        """Returns what became of parcels since the last step."""
+        reports = Reports()
+        for number in [number for number in self._unreported if self._parcels[number].done()]:
+            self._unreported.remove(number)
+            error = self._parcels[number].exception()
+            if error is None:
+                reports.arrived[number] = 1
+            elif isinstance(error, PrefixServiceError):
+                reports.failed[number] = error
+            else:
+                log.error("the bytes of a prefix cannot be had", exc_info=error)
+                reports.failed[number] = Internal(f"an unexpected error in a worker: {error!r:.200}")
+        return reports
 
     def finish(self) -> tuple[set[str], set[str]]:
-        """Write what has arrived: the requests that are done with, and those of them that failed."""
-        done, failed = set[str](), set[str]()
-        for load in self._loads:
-            fetch = None if load.reference is None else self._fetches[load.reference]
-            if fetch is not None and not fetch.done():
-                continue
-            done.add(load.request_id)
+        """Write what this step loads: returns the requests that are done with, and those of them that failed."""
+        loads, self._loads = self._loads, []
+        failed = set[str]()
+        for load, parcel in loads:
             try:
-                if fetch is None:
+                if parcel is None:
                     failed.add(load.request_id)
                 else:
-                    self._write(load, fetch.result())
-            except Exception as error:
-                unexpected = None if isinstance(error, PrefixServiceError) else error
-                log.error("request %s fails: %s: %s", load.request_id, load.reference, error, exc_info=unexpected)  # noqa: TRY400
+                    self._write(load, parcel.result(timeout=0))
+            except (Exception, asyncio.CancelledError) as error:
+                log.error("request %s fails", load.request_id, exc_info=error)  # noqa: TRY400
                 failed.add(load.request_id)
-        self._loads = [load for load in self._loads if load.request_id not in done]
-        waited_for = {load.reference for load in self._loads}
-        self._fetches = {name: fetch for name, fetch in self._fetches.items() if name in waited_for}
-        return done, failed
+        return {load.request_id for load, _ in loads}, failed
 
-    def _write(self, load: Load, prefix: Prefix) -> None:
+    def _write(self, load: Load, prefix: "Prefix") -> None:
         """Into the blocks, by the backend's own writer: blocks have other layouts, and other dtypes, inside."""
         device = next(iter(self._layers.values())).kv_cache.device
         positions = torch.arange(load.start, load.end)
@@ -92,9 +110,8 @@ class WorkerHalf:
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
     def close(self) -> None:
-        """End the threads and connections."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        """End the thread and the connections."""
+        self._background.close(self._source.close)
 
 
 def _tokens_first(tensor: Tensor, load: Load, device: torch.device) -> Tensor:

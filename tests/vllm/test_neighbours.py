@@ -1,0 +1,217 @@
+"""vLLM's server beside a service that is slow, throttled, stopped or refuses: who waits, and what the others are told.
+
+The KV cache is small: 47 blocks of 32 tokens.
+"""
+
+import asyncio
+import json
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+
+from service.client import PrefixClient, management
+from tests.client.holding_proxy import Holder, holding_proxy
+from tests.conftest import Server
+from tests.vllm.conftest import publish, serving_adapters
+from tests.vllm.driver import openai_server, transfer_config
+from tests.vllm.reference import Reference
+from tests.vllm.tokenizer import save_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
+
+_COUNT: Final = 8  # tokens of an answer
+_PATH: Final = "/v1/completions"
+_MANY: Final = httpx.Limits(max_connections=None)
+_BYTES: Final = b"layers=0%3A4"  # in the requests of workers; the questions which version it is ask for one layer
+
+
+@dataclass
+class Serving:
+    """vLLM's server, the service behind it, the proxy between them, and the file of vLLM's key."""
+
+    vllm: httpx.Client
+    service: Server
+    held: Holder
+    key_file: Path
+    reference: Reference
+
+    def body(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> dict[str, Any]:
+        """A completion's request."""
+        named = {} if adapter is None else {"kv_transfer_params": {"prefix_adapter": adapter}}
+        ids = self.reference.prompts[prompt] if isinstance(prompt, str) else prompt
+        fixed = {"model": "model", "max_tokens": _COUNT, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        return {**fixed, "prompt": ids, **named, **more}
+
+    def ask(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> httpx.Response:
+        """The answer of a completion."""
+        return self.vllm.post(_PATH, json=self.body(adapter, prompt, **more))
+
+    @asynccontextmanager
+    async def asking(self, *adapters: str) -> AsyncIterator[list["asyncio.Task[httpx.Response]"]]:
+        """Clients that ask for an adapter each, and that leave at the end of the block."""
+        async with httpx.AsyncClient(base_url=self.vllm.base_url, timeout=120, limits=_MANY) as client:
+            tasks = [asyncio.create_task(client.post(_PATH, json=self.body(adapter))) for adapter in adapters]
+            try:
+                yield tasks
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def check(self, answer: httpx.Response, adapter: str | None, prompt: str = "short") -> None:
+        """The tokens of PEFT's `generate`."""
+        assert answer.status_code == 200, answer.text
+        said = self.reference.says(adapter, prompt, _COUNT)
+        assert answer.json()["choices"][0]["token_ids"] == said.tokens, (adapter, answer.text)
+
+    def seconds(self, adapter: str) -> float:
+        """The median time of a right answer, of seven."""
+        times = []
+        for _ in range(7):
+            began = time.monotonic()
+            self.check(self.ask(adapter), "a")
+            times.append(time.monotonic() - began)
+        return statistics.median(times)
+
+    def run(self, flow: Any) -> Any:
+        """Change something in the service."""
+        with PrefixClient(self.service.url, self.service.admin_key) as client:
+            return client.run(flow)
+
+
+@pytest.fixture(scope="module")
+def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server whose requests to the service pass through a proxy."""
+    folder = tmp_path_factory.mktemp("neighbours")
+    save_tokenizer(reference.model)
+    with serving_adapters(reference, folder) as service, holding_proxy(service.url) as held:
+        key_file = folder / "key"
+        key_file.write_text(service.key("read"))
+        transfer = transfer_config(held.url, timeout=60, api_key_file=str(key_file))
+        options = ["--middleware", "service.client.vllm.PrefixMiddleware", "--max-model-len", "1024"]
+        options += ["--block-size", "32", "--num-gpu-blocks-override", "48"]
+        with openai_server(folder, reference.model, transfer, "", *options) as vllm:
+            yield Serving(vllm, service, held, key_file, reference)
+
+
+def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:
+    """Six of them would need more blocks than there are; a plain request is answered while none of them has a byte."""
+    names = [f"large-{number}" for number in range(6)]
+    for name in names:
+        publish(serving.service, f"acme/{name}", serving.reference.adapter("large"))
+    serving.held.hold(_BYTES)
+    with ThreadPoolExecutor(len(names)) as threads:
+        answers = [threads.submit(serving.ask, f"acme/{name}") for name in names]
+        try:
+            serving.held.wait_for(len(names))
+            serving.check(serving.ask(None, "long"), None, "long")
+            assert not any(answer.done() for answer in answers)
+        finally:
+            serving.held.hold()
+        for answer in answers:
+            serving.check(answer.result(), "large")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "held"), [(b"/none-", [f"none-{n}" for n in range(8)], 8), (_BYTES, ["left"] * 8, 1)]
+)
+async def test_clients_that_leave_give_up_questions_and_bytes(
+    serving: Serving, pattern: bytes, names: list[str], held: int
+) -> None:
+    """Questions of the middleware, and fetches of the engine's workers: the service sees the connections end."""
+    if pattern == _BYTES:
+        publish(serving.service, "acme/left", serving.reference.adapter("large"))
+    serving.held.hold(pattern)
+    try:
+        async with serving.asking(*(f"acme/{name}" for name in names)):
+            await asyncio.to_thread(serving.held.wait_for, held)
+        await asyncio.to_thread(serving.held.wait_for, 0)
+    finally:
+        serving.held.hold()
+    if pattern == _BYTES:
+        serving.check(serving.ask("acme/left"), "large")
+
+
+async def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: Serving) -> None:
+    """Forty requests of it wait, at one question a second; another tenant's answers come as fast as without them."""
+    serving.run(management.put_tenant("noisy", {"requests_per_second": 1}))
+    undisturbed = serving.seconds("acme/a@1")
+    async with serving.asking(*(f"noisy/none-{number}" for number in range(40))) as asking:
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        disturbed = await asyncio.to_thread(serving.seconds, "acme/a@1")
+        assert not all(task.done() for task in asking)
+    assert disturbed < 5 * undisturbed + 0.2
+
+
+def test_what_is_known_is_served_while_the_service_is_stopped(serving: Serving) -> None:
+    """A version as before; an alias after a second at first, then as before."""
+    serving.check(serving.ask("acme/a"), "a")
+    undisturbed = serving.seconds("acme/a@1")
+    serving.service.process.send_signal(signal.SIGSTOP)
+    try:
+        assert serving.seconds("acme/a@1") < 5 * undisturbed + 0.2
+        serving.check(serving.ask("acme/a"), "a")
+        assert serving.seconds("acme/a") < 5 * undisturbed + 0.2
+    finally:
+        serving.service.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_why_a_request_failed_reaches_its_caller(serving: Serving, stream: bool) -> None:
+    """Too long, or gone while its bytes were on their way: in vLLM's form, as an event where the answer has begun."""
+    long = serving.ask("acme/a", prompt=[7] * 1010, stream=stream)
+    told = _error(long, 400)
+    assert "20 virtual tokens: with the prompt's 1010 there is no room for an answer" in told["message"]
+    gone = _while_fetching(serving, "gone", lambda: serving.run(management.delete("acme/gone")), stream=stream)
+    told = _error(gone, 404, is_event=stream)
+    assert "there is no acme/gone" in told["message"]
+
+
+def test_a_key_that_was_rotated_is_read_again(serving: Serving) -> None:
+    """Revoked while bytes were on their way: 503 as long as the file has it, and an answer once it has another."""
+
+    def revoke() -> None:
+        with serving.service.client() as client:
+            key_id = serving.key_file.read_text().split("_")[1]
+            assert client.delete(f"/v1/keys/{key_id}").status_code == 204
+
+    told = _error(_while_fetching(serving, "kept", revoke, stream=True), 503, is_event=True)
+    assert "key" in told["message"]
+    told = _error(serving.ask("acme/unknown"), 503)
+    serving.key_file.write_text(serving.service.key("read"))
+    serving.check(serving.ask("acme/kept"), "large")
+
+
+def _while_fetching(serving: Serving, name: str, change: Callable[[], Any], *, stream: bool) -> httpx.Response:
+    """The answer of a request for an adapter of which something changes while its bytes are on their way."""
+    publish(serving.service, f"acme/{name}", serving.reference.adapter("large"))
+    serving.held.hold(_BYTES)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(serving.ask, f"acme/{name}", stream=stream)
+        try:
+            serving.held.wait_for(1)
+            change()
+        finally:
+            serving.held.hold()
+        return answer.result()
+
+
+def _error(answer: httpx.Response, status: int, *, is_event: bool = False) -> Any:
+    """The error of an answer with this status, or of the event in one that had begun."""
+    assert answer.status_code == (200 if is_event else status), answer.text
+    text = answer.text
+    if is_event:
+        text, last = (line.removeprefix("data: ") for line in answer.text.splitlines() if line)
+        assert last == "[DONE]"
+    error = json.loads(text)["error"]
+    assert error["code"] == status
+    return error
