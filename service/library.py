@@ -12,7 +12,6 @@ import rfc8785
 import torch
 from anyio import to_thread
 from safetensors.torch import save
-from torch import Tensor
 
 from service.blobs import BlobStore, StagedBlob
 from service.body_digests import BodyDigests
@@ -40,6 +39,7 @@ from service.prefix.compose import composed_config
 from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.digests import Algorithm
 from service.prefix.encoder import InitWeights, PrefixEncoder
+from service.prefix.extras import InputMask
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
 from service.prefix.rendering import KV_DTYPES, Rendering
@@ -83,7 +83,7 @@ class Library:
         self._blobs = blobs
         self.registry = registry
         self.encodings = Encodings(self.catalog, blobs, registry.device, registry.host_memory)
-        self._digests = BodyDigests()
+        self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
     async def stage(self) -> StagedBlob:
@@ -203,7 +203,7 @@ class Library:
         """Whether a reference is known to mean this version still, without a look into the catalog."""
         return self._versions.get(version.tenant, reference) is version
 
-    def plan(self, version: Version, request: PrefixRequest, mask: Tensor | None = None) -> Plan:
+    def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
         """Everything of an answer but its tensors.
 
         Raises:
@@ -211,7 +211,7 @@ class Library:
         """
         return make_plan(version, request, mask, self.limits)
 
-    def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: Tensor | None) -> MixedPlan:
+    def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
         """Everything of an answer for many adapters but its tensors.
 
         Raises:
@@ -246,9 +246,14 @@ class Library:
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
         return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
 
-    async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
-        """Return the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm."""
+    async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for
+        the SHA-256 of a long body that repeats rows."""
         return await self._digests.of(plan, rendering, algorithm)
+
+    def known_digest(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of the whole body if it was computed before."""
+        return self._digests.known(plan, algorithm)
 
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None) -> PrefixKV:
         return self.encodings.load(version, self._digests.observing(plan, digest))

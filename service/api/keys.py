@@ -6,8 +6,8 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 
 from service.api.auth import Administering, Caller, PlatformAdmin
-from service.api.bodies import read_model
 from service.api.documentation import json_body
+from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
 from service.api.paths import KeyPath
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey
@@ -67,7 +67,7 @@ async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf
 
 async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
     require_media_type(request.headers, "application/json")
-    wanted = await read_model(request, NewKey, state.settings.max_request_bytes)
+    wanted = await read_model(request, NewKey)
     create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
     key, text = await to_thread.run_sync(create)
     return CreatedKey(**_item(key).model_dump(), key=text)

@@ -6,12 +6,13 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query, Request
 
 from service.api.auth import Caller, PlatformReader, Reading, Writing
-from service.api.bodies import has_body, read_model
+from service.api.bodies import has_body
 from service.api.documentation import json_body
+from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
 from service.api.paths import RefPath
 from service.api.schemas import ResidencyRequest, ResidencyState
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf
 from service.prefix.references import parse_reference
 from service.registry.report import ResidentReport, ShareReport, TierReport
 
@@ -39,14 +40,12 @@ async def overview(
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
-async def load(
-    request: Request, tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf, settings: SettingsOf
-) -> ResidencyState:
+async def load(request: Request, tenant: Writing, ref: RefPath, by: Caller, library: LibraryOf) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
         require_media_type(request.headers, "application/json")
-        wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
+        wanted = await read_model(request, ResidencyRequest)
     version = await library.resolve(tenant, parse_reference(ref))
     await library.pin(version, by, pinned=wanted.pinned)
     return ResidencyState.model_validate(library.residency(version))
