@@ -24,7 +24,7 @@ __all__ = ["library"]
 CASES = ["llama-n20-emb", "gpt2-n20-proj-trainstate"]
 
 
-async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes, bytes]:
+async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes | None, bytes]:
     async with library.rendering(plan, algorithm) as rendering:
         digest = await library.body_digest(plan, rendering, algorithm)
         return digest, b"".join(plan.message.chunks(rendering))

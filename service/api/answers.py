@@ -40,6 +40,15 @@ class Answers:
         self._library = library
         self._known: Shares[_Question, _Answer] = Shares(_MOST_BYTES)
 
+    @property
+    def nbytes(self) -> int:
+        """An estimate of the memory that all of it takes."""
+        return self._known.size
+
+    def nbytes_of(self, tenant: str) -> int:
+        """An estimate of the memory that the answers of one tenant take."""
+        return self._known.size_of(tenant)
+
     def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
         """Keep what a route is about to answer."""
         question = _question(scope)

@@ -240,7 +240,7 @@ class IndexEntry(BaseModel):
 class LoadRequest(RequestModel):
     """A version is what was published: there is nothing to configure."""
 
-    parameters: dict[str, Any] = Field(default={}, max_length=64, json_schema_extra={"maxProperties": 0})
+    parameters: dict[_Text, Any] = Field(default={}, max_length=64, json_schema_extra={"maxProperties": 0})
 
 
 class UnloadParameters(RequestModel):

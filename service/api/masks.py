@@ -50,11 +50,11 @@ def mask_of_tensor(mask: Tensor) -> InputMask:
     """
     # As bytes a bool may be anything; as numbers NaN equals nothing.
     flags = mask.view(torch.uint8) if mask.dtype == torch.bool else torch.empty(mask.shape, dtype=torch.uint8)
-    for found, flag in zip(mask.view(-1).split(_BLOCK), flags.view(-1).split(_BLOCK), strict=True):
-        values = flag if mask.dtype == torch.bool else found
+    found, flat = (flags if mask.dtype == torch.bool else mask).view(-1), flags.view(-1)
+    for start in range(0, len(flat), _BLOCK):
+        values = found[start : start + _BLOCK]
         ones = values == 1
         if not bool((ones | (values == 0)).all()):
             raise InvalidRequest("attention_mask holds values other than 0 and 1")
-        if values is not flag:
-            flag.copy_(ones)
+        flat[start : start + _BLOCK] = ones
     return InputMask(flags, mask.dtype)

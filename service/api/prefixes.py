@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from service.api.auth import Reading
 from service.api.bodies import read_body
 from service.api.documentation import request_headers, response_headers
-from service.api.json_bodies import computed, declared_bytes, read_mask_json, reserved, validated
+from service.api.json_bodies import MOST_VALUES, computed, declared_bytes, read_mask_json, reserved, validated
 from service.api.masks import mask_from_json, mask_of_tensor
 from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
@@ -70,7 +70,8 @@ _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, 
 _READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
 MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
-    "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
+    "maxItems": MOST_VALUES,
+    "items": {"type": "array", "maxItems": MOST_VALUES, "items": {"type": "integer", "enum": [0, 1]}},
     "description": "the input's mask, one row each",
 }
 _JSON_SCHEMA: Final = PrefixRequest.model_json_schema()

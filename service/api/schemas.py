@@ -155,10 +155,14 @@ class VersionPage(BaseModel):
     next: None = None
 
 
+JSONObject = dict[Annotated[str, Field(max_length=1024)], Any]
+"""An object with any members, whose number a field bounds."""
+
+
 class FreshVersion(RequestModel):
     """An untrained prefix from a config alone, to try a worker's shapes before training."""
 
-    config: dict[str, Any] = Field(max_length=1024)
+    config: JSONObject = Field(max_length=1024)
     init_weights: Literal["random", "zero"] = "random"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
