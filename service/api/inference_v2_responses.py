@@ -142,7 +142,8 @@ class TensorsResponse(Response):
         elements = bytearray().join(self._plan.message.chunks_of(tensor.name, rendering))
         numbers = torch.frombuffer(elements, dtype=tensor.dtype) if elements else torch.empty(0)
         try:
-            texts = [json.dumps(step.tolist(), allow_nan=False)[1:-1] for step in numbers.split(_STEP)]
+            steps = (numbers[at : at + _STEP].tolist() for at in range(0, len(numbers), _STEP))
+            texts = [json.dumps(step, allow_nan=False)[1:-1] for step in steps]
             return {**about, "data": orjson.Fragment(f"[{', '.join(texts)}]".encode())}
         except ValueError as error:
             raise InvalidRequest(

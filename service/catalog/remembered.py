@@ -11,7 +11,7 @@ from service.prefix.references import Reference
 from service.shares import Shares
 
 _MOST_BYTES: Final = 256 << 20
-_OF_ADAPTER: Final = 64  # selectors of the same adapter
+_OF_ADAPTER: Final = 1024  # selectors of the same adapter
 
 _Known = dict[str, Version]
 """Versions of an adapter by selector."""
