@@ -156,7 +156,9 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
     planned = [[plans[_name(version)] for _, version in row] for row in rows]
     form = replace(next(iter(plans.values())).message.form, batch_size=len(rows), layout=request.layout, expand=True)
-    return MixedPlan(MixedMessage(batch, form, _mixed_extras(batch, request, mask)), planned)
+    message = MixedMessage(batch, form, _mixed_extras(batch, request, mask))
+    _ = message.content_length  # its header takes milliseconds: here, and not where it is sent
+    return MixedPlan(message, planned)
 
 
 def _check_mixed(request: MixedRequest, mask: InputMask | None, limits: Limits) -> None:

@@ -23,6 +23,7 @@ MOST_IN_A_ROW: Final = 32
 """Prefixes that one row may be made of."""
 
 _JOINED: Final = 1 << 18  # bytes of short lines that are made together
+_MANY: Final = 16  # of them, from which on it is faster than one by one
 _ZEROS: Final = memoryview(bytes(1 << 20))
 
 Bytes = bytes | memoryview
@@ -132,16 +133,24 @@ class MixedBatch:
             if not parts:
                 yield from _zeros(len(cells) * heads * padding * width)
                 continue
-            line = self.num_virtual_tokens * width
-            together = max(_JOINED // line, 1)
-            for start in range(cells.start * heads, cells.stop * heads, together):
-                stop = min(start + together, cells.stop * heads)
+            first, last = cells.start * heads, cells.stop * heads
+            for start, stop in _blocks(first, last, self.num_virtual_tokens * width):
                 if stop - start > 1:
                     yield _joined(parts, start, stop, padding * width)
                     continue
                 yield from _zeros(padding * width)
                 for part in parts:
                     yield part.line(start)
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yields the lines `start:stop`, of `size` bytes each, in ranges that are made together: many where they are short,
+    else one by one."""
+    together = min(_JOINED // size, stop - start)
+    if together < _MANY:
+        together = 1
+    for at in range(start, stop, together):
+        yield at, min(at + together, stop)
 
 
 def _joined(parts: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
@@ -196,9 +205,8 @@ class Repeated(Source):
 
     def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
         """As `Source.whole`, some lines at a time."""
-        together = max(_JOINED // (self.tokens * self.width), 1)
-        for start in range(cells.start * heads, cells.stop * heads, together):
-            yield _joined([self], start, min(start + together, cells.stop * heads), 0)
+        for start, stop in _blocks(cells.start * heads, cells.stop * heads, self.tokens * self.width):
+            yield _joined([self], start, stop, 0) if stop - start > 1 else self.line(start)
 
 
 def _zeros(size: int) -> Iterator[Bytes]:

@@ -17,7 +17,7 @@ from service.prefix.rendering import KV_DTYPES, Rendering
 from service.prefix.wire import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 
 _BLOCK: Final = 1 << 20  # bytes of small runs that are joined
-_RUNS: Final = 256  # of them
+_RUNS: Final = 1024  # of them
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class MixedMessage:
     def chunks(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
         """The file in order, in chunks of at most 8 MiB; `renderings` has that of each prefix, as the rows have them.
 
-        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, at most a megabyte and 256 at a time.
+        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, at most a megabyte and 1024 at a time.
         """
         held: list[Bytes] = []
         size = 0

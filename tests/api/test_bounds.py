@@ -30,7 +30,8 @@ LARGE: dict[str, Any] = {
     "num_attention_heads": 8,
     "token_dim": 512,
 }
-SILENCE = 1.0  # seconds; generous, since others work on this machine too
+DEEP: dict[str, Any] = {**CONFIG, "num_virtual_tokens": 2, "num_layers": 1024, "num_attention_heads": 1, "token_dim": 2}
+SILENCE = 2.0  # seconds; generous, since others work on this machine too
 MIB = 1 << 20
 
 
@@ -147,6 +148,37 @@ def test_the_largest_mask_as_json(own: Server, reader: httpx.Client) -> None:
     assert tensors_of(by_json)["attention_mask"][:, 3:].equal(mask)
     assert by_json.content == by_file.content
     assert by_json.headers["repr-digest"] == by_file.headers["repr-digest"]
+    assert done.silence < SILENCE
+    assert done.memory < 250 * MIB
+
+
+def test_many_short_rows_leave_others_their_turn(own: Server, reader: httpx.Client) -> None:
+    """Batches of a thousand layers of a few bytes each, of one adapter and of many, as they are and in float8."""
+    file = save({"prompt_embeddings": torch.arange(2 * 4096, dtype=torch.float32).view(2, 4096)})
+    assert upload(own.client(), TENANT, "deep", DEEP, file).status_code == 201
+    rows = [[f"{TENANT}/deep"] * (1 + row % 4) for row in range(128)]
+    for dtype in ("float32", "float8_e4m3fn"):
+        with harm(own) as done:
+            path = f"/v1/tenants/{TENANT}/adapters/deep/prefix"
+            one = reader.get(path, params={"batch_size": 256, "dtype": dtype})
+            many = reader.post("/v1/prefixes", json={"rows": rows, "dtype": dtype})
+        found, expected = tensors_of(many), tensors_of(one)
+        for name in ("past_key_values.0.key", "past_key_values.1023.value"):
+            wanted = expected[name][:8].view(torch.uint8)
+            assert found[name][:8, :, -2:].view(torch.uint8).equal(wanted)
+        assert found["attention_mask"].sum(1).tolist() == [2 * len(row) for row in rows]
+        assert done.silence < SILENCE
+
+
+def test_numbers_as_json_leave_others_their_turn(own: Server, reader: httpx.Client) -> None:
+    """A million of them, which take 25 MB of text."""
+    file = save({"prompt_embeddings": torch.rand(8192, 4)})
+    assert upload(own.client(), TENANT, "random", LONG, file).status_code == 201
+    asked = {"inputs": [{"name": "batch_size", "shape": [1], "datatype": "INT32", "data": [25]}]}
+    with harm(own) as done:
+        answer = reader.post(f"/v2/models/{TENANT}/random/infer", json=asked)
+        numbers = sum(len(output["data"]) for output in answer.json()["outputs"])
+    assert numbers == 25 * 8192 * (1 + 4)
     assert done.silence < SILENCE
     assert done.memory < 250 * MIB
 
