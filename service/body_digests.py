@@ -3,82 +3,137 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice, repeat
 from queue import SimpleQueue
 from typing import Final, TypeAlias
 
 from service.plan import Plan
-from service.prefix.digests import Algorithm, new_hasher
+from service.prefix.digests import Algorithm, Crc32c, Hasher, new_hasher
+from service.prefix.extras import Piece
 from service.prefix.rendering import Rendering
+from service.prefix.wire import chunks_of
+from service.registry.admission import Admission
+from service.shares import Shares
+
+MOST_REPEATED: Final = 256 << 20
+"""Bytes of a body that repeats rows, up to which its SHA-256 is computed."""
 
 _REMEMBERED: Final = 10_000
-_THREADS: Final = 16  # more than loads at once, each of which may hang in a read and keep one waiting
+_MEGABYTE: Final = 1 << 20
+_STEP: Final = 16  # megabytes that are hashed in one turn
+_AROUND: Final = 16 << 20  # bytes around stored keys and values that are made while these are read
 
 Pieces: TypeAlias = "SimpleQueue[memoryview | None]"
 
 
+@dataclass(slots=True)
+class _Computation:
+    task: asyncio.Task[bytes]
+    waiting: int = 0
+
+
 class BodyDigests:
-    """Computes each digest once, however many callers ask for it in parallel. Used from the event loop and from threads
-    that load.
+    """Computes each digest once, however many callers ask for it in parallel, in the turns of the tenant whose prefix
+    it is; stops when nobody waits for it any more. Used from the event loop and from threads that load.
 
     The SHA-256 of a body whose tensors are sent as they are stored is computed while the blob is read and verified, by
     another thread: with two cores both hashes take as long as one. A CRC-32C is too cheap to be worth that.
     """
 
-    def __init__(self) -> None:
-        self._digests: dict[tuple[str, Algorithm], Future[bytes]] = {}
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(_THREADS, "body-digest")
+        self._known: Shares[tuple[str, Algorithm], bytes] = Shares(_REMEMBERED)
+        self._computing: dict[tuple[str, Algorithm], _Computation] = {}
 
-    async def of(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
-        """Return the digest of a plan's body: 32 bytes of SHA-256, or four of CRC-32C."""
-        found = self._once((plan.etag, algorithm), lambda: self._threads.submit(_hash, plan, rendering, algorithm))
-        if found.done():
-            return found.result()
-        # A caller that gives up must not cancel the computation for the others.
-        return await asyncio.shield(asyncio.wrap_future(found))
+    def known(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
+        """Returns a digest that was computed before, or None."""
+        with self._lock:
+            return self._known.get((plan.etag, algorithm))
+
+    async def of(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of a plan's body: 32 bytes of SHA-256, or four of CRC-32C; None if it costs too much."""
+        if (found := self.known(plan, algorithm)) is not None:
+            return found
+        if algorithm == "sha-256" and not plan.is_one_rendering and plan.message.content_length > MOST_REPEATED:
+            return None
+        key = plan.etag, algorithm
+        if (computation := self._computing.get(key)) is None:
+            task = asyncio.create_task(self._compute(plan, rendering, algorithm))
+            computation = self._computing[key] = _Computation(task)
+            task.add_done_callback(lambda _: self._forget(key, computation))
+        computation.waiting += 1
+        try:
+            return await asyncio.shield(computation.task)
+        finally:
+            computation.waiting -= 1
+            if not computation.waiting:
+                self._forget(key, computation)
+                computation.task.cancel()
+
+    def _forget(self, key: tuple[str, Algorithm], computation: _Computation) -> None:
+        if self._computing.get(key) is computation:
+            del self._computing[key]
+
+    async def _compute(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
+        tenant = plan.version.tenant
+        hasher = new_hasher(algorithm)
+        pieces = plan.message.pieces(rendering)
+        steps = _crc_steps(hasher, pieces) if isinstance(hasher, Crc32c) else _sha_steps(hasher, pieces)
+        while await self._admission.run(tenant, partial(_step, steps)):
+            pass
+        self._remember(plan, algorithm, hasher.digest())
+        return hasher.digest()
+
+    def _remember(self, plan: Plan, algorithm: Algorithm, digest: bytes) -> None:
+        with self._lock:
+            self._known.put(plan.version.tenant, (plan.etag, algorithm), digest)
 
     @contextlib.contextmanager
     def observing(self, plan: Plan, algorithm: Algorithm | None) -> Iterator[Callable[[memoryview], object] | None]:
         """Yields an observer for the stored blob's chunks, or None if no digest is needed during the read. Leave the
         block normally once the blob is verified; if it raises, the digest is discarded."""
-        if algorithm != "sha-256" or not plan.is_stored or (plan.etag, algorithm) in self._digests:
+        if algorithm != "sha-256" or not self._is_stored(plan) or self.known(plan, algorithm) is not None:
             yield None
             return
         before, after = plan.message.around_values()
         tensor = _StoredTensor()
-        running = self._threads.submit(_hash_stored, before, tensor.pieces, after)
-        try:
-            yield tensor.add
-            # An MLP's result is stored in float32 whatever its weights were: no part of such a body.
-            if len(before) + tensor.nbytes + len(after) == plan.message.content_length:
-                self._once((plan.etag, algorithm), lambda: running)
-        finally:
-            tensor.pieces.put(None)
+        with ThreadPoolExecutor(1, "body-digest") as thread:
+            running: Future[bytes] = thread.submit(_hash_stored, before, tensor.pieces, after)
+            try:
+                yield tensor.add
+            finally:
+                tensor.pieces.put(None)
+        # An MLP's result is stored in float32 whatever its weights were: no part of such a body.
+        if len(before) + tensor.nbytes + len(after) == plan.message.content_length:
+            self._remember(plan, algorithm, running.result())
 
-    def _once(self, key: tuple[str, Algorithm], begin: Callable[[], Future[bytes]]) -> Future[bytes]:
-        """Return the computation that is under way or done, or else a new one."""
-        with self._lock:
-            if (found := self._digests.get(key)) is not None:
-                return found
-            begun = self._digests[key] = begin()
-            if len(self._digests) > _REMEMBERED:
-                del self._digests[next(iter(self._digests))]
-        begun.add_done_callback(partial(self._forget_failure, key))
-        return begun
-
-    def _forget_failure(self, key: tuple[str, Algorithm], done: Future[bytes]) -> None:
-        if done.exception() is not None:
-            self._digests.pop(key, None)
+    def _is_stored(self, plan: Plan) -> bool:
+        return plan.is_stored and plan.message.content_length - plan.message.rendering_nbytes <= _AROUND
 
 
-def _hash(plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
-    body = new_hasher(algorithm)
-    for chunk in plan.message.chunks(rendering):
-        body.update(chunk)
-    return body.digest()
+def _step(steps: Iterator[object]) -> bool:
+    """Takes the next steps; whether there may be more."""
+    return sum(1 for _ in islice(steps, _STEP)) == _STEP
+
+
+def _sha_steps(hasher: Hasher, pieces: Iterable[Piece]) -> Iterator[None]:
+    """Hashes pieces, a megabyte a step."""
+    for chunk in chunks_of(pieces):
+        for at in range(0, len(chunk), _MEGABYTE):
+            hasher.update(chunk[at : at + _MEGABYTE])
+            yield
+
+
+def _crc_steps(hasher: Crc32c, pieces: Iterable[Piece]) -> Iterator[None]:
+    """Hashes pieces, each row once, however often it is repeated; a row takes a step, and one for each megabyte."""
+    for row, times in pieces:
+        hasher.repeat(row, times)
+        yield from repeat(None, 1 + len(row) // _MEGABYTE)
 
 
 def _hash_stored(before: bytes, pieces: Pieces, after: bytes) -> bytes:

@@ -17,7 +17,8 @@ PrefixServiceError
 ├── TooLarge                    more bytes than the configured limit
 ├── RequestTimeout              a request did not arrive in time
 ├── MalformedRequest            not HTTP/1.1, or ambiguous
-├── HeaderFieldsTooLarge        the head of a request has too many bytes or fields
+├── HeaderFieldsTooLarge        the head of a request, or one of its fields, is too large
+├── UriTooLong                  path and query have too many bytes
 ├── NotAcceptable               no representation that the caller accepts
 ├── UnsupportedMediaType        a content type or encoding that is not read here
 ├── RangeNotSatisfiable         a byte range outside the body
@@ -146,9 +147,15 @@ class MalformedRequest(PrefixServiceError):
 
 
 class HeaderFieldsTooLarge(PrefixServiceError):
-    """The head of a request has more bytes or fields than any caller needs; the connection ends."""
+    """The head of a request, or one of its fields, is larger than any caller needs; the connection ends."""
 
     code = "header-fields-too-large"
+
+
+class UriTooLong(PrefixServiceError):
+    """Path and query of a request have more bytes than any caller needs."""
+
+    code = "uri-too-long"
 
 
 class NotAcceptable(PrefixServiceError):

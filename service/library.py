@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from anyio import to_thread
-from torch import Tensor
 
 from service.blobs import BlobStore
 from service.body_digests import BodyDigests
@@ -33,6 +32,7 @@ from service.plan import (
     make_plan,
 )
 from service.prefix.digests import Algorithm
+from service.prefix.extras import InputMask
 from service.prefix.kv import PrefixKV
 from service.prefix.references import Reference, parse_qualified
 from service.prefix.rendering import Rendering
@@ -77,7 +77,7 @@ class Library:
             limits.upload_bytes,
             mended=lambda version: registry.forgive(_key(version)),
         )
-        self._digests = BodyDigests()
+        self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
     async def resolve(self, tenant: str, reference: Reference) -> Version:
@@ -103,7 +103,7 @@ class Library:
         """Whether a reference is known to mean this version still, without a look into the catalog."""
         return self._versions.get(version.tenant, reference) is version
 
-    def plan(self, version: Version, request: PrefixRequest, mask: Tensor | None = None) -> Plan:
+    def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
         """Everything of an answer but its tensors.
 
         Raises:
@@ -111,7 +111,7 @@ class Library:
         """
         return make_plan(version, request, mask, self.limits)
 
-    def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: Tensor | None) -> MixedPlan:
+    def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
         """Everything of an answer for many adapters but its tensors.
 
         Raises:
@@ -175,9 +175,14 @@ class Library:
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
         return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
 
-    async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
-        """Return the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm."""
+    async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for
+        the SHA-256 of a long body that repeats rows."""
         return await self._digests.of(plan, rendering, algorithm)
+
+    def known_digest(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of the whole body if it was computed before."""
+        return self._digests.known(plan, algorithm)
 
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None) -> PrefixKV:
         return self.encodings.load(version, self._digests.observing(plan, digest))

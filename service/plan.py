@@ -3,50 +3,64 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import ConfigDict, Field
 
 from service.catalog.records import Version
 from service.errors import InvalidRequest
 from service.prefix.buffers import bytes_of
 from service.prefix.config import PrefixConfig, parse_config
+from service.prefix.extras import AttentionMask, Extra, InputMask, PositionIds
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
-from service.prefix.kv import check_span, extend_mask, position_ids, prefix_mask
+from service.prefix.kv import check_span
 from service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
 from service.prefix.ranks import kv_heads_of_rank
 from service.prefix.wire import MASK_DTYPES, Message
+from service.request_model import RequestModel
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
 
 
-class PrefixRequest(BaseModel):
+class PrefixRequest(RequestModel):
     """The options of one prefix; a default of None means what the version or the mask says."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
-    batch_size: int | None = Field(default=None, ge=1, description="rows; default 1, or those of attention_mask")
+    batch_size: int | None = Field(
+        default=None, ge=1, lt=1 << 31, description="rows; default 1, or those of attention_mask"
+    )
     dtype: KVDtype | None = Field(default=None, description="of keys and values; default that of the stored weights")
     layout: Layout = Field(default="layers", description="one key and one value tensor a layer, or one tensor")
-    layers: str | None = Field(default=None, pattern=_RANGE, description="half-open range of layers, a:b; default all")
-    kv_heads: str | None = Field(default=None, pattern=_RANGE, description="half-open range of heads, a:b; default all")
-    tp: str | None = Field(default=None, pattern=_RANK, description="heads of a tensor-parallel rank, rank/size")
+    layers: str | None = Field(
+        default=None, pattern=_RANGE, max_length=9, description="half-open range of layers, a:b; default all"
+    )
+    kv_heads: str | None = Field(
+        default=None, pattern=_RANGE, max_length=9, description="half-open range of heads, a:b; default all"
+    )
+    tp: str | None = Field(
+        default=None, pattern=_RANK, max_length=9, description="heads of a tensor-parallel rank, rank/size"
+    )
     mask_dtype: MaskDtype | None = Field(default=None, description="default int64, or that of attention_mask")
     expand: bool = Field(default=True, description="false: keys and values come with one row")
 
 
 _Reference = Annotated[str, Field(min_length=1, max_length=300)]
+_References = Annotated[list[_Reference], Field(min_length=1, max_length=MOST_IN_A_ROW, fail_fast=True)]
+_MOST_ROWS = 65536  # the largest PREFIX_MAX_BATCH_SIZE
 
 
 class MixedRequest(PrefixRequest):
     """The options of a batch for many adapters, and its rows."""
 
-    rows: list[_Reference | Annotated[list[_Reference], Field(min_length=1, max_length=MOST_IN_A_ROW)] | None] = Field(
+    rows: list[_Reference | _References | None] = Field(
         min_length=1,
+        max_length=_MOST_ROWS,
+        fail_fast=True,
         description="one each: tenant/adapter@…; a list of these, concatenated in that order; or null for no prefix",
     )
 
@@ -85,8 +99,8 @@ class Plan:
         return replace(self, version=version, etag=_entity_tag(version, self.message))
 
 
-def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, limits: Limits) -> Plan:
-    """Check a request against a version; `mask` is the input's `[batch, seq]` of zeros and ones.
+def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, limits: Limits) -> Plan:
+    """Check a request against a version; `mask` is the input's.
 
     Raises:
         InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -103,12 +117,10 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
     )
     mask_dtype = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
     tokens = identity.num_virtual_tokens
-    if mask is None:
-        extras = {"attention_mask": prefix_mask(form.batch_size, tokens, mask_dtype or torch.int64)}
-    else:
-        extras = {"attention_mask": extend_mask(mask, tokens, mask_dtype)}
-        if config.num_transformer_submodules == 1:
-            extras["position_ids"] = position_ids(mask, tokens)
+    mask_dtype = mask_dtype or (torch.int64 if mask is None else mask.dtype)
+    extras: dict[str, Extra] = {"attention_mask": AttentionMask(form.batch_size, tokens, mask_dtype, mask)}
+    if mask is not None and config.num_transformer_submodules == 1:
+        extras["position_ids"] = PositionIds(tokens, mask)
     message = Message(identity, form, extras)
     return Plan(version, message, _entity_tag(version, message))
 
@@ -116,9 +128,9 @@ def make_plan(version: Version, request: PrefixRequest, mask: Tensor | None, lim
 def _entity_tag(version: Version, message: Message) -> str:
     """Hash everything that the body depends on: stored bits, form, and the input's mask."""
     tag = hashlib.sha256(version.key_values.encode() + message.header)
-    mask = message.extras["attention_mask"][:, message.identity.num_virtual_tokens :]
-    if mask.numel():
-        tag.update(bytes_of(mask.to(torch.uint8).contiguous()))
+    mask = message.extras["attention_mask"]
+    if isinstance(mask, AttentionMask) and mask.input is not None:
+        tag.update(bytes_of(mask.input.flags))
     return f'"{tag.hexdigest()[:40]}"'
 
 
@@ -135,15 +147,17 @@ class MixedPlan:
     rows: list[list[Plan]]
 
 
-def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: Tensor | None, limits: Limits) -> MixedPlan:
-    """Check the rows of a request; `mask` is the input's `[batch, seq]` of zeros and ones.
+def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask | None, limits: Limits) -> MixedPlan:
+    """Check the rows of a request; `mask` is the input's.
 
     Raises:
         InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
     """
     _check_mixed(request, mask, limits)
+    parts = {ref: _part(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
     asked = zip(rows, request.rows, strict=True)
-    batch = MixedBatch.of([Row(tuple(map(_part, row)), isinstance(ask, list)) for row, ask in asked], request.dtype)
+    found = [Row(tuple(parts[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
+    batch = MixedBatch.of(found, request.dtype)
     # The form in which this project's client asks for one prefix: what is made for either serves the other.
     options = request.model_dump(exclude={"rows", "mask_dtype"})
     options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
@@ -152,34 +166,39 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: Tensor | N
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
     planned = [[plans[_name(version)] for _, version in row] for row in rows]
     form = replace(next(iter(plans.values())).message.form, batch_size=len(rows), layout=request.layout, expand=True)
-    return MixedPlan(MixedMessage(batch, form, _mixed_extras(batch, request, mask)), planned)
+    message = MixedMessage(batch, form, _mixed_extras(batch, request, mask))
+    _ = message.content_length  # its header takes milliseconds: here, and not where it is sent
+    return MixedPlan(message, planned)
 
 
-def _check_mixed(request: MixedRequest, mask: Tensor | None, limits: Limits) -> None:
+def _check_mixed(request: MixedRequest, mask: InputMask | None, limits: Limits) -> None:
     rows = len(request.rows)
     if not request.expand:
         raise InvalidRequest("expand=false is for one adapter: the rows of this batch differ")
     if request.batch_size not in (None, rows):
         raise InvalidRequest(f"batch_size is {request.batch_size}, and there are {rows} rows")
-    if rows > limits.batch_size:
-        raise InvalidRequest(f"a batch has at most {limits.batch_size} rows, got {rows}")
+    require_few_rows(rows, limits)
     if mask is not None and _batch_size(request, mask, limits) != rows:
         raise InvalidRequest(f"attention_mask has {mask.shape[0]} rows, and the batch has {rows}")
 
 
-def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: Tensor | None) -> dict[str, Tensor]:
-    prefix = batch.prefix_mask()
+def require_few_rows(rows: int, limits: Limits) -> None:
+    """Raises InvalidRequest if there are more rows than a batch may have."""
+    if rows > limits.batch_size:
+        raise InvalidRequest(f"a batch has at most {limits.batch_size} rows, got {rows}")
+
+
+def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: InputMask | None) -> dict[str, Extra]:
     wanted = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
-    if mask is None:
-        return {"attention_mask": prefix.to(wanted or torch.int64)}
-    extras = {"attention_mask": torch.cat([prefix.to(wanted or mask.dtype), mask.to(wanted or mask.dtype)], dim=1)}
-    if not batch.first.is_encoder_decoder:
-        extras["position_ids"] = batch.position_ids(mask)
+    dtype = wanted or (torch.int64 if mask is None else mask.dtype)
+    tokens, lengths = batch.num_virtual_tokens, batch.lengths
+    extras: dict[str, Extra] = {"attention_mask": AttentionMask(len(batch.rows), tokens, dtype, mask, lengths)}
+    if mask is not None and not batch.first.is_encoder_decoder:
+        extras["position_ids"] = PositionIds(tokens, mask, lengths)
     return extras
 
 
-def _part(asked: tuple[str, Version]) -> Part:
-    ref, version = asked
+def _part(ref: str, version: Version) -> Part:
     config = parse_config(version.config)
     is_encoder_decoder = config.num_transformer_submodules == 2
     return Part(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
@@ -204,7 +223,7 @@ def _identity(version: Version, config: PrefixConfig) -> Identity:
     )
 
 
-def _batch_size(request: PrefixRequest, mask: Tensor | None, limits: Limits) -> int:
+def _batch_size(request: PrefixRequest, mask: InputMask | None, limits: Limits) -> int:
     rows = request.batch_size or 1
     if mask is not None:
         rows = mask.shape[0]

@@ -2,12 +2,15 @@
 
 import asyncio
 import hashlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from awscrt.checksums import crc32c
 
+from service import body_digests
 from service.library import Library
 from service.plan import Plan, PrefixRequest
 from service.prefix.digests import Algorithm
@@ -19,7 +22,7 @@ __all__ = ["library"]
 CASES = ["llama-n20-emb", "gpt2-n20-proj-trainstate"]
 
 
-async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes, bytes]:
+async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes | None, bytes]:
     async with library.rendering(plan, algorithm) as rendering:
         digest = await library.body_digest(plan, rendering, algorithm)
         return digest, b"".join(plan.message.chunks(rendering))
@@ -30,13 +33,13 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        chunks = Message.chunks
+        pieces = Message.pieces
 
         def counted(message: Message, *arguments: Any) -> Any:
             self.count += 1
-            return chunks(message, *arguments)
+            return pieces(message, *arguments)
 
-        monkeypatch.setattr(Message, "chunks", counted)
+        monkeypatch.setattr(Message, "pieces", counted)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,13 +85,56 @@ async def test_a_digest_is_computed_once(library: Library, monkeypatch: pytest.M
     plan = library.plan(await published(library, "llama-n20-emb"), PrefixRequest(kv_heads="1:2"))
     counted = Counted(monkeypatch)
     async with library.rendering(plan, "sha-256") as rendering:
-        first = asyncio.create_task(library.body_digest(plan, rendering, "sha-256"))
+        first, *others = (asyncio.create_task(library.body_digest(plan, rendering, "sha-256")) for _ in range(8))
         await asyncio.sleep(0)
         first.cancel()
-        digests = await asyncio.gather(*(library.body_digest(plan, rendering, "sha-256") for _ in range(8)))
+        digests = await asyncio.gather(*others)
     assert len(set(digests)) == 1
     assert await library.body_digest(plan, rendering, "sha-256") == digests[0]
     assert counted.count == 1
+
+
+async def test_a_digest_that_nobody_waits_for_is_not_computed(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing stops after the turn that is under way once the last caller has given up; the next caller begins anew."""
+    began, goes_on = threading.Event(), threading.Event()
+    turns: list[int] = []
+    steps = body_digests._sha_steps
+
+    def watched(*arguments: Any) -> Iterator[None]:
+        for step in steps(*arguments):
+            turns.append(1)
+            began.set()
+            goes_on.wait()
+            yield step
+
+    monkeypatch.setattr(body_digests, "_sha_steps", watched)
+    monkeypatch.setattr(body_digests, "_MEGABYTE", 64)
+    plan = library.plan(await published(library, "llama-n20-emb"), PrefixRequest(batch_size=2))
+    async with library.rendering(plan) as rendering:
+        waiting = asyncio.create_task(library.body_digest(plan, rendering, "sha-256"))
+        await asyncio.to_thread(began.wait)
+        waiting.cancel()
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        body = b"".join(plan.message.chunks(rendering))
+        assert await library.body_digest(plan, rendering, "sha-256") == hashlib.sha256(body).digest()
+    assert len(turns) <= body_digests._STEP + -(-len(body) // 64) + 3, "the first computation took one turn"
+
+
+async def test_a_long_body_that_repeats_rows_has_no_sha_256(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CRC-32C reads the row once; a body of one row always has its SHA-256."""
+    version = await published(library, "llama-n20-emb")
+    monkeypatch.setattr(body_digests, "MOST_REPEATED", 1000)
+    for options, has_digest in (({"batch_size": 3}, False), ({}, True), ({"batch_size": 3, "expand": False}, True)):
+        plan = library.plan(version, PrefixRequest(**options))
+        async with library.rendering(plan) as rendering:
+            body = b"".join(plan.message.chunks(rendering))
+            expected = hashlib.sha256(body).digest() if has_digest else None
+            assert await library.body_digest(plan, rendering, "sha-256") == expected
+            assert await library.body_digest(plan, rendering, "crc32c") == crc32c(body).to_bytes(4, "big")
 
 
 async def test_what_was_not_verified_leaves_no_digest(library: Library, tmp_path: Path) -> None:
@@ -110,7 +156,7 @@ async def test_a_hash_that_fails_is_tried_again(library: Library, monkeypatch: p
 
     async with library.rendering(plan, "sha-256") as rendering:
         with monkeypatch.context() as broken:
-            broken.setattr(Message, "chunks", failing)
+            broken.setattr(Message, "pieces", failing)
             with pytest.raises(MemoryError):
                 await library.body_digest(plan, rendering, "sha-256")
         body = b"".join(plan.message.chunks(rendering))

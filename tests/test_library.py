@@ -15,6 +15,7 @@ from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Una
 from service.library import Library
 from service.plan import Limits, PrefixRequest
 from service.prefix.config import parse_config, parse_json
+from service.prefix.extras import InputMask
 from service.prefix.references import parse_reference
 from service.publishing import Target
 from service.registry.registry import AdapterRegistry
@@ -93,7 +94,8 @@ async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(library: Lib
     new = again.value.version
     assert new == library.catalog.resolve("acme", parse_reference("a"))
     assert new.key_values == version.key_values
-    for mask in (None, torch.tensor([[0, 1, 1], [1, 1, 1]])):
+    flags = torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=torch.uint8)
+    for mask in (None, InputMask(flags, torch.int64)):
         before, after = (library.plan(one, PrefixRequest(), mask) for one in (old, new))
         renewed = before.renewed(new)
         assert (renewed.version, renewed.etag) == (new, after.etag)

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Reading, Writing
 from service.api.authority import Actor, Founder
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_json, read_upload, validated
+from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_upload
+from service.api.json_bodies import read_json, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import NUMBER, Limit, Listing, answer_page, decode_cursor
 from service.api.paths import NamePath, RefPath
@@ -20,7 +21,7 @@ from service.api.schemas import (
     VersionPage,
     VersionSummary,
 )
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf
 from service.catalog.records import Adapter, Principal, Version
 from service.errors import NotFound
 from service.library import Library
@@ -63,7 +64,6 @@ async def publish(
     name: NamePath,
     by: Founder,
     library: LibraryOf,
-    settings: SettingsOf,
 ) -> VersionDetail:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
     concatenation of others."""
@@ -71,10 +71,12 @@ async def publish(
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
     target = _target(tenant, name, by)
     if media_type == "application/json":
-        values = await read_json(request, settings.max_request_bytes)
+        wanted = await read_json(request, _fresh_or_composed)
         await library.require_authority(by)
-        publish_json = _publish_composed if "compose" in values else _publish_fresh
-        version, is_new = await publish_json(values, library, target)
+        if isinstance(wanted, ComposedVersion):
+            version, is_new = await _publish_composed(wanted, library, target)
+        else:
+            version, is_new = await _publish_fresh(wanted, library, target)
     else:
         version, is_new = await _publish_upload(request, library, target)
     response.status_code = 201 if is_new else 200
@@ -82,14 +84,17 @@ async def publish(
     return await _detail(library, version)
 
 
-async def _publish_fresh(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
-    wanted = validated(FreshVersion, values)
+def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion:
+    return validated(ComposedVersion, values) if "compose" in values else validated(FreshVersion, values)
+
+
+async def _publish_fresh(wanted: FreshVersion, library: Library, target: Target) -> tuple[Version, bool]:
     return await library.publisher.publish_fresh(target, parse_config(wanted.config), wanted.init_weights, wanted.seed)
 
 
-async def _publish_composed(values: dict[str, Any], library: Library, target: Target) -> tuple[Version, bool]:
+async def _publish_composed(wanted: ComposedVersion, library: Library, target: Target) -> tuple[Version, bool]:
     """From all that the caller may read."""
-    named = [(name, *parse_qualified(name)) for name in validated(ComposedVersion, values).compose]
+    named = [(name, *parse_qualified(name)) for name in wanted.compose]
     sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
     return await library.publisher.publish_composed(target, sources)
 

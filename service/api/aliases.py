@@ -7,12 +7,12 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.auth import Reading, Writing
 from service.api.authority import Actor
-from service.api.bodies import read_model
 from service.api.documentation import json_body, request_headers
+from service.api.json_bodies import read_model
 from service.api.negotiation import is_expected, require_media_type
 from service.api.paths import AliasPath, NamePath
 from service.api.schemas import Alias, AliasTarget
-from service.api.state import LibraryOf, SettingsOf
+from service.api.state import LibraryOf
 from service.errors import NotFound, PreconditionFailed
 from service.library import Library
 from service.prefix.references import Reference, check_alias, check_name
@@ -37,13 +37,12 @@ async def put_alias(
     alias: AliasPath,
     by: Actor,
     library: LibraryOf,
-    settings: SettingsOf,
 ) -> Alias:
     """Point an alias at a version; `If-Match` moves it only from where the caller saw it, `If-None-Match: *` only
     makes it."""
     _check(name, alias)
     require_media_type(request.headers, "application/json")
-    target = await read_model(request, AliasTarget, settings.max_request_bytes)
+    target = await read_model(request, AliasTarget)
     await library.require_authority(by)
     expected = await _expected(request, library, tenant, name, alias)
     if target.preload:

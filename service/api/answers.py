@@ -10,6 +10,7 @@ from service.api.responses import PrefixResponse
 from service.catalog.records import Principal
 from service.library import Library
 from service.prefix.references import Reference
+from service.shares import Shares
 
 _MOST_BYTES: Final = 64 << 20
 
@@ -30,27 +31,29 @@ class _Answer:
 class Answers:
     """What the route answered, by all that the answer depends on: path and query as they were sent, and `Accept`.
 
-    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes; the oldest
-    go first. That a caller is on the Unix socket need not be part of it: a service listens there or on TCP, never both.
+    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
+    questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
+    socket need not be part of it: a service listens there or on TCP, never both.
     """
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._known: dict[_Question, _Answer] = {}
-        self._nbytes = 0
+        self._known: Shares[_Question, _Answer] = Shares(_MOST_BYTES)
+
+    @property
+    def nbytes(self) -> int:
+        """An estimate of the memory that all of it takes."""
+        return self._known.size
+
+    def nbytes_of(self, tenant: str) -> int:
+        """An estimate of the memory that the answers of one tenant take."""
+        return self._known.size_of(tenant)
 
     def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
         """Keep what a route is about to answer."""
         question = _question(scope)
-        self._forget(question)
-        self._known[question] = _Answer(response, reference, scope["route"])
-        self._nbytes += response.planned_nbytes
-        while self._nbytes > _MOST_BYTES:
-            self._forget(next(iter(self._known)))
-
-    def _forget(self, question: _Question) -> None:
-        if (answer := self._known.pop(question, None)) is not None:
-            self._nbytes -= answer.response.planned_nbytes
+        nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
+        self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
 
     def find(self, scope: Scope) -> _Answer | None:
         """The answer to a request, if it was given before, is still true, and the caller may have it."""

@@ -2,21 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from anyio import to_thread
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from service.api.multipart import MultipartReader, Part
 from service.api.patience import MINIMUM_RATE, Patience
-from service.api.problems import invalid_request
 from service.api.state import state_of
 from service.blobs import StagedBlob
-from service.errors import InvalidConfig, InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
-from service.prefix.config import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES, parse_json
+from service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
+from service.prefix.config import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
 from service.publishing import Upload
 
 CONFIG: Final = "adapter_config.json"
@@ -26,7 +24,6 @@ _MOST: Final = {CONFIG: MAX_CONFIG_BYTES, BASE_CONFIG: MAX_BASE_CONFIG_BYTES}
 _BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what stands between the parts, at most
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-M = TypeVar("M", bound=BaseModel)
 _BATCH: Final = 1 << 20  # bytes that a thread takes at a time
 
 
@@ -47,50 +44,6 @@ async def read_body(request: Request, limit: int) -> bytearray:
     async for piece in _arriving(request, limit, extends=False):
         body += piece
     return body
-
-
-async def read_json(request: Request, limit: int) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        InvalidRequest: it is not one.
-        TooLarge: it has more than `limit` bytes.
-    """
-    return await to_thread.run_sync(json_object, bytes(await read_body(request, limit)))
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that a body is. Blocking.
-
-    Raises:
-        InvalidRequest: it is not one.
-    """
-    try:
-        return parse_json(body, "the body", len(body))
-    except InvalidConfig as error:
-        raise InvalidRequest(str(error)) from error
-
-
-def validated(model: type[M], values: dict[str, Any]) -> M:
-    """A JSON object as its model.
-
-    Raises:
-        InvalidRequest: a field is missing, unknown or malformed.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise invalid_request(error.errors()) from error
-
-
-async def read_model(request: Request, model: type[M], limit: int) -> M:
-    """A JSON body as its model.
-
-    Raises:
-        InvalidRequest: it is not JSON, or a field is missing, unknown or malformed.
-        TooLarge: it has more than `limit` bytes.
-    """
-    return validated(model, await read_json(request, limit))
 
 
 def declared_weights(request: Request) -> int:

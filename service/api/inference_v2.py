@@ -3,15 +3,16 @@
 from collections.abc import AsyncIterator
 from functools import partial
 from importlib.metadata import version as version_of
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 from anyio import to_thread
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from service.api.auth import Caller, Reading, Writing
 from service.api.authority import Actor
-from service.api.bodies import json_object, read_body, validated
+from service.api.bodies import read_body
 from service.api.documentation import json_body, request_headers
 from service.api.inference_v2_extensions import EXTENSIONS
 from service.api.inference_v2_models import (
@@ -28,7 +29,7 @@ from service.api.inference_v2_models import (
     resolved,
     written,
 )
-from service.api.inference_v2_requests import JSON_LENGTH, parse_inference
+from service.api.inference_v2_requests import JSON_LENGTH, memory_of_parsing, most_inflated, parse_inference
 from service.api.inference_v2_responses import TensorsResponse
 from service.api.inference_v2_schemas import (
     IndexEntry,
@@ -43,14 +44,18 @@ from service.api.inference_v2_schemas import (
     ServerReady,
     UnloadRequest,
 )
+from service.api.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
 from service.api.paths import NamePath
-from service.api.state import LibraryOf, SettingsOf, State, StateOf
+from service.api.state import LibraryOf, State, StateOf, state_of
 from service.catalog.records import Version, VersionName
 from service.errors import InvalidRequest
 from service.library import Library
+from service.plan import Plan
 from service.prefix.references import check_name
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+M = TypeVar("M", bound=BaseModel)
 
 _REPOSITORY: Final = "/repository/models/{tenant}/{name}"
 
@@ -72,6 +77,16 @@ _INFERENCE: Final[dict[str, Any]] = {
         **request_headers(**_FRAMED),
     },
 }
+
+
+async def _held_body(request: Request) -> AsyncIterator[None]:
+    """Reserves memory for a body, decompressed, or for the mask in it, until the answer has left."""
+    limit = state_of(request).settings.max_request_bytes
+    async with reserved(request, most_inflated(request.headers, declared_bytes(request, limit), limit)):
+        yield
+
+
+HeldBody = Annotated[None, Depends(_held_body)]
 
 
 @router.get("")
@@ -118,14 +133,16 @@ async def version_ready(tenant: Reading, name: NamePath, version: Selector, libr
 
 
 @router.post(f"{MODEL}/infer", **_INFERENCE)
-async def infer(request: Request, tenant: Reading, name: NamePath, state: StateOf) -> TensorsResponse:
+async def infer(
+    request: Request, tenant: Reading, name: NamePath, _memory: HeldBody, state: StateOf
+) -> TensorsResponse:
     """`past_key_values`, masks and position ids of a model's latest version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name))
 
 
 @router.post(f"{VERSION}/infer", **_INFERENCE)
 async def infer_version(
-    request: Request, tenant: Reading, name: NamePath, version: Selector, state: StateOf
+    request: Request, tenant: Reading, name: NamePath, version: Selector, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of one version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name, version))
@@ -137,21 +154,17 @@ async def infer_version(
     responses={200: {"description": "Every version that the key may see", "model": list[IndexEntry]}},
     openapi_extra=json_body(IndexRequest, required=False),
 )
-async def repository_index(
-    request: Request, caller: Caller, library: LibraryOf, settings: SettingsOf
-) -> StreamingResponse:
+async def repository_index(request: Request, caller: Caller, library: LibraryOf) -> StreamingResponse:
     """Every version that the caller may see, in the order of names and numbers, and whether it is in memory."""
-    wanted = validated(IndexRequest, await _optional_json(request, settings.max_request_bytes))
+    wanted = await _optional(request, IndexRequest)
     pages = _ready(library, caller.tenant) if wanted.ready else _all(library, caller.tenant)
     return await json_list(pages)
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
-async def repository_load(
-    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf, settings: SettingsOf
-) -> Response:
+async def repository_load(request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf) -> Response:
     """Load a model's latest version into memory now, and wait; whether it is pinned stays as it is."""
-    wanted = validated(LoadRequest, await _optional_json(request, settings.max_request_bytes))
+    wanted = await _optional(request, LoadRequest)
     if wanted.parameters:
         given = ", ".join(wanted.parameters)
         raise InvalidRequest(f"load takes no parameters, got {given:.80}: a version is what was published")
@@ -163,20 +176,22 @@ async def repository_load(
 
 @router.post(f"{_REPOSITORY}/unload", response_class=Response, openapi_extra=json_body(UnloadRequest, required=False))
 async def repository_unload(
-    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf, settings: SettingsOf
+    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf
 ) -> Response:
     """Take all versions of a model out of memory; the next inference loads what it needs again."""
-    validated(UnloadRequest, await _optional_json(request, settings.max_request_bytes))
+    await _optional(request, UnloadRequest)
     await library.require_authority(by)
     check_name("adapter", name)
     await library.unload_all(tenant, name, by)
     return Response()
 
 
-async def _optional_json(request: Request, limit: int) -> dict[str, Any]:
-    """tritonclient names no media type, or a wrong one."""
-    body = bytes(await read_body(request, limit))
-    return await to_thread.run_sync(json_object, body) if body else {}
+async def _optional(request: Request, model: type[M]) -> M:
+    """Returns a JSON body as its model, an absent one as its defaults: tritonclient names no media type, or a wrong
+    one."""
+    async with reserved(request, declared_bytes(request, MOST_JSON)):
+        body = await read_body(request, MOST_JSON)
+        return await parsed(request, body or bytearray(b"{}"), partial(validated, model))
 
 
 async def _inferred(request: Request, state: State, version: Version) -> TensorsResponse:
@@ -185,10 +200,15 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
     with measurement:
         body = await read_body(request, limit)
         measurement.arrived()
-        inference = await to_thread.run_sync(parse_inference, body, request.headers, limit)
-        plan = await to_thread.run_sync(library.plan, version, inference.options, inference.mask)
+
+        def planned() -> tuple[InferenceRequest, Plan]:
+            inference = parse_inference(body, request.headers, limit)
+            return inference.asked, library.plan(version, inference.options, inference.mask)
+
+        memory = memory_of_parsing(request.headers, len(body), limit)
+        asked, plan = await computed(request, memory, planned)
         measurement.step()
-        return TensorsResponse(library, plan, inference.asked, measurement)
+        return TensorsResponse(state.admission, library, plan, asked, measurement)
 
 
 async def _metadata(library: Library, version: Version) -> ModelMetadata:

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Annotated, Any, Final
 
 import orjson
-import torch
 from fastapi import Path
 from starlette.responses import StreamingResponse
 
@@ -16,6 +15,7 @@ from service.catalog.records import Version, VersionName
 from service.library import Library
 from service.plan import PrefixRequest
 from service.prefix.config import parse_config
+from service.prefix.extras import InputMask
 from service.prefix.references import Reference, check_name, parse_reference
 
 MODEL: Final = "/models/{tenant}/{name}"
@@ -58,7 +58,7 @@ def inputs_of_every_model() -> list[TensorMetadata]:
 
 def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
     """Returns the outputs that an inference may ask for, with -1 for what the request decides."""
-    tensors = library.plan(version, PrefixRequest(), torch.zeros(1, 0, dtype=torch.int64)).message.tensors
+    tensors = library.plan(version, PrefixRequest(), InputMask.empty(1)).message.tensors
     extras = {"attention_mask": [-1, -1], "position_ids": [-1, -1]}
     return [
         TensorMetadata(

@@ -8,13 +8,14 @@ from typing import Any, Final
 
 import torch
 from starlette.datastructures import Headers
-from torch import Tensor
 
-from service.api.bodies import json_object, validated
 from service.api.inference_v2_schemas import InferenceInput, InferenceRequest, InputName
-from service.api.masks import mask_of_rows, require_flags
+from service.api.json_bodies import MOST_JSON, MOST_MASK_JSON, json_memory, json_object, validated
+from service.api.masks import mask_of_rows, mask_of_tensor
+from service.api.problems import shown
 from service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from service.plan import PrefixRequest
+from service.prefix.extras import InputMask
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 """The header field that tells how many bytes of a body are JSON; the rest are tensors."""
@@ -26,37 +27,58 @@ INPUTS: Final[dict[InputName, tuple[str, torch.dtype, tuple[int, ...]]]] = {
 """Datatype, dtype and shape of each input; -1 is any size."""
 
 
+_MOST_RATIO: Final = 100  # of a decompressed body to what was sent
+
+
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """A request that was read: what is asked for, and the input's mask `[batch, seq]`, int64.
+    """A request that was read: what is asked for, and the input's mask.
 
     A request without a mask has one of no tokens, `[batch, 0]`, so its outputs are those of every other request.
     """
 
     asked: InferenceRequest
     options: PrefixRequest
-    mask: Tensor
+    mask: InputMask
 
 
 def parse_inference(body: bytearray, headers: Headers, limit: int) -> Inference:
     """Returns the inference request that a body is; it may have `limit` bytes once it is decompressed. Blocking.
+
+    A compressed body may become a hundred times as large, or a megabyte.
 
     Raises:
         InvalidRequest: a field, an input or the framing is wrong.
         TooLarge: it has more bytes.
         UnsupportedMediaType: it is compressed in a way that is not read here.
     """
-    view = memoryview(_decompressed(body, headers.get("content-encoding", "identity").lower(), limit))
+    view = memoryview(_decompressed(body, _encoding(headers), most_inflated(headers, len(body), limit)))
     length = _json_length(headers.getlist(JSON_LENGTH), len(view))
+    if length > MOST_MASK_JSON:
+        raise TooLarge(f"the body has {length} bytes of JSON, more than {MOST_MASK_JSON}: send masks as binary data")
     asked = validated(InferenceRequest, json_object(bytes(view[:length])))
-    inputs = _tensors(asked.inputs, view[length:])
-    rows = inputs.get("batch_size")
-    options = {"batch_size": None if rows is None else int(rows), "dtype": asked.parameters.dtype}
-    found = validated(PrefixRequest, options)
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.zeros(found.batch_size or 1, 0, dtype=torch.int64)
-    return Inference(asked, found, mask)
+    rows, mask = _inputs(asked.inputs, view[length:])
+    found = validated(PrefixRequest, {"batch_size": rows, "dtype": asked.parameters.dtype})
+    return Inference(asked, found, InputMask.empty(found.batch_size or 1) if mask is None else mask)
+
+
+def most_inflated(headers: Headers, nbytes: int, limit: int) -> int:
+    """Returns how many bytes a body of `nbytes` may have once it is decompressed."""
+    if _encoding(headers) == "identity":
+        return min(nbytes, limit)
+    return min(max(_MOST_RATIO * nbytes, MOST_JSON), limit)
+
+
+def memory_of_parsing(headers: Headers, nbytes: int, limit: int) -> int:
+    """Returns the bytes of memory that `parse_inference` takes for a body of `nbytes`."""
+    size = most_inflated(headers, nbytes, limit)
+    lengths = headers.getlist(JSON_LENGTH)
+    length = _json_length(lengths, size) if lengths else size
+    return size + json_memory(length)
+
+
+def _encoding(headers: Headers) -> str:
+    return headers.get("content-encoding", "identity").lower()
 
 
 def _decompressed(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:
@@ -70,7 +92,10 @@ def _decompressed(body: bytearray, encoding: str, limit: int) -> bytes | bytearr
     except zlib.error as error:
         raise InvalidRequest(f"the body is not {encoding}: {error}") from error
     if len(found) > limit:
-        raise TooLarge(f"the body has more than {limit} bytes once it is decompressed")
+        raise TooLarge(
+            f"the body of {len(body)} bytes has more than {limit} once it is decompressed, and at most {_MOST_RATIO} "
+            "times as many are read: send it as it is"
+        )
     if not inflate.eof or inflate.unused_data:
         raise InvalidRequest(f"the body is not {encoding}: it is truncated, or goes on behind its end")
     return found
@@ -87,24 +112,29 @@ def _json_length(told: Sequence[str], size: int) -> int:
     return int(told[0])
 
 
-def _tensors(inputs: Sequence[InferenceInput], binary: memoryview) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _inputs(inputs: Sequence[InferenceInput], binary: memoryview) -> tuple[int | None, InputMask | None]:
+    """Returns the batch size and the mask, each if it is among the inputs."""
+    rows: int | None = None
+    mask: InputMask | None = None
+    seen: set[InputName] = set()
     position = 0
     for item in inputs:
-        if item.name in found:
+        if item.name in seen:
             raise InvalidRequest(f"input {item.name} is there twice")
+        seen.add(item.name)
         _require_form(item)
         size = item.parameters.binary_data_size
-        if size is None:
-            found[item.name] = _from_json(item)
+        piece = None if size is None else _piece(item, binary[position : position + size], size)
+        position += size or 0
+        if item.name == "batch_size":
+            rows = _rows(item, piece)
         else:
-            found[item.name] = _from_bytes(item, binary[position : position + size], size)
-            position += size
+            mask = _mask(item, piece)
     if position != len(binary):
         raise InvalidRequest(
             f"{len(binary)} bytes stand behind the JSON, and the binary_data_size of the inputs make {position}"
         )
-    return found
+    return rows, mask
 
 
 def _require_form(item: InferenceInput) -> None:
@@ -116,9 +146,11 @@ def _require_form(item: InferenceInput) -> None:
     )
     if not fits:
         raise InvalidRequest(f"input {item.name} must have shape {list(shape)}, -1 for 1 and more, got {item.shape}")
+    if item.data is None and item.parameters.binary_data_size is None:
+        raise InvalidRequest(f"input {item.name} has neither data nor binary_data_size")
 
 
-def _from_bytes(item: InferenceInput, piece: memoryview, size: int) -> Tensor:
+def _piece(item: InferenceInput, piece: memoryview, size: int) -> bytearray:
     _, dtype, _ = INPUTS[item.name]
     needed = prod(item.shape) * dtype.itemsize
     if item.data is not None:
@@ -130,18 +162,23 @@ def _from_bytes(item: InferenceInput, piece: memoryview, size: int) -> Tensor:
             f"input {item.name} has {size} bytes of binary data, and {len(piece)} are left behind the JSON, whose "
             f"length {JSON_LENGTH} tells"
         )
-    tensor = torch.frombuffer(bytearray(piece), dtype=dtype).view(item.shape)
-    return require_flags(tensor) if item.name == "attention_mask" else tensor
+    return bytearray(piece)
 
 
-def _from_json(item: InferenceInput) -> Tensor:
-    data: list[Any] | None = item.data
-    if data is None:
-        raise InvalidRequest(f"input {item.name} has neither data nor binary_data_size")
-    if item.name == "batch_size":
-        if len(data) != 1 or type(data[0]) is not int or not 0 < data[0] < 1 << 31:
-            raise InvalidRequest(f"input batch_size must be one number of rows, got {data!r:.80}")
-        return torch.tensor(data, dtype=torch.int32)
+def _rows(item: InferenceInput, piece: bytearray | None) -> int:
+    if piece is not None:
+        return int.from_bytes(piece, "little", signed=True)
+    data: list[Any] = item.data or []
+    if len(data) != 1 or type(data[0]) is not int or not 0 < data[0] < 1 << 31:
+        raise InvalidRequest(f"input batch_size must be one number of rows, got {shown(data)}")
+    rows: int = data[0]
+    return rows
+
+
+def _mask(item: InferenceInput, piece: bytearray | None) -> InputMask:
+    if piece is not None:
+        return mask_of_tensor(torch.frombuffer(piece, dtype=torch.int64).view(item.shape))
+    data: list[Any] = item.data or []
     rows, length = item.shape
     if not any(isinstance(value, list) for value in data) and len(data) == rows * length:
         data = [data[at : at + length] for at in range(0, len(data), length)]  # (rows*length) -> (rows, length)

@@ -1,17 +1,18 @@
 """The answer to an inference: JSON, and behind it the same buffers that `GET …/prefix` sends."""
 
 import json
+from functools import partial
+from itertools import chain
 from math import prod
 from typing import Final
 
 import orjson
 import torch
-from anyio import to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.inference_v2_requests import JSON_LENGTH
-from service.api.inference_v2_schemas import Datatype, InferenceRequest
+from service.api.inference_v2_schemas import MOST_NUMBERS, Datatype, InferenceRequest
 from service.api.inference_v2_statistics import Measurement
 from service.api.responses import send_chunks
 from service.errors import InvalidRequest
@@ -19,6 +20,7 @@ from service.library import Library
 from service.plan import Plan
 from service.prefix.rendering import Rendering
 from service.prefix.wire import Slot
+from service.registry.admission import Admission
 
 DATATYPES: Final[dict[torch.dtype, Datatype]] = {
     torch.float32: "FP32",
@@ -26,8 +28,8 @@ DATATYPES: Final[dict[torch.dtype, Datatype]] = {
     torch.bfloat16: "BF16",
     torch.int64: "INT64",
 }
-MOST_NUMBERS: Final = 1 << 20
-"""How many elements an answer may have as JSON: each takes up to 25 bytes there, and most of a microsecond."""
+_STEP: Final = 1 << 14  # numbers that are written in one call, which holds Python's lock
+_TEXT, _PARSED = 25, 100  # bytes of a number as text, and of memory that writing it takes
 
 
 class TensorsResponse(Response):
@@ -36,9 +38,17 @@ class TensorsResponse(Response):
     By default these are all that have elements: without an input mask, `position_ids` has none.
     """
 
-    def __init__(self, library: Library, plan: Plan, asked: InferenceRequest, measurement: Measurement) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        library: Library,
+        plan: Plan,
+        asked: InferenceRequest,
+        measurement: Measurement,
+    ) -> None:
         self.background = None
-        self._library, self._plan, self._asked, self._measurement = library, plan, asked, measurement
+        self._admission, self._library = admission, library
+        self._plan, self._asked, self._measurement = plan, asked, measurement
         by_default = asked.parameters.binary_data_output
         wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
         if len(wanted) < len(asked.outputs):
@@ -60,9 +70,13 @@ class TensorsResponse(Response):
                 f"past_key_values.0.key to past_key_values.{last - 1}.value"
             )
 
-    def _require_moderate(self) -> None:
+    @property
+    def _numbers(self) -> int:
         tensors = self._plan.message.tensors
-        numbers = sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
+        return sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
+
+    def _require_moderate(self) -> None:
+        numbers = self._numbers
         if numbers > MOST_NUMBERS:
             raise InvalidRequest(
                 f"the outputs have {numbers} elements, more than the {MOST_NUMBERS} that are written as JSON: ask for "
@@ -71,20 +85,23 @@ class TensorsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        tenant, numbers = self._plan.version.tenant, self._numbers
         with self._measurement:
-            async with self._library.current_rendering(self._plan) as rendering:
+            async with (
+                self._admission.work(tenant, _TEXT * numbers),
+                self._library.current_rendering(self._plan) as rendering,
+            ):
                 self._measurement.step()
-                head = await to_thread.run_sync(self._head, rendering)
+                async with self._admission.work(tenant, _PARSED * numbers) as work:
+                    head = await work.run(partial(self._head, rendering))
                 self._measurement.succeeded(self._plan.message.form.batch_size)
                 await self._send(scope, send, head, rendering)
 
     async def _send(self, scope: Scope, send: Send, head: bytes, rendering: Rendering) -> None:
-        chunks: list[bytes | memoryview] = [head]
-        for name, is_binary in self._binary.items():
-            if is_binary:
-                chunks += self._plan.message.chunks_of(name, rendering)
+        binary = (name for name, is_binary in self._binary.items() if is_binary)
+        tensors = chain.from_iterable(self._plan.message.chunks_of(name, rendering) for name in binary)
         await send({"type": "http.response.start", "status": 200, "headers": self._fields(head)})
-        await send_chunks(scope, send, chunks)
+        await send_chunks(scope, send, chain([head], tensors))
 
     def _fields(self, head: bytes) -> list[tuple[bytes, bytes]]:
         version, tensors = self._plan.version, self._plan.message.tensors
@@ -123,9 +140,11 @@ class TensorsResponse(Response):
         if self._binary[tensor.name]:
             return {**about, "parameters": {"binary_data_size": tensor.nbytes}}
         elements = bytearray().join(self._plan.message.chunks_of(tensor.name, rendering))
-        numbers = torch.frombuffer(elements, dtype=tensor.dtype).tolist() if elements else []
+        numbers = torch.frombuffer(elements, dtype=tensor.dtype) if elements else torch.empty(0)
         try:
-            return {**about, "data": orjson.Fragment(json.dumps(numbers, allow_nan=False).encode())}
+            steps = (numbers[at : at + _STEP].tolist() for at in range(0, len(numbers), _STEP))
+            texts = [json.dumps(step, allow_nan=False)[1:-1] for step in steps]
+            return {**about, "data": orjson.Fragment(f"[{', '.join(texts)}]".encode())}
         except ValueError as error:
             raise InvalidRequest(
                 f"{tensor.name} has values that {DATATYPES[tensor.dtype]} rounds to infinity, which JSON cannot write: "

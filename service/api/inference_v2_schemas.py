@@ -5,68 +5,75 @@ and Triton's extensions `binary_tensor_data`, `model_repository` and `parameters
 (https://github.com/triton-inference-server/server/tree/main/docs/protocol).
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 from service.prefix.form import KVDtype
+from service.request_model import RequestModel
 
 InputName = Literal["batch_size", "attention_mask"]
 Datatype = Literal["FP32", "FP16", "BF16", "INT32", "INT64"]
+MOST_NUMBERS: Final = 1 << 20
+"""Elements that come as JSON in a request or an answer: each takes up to 25 bytes there, and most of a microsecond."""
+
+_Size = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]
+_Text = Annotated[str, Field(max_length=1024)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class InputParameters(_Strict):
+class InputParameters(RequestModel):
     """How the elements of an input come."""
 
-    binary_data_size: StrictInt | None = Field(default=None, ge=0, description="bytes behind the JSON that are its own")
+    binary_data_size: StrictInt | None = Field(
+        default=None, ge=0, lt=1 << 63, description="bytes behind the JSON that are its own"
+    )
 
 
-class InferenceInput(_Strict):
+class InferenceInput(RequestModel):
     """An input: its elements in `data`, row by row or flat, or behind the JSON."""
 
     name: InputName
-    shape: list[StrictInt] = Field(max_length=8)
+    shape: list[_Size] = Field(max_length=8, fail_fast=True)
     datatype: Datatype
     parameters: InputParameters = InputParameters()
-    data: list[Any] | None = None
+    data: list[Any] | None = Field(default=None, max_length=MOST_NUMBERS, fail_fast=True)
 
 
-class OutputParameters(_Strict):
+class OutputParameters(RequestModel):
     """How the elements of an output are to come."""
 
     binary_data: StrictBool | None = Field(default=None, description="behind the JSON; default binary_data_output")
 
 
-class RequestedOutput(_Strict):
+class RequestedOutput(RequestModel):
     """An output that is wanted."""
 
-    name: str
+    name: _Text
     parameters: OutputParameters = OutputParameters()
 
 
-class InferenceParameters(_Strict):
+class InferenceParameters(RequestModel):
     """Options of a request; `priority` and `timeout` are hints to a scheduler, of which there is none here."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         default=None, description="of keys and values; default that of the stored weights"
     )
     binary_data_output: StrictBool = Field(default=False, description="all outputs come behind the JSON")
-    priority: StrictInt | str | None = Field(default=None, description="ignored")
-    timeout: StrictInt | None = Field(default=None, description="ignored")
+    priority: _Size | _Text | None = Field(default=None, description="ignored")
+    timeout: _Size | None = Field(default=None, description="ignored")
 
 
-class InferenceRequest(_Strict):
+class InferenceRequest(RequestModel):
     """`batch_size`, or `attention_mask`; with neither, one row."""
 
-    id: str | None = None
+    id: _Text | None = None
     parameters: InferenceParameters = InferenceParameters()
-    inputs: list[InferenceInput] = Field(max_length=2)
+    inputs: list[InferenceInput] = Field(max_length=2, fail_fast=True)
     outputs: list[RequestedOutput] = Field(
-        default=[], description="default all that have elements, in the order of the model's metadata"
+        default=[],
+        max_length=4096,
+        fail_fast=True,
+        description="default all that have elements, in the order of the model's metadata",
     )
 
 
@@ -215,7 +222,7 @@ class Statistics(BaseModel):
     model_stats: list[ModelStatistics]
 
 
-class IndexRequest(_Strict):
+class IndexRequest(RequestModel):
     """The versions to list: all, or those in memory."""
 
     ready: StrictBool = False
@@ -230,19 +237,19 @@ class IndexEntry(BaseModel):
     reason: str
 
 
-class LoadRequest(_Strict):
+class LoadRequest(RequestModel):
     """A version is what was published: there is nothing to configure."""
 
-    parameters: dict[str, Any] = Field(default={}, json_schema_extra={"maxProperties": 0})
+    parameters: dict[_Text, Any] = Field(default={}, max_length=64, json_schema_extra={"maxProperties": 0})
 
 
-class UnloadParameters(_Strict):
+class UnloadParameters(RequestModel):
     """A prefix has no dependents: this changes nothing."""
 
     unload_dependents: StrictBool = False
 
 
-class UnloadRequest(_Strict):
+class UnloadRequest(RequestModel):
     """To unload all versions of an adapter."""
 
     parameters: UnloadParameters = UnloadParameters()

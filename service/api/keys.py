@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.auth import Administering, PlatformAdmin
 from service.api.authority import Actor
-from service.api.bodies import read_model
 from service.api.documentation import json_body
+from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
 from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.paths import KeyPath
@@ -79,7 +79,7 @@ async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf
 
 async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
     require_media_type(request.headers, "application/json")
-    wanted = await read_model(request, NewKey, state.settings.max_request_bytes)
+    wanted = await read_model(request, NewKey)
     create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
     key, text = await to_thread.run_sync(create)
     return CreatedKey(**_item(key).model_dump(), key=text)

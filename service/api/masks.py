@@ -1,15 +1,19 @@
 """Attention masks as callers send them."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from service.api.problems import shown
 from service.errors import InvalidRequest
+from service.prefix.extras import InputMask
+
+_BLOCK: Final = 1 << 20  # elements that are compared together
 
 
-def mask_of_rows(rows: Any) -> Tensor:
-    """A mask that came as JSON: int64 `[batch, seq]`.
+def mask_of_rows(rows: Any) -> InputMask:
+    """Returns the mask that came as JSON; as a tensor it is int64.
 
     Raises:
         InvalidRequest: it is not a list of equally long rows of zeros and ones.
@@ -19,30 +23,38 @@ def mask_of_rows(rows: Any) -> Tensor:
     lengths = {len(row) for row in rows}
     if len(lengths) > 1:
         raise InvalidRequest(f"the rows of attention_mask differ in length: {min(lengths)} to {max(lengths)}")
+    flags = bytearray()
     for index, row in enumerate(rows):
         if {type(value) for value in row} != {int} or not set(row) <= {0, 1}:
             wrong = next(value for value in row if type(value) is not int or value not in (0, 1))
-            raise InvalidRequest(f"attention_mask row {index} holds {wrong!r:.40}, and only 0 and 1 are allowed")
-    return torch.tensor(rows, dtype=torch.int64)
+            raise InvalidRequest(f"attention_mask row {index} holds {shown(wrong, 40)}, and only 0 and 1 are allowed")
+        flags += bytes(row)
+    # (rows*tokens) -> (rows, tokens)
+    return InputMask(torch.frombuffer(flags, dtype=torch.uint8).view(len(rows), -1), torch.int64)
 
 
-def mask_from_json(rows: Any) -> Tensor | None:
-    """The same, or None where there is none.
+def mask_from_json(rows: Any) -> InputMask | None:
+    """Returns the mask that came as JSON, or None where there is none.
 
     Raises:
-        InvalidRequest: as `mask_of_rows`.
+        InvalidRequest: it is not a list of equally long rows of zeros and ones.
     """
     return None if rows is None else mask_of_rows(rows)
 
 
-def require_flags(mask: Tensor) -> Tensor:
-    """A mask that came as bytes, of any dtype.
+def mask_of_tensor(mask: Tensor) -> InputMask:
+    """Returns the mask that came as bytes, `[batch, seq]` of any dtype; a bool tensor's memory is shared.
 
     Raises:
         InvalidRequest: it holds something else than zeros and ones.
     """
     # As bytes a bool may be anything; as numbers NaN equals nothing.
-    flags = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    if not bool(((flags == 0) | (flags == 1)).all()):
-        raise InvalidRequest("attention_mask holds values other than 0 and 1")
-    return mask
+    flags = mask.view(torch.uint8) if mask.dtype == torch.bool else torch.empty(mask.shape, dtype=torch.uint8)
+    found, flat = (flags if mask.dtype == torch.bool else mask).view(-1), flags.view(-1)
+    for start in range(0, len(flat), _BLOCK):
+        values = found[start : start + _BLOCK]
+        ones = values == 1
+        if not bool((ones | (values == 0)).all()):
+            raise InvalidRequest("attention_mask holds values other than 0 and 1")
+        flat[start : start + _BLOCK] = ones
+    return InputMask(flags, mask.dtype)

@@ -1,23 +1,24 @@
 """`POST /v1/prefixes`: one batch for many adapters."""
 
+import asyncio
 from typing import Any, Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.auth import Caller
-from service.api.bodies import read_json, validated
+from service.api.json_bodies import payer, read_mask_json, validated
 from service.api.masks import mask_from_json
 from service.api.negotiation import require_acceptable, require_media_type
-from service.api.prefixes import BINARY, MASK_SCHEMA
+from service.api.prefixes import BINARY, MASK_SCHEMA, HeldBody
 from service.api.responses import DRAIN
 from service.api.state import State, StateOf
 from service.catalog.records import Principal, Version
 from service.errors import InvalidReference, NotFound
 from service.library import Library
-from service.plan import MixedPlan, MixedRequest
+from service.plan import MixedPlan, MixedRequest, require_few_rows
+from service.prefix.extras import InputMask
 from service.prefix.form import MEDIA_TYPE
 from service.prefix.references import Reference, parse_qualified
 
@@ -58,6 +59,7 @@ class MixedResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": fields})
             for chunk in self._plan.message.chunks(renderings):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await asyncio.sleep(0)  # to put many short lines together takes milliseconds
             await send({"type": "http.response.body"})
             if (drain := scope.get("state", {}).get(DRAIN)) is not None:
                 await drain()
@@ -70,18 +72,28 @@ class MixedResponse(Response):
     response_class=MixedResponse,
     openapi_extra=_BODY,
 )
-async def post_prefixes(request: Request, by: Caller, state: StateOf) -> MixedResponse:
+async def post_prefixes(request: Request, by: Caller, _memory: HeldBody, state: StateOf) -> MixedResponse:
     """One batch for many adapters, the rows of one forward pass of a base model that they share."""
     require_acceptable(request.headers, MEDIA_TYPE)
     require_media_type(request.headers, "application/json")
-    values = await read_json(request, state.settings.max_request_bytes)
-    mask = await to_thread.run_sync(mask_from_json, values.pop("attention_mask", None))
-    wanted = validated(MixedRequest, values)
-    rows = _parsed(wanted)
+    library = state.library
+
+    def read(values: dict[str, Any]) -> tuple[MixedRequest, list[list[Asked]], InputMask | None]:
+        mask = mask_from_json(values.pop("attention_mask", None))
+        wanted = validated(MixedRequest, values)
+        require_few_rows(len(wanted.rows), library.limits)
+        return wanted, _parsed(wanted), mask
+
+    wanted, rows, mask = await read_mask_json(request, read)
     await _charge(state, by, rows)
-    versions = [[await _resolved(state.library, by, index, asked) for asked in row] for index, row in enumerate(rows)]
-    plan = await to_thread.run_sync(state.library.plan_mixed, versions, wanted, mask)
-    return MixedResponse(state.library, plan)
+    known: dict[str, tuple[str, Version]] = {}
+    for index, row in enumerate(rows):
+        for asked in row:
+            if asked[0] not in known:
+                known[asked[0]] = await _resolved(library, by, index, asked)
+    versions = [[known[ref] for ref, _, _ in row] for row in rows]
+    plan = await state.admission.run(payer(request), lambda: library.plan_mixed(versions, wanted, mask))
+    return MixedResponse(library, plan)
 
 
 def _parsed(wanted: MixedRequest) -> list[list[Asked]]:

@@ -6,10 +6,13 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from service.errors import NotAcceptable, RangeNotSatisfiable, UnsupportedMediaType
+from service.errors import HeaderFieldsTooLarge, NotAcceptable, RangeNotSatisfiable, UnsupportedMediaType
 from service.prefix.digests import Algorithm, wanted_algorithm
 
 _RANGE: Final = re.compile(r"bytes=(?:([0-9]{1,40})-([0-9]{0,40})|-([0-9]{1,40}))", re.IGNORECASE)
+
+
+_MOST_FIELD: Final = 8192  # bytes of a list in a header field
 
 
 def require_acceptable(headers: Headers, media_type: str) -> None:
@@ -77,7 +80,19 @@ def require_media_type(headers: Headers, *allowed: str) -> str:
 
 
 def _joined(headers: Headers, name: str) -> str:
-    return ", ".join(headers.getlist(name)).strip().lower()
+    return _listed(headers, name).strip().lower()
+
+
+def _listed(headers: Headers, name: str) -> str:
+    """Returns the list in a header field, which may come in several lines.
+
+    Raises:
+        HeaderFieldsTooLarge: it is longer than any caller needs.
+    """
+    value = ", ".join(headers.getlist(name))
+    if len(value) > _MOST_FIELD:
+        raise HeaderFieldsTooLarge(f"{name} has {len(value)} bytes, more than {_MOST_FIELD}")
+    return value
 
 
 def is_current(headers: Headers, etag: str) -> bool:
@@ -85,19 +100,19 @@ def is_current(headers: Headers, etag: str) -> bool:
     named = headers.getlist("if-none-match")
     if not named or named == [etag]:
         return bool(named)
-    tags = [tag.strip().removeprefix("W/") for tag in ",".join(named).split(",")]
+    tags = [tag.strip().removeprefix("W/") for tag in _listed(headers, "if-none-match").split(",")]
     return "*" in tags or etag in tags
 
 
 def is_expected(headers: Headers, etag: str) -> bool:
     """Whether If-Match names this entity tag, by strong comparison."""
-    tags = [tag.strip() for tag in ",".join(headers.getlist("if-match")).split(",")]
+    tags = [tag.strip() for tag in _listed(headers, "if-match").split(",")]
     return "*" in tags or etag in tags
 
 
 def wanted_digest(headers: Headers) -> Algorithm | None:
     """Return the algorithm that `Want-Repr-Digest` (RFC 9530) asks for, or None."""
-    return wanted_algorithm(",".join(headers.getlist("want-repr-digest")))
+    return wanted_algorithm(_listed(headers, "want-repr-digest"))
 
 
 def requested_range(headers: Headers, etag: str, length: int) -> tuple[int, int] | None:

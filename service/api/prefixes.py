@@ -1,22 +1,23 @@
 """The main job: `GET`, `HEAD` and `POST …/prefix`."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
 
-from anyio import to_thread
-from fastapi import APIRouter, Query, Request
-from torch import Tensor
+from fastapi import APIRouter, Depends, Query, Request
 
 from service.api.auth import Reading
-from service.api.bodies import read_body, read_json, validated
+from service.api.bodies import read_body
 from service.api.documentation import request_headers, response_headers
-from service.api.masks import mask_from_json, require_flags
+from service.api.json_bodies import MOST_VALUES, computed, declared_bytes, read_mask_json, reserved, validated
+from service.api.masks import mask_from_json, mask_of_tensor
 from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
 from service.api.responses import ParametersResponse, PrefixResponse
 from service.api.shared_files import SharedFileResponse, shares_file
-from service.api.state import LibraryOf, SettingsOf, StateOf
+from service.api.state import LibraryOf, StateOf, state_of
 from service.errors import InvalidCheckpoint, InvalidRequest
-from service.plan import PrefixRequest
+from service.plan import Plan, PrefixRequest
+from service.prefix.extras import InputMask
 from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from service.prefix.references import parse_reference
 from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
@@ -69,7 +70,8 @@ _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, 
 _READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
 MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
-    "items": {"type": "array", "items": {"type": "integer", "enum": [0, 1]}},
+    "maxItems": MOST_VALUES,
+    "items": {"type": "array", "maxItems": MOST_VALUES, "items": {"type": "integer", "enum": [0, 1]}},
     "description": "the input's mask, one row each",
 }
 _JSON_SCHEMA: Final = PrefixRequest.model_json_schema()
@@ -87,6 +89,15 @@ _BODY: Final[dict[str, Any]] = {
         },
     }
 }
+
+
+async def _held_body(request: Request) -> AsyncIterator[None]:
+    async with reserved(request, declared_bytes(request, state_of(request).settings.max_request_bytes)):
+        yield
+
+
+HeldBody = Annotated[None, Depends(_held_body)]
+"""Memory for a body, or for the mask in it, until the answer has left."""
 
 
 @router.get(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
@@ -125,26 +136,28 @@ async def post_prefix(
     request: Request,
     tenant: Reading,
     ref: RefPath,
-    library: LibraryOf,
-    settings: SettingsOf,
+    _memory: HeldBody,
+    state: StateOf,
     options: Annotated[PrefixRequest, Query()],
 ) -> PrefixResponse:
     """A prefix, with the input's attention mask extended and the position ids that follow from it."""
     require_acceptable(request.headers, MEDIA_TYPE)
     media_type = require_media_type(request.headers, "application/json", MEDIA_TYPE)
     reference = parse_reference(ref)
+    library = state.library
     version = await library.resolve(tenant, reference)
-    mask: Tensor | None
+
+    def plan_json(values: dict[str, Any]) -> Plan:
+        mask = mask_from_json(values.pop("attention_mask", None))
+        return library.plan(version, validated(PrefixRequest, values), mask)
+
     if media_type == MEDIA_TYPE:
-        body = await read_body(request, settings.max_request_bytes)
-        mask = await to_thread.run_sync(_mask_from_tensors, body)
+        body = await read_body(request, state.settings.max_request_bytes)
+        plan = await computed(request, len(body), lambda: library.plan(version, options, _mask_from_tensors(body)))
+    elif options.model_fields_set:
+        raise InvalidRequest("options come in the JSON body here, not in the query")
     else:
-        if options.model_fields_set:
-            raise InvalidRequest("options come in the JSON body here, not in the query")
-        values = await read_json(request, settings.max_request_bytes)
-        mask = await to_thread.run_sync(mask_from_json, values.pop("attention_mask", None))
-        options = validated(PrefixRequest, values)
-    plan = await to_thread.run_sync(library.plan, version, options, mask)
+        plan = await read_mask_json(request, plan_json)
     return PrefixResponse(library, plan, immutable=reference.immutable)
 
 
@@ -158,7 +171,7 @@ async def parameters(request: Request, tenant: Reading, ref: RefPath, library: L
     return ParametersResponse(library, version, immutable=reference.immutable)
 
 
-def _mask_from_tensors(body: bytearray) -> Tensor:
+def _mask_from_tensors(body: bytearray) -> InputMask:
     view = memoryview(body)
     try:
         header = parse_header(view, dtypes=_MASK_DTYPES)
@@ -167,5 +180,4 @@ def _mask_from_tensors(body: bytearray) -> Tensor:
     entry = header.tensors.get("attention_mask")
     if entry is None or len(header.tensors) > 1 or len(entry.shape) != 2:
         raise InvalidRequest("the body must hold one tensor, attention_mask of shape [batch, seq]")
-    mask = tensor_at(view, entry)
-    return require_flags(mask)
+    return mask_of_tensor(tensor_at(view, entry))

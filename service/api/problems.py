@@ -1,6 +1,7 @@
 """Every failure as `application/problem+json` (RFC 9457): the one table from errors to HTTP statuses."""
 
 import json
+from itertools import islice
 from typing import Any, Final
 
 import structlog
@@ -28,6 +29,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.RequestTimeout: 408,
     errors.MalformedRequest: 400,
     errors.HeaderFieldsTooLarge: 431,
+    errors.UriTooLong: 414,
     errors.NotAcceptable: 406,
     errors.UnsupportedMediaType: 415,
     errors.RangeNotSatisfiable: 416,
@@ -42,6 +44,10 @@ _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 _LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
 """What came next on the connection would be the rest of what was refused."""
+
+
+_MOST_DETAIL: Final = 4096
+"""Bytes of a message; what a caller sent may be any part of it."""
 
 
 def status_of(error: errors.PrefixServiceError) -> int:
@@ -71,7 +77,7 @@ class _ProblemResponse(Response):
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str]) -> None:
         title = code.replace("-", " ").capitalize()
-        body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": redacted(detail)}
+        body = {"type": f"urn:prefix-service:{code}", "title": title, "status": status, "detail": _bounded(detail)}
         self._document = {**body, "code": code}
         content = json.dumps(self._document).encode()
         super().__init__(content, status, {"Cache-Control": "no-store", **headers}, "application/problem+json")
@@ -87,6 +93,31 @@ class _ProblemResponse(Response):
         document = {**self._document, "status": self.status_code, "error": self._document["detail"]}
         self.body = json.dumps(document).encode()
         self.headers["Content-Length"] = str(len(self.body))
+
+
+def _bounded(detail: str) -> str:
+    """Returns a message without secrets, cut at `_MOST_DETAIL` bytes of UTF-8."""
+    # Twice as many characters are looked at: half a key at the end would not be recognised as one.
+    data = redacted(detail[: 2 * _MOST_DETAIL]).encode("utf-8", "replace")
+    if len(data) <= _MOST_DETAIL:
+        return data.decode()
+    return data[: _MOST_DETAIL - 3].decode("utf-8", "ignore") + "…"
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """Returns the first `most` characters that show a value; looks at little of it, whatever its size."""
+    return repr(_beginning(value, most, 3))[:most]
+
+
+def _beginning(value: Any, most: int, levels: int) -> Any:
+    if isinstance(value, str):
+        return value[:most]
+    if isinstance(value, list):
+        return [_beginning(item, most // 2, levels - 1) for item in value[: most // 3]] if levels else ...
+    if isinstance(value, dict):
+        items = islice(value.items(), most // 6)
+        return {key[:most]: _beginning(item, most // 2, levels - 1) for key, item in items} if levels else ...
+    return value
 
 
 def install(app: FastAPI) -> None:
@@ -112,8 +143,8 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 def invalid_request(found: Any) -> errors.InvalidRequest:
     """The first of pydantic's complaints, in one sentence."""
     first = found[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("query", "path", "body"))
-    return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {first.get('input')!r:.80}")
+    where = ".".join(str(part)[:80] for part in first["loc"] if part not in ("query", "path", "body"))
+    return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {shown(first.get('input'))}")
 
 
 async def _routing(request: Request, error: Exception) -> Response:

@@ -8,13 +8,14 @@ from pydantic import BaseModel
 
 from service.api.auth import PlatformReader, Reading, Writing
 from service.api.authority import Actor
-from service.api.bodies import has_body, read_model
+from service.api.bodies import has_body
 from service.api.documentation import json_body
+from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
 from service.api.pagination import Limit, decode_cursor, encode_cursor, json_page
 from service.api.paths import RefPath
 from service.api.schemas import ResidencyRequest, ResidencyState
-from service.api.state import LibraryOf, SettingsOf, StateOf
+from service.api.state import LibraryOf, StateOf
 from service.prefix.references import parse_reference
 from service.registry.keys import VersionKey
 from service.registry.report import ResidentReport, ShareReport, TierReport
@@ -67,14 +68,12 @@ def _named(place: Place) -> str:
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
-async def load(
-    request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf, settings: SettingsOf
-) -> ResidencyState:
+async def load(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
         require_media_type(request.headers, "application/json")
-        wanted = await read_model(request, ResidencyRequest, settings.max_request_bytes)
+        wanted = await read_model(request, ResidencyRequest)
     await library.require_authority(by)
     version = await library.resolve(tenant, parse_reference(ref))
     await library.pin(version, by, pinned=wanted.pinned)

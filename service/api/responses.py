@@ -1,7 +1,7 @@
 """Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
@@ -12,12 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.negotiation import is_current, requested_range, wanted_digest
+from service.api.presence import while_connected
 from service.catalog.records import Version
 from service.encodings import EncodedAgain, unstable
 from service.library import Library
 from service.plan import Plan
 from service.prefix.digests import Algorithm, format_digest
 from service.prefix.form import MEDIA_TYPE
+from service.prefix.rendering import Rendering
 
 _CHUNK: Final = 1 << 20
 
@@ -31,7 +33,7 @@ Fields = list[tuple[bytes, bytes]]
 class Content:
     """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
 
-    chunks: Sequence[bytes | memoryview] | AsyncIterable[bytes | memoryview]
+    chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
     fields: Fields = field(default_factory=list)
 
 
@@ -48,14 +50,16 @@ class BytesResponse(Response, ABC):
         self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
 
     @abstractmethod
-    def _content(self, request: Headers, start: int, stop: int) -> AbstractAsyncContextManager[Content]:
+    def _content(
+        self, request: Headers, receive: Receive, start: int, stop: int
+    ) -> AbstractAsyncContextManager[Content]:
         """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         await self._answer(scope, receive, send)
 
-    async def _answer(self, scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Headers(raw=scope["headers"])
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
@@ -69,7 +73,7 @@ class BytesResponse(Response, ABC):
             fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
         if scope["method"] == "HEAD":
             stop = start
-        async with self._content(request, start, stop) as content:
+        async with self._content(request, receive, start, stop) as content:
             status = 206 if found else 200
             await send({"type": "http.response.start", "status": status, "headers": fields + content.fields})
             if isinstance(content.chunks, AsyncIterable):
@@ -80,11 +84,14 @@ class BytesResponse(Response, ABC):
                 await send_chunks(scope, send, content.chunks)
 
 
-async def send_chunks(scope: Scope, send: Send, chunks: Sequence[bytes | memoryview]) -> None:
+async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryview]) -> None:
     """A whole body, piece by piece; when this returns, nearly all of it has left."""
-    *first, last = chunks or (b"",)
-    for chunk in first:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    last: bytes | memoryview | None = None
+    for chunk in chunks:
+        if last is not None:
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+        last = chunk
+    last = b"" if last is None else last
     await send({"type": "http.response.body", "body": last})
     if (drain := scope.get("state", {}).get(DRAIN)) is not None:
         await drain()
@@ -117,12 +124,10 @@ class PrefixResponse(BytesResponse):
     @property
     def planned_nbytes(self) -> int:
         """An estimate of the memory that the plan takes."""
-        return (
-            4096 + 4 * len(self._plan.message.header) + sum(mask.nbytes for mask in self._plan.message.extras.values())
-        )
+        return self._plan.message.planned_nbytes
 
     @asynccontextmanager
-    async def _content(self, request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
+    async def _content(self, request: Headers, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
         # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
         algorithm = wanted_digest(request) or ("sha-256" if self._plan.is_one_rendering else None)
         if start == stop and algorithm is None:
@@ -131,9 +136,18 @@ class PrefixResponse(BytesResponse):
         async with self._library.rendering(self._plan, algorithm) as rendering:
             fields: Fields = []
             if algorithm is not None:
-                digest = await self._library.body_digest(self._plan, rendering, algorithm)
-                fields.append(repr_digest(algorithm, digest))
-            yield Content(self._plan.message.chunks(rendering, start, stop), fields)
+                digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
+                fields += [] if digest is None else [repr_digest(algorithm, digest)]
+            yield Content(self._plan.message.chunks(rendering, start, stop) if start < stop else (), fields)
+
+
+async def body_digest(
+    library: Library, plan: Plan, rendering: Rendering, algorithm: Algorithm, receive: Receive
+) -> bytes | None:
+    """Returns the digest of a plan's body; None if it costs too much, or its client went away meanwhile."""
+    if (found := library.known_digest(plan, algorithm)) is not None:
+        return found
+    return await while_connected(receive, library.body_digest(plan, rendering, algorithm))
 
 
 class ParametersResponse(BytesResponse):
@@ -146,7 +160,7 @@ class ParametersResponse(BytesResponse):
         self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
-    async def _content(self, _request: Headers, start: int, stop: int) -> AsyncIterator[Content]:
+    async def _content(self, _request: Headers, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
         file = await to_thread.run_sync(self._library.encodings.open_weights, self._version)
         try:
             file.seek(start)

@@ -4,12 +4,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
 from service.library import Library
 from service.prefix.config import parse_config
 from service.prefix.mixed import MOST_IN_A_ROW
+from service.request_model import RequestModel
 
 Moment = Annotated[
     datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
@@ -18,8 +19,8 @@ Moment = Annotated[
 
 
 def _no_number(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")  # noqa: TRY004 - pydantic's protocol
+    if not isinstance(value, str) or len(value) > 64:
+        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")
     return value
 
 
@@ -154,30 +155,28 @@ class VersionPage(BaseModel):
     next: str | None
 
 
-class FreshVersion(BaseModel):
+JSONObject = dict[Annotated[str, Field(max_length=1024)], Any]
+"""An object with any members, whose number a field bounds."""
+
+
+class FreshVersion(RequestModel):
     """An untrained prefix from a config alone, to try a worker's shapes before training."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    config: dict[str, Any]
+    config: JSONObject = Field(max_length=1024)
     init_weights: Literal["random", "zero"] = "random"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
-class ComposedVersion(BaseModel):
+class ComposedVersion(RequestModel):
     """A version that is the concatenation of others, in their order."""
 
-    model_config = ConfigDict(extra="forbid")
-
     compose: list[Annotated[str, Field(min_length=1, max_length=300)]] = Field(
-        min_length=2, max_length=MOST_IN_A_ROW, description="tenant/adapter@… each"
+        min_length=2, max_length=MOST_IN_A_ROW, fail_fast=True, description="tenant/adapter@… each"
     )
 
 
-class AliasTarget(BaseModel):
+class AliasTarget(RequestModel):
     """Where an alias points; `preload` moves it once the version is resident."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: int = Field(ge=1, lt=10**18, strict=True)  # as in references: at most 18 digits
     preload: bool = False
@@ -190,10 +189,8 @@ class Alias(BaseModel):
     version: int
 
 
-class ResidencyRequest(BaseModel):
+class ResidencyRequest(RequestModel):
     """Whether the version stays until it is unloaded."""
-
-    model_config = ConfigDict(extra="forbid")
 
     pinned: bool = False
 
@@ -201,10 +198,8 @@ class ResidencyRequest(BaseModel):
 _Quota = Annotated[int | None, Field(ge=0, lt=1 << 63, strict=True)]
 
 
-class TenantQuotas(BaseModel):
+class TenantQuotas(RequestModel):
     """What a tenant may have: adapters, bytes of all their versions, and requests in a second; null is no limit."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_adapters: _Quota = None
     max_bytes: _Quota = None
@@ -240,10 +235,8 @@ class TenantPage(BaseModel):
     next: str | None
 
 
-class NewKey(BaseModel):
+class NewKey(RequestModel):
     """A key to make."""
-
-    model_config = ConfigDict(extra="forbid")
 
     scope: Scope
     name: str = Field(default="", max_length=200)

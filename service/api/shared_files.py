@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from service.api.negotiation import is_current, wanted_digest
-from service.api.responses import Fields, PrefixResponse
+from service.api.responses import Fields, PrefixResponse, body_digest
 from service.library import Library
 from service.plan import Plan
 from service.prefix.digests import format_digest
@@ -56,8 +56,8 @@ class SharedFileResponse(PrefixResponse):
                 return
             told: dict[str, str | int] = {"file": rendering.file, "bytes": self._length}
             if algorithm is not None:
-                digest = await self._library.body_digest(self._plan, rendering, algorithm)
-                told["repr_digest"] = format_digest(algorithm, digest)
+                digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
+                told |= {} if digest is None else {"repr_digest": format_digest(algorithm, digest)}
             body = orjson.dumps(told)
             fields = [*self._about_file, *_COMMON, (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": 200, "headers": fields})

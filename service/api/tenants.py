@@ -5,8 +5,9 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.auth import PlatformAdmin, Reading
 from service.api.authority import Actor, Founder
-from service.api.bodies import has_body, read_model
+from service.api.bodies import has_body
 from service.api.documentation import json_body
+from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
 from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import TenantItem, TenantPage, TenantQuotas
@@ -36,7 +37,7 @@ async def put_tenant(
     quotas = None
     if has_body(request.headers):
         require_media_type(request.headers, "application/json")
-        quotas = (await read_model(request, TenantQuotas, state.settings.max_request_bytes)).quotas()
+        quotas = (await read_model(request, TenantQuotas)).quotas()
     tenants = state.library.tenants
     is_new = await to_thread.run_sync(tenants.put, tenant, by, quotas)
     response.status_code = 201 if is_new else 200

@@ -8,8 +8,13 @@ from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.records import AuditEntry, Version
 from service.prefix.references import Reference
+from service.shares import Shares
 
-_ADAPTERS: Final = 65_536
+_MOST_BYTES: Final = 256 << 20
+_OF_ADAPTER: Final = 1024  # selectors of the same adapter
+
+_Known = dict[str, Version]
+"""Versions of an adapter by selector."""
 
 
 class RememberedVersions:
@@ -20,7 +25,7 @@ class RememberedVersions:
         self._changes = changes
         self._lock = threading.Lock()
         self._forgotten = 0
-        self._known: dict[tuple[str, str], dict[str, Version]] = {}
+        self._known: Shares[tuple[str, str], _Known] = Shares(_MOST_BYTES)
         changes.listen(self._hear)
 
     def get(self, tenant: str, reference: Reference) -> Version | None:
@@ -39,18 +44,23 @@ class RememberedVersions:
         version = self._catalog.resolve(tenant, reference)
         with self._lock:
             if before == self._forgotten:  # else it may have been read before a change that was heard meanwhile
-                self._known.setdefault((tenant, reference.adapter), {})[reference.selector] = version
-                if len(self._known) > _ADAPTERS:
-                    del self._known[next(iter(self._known))]
+                self._remember(tenant, reference, version)
         return version
+
+    def _remember(self, tenant: str, reference: Reference, version: Version) -> None:
+        key = tenant, reference.adapter
+        known = self._known.get(key) or {}
+        # Readers look into it without the lock, so it is replaced, not changed.
+        kept = dict(list(known.items())[-_OF_ADAPTER + 1 :]) | {reference.selector: version}
+        self._known.put(tenant, key, kept, sum(version.memory for version in kept.values()))
 
     def _hear(self, entries: Sequence[AuditEntry]) -> None:
         with self._lock:
             self._forgotten += 1
             for entry in entries:
                 if entry.action == "tenant.deleted":
-                    self._known = {key: known for key, known in self._known.items() if key[0] != entry.tenant}
+                    self._known.pop_tenant(entry.target)
                 elif entry.tenant is not None:
                     # The target of what concerns an adapter is tenant/adapter or tenant/adapter@selector.
                     adapter = entry.target.partition("/")[2].partition("@")[0]
-                    self._known.pop((entry.tenant, adapter), None)
+                    self._known.pop((entry.tenant, adapter))

@@ -33,14 +33,25 @@ class Crc32c:
     """CRC-32C (Castagnoli); its digest is four bytes, the most significant first."""
 
     def __init__(self) -> None:
-        from awscrt.checksums import crc32c  # loads a native library, which a command without tensors does not need
+        # It loads a native library, which a command without tensors does not need.
+        from awscrt.checksums import combine_crc32c, crc32c
 
-        self._compute = crc32c
+        self._compute, self._combine = crc32c, combine_crc32c
         self._value = 0
 
     def update(self, data: Data, /) -> None:
         """Add the next bytes."""
         self._value = self._compute(data, self._value)
+
+    def repeat(self, data: Data, times: int, /) -> None:
+        """Add the next bytes, which are `data` so many times; they are read once."""
+        value, length = 0, len(data)
+        for at in range(0, length, 1 << 20):  # a call holds Python's lock
+            value = self._compute(data[at : at + (1 << 20)], value)
+        while times:  # value is that of the first 1, 2, 4, … of them
+            if times & 1:
+                self._value = self._combine(self._value, value, length)
+            value, length, times = self._combine(value, value, length), 2 * length, times >> 1
 
     def digest(self) -> bytes:
         """Return the checksum of all bytes so far."""

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidRequest
+from service.prefix.buffers import bytes_of
 from service.prefix.form import Identity, KVDtype
-from service.prefix.kv import position_ids
 
 MOST_IN_A_ROW: Final = 32
 """Prefixes that one row may be made of."""
 
+_JOINED: Final = 1 << 18  # bytes of short lines that are made together
+_MANY: Final = 16  # of them, from which on it is faster than one by one
 _ZEROS: Final = memoryview(bytes(1 << 20))
 
 Bytes = bytes | memoryview
@@ -117,14 +119,6 @@ class MixedBatch:
         """Virtual tokens of each row, int64 `[B, 1]`."""
         return torch.tensor([[row.num_virtual_tokens] for row in self.rows])
 
-    def prefix_mask(self) -> Tensor:
-        """1 where a row has a virtual token, 0 in front of them: int64 `[B, N]`."""
-        return mixed_mask(self.lengths)
-
-    def position_ids(self, attention_mask: Tensor) -> Tensor:
-        """Positions of the real tokens, each row's behind its own prefix: int64 `[B, S]`."""
-        return position_ids(attention_mask, self.lengths)
-
     def runs(self, sources: Sequence[Sequence["Source"]], heads: int, cells: range) -> Iterator[Bytes]:
         """The bytes of `cells` (a layer's keys are one, its values the next), row by row, head by head, in order.
 
@@ -139,10 +133,30 @@ class MixedBatch:
             if not parts:
                 yield from _zeros(len(cells) * heads * padding * width)
                 continue
-            for line in range(cells.start * heads, cells.stop * heads):
+            first, last = cells.start * heads, cells.stop * heads
+            for start, stop in _blocks(first, last, self.num_virtual_tokens * width):
+                if stop - start > 1:
+                    yield _joined(parts, start, stop, padding * width)
+                    continue
                 yield from _zeros(padding * width)
                 for part in parts:
-                    yield part.line(line)
+                    yield part.line(start)
+
+
+def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yields the lines `start:stop`, of `size` bytes each, in ranges that are made together: many where they are short,
+    else one by one."""
+    together = min(_JOINED // size, stop - start)
+    if together < _MANY:
+        together = 1
+    for at in range(start, stop, together):
+        yield at, min(at + together, stop)
+
+
+def _joined(parts: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
+    """Lines `start:stop` of prefixes one behind the other, in memory of their own, each behind `padding` zeros."""
+    zeros = torch.zeros(stop - start, padding, dtype=torch.uint8)
+    return bytes_of(torch.cat([zeros, *(part.lines(start, stop) for part in parts)], dim=1))
 
 
 def mixed_mask(lengths: Tensor) -> Tensor:
@@ -164,6 +178,11 @@ class Source:
         size = self.tokens * self.width
         return self.data[line * size : (line + 1) * size]
 
+    def lines(self, start: int, stop: int) -> Tensor:
+        """The tokens of several heads, uint8 `[lines, n * width]`."""
+        size = self.tokens * self.width
+        return torch.frombuffer(self.data, dtype=torch.uint8)[start * size : stop * size].view(stop - start, size)
+
     def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
         """The lines of cells in one piece."""
         size = heads * self.tokens * self.width
@@ -177,9 +196,17 @@ class Repeated(Source):
         """As `Source.line`."""
         return bytes(self.data[line * self.width : (line + 1) * self.width]) * self.tokens
 
+    def lines(self, start: int, stop: int) -> Tensor:
+        """As `Source.lines`."""
+        once = torch.frombuffer(self.data, dtype=torch.uint8)[start * self.width : stop * self.width].view(
+            stop - start, self.width
+        )
+        return once.repeat(1, self.tokens)
+
     def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
-        """As `Source.whole`, line by line."""
-        return map(self.line, range(cells.start * heads, cells.stop * heads))
+        """As `Source.whole`, some lines at a time."""
+        for start, stop in _blocks(cells.start * heads, cells.stop * heads, self.tokens * self.width):
+            yield _joined([self], start, stop, 0) if stop - start > 1 else self.line(start)
 
 
 def _zeros(size: int) -> Iterator[Bytes]:

@@ -9,13 +9,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.prefix.buffers import bytes_of, memory_of
+from service.prefix.buffers import memory_of
+from service.prefix.extras import Extra
 from service.prefix.form import FORMAT, Form
 from service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
 from service.prefix.rendering import KV_DTYPES, Rendering
-from service.prefix.wire import CHUNK, JOINED, TensorSpec, write_header
+from service.prefix.wire import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 
 _BLOCK: Final = 1 << 20  # bytes of small runs that are joined
+_RUNS: Final = 1024  # of them
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class MixedMessage:
 
     batch: MixedBatch
     form: Form
-    extras: Mapping[str, Tensor]
+    extras: Mapping[str, Extra]
 
     @property
     def _heads(self) -> int:
@@ -38,7 +40,7 @@ class MixedMessage:
     def _specs(self) -> list[tuple[TensorSpec, range | None]]:
         """The tensors in their order, and of keys, values and scales the cells that they hold."""
         specs: list[tuple[TensorSpec, range | None]] = [
-            (TensorSpec(name, tensor.dtype, tuple(tensor.shape)), None) for name, tensor in self.extras.items()
+            (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
         ]
         rows, tokens, cells = len(self.batch.rows), self.batch.num_virtual_tokens, 2 * self._layers
         parts = [("", KV_DTYPES[self.form.dtype], self.batch.first.identity.head_dim)]
@@ -86,7 +88,7 @@ class MixedMessage:
     def chunks(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
         """The file in order, in chunks of at most 8 MiB; `renderings` has that of each prefix, as the rows have them.
 
-        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, a megabyte at a time.
+        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, at most a megabyte and 1024 at a time.
         """
         held: list[Bytes] = []
         size = 0
@@ -94,7 +96,7 @@ class MixedMessage:
             if len(run) < JOINED:
                 held.append(run)
                 size += len(run)
-            if held and (size >= _BLOCK or len(run) >= JOINED):
+            if held and (size >= _BLOCK or len(held) >= _RUNS or len(run) >= JOINED):
                 yield b"".join(held)
                 held, size = [], 0
             if len(run) >= JOINED:
@@ -108,7 +110,7 @@ class MixedMessage:
         yield self.header
         for spec, cells in self._specs:
             if cells is None:
-                yield bytes_of(self.extras[spec.name].contiguous())
+                yield from chunks_of(self.extras[spec.name].pieces())
             else:
                 sources = scales if spec.name.endswith("_scale") else values
                 yield from self.batch.runs(sources, self._heads, cells)

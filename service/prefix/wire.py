@@ -7,23 +7,23 @@ data begins at a multiple of 64, then the tensors, widest dtype first, so that e
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import repeat
 from math import prod
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
 
-from service.prefix.buffers import bytes_of
+from service.prefix.extras import AttentionMask, Bytes, Extra, Piece
 from service.prefix.form import FORMAT, Form, Identity, MaskDtype
-from service.prefix.kv import prefix_mask
 from service.prefix.rendering import KV_DTYPES, Part, Rendering
 from service.prefix.safetensors_header import NAMES
 
 _ALIGNMENT: Final = 64
 JOINED: Final = 1 << 16  # bytes: what is cheaper to copy once than to send by itself
+_BLOCK: Final = 1 << 18  # bytes of short rows that are joined
 CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loop copies what it cannot send at once
 
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
@@ -63,9 +63,8 @@ class _Span(NamedTuple):
     stop: int
     times: int
 
-    def chunks(self, rendering: Rendering) -> list[memoryview]:
-        row = rendering.bytes_of(self.source)[self.start : self.stop]
-        return [row[at : at + CHUNK] for at in range(0, len(row), CHUNK)] * self.times
+    def piece(self, rendering: Rendering) -> Piece:
+        return rendering.bytes_of(self.source)[self.start : self.stop], self.times
 
 
 def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
@@ -88,13 +87,14 @@ class Message:
 
     identity: Identity
     form: Form
-    extras: Mapping[str, Tensor]
+    extras: Mapping[str, Extra]
 
     @property
     def canonical(self) -> "Message":
         """The message in which this project's client asks for the same rendering: one tensor, one row."""
         form = replace(self.form, batch_size=1, layout="stacked", expand=False)
-        return Message(self.identity, form, {"attention_mask": prefix_mask(1, self.identity.num_virtual_tokens)})
+        mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
+        return Message(self.identity, form, {"attention_mask": mask})
 
     @property
     def is_canonical(self) -> bool:
@@ -103,7 +103,7 @@ class Message:
 
     @cached_property
     def _slots(self) -> list[Slot]:
-        extras = [Slot(name, tensor.dtype, tuple(tensor.shape), "extra") for name, tensor in self.extras.items()]
+        extras = [Slot(name, extra.dtype, extra.shape, "extra") for name, extra in self.extras.items()]
         slots = extras + (self._layer_slots() if self.form.layout == "layers" else self._stacked_slots())
         return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
 
@@ -149,30 +149,41 @@ class Message:
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
     def around_values(self) -> tuple[bytes, bytes]:
-        """What stands in front of keys and values, and behind them, where they are sent once and without scales."""
-        known = [b"" if isinstance(piece, _Span) else piece for piece in self._pieces]
-        at = next(at for at, piece in enumerate(self._pieces) if isinstance(piece, _Span))
-        return b"".join(known[:at]), b"".join(known[at:])
+        """Returns what stands in front of keys and values, and behind them, where they are sent once and without
+        scales."""
+        before, after = bytearray(), bytearray()
+        found = before
+        for part in self._parts:
+            if isinstance(part, _Span):
+                found = after
+            else:
+                found += part if isinstance(part, bytes) else b"".join(chunks_of(part.pieces()))
+        return bytes(before), bytes(after)
 
     @cached_property
-    def _pieces(self) -> list[bytes | memoryview | _Span]:
-        """The file in order: what is known without a rendering, and spans of one. Neighbours are joined where they can
-        be."""
-        pieces: list[bytes | memoryview | _Span] = [self.header]
+    def _parts(self) -> list[bytes | Extra | _Span]:
+        """The file in order: what is known without a rendering, what is made when it is sent, and spans of a rendering.
+        Neighbours are joined where they can be."""
+        parts: list[bytes | Extra | _Span] = [self.header]
         for slot in self._slots:
-            last = pieces[-1]
+            last = parts[-1]
             if slot.source == "extra":
-                extra = bytes_of(self.extras[slot.name].contiguous())
-                if isinstance(last, bytes) and len(extra) <= JOINED:
-                    pieces[-1] = b"".join((last, extra))
+                extra = self.extras[slot.name]
+                if isinstance(last, bytes) and extra.nbytes <= JOINED:
+                    parts[-1] = b"".join((last, *chunks_of(extra.pieces())))
                 else:
-                    pieces.append(extra)
+                    parts.append(extra)
                 continue
             span = self._span_of(slot, slot.source)
             if isinstance(last, _Span) and _adjoin(last, span):
-                span, pieces = last._replace(stop=span.stop), pieces[:-1]
-            pieces.append(span)
-        return pieces
+                span, parts = last._replace(stop=span.stop), parts[:-1]
+            parts.append(span)
+        return parts
+
+    @property
+    def planned_nbytes(self) -> int:
+        """An estimate of the memory that the plan takes, but for a mask that was posted."""
+        return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
 
     def _span_of(self, slot: Slot, source: Part) -> _Span:
         row = slot.nbytes // slot.times
@@ -180,35 +191,63 @@ class Message:
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
         return _Span(source, start, start + row, slot.times)
 
-    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> list[bytes | memoryview]:
-        """The bytes `start:stop` of the file in chunks of at most 8 MiB; the same row comes again, never a copy."""
-        stop = self.content_length if stop is None else stop
-        whole = self._chunks(rendering)
-        if (start, stop) == (0, self.content_length):
-            return whole
-        found, position = [], 0
-        for chunk in whole:
-            first, last = max(start - position, 0), min(stop - position, len(chunk))
-            if first < last:
-                found.append(chunk[first:last])
-            position += len(chunk)
-        return found
-
-    def _chunks(self, rendering: Rendering) -> list[bytes | memoryview]:
-        chunks: list[bytes | memoryview] = []
-        for piece in self._pieces:
-            if isinstance(piece, _Span):
-                chunks += piece.chunks(rendering)
+    def pieces(self, rendering: Rendering) -> Iterator[Piece]:
+        """Yields the bytes of the file in order; rows that are repeated come once, with their number."""
+        for part in self._parts:
+            if isinstance(part, _Span):
+                yield part.piece(rendering)
+            elif isinstance(part, bytes):
+                yield part, 1
             else:
-                chunks.append(piece)
-        return chunks
+                yield from part.pieces()
 
-    def chunks_of(self, name: str, rendering: Rendering) -> list[bytes | memoryview]:
-        """The bytes of one tensor, in the same way."""
+    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[Bytes]:
+        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are sent where they lie."""
+        stop = self.content_length if stop is None else stop
+        if (start, stop) == (0, self.content_length):
+            return chunks_of(self.pieces(rendering))
+        return chunks_of(_clipped(self.pieces(rendering), start, stop))
+
+    def chunks_of(self, name: str, rendering: Rendering) -> Iterator[Bytes]:
+        """Yields the bytes of one tensor, in the same way."""
         slot = self.tensors[name]
         if slot.source == "extra":
-            return [bytes_of(self.extras[name].contiguous())]
-        return [*self._span_of(slot, slot.source).chunks(rendering)]
+            return chunks_of(self.extras[name].pieces())
+        return chunks_of([self._span_of(slot, slot.source).piece(rendering)])
+
+
+def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
+    """Yields pieces in chunks of at most 8 MiB. Short rows that are repeated are copied, many to a chunk."""
+    for row, times in pieces:
+        together = min(times, _BLOCK // len(row)) if 0 < len(row) < JOINED else 1
+        if together > 1:
+            yield from repeat(bytes(row) * together, times // together)
+            times %= together
+            if times:
+                yield bytes(row) * times
+            continue
+        for _ in range(times):
+            yield from (row[at : at + CHUNK] for at in range(0, len(row), CHUNK))
+
+
+def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
+    """Yields the bytes `start:stop` of pieces."""
+    position = 0
+    for row, times in pieces:
+        if position >= stop:
+            return
+        size = len(row)
+        first, last = max(start - position, 0), min(stop - position, size * times)
+        position += size * times
+        if first >= last:
+            continue
+        head, tail = first // size, (last - 1) // size  # the rows of the first byte and of the last
+        if head == tail:
+            yield row[first - head * size : last - head * size], 1
+        else:
+            yield row[first - head * size :], 1
+            yield row, tail - head - 1
+            yield row[: last - tail * size], 1
 
 
 def _adjoin(first: _Span, second: _Span) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,45 @@ def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert upload(client, TENANT, "a").status_code == 201
         for size in [*range(1, 60), 1]:
             assert client.get(PATH, params={"batch_size": size}).status_code == 200
+        assert 0 < app.state.prefix_service.answers.nbytes <= 100_000
+
+
+def test_an_answer_counts_all_that_it_holds(tmp_path: Path) -> None:
+    """The question too: a long query or a long `Accept` is remembered with its answer."""
+    settings = Settings(data_dir=tmp_path / "data", dev=True)
+    with opened(settings), served(app := create_app(settings)) as url, httpx.Client(base_url=url) as client:
+        assert upload(client, TENANT, "a").status_code == 201
         answers = app.state.prefix_service.answers
-        assert 0 < len(answers._known) < 30
-        assert 0 < answers._nbytes <= 100_000
+
+        def ask(number: int, long: int) -> None:
+            accept = f"{MEDIA_TYPE}, x/{number:0{long}}"
+            assert client.get(PATH, params={"batch_size": 1 + number}, headers={"Accept": accept}).status_code == 200
+
+        ask(255, 100)
+        for long in (10, 7000):
+            tracemalloc.start()
+            before, counted = tracemalloc.get_traced_memory()[0], answers.nbytes
+            for number in range(200):
+                ask(number, long)
+            held = tracemalloc.get_traced_memory()[0] - before
+            tracemalloc.stop()
+            assert held < 1.2 * (answers.nbytes - counted)
+            assert answers.nbytes - counted > 200 * long
+
+
+def test_a_tenant_displaces_its_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many questions one asks, a neighbour's few are remembered."""
+    monkeypatch.setattr(module, "_MOST_BYTES", 200_000)
+    settings = Settings(data_dir=tmp_path / "data", dev=True)
+    with opened(settings), served(app := create_app(settings)) as url, httpx.Client(base_url=url) as client:
+        assert upload(client, TENANT, "a").status_code == 201
+        assert upload(client, "calm", "a").status_code == 201
+        answers = app.state.prefix_service.answers
+        assert client.get(PATH.replace(TENANT, "calm")).status_code == 200
+        calm = answers.nbytes
+        for size in range(1, 100):
+            assert client.get(PATH, params={"batch_size": size}).status_code == 200
+        assert answers.nbytes_of("calm") == calm
 
 
 async def test_any_asgi_server_will_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

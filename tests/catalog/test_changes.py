@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.catalog import changes as module
+from service.catalog import remembered as remembered_module
 from service.catalog.catalog import Catalog
 from service.catalog.changes import Changes
 from service.catalog.database import Database
@@ -235,6 +236,38 @@ def test_what_was_read_before_a_change_is_not_remembered_after_it(
     assert remembered.get("acme", reference) is None
     slow.meanwhile = lambda: None
     assert remembered.resolve("acme", reference).number == 2
+
+
+def test_selectors_of_an_adapter_are_bounded(
+    remembered: RememberedVersions, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks by every number, digest and alias is forgotten by the oldest; what was asked last is there."""
+    monkeypatch.setattr(remembered_module, "_OF_ADAPTER", 3)
+    for number in range(5):
+        catalog.put_alias("acme", "a", f"alias{number}", 1, BY)
+    parsed = [parse_reference(f"a@alias{number}") for number in range(5)]
+    for reference in parsed:
+        remembered.resolve("acme", reference)
+    assert [remembered.get("acme", reference) is not None for reference in parsed] == [False, False, True, True, True]
+
+
+def test_a_tenant_displaces_what_is_remembered_of_its_own(
+    catalog: Catalog, changes: Changes, tenants: Tenants, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with many adapters does not make a neighbour's be looked up again."""
+    tenants.put("beta", BY)
+    catalog.add_version("beta", "a", content("x"), BY)
+    size = catalog.resolve("beta", parse_reference("a")).memory
+    monkeypatch.setattr(remembered_module, "_MOST_BYTES", 4 * size)
+    remembered = RememberedVersions(catalog, changes)
+    for number in range(6):
+        catalog.add_version("acme", f"b{number}", content("x"), BY)
+    remembered.resolve("beta", parse_reference("a"))
+    for number in range(6):
+        remembered.resolve("acme", parse_reference(f"b{number}"))
+    assert remembered.get("beta", parse_reference("a")) is not None
+    assert remembered.get("acme", parse_reference("b0")) is None
+    assert remembered.get("acme", parse_reference("b5")) is not None
 
 
 @on_sqlite

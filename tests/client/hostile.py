@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from service.prefix.digests import digest_of, format_digest
+from service.prefix.extras import AttentionMask
 from service.prefix.form import Form, Identity
 from service.prefix.rendering import Rendering
 from service.prefix.wire import Message
@@ -24,7 +25,7 @@ def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
     identity = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", tokens, layers, 2, 8)
     form = Form("float32", 1, (0, layers), (0, 2), "stacked", expand=False)
     values = torch.arange(layers * 2 * 2 * tokens * 8, dtype=torch.float32).view(layers, 2, 2, tokens, 8)
-    mask = torch.ones(1, tokens, dtype=torch.int64)
+    mask = AttentionMask(1, tokens, torch.int64)
     return b"".join(Message(identity, form, {"attention_mask": mask}).chunks(Rendering(values, None)))
 
 

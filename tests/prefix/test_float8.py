@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.prefix.extras import AttentionMask
 from service.prefix.form import Form, Identity
-from service.prefix.kv import PrefixKV, prefix_mask
+from service.prefix.kv import PrefixKV
 from service.prefix.received import read_kv, read_message
 from service.prefix.rendering import Rendering, render
 from service.prefix.wire import Message
@@ -99,5 +100,5 @@ def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
 def sent(rendering: Rendering) -> PrefixKV:
     """A rendering, sent and read."""
     form = Form("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
-    message = Message(IDENTITY, form, {"attention_mask": prefix_mask(1, IDENTITY.num_virtual_tokens)})
+    message = Message(IDENTITY, form, {"attention_mask": AttentionMask(1, IDENTITY.num_virtual_tokens, torch.int64)})
     return read_kv(read_message(bytearray(b"".join(message.chunks(rendering)))))

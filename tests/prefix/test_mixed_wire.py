@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.prefix.extras import AttentionMask
 from service.prefix.form import Form, Identity, Layout
 from service.prefix.mixed import MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
@@ -33,7 +34,9 @@ def test_long_rows_are_sent_where_they_lie(layout: Layout, tensors: list[Tensor]
     rows = [Row((long,)), Row((short,)), Row(), Row((middle, short), is_list=True)]
     batch = MixedBatch.of(rows)
     form = Form("float32", 4, (0, 1), (0, 2), layout, expand=True)
-    message = MixedMessage(batch, form, {"attention_mask": batch.prefix_mask()})
+    message = MixedMessage(
+        batch, form, {"attention_mask": AttentionMask(4, LENGTHS[0], torch.int64, lengths=batch.lengths)}
+    )
     renderings = [Rendering(tensor, None) for tensor in tensors]
     sources = [[renderings[0]], [renderings[1]], [], [renderings[2], renderings[1]]]
     chunks: list[Any] = list(message.chunks(sources))

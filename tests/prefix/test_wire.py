@@ -17,8 +17,9 @@ from torch import Tensor
 
 from service.errors import InvalidResponse
 from service.prefix.buffers import bytes_of
+from service.prefix.extras import AttentionMask
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
-from service.prefix.kv import PrefixKV, prefix_mask
+from service.prefix.kv import PrefixKV
 from service.prefix.received import Received, read_kv, read_message
 from service.prefix.rendering import KV_DTYPES, Rendering, render
 from service.prefix.wire import MASK_DTYPES, Message
@@ -41,7 +42,7 @@ def asked(
 
 
 def message_of(form: Form, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> Message:
-    return Message(identity, form, {"attention_mask": prefix_mask(form.batch_size, N, MASK_DTYPES[mask])})
+    return Message(identity, form, {"attention_mask": AttentionMask(form.batch_size, N, MASK_DTYPES[mask])})
 
 
 def rendering_of(form: Form, kv: PrefixKV = WHOLE) -> Rendering:
@@ -86,7 +87,7 @@ GOLDEN = (
 def test_golden_bytes() -> None:
     """The exact bytes of a tiny answer: whoever changes one of them changes every ETag and digest in the world."""
     form = Form("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
-    message = Message(TINY_IDENTITY, form, {"attention_mask": prefix_mask(2, 1)})
+    message = Message(TINY_IDENTITY, form, {"attention_mask": AttentionMask(2, 1, torch.int64)})
     assert body_of(message, TINY) == GOLDEN
 
 
@@ -124,7 +125,7 @@ def test_any_safetensors_reader_understands_it(message: Message) -> None:
     """Names, shapes, dtypes and values, read by safetensors itself, in every form."""
     body = body_of(message)
     assert len(body) == message.content_length
-    wanted = expected_tensors(message.form, message.extras["attention_mask"])
+    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
     found = load(body)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -138,7 +139,7 @@ def test_the_client_reads_it_too(message: Message) -> None:
     """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
     data = bytearray(body_of(message))
     received = read_message(data)
-    wanted = expected_tensors(message.form, message.extras["attention_mask"])
+    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
     assert received.tensors.keys() == wanted.keys()
     assert all(torch.equal(received.tensors[name].float(), tensor.float()) for name, tensor in wanted.items())
     assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": message.form.batch_size}.items()
@@ -198,14 +199,24 @@ def test_chunks_are_small_enough_for_a_slow_reader() -> None:
 
 
 def test_chunks_share_memory_with_the_rendering() -> None:
-    """Every row is the rendering's own memory, sent again."""
-    message = message_of(asked(rows=3))
-    rendering = rendering_of(message.form)
+    """Every long row is the rendering's own memory, sent again."""
+    kv = PrefixKV.whole(torch.randn(1, 2, 1, 1, 1 << 14))  # rows of 64 KiB
+    identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, num_virtual_tokens=1, head_dim=1 << 14)
+    message = message_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
+    rendering = rendering_of(message.form, kv)
     chunks = list(message.chunks(rendering))[1:]  # behind header and mask
     before = bytes(chunks[0])
     rendering.values.neg_()
-    assert len(chunks) == L * 2 * 3
+    assert len(chunks) == 2 * 3
     assert chunks[0] == chunks[1] == chunks[2] != before
+
+
+def test_short_rows_are_joined() -> None:
+    """A thousand rows of 40 bytes are a few chunks, not a thousand."""
+    message = message_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
+    chunks = list(message.chunks(rendering_of(message.form)))
+    assert b"".join(chunks) == body_of(message)
+    assert len(chunks) < 5
 
 
 def test_a_large_batch_takes_no_memory() -> None:

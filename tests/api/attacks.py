@@ -1,0 +1,43 @@
+"""What tests of attacks measure: the memory of a server, and how long it is silent."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from tests.api.helpers import peak_memory
+from tests.conftest import Server
+
+
+@dataclass
+class Harm:
+    """What an attack did: bytes by which the server's peak memory grew, and the longest wait for `/livez`, seconds."""
+
+    memory: int = 0
+    silence: float = 0.0
+
+
+@contextmanager
+def harm(server: Server) -> Iterator[Harm]:
+    """Measures while the block runs."""
+    found, before, stop = Harm(), peak_memory(server), threading.Event()
+
+    def ask() -> None:
+        with httpx.Client() as client:
+            while not stop.is_set():
+                began = time.monotonic()
+                assert client.get(f"{server.url}/livez", timeout=60).status_code == 200
+                found.silence = max(found.silence, time.monotonic() - began)
+                stop.wait(0.01)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        asking.join()
+        found.memory = peak_memory(server) - before
