@@ -5,11 +5,15 @@ from typing import Any
 
 import httpx
 import pytest
+import rfc8785
 
+from service.prefix.config import parse_config
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
-SIZE = len(weights()) + 3 * 32 * 4  # what one version takes: its file, and its keys and values
+_MANIFEST = {"format": 1, "config": parse_config(CONFIG).model_dump(mode="json"), "weights": "sha256:" + 64 * "0"}
+SIZE = len(weights()) + 3 * 32 * 4 + len(rfc8785.dumps(_MANIFEST))
+"""What one version takes: its file, its keys and values, and its manifest."""
 
 
 @pytest.fixture
