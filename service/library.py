@@ -276,8 +276,10 @@ class Library:
         """
         latest = await self.resolve(tenant, Reference(adapter))
         present = [VersionName(*key) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
-        for version in (latest, *(one for one in present if one.number != latest.number)):
-            await self.unload(version, by)
+        await self.unload(latest, by)
+        for version in present:
+            if version.number != latest.number:
+                await self.unload(version, by)
 
     async def unload(self, version: Version | VersionName, by: Principal) -> None:
         """Take a version out of memory; the next request loads it again."""

@@ -11,7 +11,11 @@ from service.prefix.config import parse_config
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
-_MANIFEST = {"format": 1, "config": parse_config(CONFIG).model_dump(mode="json"), "weights": "sha256:" + 64 * "0"}
+_MANIFEST: dict[str, Any] = {
+    "format": 1,
+    "config": parse_config(CONFIG).model_dump(mode="json"),
+    "weights": "sha256:" + 64 * "0",
+}
 SIZE = len(weights()) + 3 * 32 * 4 + len(rfc8785.dumps(_MANIFEST))
 """What one version takes: its file, its keys and values, and its manifest."""
 
