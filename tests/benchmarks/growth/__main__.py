@@ -52,7 +52,7 @@ def draw(found: Found, path: Path) -> None:
             axes.plot(sizes, [found[str(size)][step]["seconds"] for size in sizes], "o-", label=step)
     axes.set(title="What growth changes", xlabel="adapters", ylabel="seconds", xscale="log", yscale="log")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
