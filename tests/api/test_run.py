@@ -128,8 +128,8 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         server.process.kill()
         server.process.wait()
         eventually(lambda: not is_alive(other))
-        arguments = ("serve", "--data-dir", server.data_dir, "--port", str(free_port()))
-        second = run_command(*arguments)
+        with socket.create_server(("127.0.0.1", 0)) as taken:  # it ends in any case
+            second = run_command("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
         assert second.returncode == 1
         assert "another prefix-service runs on the data folder" in second.stderr
         os.kill(stopped, signal.SIGCONT)
