@@ -208,7 +208,7 @@ class Library:
         Raises:
             Unauthenticated, NotFound: `by` has no authority any more.
         """
-        await to_thread.run_sync(prove, self._database, by)
+        await read_catalog(prove, self._database, by)
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
         """Load a version because a caller wishes it; `pinned` keeps it in memory.

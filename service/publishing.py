@@ -18,6 +18,7 @@ from anyio import to_thread
 from service.arrivals import Arrival, Arrivals
 from service.blobs import BlobStore, StagedBlob
 from service.catalog.catalog import Catalog
+from service.catalog.reads import read_catalog
 from service.catalog.records import NewVersion, Principal, Version
 from service.encodings import Encodings
 from service.errors import InvalidConfig
@@ -82,7 +83,7 @@ class Publisher:
             OutOfSpace, StorageFailed: the disk or the catalog refused.
         """
         look = partial(self._catalog.room, target.tenant, target.adapter, make_tenant=target.make_tenant)
-        room = await to_thread.run_sync(look)
+        room = await read_catalog(look)
         with self._arrivals.begin(target.tenant, room, nbytes) as arrival:
             weights = await to_thread.run_sync(self._blobs.stage)
             try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from service.catalog.deletions import Deletions
 from service.catalog.garbage import Garbage
 from service.catalog.records import COMMAND_LINE
 from service.collector import Collector
@@ -132,6 +133,8 @@ def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path
             anyio.run(publish, library, "acme", "a", case)
         whole = [library.catalog.resolve("acme", parse_reference(f"a@{number}")) for number in (1, 2)]
         anyio.run(library.delete, "acme", parse_reference("a"), COMMAND_LINE)
+        while Deletions(service.database).remove_slice():
+            pass
         time.sleep(2)
 
         class Racing(Garbage):

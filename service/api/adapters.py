@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Reading, Writing
@@ -22,6 +21,7 @@ from service.api.schemas import (
     VersionSummary,
 )
 from service.api.state import LibraryOf
+from service.catalog.reads import read_catalog
 from service.catalog.records import Adapter, Principal, Version
 from service.errors import NotFound
 from service.library import Library
@@ -127,7 +127,7 @@ async def list_adapters(
 ) -> Response:
     """The adapters of a tenant, in the order of their names."""
     after = decode_cursor(cursor)
-    await to_thread.run_sync(library.tenants.require, tenant)
+    await read_catalog(library.tenants.require, tenant)
 
     def load(after: str, limit: int) -> list[Adapter]:
         return library.listings.adapters(tenant, after=after, limit=limit, base_model=base_model)
@@ -154,7 +154,7 @@ async def list_versions(
     """The versions of an adapter, newest first."""
     check_name("adapter", name)
     place = decode_cursor(cursor, NUMBER)
-    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
 
     def load(place: str, limit: int) -> list[Version]:
         return library.listings.versions(tenant, name, before=int(place) if place else None, limit=limit)
@@ -170,5 +170,5 @@ async def delete(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -
 
 
 async def _detail(library: Library, version: Version) -> VersionDetail:
-    aliases = await to_thread.run_sync(library.catalog.aliases_of, version.tenant, version.adapter)
+    aliases = await read_catalog(library.catalog.aliases_of, version.tenant, version.adapter)
     return VersionDetail.about(library, version, aliases)

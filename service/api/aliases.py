@@ -13,6 +13,7 @@ from service.api.negotiation import is_expected, require_media_type
 from service.api.paths import AliasPath, NamePath
 from service.api.schemas import Alias, AliasTarget
 from service.api.state import LibraryOf
+from service.catalog.reads import read_catalog
 from service.errors import NotFound, PreconditionFailed
 from service.library import Library
 from service.prefix.references import Reference, check_alias, check_name
@@ -59,7 +60,7 @@ async def put_alias(
 async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: AliasPath, library: LibraryOf) -> Alias:
     """Where an alias points."""
     _check(name, alias)
-    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
     if alias not in aliases:
         raise NotFound(f"{tenant}/{name} has no alias {alias!r}")
     response.headers["ETag"] = _etag(aliases[alias])
@@ -84,7 +85,7 @@ async def _expected(request: Request, library: Library, tenant: str, name: str, 
         return None
     if request.headers.get("if-match") is None:
         return _ANYWHERE
-    aliases = await to_thread.run_sync(library.catalog.aliases_of, tenant, name)
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
     current = aliases.get(alias)
     if current is None or not is_expected(request.headers, _etag(current)):
         raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")

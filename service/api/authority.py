@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Annotated
 
-from anyio import to_thread
 from fastapi import Depends, Request
 
 from service.api.auth import Caller
 from service.api.paths import TenantPath
 from service.api.state import state_of
+from service.catalog.reads import read_catalog
 from service.catalog.records import Principal
 from service.errors import NotFound
 
@@ -16,7 +16,7 @@ from service.errors import NotFound
 async def _actor(request: Request, tenant: TenantPath, caller: Caller) -> Principal:
     if caller.tenant is not None:
         return replace(caller, acts_on=caller.tenant_id)
-    acts_on = await to_thread.run_sync(state_of(request).library.tenants.require, tenant)
+    acts_on = await read_catalog(state_of(request).library.tenants.require, tenant)
     return replace(caller, acts_on=acts_on)
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from importlib.metadata import version as version_of
 from typing import Annotated, Any, Final, TypeVar
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
@@ -47,6 +46,7 @@ from service.api.inference_v2_schemas import (
 from service.api.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
 from service.api.paths import NamePath
 from service.api.state import LibraryOf, State, StateOf, state_of
+from service.catalog.reads import read_catalog
 from service.catalog.records import Version, VersionName
 from service.errors import InvalidRequest
 from service.library import Library
@@ -212,7 +212,7 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
 
 
 async def _metadata(library: Library, version: Version) -> ModelMetadata:
-    numbers = await to_thread.run_sync(library.listings.numbers, version.tenant, version.adapter, PAGE)
+    numbers = await read_catalog(library.listings.numbers, version.tenant, version.adapter, PAGE)
     return ModelMetadata(
         name=name_of(version),
         versions=[str(number) for number in numbers],

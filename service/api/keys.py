@@ -18,6 +18,7 @@ from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.paths import KeyPath
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey
 from service.api.state import State, StateOf
+from service.catalog.reads import read_catalog
 from service.catalog.records import Key, Principal
 
 router = APIRouter(tags=["keys"])
@@ -42,7 +43,7 @@ async def list_tenant_keys(
 @router.get("/v1/tenants/{tenant}/keys/{key_id}")
 async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of a tenant, without its secret."""
-    return _item(await to_thread.run_sync(state.keyring.get, tenant, key_id))
+    return _item(await read_catalog(state.keyring.get, tenant, key_id))
 
 
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
@@ -68,7 +69,7 @@ async def list_platform_keys(
 @router.get("/v1/keys/{key_id}")
 async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of the platform, without its secret."""
-    return _item(await to_thread.run_sync(state.keyring.get, None, key_id))
+    return _item(await read_catalog(state.keyring.get, None, key_id))
 
 
 @router.delete("/v1/keys/{key_id}", status_code=204)

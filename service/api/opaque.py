@@ -30,7 +30,7 @@ class OpaqueNumbers:
             InvalidRequest: `text` did not give it.
         """
         if (found := self._number(text)) is None:
-            raise InvalidRequest(f"{text!r:.80} is not an id that this service gave")
+            raise InvalidRequest(f"{text!r:.80} is not one that a listing gave")
         return found
 
     def holds(self, text: str) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from anyio import to_thread
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem
+from service.catalog.reads import read_catalog
 from service.catalog.records import AuditEntry, Principal
 from service.errors import InvalidReference, RateLimited
 from service.prefix.references import check_name
@@ -95,7 +95,7 @@ class RateLimits:
         if tenant in self._known and self._are_known():
             return self._known[tenant]
         heard = self._heard
-        found = await to_thread.run_sync(self._rate_of, tenant)
+        found = await read_catalog(self._rate_of, tenant)
         rate = None if found is None else RateLimitItemPerSecond(found)
         if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
             self._known[tenant] = rate

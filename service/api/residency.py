@@ -64,7 +64,8 @@ def _place(text: str) -> Place | None:
 
 
 def _named(place: Place) -> str:
-    return " ".join(map(str, (-place[0], *place[1])))
+    nbytes, key = place
+    return " ".join(map(str, (-nbytes, key.tenant, key.adapter, key.version, key.digest)))
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import BinaryIO, Final
 
 from anyio import to_thread
@@ -161,7 +162,8 @@ class ParametersResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, _request: Headers, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        file = await to_thread.run_sync(self._library.encodings.open_weights, self._version)
+        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes all of it
+        file = await self._library.admission.run(self._version.tenant, look)
         try:
             file.seek(start)
             yield Content(_read(file, stop - start))

@@ -12,6 +12,7 @@ from service.api.negotiation import require_media_type
 from service.api.pagination import Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import TenantItem, TenantPage, TenantQuotas
 from service.api.state import LibraryOf, StateOf
+from service.catalog.reads import read_catalog
 
 router = APIRouter(tags=["tenants"])
 
@@ -41,13 +42,13 @@ async def put_tenant(
     tenants = state.library.tenants
     is_new = await to_thread.run_sync(tenants.put, tenant, by, quotas)
     response.status_code = 201 if is_new else 200
-    return TenantItem.of(await to_thread.run_sync(tenants.get, tenant))
+    return TenantItem.of(await read_catalog(tenants.get, tenant))
 
 
 @router.get("/v1/tenants/{tenant}")
 async def get_tenant(tenant: Reading, library: LibraryOf) -> TenantItem:
     """A tenant, its quotas, and what it has."""
-    return TenantItem.of(await to_thread.run_sync(library.tenants.get, tenant))
+    return TenantItem.of(await read_catalog(library.tenants.get, tenant))
 
 
 @router.delete("/v1/tenants/{tenant}", status_code=204)

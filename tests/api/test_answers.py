@@ -173,7 +173,7 @@ async def test_any_asgi_server_will_do(tmp_path: Path, capfd: pytest.CaptureFixt
         transport = httpx.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://service") as client,
+            httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             files = {"adapter_config.json": json.dumps(CONFIG).encode(), "adapter_model.safetensors": weights()}
             assert (await client.post(f"/v1/tenants/{TENANT}/adapters/a/versions", files=files)).status_code == 201

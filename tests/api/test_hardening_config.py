@@ -101,9 +101,9 @@ def test_14_sizes_that_are_no_positive_integers(refused: Refused, name: str, val
 
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "unknown"])
-@pytest.mark.parametrize("value", ["9" * 900_000, "NaN", "9" * 300], ids=lambda v: f"{v[:9]}/{len(v)}")
+@pytest.mark.parametrize("value", ["9" * 60_000, "NaN", "9" * 300], ids=lambda v: f"{v[:9]}/{len(v)}")
 def test_14_numbers_that_json_or_its_canonical_form_cannot_hold(refused: Refused, name: str, value: str) -> None:
-    """Integers of a million digits and NaN are refused wherever they stand."""
+    """Integers of 60,000 digits and NaN are refused wherever they stand."""
     refused(_with(name, value))
 
 
@@ -128,8 +128,8 @@ def test_14_duplicate_keys(refused: Refused, config: bytes) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b'{"a":' * 50_000 + b"1" + b"}" * 50_000],
-    ids=["empty", "cut", "list", "null", "not utf-8", "byte order mark", "50,000 deep"],
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b'{"a":' * 10_000 + b"1" + b"}" * 10_000],
+    ids=["empty", "cut", "list", "null", "not utf-8", "byte order mark", "10,000 deep"],
 )
 def test_14_config_that_is_no_json_object(refused: Refused, config: bytes) -> None:
     """The config is one JSON object of moderate depth."""

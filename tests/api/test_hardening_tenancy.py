@@ -64,7 +64,8 @@ def test_hardening_32_the_same_bytes_of_two_tenants(admin: httpx.Client, mine: h
     assert (own.status_code, own.headers.keys()) == (new.status_code, new.headers.keys()) == (201, new.headers.keys())
     size = own.json()["size"]
     after = mine.get("/v1/tenants/tenancy-mine").json()["bytes"]
-    assert after - before == 2 * (size["weights"] + size["key_values"])
+    manifests = after - before - 2 * (size["weights"] + size["key_values"])
+    assert 2 * 200 < manifests < 2 * 2000
     admin.delete("/v1/tenants/tenancy-other/adapters/shared")
     assert mine.get("/v1/tenants/tenancy-mine/adapters/shared/parameters").content == shared
     for name in ("shared", "n"):

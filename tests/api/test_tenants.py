@@ -11,18 +11,8 @@ from service.prefix.config import parse_config
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
-<<<<<<< HEAD
 MANIFEST = rfc8785.dumps({"format": 1, "config": parse_config(CONFIG).model_dump(), "weights": f"sha256:{'0' * 64}"})
 SIZE = len(weights()) + 3 * 32 * 4 + len(MANIFEST)  # what one version takes: its file, keys and values, its manifest
-=======
-_MANIFEST: dict[str, Any] = {
-    "format": 1,
-    "config": parse_config(CONFIG).model_dump(mode="json"),
-    "weights": "sha256:" + 64 * "0",
-}
-SIZE = len(weights()) + 3 * 32 * 4 + len(rfc8785.dumps(_MANIFEST))
-"""What one version takes: its file, its keys and values, and its manifest."""
->>>>>>> growth
 
 
 @pytest.fixture
