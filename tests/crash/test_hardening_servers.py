@@ -139,14 +139,6 @@ def blobs_of(data_dir: Path, reference: str) -> tuple[Path, Path]:
     return file_of(data_dir, version.weights), file_of(data_dir, version.key_values)
 
 
-def eventually(client: httpx.Client, path: str) -> bytes:
-    """The body of an answer that comes once a failure is forgotten."""
-    deadline = time.monotonic() + 60
-    while (answer := client.get(path)).status_code == 503 and time.monotonic() < deadline:
-        time.sleep(0.25)
-    return body(answer)
-
-
 def test_hardening_48_bit_rot_of_keys_and_values_heals(server: Server) -> None:
     """Set aside when it is noticed, and made again from sound weights within the same request, with the same bytes."""
     client, base = server.client(), "/v1/tenants/rot/adapters"
