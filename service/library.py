@@ -269,7 +269,9 @@ class Library:
         await to_thread.run_sync(self.tenants.delete, tenant, by)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Forget what was deleted or encoded again, here or by another process: it leaves memory."""
+        """Forget what was deleted or encoded again, here or by another process: it leaves memory. Uploads that have
+        lost their key or tenant end."""
+        self.publisher.hear(changes)
         tenants = {change.target for change in changes if change.action == "tenant.deleted"}
         adapters = {tuple(change.target.split("/")) for change in changes if change.action == "adapter.deleted"}
         if tenants or adapters:

@@ -19,7 +19,7 @@ from service.arrivals import Arrival, Arrivals
 from service.blobs import BlobStore, StagedBlob
 from service.catalog.catalog import Catalog
 from service.catalog.reads import read_catalog
-from service.catalog.records import NewVersion, Principal, Version
+from service.catalog.records import AuditEntry, NewVersion, Principal, Version
 from service.encodings import Encodings
 from service.errors import InvalidConfig
 from service.prefix.buffers import bytes_of
@@ -84,12 +84,19 @@ class Publisher:
         """
         look = partial(self._catalog.room, target.tenant, target.adapter, make_tenant=target.make_tenant)
         room = await read_catalog(look)
-        with self._arrivals.begin(target.tenant, room, nbytes) as arrival:
+        with self._arrivals.begin(target.tenant, target.by, room, nbytes) as arrival:
             weights = await to_thread.run_sync(self._blobs.stage)
             try:
                 yield Upload(weights, arrival)
             finally:
                 await to_thread.run_sync(weights.discard)
+
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted."""
+        gone = {change.target for change in changes if change.action == "tenant.deleted"}
+        revoked = {change.target for change in changes if change.action == "key.revoked"}
+        if gone or revoked:
+            self._arrivals.refuse(gone, revoked)
 
     async def publish(self, target: Target, config: PrefixConfig, upload: Upload) -> tuple[Version, bool]:
         """Makes weights that have arrived a version. Returns it, and whether it is new: the same content again is the

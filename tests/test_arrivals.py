@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.arrivals import Arrival, Arrivals
-from service.catalog.records import Room
-from service.errors import QuotaExceeded
+from service.catalog.records import COMMAND_LINE, Principal, Room
+from service.errors import NotFound, QuotaExceeded, Unauthenticated
 
 LEFT = 20
 nbytes = st.integers(0, LEFT + 2)
@@ -29,7 +29,7 @@ class Making(RuleBasedStateMachine):
     def begin(self, tenant: str, nbytes: int) -> None:
         stack, others = contextlib.ExitStack(), self.others(tenant, None)
         try:
-            arrival = stack.enter_context(self.arrivals.begin(tenant, Room(LEFT, 100), nbytes))
+            arrival = stack.enter_context(self.arrivals.begin(tenant, COMMAND_LINE, Room(LEFT, 100), nbytes))
         except QuotaExceeded:
             assert nbytes
             assert others + nbytes > LEFT
@@ -71,12 +71,12 @@ TestArrivals = Making.TestCase
 def test_what_may_be_known_needs_no_room() -> None:
     """One version as large as the largest of its adapter, at a time: it may be the same again."""
     arrivals, full = Arrivals(), Room(left=-5, quota=100, largest=30)
-    with arrivals.begin("a", full, 30) as first:
+    with arrivals.begin("a", COMMAND_LINE, full, 30) as first:
         with (
             pytest.raises(
                 QuotaExceeded, match=r"'a' has 105 of 100 bytes and makes other versions of 30 bytes, and th"
             ),
-            arrivals.begin("a", full, 1),
+            arrivals.begin("a", COMMAND_LINE, full, 1),
         ):
             pass
         with pytest.raises(QuotaExceeded, match=r"'a' has 105 of 100 bytes, and this version takes at least 31: dele"):
@@ -86,5 +86,24 @@ def test_what_may_be_known_needs_no_room() -> None:
 
 def test_a_tenant_without_a_quota_is_not_held_up() -> None:
     """However much it sends."""
-    with Arrivals().begin("a", Room(), 1 << 60) as arrival:
+    with Arrivals().begin("a", COMMAND_LINE, Room(), 1 << 60) as arrival:
         arrival.hold(1 << 62)
+
+
+def test_what_lost_its_tenant_or_key_counts_no_more_and_ends() -> None:
+    """A namesake of a deleted tenant has its whole quota at once; the others are left alone."""
+    arrivals, full = Arrivals(), Room(100, 100)
+    theirs = Principal("1", "a", "write", tenant_id=1)
+    with (
+        arrivals.begin("a", theirs, full, 60) as first,
+        arrivals.begin("a", COMMAND_LINE, Room(), 30) as second,
+        arrivals.begin("b", Principal("2", "b", "write", tenant_id=2), full, 50) as revoked,
+        arrivals.begin("b", Principal("3", "b", "write", tenant_id=2), full, 40) as kept,
+    ):
+        arrivals.refuse({"a"}, {"2"})
+        assert (arrivals.of("a"), arrivals.of("b")) == (0, 40)
+        for arrival, error in ((first, Unauthenticated), (second, NotFound), (revoked, Unauthenticated)):
+            with pytest.raises(error, match="while the request was under way"):
+                arrival.hold(70)
+        kept.hold(45)
+    assert (arrivals.of("a"), arrivals.of("b")) == (0, 0)
