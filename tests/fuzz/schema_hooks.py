@@ -24,7 +24,7 @@ schemathesis.openapi.media_type("application/octet-stream", st.sampled_from([_IN
 
 
 @schemathesis.hook
-def before_call(_context: schemathesis.HookContext, case: schemathesis.Case, _kwargs: dict[str, Any]) -> None:
+def before_call(_context: schemathesis.HookContext, case: schemathesis.Case[Any], _kwargs: dict[str, Any]) -> None:
     """Replace well-formed names by those of what exists, and a listing's cursor by one that it gave."""
     existing = _EXISTING[""] | _EXISTING.get(case.operation.label, {})
     if case.query and case.query.get("cursor") == _ANY_CURSOR:
