@@ -19,20 +19,21 @@ from service.prefix.kv import check_span
 from service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from service.prefix.mixed_wire import MixedMessage
 from service.prefix.ranks import kv_heads_of_rank
+from service.prefix.references import QUALIFIED_PATTERN
 from service.prefix.wire import MASK_DTYPES, Message
-from service.request_model import RequestModel
+from service.request_model import INTEGRAL, RequestModel
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
 
 
 class PrefixRequest(RequestModel):
-    """The options of one prefix; a default of None means what the version or the mask says."""
+    """The options of one prefix, as a query has them; a default of None means what the version or the mask says."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=False)
 
-    batch_size: int | None = Field(
-        default=None, ge=1, lt=1 << 31, description="rows; default 1, or those of attention_mask"
+    batch_size: Annotated[int, Field(ge=1, lt=1 << 31), INTEGRAL] | None = Field(
+        default=None, description="rows; default 1, or those of attention_mask"
     )
     dtype: KVDtype | None = Field(default=None, description="of keys and values; default that of the stored weights")
     layout: Layout = Field(default="layers", description="one key and one value tensor a layer, or one tensor")
@@ -49,19 +50,29 @@ class PrefixRequest(RequestModel):
     expand: bool = Field(default=True, description="false: keys and values come with one row")
 
 
-_Reference = Annotated[str, Field(min_length=1, max_length=300)]
-_References = Annotated[list[_Reference], Field(min_length=1, max_length=MOST_IN_A_ROW, fail_fast=True)]
+class PrefixBody(PrefixRequest):
+    """The options of one prefix, as JSON."""
+
+    model_config = ConfigDict(strict=True)
+
+
+QualifiedReference = Annotated[
+    str, Field(min_length=1, max_length=300, json_schema_extra={"pattern": QUALIFIED_PATTERN})
+]
+"""`tenant/reference`, which is parsed after the model was validated."""
+_References = Annotated[list[QualifiedReference], Field(min_length=1, max_length=MOST_IN_A_ROW, fail_fast=True)]
 _MOST_ROWS = 65536  # the largest PREFIX_MAX_BATCH_SIZE
 
 
-class MixedRequest(PrefixRequest):
+class MixedRequest(PrefixBody):
     """The options of a batch for many adapters, and its rows."""
 
-    rows: list[_Reference | _References | None] = Field(
+    rows: list[QualifiedReference | _References | None] = Field(
         min_length=1,
         max_length=_MOST_ROWS,
         fail_fast=True,
         description="one each: tenant/adapter@…; a list of these, concatenated in that order; or null for no prefix",
+        examples=[["acme/summarize@1", None, ["acme/summarize@1", "acme/summarize"]]],
     )
 
 

@@ -7,10 +7,11 @@ from fastapi import APIRouter, Query, Request, Response
 from service.api.auth import Reading, Writing
 from service.api.authority import Actor, Founder
 from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_upload
+from service.api.documentation import refusals
 from service.api.json_bodies import read_json, validated
 from service.api.negotiation import require_media_type
-from service.api.pagination import NUMBER, Limit, Listing, answer_page, decode_cursor
-from service.api.paths import NamePath, RefPath
+from service.api.pagination import NUMBER, Cursor, Limit, Listing, answer_page, decode_cursor
+from service.api.paths import DeletablePath, NamePath, RefPath
 from service.api.schemas import (
     AdapterItem,
     AdapterPage,
@@ -26,12 +27,14 @@ from service.catalog.records import Adapter, Principal, Version
 from service.errors import NotFound
 from service.library import Library
 from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
+from service.prefix.form import MEDIA_TYPE
 from service.prefix.references import check_name, parse_qualified, parse_reference
 from service.publishing import Target
 
 router = APIRouter(tags=["adapters"])
 
 _FILE: Final = {"type": "string", "format": "binary"}
+_JSON_FILE: Final = "application/json, application/octet-stream"
 _UPLOAD: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -41,6 +44,11 @@ _UPLOAD: Final[dict[str, Any]] = {
                     "type": "object",
                     "properties": {CONFIG: _FILE, BASE_CONFIG: _FILE, WEIGHTS: _FILE},
                     "required": [CONFIG, WEIGHTS],
+                },
+                "encoding": {
+                    CONFIG: {"contentType": _JSON_FILE},
+                    BASE_CONFIG: {"contentType": _JSON_FILE},
+                    WEIGHTS: {"contentType": MEDIA_TYPE},
                 },
             },
             "application/json": {
@@ -55,7 +63,18 @@ _UPLOAD: Final[dict[str, Any]] = {
     "/v1/tenants/{tenant}/adapters/{name}/versions",
     status_code=201,
     openapi_extra=_UPLOAD,
-    responses={200: {"description": "The same content is a version already", "model": VersionDetail}},
+    responses={
+        200: {"description": "The same content is a version already", "model": VersionDetail},
+        **refusals(
+            {
+                404: "There is no such tenant, or no such version to compose of",
+                409: "Something else changed meanwhile",
+                413: "The upload is larger than this service takes",
+                422: "The config or the weights are malformed, or do not fit each other",
+                507: "There is no space for it, or a quota is used up",
+            }
+        ),
+    },
 )
 async def publish(
     request: Request,
@@ -122,7 +141,7 @@ async def list_adapters(
     tenant: Reading,
     library: LibraryOf,
     limit: Limit = 100,
-    cursor: str | None = None,
+    cursor: Cursor = None,
     base_model: Annotated[str | None, Query(max_length=1000)] = None,
 ) -> Response:
     """The adapters of a tenant, in the order of their names."""
@@ -149,7 +168,7 @@ async def list_versions(
     name: NamePath,
     library: LibraryOf,
     limit: Limit = 100,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> Response:
     """The versions of an adapter, newest first."""
     check_name("adapter", name)
@@ -164,7 +183,7 @@ async def list_versions(
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> None:
+async def delete(tenant: Writing, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
     await library.delete(tenant, parse_reference(ref), by)
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.auth import Reading, Writing
 from service.api.authority import Actor
-from service.api.documentation import json_body, request_headers
+from service.api.documentation import json_body, refusals, request_headers
 from service.api.json_bodies import read_model
 from service.api.negotiation import is_expected, require_media_type
 from service.api.paths import AliasPath, NamePath
@@ -22,12 +22,20 @@ router = APIRouter(tags=["aliases"])
 
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{name}/aliases/{alias}"
 _ANYWHERE: Final = -1
-_CONDITIONS: Final = request_headers(If_Match="the ETag where the caller saw it", If_None_Match="* for one that is new")
+_TAG: Final = '"[1-9][0-9]{0,17}"'
+_CONDITIONS: Final = request_headers(
+    {"If_Match": rf"^(?:\*|{_TAG}(?:, ?{_TAG})*)$", "If_None_Match": r"^\*$"},
+    If_Match="the ETag where the caller saw it",
+    If_None_Match="* for one that is new",
+)
+_REFUSALS: Final = refusals(
+    {404: "There is no such adapter, version or alias", 412: "The alias does not point where the condition says"}
+)
 
 
 @router.put(
     _PATH,
-    responses={201: {"model": Alias, "description": "The alias is new"}},
+    responses={201: {"model": Alias, "description": "The alias is new"}, **_REFUSALS},
     openapi_extra={**json_body(AliasTarget), **_CONDITIONS},
 )
 async def put_alias(
@@ -67,7 +75,7 @@ async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: 
     return Alias(alias=alias, version=aliases[alias])
 
 
-@router.delete(_PATH, status_code=204, openapi_extra=_CONDITIONS)
+@router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)
 async def delete_alias(
     request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
 ) -> None:

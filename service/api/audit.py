@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.auth import Administering, PlatformAdmin
-from service.api.pagination import Limit, Listing, answer_page, decode_cursor
+from service.api.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import Moment
 from service.api.state import State, StateOf
 from service.catalog.records import AuditEntry
@@ -38,7 +38,7 @@ class AuditPage(BaseModel):
 
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """Every change of a tenant's resources, newest first."""
     return await _page(request, state, tenant, limit, cursor)
@@ -46,7 +46,7 @@ async def tenant_audit(
 
 @router.get("/v1/audit", response_model=AuditPage)
 async def audit(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """Every change, newest first."""
     return await _page(request, state, None, limit, cursor)

@@ -1,5 +1,7 @@
 """The OpenAPI document: what FastAPI cannot see in the signatures of routes."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from fastapi.routing import APIRoute
@@ -22,6 +24,10 @@ def documented(document: Document) -> Document:
             problems[PROBLEM_TYPE] = problems.pop("application/json")
             if path in PUBLIC:
                 operation["security"] = []
+            else:
+                operation["responses"] |= {
+                    str(status): response for status, response in refusals({401: "No key, or not a valid one"}).items()
+                }
     schemas: Document = {}
     shared: Document = _with_shared_schemas(document, schemas)
     shared["components"]["schemas"] |= schemas
@@ -57,8 +63,14 @@ def json_body(model: type[BaseModel], *, required: bool = True) -> Document:
     return {"requestBody": {"required": required, "content": content}}
 
 
-def request_headers(**descriptions: str) -> Document:
-    """Optional request headers; underscores are hyphens."""
+def refusals(descriptions: Mapping[int, str]) -> dict[int | str, Document]:
+    """Responses that are problems, by their status."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": text, "content": content} for status, text in descriptions.items()}
+
+
+def request_headers(patterns: Mapping[str, str] = MappingProxyType({}), /, **descriptions: str) -> Document:
+    """Optional request headers, some with a pattern; underscores are hyphens."""
     return {
         "parameters": [
             {
@@ -66,7 +78,7 @@ def request_headers(**descriptions: str) -> Document:
                 "in": "header",
                 "required": False,
                 "description": text,
-                "schema": {"type": "string"},
+                "schema": {"type": "string", **({"pattern": patterns[name]} if name in patterns else {})},
             }
             for name, text in descriptions.items()
         ]

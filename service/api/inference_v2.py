@@ -18,7 +18,6 @@ from service.api.inference_v2_models import (
     MODEL,
     PAGE,
     VERSION,
-    Selector,
     every_version,
     inputs_of_every_model,
     json_list,
@@ -44,7 +43,7 @@ from service.api.inference_v2_schemas import (
     UnloadRequest,
 )
 from service.api.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
-from service.api.paths import NamePath
+from service.api.paths import NamePath, SelectorPath
 from service.api.state import LibraryOf, State, StateOf, state_of
 from service.catalog.reads import read_catalog
 from service.catalog.records import Version, VersionName
@@ -74,7 +73,7 @@ _INFERENCE: Final[dict[str, Any]] = {
             "required": True,
             "content": {"application/json": {"schema": InferenceRequest.model_json_schema()}, **_BINARY},
         },
-        **request_headers(**_FRAMED),
+        **request_headers(dict.fromkeys(_FRAMED, "^[0-9]{1,18}$"), **_FRAMED),
     },
 }
 
@@ -115,7 +114,7 @@ async def model_metadata(tenant: Reading, name: NamePath, library: LibraryOf) ->
 
 
 @router.get(VERSION)
-async def version_metadata(tenant: Reading, name: NamePath, version: Selector, library: LibraryOf) -> ModelMetadata:
+async def version_metadata(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelMetadata:
     """The inputs and outputs of one version."""
     return await _metadata(library, await resolved(library, tenant, name, version))
 
@@ -127,7 +126,7 @@ async def model_ready(tenant: Reading, name: NamePath, library: LibraryOf) -> Mo
 
 
 @router.get(f"{VERSION}/ready")
-async def version_ready(tenant: Reading, name: NamePath, version: Selector, library: LibraryOf) -> ModelReady:
+async def version_ready(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelReady:
     """Whether inference may be asked for with one version."""
     return ModelReady(name=name_of(await resolved(library, tenant, name, version)))
 
@@ -142,7 +141,7 @@ async def infer(
 
 @router.post(f"{VERSION}/infer", **_INFERENCE)
 async def infer_version(
-    request: Request, tenant: Reading, name: NamePath, version: Selector, _memory: HeldBody, state: StateOf
+    request: Request, tenant: Reading, name: NamePath, version: SelectorPath, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of one version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name, version))

@@ -15,7 +15,6 @@ from service.api.auth import Caller, Reading
 from service.api.inference_v2_models import (
     MODEL,
     VERSION,
-    Selector,
     every_version,
     inputs_of_every_model,
     json_list,
@@ -33,7 +32,7 @@ from service.api.inference_v2_schemas import (
     TensorMetadata,
 )
 from service.api.inference_v2_statistics import Duration, InferenceStatistics
-from service.api.paths import NamePath
+from service.api.paths import NamePath, SelectorPath
 from service.api.state import LibraryOf, State, StateOf
 from service.catalog.records import Version, VersionName
 from service.errors import NotFound
@@ -71,7 +70,7 @@ async def model_config(tenant: Reading, name: NamePath, library: LibraryOf) -> M
 
 
 @router.get(f"{VERSION}/config")
-async def version_config(tenant: Reading, name: NamePath, version: Selector, library: LibraryOf) -> ModelConfig:
+async def version_config(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelConfig:
     """The configuration of one version."""
     return _configuration(library, await resolved(library, tenant, name, version))
 
@@ -90,7 +89,7 @@ async def model_statistics(tenant: Reading, name: NamePath, state: StateOf) -> S
 
 
 @router.get(f"{VERSION}/stats")
-async def version_statistics(tenant: Reading, name: NamePath, version: Selector, state: StateOf) -> Statistics:
+async def version_statistics(tenant: Reading, name: NamePath, version: SelectorPath, state: StateOf) -> Statistics:
     """Counts of one version."""
     found = await resolved(state.library, tenant, name, version)
     return Statistics(model_stats=[ModelStatistics.model_validate(_counted(state.inference_statistics, found))])

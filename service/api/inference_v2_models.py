@@ -2,10 +2,9 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import orjson
-from fastapi import Path
 from starlette.responses import StreamingResponse
 
 from service.api.inference_v2_requests import INPUTS
@@ -23,8 +22,6 @@ VERSION: Final = MODEL + "/versions/{version}"
 
 PAGE: Final = 1000
 """Versions that are read and written together in a listing, and the most that a model's metadata names."""
-
-Selector = Annotated[str, Path(description="the version's number, or an alias, digest or latest")]
 
 
 async def resolved(library: Library, tenant: str, name: str, selector: str | None = None) -> Version:

@@ -10,22 +10,22 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 from service.prefix.form import KVDtype
-from service.request_model import RequestModel
+from service.request_model import INTEGRAL, RequestModel
 
 InputName = Literal["batch_size", "attention_mask"]
 Datatype = Literal["FP32", "FP16", "BF16", "INT32", "INT64"]
 MOST_NUMBERS: Final = 1 << 20
 """Elements that come as JSON in a request or an answer: each takes up to 25 bytes there, and most of a microsecond."""
 
-_Size = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63)]
+_Size = Annotated[StrictInt, Field(ge=-(1 << 63), lt=1 << 63), INTEGRAL]
 _Text = Annotated[str, Field(max_length=1024)]
 
 
 class InputParameters(RequestModel):
     """How the elements of an input come."""
 
-    binary_data_size: StrictInt | None = Field(
-        default=None, ge=0, lt=1 << 63, description="bytes behind the JSON that are its own"
+    binary_data_size: Annotated[StrictInt, Field(ge=0, lt=1 << 63), INTEGRAL] | None = Field(
+        default=None, description="bytes behind the JSON that are its own"
     )
 
 

@@ -14,7 +14,7 @@ from service.api.authority import Actor
 from service.api.documentation import json_body
 from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
-from service.api.pagination import Limit, Listing, answer_page, decode_cursor
+from service.api.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
 from service.api.paths import KeyPath
 from service.api.schemas import CreatedKey, KeyItem, KeyPage, NewKey
 from service.api.state import State, StateOf
@@ -34,7 +34,7 @@ async def create_tenant_key(request: Request, tenant: Administering, by: Actor, 
 
 @router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
 async def list_tenant_keys(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """The keys of a tenant, oldest first, without their secrets."""
     return await _list(request, state, tenant, limit, cursor)
@@ -60,7 +60,7 @@ async def create_platform_key(request: Request, by: PlatformAdmin, state: StateO
 
 @router.get("/v1/keys", response_model=KeyPage)
 async def list_platform_keys(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """The keys of the platform, oldest first, without their secrets."""
     return await _list(request, state, None, limit, cursor)

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 import orjson
 from fastapi import Query, Request, Response
 from pydantic import BaseModel
+from pydantic.json_schema import SkipJsonSchema
 
 from service.api.state import state_of
 from service.errors import InvalidReference, InvalidRequest
@@ -20,6 +21,12 @@ from service.prefix.references import check_name
 Row = TypeVar("Row")
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="the most items of a page, which may have fewer")]
+Cursor = Annotated[
+    str | SkipJsonSchema[None],
+    Query(
+        min_length=1, max_length=1000, description="`next` of the page before", json_schema_extra={"format": "cursor"}
+    ),
+]
 
 PAGE_BYTES: Final = 2 << 20
 """A page ends with the item that makes it this long, whatever its limit."""

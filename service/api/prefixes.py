@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from service.api.auth import Reading
 from service.api.bodies import read_body
-from service.api.documentation import request_headers, response_headers
+from service.api.documentation import refusals, request_headers, response_headers
 from service.api.json_bodies import MOST_VALUES, computed, declared_bytes, read_mask_json, reserved, validated
 from service.api.masks import mask_from_json, mask_of_tensor
 from service.api.negotiation import lists, require_acceptable, require_media_type
@@ -16,7 +16,7 @@ from service.api.responses import ParametersResponse, PrefixResponse
 from service.api.shared_files import SharedFileResponse, shares_file
 from service.api.state import LibraryOf, StateOf, state_of
 from service.errors import InvalidCheckpoint, InvalidRequest
-from service.plan import Plan, PrefixRequest
+from service.plan import Plan, PrefixBody, PrefixRequest
 from service.prefix.extras import InputMask
 from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from service.prefix.references import parse_reference
@@ -45,6 +45,15 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"description": "A safetensors file", "headers": _HEADERS, "content": {MEDIA_TYPE: BINARY}},
     206: {"description": "The byte range that was asked for", "headers": _HEADERS, "content": {MEDIA_TYPE: BINARY}},
     304: {"description": "What the caller has is current"},
+    **refusals(
+        {
+            404: "There is no such adapter or version",
+            406: "`Accept` leaves the media type out",
+            416: "The byte range lies outside the file",
+            422: "An option is malformed, or does not fit the adapter",
+            507: "There is no memory for it",
+        }
+    ),
 }
 _SHARED_FILE: Final[dict[str, Any]] = {
     "schema": {
@@ -70,11 +79,12 @@ _READING: Final[dict[str, Any]] = {"status_code": 200, "responses": _RESPONSES, 
 _READING_PREFIX: Final[dict[str, Any]] = {**_READING, "responses": {**_RESPONSES, 200: _WHOLE}}
 MASK_SCHEMA: Final[dict[str, Any]] = {
     "type": "array",
+    "minItems": 1,
     "maxItems": MOST_VALUES,
-    "items": {"type": "array", "maxItems": MOST_VALUES, "items": {"type": "integer", "enum": [0, 1]}},
+    "items": {"type": "array", "minItems": 1, "maxItems": MOST_VALUES, "items": {"type": "integer", "enum": [0, 1]}},
     "description": "the input's mask, one row each",
 }
-_JSON_SCHEMA: Final = PrefixRequest.model_json_schema()
+_JSON_SCHEMA: Final = PrefixBody.model_json_schema()
 _BODY: Final[dict[str, Any]] = {
     "requestBody": {
         "required": True,
@@ -149,7 +159,7 @@ async def post_prefix(
 
     def plan_json(values: dict[str, Any]) -> Plan:
         mask = mask_from_json(values.pop("attention_mask", None))
-        return library.plan(version, validated(PrefixRequest, values), mask)
+        return library.plan(version, validated(PrefixBody, values), mask)
 
     if media_type == MEDIA_TYPE:
         body = await read_body(request, state.settings.max_request_bytes)

@@ -12,7 +12,7 @@ from service.api.bodies import has_body
 from service.api.documentation import json_body
 from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
-from service.api.pagination import Limit, decode_cursor, encode_cursor, json_page
+from service.api.pagination import Cursor, Limit, decode_cursor, encode_cursor, json_page
 from service.api.paths import RefPath
 from service.api.schemas import ResidencyRequest, ResidencyState
 from service.api.state import LibraryOf, StateOf
@@ -39,7 +39,7 @@ class Residency(BaseModel):
 
 @router.get("/v1/residency", response_model=Residency)
 async def overview(
-    request: Request, _caller: PlatformReader, state: StateOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, _caller: PlatformReader, state: StateOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """What is in memory, where and why, of the process that answers: the largest versions and tenants first, at most
     `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
@@ -65,7 +65,7 @@ def _place(text: str) -> Place | None:
 
 def _named(place: Place) -> str:
     nbytes, key = place
-    return " ".join(map(str, (-nbytes, key.tenant, key.adapter, key.version, key.digest)))
+    return f"{-nbytes} {key.tenant} {key.adapter} {key.version} {key.digest}"
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))

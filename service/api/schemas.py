@@ -8,9 +8,10 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
 from service.library import Library
+from service.plan import QualifiedReference
 from service.prefix.config import parse_config
 from service.prefix.mixed import MOST_IN_A_ROW
-from service.request_model import RequestModel
+from service.request_model import INTEGRAL, RequestModel
 
 Moment = Annotated[
     datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
@@ -159,26 +160,40 @@ JSONObject = dict[Annotated[str, Field(max_length=1024)], Any]
 """An object with any members, whose number a field bounds."""
 
 
+_CONFIG = {
+    "peft_type": "PREFIX_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 20,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "token_dim": 8,
+}
+
+
 class FreshVersion(RequestModel):
     """An untrained prefix from a config alone, to try a worker's shapes before training."""
 
-    config: JSONObject = Field(max_length=1024)
+    config: JSONObject = Field(max_length=1024, examples=[_CONFIG])
     init_weights: Literal["random", "zero"] = "random"
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    seed: Annotated[int, Field(ge=0, lt=1 << 63), INTEGRAL] = 0
 
 
 class ComposedVersion(RequestModel):
     """A version that is the concatenation of others, in their order."""
 
-    compose: list[Annotated[str, Field(min_length=1, max_length=300)]] = Field(
-        min_length=2, max_length=MOST_IN_A_ROW, fail_fast=True, description="tenant/adapter@… each"
+    compose: list[QualifiedReference] = Field(
+        min_length=2,
+        max_length=MOST_IN_A_ROW,
+        fail_fast=True,
+        description="tenant/adapter@… each",
+        examples=[["acme/summarize@1", "acme/summarize@2"]],
     )
 
 
 class AliasTarget(RequestModel):
     """Where an alias points; `preload` moves it once the version is resident."""
 
-    version: int = Field(ge=1, lt=10**18, strict=True)  # as in references: at most 18 digits
+    version: Annotated[int, Field(ge=1, lt=10**18), INTEGRAL]  # as in references: at most 18 digits
     preload: bool = False
 
 
@@ -195,7 +210,7 @@ class ResidencyRequest(RequestModel):
     pinned: bool = False
 
 
-_Quota = Annotated[int | None, Field(ge=0, lt=1 << 63, strict=True)]
+_Quota = Annotated[int | None, Field(ge=0, lt=1 << 63), INTEGRAL]
 
 
 class TenantQuotas(RequestModel):
@@ -203,7 +218,7 @@ class TenantQuotas(RequestModel):
 
     max_adapters: _Quota = None
     max_bytes: _Quota = None
-    requests_per_second: Annotated[int | None, Field(ge=1, lt=1 << 31, strict=True)] = None
+    requests_per_second: Annotated[int | None, Field(ge=1, lt=1 << 31), INTEGRAL] = None
 
     def quotas(self) -> Quotas:
         """For the catalog."""
@@ -240,7 +255,7 @@ class NewKey(RequestModel):
 
     scope: Scope
     name: str = Field(default="", max_length=200)
-    expires: Annotated[datetime, BeforeValidator(_no_number)] | None = None
+    expires: Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)] | None = None
 
 
 class KeyItem(BaseModel):

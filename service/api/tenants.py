@@ -9,7 +9,7 @@ from service.api.bodies import has_body
 from service.api.documentation import json_body
 from service.api.json_bodies import read_model
 from service.api.negotiation import require_media_type
-from service.api.pagination import Limit, Listing, answer_page, decode_cursor
+from service.api.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
 from service.api.schemas import TenantItem, TenantPage, TenantQuotas
 from service.api.state import LibraryOf, StateOf
 from service.catalog.reads import read_catalog
@@ -19,7 +19,7 @@ router = APIRouter(tags=["tenants"])
 
 @router.get("/v1/tenants", response_model=TenantPage)
 async def list_tenants(
-    request: Request, _caller: PlatformAdmin, library: LibraryOf, limit: Limit = 100, cursor: str | None = None
+    request: Request, _caller: PlatformAdmin, library: LibraryOf, limit: Limit = 100, cursor: Cursor = None
 ) -> Response:
     """Every tenant, in the order of their names."""
     listing = Listing(library.tenants.listed, lambda row: row.name, TenantItem.of)

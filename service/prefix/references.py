@@ -11,6 +11,17 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 LATEST: Final = "latest"
 
+_NO_DOTS: Final = r"(?!.*\.\.)"
+_NO_NUMBER: Final = r"(?![0-9]+$)"
+_REFERENCE: Final = f"{_NAME.pattern}(?:@(?:{_DIGEST.pattern}|{_VERSION.pattern}|{_NO_NUMBER}{_NAME.pattern}))?"
+NAME_PATTERN: Final = f"^{_NO_DOTS}{_NAME.pattern}$"
+ALIAS_PATTERN: Final = f"^{_NO_DOTS}{_NO_NUMBER}(?!{LATEST}$){_NAME.pattern}$"
+SELECTOR_PATTERN: Final = f"^{_NO_DOTS}(?:{_DIGEST.pattern}|{_VERSION.pattern}|{_NO_NUMBER}{_NAME.pattern})$"
+DELETABLE_PATTERN: Final = f"^{_NO_DOTS}{_NAME.pattern}(?:@(?:{_DIGEST.pattern}|{_VERSION.pattern}))?$"
+REFERENCE_PATTERN: Final = f"^{_NO_DOTS}{_REFERENCE}$"
+QUALIFIED_PATTERN: Final = f"^{_NO_DOTS}{_NAME.pattern}/{_REFERENCE}$"
+"""What the functions below accept, as patterns (ECMA-262) for the OpenAPI document."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reference:

@@ -220,7 +220,7 @@ def test_alias_names(client: httpx.Client, alias: str, name: str) -> None:
         {},
         {"version": 0},
         {"version": "1"},
-        {"version": 1.0},
+        {"version": 1.5},
         {"version": True},
         {"version": 10**30},
         {"version": 1, "more": 1},

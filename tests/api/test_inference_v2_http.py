@@ -128,7 +128,7 @@ FRAMING: dict[str, tuple[bytes, dict[str, str], str]] = {
     "less than was said": (*framed({"inputs": [binary(ROWS, 4)]}, INT32[:3]), "4 bytes of binary data, and 3 are left"),
     "size of another shape": (*framed({"inputs": [binary(ROWS, 8)]}, INT32 * 2), "its shape needs 4"),
     "negative size": (*framed({"inputs": [binary(ROWS, -4)]}, INT32), "greater than or equal to 0"),
-    "size of a fraction": (*framed({"inputs": [{**ROWS, "parameters": {"binary_data_size": 4.0}}]}, INT32), "integer"),
+    "size of a fraction": (*framed({"inputs": [{**ROWS, "parameters": {"binary_data_size": 4.5}}]}, INT32), "integer"),
     "huge size": (*framed({"inputs": [binary(ROWS, 1 << 62)]}, INT32), "its shape needs 4"),
     "huge shape": (*framed({"inputs": [binary({**MASK, "shape": [1 << 40, 1 << 40]}, 48)]}, bytes(48)), "needs"),
     "data twice": (*framed({"inputs": [{**binary(ROWS, 4), "data": [2]}]}, INT32), "send one of them"),

@@ -100,3 +100,30 @@ def test_one_unknown_field_is_enough() -> None:
 
     with pytest.raises(InvalidRequest, match="x0: Extra inputs are not permitted"):
         validated(ResidencyRequest, {"pinned": True, **{f"x{number}": number for number in range(100_000)}})
+
+
+@pytest.mark.parametrize("version", [1, 1.0])
+def test_a_whole_number_is_an_integer(version: float) -> None:
+    """As JSON Schema has it, however it is written."""
+    from service.api.json_bodies import validated
+    from service.api.schemas import AliasTarget
+
+    assert validated(AliasTarget, {"version": version}).version == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("batch_size", wrong) for wrong in ("1", True, 1.5, float("inf"))),
+        *(("expand", wrong) for wrong in ("true", 1, 1.0)),
+        *(("layers", wrong) for wrong in (1, True)),
+    ],
+)
+def test_json_has_types(name: str, wrong: Any) -> None:
+    """Text and booleans are no numbers, and numbers no booleans, other than in a query."""
+    from service.api.json_bodies import validated
+    from service.errors import InvalidRequest
+    from service.plan import PrefixBody
+
+    with pytest.raises(InvalidRequest, match=name):
+        validated(PrefixBody, {name: wrong})

@@ -33,7 +33,8 @@ ADAPTERS: Final = f"/v1/tenants/{TENANT}/adapters"
 WIDE, LARGE, MANY = f"{ADAPTERS}/wide", f"{ADAPTERS}/large", f"{ADAPTERS}/many"
 WIDE_TOKENS: Final = 16_384
 LARGE_LAYERS: Final = 32
-_BIG: Final = 4 << 20
+_JSON: Final = (1 << 20) - 1000
+"""Bytes of JSON that are just read; with a mask four times as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +127,39 @@ async def _unread(target: Target, answers: Answers, connections: int, whole: byt
     await once_each(target, answers, connections, step)
 
 
-def _lists(start: bytes, item: bytes, end: bytes, nbytes: int = _BIG) -> bytes:
+def _lists(start: bytes, item: bytes, end: bytes, nbytes: int = _JSON) -> bytes:
     count = nbytes // (len(item) + 1)
     return start + b",".join([item] * count) + end
 
 
 @attack("read", 413, 422, 503, 507)
 async def rows_of_nothing(target: Target, answers: Answers) -> None:
-    """4 MiB of JSON: a million rows, each of them wrong."""
-    await _posting("/v1/prefixes", "read", lambda: _lists(b'{"rows":[', b"[]", b"]}"), 2)(target, answers)
+    """4 MiB of JSON with a mask: a million rows, each of them wrong."""
+    await _posting("/v1/prefixes", "read", lambda: _lists(b'{"rows":[', b"[]", b"]}", 4 * _JSON), 2)(target, answers)
+
+
+@attack("read", 413, 422, 503, 507)
+async def many_names(target: Target, answers: Answers) -> None:
+    """4 MiB of JSON: 400,000 names of members, none of which is known."""
+    members = b",".join(b'"%d":0' % number for number in range(400_000))
+    await _posting(f"{LARGE}/prefix", "read", lambda: b"{" + members + b"}", 4)(target, answers)
+
+
+@attack("write", 200, 201, 413, 422, 503, 507)
+async def config_of_nothing(target: Target, answers: Answers) -> None:
+    """Uploads behind a base model's config of a megabyte of lists."""
+    lists = _lists(b'{"a":[', b"[]", b"]}")
+    config = as_json(_config(num_virtual_tokens=1, token_dim=2))
+    file = _hidden_upload(1, 1, 1)
+    parts = {"adapter_config.json": config, "base_model_config": lists, "adapter_model.safetensors": file}
+    body, kind = form(parts)
+    path = f"{ADAPTERS}/lists/versions"
+    await _posting(path, "write", lambda: body, 4, Content_Type=kind)(target, answers)
 
 
 @attack("read", 400, 413, 503, 507)
 async def outputs_of_nothing(target: Target, answers: Answers) -> None:
-    """4 MiB of JSON: a million outputs, each of them wrong."""
+    """A megabyte of JSON: outputs, each of them wrong."""
     path = f"/v2/models/{TENANT}/large/infer"
     await _posting(path, "read", lambda: _lists(b'{"inputs":[],"outputs":[', b"{}", b"]}"), 2)(target, answers)
 
@@ -160,8 +180,8 @@ async def nested_json(target: Target, answers: Answers) -> None:
 
 @attack("read", 200, 413, 503, 507)
 async def json_masks(target: Target, answers: Answers) -> None:
-    """Masks of 256 rows of 8,192 tokens as JSON, eight at a time; nobody reads the answers."""
-    row = [1] * 8192
+    """Masks of 256 rows of 4,000 tokens as JSON, eight at a time; nobody reads the answers."""
+    row = [1] * 4000
     whole = request(target, "POST", f"{LARGE}/prefix", "read", as_json({"attention_mask": [row] * 256}))
     await _unread(target, answers, 8, whole)
 
@@ -343,7 +363,7 @@ async def slow_readers(target: Target, answers: Answers) -> None:
     await once_each(target, answers, 32, step)
 
 
-@attack("read", 200, 422, 429, 503)
+@attack("read", 200, 422, 429, 431, 503)
 async def long_questions(target: Target, answers: Answers) -> None:
     """Reads with 32 KiB of `Accept`, each another."""
 
@@ -401,7 +421,33 @@ async def half_bodies(target: Target, answers: Answers) -> None:
     await once_each(target, answers, 800, step)
 
 
+@attack("read", 206, 503)
+async def bytes_of_weights(target: Target, answers: Answers) -> None:
+    """One byte of a large version's weights file, which is verified each time, 16 at a time."""
+
+    async def step(connection: Connection) -> int | None:
+        await connection.send(request(target, "GET", f"{LARGE}/parameters", "read", Range="bytes=0-0"))
+        return await connection.answer()
+
+    await repeatedly(target, answers, 16, step)
+
+
+@attack("write", 200, 201, 413, 422, 503, 507)
+async def long_computations(target: Target, answers: Answers) -> None:
+    """Untrained versions whose projection takes minutes of a processor."""
+    config = _config(num_virtual_tokens=WIDE_TOKENS, num_layers=2, num_attention_heads=8, token_dim=512)
+    config |= {"prefix_projection": True, "inference_mode": False, "encoder_hidden_size": 4096}
+    body = as_json({"config": config, "init_weights": "random", "seed": 1})
+    await _posting(f"{ADAPTERS}/long/versions", "write", lambda: body, 4)(target, answers)
+
+
 # --- Without a key ---
+
+
+@attack("none", 200, 503)
+async def unread_documents(target: Target, answers: Answers) -> None:
+    """600 connections that ask for the public document six times each, and do not read."""
+    await _unread(target, answers, 600, request(target, "GET", "/openapi.json", None) * 6)
 
 
 @attack("none", 408, 503)

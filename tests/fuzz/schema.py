@@ -1,13 +1,17 @@
 """Schemathesis on the committed OpenAPI document: all checks, with a key and without one."""
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import httpx
 
 from tests.api.helpers import CONFIG
-from tests.conftest import Server, running_server
+from tests.conftest import running_server
 
 DOCUMENT: Final = Path(__file__).parents[2] / "openapi" / "openapi.json"
 
@@ -25,32 +29,81 @@ def fuzzed(folder: Path, examples: int, seed: int, *, with_key: bool) -> Report:
     """Try every operation with so many examples in each phase, on a service of its own."""
     with running_server(folder / "data") as server:
         (folder / "schemathesis.toml").write_text(_SETTINGS)
-        _prepare(server)
         command = [sys.executable, "-m", "schemathesis.cli", "run", str(DOCUMENT), "--url", server.url]
         command += ["--phases", "examples,coverage,fuzzing,stateful", "--checks", "all", "--mode", "all"]
         command += ["--max-examples", str(examples), "--seed", str(seed), "--no-color"]
         if with_key:
             command += ["--header", f"Authorization: Bearer {server.admin_key}"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        with server.client() as client:
+            existing = json.dumps(_published(client))
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.schema_hooks", "FUZZ_EXISTING": existing}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
         return Report(done.stdout + done.stderr, done.returncode, server.log.read_text())
 
 
-def _prepare(server: Server) -> None:
-    with server.client() as client:
-        for adapter in ("a", "deleted"):
-            made = client.post(f"/v1/tenants/fuzz/adapters/{adapter}/versions", json={"config": CONFIG})
-            made.raise_for_status()
+def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
+    """Publish adapters. Returns parameters of what exists: for every operation, and for some alone by their path."""
+    for adapter in ("acme/summarize", "acme/deleted", "other/summarize", "gone/summarize"):
+        tenant, _, name = adapter.partition("/")
+        for seed in range(3):
+            body = {"config": CONFIG, "seed": seed}
+            client.post(f"/v1/tenants/{tenant}/adapters/{name}/versions", json=body).raise_for_status()
+        client.put(f"/v1/tenants/{tenant}/adapters/{name}/residency").raise_for_status()
+    client.put("/v1/tenants/acme/adapters/summarize/aliases/prod", json={"version": 1}).raise_for_status()
+    return {
+        "": {"tenant": "acme", "name": "summarize", "ref": "summarize", "version": "1"},
+        "GET /v1/tenants/{tenant}/adapters/{name}/aliases/{alias}": {"alias": "prod"},
+        "DELETE /v1/tenants/{tenant}/adapters/{ref}": {"ref": "deleted"},
+        # Quotas of the tenant that the others use would let them reach nothing.
+        "PUT /v1/tenants/{tenant}": {"tenant": "other"},
+        "DELETE /v1/tenants/{tenant}": {"tenant": "gone"},
+        "GET /v1/keys/{key_id}": {"key_id": _key(client, "/v1/keys")},
+        "GET /v1/tenants/{tenant}/keys/{key_id}": {"key_id": _key(client, "/v1/tenants/acme/keys")},
+        **{f"GET {path}": {"cursor": _cursor(client, path)} for path in _listings()},
+    }
 
 
-# Names that exist, so that requests reach what is behind the look-up.
+def _key(client: httpx.Client, path: str) -> str:
+    made = [client.post(path, json={"scope": "read"}).raise_for_status().json()["id"] for _ in range(2)]
+    return str(made[0])
+
+
+def _listings() -> list[str]:
+    paths: dict[str, Any] = json.loads(DOCUMENT.read_text())["paths"]
+    return [
+        path
+        for path, item in paths.items()
+        if any(parameter["name"] == "cursor" for parameter in item.get("get", {}).get("parameters", []))
+    ]
+
+
+def _cursor(client: httpx.Client, path: str) -> str:
+    page = client.get(path.format(tenant="acme", name="summarize"), params={"limit": 1}).raise_for_status()
+    found: str = page.json()["next"]
+    return found
+
+
 _SETTINGS: Final = """
-[parameters]
-"path.tenant" = "fuzz"
-"path.name" = "a"
-"path.ref" = "a"
-"path.version" = "1"
+[checks]
+negative_data_rejection.expected-statuses = [400, 401, 404, 405, 406, 412, 414, 415, 422, 429]
 
+# A condition that does not hold is no fault of the request.
 [[operations]]
-include-operation-id = "delete"
-parameters = { "path.ref" = "deleted" }
+include-path-regex = "/aliases/"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
+
+# Layers, heads and ranks are those of the adapter; the rows of a mask have one length, and are the batch.
+[[operations]]
+include-path-regex = "/prefix(es)?$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416, 422]
+
+# The shape of an input says how many elements its data has.
+[[operations]]
+include-path-regex = "/infer$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 404]
+
+# What stands in a config, and whether weights fit it, is PEFT's to say.
+[[operations]]
+include-operation-id = "publish"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]
 """
