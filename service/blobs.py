@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from service.disk import PRIVATE_FOLDER, require_writable, sync_folder, translated
+from service.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
 from service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from service.host_memory import host_memory
 
@@ -243,7 +243,7 @@ class FolderBlobStore:
         """
         found, length = hashlib.sha256(), 0
         with self._existing(digest) as file:
-            with translated(f"copy blob {digest}"), target.open("wb") as copied:
+            with translated(f"copy blob {digest}"), open(target, "wb", opener=private_opener) as copied:
                 while piece := file.read(_PIECE):
                     found.update(piece)
                     length += copied.write(piece)

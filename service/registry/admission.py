@@ -119,7 +119,6 @@ class WorkBudget:
                 f"this takes {nbytes} bytes of memory, and one request may take {self.budget // _PART}: send less, or "
                 "raise PREFIX_WORK_BYTES, of which that is a half"
             )
-        nbytes = max(nbytes, 1)  # a tenant is known by what it holds
         job, owner = Job(tenant, nbytes), self._tenants.setdefault(tenant, _Tenant())
         if not owner.waiting and self._fits(owner, nbytes) and not (owner.running and self._is_starved()):
             self._admit(owner, job)

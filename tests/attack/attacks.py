@@ -32,6 +32,7 @@ TENANT: Final = "attacker"
 ADAPTERS: Final = f"/v1/tenants/{TENANT}/adapters"
 WIDE, LARGE, MANY = f"{ADAPTERS}/wide", f"{ADAPTERS}/large", f"{ADAPTERS}/many"
 WIDE_TOKENS: Final = 16_384
+VERSIONS: Final = 60
 LARGE_LAYERS: Final = 32
 _JSON: Final = (1 << 20) - 1000
 """Bytes of JSON that are just read; with a mask four times as many."""
@@ -129,7 +130,7 @@ async def _unread(target: Target, answers: Answers, connections: int, whole: byt
 
 def _lists(start: bytes, item: bytes, end: bytes, nbytes: int = _JSON) -> bytes:
     count = nbytes // (len(item) + 1)
-    return start + b",".join([item] * count) + end
+    return start + (item + b",") * (count - 1) + item + end
 
 
 @attack("read", 413, 422, 503, 507)
@@ -395,7 +396,7 @@ async def cold_scan(target: Target, answers: Answers) -> None:
     numbers = itertools.count(1)
 
     async def step(connection: Connection) -> int | None:
-        await connection.send(request(target, "GET", f"{MANY}@{next(numbers) % 200 + 1}/prefix", "read"))
+        await connection.send(request(target, "GET", f"{MANY}@{next(numbers) % VERSIONS + 1}/prefix", "read"))
         return await connection.answer()
 
     await repeatedly(target, answers, 8, step)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.attack.attacks import LARGE_LAYERS, MANY, TENANT, WIDE_TOKENS, Attack
+from tests.attack.attacks import LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
 from tests.attack.neighbour import Seen
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.conftest import Server, running_server
@@ -34,7 +34,7 @@ SLACK: Final = 256 * _MIB
 """Bytes of memory that an attack may take beside the budgets."""
 QUOTA: Final = 1 << 30
 _WARM, _COLD = Shape(head_dim=16), Shape(head_dim=32)  # 320 and 640 KiB
-_COLDS: Final = 150  # more than the device's budget holds
+_COLDS: Final = 110  # more than the device's budget holds
 _LARGE: Final = {"num_virtual_tokens": 128, "num_layers": LARGE_LAYERS, "num_attention_heads": 8, "token_dim": 1024}
 _WIDE: Final = {"num_virtual_tokens": WIDE_TOKENS, "num_layers": 1, "num_attention_heads": 1, "token_dim": 2}
 _MANY: Final = {"num_virtual_tokens": 20, "num_layers": 4, "num_attention_heads": 8, "token_dim": 256}
@@ -68,7 +68,7 @@ def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> It
         wanted = [("neighbour", f"n-{number:03}", _COLD if number else _WARM) for number in range(_COLDS + 1)]
         hosted = publish_all(server.url, server.admin_key, wanted, 2, lambda: None)
         progress("publishing the attacker's adapters")
-        for name, sizes, count in (("large", _LARGE, 1), ("wide", _WIDE, 1), ("many", _MANY, 200)):
+        for name, sizes, count in (("large", _LARGE, 1), ("wide", _WIDE, 1), ("many", _MANY, VERSIONS)):
             for seed in range(count):
                 body = {"config": _config(sizes), "init_weights": "random", "seed": seed}
                 _made(admin.post(f"/v1/tenants/{TENANT}/adapters/{name}/versions", json=body))

@@ -42,6 +42,7 @@ CALLS: dict[str, Call] = {
     "load": lambda client: client.run(management.load("a/b")),
     "unload": lambda client: client.run(management.unload("a/b")),
     "residency": lambda client: client.run(management.residency()),
+    "versions": lambda client: client.run(management.versions("a/b")),
     "tenants": lambda client: client.run(management.tenants()),
     "tenant": lambda client: client.run(management.tenant("a")),
     "put_tenant": lambda client: client.run(management.put_tenant("a", {"max_bytes": 1})),
