@@ -1,6 +1,9 @@
 """Long computations of some tenants beside short work of another, which never waits for a whole one."""
 
 import itertools
+import json
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.helpers import CONFIG, upload, versions_path, weights
+from tests.api.helpers import CONFIG, head, upload, versions_path, weights
 from tests.conftest import Server, running_server
 
 # An MLP of about 200 GFLOP, 32 blocks of rows: three seconds of one core.
@@ -71,7 +74,27 @@ def test_long_computations_do_not_delay_a_neighbours_short_work(server: Server) 
         took = time.monotonic() - began
         for one in making:
             one.result()
-    print("FIGURES", alone, took, max(masks), max(publications), len(masks))
     assert took > 10 * alone, "the computations were too short to delay anybody"
     assert max(masks) < took / 5
     assert max(publications) < took / 3
+
+
+def test_a_computation_ends_when_its_client_leaves(server: Server) -> None:
+    """Its memory is free after the step that runs; the whole takes twelve seconds of one core."""
+    admin, body = server.client(), json.dumps({"config": {**LONG, "token_dim": 256}}).encode()
+    upload(admin, "acme", "small", file=weights())
+    used = re.compile(r"^prefix_service_work_used_bytes ([0-9.e+]+)$", re.MULTILINE)
+
+    def until(*, is_used: bool) -> None:
+        while (found := used.search(admin.get("/metrics").text)) is None or (float(found[1]) > 0) is not is_used:
+            assert time.monotonic() - began < 6
+            time.sleep(0.05)
+
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        fields = {"Authorization": f"Bearer {server.admin_key}", "Content_Type": "application/json"}
+        client.sendall(head("POST", versions_path("acme", "long"), Content_Length=str(len(body)), **fields) + body)
+        began = time.monotonic()
+        until(is_used=True)
+    began = time.monotonic()
+    until(is_used=False)
+    assert admin.get("/v1/tenants/acme/adapters/long/versions").status_code == 404
