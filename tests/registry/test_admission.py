@@ -71,7 +71,7 @@ class Budgets(RuleBasedStateMachine):
 
     @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, 6), st.integers(0, BUDGET)))
     def ask(self, tenant: str, nbytes: int) -> None:
-        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, nbytes))
+        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, max(nbytes, 1)))
         try:
             job = self.budget.ask(tenant, nbytes)
         except OutOfSpace:
