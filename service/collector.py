@@ -132,6 +132,8 @@ def _logged(call: Callable[[], object]) -> None:
         call()
     except PrefixServiceError as error:
         log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its words say it all
+    except Exception:  # the other tasks of the thread go on
+        log.exception("garbage collection failed")
 
 
 @contextlib.contextmanager

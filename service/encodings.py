@@ -3,10 +3,10 @@
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavaila
 from service.prefix.buffers import bytes_of
 from service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
 from service.prefix.config import PrefixConfig, parse_config
-from service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assemble
+from service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from service.prefix.kv import PrefixKV
 from service.prefix.references import parse_reference
 from service.prefix.rendering import to_host
@@ -27,6 +27,7 @@ from service.prefix.streams import own_stream
 
 log = logging.getLogger("prefix_service")
 
+T = TypeVar("T")
 _KEY_VALUES: Final = "past_key_values"
 _UNWATCHED: Final = contextlib.nullcontext[Beside | None](None)
 
@@ -47,20 +48,25 @@ class Encodings:
     def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
         self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
 
-    def encode(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> PrefixKV:
-        """Returns the keys and values of a prefix in a weights file, in host memory.
+    def encoding(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> Generator[None, None, PrefixKV]:
+        """Returns the keys and values of a prefix in a weights file, in host memory; in a step for each block of rows,
+        after one that reads an MLP's weights. Each step may run in another thread.
 
         Raises:
             InvalidCheckpoint: a weight, or the result of an MLP, is not finite.
         """
         if not file.is_projected:
-            return assemble(config, read_rows(file, read), file.dtype, torch.device("cpu"))
+            return (yield from assembling(config, read_rows(file, read), file.dtype, torch.device("cpu")))
         with own_stream(self._device):
-            kv = PrefixEncoder.from_weights(config, read_weights(file, read), self._device).encode()
-            return replace(kv, tensor=to_host(kv.tensor))
+            encoder = PrefixEncoder.from_weights(config, read_weights(file, read), self._device)
+        yield
+        kv = yield from _on_own_stream(self._device, encoder.encoding())
+        with own_stream(self._device):
+            host = to_host(kv.tensor)
+        return replace(kv, tensor=host)
 
-    def store(self, kv: PrefixKV) -> str:
-        """Keep keys and values; return the digest of the blob.
+    def storing(self, kv: PrefixKV) -> Generator[None, None, str]:
+        """Keeps keys and values, some megabytes in each step; returns the digest of the blob.
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused.
@@ -69,7 +75,9 @@ class Encodings:
         staged = self._blobs.stage()
         try:
             for piece in _pieces(kv):
-                staged.write(piece)
+                for first in range(0, len(piece), BLOCK):
+                    staged.write(piece[first : first + BLOCK])
+                    yield
             return staged.commit()
         finally:
             staged.discard()
@@ -114,7 +122,7 @@ class Encodings:
             raise EncodedAgain(current)
         log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
         with self._weights(version) as (file, read):
-            kv = self.encode(parse_config(version.config), file, read)
+            kv = finished(self.encoding(parse_config(version.config), file, read))
         sha256 = hashlib.sha256()
         for piece in _pieces(kv):
             sha256.update(piece)
@@ -122,13 +130,13 @@ class Encodings:
         if digest == version.key_values:
             # These are the very bytes: they can be served, whether or not the disk takes them.
             try:
-                self.store(kv)
+                finished(self.storing(kv))
             except (OutOfSpace, Unavailable, ReadOnly) as error:
                 log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
             return kv
         # An MLP on another processor may give other last bits.
         try:
-            self.store(kv)
+            finished(self.storing(kv))
             raise EncodedAgain(self._catalog.replace_key_values(version, digest))
         except ReadOnly as error:
             raise CorruptBlob(
@@ -179,6 +187,19 @@ class Encodings:
         with self.open_weights(version) as stored:
             read = partial(read_range, stored)
             yield locate_prefix(read, version.weights_bytes, parse_config(version.config)), read
+
+
+def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Generator[None, None, T]:
+    """Runs each step of a generator on a stream of the thread that takes the step, in inference mode: both belong to
+    threads."""
+    while True:
+        with own_stream(device), torch.inference_mode():
+            try:
+                next(steps)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+        yield
 
 
 def unstable(again: EncodedAgain) -> Unavailable:

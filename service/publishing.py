@@ -6,7 +6,7 @@ before the work, and decide in the transaction that makes the version.
 
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -14,6 +14,7 @@ from typing import Any, Final
 import rfc8785
 import torch
 from anyio import to_thread
+from torch import Tensor
 
 from service.arrivals import Arrival, Arrivals
 from service.blobs import BlobStore, StagedBlob
@@ -23,13 +24,14 @@ from service.catalog.records import AuditEntry, NewVersion, Principal, Version
 from service.encodings import Encodings
 from service.errors import InvalidConfig
 from service.prefix.buffers import bytes_of
-from service.prefix.checkpoint import PrefixFile, header_nbytes, locate_prefix
+from service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
 from service.prefix.compose import composed_config
 from service.prefix.config import MAX_CONFIG_BYTES, PrefixConfig, PrefixTuningConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
 from service.prefix.rendering import KV_DTYPES
 from service.prefix.safetensors_header import header_of
 from service.registry.admission import Admission
+from service.registry.turns import in_thread
 
 _PARSED: Final = 32  # bytes of memory that a byte of a header takes while it is parsed, at most (measured: 27)
 _LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
@@ -89,7 +91,7 @@ class Publisher:
             try:
                 yield Upload(weights, arrival)
             finally:
-                await to_thread.run_sync(weights.discard)
+                await in_thread(weights.discard)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted."""
@@ -129,17 +131,17 @@ class Publisher:
             key_values="",
             key_values_bytes=key_values_bytes,
         )
-        if (existing := await to_thread.run_sync(self._find, target, draft, weights)) is not None:
+        if (existing := await in_thread(partial(self._find, target, draft, weights))) is not None:
             self._mended(existing)
             return existing, False
         upload.arrival.hold(draft.nbytes)
         async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
-            new = await work.run(partial(self._stored, draft, config, file, weights))
+            new = await work.compute(self._storing(draft, config, file, weights))
         upload.arrival.end()  # or its bytes would count twice for who looks behind the transaction
         add = partial(
             self._catalog.add_version, target.tenant, target.adapter, new, target.by, make_tenant=target.make_tenant
         )
-        version, is_new = await to_thread.run_sync(add)
+        version, is_new = await in_thread(add)
         if not is_new:
             self._mended(version)
         return version, is_new
@@ -152,8 +154,11 @@ class Publisher:
             weights.commit()
         return existing
 
-    def _stored(self, draft: NewVersion, config: PrefixConfig, file: PrefixFile, weights: StagedBlob) -> NewVersion:
-        key_values = self._encodings.store(self._encodings.encode(config, file, weights.read))
+    def _storing(
+        self, draft: NewVersion, config: PrefixConfig, file: PrefixFile, weights: StagedBlob
+    ) -> Generator[None, None, NewVersion]:
+        kv = yield from self._encodings.encoding(config, file, weights.read)
+        key_values = yield from self._encodings.storing(kv)
         weights.commit()
         return replace(draft, key_values=key_values)
 
@@ -175,7 +180,7 @@ class Publisher:
         manifest = _manifest(config, "")  # the digest of the weights is not known yet
         async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
             async with self._admission.work(target.tenant, fresh_nbytes(config)) as work:
-                await work.run(partial(_write_fresh, upload.weights, config, init, seed))
+                await work.compute(_writing_fresh(upload.weights, config, init, seed))
             return await self.publish(target, config, upload)
 
     async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
@@ -198,12 +203,12 @@ class Publisher:
             await to_thread.run_sync(upload.weights.write, header)
             for _, version in sources:
                 async with self._admission.work(target.tenant, self._encodings.rows_nbytes(version)) as work:
-                    await work.run(partial(self._write_rows, upload.weights, version, dtype))
+                    await work.compute(self._writing_rows(upload.weights, version, dtype))
             return await self.publish(target, config, upload)
 
-    def _write_rows(self, weights: StagedBlob, version: Version, dtype: torch.dtype) -> None:
+    def _writing_rows(self, weights: StagedBlob, version: Version, dtype: torch.dtype) -> Generator[None, None, None]:
         for rows in self._encodings.rows(version):
-            weights.write(bytes_of(rows.to(dtype).contiguous()))
+            yield from _writing(weights, rows.to(dtype))
 
     def _require_moderate(self, nbytes: int) -> None:
         """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
@@ -211,11 +216,21 @@ class Publisher:
             raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self._most}")
 
 
-def _write_fresh(weights: StagedBlob, config: PrefixConfig, init: InitWeights, seed: int) -> None:
+def _writing_fresh(
+    weights: StagedBlob, config: PrefixConfig, init: InitWeights, seed: int
+) -> Generator[None, None, None]:
     weights.write(header_of(_FLAT, torch.float32, (config.num_virtual_tokens, config.prefix_embedding_dim or 0)))
-    with torch.inference_mode():
-        for rows in PrefixEncoder.fresh(config, init, seed, torch.device("cpu")).rows():
-            weights.write(bytes_of(rows.contiguous()))
+    encoder = yield from PrefixEncoder.drawing(config, init, seed, torch.device("cpu"))
+    for rows in encoder.rows():
+        yield from _writing(weights, rows)
+
+
+def _writing(weights: StagedBlob, rows: Tensor) -> Generator[None, None, None]:
+    """Writes rows, some megabytes in each step, behind the step that computed them."""
+    data = bytes_of(rows.contiguous())
+    for first in range(0, len(data), BLOCK):
+        yield
+        weights.write(data[first : first + BLOCK])
 
 
 def _stored_dtype(version: Version, config: PrefixConfig) -> torch.dtype:

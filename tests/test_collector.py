@@ -206,3 +206,16 @@ def test_it_runs_in_the_background(database: Database, blobs: FolderBlobStore) -
         assert not blobs.exists(digest)
     with pytest.raises(NotFound):
         blobs.read(digest)
+
+
+def test_a_fault_in_one_task_ends_no_other(
+    database: Database, blobs: FolderBlobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever raises: it is logged with its traceback, and blobs are collected all the same."""
+
+    def fail(_: Collector) -> list[Lost]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Collector, "reconcile", fail)
+    test_it_runs_in_the_background(database, blobs)
+    assert [record.message for record in caplog.records if record.exc_info] == ["garbage collection failed"]

@@ -1,5 +1,6 @@
 """Publishing, listing, inspecting and deleting adapters."""
 
+from collections.abc import Coroutine
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
@@ -12,6 +13,7 @@ from service.api.json_bodies import read_json, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import NUMBER, Cursor, Limit, Listing, answer_page, decode_cursor
 from service.api.paths import DeletablePath, NamePath, RefPath
+from service.api.presence import while_connected
 from service.api.schemas import (
     AdapterItem,
     AdapterPage,
@@ -24,7 +26,7 @@ from service.api.schemas import (
 from service.api.state import LibraryOf
 from service.catalog.reads import read_catalog
 from service.catalog.records import Adapter, Principal, Version
-from service.errors import NotFound
+from service.errors import InvalidRequest, NotFound
 from service.library import Library
 from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
 from service.prefix.form import MEDIA_TYPE
@@ -93,9 +95,10 @@ async def publish(
         wanted = await read_json(request, _fresh_or_composed)
         await library.require_authority(by)
         if isinstance(wanted, ComposedVersion):
-            version, is_new = await _publish_composed(wanted, library, target)
+            publishing = _publish_composed(wanted, library, target)
         else:
-            version, is_new = await _publish_fresh(wanted, library, target)
+            publishing = _publish_fresh(wanted, library, target)
+        version, is_new = await _wanted(request, publishing)
     else:
         version, is_new = await _publish_upload(request, library, target)
     response.status_code = 201 if is_new else 200
@@ -124,7 +127,16 @@ async def _publish_upload(request: Request, library: Library, target: Target) ->
         config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
         if base_json is not None:
             config = config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
-        return await library.publisher.publish(target, config, upload)
+        return await _wanted(request, library.publisher.publish(target, config, upload))
+
+
+async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Version, bool]]) -> tuple[Version, bool]:
+    """Returns what `publishing` returns, unless the client leaves: then it is cancelled, at the latest after the step
+    that runs."""
+    made = await while_connected(request.receive, publishing)
+    if made is None:
+        raise InvalidRequest("the connection ended before the version was made")
+    return made
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:

@@ -41,7 +41,7 @@ from service.api.schemas import Problem
 from service.api.state import State
 from service.blobs import FolderBlobStore
 from service.catalog.access import PROMPT
-from service.catalog.changes import Listener
+from service.catalog.changes import Listener, tell
 from service.catalog.database import Database
 from service.catalog.keys import Keyring
 from service.catalog.records import AuditEntry
@@ -127,7 +127,7 @@ def _on_this_loop(listener: Listener) -> Listener:
     loop = asyncio.get_running_loop()
 
     def hear(changes: Sequence[AuditEntry]) -> None:
-        loop.call_soon_threadsafe(listener, changes)
+        loop.call_soon_threadsafe(tell, listener, changes)
 
     return hear
 
@@ -153,7 +153,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
     changes = library.changes
-    known_keys = KnownKeys(keyring, lambda: changes.are_known)
+    known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
     authenticator = Authenticator(None if settings.dev else known_keys)
     rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
     statistics = InferenceStatistics()

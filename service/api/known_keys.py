@@ -35,13 +35,14 @@ _PAUSE: Final = 5.0  # seconds between two notes of what was used
 
 class KnownKeys:
     """The keys of a catalog that were used or made last, by their ids, as `hear` is told of changes. What is in memory
-    holds while `are_known` says that changes are heard; then each key is looked up again.
+    holds while `are_known` says that changes are heard; then each key is looked up again. `notes_uses` is False where
+    the catalog is read-only.
 
     Belongs to the event loop, `running` aside.
     """
 
-    def __init__(self, keyring: Keyring, are_known: Callable[[], bool]) -> None:
-        self._keyring, self._are_known = keyring, are_known
+    def __init__(self, keyring: Keyring, are_known: Callable[[], bool], *, notes_uses: bool = True) -> None:
+        self._keyring, self._are_known, self._notes_uses = keyring, are_known, notes_uses
         # None: this key exists, or did, and has not been looked up since.
         self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
         self._missing: dict[str, None] = {}
@@ -95,7 +96,7 @@ class KnownKeys:
     def running(self) -> Iterator[None]:
         """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
         try:
-            with in_background("uses of keys", self._note):
+            with in_background("uses of keys", self._note) if self._notes_uses else contextlib.nullcontext():
                 yield
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
@@ -127,7 +128,8 @@ class KnownKeys:
             return None
         if now - self._noted.get(key_id, -math.inf) >= USE_GRANULARITY.total_seconds():
             _remember(self._noted, key_id, now, _MOST_KEYS)
-            self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
+            if self._notes_uses:
+                self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
             if self._keys.get(key_id) is stored:  # of many keys, those that are used stay
                 _remember(self._keys, key_id, stored, _MOST_KEYS)
         return stored.principal

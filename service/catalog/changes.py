@@ -26,6 +26,14 @@ _PAUSE: Final = 0.25  # seconds between two looks
 _STALE: Final = 30.0  # seconds that what is known holds while the catalog cannot be read
 
 
+def tell(listener: Listener, changes: Sequence[AuditEntry]) -> None:
+    """Calls a listener. If it raises, the error is logged, and the caller goes on to the next listener and changes."""
+    try:
+        listener(changes)
+    except Exception:
+        log.exception("a listener failed on changes of the catalog", extra={"changes": len(changes)})
+
+
 class Changes:
     """The audit log, followed: each listener hears of each change once. Safe to share between threads.
 
@@ -65,7 +73,7 @@ class Changes:
             if entries:
                 self._last = entries[-1].id
                 for listener in self._listeners:
-                    listener(entries)
+                    tell(listener, entries)
             self._read_at = began
 
     def _after_write(self) -> None:

@@ -1,23 +1,31 @@
 """`PrefixEncoder`: trained weights on a device, run once to the keys and values of a prefix."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import reduce
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial, reduce
 from math import prod, sqrt
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its customary name
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.errors import InvalidCheckpoint
 from service.prefix.checkpoint import BLOCK, PrefixFile, PrefixWeights
 from service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from service.prefix.kv import PrefixKV
 
+T = TypeVar("T")
 InitWeights = Literal["random", "zero"]
 
 HIDDEN_BLOCK: Final = 64 << 20
 """Bytes of an MLP's hidden activations, above which its rows are computed in blocks."""
+
+BLOCK_FLOPS: Final = 1 << 38
+"""Floating-point operations of an MLP, above which its rows are computed in blocks: about four seconds of one core. For
+Llama 2 7B (32 layers, 4096) that is 126 tokens with 4096 hidden units, or 506 with 1024: what is usual is computed in
+one block, as PEFT does, since other shapes may give other last bits."""
+
+_DRAWN: Final = 1 << 24  # random numbers that are drawn in one step; a multiple of the 16 that torch draws together
 
 _ROWS: Final = ("prompt_embeddings", "embedding", "frozen_embedding", "trainable_embedding")
 
@@ -49,6 +57,20 @@ class PrefixEncoder:
 
         `zero` makes every key and value zero, as PEFT's `init_weights="zero"` does. The same seed gives the same
         weights on every device.
+
+        Raises:
+            InvalidConfig: a dimension is missing.
+        """
+        return finished(cls.drawing(config, init, seed, device))
+
+    @classmethod
+    def drawing(
+        cls, config: PrefixConfig, init: InitWeights, seed: int, device: torch.device
+    ) -> Generator[None, None, Self]:
+        """Returns what `fresh` returns, in steps of at most 32 million random numbers each.
+
+        Raises:
+            InvalidConfig: a dimension is missing.
         """
         config.require_dimensions()
         draw = torch.Generator().manual_seed(seed)
@@ -56,7 +78,8 @@ class PrefixEncoder:
         projected = isinstance(config, PrefixTuningConfig) and config.prefix_projection and not config.inference_mode
         if isinstance(config, PrefixTuningConfig) and projected:
             config.require_projection_size()
-        tensors = {"embedding": torch.randn(tokens, token_dim if projected else width, generator=draw)}
+        tensors = {"embedding": torch.empty(tokens, token_dim if projected else width)}
+        yield from _filled(tensors["embedding"], partial(nn.init.normal_, generator=draw))
         if isinstance(config, PrefixTuningConfig) and projected:
             hidden = config.encoder_hidden_size or 0
             for name, inputs, shape in (
@@ -65,7 +88,8 @@ class PrefixEncoder:
                 ("transform.w2", hidden, (width, hidden)),
                 ("transform.b2", hidden, (width,)),
             ):
-                tensors[name] = torch.empty(shape).uniform_(-1 / sqrt(inputs), 1 / sqrt(inputs), generator=draw)
+                tensors[name], most = torch.empty(shape), 1 / sqrt(inputs)
+                yield from _filled(tensors[name], partial(nn.init.uniform_, a=-most, b=most, generator=draw))
         if init == "zero":
             for name in ("transform.w2", "transform.b2") if projected else ("embedding",):
                 tensors[name].zero_()
@@ -77,7 +101,8 @@ class PrefixEncoder:
     def rows(self) -> Iterator[Tensor]:
         """Yields the prefix as PEFT saves it, `[n, L * 2 * token_dim]`: float32 from an MLP, else in the stored dtype.
 
-        The rows come in one piece, unless the hidden activations of an MLP would exceed 64 MiB.
+        The rows come in one piece, unless an MLP's hidden activations exceed `HIDDEN_BLOCK` bytes, or its work
+        exceeds `BLOCK_FLOPS`. Nothing but a single row takes more of either.
 
         Raises:
             InvalidCheckpoint: the MLP's result is not finite.
@@ -105,9 +130,17 @@ class PrefixEncoder:
 
     def encode(self) -> PrefixKV:
         """The keys and values of the prefix, on the encoder's device."""
-        dtype = torch.float32 if "transform.w1" in self._tensors else _common_dtype(self._tensors.values())
         with torch.inference_mode():
-            return assemble(self.config, self.rows(), dtype, self.device)
+            return finished(self.encoding())
+
+    def encoding(self) -> Generator[None, None, PrefixKV]:
+        """Returns what `encode` returns, in a step for each block of rows. Run each step in inference mode.
+
+        Raises:
+            InvalidCheckpoint: the MLP's result is not finite.
+        """
+        dtype = torch.float32 if "transform.w1" in self._tensors else _common_dtype(self._tensors.values())
+        return assembling(self.config, self.rows(), dtype, self.device)
 
     def forward(self, batch_size: int) -> Tensor:
         """`past_key_values` of a batch, `[B, L, 2, H, N, D]`; the rows are one memory."""
@@ -138,8 +171,25 @@ class PrefixEncoder:
             self._tensors[name] = (tensor.T if name in _TRANSPOSED else tensor).contiguous().to(self.device)
 
 
+def finished(steps: Generator[None, None, T]) -> T:
+    """Runs a generator to its end, and returns what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+
 def assemble(config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> PrefixKV:
     """Returns the keys and values that the rows of a flat prefix hold, `[n, L * 2 * token_dim]` at a time."""
+    return finished(assembling(config, rows, dtype, device))
+
+
+def assembling(
+    config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, device: torch.device
+) -> Generator[None, None, PrefixKV]:
+    """Returns the keys and values that the rows of a flat prefix hold, `[n, L * 2 * token_dim]` a step."""
     shape = (
         config.num_layers or 0,
         2,
@@ -151,7 +201,18 @@ def assemble(config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, d
     for block in rows:
         kv.put_rows(first, block, config.num_transformer_submodules)
         first += len(block)
+        yield
     return kv
+
+
+def _filled(tensor: Tensor, fill: Callable[[Tensor], object]) -> Iterator[None]:
+    """Fills a tensor with random numbers, some in each step: the numbers that one call would draw. The last part is no
+    shorter than the others, since torch draws fewer than 16 normal numbers in another way."""
+    flat = tensor.view(-1)
+    count = max(1, len(flat) // _DRAWN)
+    for part in range(count):
+        fill(flat[part * _DRAWN : None if part == count - 1 else (part + 1) * _DRAWN])
+        yield
 
 
 def hidden_nbytes(config: PrefixConfig) -> int:
@@ -188,7 +249,8 @@ def _running_nbytes(config: PrefixConfig) -> int:
 
 def _rows_in_block(config: PrefixConfig) -> int:
     row = hidden_nbytes(config) // config.num_virtual_tokens
-    return config.num_virtual_tokens if hidden_nbytes(config) <= HIDDEN_BLOCK else max(1, HIDDEN_BLOCK // row)
+    operations = 2 * (row // 4) * ((config.token_dim or 0) + (config.prefix_embedding_dim or 0))
+    return max(1, min(config.num_virtual_tokens, HIDDEN_BLOCK // max(row, 1), BLOCK_FLOPS // max(operations, 1)))
 
 
 def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -6,13 +6,15 @@ pays for it. Refusals come before the work and cost nothing.
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeVar, get_args
+from functools import partial
+from typing import Final, Literal, TypeVar, cast, get_args
 
 from service.errors import OutOfSpace, Overloaded, PrefixServiceError
-from service.registry.turns import Turns
+from service.registry.turns import Turns, in_thread
 
 T = TypeVar("T")
 
@@ -25,6 +27,7 @@ PATIENCE: Final = 30.0
 RESERVE: Final = 16
 """Requests that the platform's operators may have in flight when the process takes no others."""
 
+_SLICE: Final = 0.25  # seconds after which a long computation gives its turn back
 _PART: Final = 2  # one job may take a half of the budget: there is always room for somebody else's
 
 
@@ -181,14 +184,40 @@ class WorkBudget:
 
 
 class Work:
-    """Admitted work: `run` computes in its tenant's turn."""
+    """Admitted work of a tenant: `run` is for short calls, `compute` for long computations. They have separate turns,
+    so a short call never waits for a long computation."""
 
-    def __init__(self, tenant: str, turns: Turns) -> None:
-        self._tenant, self._turns = tenant, turns
+    def __init__(self, tenant: str, short: Turns, long: Turns) -> None:
+        self._tenant, self._short, self._long = tenant, short, long
 
     async def run(self, call: Callable[[], T]) -> T:
         """Calls in a thread, once it is the tenant's turn."""
-        return await self._turns.run(self._tenant, call)
+        return await self._short.run(self._tenant, call)
+
+    async def compute(self, steps: Generator[None, None, T]) -> T:
+        """Returns what a generator returns; its steps run in threads, in the tenant's turns. A turn ends with the first
+        step that ends later than `_SLICE` seconds after its beginning. A caller that is cancelled waits for the step
+        that runs, if any; then the generator is closed."""
+        try:
+            while True:
+                ended, value = await self._long.run(self._tenant, partial(_some_steps, steps))
+                if ended:
+                    return cast(T, value)
+        except BaseException:
+            await in_thread(steps.close)
+            raise
+
+
+def _some_steps(steps: Generator[None, None, T]) -> tuple[bool, T | None]:
+    """Takes steps until a slice of time is over. Returns whether the generator has ended, and what it returned."""
+    until = time.monotonic() + _SLICE
+    try:
+        while True:
+            next(steps)
+            if time.monotonic() >= until:
+                return False, None
+    except StopIteration as end:
+        return True, end.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +233,8 @@ class AdmissionReport:
 class Admission:
     """The one place that decides whether requests and work may begin in this process. Used from one event loop.
 
-    `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. `processors`
-    computations run in parallel, at least two, tenants in turn.
+    `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. `processors` short
+    calls run in parallel, at least two, and half as many long computations, at least one; tenants in turn.
     """
 
     def __init__(
@@ -219,7 +248,8 @@ class Admission:
     ) -> None:
         self.requests = InFlight(in_flight, in_flight_tenant)
         self.memory = WorkBudget(work_bytes)
-        self._turns = Turns(max(processors, 2))
+        self._short = Turns(max(processors, 2))
+        self._long = Turns(max(processors // 2, 1))
         self._patience = patience
         self._admitted: dict[Job, asyncio.Event] = {}  # of the jobs that wait
         self._refused: dict[Refusal, int] = dict.fromkeys(get_args(Refusal), 0)
@@ -250,7 +280,7 @@ class Admission:
             if not job.is_admitted:
                 with self._counting("memory", Overloaded):
                     await self._wait(job)
-            yield Work(tenant, self._turns)
+            yield Work(tenant, self._short, self._long)
         finally:
             for admitted in self.memory.end(job):
                 self._admitted[admitted].set()
@@ -281,7 +311,7 @@ class Admission:
 
     async def run(self, tenant: str, call: Callable[[], T]) -> T:
         """Calls in a thread, once it is the tenant's turn; for work that takes time and no memory to speak of."""
-        return await self._turns.run(tenant, call)
+        return await self._short.run(tenant, call)
 
     def report(self) -> AdmissionReport:
         """Returns the state of this moment."""

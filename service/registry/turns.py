@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 
 T = TypeVar("T")
 
@@ -26,10 +26,11 @@ class Turns:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, tenant: str, call: Callable[[], T]) -> T:
-        """Call in a thread, once it is the tenant's turn."""
+        """Call in a thread, once it is the tenant's turn. The turn ends with the call, even if the caller is cancelled
+        before."""
         await self._begin(tenant)
         try:
-            return await to_thread.run_sync(call, limiter=self._threads)
+            return await in_thread(call, self._threads)
         finally:
             self._end(tenant)
 
@@ -71,3 +72,20 @@ class Turns:
         if turns:
             self._waiting[tenant] = turns
         return tenant, turn
+
+
+async def in_thread(call: Callable[[], T], limiter: CapacityLimiter | None = None) -> T:
+    """Calls in a thread. A thread cannot be stopped: a caller that is cancelled waits until the call has ended, so that
+    nothing is freed that the call still uses."""
+    running = asyncio.ensure_future(to_thread.run_sync(call, limiter=limiter))
+    cancelled: asyncio.CancelledError | None = None
+    with CancelScope(shield=True):  # against scopes of anyio, which cancel again and again
+        while not running.done():
+            try:
+                await asyncio.wait([running])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        running.exception()  # nobody asks for it any more
+        raise cancelled
+    return running.result()

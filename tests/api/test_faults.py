@@ -266,6 +266,7 @@ def test_a_read_only_service(folder: Path) -> None:
             assert writing.put(f"{path('warm')}/aliases/prod", json={"version": 1}).status_code == 201
             eventually(lambda: client.get(f"{path('warm@prod')}/prefix").status_code == 200)
             assert events(server, "garbage") == []
+        assert "Traceback" not in server.log.read_text(), "the end writes down when keys were used"
 
 
 @contextmanager

@@ -64,6 +64,25 @@ def test_own_changes_are_heard_before_the_writer_goes_on(catalog: Catalog, heard
     assert heard == ["alias.moved", "alias.moved"]
 
 
+def test_a_listener_that_raises_keeps_no_other_from_hearing(
+    changes: Changes, catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor itself from hearing what comes later; each failure is logged with its traceback."""
+    actions, failed = list[str](), list[str]()
+
+    def fail(entries: Sequence[AuditEntry]) -> None:
+        failed.extend(entry.action for entry in entries)
+        raise ZeroDivisionError
+
+    changes.listen(fail)
+    changes.listen(lambda entries: actions.extend(entry.action for entry in entries))
+    for number in (2, 1):
+        catalog.put_alias("acme", "a", "prod", number, BY)
+    assert actions == failed == ["alias.moved"] * 2
+    assert [record.exc_info is not None for record in caplog.records] == [True] * 2
+    assert changes.are_known
+
+
 def test_what_was_before_is_not_heard(changes: Changes, heard: list[str]) -> None:
     """A listener begins with what comes."""
     changes.catch_up()

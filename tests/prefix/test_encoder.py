@@ -193,6 +193,39 @@ def test_large_activations_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(whole.flat(), torch.cat(list(whole.rows())), rtol=0, atol=0)
 
 
+def test_much_work_is_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of this MLP takes 2 * 6 * (8 + 48) operations; a limit below that leaves one row a block."""
+    whole = PrefixEncoder.fresh(config(**MLP), "random", 3, CPU)
+    before = whole.encode().tensor
+    for operations, expected in ((5 * 672, [5]), (5 * 672 - 1, [4, 1]), (2 * 672, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(encoder, "BLOCK_FLOPS", operations)
+        assert [len(rows) for rows in whole.rows()] == expected
+        torch.testing.assert_close(whole.encode().tensor, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), [(31, 4096), (126, 1024)])
+def test_ordinary_sizes_are_one_block(tokens: int, hidden: int) -> None:
+    """The MLP of a model with 7 billion parameters: one matrix product, as PEFT's."""
+    sizes = {"num_virtual_tokens": tokens, "num_layers": 32, "num_attention_heads": 32, "token_dim": 4096}
+    wanted = parse_config(
+        {"peft_type": "PREFIX_TUNING", **sizes, "prefix_projection": True, "encoder_hidden_size": hidden}
+    )
+    assert encoder._rows_in_block(wanted) == tokens
+
+
+@pytest.mark.parametrize("options", [{}, MLP])
+def test_weights_that_are_drawn_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    """As in one call of torch; the last part may not be shorter than 16 numbers."""
+    sizes = {"num_virtual_tokens": 7, **options}
+    whole = PrefixEncoder.fresh(config(**sizes), "random", 3, CPU).trainable_parameters()
+    first = torch.randn(whole["embedding"].shape, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(whole["embedding"], first)
+    monkeypatch.setattr(encoder, "_DRAWN", 16)
+    parts = PrefixEncoder.fresh(config(**sizes), "random", 3, CPU).trainable_parameters()
+    for name, tensor in whole.items():
+        assert torch.equal(parts[name], tensor)
+
+
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_a_file_make_the_same_keys_and_values(

@@ -3,12 +3,14 @@
 import asyncio
 import threading
 from collections import Counter, deque
+from collections.abc import Generator
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from service.errors import OutOfSpace, Overloaded
+from service.registry import admission as module
 from service.registry.admission import RESERVE, Admission, InFlight, Job, WorkBudget
 
 BUDGET = 24
@@ -69,7 +71,7 @@ class Budgets(RuleBasedStateMachine):
 
     @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, 6), st.integers(0, BUDGET)))
     def ask(self, tenant: str, nbytes: int) -> None:
-        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, nbytes))
+        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, max(nbytes, 1)))
         try:
             job = self.budget.ask(tenant, nbytes)
         except OutOfSpace:
@@ -319,6 +321,61 @@ async def test_a_long_computation_leaves_a_place_for_others() -> None:
     assert not any(task.done() for task in long)
     go.set()
     assert await asyncio.gather(*long) == [True] * 5
+
+
+async def test_long_computations_take_turns_and_delay_no_short_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tenants' steps alternate on one processor, and a short call runs between two steps."""
+    monkeypatch.setattr(module, "_SLICE", 0)
+    of, order, gate = admission(1000, processors=1), list[str](), threading.Semaphore(0)
+
+    def steps(tenant: str) -> Generator[None, None, str]:
+        for _ in range(3):
+            order.append(tenant)
+            assert gate.acquire(timeout=10)
+            yield
+        return tenant
+
+    async def compute(tenant: str) -> str:
+        async with of.work(tenant, 10) as work:
+            return await work.compute(steps(tenant))
+
+    tasks = [asyncio.create_task(compute(tenant)) for tenant in "ab"]
+    await settled()
+    async with of.work("c", 10) as work:
+        assert await asyncio.wait_for(work.run(lambda: 7), 10) == 7
+    assert await asyncio.wait_for(of.run("a", lambda: 8), 10) == 8
+    gate.release(8)
+    assert await asyncio.gather(*tasks) == ["a", "b"]
+    assert order == ["a", "b"] * 3
+
+
+async def test_a_cancelled_computation_ends_with_its_step() -> None:
+    """Its memory is held until the step has ended and the generator is closed; the next step never runs."""
+    of, begun, go, closed = admission(), threading.Event(), threading.Event(), list[int]()
+
+    def steps() -> Generator[None, None, None]:
+        try:
+            while True:
+                begun.set()
+                assert go.wait(10)
+                yield
+        finally:
+            closed.append(of.report().used)
+
+    async def compute() -> None:
+        async with of.work("a", 50) as work:
+            await work.compute(steps())
+
+    task = asyncio.create_task(compute())
+    assert await asyncio.to_thread(begun.wait, 10)
+    task.cancel()
+    await settled()
+    assert not task.done()
+    go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert closed == [50]
+    assert of.report().used == 0
 
 
 def test_refused_requests_are_counted() -> None:

@@ -144,3 +144,20 @@ async def test_a_call_that_fails_gives_its_place_back() -> None:
     with pytest.raises(ZeroDivisionError):
         await turns.run("a", lambda: 1 // 0)
     assert await turns.run("a", lambda: 1) == 1
+
+
+async def test_a_cancelled_call_keeps_its_place_until_it_has_ended() -> None:
+    """A thread cannot be stopped, so the next call waits for it."""
+    turns, gate = Turns(1), Gate()
+    first, following = await begun(turns, gate, "a", ["first", "following"])
+    assert await asyncio.to_thread(gate.started.acquire, timeout=10)
+    first.cancel()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not first.done()
+    assert gate.order == ["first"]
+    gate.open(2)
+    assert await asyncio.wait_for(following, 10) == "following"
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert gate.most == 1
