@@ -20,9 +20,9 @@ InitWeights = Literal["random", "zero"]
 HIDDEN_BLOCK: Final = 64 << 20
 """Bytes of an MLP's hidden activations, above which its rows are computed in blocks."""
 
-BLOCK_FLOPS: Final = 1 << 38
-"""Floating-point operations of an MLP, above which its rows are computed in blocks: about four seconds of one core. For
-Llama 2 7B (32 layers, 4096) that is 126 tokens with 4096 hidden units, or 506 with 1024: what is usual is computed in
+BLOCK_FLOPS: Final = 1 << 37
+"""Floating-point operations of an MLP, above which its rows are computed in blocks: about two seconds of one core. For
+Llama 2 7B (32 layers, 4096) that is 63 tokens with 4096 hidden units, or 253 with 1024: what is usual is computed in
 one block, as PEFT does, since other shapes may give other last bits."""
 
 _DRAWN: Final = 1 << 24  # random numbers that are drawn in one step; a multiple of the 16 that torch draws together
