@@ -36,8 +36,8 @@ class Arrivals:
             arrival.end()
 
     def refuse(self, tenants: Collection[str], keys: Collection[str]) -> None:
-        """Ends versions that are being made for tenants that were deleted, or by keys that were revoked: a tenant of the
-        same name that is made now has its whole quota."""
+        """Ends versions that are being made for tenants that were deleted, or by keys that were revoked: a tenant of
+        the same name that is made now has its whole quota."""
         for arrival in self._arriving:
             if arrival.tenant in tenants and arrival.by.tenant is None:
                 arrival.refuse(NotFound("the tenant was deleted while the request was under way"))
