@@ -164,7 +164,7 @@ def test_a_tenant_that_waits_is_not_passed_by_one_that_runs() -> None:
     large = budget.ask("c", 50)
     assert not large.is_admitted
     for _ in range(10):
-        assert not budget.ask("a", 1).is_admitted
+        assert not budget.ask("a", 2).is_admitted
     assert budget.ask("d", 18).is_admitted  # it runs nothing either
     assert budget.end(small["a"][0]) == []
     assert budget.end(small["b"][0]) == [large]
