@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 
 from tests.api.attacks import harm
@@ -42,9 +41,9 @@ def connected(stack: ExitStack, server: Server, request: bytes) -> socket.socket
 
 def jobs_wait(server: Server) -> bool:
     """Whether work waits for memory within ten seconds."""
-    until = time.monotonic() + 10
+    until, client = time.monotonic() + 10, server.client()
     while time.monotonic() < until:
-        text = httpx.get(f"{server.url}/metrics", headers=server.client().headers).text
+        text = client.get("/metrics").text
         found = re.search(r"^\w*work_waiting_jobs(?:{[^}]*})? (\S+)", text, re.MULTILINE)
         assert found is not None
         if float(found[1]):
@@ -91,9 +90,10 @@ def test_configs_of_uploads_that_stall_take_reserved_memory(server: Server) -> N
 def test_two_tenants_with_large_bodies_leave_room_for_a_small_one(server: Server) -> None:
     """They announce all that the budget holds, and send a byte of each."""
 
+    keys = {tenant: server.key("read", tenant) for tenant in ("evil", "bad")}
+
     def announce(stack: ExitStack, tenant: str, nbytes: int) -> None:
-        key = server.key("read", tenant)
-        fields = {"authorization": f"Bearer {key}", "content_type": MEDIA_TYPE, "content_length": str(nbytes)}
+        fields = {"authorization": f"Bearer {keys[tenant]}", "content_type": MEDIA_TYPE, "content_length": str(nbytes)}
         connected(stack, server, head("POST", f"/v1/tenants/{tenant}/adapters/a/prefix", **fields) + b"{")
 
     client = server.client(server.key("read", "calm"))
