@@ -17,7 +17,7 @@ from service.catalog.records import Version
 from service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
 from service.prefix.buffers import bytes_of
 from service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
-from service.prefix.config import PrefixConfig, parse_config
+from service.prefix.config import PrefixConfig
 from service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from service.prefix.kv import PrefixKV
 from service.prefix.references import parse_reference
@@ -122,7 +122,7 @@ class Encodings:
             raise EncodedAgain(current)
         log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
         with self._weights(version) as (file, read):
-            kv = finished(self.encoding(parse_config(version.config), file, read))
+            kv = finished(self.encoding(version.prefix_config, file, read))
         sha256 = hashlib.sha256()
         for piece in _pieces(kv):
             sha256.update(piece)
@@ -151,7 +151,7 @@ class Encodings:
         Raises:
             CorruptBlob, StorageFailed: the stored bytes cannot be read.
         """
-        config = parse_config(version.config)
+        config = version.prefix_config
         if config.num_transformer_submodules == 1:  # so an MLP does not run again
             kv = self.load_current(version)
             step = max(1, BLOCK // (kv.nbytes // kv.num_virtual_tokens))
@@ -166,7 +166,7 @@ class Encodings:
 
     def rows_nbytes(self, version: Version) -> int:
         """Returns the most bytes of memory that `rows` takes at a time, without a look into the stored bytes."""
-        config = parse_config(version.config)
+        config = version.prefix_config
         block = max(BLOCK, version.key_values_bytes // config.num_virtual_tokens)
         if config.num_transformer_submodules == 1:
             return version.key_values_bytes + block
@@ -186,7 +186,7 @@ class Encodings:
     def _weights(self, version: Version) -> Iterator[tuple[PrefixFile, ReadBytes]]:
         with self.open_weights(version) as stored:
             read = partial(read_range, stored)
-            yield locate_prefix(read, version.weights_bytes, parse_config(version.config)), read
+            yield locate_prefix(read, version.weights_bytes, version.prefix_config), read
 
 
 def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Generator[None, None, T]:

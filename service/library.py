@@ -87,7 +87,12 @@ class Library:
             NotFound: there is none.
         """
         known = self._versions.get(tenant, reference)
-        return await read_catalog(self._versions.resolve, tenant, reference) if known is None else known
+        return await read_catalog(self._resolve, tenant, reference) if known is None else known
+
+    def _resolve(self, tenant: str, reference: Reference) -> Version:
+        version = self._versions.resolve(tenant, reference)
+        _ = version.prefix_config  # parsed here, where no event loop waits for it
+        return version
 
     async def resolve_for(self, by: Principal, tenant: str, reference: Reference) -> Version:
         """The same for a caller who may not see every tenant.

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from service.catalog.records import Version
 from service.errors import InvalidRequest
 from service.prefix.buffers import bytes_of
-from service.prefix.config import PrefixConfig, parse_config
+from service.prefix.config import PrefixConfig
 from service.prefix.extras import AttentionMask, Extra, InputMask, PositionIds
 from service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from service.prefix.kv import check_span
@@ -116,7 +116,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     Raises:
         InvalidRequest: an option is out of bounds, or contradicts the mask.
     """
-    config = parse_config(version.config)
+    config = version.prefix_config
     identity = _identity(version, config)
     form = Form(
         dtype=request.dtype or version.weights_dtype,
@@ -210,7 +210,7 @@ def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: InputMask | No
 
 
 def _part(ref: str, version: Version) -> Part:
-    config = parse_config(version.config)
+    config = version.prefix_config
     is_encoder_decoder = config.num_transformer_submodules == 2
     return Part(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
 

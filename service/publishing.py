@@ -26,8 +26,9 @@ from service.errors import InvalidConfig
 from service.prefix.buffers import bytes_of
 from service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
 from service.prefix.compose import composed_config
-from service.prefix.config import MAX_CONFIG_BYTES, PrefixConfig, PrefixTuningConfig, parse_config
+from service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
+from service.prefix.json_text import MAX_CONFIG_BYTES
 from service.prefix.rendering import KV_DTYPES
 from service.prefix.safetensors_header import header_of
 from service.registry.admission import Admission
@@ -120,7 +121,7 @@ class Publisher:
         self._require_moderate(key_values_bytes)
         if file.is_projected:
             self._require_moderate(hidden_nbytes(config))
-        manifest = _manifest(config, weights.digest)
+        manifest = await admission.run(target.tenant, partial(_manifest, config, weights.digest))
         draft = NewVersion(
             digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
             manifest=manifest.decode(),
@@ -177,7 +178,8 @@ class Publisher:
         self._require_moderate(max(nbytes, 4 * trained if not config.inference_mode else 0))
         if is_projected:
             self._require_moderate(hidden_nbytes(config))
-        manifest = _manifest(config, "")  # the digest of the weights is not known yet
+        # The digest of the weights is not known yet.
+        manifest = await self._admission.run(target.tenant, partial(_manifest, config, ""))
         async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
             async with self._admission.work(target.tenant, fresh_nbytes(config)) as work:
                 await work.compute(_writing_fresh(upload.weights, config, init, seed))
@@ -191,13 +193,11 @@ class Publisher:
             InvalidRequest: they differ in a dimension or in their task.
             InvalidConfig: together they are more than an upload may have.
         """
-        configs = [parse_config(version.config) for _, version in sources]
-        config = composed_config([(name, found) for (name, _), found in zip(sources, configs, strict=True)])
-        dtypes = {_stored_dtype(version, found) for (_, version), found in zip(sources, configs, strict=True)}
+        config, manifest = await self._admission.run(target.tenant, partial(_composed, sources))
+        dtypes = {_stored_dtype(version) for _, version in sources}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         nbytes = _elements(config) * dtype.itemsize
         self._require_moderate(nbytes)
-        manifest = _manifest(config, "")
         async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
             header = header_of(_FLAT, dtype, (config.num_virtual_tokens, config.prefix_embedding_dim or 0))
             await to_thread.run_sync(upload.weights.write, header)
@@ -233,10 +233,20 @@ def _writing(weights: StagedBlob, rows: Tensor) -> Generator[None, None, None]:
         weights.write(data[first : first + BLOCK])
 
 
-def _stored_dtype(version: Version, config: PrefixConfig) -> torch.dtype:
+def _composed(sources: Sequence[tuple[str, Version]]) -> tuple[PrefixConfig, bytes]:
+    """Returns the config of a concatenation, and its manifest without a digest. The first config lasts whole, of the
+    others only what the service reads."""
+    (first, version), *others = sources
+    config = composed_config(
+        [(first, parse_config(version.config)), *((name, version.prefix_config) for name, version in others)]
+    )
+    return config, _manifest(config, "")
+
+
+def _stored_dtype(version: Version) -> torch.dtype:
     """Returns the dtype of a version's keys and values: float32 where an MLP made them of weights in half precision."""
     dtype = KV_DTYPES[version.weights_dtype]
-    return dtype if version.key_values_bytes == _elements(config) * dtype.itemsize else torch.float32
+    return dtype if version.key_values_bytes == _elements(version.prefix_config) * dtype.itemsize else torch.float32
 
 
 def _elements(config: PrefixConfig) -> int:

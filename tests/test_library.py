@@ -14,8 +14,9 @@ from service.encodings import EncodedAgain
 from service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from service.library import Library
 from service.plan import Limits, PrefixRequest
-from service.prefix.config import parse_config, parse_json
+from service.prefix.config import parse_config
 from service.prefix.extras import InputMask
+from service.prefix.json_text import parse_json
 from service.prefix.references import parse_reference
 from service.publishing import Target
 from service.registry.registry import AdapterRegistry

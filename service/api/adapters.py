@@ -1,15 +1,16 @@
 """Publishing, listing, inspecting and deleting adapters."""
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
 
 from service.api.auth import Reading, Writing
 from service.api.authority import Actor, Founder
-from service.api.bodies import BASE_CONFIG, CONFIG, WEIGHTS, declared_weights, read_upload
+from service.api.bodies import BASE_CONFIG, CONFIG, MOST_HELD, WEIGHTS, declared_weights, read_upload
 from service.api.documentation import refusals
-from service.api.json_bodies import read_json, validated
+from service.api.json_bodies import computed, declared_bytes, payer, read_json, reserved, validated
 from service.api.negotiation import require_media_type
 from service.api.pagination import NUMBER, Cursor, Limit, Listing, answer_page, decode_cursor
 from service.api.paths import DeletablePath, NamePath, RefPath
@@ -28,10 +29,11 @@ from service.catalog.reads import read_catalog
 from service.catalog.records import Adapter, Principal, Version
 from service.errors import InvalidRequest, NotFound
 from service.library import Library
-from service.prefix.config import MAX_BASE_CONFIG_BYTES, parse_config, parse_config_json
+from service.prefix.config import PrefixConfig, parse_config
 from service.prefix.form import MEDIA_TYPE
+from service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
 from service.prefix.references import check_name, parse_qualified, parse_reference
-from service.publishing import Target
+from service.publishing import Target, Upload
 
 router = APIRouter(tags=["adapters"])
 
@@ -64,6 +66,7 @@ _UPLOAD: Final[dict[str, Any]] = {
 @router.post(
     "/v1/tenants/{tenant}/adapters/{name}/versions",
     status_code=201,
+    response_model=VersionDetail,
     openapi_extra=_UPLOAD,
     responses={
         200: {"description": "The same content is a version already", "model": VersionDetail},
@@ -78,14 +81,7 @@ _UPLOAD: Final[dict[str, Any]] = {
         ),
     },
 )
-async def publish(
-    request: Request,
-    response: Response,
-    tenant: Writing,
-    name: NamePath,
-    by: Founder,
-    library: LibraryOf,
-) -> VersionDetail:
+async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder, library: LibraryOf) -> Response:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
     concatenation of others."""
     check_name("adapter", name)
@@ -101,9 +97,8 @@ async def publish(
         version, is_new = await _wanted(request, publishing)
     else:
         version, is_new = await _publish_upload(request, library, target)
-    response.status_code = 201 if is_new else 200
-    response.headers["Location"] = f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"
-    return await _detail(library, version)
+    location = {"Location": f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"}
+    return await _answer(request, library, version, 201 if is_new else 200, location)
 
 
 def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion:
@@ -111,7 +106,8 @@ def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion
 
 
 async def _publish_fresh(wanted: FreshVersion, library: Library, target: Target) -> tuple[Version, bool]:
-    return await library.publisher.publish_fresh(target, parse_config(wanted.config), wanted.init_weights, wanted.seed)
+    config = await library.admission.run(target.tenant, partial(parse_config, wanted.config))
+    return await library.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed)
 
 
 async def _publish_composed(wanted: ComposedVersion, library: Library, target: Target) -> tuple[Version, bool]:
@@ -123,10 +119,7 @@ async def _publish_composed(wanted: ComposedVersion, library: Library, target: T
 
 async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
     async with library.publisher.receiving(target, declared_weights(request)) as upload:
-        config_json, base_json = await read_upload(request, upload, library.limits.upload_bytes)
-        config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
-        if base_json is not None:
-            config = config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
+        config = await _receive(request, upload, library.limits.upload_bytes)
         return await _wanted(request, library.publisher.publish(target, config, upload))
 
 
@@ -137,6 +130,21 @@ async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Versio
     if made is None:
         raise InvalidRequest("the connection ended before the version was made")
     return made
+
+
+async def _receive(request: Request, upload: Upload, limit: int) -> PrefixConfig:
+    """Writes the weights of an upload, and returns its config, filled; what is in memory meanwhile is reserved."""
+    async with reserved(request, declared_bytes(request, MOST_HELD)):
+        config_json, base_json = await read_upload(request, upload, limit)
+        memory = json_memory(len(config_json) + len(base_json or b""))
+        return await computed(request, memory, partial(_config, config_json, base_json))
+
+
+def _config(config_json: bytes, base_json: bytes | None) -> PrefixConfig:
+    config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
+    return (
+        config if base_json is None else config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
+    )
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:
@@ -167,10 +175,10 @@ async def list_adapters(
     return await answer_page(request, tenant, listing, after, limit)
 
 
-@router.get("/v1/tenants/{tenant}/adapters/{ref}")
-async def inspect(tenant: Reading, ref: RefPath, library: LibraryOf) -> VersionDetail:
+@router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)
+async def inspect(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
     """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
-    return await _detail(library, await library.resolve(tenant, parse_reference(ref)))
+    return await _answer(request, library, await library.resolve(tenant, parse_reference(ref)))
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
@@ -200,6 +208,15 @@ async def delete(tenant: Writing, ref: DeletablePath, by: Actor, library: Librar
     await library.delete(tenant, parse_reference(ref), by)
 
 
-async def _detail(library: Library, version: Version) -> VersionDetail:
+async def _answer(
+    request: Request, library: Library, version: Version, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns a version as JSON, written in a thread in its tenant's turn: a config of 60 KB takes milliseconds."""
     aliases = await read_catalog(library.catalog.aliases_of, version.tenant, version.adapter)
-    return VersionDetail.about(library, version, aliases)
+    residency = library.residency(version)
+
+    def write() -> Response:
+        body = VersionDetail.about(version, aliases, residency).model_dump_json()
+        return Response(body, status, headers, "application/json")
+
+    return await library.admission.run(payer(request), write)

@@ -14,7 +14,7 @@ from service.api.patience import MINIMUM_RATE, Patience
 from service.api.state import state_of
 from service.blobs import StagedBlob
 from service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
-from service.prefix.config import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
+from service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
 from service.publishing import Upload
 
 CONFIG: Final = "adapter_config.json"
@@ -25,6 +25,10 @@ _BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what st
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _BATCH: Final = 1 << 20  # bytes that a thread takes at a time
+
+MOST_HELD: Final = _BATCH + sum(_MOST.values())
+"""Bytes of an upload that are in memory at most while the rest arrives: its configs, and weights that no thread has
+taken yet."""
 
 
 def has_body(headers: Headers) -> bool:

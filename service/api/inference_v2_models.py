@@ -13,7 +13,6 @@ from service.api.inference_v2_schemas import TensorMetadata
 from service.catalog.records import Version, VersionName
 from service.library import Library
 from service.plan import PrefixRequest
-from service.prefix.config import parse_config
 from service.prefix.extras import InputMask
 from service.prefix.references import Reference, check_name, parse_reference
 
@@ -43,7 +42,7 @@ def name_of(version: Version | VersionName) -> str:
 
 def platform_of(version: Version) -> str:
     """Returns the kind of model, which is the PEFT type."""
-    return f"peft_{parse_config(version.config).peft_type.lower()}"
+    return f"peft_{version.prefix_config.peft_type.lower()}"
 
 
 def inputs_of_every_model() -> list[TensorMetadata]:

@@ -10,12 +10,13 @@ import torch
 from starlette.datastructures import Headers
 
 from service.api.inference_v2_schemas import InferenceInput, InferenceRequest, InputName
-from service.api.json_bodies import MOST_JSON, MOST_MASK_JSON, json_memory, json_object, validated
+from service.api.json_bodies import MOST_JSON, MOST_MASK_JSON, json_object, validated
 from service.api.masks import mask_of_rows, mask_of_tensor
 from service.api.problems import shown
 from service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from service.plan import PrefixRequest
 from service.prefix.extras import InputMask
+from service.prefix.json_text import json_memory
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 """The header field that tells how many bytes of a body are JSON; the rest are tensors."""
@@ -74,7 +75,7 @@ def memory_of_parsing(headers: Headers, nbytes: int, limit: int) -> int:
     size = most_inflated(headers, nbytes, limit)
     lengths = headers.getlist(JSON_LENGTH)
     length = _json_length(lengths, size) if lengths else size
-    return size + json_memory(length)
+    return size + json_memory(min(length, MOST_MASK_JSON))
 
 
 def _encoding(headers: Headers) -> str:

@@ -12,24 +12,13 @@ from service.api.bodies import read_body
 from service.api.problems import invalid_request
 from service.api.state import state_of
 from service.errors import InvalidConfig, InvalidRequest, TooLarge
-from service.prefix.config import parse_json
+from service.prefix.json_text import json_memory, parse_json
 
 MOST_JSON: Final = 1 << 20
 """Bytes of JSON without masks."""
 
 MOST_MASK_JSON: Final = 4 << 20
 """Bytes of JSON with a mask."""
-
-MOST_VALUES: Final = 1 << 20
-"""Values that a mask may have as JSON."""
-
-_MOST_CONTAINERS: Final = 1 << 17  # lists and objects
-_MOST_NAMES: Final = 1 << 16
-"""Names of members, at most as many as colons. `json.loads` holds Python's lock: within all these bounds for 90 ms at
-most, of 4 MiB of numbers with 4,300 digits each; 420,000 names took 240 ms."""
-
-_MEMORY: Final = 40
-"""Bytes of memory that a byte of JSON may take while it is parsed: measured are 36, of lists in lists."""
 
 _PLATFORM: Final = "(the platform)"  # no tenant's name has a space
 
@@ -90,7 +79,7 @@ async def parsed(request: Request, body: bytearray, read: Callable[[dict[str, An
         InvalidRequest: it is not JSON, or what `read` raises.
         OutOfSpace, Overloaded: there is no memory for it.
     """
-    return await computed(request, _MEMORY * len(body), lambda: read(json_object(body)))
+    return await computed(request, json_memory(len(body)), lambda: read(json_object(body)))
 
 
 async def read_mask_json(request: Request, read: Callable[[dict[str, Any]], T]) -> T:
@@ -120,26 +109,12 @@ async def read_model(request: Request, model: type[M]) -> M:
     return await read_json(request, partial(validated, model))
 
 
-def json_memory(nbytes: int) -> int:
-    """Returns the bytes of memory that parsing takes."""
-    return _MEMORY * min(nbytes, MOST_MASK_JSON)
-
-
 def json_object(body: bytes | bytearray) -> dict[str, Any]:
     """Returns the JSON object that a body is. Blocking.
 
     Raises:
-        InvalidRequest: it is not one, or it has too many values.
+        InvalidRequest: it is not one, or it has too many values or names.
     """
-    containers = body.count(b"[") + body.count(b"{")
-    values = containers + body.count(b",")
-    if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
-        raise InvalidRequest(
-            f"the body has about {values} values, {containers} of them lists and objects, and at most {MOST_VALUES} "
-            f"and {_MOST_CONTAINERS} are read"
-        )
-    if (names := body.count(b":")) > _MOST_NAMES:
-        raise InvalidRequest(f"the body has {names} colons, and at most {_MOST_NAMES} are read: it names too much")
     try:
         return parse_json(bytes(body), "the body", len(body))
     except InvalidConfig as error:

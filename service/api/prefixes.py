@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from service.api.auth import Reading
 from service.api.bodies import read_body
 from service.api.documentation import refusals, request_headers, response_headers
-from service.api.json_bodies import MOST_VALUES, computed, declared_bytes, read_mask_json, reserved, validated
+from service.api.json_bodies import computed, declared_bytes, read_mask_json, reserved, validated
 from service.api.masks import mask_from_json, mask_of_tensor
 from service.api.negotiation import lists, require_acceptable, require_media_type
 from service.api.paths import RefPath
@@ -19,6 +19,7 @@ from service.errors import InvalidCheckpoint, InvalidRequest
 from service.plan import Plan, PrefixBody, PrefixRequest
 from service.prefix.extras import InputMask
 from service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
+from service.prefix.json_text import MOST_VALUES
 from service.prefix.references import parse_reference
 from service.prefix.safetensors_header import NAMES, parse_header, tensor_at
 from service.prefix.wire import MASK_DTYPES

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
-from service.library import Library
 from service.plan import QualifiedReference
-from service.prefix.config import parse_config
 from service.prefix.mixed import MOST_IN_A_ROW
 from service.request_model import INTEGRAL, RequestModel
 
@@ -86,9 +84,9 @@ class VersionDetail(VersionSummary):
     residency: ResidencyState
 
     @classmethod
-    def about(cls, library: Library, version: Version, aliases: dict[str, int]) -> "VersionDetail":
-        """From the catalog's row, the adapter's aliases, and the registry."""
-        config = parse_config(version.config)
+    def about(cls, version: Version, aliases: dict[str, int], residency: dict[str, bool | str]) -> "VersionDetail":
+        """From the catalog's row, the adapter's aliases, and what the registry tells."""
+        config = version.prefix_config
         return cls(
             **_summary(version, aliases),
             weights=version.weights,
@@ -96,12 +94,12 @@ class VersionDetail(VersionSummary):
             total_virtual_tokens=config.total_virtual_tokens,
             prefix_embedding_dim=config.prefix_embedding_dim or 0,
             trainable_parameters=config.trainable_parameters or 0,
-            residency=ResidencyState.model_validate(library.residency(version)),
+            residency=ResidencyState.model_validate(residency),
         )
 
 
 def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
-    config = parse_config(version.config)
+    config = version.prefix_config
     return {
         "tenant": version.tenant,
         "adapter": version.adapter,

@@ -14,7 +14,8 @@ from service.client.checkpoints import CONFIG_NAME, PICKLES, WEIGHTS_NAME, Tenso
 from service.client.pickles import read_pickle
 from service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
 from service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
-from service.prefix.config import PrefixConfig, parse_config, parse_config_json
+from service.prefix.config import PrefixConfig, parse_config
+from service.prefix.json_text import parse_config_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,16 @@ PEFT checks few of its fields, and ignores some of them beside trained weights. 
 therefore hold any JSON value; sizes, flags and names that it does read have one type.
 """
 
-import json
-import re
-from collections.abc import Callable
 from math import isfinite
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
 from service.errors import InvalidConfig
 from service.prefix.base_model import infer_dimensions
+from service.prefix.json_text import shown
 
-MAX_CONFIG_BYTES = 64 << 10  # PEFT writes about one KiB
-MAX_BASE_CONFIG_BYTES = 1 << 20  # is not stored; a classifier's names of 21,000 labels have half a megabyte
-_MAX_DEPTH = 32
 _EXACT = (1 << 53) - 1  # the largest integer of canonical JSON
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
 
 # Far above every model in use, far below what could make a product of them dangerous.
 _LIMITS = {
@@ -95,7 +89,7 @@ class PromptLearningConfig(BaseModel):
                 continue
             if not isinstance(value, int | float):  # an unknown key of a CARTRIDGE, which has no encoder
                 raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
-                    f"{name} must be an integer, got {_shown(value)}"
+                    f"{name} must be an integer, got {shown(value)}"
                 )
             least = 0 if name == "encoder_hidden_size" else 1  # it is read only where a projection is run
             if value < least:
@@ -144,7 +138,7 @@ class PromptLearningConfig(BaseModel):
         filled = _validate(type(self), {**self.model_dump(), **missing})
         if unknown := filled._unknown_dimensions():
             kind = base_model_config.get("model_type")
-            of_type = "has no model_type, and" if kind is None else f"(model_type {_shown(kind)})"
+            of_type = "has no model_type, and" if kind is None else f"(model_type {shown(kind)})"
             raise InvalidConfig(
                 f"the base model's config {of_type} does not give {', '.join(unknown)}: set them in adapter_config.json"
             )
@@ -233,50 +227,6 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 }
 
 
-def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
-
-    `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
-
-    Raises:
-        InvalidConfig: as `parse_json`.
-    """
-    return _parse(data, what, limit, float, _refuse_nan)
-
-
-def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
-
-    Raises:
-        InvalidConfig: too many bytes, too deep, duplicate keys, NaN, infinities or lone surrogates; names `what`.
-    """
-    return _parse(data, what, limit, _finite, _refuse_constant)
-
-
-def _parse(
-    data: bytes, what: str, limit: int, parse_float: Callable[[str], float], parse_constant: Callable[[str], float]
-) -> dict[str, Any]:
-    if len(data) > limit:
-        raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
-    try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=parse_constant, parse_float=parse_float)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidConfig(f"{what} must be a JSON object, got {type(value).__name__}")
-    if _deeper_than(_MAX_DEPTH, value):
-        raise InvalidConfig(f"{what} is nested more than {_MAX_DEPTH} deep")
-    return value
-
-
-def _deeper_than(levels: int, value: Any) -> bool:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper_than(levels - 1, child) for child in children if isinstance(child, dict | list))
-
-
 def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixConfig:
     """The config that `values` describe, by their `peft_type`.
 
@@ -290,10 +240,20 @@ def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixCo
     peft_type = values.get("peft_type")
     config_type = _CONFIGS.get(peft_type) if isinstance(peft_type, str) else None
     if config_type is None:
-        raise InvalidConfig(f"peft_type must be one of {', '.join(_CONFIGS)}, got {_shown(peft_type)}")
+        raise InvalidConfig(f"peft_type must be one of {', '.join(_CONFIGS)}, got {shown(peft_type)}")
     if from_file and values.get("num_virtual_tokens") is None:
         raise InvalidConfig("num_virtual_tokens is missing from the adapter's config")
     return _validate(config_type, {n: value for n, value in values.items() if n in _READ or _is_storable(value)})
+
+
+def parse_read_fields(values: dict[str, Any]) -> PrefixConfig:
+    """The config that stored `values` describe, with the fields alone that this service reads: small, whatever else is
+    stored.
+
+    Raises:
+        InvalidConfig: as `parse_config`.
+    """
+    return parse_config({name: value for name, value in values.items() if name in _READ})
 
 
 def _is_storable(value: Any) -> bool:
@@ -314,34 +274,5 @@ def _validate(config_type: type[C], values: dict[str, Any]) -> C:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        shown = f", got {_shown(first['input'])}" if where else ""
-        raise InvalidConfig(f"{where + ': ' if where else ''}{reason}{shown}") from error
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"duplicate key {_shown(key)}")
-        found[key] = value
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):
-        raise ValueError(f"{_shown(text)} is too large")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _refuse_nan(name: str) -> float:
-    return _refuse_constant(name) if name == "NaN" else float(name)
+        given = f", got {shown(first['input'])}" if where else ""
+        raise InvalidConfig(f"{where + ': ' if where else ''}{reason}{given}") from error

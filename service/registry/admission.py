@@ -29,6 +29,8 @@ RESERVE: Final = 16
 
 _SLICE: Final = 0.25  # seconds after which a long computation gives its turn back
 _PART: Final = 2  # one job may take a half of the budget: there is always room for somebody else's
+_RESERVED: Final = 8  # an eighth of the budget stays free for small jobs
+_SMALL: Final = 64  # of at most a sixty-fourth of the budget
 
 
 class InFlight:
@@ -91,7 +93,9 @@ class WorkBudget:
     Dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998):
     a tenant may hold as many bytes as are free afterwards, so n tenants that want everything hold 1/(n + 1) each, and
     as much is free for the next. A tenant without running jobs may begin one job of up to half of the budget, if so
-    much is free. Jobs that do not fit wait. Whenever bytes become free, waiting tenants are asked in turn, those
+    much is free. For large jobs an eighth of the budget does not count as free: however few tenants hold the rest, a
+    job of a sixty-fourth at most, of a tenant without running jobs, begins immediately while all small jobs hold less
+    than that eighth. Jobs that do not fit wait. Whenever bytes become free, waiting tenants are asked in turn, those
     without running jobs first; while such a tenant waits, no other tenant takes more than it holds.
     """
 
@@ -175,7 +179,8 @@ class WorkBudget:
         job.is_admitted = True
 
     def _fits(self, owner: _Tenant, nbytes: int) -> bool:
-        free = self.budget - self.used - nbytes
+        reserve = 0 if nbytes <= self.budget // _SMALL else self.budget // _RESERVED
+        free = self.budget - self.used - nbytes - reserve
         return free >= (owner.held + nbytes if owner.running else 0)
 
     def _is_starved(self) -> bool:

@@ -13,7 +13,8 @@ from anyio import to_thread
 from service.catalog.records import COMMAND_LINE
 from service.data_folder import opened
 from service.library import Library
-from service.prefix.config import parse_config, parse_json
+from service.prefix.config import parse_config
+from service.prefix.json_text import parse_json
 from service.prefix.references import parse_reference
 from service.publishing import Target
 from tests.conftest import CORPUS

@@ -10,13 +10,12 @@ from peft.tuners.cartridge import model as cartridge_model
 
 from service.errors import InvalidConfig
 from service.prefix.config import (
-    MAX_CONFIG_BYTES,
     CartridgeConfig,
     PrefixConfig,
     PrefixTuningConfig,
     parse_config,
-    parse_json,
 )
+from service.prefix.json_text import MAX_CONFIG_BYTES, parse_json
 from tests.conftest import CORPUS
 
 TheirEncoder: Any = peft.PrefixEncoder

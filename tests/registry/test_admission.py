@@ -13,7 +13,8 @@ from service.errors import OutOfSpace, Overloaded
 from service.registry import admission as module
 from service.registry.admission import RESERVE, Admission, InFlight, Job, WorkBudget
 
-BUDGET = 24
+BUDGET = 256  # large jobs leave 32, and small ones have 4 at most
+RESERVED, SMALL = 32, 4
 tenants = st.sampled_from("abcd")
 
 
@@ -44,8 +45,9 @@ class Budgets(RuleBasedStateMachine):
         return any(job.tenant == tenant for job in self.running)
 
     def fits(self, job: Job) -> bool:
-        """A tenant without running jobs needs free bytes alone, another one as many as it holds afterwards."""
-        left = self.free - job.nbytes
+        """A tenant without running jobs needs free bytes alone, another one as many as it holds afterwards; without
+        those that are for small jobs alone."""
+        left = self.free - job.nbytes - (RESERVED if job.nbytes > SMALL else 0)
         return left >= (self.held(job.tenant) + job.nbytes if self.runs(job.tenant) else 0)
 
     def may_begin(self, job: Job) -> bool:
@@ -69,9 +71,12 @@ class Budgets(RuleBasedStateMachine):
                 self.waiting[job.tenant] = queue
             self.running.append(job)
 
-    @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, 6), st.integers(0, BUDGET)))
+    @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, SMALL), st.integers(0, BUDGET // 4), st.integers(0, BUDGET)))
     def ask(self, tenant: str, nbytes: int) -> None:
-        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, max(nbytes, 1)))
+        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, nbytes))
+        small = sum(job.nbytes for job in self.running if job.nbytes <= SMALL)
+        if nbytes <= SMALL and small + nbytes <= RESERVED and tenant not in self.waiting and not self.runs(tenant):
+            assert may_begin  # whatever large jobs the others have
         try:
             job = self.budget.ask(tenant, nbytes)
         except OutOfSpace:
@@ -142,7 +147,8 @@ TestWorkBudget = Budgets.TestCase
 
 @pytest.mark.parametrize("greedy", [1, 2, 3, 5])
 def test_greedy_tenants_leave_as_much_as_each_has(greedy: int) -> None:
-    """n of them hold 1/(n + 1) each, and the same is free for the next, who gets it immediately."""
+    """n of them hold 1/(n + 1) each, and the same is free for the next, who gets it immediately; for a large job an
+    eighth of the budget less."""
     budget = WorkBudget(60_000)
     for _ in range(60_000 // 10):
         for tenant in range(greedy):
@@ -150,20 +156,31 @@ def test_greedy_tenants_leave_as_much_as_each_has(greedy: int) -> None:
     share = 60_000 // (greedy + 1)
     for tenant in range(greedy):
         assert abs(budget.held_by(str(tenant)) - share) <= 10 * greedy
-    assert budget.ask("next", share - 10 * greedy).is_admitted
+    assert budget.ask("next", share - 60_000 // 8 - 10 * greedy).is_admitted
 
 
 def test_a_tenant_that_waits_is_not_passed_by_one_that_runs() -> None:
     """Otherwise the small jobs of two tenants keep a large job of a third waiting for ever."""
     budget = WorkBudget(100)
-    small = {tenant: [budget.ask(tenant, 10) for _ in range(3)] for tenant in "ab"}
+    small = {tenant: [budget.ask(tenant, 10) for _ in range(2)] for tenant in "ab"}
     large = budget.ask("c", 50)
     assert not large.is_admitted
     for _ in range(10):
-        assert not budget.ask("a", 1).is_admitted
-    assert budget.ask("d", 10).is_admitted  # it runs nothing either
+        assert not budget.ask("a", 2).is_admitted
+    assert budget.ask("d", 18).is_admitted  # it runs nothing either
     assert budget.end(small["a"][0]) == []
     assert budget.end(small["b"][0]) == [large]
+
+
+def test_two_tenants_leave_room_for_the_small_jobs_of_others() -> None:
+    """Whatever they ask for, large and small: each of many tenants has a small job immediately, and a second one."""
+    budget = WorkBudget(64 * 1024)
+    for nbytes in (32 * 1024, 16 * 1024, 8 * 1024, 4 * 1024, 1024):
+        for tenant in ("greedy", "too") * 64:
+            budget.ask(tenant, nbytes)
+    assert budget.held_by("greedy") + budget.held_by("too") >= 32 * 1024
+    for number in range(16):
+        assert budget.ask(str(number), 64).is_admitted
 
 
 class Requests(RuleBasedStateMachine):
@@ -222,11 +239,11 @@ async def settled() -> None:
 async def test_work_waits_for_memory() -> None:
     """It begins when there is room, and its bytes are given back at its end."""
     of, first, second, begun = admission(), asyncio.Event(), asyncio.Event(), list[str]()
-    tasks = [asyncio.create_task(hold(of, tenant, 50, event, begun)) for tenant, event in (("a", first), ("b", second))]
-    waiting = asyncio.create_task(hold(of, "c", 50, second, begun))
+    tasks = [asyncio.create_task(hold(of, tenant, 40, event, begun)) for tenant, event in (("a", first), ("b", second))]
+    waiting = asyncio.create_task(hold(of, "c", 40, second, begun))
     await settled()
     assert begun == ["a", "b"]
-    assert (of.report().used, of.report().waiting) == (100, 1)
+    assert (of.report().used, of.report().waiting) == (80, 1)
     first.set()
     await settled()
     assert begun == ["a", "b", "c"]
@@ -240,11 +257,11 @@ async def test_tenants_wait_in_turn() -> None:
     of, begun = admission(), list[str]()
     holding, done = asyncio.Event(), asyncio.Event()
     done.set()
-    tasks = [asyncio.create_task(hold(of, "holder", 50, holding, begun)) for _ in range(1)]
-    tasks.append(asyncio.create_task(hold(of, "other", 50, holding, begun)))
+    tasks = [asyncio.create_task(hold(of, "holder", 40, holding, begun)) for _ in range(1)]
+    tasks.append(asyncio.create_task(hold(of, "other", 40, holding, begun)))
     await settled()
-    tasks += [asyncio.create_task(hold(of, "many", 50, done, begun)) for _ in range(5)]
-    tasks.append(asyncio.create_task(hold(of, "one", 50, done, begun)))
+    tasks += [asyncio.create_task(hold(of, "many", 40, done, begun)) for _ in range(5)]
+    tasks.append(asyncio.create_task(hold(of, "one", 40, done, begun)))
     await settled()
     holding.set()
     await asyncio.gather(*tasks)
@@ -255,15 +272,15 @@ async def test_tenants_wait_in_turn() -> None:
 async def test_who_gives_up_waiting_takes_nothing() -> None:
     """Nor does the one that was admitted in the same moment keep anything."""
     of, held, begun = admission(), asyncio.Event(), list[str]()
-    holders = [asyncio.create_task(hold(of, tenant, 50, held, begun)) for tenant in "ab"]
+    holders = [asyncio.create_task(hold(of, tenant, 40, held, begun)) for tenant in "ab"]
     await settled()
-    waiting = asyncio.create_task(hold(of, "c", 50, held, begun))
+    waiting = asyncio.create_task(hold(of, "c", 40, held, begun))
     await settled()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert of.report().waiting == 0
-    late = asyncio.create_task(hold(of, "d", 50, held, begun))
+    late = asyncio.create_task(hold(of, "d", 40, held, begun))
     await settled()
     holders[0].cancel()
     await asyncio.sleep(0)  # the memory is the late one's now, which has not noticed yet
@@ -277,10 +294,10 @@ async def test_who_gives_up_waiting_takes_nothing() -> None:
 async def test_patience_ends() -> None:
     """503 that says to come again; what cannot fit at all is 507 immediately; both are counted."""
     of, held, begun = admission(patience=0.01), asyncio.Event(), list[str]()
-    holders = [asyncio.create_task(hold(of, tenant, 50, held, begun)) for tenant in "ab"]
+    holders = [asyncio.create_task(hold(of, tenant, 40, held, begun)) for tenant in "ab"]
     await settled()
-    with pytest.raises(Overloaded, match=r"50 bytes of memory, which other work has held for 0\.01 seconds") as told:
-        await hold(of, "c", 50, held, begun)
+    with pytest.raises(Overloaded, match=r"40 bytes of memory, which other work has held for 0\.01 seconds") as told:
+        await hold(of, "c", 40, held, begun)
     assert told.value.retry_after == 5
     with pytest.raises(OutOfSpace, match="takes 51 bytes of memory, and one request may take 50"):
         await hold(of, "c", 51, held, begun)
