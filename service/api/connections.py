@@ -180,6 +180,13 @@ class Guarded(asyncio.Protocol):
             self._parse_on()
         self._note_whether_idle()
 
+    def shutdown(self) -> None:
+        """End with the service, behind what is in progress; a reader without a key that does not keep up ends now."""
+        if self.flow.write_paused and not self._has_key:
+            self.transport.abort()
+        else:
+            super().shutdown()  # type: ignore[misc]
+
     def _look(self) -> None:
         if self._is_read_too_slowly():
             log.info("a reader was cut off", peer=self._peer, seconds=self._deadlines.send)

@@ -1,6 +1,7 @@
 """Callers without a key who ask for public pages and do not read them: whom they keep out, and what they hold."""
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,17 @@ def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server)
         assert all(map(is_answered, flood))
         assert soon(lambda: httpx.get(f"{server.url}/livez").status_code == 200)
         assert all(map(reads_on, calm))
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_the_end_does_not_wait_for_who_reads_no_public_page(tmp_path: Path, parser: str) -> None:
+    """SIGTERM ends the service in order, and no request that was cut off leaves a traceback."""
+    with running_server(tmp_path / "data", environment={"PREFIX_HTTP_PARSER": parser}) as server, ExitStack() as stack:
+        for _ in range(MOST):
+            assert is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_a_page_is_made_once_and_has_an_entity_tag(server: Server) -> None:
