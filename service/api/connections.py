@@ -181,8 +181,8 @@ class Guarded(asyncio.Protocol):
         self._note_whether_idle()
 
     def shutdown(self) -> None:
-        """End with the service, behind what is in progress; a reader without a key that does not keep up ends now."""
-        if self.flow.write_paused and not self._has_key:
+        """End with the service, behind what is in progress; a reader without a key that does not keep up is reset."""
+        if self.transport.get_write_buffer_size() and not self._has_key:
             self.transport.abort()
         else:
             super().shutdown()  # type: ignore[misc]
