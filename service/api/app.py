@@ -27,7 +27,7 @@ from service.api import (
 )
 from service.api.answers import Answers, AnswersMiddleware
 from service.api.auth import AuthenticationMiddleware, Authenticator
-from service.api.documentation import documented, operation_id
+from service.api.documentation import documented, operation_id, pages
 from service.api.in_flight import InFlightMiddleware
 from service.api.inference_v2_statistics import InferenceStatistics
 from service.api.known_keys import KnownKeys
@@ -76,6 +76,11 @@ class _App(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
+
+    def setup(self) -> None:
+        """Add the public pages, each made at its first request; FastAPI's own are made anew for each."""
+        for path, page in pages(self).items():
+            self.add_route(path, page, include_in_schema=False)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

@@ -70,6 +70,7 @@ class Guarded(asyncio.Protocol):
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
+        self._has_key = False  # whether a request came with one
         self._unparsed: bytes | memoryview = b""
         self._postponed: PrefixServiceError | None = None
         super().__init__(**uvicorn)
@@ -97,18 +98,24 @@ class Guarded(asyncio.Protocol):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._deadlines.send))
 
     def give_way(self) -> None:
-        """Ends an idle connection for another one."""
-        log.info("an idle connection was closed for another", peer=self._peer, connections=self._peers.most)
-        if self._lingering.is_closing() or not (self._has_input() or self.transport.get_write_buffer_size()):
-            self._lingering.close()
-        else:
+        """Ends a connection for another one; what it has not read is dropped."""
+        log.info("a connection was closed for another", peer=self._peer, connections=self._peers.most)
+        would_reset = self._has_input() and not self._lingering.is_closing()
+        if would_reset or self.transport.get_write_buffer_size():
             self.transport.abort()
+        else:
+            self._lingering.close()
 
     def _note_whether_idle(self) -> None:
-        if self.cycle is None or (self.cycle.response_complete and not self.flow.write_paused):
+        """One whose reader has no key and does not keep up counts as idle: nobody waits for what is in progress."""
+        self._note_key()
+        if self.cycle is None or (not self._has_key if self.flow.write_paused else self.cycle.response_complete):
             self._peers.idle(self)
         else:
             self._peers.busy(self)
+
+    def _note_key(self) -> None:
+        self._has_key = self._has_key or (self.cycle is not None and "principal" in self.cycle.scope)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -155,6 +162,7 @@ class Guarded(asyncio.Protocol):
         """More than the high-water mark is unsent."""
         self._unsent = self.transport.get_write_buffer_size()
         super().pause_writing()
+        self._note_whether_idle()
 
     def resume_writing(self) -> None:
         """It was sent, down to the low-water mark."""
@@ -164,12 +172,20 @@ class Guarded(asyncio.Protocol):
 
     def on_response_complete(self) -> None:
         """Go on with what stood behind the requests that are now answered."""
+        self._note_key()
         super().on_response_complete()  # type: ignore[misc]
         if self._postponed is not None:
             self._refuse(self._postponed)
         elif self._unparsed:
             self._parse_on()
         self._note_whether_idle()
+
+    def shutdown(self) -> None:
+        """End with the service, behind what is in progress; a reader without a key that does not keep up is reset."""
+        if self.transport.get_write_buffer_size() and not self._has_key:
+            self.transport.abort()
+        else:
+            super().shutdown()  # type: ignore[misc]
 
     def _look(self) -> None:
         if self._is_read_too_slowly():
@@ -189,6 +205,8 @@ class Guarded(asyncio.Protocol):
         if self.flow.write_paused:
             self._sent += self._unsent - unsent
             self._unsent = unsent
+            if self._has_key:
+                (self._peers.busy if self._sent else self._peers.stalled)(self)
         self._reader.spend(self._every, self._sent)
         self._sent = 0
         return self._reader.left <= 0

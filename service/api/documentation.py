@@ -1,17 +1,67 @@
 """The OpenAPI document: what FastAPI cannot see in the signatures of routes."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, Final
 
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html, get_swagger_ui_oauth2_redirect_html
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service.api.auth import PUBLIC
+from service.api.negotiation import is_current
 
 PROBLEM_TYPE: Final = "application/problem+json"
 
 Document = dict[str, Any]
+
+
+class Page(Response):
+    """Bytes that are the same for every caller, with an entity tag: answers 304 or 200, and keeps nothing of a request.
+
+    All answers send one object: those that are not read yet hold no copies.
+    """
+
+    def __init__(self, made: Response) -> None:
+        self._etag = f'"{sha256(made.body).hexdigest()}"'
+        fields = {"ETag": self._etag, "Cache-Control": "no-cache", "Content-Type": made.headers["content-type"]}
+        super().__init__(made.body, headers=fields)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if is_current(Headers(raw=scope["headers"]), self._etag):
+            await Response(status_code=304, headers={"ETag": self._etag})(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def pages(app: FastAPI) -> dict[str, Callable[[Request], Awaitable[Response]]]:
+    """Returns the endpoints of the public pages by their paths: the document, and Swagger UI, which shows it."""
+    document, redirect = app.openapi_url or "", app.swagger_ui_oauth2_redirect_url
+    made: dict[str, Callable[[], Response]] = {
+        document: lambda: JSONResponse(app.openapi()),
+        "/docs": lambda: get_swagger_ui_html(
+            openapi_url=document, title=f"{app.title} - Swagger UI", oauth2_redirect_url=redirect
+        ),
+        "/docs/oauth2-redirect": get_swagger_ui_oauth2_redirect_html,
+    }
+    return {path: _made_once(make) for path, make in made.items()}
+
+
+def _made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
+    page = cache(lambda: Page(make()))
+
+    async def answer(_request: Request) -> Response:
+        return page()
+
+    return answer
 
 
 def documented(document: Document) -> Document:

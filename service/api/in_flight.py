@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.auth import PUBLIC
 from service.api.paths import HEALTH
 from service.api.rates import charged
 from service.catalog.records import Principal
@@ -14,7 +15,8 @@ class InFlightMiddleware:
     """Counts every request but those of the health routes, until the last byte of its answer has left.
 
     A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
-    adapters, and scrapes of the metrics, have a few places of their own.
+    adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
+    key: whoever leaves their answers unread takes no place of a tenant.
     """
 
     def __init__(self, app: ASGIApp, admission: Callable[[], Admission]) -> None:
@@ -30,7 +32,15 @@ class InFlightMiddleware:
         if scope["path"] in HEALTH:
             await self._app(scope, receive, send)
             return
-        admission, tenant = self._admission(), charged(scope)
+        admission = self._admission()
+        if scope["path"] in PUBLIC:
+            admission.begin_stranger()
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                admission.requests.end_stranger()
+            return
+        tenant = charged(scope)
         admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
         try:
             await self._app(scope, receive, send)

@@ -17,14 +17,16 @@ class Peers(Generic[C]):
 
     A connection is idle while no request is in progress: before its first head, between requests, and behind an answer
     whose request still has a body to come. For one connection too many, the peer that has the most connections, of
-    those that have idle ones, loses the one that has been idle longest.
+    those that have idle ones, loses the one that has been idle longest. If none is idle, a peer that has more than half
+    of all connections loses the one whose reader has taken nothing for longest.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._peer_of: dict[C, str] = {}
         self._count: Counter[str] = Counter()
-        self._idle: dict[str, OrderedDict[C, None]] = {}  # of peers that have some
+        self._idle: dict[str, OrderedDict[C, None]] = {}  # of peers that have some, and so below
+        self._stalled: dict[str, OrderedDict[C, None]] = {}
         self._refused: set[C] = set()
 
     def __len__(self) -> int:
@@ -38,14 +40,20 @@ class Peers(Generic[C]):
         """
         victim = None
         if len(self._peer_of) >= self.most:
-            if not self._idle:
-                raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
-            victim = next(iter(self._idle[max(self._idle, key=self._count.__getitem__)]))
+            victim = self._victim()
             self.close(victim)
         self._peer_of[connection] = peer
         self._count[peer] += 1
         self.idle(connection)
         return victim
+
+    def _victim(self) -> C:
+        if self._idle:
+            return next(iter(self._idle[max(self._idle, key=self._count.__getitem__)]))
+        for peer, stalled in self._stalled.items():
+            if self._count[peer] > self.most // 2:
+                return next(iter(stalled))
+        raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
 
     def may_tell(self, connection: C) -> bool:
         """Returns whether a refused connection may stay for a moment to read why, as a few may. Close it either way."""
@@ -67,16 +75,31 @@ class Peers(Generic[C]):
 
     def idle(self, connection: C) -> None:
         """Notes that no request is in progress on a connection; one that is idle already keeps its turn."""
-        if (peer := self._peer_of.get(connection)) is not None:
-            self._idle.setdefault(peer, OrderedDict()).setdefault(connection)
+        self._move(connection, self._stalled, self._idle)
+
+    def stalled(self, connection: C) -> None:
+        """Notes that a connection has a request in progress, and its reader takes nothing; it keeps its turn, too."""
+        self._move(connection, self._idle, self._stalled)
 
     def busy(self, connection: C) -> None:
         """Notes that a request is in progress on a connection."""
-        if (peer := self._peer_of.get(connection)) is None or (idle := self._idle.get(peer)) is None:
+        self._move(connection, self._idle)
+        self._move(connection, self._stalled)
+
+    def _move(
+        self,
+        connection: C,
+        old: dict[str, OrderedDict[C, None]],
+        new: dict[str, OrderedDict[C, None]] | None = None,
+    ) -> None:
+        if (peer := self._peer_of.get(connection)) is None:
             return
-        idle.pop(connection, None)
-        if not idle:
-            del self._idle[peer]
+        if (queue := old.get(peer)) is not None:
+            queue.pop(connection, None)
+            if not queue:
+                del old[peer]
+        if new is not None:
+            new.setdefault(peer, OrderedDict()).setdefault(connection)
 
 
 def peer_name(address: str | None) -> str:

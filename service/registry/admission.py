@@ -28,6 +28,9 @@ RESERVE: Final = 16
 """Requests that the platform's operators may have in flight when the process takes no others."""
 
 _SLICE: Final = 0.25  # seconds after which a long computation gives its turn back
+_STRANGERS: Final = 16
+"""Requests of callers without a key have places of their own: one for so many that the process takes of others."""
+
 _PART: Final = 2  # one job may take a half of the budget: there is always room for somebody else's
 _RESERVED: Final = 8  # an eighth of the budget stays free for small jobs
 _SMALL: Final = 64  # of at most a sixty-fourth of the budget
@@ -37,8 +40,9 @@ class InFlight:
     """Counts requests, in all and of each tenant. Pure state."""
 
     def __init__(self, most: int, most_of_tenant: int) -> None:
-        self.total = 0
+        self.total = self.strangers = 0
         self._most, self._most_of_tenant = most, most_of_tenant
+        self._most_strangers = max(1, most // _STRANGERS)
         self._of: dict[str, int] = {}
 
     def of(self, tenant: str) -> int:
@@ -61,6 +65,22 @@ class InFlight:
                 )
             self._of[tenant] = count + 1
         self.total += 1
+
+    def begin_stranger(self) -> None:
+        """Counts a request of a caller without a key, apart from all others; end it with `end_stranger`.
+
+        Raises:
+            Overloaded: there are too many; the request is not counted.
+        """
+        if self.strangers >= self._most_strangers:
+            raise Overloaded(
+                f"{self.strangers} requests without a key are in flight, the most that this process takes: try again"
+            )
+        self.strangers += 1
+
+    def end_stranger(self) -> None:
+        """Ends what `begin_stranger` counted."""
+        self.strangers -= 1
 
     def end(self, tenant: str | None) -> None:
         """Ends what `begin` counted."""
@@ -265,11 +285,17 @@ class Admission:
         Raises:
             Overloaded: there are too many in flight.
         """
-        try:
+        with self._counting("requests", Overloaded):
             self.requests.begin(tenant, reserved=reserved)
-        except Overloaded:
-            self._refused["requests"] += 1
-            raise
+
+    def begin_stranger(self) -> None:
+        """Counts a request without a key, as `InFlight.begin_stranger`; end it with `requests.end_stranger`.
+
+        Raises:
+            Overloaded: there are too many in flight.
+        """
+        with self._counting("requests", Overloaded):
+            self.requests.begin_stranger()
 
     @contextlib.asynccontextmanager
     async def work(self, tenant: str, nbytes: int) -> AsyncIterator[Work]:

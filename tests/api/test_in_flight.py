@@ -118,12 +118,29 @@ def test_a_process_at_its_limit(server: Server, keys: dict[str, str]) -> None:
         assert words == "6 requests are in flight, the most that this process takes: try again"
         refused(admin.post("/v1/prefixes", json={"rows": ["calm/a"]}))
         refused(reader.get("/v2"))
-        refused(server.client("").get("/openapi.json"))
         assert reader.get("/metrics").status_code == 200
         assert admin.get("/v1/tenants").status_code == 200
         assert admin.get("/v1/residency").status_code == 200
         assert calm.get("/livez").status_code == 200
     assert calm.get(ADAPTER.format("calm") + "/prefix").status_code == 200
+
+
+def test_who_reads_no_public_page_takes_no_place_of_a_tenant(server: Server, keys: dict[str, str]) -> None:
+    """More answers without a key block than the process takes requests: others without a key are told, a tenant is
+    served, and so is everybody once they are gone."""
+    calm, stranger = server.client(keys["calm"]), server.client("")
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * MOST):
+            reader = stack.enter_context(connect(server, receives=4096))
+            reader.sendall(head("GET", "/openapi.json") * 8)
+            assert reader.recv(12, socket.MSG_PEEK) in (b"HTTP/1.1 200", b"HTTP/1.1 503")
+        for _ in range(5):
+            assert calm.get(ADAPTER.format("calm") + "/prefix").status_code == 200
+        words = refused(stranger.get("/docs"))
+        assert words == "1 requests without a key are in flight, the most that this process takes: try again"
+        assert stranger.get("/livez").status_code == 200
+    wait_for(server, 0)
+    assert stranger.get("/docs").status_code == 200
 
 
 def test_refusals_and_usage_are_measured(server: Server, keys: dict[str, str]) -> None:

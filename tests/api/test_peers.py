@@ -12,13 +12,14 @@ MOST = 6
 
 
 class Rules(RuleBasedStateMachine):
-    """Against a model: connections in the order in which they became idle."""
+    """Against a model: connections in the order in which they became idle, or their readers took nothing any more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peers: Peers[int] = Peers(MOST)
         self.peer: dict[int, str] = {}
         self.idle: list[int] = []
+        self.stalled: list[int] = []
         self.number = 0
 
     def count(self, peer: str) -> int:
@@ -26,7 +27,8 @@ class Rules(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from("abc"))
     def open(self, peer: str) -> None:
-        """Only one too many closes another: the longest idle of the largest peer that has idle ones."""
+        """Only one too many closes another: the longest idle of the largest peer that has idle ones; if none is idle,
+        the longest stalled of a peer with more than half of all."""
         self.number += 1
         is_full = len(self.peer) == MOST
         try:
@@ -34,27 +36,36 @@ class Rules(RuleBasedStateMachine):
         except Overloaded:
             assert is_full
             assert not self.idle
+            assert all(self.count(self.peer[other]) <= MOST / 2 for other in self.stalled)
             return
         assert (victim is not None) == is_full
         if victim is not None:
-            most = max(self.count(self.peer[other]) for other in self.idle)
             owner = self.peer[victim]
-            assert self.count(owner) == most
-            assert victim == next(other for other in self.idle if self.peer[other] == owner)
-            self.idle.remove(victim)
-            del self.peer[victim]
+            if self.idle:
+                assert self.count(owner) == max(self.count(self.peer[other]) for other in self.idle)
+            else:
+                assert self.count(owner) > MOST / 2
+            assert victim == next(other for other in self.idle or self.stalled if self.peer[other] == owner)
+            self.forget(victim)
         self.peer[self.number] = peer
         self.idle.append(self.number)
 
     @precondition(lambda self: self.peer)
-    @rule(data=st.data(), idle=st.booleans())
-    def use(self, data: st.DataObject, idle: bool) -> None:
+    @rule(data=st.data(), now=st.sampled_from(["idle", "stalled", "busy"]))
+    def use(self, data: st.DataObject, now: str) -> None:
         connection = data.draw(st.sampled_from(sorted(self.peer)))
-        (self.peers.idle if idle else self.peers.busy)(connection)
-        if idle and connection not in self.idle:
-            self.idle.append(connection)
-        elif not idle and connection in self.idle:
-            self.idle.remove(connection)
+        getattr(self.peers, now)(connection)
+        for state, queue in (("idle", self.idle), ("stalled", self.stalled)):
+            if now == state and connection not in queue:
+                queue.append(connection)
+            elif now != state and connection in queue:
+                queue.remove(connection)
+
+    def forget(self, connection: int) -> None:
+        self.peer.pop(connection, None)
+        for queue in (self.idle, self.stalled):
+            if connection in queue:
+                queue.remove(connection)
 
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
@@ -62,10 +73,9 @@ class Rules(RuleBasedStateMachine):
         connection = data.draw(st.integers(1, max(1, self.number)))
         self.peers.close(connection)
         self.peers.busy(connection)
+        self.peers.stalled(connection)
         self.peers.idle(connection)
-        self.peer.pop(connection, None)
-        if connection in self.idle:
-            self.idle.remove(connection)
+        self.forget(connection)
 
     @invariant()
     def none_is_lost(self) -> None:

@@ -1,0 +1,148 @@
+"""Callers without a key who ask for public pages and do not read them: whom they keep out, and what they hold."""
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.api.helpers import head, upload, versions_path
+from tests.conftest import Server, running_server
+
+MOST = 60  # connections
+PAGES = head("GET", "/openapi.json") * 8
+LARGE: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 64, "num_layers": 8} | {
+    "num_attention_heads": 8,
+    "token_dim": 512,
+}  # 2 MiB in float32
+PREFIX = "/v1/tenants/t/adapters/large@1/prefix?batch_size=8"
+
+
+@pytest.fixture(scope="module", params=["httptools", "h11"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service with this parser that takes few connections."""
+    environment = {
+        "PREFIX_HTTP_PARSER": request.param,
+        "PREFIX_MAX_CONNECTIONS": str(MOST),
+        "PREFIX_RECEIVE_TIMEOUT": "4",
+    }
+    with running_server(tmp_path_factory.mktemp(request.param) / "data", environment=environment) as running:
+        made = running.client().post(versions_path("t", "large"), json={"config": LARGE, "seed": 1})
+        assert made.status_code == 201
+        assert upload(running.client(), "t", "a").status_code == 201
+        yield running
+
+
+def connected(server: Server, sent: bytes, source: str) -> socket.socket:
+    """A connection that sent something, from an address of this machine, and takes little before it reads."""
+    address = urlsplit(server.url)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.bind((source, 0))
+    connection.connect((address.hostname, address.port))
+    connection.sendall(sent)
+    return connection
+
+
+def is_answered(connection: socket.socket) -> bool:
+    """Whether an answer has begun that is no refusal; nothing of it is read."""
+    try:
+        return connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
+    except ConnectionResetError:
+        return False
+
+
+def reads_on(connection: socket.socket) -> bool:
+    """Whether more comes than the caller's buffers held: its connection was not reset."""
+    left = 128 << 10
+    try:
+        while left > 0 and (piece := connection.recv(left)):
+            left -= len(piece)
+    except ConnectionResetError:
+        return False
+    return left == 0
+
+
+def soon(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether it holds within so long."""
+    until = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return held
+
+
+def reading(server: Server) -> bytes:
+    return head("GET", PREFIX, Authorization=f"Bearer {server.admin_key}")
+
+
+def test_connections_that_read_no_public_page_give_way(server: Server) -> None:
+    """A flood fills all places; whoever comes is served, and a slow reader with a key reads on."""
+    with ExitStack() as stack:
+        slow = stack.enter_context(connected(server, reading(server), "127.0.0.3"))
+        assert is_answered(slow)
+        for _ in range(2 * MOST):
+            is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
+        for _ in range(5):
+            assert httpx.get(f"{server.url}/livez").status_code == 200
+            assert server.client().get("/v1/tenants/t/adapters/a/prefix").status_code == 200
+        assert reads_on(slow)
+
+
+def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server) -> None:
+    """Where one address has more than half of all connections, it loses those that stand still for longest, and its
+    neighbour none."""
+    with ExitStack() as stack:
+        calm = [stack.enter_context(connected(server, reading(server), "127.0.0.3")) for _ in range(2)]
+        assert all(map(is_answered, calm))
+        flood = [stack.enter_context(connected(server, reading(server), "127.0.0.2")) for _ in range(MOST - 2)]
+        assert all(map(is_answered, flood))
+        assert soon(lambda: httpx.get(f"{server.url}/livez").status_code == 200)
+        assert all(map(reads_on, calm))
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_the_end_does_not_wait_for_who_reads_no_public_page(tmp_path: Path, parser: str) -> None:
+    """SIGTERM ends the service in order, and no request that was cut off leaves a traceback."""
+    with running_server(tmp_path / "data", environment={"PREFIX_HTTP_PARSER": parser}) as server, ExitStack() as stack:
+        for _ in range(MOST):
+            assert is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=20) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_page_is_made_once_and_has_an_entity_tag(server: Server) -> None:
+    """Who has it gets 304; other methods get what they always did."""
+    for path in ("/openapi.json", "/docs", "/docs/oauth2-redirect"):
+        first, again = (httpx.get(server.url + path) for _ in range(2))
+        assert first.status_code == 200
+        assert (first.content, first.headers["etag"]) == (again.content, again.headers["etag"])
+        known = httpx.get(server.url + path, headers={"If-None-Match": first.headers["etag"]})
+        assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", first.headers["etag"])
+        length = httpx.head(server.url + path).headers["content-length"]
+        assert length == str(len(first.content))
+    assert json.loads(httpx.get(f"{server.url}/openapi.json").content)["openapi"]
+
+
+def memory(server: Server) -> int:
+    """The bytes of the process that are resident now."""
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
+
+
+def test_unread_pages_are_no_copies(server: Server) -> None:
+    """Each connection that reads nothing holds less than one page, of which it is owed several."""
+    page = len(httpx.get(f"{server.url}/openapi.json").content)
+    with ExitStack() as stack:
+        before = memory(server)
+        for _ in range(MOST):
+            is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
+        assert memory(server) - before < MOST * page
