@@ -51,6 +51,7 @@ from service.errors import InvalidRequest
 from service.library import Library
 from service.plan import Plan
 from service.prefix.references import check_name
+from service.registry.admission import PLATFORM
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -232,7 +233,7 @@ async def _ready(library: Library, tenant: str | None) -> AsyncIterator[bytes]:
     names = [VersionName(*key[:4]) for key in sorted(library.registry.versions()) if tenant in (None, key.tenant)]
     for begin in range(0, len(names) or 1, PAGE):
         page = partial(written, names[begin : begin + PAGE], partial(_entry, ready=True))
-        yield await library.admission.run(tenant or "", page)
+        yield await library.admission.run(tenant or PLATFORM, page)
 
 
 def _entry(version: VersionName, *, ready: bool) -> dict[str, Any]:

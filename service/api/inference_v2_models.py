@@ -15,6 +15,7 @@ from service.library import Library
 from service.plan import PrefixRequest
 from service.prefix.extras import InputMask
 from service.prefix.references import Reference, check_name, parse_reference
+from service.registry.admission import PLATFORM
 
 MODEL: Final = "/models/{tenant}/{name}"
 VERSION: Final = MODEL + "/versions/{version}"
@@ -95,7 +96,7 @@ async def every_version(
 
     last = None
     while True:
-        text, last = await library.admission.run(tenant or "", partial(page, last))
+        text, last = await library.admission.run(tenant or PLATFORM, partial(page, last))
         yield text
         if last is None:
             return

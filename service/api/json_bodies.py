@@ -13,14 +13,13 @@ from service.api.problems import invalid_request
 from service.api.state import state_of
 from service.errors import InvalidConfig, InvalidRequest, TooLarge
 from service.prefix.json_text import json_memory, parse_json
+from service.registry.admission import PLATFORM
 
 MOST_JSON: Final = 1 << 20
 """Bytes of JSON without masks."""
 
 MOST_MASK_JSON: Final = 4 << 20
 """Bytes of JSON with a mask."""
-
-_PLATFORM: Final = "(the platform)"  # no tenant's name has a space
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -29,7 +28,7 @@ T = TypeVar("T")
 def payer(request: Request) -> str:
     """Returns the tenant that a request's work is charged to; of a key of the platform, a name that no tenant has."""
     tenant: str | None = request.scope["tenant"]
-    return _PLATFORM if tenant is None else tenant
+    return PLATFORM if tenant is None else tenant
 
 
 def declared_bytes(request: Request, limit: int) -> int:

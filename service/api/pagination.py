@@ -17,6 +17,7 @@ from service.api.state import state_of
 from service.errors import InvalidReference, InvalidRequest
 from service.logs import redacted
 from service.prefix.references import check_name
+from service.registry.admission import PLATFORM
 
 Row = TypeVar("Row")
 
@@ -68,7 +69,7 @@ async def answer_page(request: Request, tenant: str | None, listing: Listing[Row
         body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(cursor))
         return json_page(request, body, cursor)
 
-    return await state_of(request).admission.run(tenant or "", make)
+    return await state_of(request).admission.run(tenant or PLATFORM, make)
 
 
 def _page(listing: Listing[Row], after: str, limit: int) -> tuple[list[bytes], str | None]:

@@ -17,6 +17,7 @@ from service.api.paths import RefPath
 from service.api.schemas import ResidencyRequest, ResidencyState
 from service.api.state import LibraryOf, StateOf
 from service.prefix.references import parse_reference
+from service.registry.admission import PLATFORM
 from service.registry.keys import VersionKey
 from service.registry.report import ResidentReport, ShareReport, TierReport
 from service.registry.snapshot import Place, place_of
@@ -53,7 +54,7 @@ async def overview(
         shown = Residency(tiers=tiers, tenants=snapshot.shares(limit), resident=found[:limit], next=following)
         return json_page(request, shown.model_dump_json().encode(), following)
 
-    return await state.admission.run("", make)
+    return await state.admission.run(PLATFORM, make)
 
 
 def _place(text: str) -> Place | None:

@@ -21,6 +21,9 @@ T = TypeVar("T")
 Refusal = Literal["requests", "size", "memory"]
 """Too many requests in flight; work that takes more than one request may; work that waited too long for memory."""
 
+PLATFORM: Final = "(the platform)"
+"""Pays for what the platform's own keys ask for beside tenants' adapters; no tenant's name has a space."""
+
 PATIENCE: Final = 30.0
 """Seconds that work waits for memory before its request is refused."""
 
