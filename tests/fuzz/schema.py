@@ -13,7 +13,8 @@ import httpx
 from tests.api.helpers import CONFIG
 from tests.conftest import running_server
 
-DOCUMENT: Final = Path(__file__).parents[2] / "openapi" / "openapi.json"
+_ROOT: Final = Path(__file__).parents[2]
+DOCUMENT: Final = _ROOT / "openapi" / "openapi.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def fuzzed(folder: Path, examples: int, seed: int, *, with_key: bool) -> Report:
         with server.client() as client:
             existing = json.dumps(_published(client))
         environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.fuzz.schema_hooks", "FUZZ_EXISTING": existing}
+        environment["PYTHONPATH"] = os.pathsep.join((str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])))
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
         return Report(done.stdout + done.stderr, done.returncode, server.log.read_text())
 
