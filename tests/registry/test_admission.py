@@ -50,7 +50,7 @@ class Budgets(RuleBasedStateMachine):
 
     def may_begin(self, job: Job) -> bool:
         starved = any(not self.runs(tenant) for tenant in self.waiting)
-        return self.fits(job) and not (self.runs(job.tenant) and starved)
+        return self.fits(job) and not (self.runs(job.tenant) and starved and self.held(job.tenant) + job.nbytes > SMALL)
 
     def check_admitted(self, admitted: list[Job]) -> None:
         """Each is the first of its tenant's queue, and no tenant before it in turn, and as idle, could begin."""
