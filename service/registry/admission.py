@@ -119,7 +119,7 @@ class WorkBudget:
     much is free. For large jobs an eighth of the budget does not count as free: however few tenants hold the rest, a
     job of a sixty-fourth at most, of a tenant without running jobs, begins immediately while all small jobs hold less
     than that eighth. Jobs that do not fit wait. Whenever bytes become free, waiting tenants are asked in turn, those
-    without running jobs first; while such a tenant waits, no other tenant takes more than it holds.
+    without running jobs first; while such a tenant waits, no other takes more than it holds, or than a small job.
     """
 
     def __init__(self, budget: int) -> None:
@@ -150,7 +150,7 @@ class WorkBudget:
                 "raise PREFIX_WORK_BYTES, of which that is a half"
             )
         job, owner = Job(tenant, nbytes), self._tenants.setdefault(tenant, _Tenant())
-        if not owner.waiting and self._fits(owner, nbytes) and not (owner.running and self._is_starved()):
+        if not owner.waiting and self._fits(owner, nbytes) and self._may_pass(owner, nbytes):
             self._admit(owner, job)
         else:
             owner.waiting.append(job)
@@ -189,10 +189,9 @@ class WorkBudget:
         for wanted in (False, True):
             for name in self._turns:
                 owner = self._tenants[name]
-                if bool(owner.running) is wanted and self._fits(owner, owner.waiting[0].nbytes):
+                nbytes = owner.waiting[0].nbytes
+                if bool(owner.running) is wanted and self._fits(owner, nbytes) and self._may_pass(owner, nbytes):
                     return name
-            if self._is_starved():
-                break
         return None
 
     def _admit(self, owner: _Tenant, job: Job) -> None:
@@ -205,6 +204,11 @@ class WorkBudget:
         reserve = 0 if nbytes <= self.budget // _SMALL else self.budget // _RESERVED
         free = self.budget - self.used - nbytes - reserve
         return free >= (owner.held + nbytes if owner.running else 0)
+
+    def _may_pass(self, owner: _Tenant, nbytes: int) -> bool:
+        """Whether a job may begin before those of tenants without running jobs: a small one, while its tenant holds
+        no more than small jobs do, for large jobs cannot have what it takes."""
+        return not owner.running or owner.held + nbytes <= self.budget // _SMALL or not self._is_starved()
 
     def _is_starved(self) -> bool:
         """Whether a tenant without running jobs waits."""

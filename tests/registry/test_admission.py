@@ -52,7 +52,7 @@ class Budgets(RuleBasedStateMachine):
 
     def may_begin(self, job: Job) -> bool:
         starved = any(not self.runs(tenant) for tenant in self.waiting)
-        return self.fits(job) and not (self.runs(job.tenant) and starved)
+        return self.fits(job) and not (self.runs(job.tenant) and starved and self.held(job.tenant) + job.nbytes > SMALL)
 
     def check_admitted(self, admitted: list[Job]) -> None:
         """Each is the first of its tenant's queue, and no tenant before it in turn, and as idle, could begin."""
@@ -73,7 +73,7 @@ class Budgets(RuleBasedStateMachine):
 
     @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, SMALL), st.integers(0, BUDGET // 4), st.integers(0, BUDGET)))
     def ask(self, tenant: str, nbytes: int) -> None:
-        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, nbytes))
+        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, max(nbytes, 1)))
         small = sum(job.nbytes for job in self.running if job.nbytes <= SMALL)
         if nbytes <= SMALL and small + nbytes <= RESERVED and tenant not in self.waiting and not self.runs(tenant):
             assert may_begin  # whatever large jobs the others have
