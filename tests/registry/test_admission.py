@@ -73,7 +73,7 @@ class Budgets(RuleBasedStateMachine):
 
     @rule(tenant=tenants, nbytes=st.one_of(st.integers(0, SMALL), st.integers(0, BUDGET // 4), st.integers(0, BUDGET)))
     def ask(self, tenant: str, nbytes: int) -> None:
-        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, max(nbytes, 1)))
+        may_begin = tenant not in self.waiting and self.may_begin(Job(tenant, nbytes))
         small = sum(job.nbytes for job in self.running if job.nbytes <= SMALL)
         if nbytes <= SMALL and small + nbytes <= RESERVED and tenant not in self.waiting and not self.runs(tenant):
             assert may_begin  # whatever large jobs the others have
