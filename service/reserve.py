@@ -55,7 +55,7 @@ class Reserve:
 
 def _allocate(handle: int, nbytes: int) -> int:
     """Allocate so many bytes, or what the disk has; return how many the file has then."""
-    for wanted in (nbytes, _free_bytes(handle), nbytes // 2, nbytes // 4, nbytes // 8):
+    for wanted in (nbytes, min(nbytes, _free_bytes(handle)), nbytes // 2, nbytes // 4, nbytes // 8):
         with contextlib.suppress(OSError):
             os.posix_fallocate(handle, 0, max(wanted, 1))
             break

@@ -1,5 +1,6 @@
 """`service.reserve`: a full disk has room for deletions, and for nothing else."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +91,19 @@ def test_what_deletes_works_on_a_full_disk(disk: Path) -> None:
     assert held(reserve_file(place)) > 0.9 * RESERVED_BYTES
     assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize < RESERVED_BYTES
     database.close()
+
+
+def test_an_allocation_that_fails_takes_no_more_than_the_reserve(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the disk has left: a first allocation that failed must not be followed by one of the whole disk."""
+    allocate, failed = os.posix_fallocate, []
+
+    def fails_once(handle: int, offset: int, nbytes: int) -> None:
+        if not failed:
+            failed.append(nbytes)
+            raise OSError(errno.EDQUOT, "no quota")
+        allocate(handle, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", fails_once)
+    Reserve(disk / "reserve").fill()
+    assert failed
+    assert held(disk / "reserve") == RESERVED_BYTES
