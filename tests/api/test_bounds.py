@@ -31,7 +31,7 @@ LARGE: dict[str, Any] = {
     "token_dim": 512,
 }
 DEEP: dict[str, Any] = {**CONFIG, "num_virtual_tokens": 2, "num_layers": 1024, "num_attention_heads": 1, "token_dim": 2}
-SILENCE = 2.0  # seconds; generous, since others work on this machine too
+SILENCE = 3.0  # seconds; generous, since others work on this machine too
 MIB = 1 << 20
 
 
