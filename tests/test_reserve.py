@@ -95,7 +95,7 @@ def test_what_deletes_works_on_a_full_disk(disk: Path) -> None:
 
 def test_an_allocation_that_fails_takes_no_more_than_the_reserve(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the disk has left: a first allocation that failed must not be followed by one of the whole disk."""
-    allocate, failed = os.posix_fallocate, []
+    allocate, failed = os.posix_fallocate, list[int]()
 
     def fails_once(handle: int, offset: int, nbytes: int) -> None:
         if not failed:
