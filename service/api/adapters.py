@@ -133,7 +133,8 @@ async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Versio
 
 
 async def _receive(request: Request, upload: Upload, limit: int) -> PrefixConfig:
-    """Writes the weights of an upload, and returns its config, filled; what is in memory meanwhile is reserved."""
+    """Writes the weights of an upload and returns its config with all dimensions filled. Reserves the memory that the
+    configs take."""
     async with reserved(request, declared_bytes(request, MOST_HELD)):
         config_json, base_json = await read_upload(request, upload, limit)
         memory = json_memory(len(config_json) + len(base_json or b""))

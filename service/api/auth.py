@@ -132,7 +132,8 @@ def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
 
 
 def _require_writable(request: Request, scope: KeyScope) -> None:
-    """What needs more than `read`, and does more than look, changes something."""
+    """Refuse a change on a read-only service. A request changes something if it needs more than `read` and is no GET or
+    HEAD."""
     if (
         scope != "read"
         and request.method not in ("GET", "HEAD")

@@ -1,4 +1,4 @@
-"""Who changes a tenant's things: the caller, bound to the tenant that the path names when the request begins."""
+"""The caller of a route that changes a tenant's resources, bound to the id that the path's tenant has at the start."""
 
 from dataclasses import replace
 from typing import Annotated

@@ -32,7 +32,7 @@ def payer(request: Request) -> str:
 
 
 def declared_bytes(request: Request, limit: int) -> int:
-    """Returns the size of a body as its header tells, or else the most that it may have."""
+    """Returns the body's Content-Length, but at most `limit`; `limit` if there is none."""
     declared = request.headers.get("content-length", "")
     return min(int(declared), limit) if declared.isdecimal() and len(declared) < 20 else limit
 

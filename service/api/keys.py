@@ -28,7 +28,7 @@ _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 
 @router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
 async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
-    """A new key of a tenant, beside those that it has; the answer alone tells it."""
+    """Create another key of a tenant. Only this answer contains the key."""
     return await _create(request, state, tenant, by)
 
 
@@ -54,7 +54,7 @@ async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, s
 
 @router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewKey))
 async def create_platform_key(request: Request, by: PlatformAdmin, state: StateOf) -> CreatedKey:
-    """A new key of the platform, beside those that it has; the answer alone tells it."""
+    """Create another key of the platform. Only this answer contains the key."""
     return await _create(request, state, None, by)
 
 

@@ -34,9 +34,8 @@ _PAUSE: Final = 5.0  # seconds between two notes of what was used
 
 
 class KnownKeys:
-    """The keys of a catalog that were used or made last, by their ids, as `hear` is told of changes. What is in memory
-    holds while `are_known` says that changes are heard; then each key is looked up again. `notes_uses` is False where
-    the catalog is read-only.
+    """The keys that were used or created last, by id. `hear` keeps them up to date. They are trusted while `are_known`
+    returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False for a read-only catalog.
 
     Belongs to the event loop, `running` aside.
     """
