@@ -29,7 +29,7 @@ class _Answer:
 
 
 class Answers:
-    """Answers that the route has given, keyed by everything that an answer depends on: the raw path, query and `Accept`.
+    """Answers that the route has given, keyed by all that an answer depends on: the raw path, query and `Accept`.
 
     The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
     questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
@@ -72,8 +72,8 @@ def _question(scope: Scope) -> _Question:
 
 
 class AnswersMiddleware:
-    """Sends remembered answers, after the key has been checked. With `let_through`, only for tenants for which it returns
-    True: those without a rate limit."""
+    """Sends remembered answers, after the key has been checked. With `let_through`, only to tenants for which it
+    returns True: those without a rate limit."""
 
     def __init__(
         self, app: ASGIApp, answers: Callable[[], Answers], let_through: Callable[[str], bool] | None = None

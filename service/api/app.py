@@ -78,7 +78,7 @@ class _App(FastAPI):
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
 
     def setup(self) -> None:
-        """Add the public pages. Each is made once, at its first request; FastAPI would make it again for every request."""
+        """Add the public pages. Each is made once, at its first request; FastAPI makes them for every request."""
         for path, page in pages(self).items():
             self.add_route(path, page, include_in_schema=False)
 

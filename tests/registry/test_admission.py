@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from service.errors import OutOfSpace, Overloaded
 from service.registry import admission as module
-from service.registry.admission import RESERVE, Admission, InFlight, Job, WorkBudget
+from service.registry.admission import RESERVE, Admission, InFlight
+from service.registry.work_budget import Job, WorkBudget
 
 BUDGET = 256  # large jobs leave 32, and small ones have 4 at most
 RESERVED, SMALL = 32, 4
