@@ -16,6 +16,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
+from service.api.input_turns import InputTurns
 from service.api.lingering import LingeringTransport
 from service.api.patience import Patience
 from service.api.peers import Peers, peer_name
@@ -63,15 +64,17 @@ class Guarded(asyncio.Protocol):
     timeout_keep_alive_task: asyncio.TimerHandle | None
     app_state: dict[str, Any]
 
-    def __init__(self, deadlines: Deadlines, peers: "Peers[Guarded]", **uvicorn: Any) -> None:
-        self._deadlines, self._peers = deadlines, peers
+    def __init__(self, deadlines: Deadlines, peers: "Peers[Guarded]", turns: InputTurns, **uvicorn: Any) -> None:
+        self._deadlines, self._peers, self._turns = deadlines, peers, turns
         self._every = min(deadlines.receive, deadlines.send) / _LOOKS
         self._timer: asyncio.TimerHandle | None = None
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
         self._has_key = False  # whether a request came with one
+        self._caller = ""  # whose turn its input waits for: the newest request's tenant, or the peer
         self._unparsed: bytes | memoryview = b""
+        self._is_waiting = False  # for a turn to parse it
         self._postponed: PrefixServiceError | None = None
         super().__init__(**uvicorn)
 
@@ -84,8 +87,9 @@ class Guarded(asyncio.Protocol):
         self._timer = self.loop.call_later(self._every, self._look)
         if self.client is not None and sys.platform == "linux":
             self._bound_the_kernel(transport.get_extra_info("socket"))
+        self._caller = peer_name(self._peer)
         try:
-            victim = self._peers.open(self, peer_name(self._peer))
+            victim = self._peers.open(self, self._caller)
         except Overloaded as error:
             self._refuse(error, linger=self._peers.may_tell(self))
         else:
@@ -115,7 +119,12 @@ class Guarded(asyncio.Protocol):
             self._peers.busy(self)
 
     def _note_key(self) -> None:
-        self._has_key = self._has_key or (self.cycle is not None and "principal" in self.cycle.scope)
+        if self.cycle is None:
+            return
+        if (principal := self.cycle.scope.get("principal")) is not None:
+            self._has_key, self._caller = True, f"tenant {principal.tenant}"
+        elif not self._has_key:
+            self._caller = f"{peer_name(self._peer)}, again"  # a crowd of new connections does not delay a probe's
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
@@ -129,16 +138,26 @@ class Guarded(asyncio.Protocol):
         """Parse what arrived, up to the first request that waits for its turn; keep what stands behind it as bytes."""
         if not self.transport.is_closing():
             self._unparsed = memoryview(bytes(self._unparsed) + data) if self._unparsed else data
+            self._parse_in_turn()
+
+    def _parse_in_turn(self) -> None:
+        if self._is_waiting:
+            self._lingering.hold(True)  # only now: most wait for less than it costs
+        elif not self._unparsed or self._owes_answers() or self._turns.take(self._caller, self._parse_on):
             self._parse_on()
+        else:
+            self._is_waiting = True
 
     def _parse_on(self) -> None:
+        self._is_waiting = False
         until = time.monotonic() + _TURN
         while self._unparsed and not self._owes_answers():
             if self._ignores_input:
                 self._unparsed = b""
                 break
             if time.monotonic() > until:
-                self.loop.call_soon(self._parse_on)
+                self._is_waiting = True
+                self._turns.wait(self._caller, self._parse_on)
                 break
             data, size = self._unparsed, self._piece
             if len(data) > size:
@@ -177,7 +196,7 @@ class Guarded(asyncio.Protocol):
         if self._postponed is not None:
             self._refuse(self._postponed)
         elif self._unparsed:
-            self._parse_on()
+            self._parse_in_turn()
         self._note_whether_idle()
 
     def shutdown(self) -> None:

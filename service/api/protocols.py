@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.connections import PIECE, Deadlines, Guarded
 from service.api.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
+from service.api.input_turns import InputTurns
 from service.api.peers import Peers
 from service.api.strict_h11 import StrictH11
 from service.errors import MalformedRequest, PrefixServiceError
@@ -34,7 +35,7 @@ def protocol_class(
 ) -> type[asyncio.Protocol]:
     """Returns what uvicorn takes as `http`, which it only calls: connections of one process, `most` at a time."""
     peers: Peers[Guarded] = Peers(most)
-    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers)
+    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers, InputTurns())
     return cast("type[asyncio.Protocol]", made)
 
 
@@ -47,12 +48,12 @@ def connection_class(settings: Settings) -> type[asyncio.Protocol]:
 class HttpToolsConnection(Guarded, HttpToolsProtocol):
     """A connection read by the parser that is fast and bounds nothing."""
 
-    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], **uvicorn: Any) -> None:
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
         self._pending = 0  # bytes since the last that were of a body, or ended a head
         self._has_body_to_come = False
         self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends with its answer
-        super().__init__(deadlines, peers, **uvicorn)
+        super().__init__(deadlines, peers, turns, **uvicorn)
 
     def _parse(self, data: bytes | memoryview) -> None:
         """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
@@ -161,8 +162,8 @@ class H11Connection(Guarded, H11Protocol):
 
     conn: StrictH11
 
-    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], **uvicorn: Any) -> None:
-        super().__init__(deadlines, peers, **uvicorn)
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
+        super().__init__(deadlines, peers, turns, **uvicorn)
         self.conn = StrictH11()
 
     def _parse(self, data: bytes | memoryview) -> None:

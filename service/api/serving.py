@@ -1,5 +1,6 @@
 """One process that serves: uvicorn's `Server`, whose app fails and ends in this project's words."""
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -11,12 +12,17 @@ from typing import Final, NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.accepting import Acceptor
 from service.api.connections import KEEP_ALIVE
 from service.api.protocols import connection_class
 from service.settings import Settings
 
 GRACE: Final = 30
 """Seconds that requests under way have once the service is asked to end."""
+
+_SWITCH: Final = 0.001
+"""Seconds after which a thread that computes hands Python's lock to the event loop, which asks for it again after each
+operation of torch; Python's own 5 ms, ten times in an answer, are a neighbour's latency."""
 
 
 class Server(uvicorn.Server):
@@ -48,16 +54,24 @@ class Server(uvicorn.Server):
         Raises:
             PrefixServiceError: the app cannot open, for the reason that it gives.
         """
+        sys.setswitchinterval(_SWITCH)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._app.router.lifespan_context(self._app))
-            await super().startup(sockets)
+            self._app.openapi()  # takes 0.2 s: the first who asks for the document does not stop the loop for it
+            await super().startup([])
+            self._acceptor = Acceptor(sockets or [], self._protocol)
             self._opened = stack.pop_all()
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish the requests under way, then close the app."""
         async with self._opened:
+            self._acceptor.close()
             await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        uvicorn_s = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        return self.config.http_protocol_class(**uvicorn_s)
 
 
 def end_in_order_on(*signals: signal.Signals) -> None:
