@@ -1,6 +1,6 @@
 """An `Admission` that refuses nothing, for tests of other things."""
 
-from service.registry.admission import Admission
+from prefix_service.registry.admission import Admission
 
 
 def generous_admission() -> Admission:

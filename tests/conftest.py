@@ -78,7 +78,7 @@ class Server:
             self.process.wait(timeout=30)
 
 
-PREFIX_SERVICE = [sys.executable, "-m", "service.cli"]
+PREFIX_SERVICE = [sys.executable, "-m", "prefix_service.cli"]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`service.errors`: one documented class for each failure, with a stable code, in the drawn tree, with a status."""
+"""`errors`: one documented class for each failure, with a stable code, in the drawn tree, with a status."""
 
 import inspect
 import re
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from service import errors
-from service.api.problems import STATUSES, status_of
-from service.errors import PrefixServiceError
+from prefix_service import errors
+from prefix_service.api.http.problems import STATUSES, status_of
+from prefix_service.errors import PrefixServiceError
 
 CLIENT_ONLY = {errors.InvalidResponse, errors.ConnectionFailed}
 

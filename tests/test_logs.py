@@ -1,4 +1,4 @@
-"""`service.logs`: one form for every line, whoever writes it, and no key in any."""
+"""`logs`: one form for every line, whoever writes it, and no key in any."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from service.logs import redacted
+from prefix_service.logs import redacted
 
 KEY = "pfx_0123456789abcdef_" + "5" * 48 + "_89abcdef"
 _BEGIN = """
 import logging, structlog, warnings
-from service.logs import about, configure
+from prefix_service.logs import about, configure
 configure({level!r})
 log = structlog.stdlib.get_logger("prefix_service")
 """

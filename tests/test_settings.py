@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from prefix_service.settings import Settings
 
 README = Path(__file__).parents[1] / "README.md"
 _ROW = re.compile(r"^\|\s*`(PREFIX_[A-Z_]+)`\s*\|\s*(?:`([^`]*)`|[^|`]*)\s*\|\s*(\S[^|]*)\|", re.MULTILINE)

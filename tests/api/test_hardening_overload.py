@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from service.blobs import FolderBlobStore
-from service.registry.failures import REMEMBERED_SECONDS
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.registry.failures import REMEMBERED_SECONDS
 from tests.api.helpers import CONFIG, assert_alive, problem, upload, weights
 from tests.conftest import Server, running_server
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from service.blobs import FolderBlobStore
+from prefix_service.blobs.folder import FolderBlobStore
 from tests.api.helpers import CONFIG, head, problem, raw, upload, weights
 from tests.conftest import Server, running_server
 

@@ -13,7 +13,7 @@ import httpx
 import torch
 from safetensors.torch import save
 
-from service.prefix.buffers import bytes_of
+from prefix_service.prefix.buffers import bytes_of
 
 
 @dataclass(frozen=True, slots=True)

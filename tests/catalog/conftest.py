@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from service.catalog.audit import AuditLog
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.deletions import Deletions
-from service.catalog.garbage import Garbage
-from service.catalog.keys import Keyring
-from service.catalog.listings import Listings
-from service.catalog.records import NewVersion, Principal
-from service.catalog.tenants import Tenants
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import NewVersion, Principal
+from prefix_service.catalog.tenants import Tenants
 from tests.postgresql import PostgreSQL
 
 Content = Callable[..., NewVersion]

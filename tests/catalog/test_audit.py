@@ -1,4 +1,4 @@
-"""`service.catalog.audit`: one row and one line for each change, none for what changed nothing."""
+"""`catalog.audit`: one row and one line for each change, none for what changed nothing."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,16 +9,23 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.audit import AuditLog, record
-from service.catalog.authority import writing_for
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas
-from service.catalog.schema import metadata
-from service.catalog.tenants import Tenants
-from service.errors import Conflict, NotFound, PreconditionFailed, PrefixServiceError, QuotaExceeded, StorageFailed
-from service.prefix.references import parse_reference
+from prefix_service.catalog.audit import AuditLog, record
+from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas
+from prefix_service.catalog.schema import metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import (
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+    PrefixServiceError,
+    QuotaExceeded,
+    StorageFailed,
+)
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content
 
 

@@ -1,4 +1,4 @@
-"""`service.catalog.authority`: who acts is proved in the transaction that writes, by ids."""
+"""`catalog.authority`: who acts is proved in the transaction that writes, by ids."""
 
 import threading
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.audit import AuditLog
-from service.catalog.authority import prove, writing_for
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.records import COMMAND_LINE, DEV, SERVICE, Principal, Quotas
-from service.catalog.schema import keys, metadata
-from service.catalog.tenants import Tenants
-from service.errors import NotFound, Unauthenticated
-from service.prefix.references import parse_reference
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.authority import prove, writing_for
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import COMMAND_LINE, DEV, SERVICE, Principal, Quotas
+from prefix_service.catalog.schema import keys, metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import NotFound, Unauthenticated
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_postgresql
 
 Change = Callable[[Principal], object]

@@ -1,4 +1,4 @@
-"""`service.catalog.catalog`: numbers, digests, aliases, listings and deletions, alone and all at once."""
+"""`catalog.catalog`: numbers, digests, aliases, listings and deletions, alone and all at once."""
 
 import multiprocessing
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -6,13 +6,13 @@ from dataclasses import asdict
 
 import pytest
 
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.listings import Listings
-from service.catalog.records import NewVersion, Version
-from service.catalog.tenants import Tenants
-from service.errors import Conflict, NotFound, PreconditionFailed
-from service.prefix.references import parse_reference
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import NewVersion, Version
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Conflict, NotFound, PreconditionFailed
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, Place
 
 

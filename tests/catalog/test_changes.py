@@ -1,4 +1,4 @@
-"""`service.catalog.changes` and `service.catalog.remembered`: who hears of what, when, and what is relied on since."""
+"""`catalog.changes` and `catalog.remembered`: who hears of what, when, and what is relied on since."""
 
 import threading
 import time
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from service.catalog import changes as module
-from service.catalog import remembered as remembered_module
-from service.catalog.catalog import Catalog
-from service.catalog.changes import Changes
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.records import AuditEntry
-from service.catalog.remembered import RememberedVersions
-from service.catalog.tenants import Tenants
-from service.errors import NotFound, StorageFailed
-from service.prefix.references import parse_reference
+from prefix_service.catalog import changes as module
+from prefix_service.catalog import remembered as remembered_module
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import AuditEntry
+from prefix_service.catalog.remembered import RememberedVersions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import NotFound, StorageFailed
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, Place, on_sqlite
 
 

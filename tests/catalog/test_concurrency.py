@@ -7,17 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import sqlalchemy as sa
 
-from service.catalog.audit import AuditLog
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.deletions import Deletions
-from service.catalog.garbage import Garbage
-from service.catalog.keys import Keyring
-from service.catalog.records import Quotas
-from service.catalog.schema import adapters, aliases, tenants, versions
-from service.catalog.tenants import Tenants
-from service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
-from service.prefix.references import parse_reference
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import Quotas
+from prefix_service.catalog.schema import adapters, aliases, tenants, versions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Conflict, NotFound, PreconditionFailed, QuotaExceeded, Unauthenticated
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_postgresql, remove_deleted
 
 SECONDS = 3.0

@@ -1,4 +1,4 @@
-"""`service.catalog.database`: transactions, settings, refusals, and failures in this project's words."""
+"""`catalog.database`: transactions, settings, refusals, and failures in this project's words."""
 
 import re
 import sqlite3
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-import service.catalog
-from service.catalog.audit import AuditLog
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database, now
-from service.catalog.listings import Listings
-from service.catalog.records import NewVersion
-from service.catalog.schema import tenants
-from service.catalog.tenants import Tenants
-from service.errors import InvalidRequest, OutOfSpace, StorageFailed
+import prefix_service.catalog
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import NewVersion
+from prefix_service.catalog.schema import tenants
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import InvalidRequest, OutOfSpace, StorageFailed
 from tests.catalog.conftest import BY, on_postgresql, on_sqlite
 from tests.postgresql import PostgreSQL
 
@@ -145,7 +145,7 @@ def test_times_are_in_utc(database: Database) -> None:
 
 def test_only_the_databases_time_is_compared() -> None:
     """Nothing in the catalog asks this process what time it is; a stopwatch may run."""
-    sources = {path: path.read_text() for path in Path(service.catalog.__path__[0]).rglob("*.py")}
+    sources = {path: path.read_text() for path in Path(prefix_service.catalog.__path__[0]).rglob("*.py")}
     asks = re.compile(r"\b(datetime\.(utc)?now|today|time\.time|from time)\b")
     assert [path.name for path, source in sources.items() if asks.search(source)] == []
 

@@ -1,4 +1,4 @@
-"""`service.catalog.deletions`: what is deleted is gone at once, and its rows go a slice at a time."""
+"""`catalog.deletions`: what is deleted is gone at once, and its rows go a slice at a time."""
 
 import subprocess
 import sys
@@ -7,19 +7,19 @@ import textwrap
 import pytest
 import sqlalchemy as sa
 
-from service.catalog import schema
-from service.catalog.audit import AuditLog
-from service.catalog.catalog import MOST_ALIASES, Catalog
-from service.catalog.changes import Changes
-from service.catalog.database import Database
-from service.catalog.deletions import Deletions
-from service.catalog.garbage import SLICE, Garbage
-from service.catalog.keys import Keyring
-from service.catalog.listings import Listings
-from service.catalog.records import AuditEntry, Quotas
-from service.catalog.tenants import Tenants
-from service.errors import Conflict, NotFound, Unauthenticated
-from service.prefix.references import parse_reference
+from prefix_service.catalog import schema
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import MOST_ALIASES, Catalog
+from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import SLICE, Garbage
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import AuditEntry, Quotas
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Conflict, NotFound, Unauthenticated
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, Place, on_sqlite, remove_deleted
 
 
@@ -168,8 +168,8 @@ def test_listeners_hear_of_one_deletion(database: Database, tenants: Tenants) ->
 REMOVING = textwrap.dedent(
     """
     import pathlib, signal, sys
-    from service.catalog.database import Database
-    from service.catalog.deletions import Deletions
+    from prefix_service.catalog.database import Database
+    from prefix_service.catalog.deletions import Deletions
 
     deletions = Deletions(Database(pathlib.Path(sys.argv[1])))
     deletions.remove_slice()

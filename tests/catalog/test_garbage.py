@@ -1,4 +1,4 @@
-"""`service.catalog.garbage`: a blob stays while a version names it, and for the grace period after."""
+"""`catalog.garbage`: a blob stays while a version names it, and for the grace period after."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -6,15 +6,15 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database, now
-from service.catalog.garbage import Garbage
-from service.catalog.records import NewVersion
-from service.catalog.schema import garbage as let_go
-from service.catalog.schema import versions
-from service.catalog.tenants import Tenants
-from service.errors import Conflict
-from service.prefix.references import parse_reference
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.records import NewVersion
+from prefix_service.catalog.schema import garbage as let_go
+from prefix_service.catalog.schema import versions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Conflict
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, on_postgresql, remove_deleted
 
 GRACE = 3600.0

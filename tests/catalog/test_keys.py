@@ -1,4 +1,4 @@
-"""`service.catalog.keys`: made once, stored as a keyed hash, verified, expired, revoked."""
+"""`catalog.keys`: made once, stored as a keyed hash, verified, expired, revoked."""
 
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.records import SCOPES, Principal, Scope
-from service.catalog.schema import keys, metadata
-from service.catalog.tenants import Tenants
-from service.errors import NotFound, StorageFailed, Unauthenticated
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import SCOPES, Principal, Scope
+from prefix_service.catalog.schema import keys, metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import NotFound, StorageFailed, Unauthenticated
 from tests.catalog.conftest import BY
 
 

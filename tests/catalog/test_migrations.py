@@ -1,4 +1,4 @@
-"""`service.catalog.migrations`: the schema is what the code expects, older catalogs come along, newer ones stay."""
+"""`catalog.migrations`: the schema is what the code expects, older catalogs come along, newer ones stay."""
 
 import json
 import multiprocessing
@@ -18,16 +18,16 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from service.catalog import migrations
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.listings import Listings
-from service.catalog.records import Principal
-from service.catalog.schema import metadata
-from service.catalog.tenants import Tenants
-from service.errors import StorageFailed
-from service.prefix.references import parse_qualified
+from prefix_service.catalog import migrations
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import Principal
+from prefix_service.catalog.schema import metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import StorageFailed
+from prefix_service.prefix.references import parse_qualified
 from tests.catalog.conftest import BY, Content, Place, on_sqlite
 
 FOLDER_0001 = Path(__file__).parents[1] / "data" / "folder-0001"
@@ -118,7 +118,7 @@ def test_alembic_is_imported_by_who_migrates_alone(tmp_path: Path) -> None:
     """A start on a catalog that is up to date does not wait for it."""
     Database(tmp_path / "catalog.sqlite").close()
     opening = (
-        "import sys; from pathlib import Path; from service.catalog.database import Database; "
+        "import sys; from pathlib import Path; from prefix_service.catalog.database import Database; "
         f"Database(Path({str(tmp_path / 'catalog.sqlite')!r})).close(); print('alembic' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", opening], check=True, capture_output=True, text=True)

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import event
 
-from service.catalog.audit import AuditLog
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.garbage import Garbage
-from service.catalog.keys import Keyring
-from service.catalog.listings import Listings
-from service.catalog.records import Quotas, VersionName
-from service.catalog.retention import expire_audit
-from service.catalog.schema import metadata
-from service.catalog.tenants import Tenants
-from service.prefix.references import parse_reference
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import Quotas, VersionName
+from prefix_service.catalog.retention import expire_audit
+from prefix_service.catalog.schema import metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_sqlite, remove_deleted
 
 Asked = list[tuple[str, tuple[object, ...]]]

@@ -1,4 +1,4 @@
-"""`service.catalog.reads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
+"""`catalog.reads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
 
 import asyncio
 import sqlite3
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from anyio import to_thread
 
-from service.catalog import access as module
-from service.catalog import reads
-from service.catalog.access import Patience
-from service.catalog.database import Database
-from service.catalog.reads import read_catalog
-from service.catalog.tenants import Tenants
-from service.errors import NotFound, ReadOnly, StorageFailed
+from prefix_service.catalog import access as module
+from prefix_service.catalog import reads
+from prefix_service.catalog.access import Patience
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import NotFound, ReadOnly, StorageFailed
 from tests.catalog.conftest import BY
 
 HURRIED = Patience(reads=0.2, writes=0.2, turn=1)

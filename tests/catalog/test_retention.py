@@ -1,17 +1,17 @@
-"""`service.catalog.retention`: old entries of the audit go in slices, and the change feed notices nothing."""
+"""`catalog.retention`: old entries of the audit go in slices, and the change feed notices nothing."""
 
 from datetime import timedelta
 
 import sqlalchemy as sa
 
-from service.catalog.audit import AuditLog
-from service.catalog.changes import Changes
-from service.catalog.database import Database, now
-from service.catalog.garbage import SLICE
-from service.catalog.records import AuditEntry
-from service.catalog.retention import expire_audit
-from service.catalog.schema import audit as audit_table
-from service.catalog.tenants import Tenants
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.garbage import SLICE
+from prefix_service.catalog.records import AuditEntry
+from prefix_service.catalog.retention import expire_audit
+from prefix_service.catalog.schema import audit as audit_table
+from prefix_service.catalog.tenants import Tenants
 from tests.catalog.conftest import BY
 
 

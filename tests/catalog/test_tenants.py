@@ -1,4 +1,4 @@
-"""`service.catalog.tenants`: made, changed, listed and deleted; quotas hold to the byte, whoever publishes at once."""
+"""`catalog.tenants`: made, changed, listed and deleted; quotas hold to the byte, whoever publishes at once."""
 
 import contextlib
 import multiprocessing
@@ -8,15 +8,15 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.keys import Keyring
-from service.catalog.listings import Listings
-from service.catalog.records import NewVersion, Quotas
-from service.catalog.schema import metadata
-from service.catalog.tenants import Tenants
-from service.errors import NotFound, QuotaExceeded, Unauthenticated
-from service.prefix.references import parse_reference
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import NewVersion, Quotas
+from prefix_service.catalog.schema import metadata
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import NotFound, QuotaExceeded, Unauthenticated
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, Place, remove_deleted
 
 VERSION_BYTES = 100

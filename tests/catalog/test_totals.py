@@ -10,14 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from service.catalog.catalog import Catalog
-from service.catalog.database import Database
-from service.catalog.deletions import Deletions
-from service.catalog.records import NewVersion, Quotas
-from service.catalog.schema import adapters, tenants, versions
-from service.catalog.tenants import Tenants
-from service.errors import Conflict, NotFound, QuotaExceeded
-from service.prefix.references import parse_reference
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.records import NewVersion, Quotas
+from prefix_service.catalog.schema import adapters, tenants, versions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Conflict, NotFound, QuotaExceeded
+from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY
 
 TENANTS = st.sampled_from(["acme", "beta"])

@@ -14,9 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal
 
-from service.blobs import FolderBlobStore
-from service.data_folder import blob_folder, catalog_file
-from service.prefix.references import parse_reference
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.prefix.references import parse_reference
 from tests.chaos.service import Service, read_only
 from tests.chaos.truth import SHAPE, Adapter, Content
 from tests.chaos.work import Work

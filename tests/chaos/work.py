@@ -11,9 +11,9 @@ from typing import Final
 
 import httpx
 
-from service.client import PrefixClient
-from service.errors import NotFound, PrefixServiceError
-from service.prefix.buffers import bytes_of
+from prefix_service.client import PrefixClient
+from prefix_service.errors import NotFound, PrefixServiceError
+from prefix_service.prefix.buffers import bytes_of
 from tests.chaos.service import Service, code_of, now
 from tests.chaos.truth import SHAPE, Adapter, Truth, content
 

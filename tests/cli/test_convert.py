@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from service.client import PrefixClient
-from service.client.convert import convert, write
-from service.errors import InvalidCheckpoint, InvalidConfig, StorageFailed, UnsafeCheckpoint
+from prefix_service.checkpoints.convert import convert, write
+from prefix_service.client import PrefixClient
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig, StorageFailed, UnsafeCheckpoint
 from tests.cli.conftest import Run
 from tests.conftest import CORPUS, Server
 

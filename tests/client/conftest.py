@@ -10,8 +10,8 @@ import httpx
 import pytest
 from torch import Tensor
 
-from service.client import AsyncPrefixClient, Prefix, PrefixClient
-from service.client.checkpoints import prepare_upload
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.client import AsyncPrefixClient, Prefix, PrefixClient
 from tests.architectures import NAMED
 from tests.conftest import CORPUS, Server
 from tests.vision import VISION

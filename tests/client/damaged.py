@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from service.client.checkpoints import prepare_upload
-from service.client.convert import convert, write
-from service.errors import Conflict, InvalidCheckpoint, InvalidConfig
+from prefix_service.checkpoints.convert import convert, write
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig
 from tests.conftest import CORPUS
 
 # All that `convert`, `write` and `prepare_upload` document for a damaged file; the command line prints each as a line.

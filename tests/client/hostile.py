@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from service.prefix.digests import digest_of, format_digest
-from service.prefix.extras import AttentionMask
-from service.prefix.form import Form, Identity
-from service.prefix.rendering import Rendering
-from service.prefix.wire import Message
+from prefix_service.prefix.form import Form, Identity
+from prefix_service.prefix.wire.digests import digest_of, format_digest
+from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.message import Message
+from prefix_service.prefix.wire.rendering import Rendering
 
 Script = Callable[[socket.socket], None]
 """What is done with one connection."""

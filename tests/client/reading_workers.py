@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch.utils.data import Dataset
 
-from service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client import AsyncPrefixClient, PrefixClient
 from tests.client.conftest import LLAMA
 
 ADAPTERS: Final = 6

@@ -1,4 +1,4 @@
-"""Whatever a server answers, a method raises no other error than those of `service.errors`, in time and in bounded
+"""Whatever a server answers, a method raises no other error than those of `errors`, in time and in bounded
 memory."""
 
 import gzip
@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from service.errors import PrefixServiceError
+from prefix_service.errors import PrefixServiceError
 from tests.client.hostile import BODY, answer, hostile_server, read_request
-from tests.client.test_deadlines import CALLS, JSON, KINDS, Call, called
+from tests.client.transport.test_deadlines import CALLS, JSON, KINDS, Call, called
 
 PROBLEM: Final = "Content-Type: application/problem+json"
 DEEP: Final = b"[" * 100_000

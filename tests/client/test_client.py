@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from service.client import PrefixClient, management
-from service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
+from prefix_service.client import PrefixClient, management
+from prefix_service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
 from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Server
 
@@ -233,7 +233,8 @@ def test_materialised_rows_may_be_written_to(client: Any) -> None:
 
 WITHOUT_TORCH = """
 import sys
-from service.client import AsyncPrefixClient, PrefixClient, management
+from prefix_service.client import management
+from prefix_service.client import AsyncPrefixClient, PrefixClient
 client = PrefixClient(*sys.argv[1:])
 assert client.list("lazy")[0]["adapter"] == "a"
 assert client.inspect("lazy/a")["version"] == 1
@@ -242,7 +243,7 @@ heavy = sorted({"torch", "numpy", "pydantic", "safetensors"} & sys.modules.keys(
 assert not heavy, heavy
 assert client.get("lazy/a").version == 1
 assert "torch" in sys.modules
-from service.client import Prefix
+from prefix_service.client import Prefix
 assert isinstance(client.get("lazy/a"), Prefix)
 client.close()
 """
@@ -259,5 +260,5 @@ def test_torch_comes_with_the_first_prefix(server: Server) -> None:
 
 def test_commands_do_without_torch() -> None:
     """`prefix-service list` and its like load no more than they need."""
-    code = "import sys, service.cli.app; assert not {'torch', 'pydantic', 'httpx'} & sys.modules.keys()"
+    code = "import sys, prefix_service.cli.app; assert not {'torch', 'pydantic', 'httpx'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

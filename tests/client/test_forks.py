@@ -16,12 +16,12 @@ import httpx
 import pytest
 from torch.utils.data import DataLoader
 
-from service.client import AsyncPrefixClient, PrefixClient
-from service.errors import InvalidRequest
+from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.errors import InvalidRequest
 from tests.client.hostile import answer, hostile_server, read_request, says
 from tests.client.reading_workers import ADAPTERS, Reads, numbers_in, publish_numbered
-from tests.client.test_lane import is_right
-from tests.client.test_transport import tls_in_front_of
+from tests.client.transport.test_lane import is_right
+from tests.client.transport.test_transport import tls_in_front_of
 from tests.conftest import Server, running_server
 
 pytestmark = [
@@ -109,7 +109,7 @@ def test_children_of_a_used_client_read_what_they_ask_for(
 ) -> None:
     """Four forked children and the parent read at the same time, and each has the adapters that it asked for."""
     if way == "ranges":
-        monkeypatch.setattr("service.client.ranges.PIECE", 2048)
+        monkeypatch.setattr("prefix_service.client.transport.ranges.PIECE", 2048)
     with client_on(way, kind, numbered, shared, tmp_path) as client:
         reads = Reads(client, "forks", 18)
         assert all(found == [number] for number, found in reads)
@@ -242,7 +242,7 @@ def locks_of(client: Any) -> list[Any]:
         seen.add(id(each))
         if isinstance(each, type(threading.Lock())):
             found.append(each)
-        elif isinstance(each, dict | list | tuple) or type(each).__module__.startswith("service.client"):
+        elif isinstance(each, dict | list | tuple) or type(each).__module__.startswith("prefix_service.client"):
             waiting += gc.get_referents(each)
     return found
 

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import AsyncPrefixClient, PrefixClient, management
-from service.errors import (
+from prefix_service.client import AsyncPrefixClient, PrefixClient, management
+from prefix_service.errors import (
     Conflict,
     ConnectionFailed,
     Forbidden,
@@ -115,7 +115,7 @@ def test_the_audit_comes_newest_first_through_every_page(
     """Of a tenant and of the platform, no more than asked for, also where that takes several pages."""
     for number in (1, 2, 1):
         client.run(management.put_alias(adapter, "prod", number))
-    monkeypatch.setattr("service.client.listing._PAGE", 2)
+    monkeypatch.setattr("prefix_service.client.flows.listing._PAGE", 2)
     latest = client.run(management.audit("managed", 3))
     assert [(one["action"], one["details"]["version"]) for one in latest] == [
         ("alias.moved", 1),

@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import AsyncPrefixClient, PrefixClient
-from service.errors import InvalidInput, InvalidRequest
+from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.errors import InvalidInput, InvalidRequest
 from tests.client.hostile import answer, hostile_server, says
 
 METHODS = ["get", "get_many", "prefetch", "publish", "compose", "inspect", "float8_error", "list", "is_ready", "run"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from service.settings import Settings
+from prefix_service.settings import Settings
 from tests.missing import not_tested
 
 ROOT = Path(__file__).parents[2]

@@ -267,7 +267,7 @@ def test_keys_are_had_from_the_container(container: Container) -> None:
 def test_the_image_holds_the_service_and_no_more(image: Image) -> None:
     """No tests, no sources, no installer and nothing of how pip was configured; torch is the pinned one."""
     (packages,) = image.root.glob("venv/lib/python3.*/site-packages")
-    assert (packages / "service" / "py.typed").exists()
+    assert (packages / "prefix_service" / "py.typed").exists()
     assert len(list(packages.glob("torch-2.13.0*.dist-info"))) == 1
     left = [packages / "pip", packages / "tests", image.root / "source", image.root / "etc" / "pip.conf"]
     assert [path for path in left if path.exists()] == []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from service.errors import PrefixServiceError
+from prefix_service.errors import PrefixServiceError
 from tests.crash.folder import serving, snapshot
 from tests.crash.operations import OPERATIONS, Change
 

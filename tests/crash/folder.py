@@ -11,19 +11,19 @@ import anyio
 import structlog
 import torch
 
-from service.blobs import FolderBlobStore
-from service.catalog.database import Database
-from service.catalog.deletions import Deletions
-from service.catalog.garbage import Garbage
-from service.catalog.keys import Keyring
-from service.catalog.records import Version
-from service.collector import Collector
-from service.data_folder import blob_folder, bootstrap_file, catalog_file
-from service.library import Library
-from service.plan import Limits, PrefixRequest
-from service.prefix.references import parse_reference
-from service.registry.registry import AdapterRegistry
-from service.settings import Settings
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import Version
+from prefix_service.data_folder.collector import Collector
+from prefix_service.data_folder.opening import blob_folder, bootstrap_file, catalog_file
+from prefix_service.library.library import Library
+from prefix_service.library.plan import Limits, PrefixRequest
+from prefix_service.prefix.references import parse_reference
+from prefix_service.registry.registry import AdapterRegistry
+from prefix_service.settings import Settings
 from tests.admission import generous_admission
 
 _LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 24)

@@ -10,13 +10,13 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
-from service.catalog.records import COMMAND_LINE
-from service.data_folder import opened
-from service.library import Library
-from service.prefix.config import parse_config
-from service.prefix.json_text import parse_json
-from service.prefix.references import parse_reference
-from service.publishing import Target
+from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.data_folder.opening import opened
+from prefix_service.library.library import Library
+from prefix_service.library.publishing import Target
+from prefix_service.prefix.config import parse_config
+from prefix_service.prefix.json_text import parse_json
+from prefix_service.prefix.references import parse_reference
 from tests.conftest import CORPUS
 from tests.crash.folder import Service, serving, settings_of
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.blobs import FolderBlobStore
-from service.data_folder import blob_folder
-from service.prefix.references import parse_reference
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.data_folder.opening import blob_folder
+from prefix_service.prefix.references import parse_reference
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server, running_server
 from tests.crash import strace

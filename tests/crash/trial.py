@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from service.data_folder import opened
+from prefix_service.data_folder.opening import opened
 from tests.crash.child import DONE, forked
 from tests.crash.folder import Snapshot, leftovers, serving, settings_of, snapshot
 from tests.crash.operations import CASES, OPERATIONS

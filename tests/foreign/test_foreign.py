@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from service.client import PrefixClient
-from service.prefix.buffers import bytes_of
-from service.prefix.safetensors_header import NAMES
+from prefix_service.client import PrefixClient
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.safetensors_header import NAMES
 from tests.api.helpers import adapter_of, expected_of, upload
 from tests.client.counting_proxy import counting_proxy
 from tests.conftest import Server, running_server

@@ -6,11 +6,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from service.errors import PrefixServiceError
+from prefix_service.errors import PrefixServiceError
 from tests.client.damaged import damaged
 from tests.client.hostile import hostile_server, says
 from tests.client.test_answers import ANSWERS
-from tests.client.test_deadlines import CALLS, KINDS, Call, called
+from tests.client.transport.test_deadlines import CALLS, KINDS, Call, called
 from tests.fuzz.watch import Findings
 
 _TIMEOUT = 0.2

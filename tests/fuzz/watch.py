@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from service.api.problems import STATUSES
+from prefix_service.api.http.problems import STATUSES
 from tests.conftest import Server
 
 DOCUMENTED: Final = frozenset({100, 200, 201, 204, 206, 304, 400, 405, *STATUSES.values()}) - {500}

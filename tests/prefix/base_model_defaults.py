@@ -1,5 +1,5 @@
-"""`python -m tests.prefix.base_model_defaults` writes `service/prefix/base_model_defaults.json` from the installed
-transformers.
+"""`python -m tests.prefix.base_model_defaults` writes `service/prefix_service/prefix/base_model_defaults.json` from the
+installed transformers.
 
 A model type is in the table if PEFT can size a prefix for it, and if the table's rules give the sizes that PEFT gives
 for configs from which values were left out.
@@ -18,8 +18,8 @@ import peft
 from peft.utils import other
 from transformers import CONFIG_MAPPING
 
-from service.prefix import base_model_defaults
-from service.prefix.base_model import infer_dimensions
+from prefix_service.prefix import base_model_defaults
+from prefix_service.prefix.base_model import infer_dimensions
 
 FILE: Final = Path(base_model_defaults.__file__).with_suffix(".json")
 Entry = dict[str, int | str]

@@ -1,4 +1,4 @@
-"""`service.prefix.base_model`: the dimensions that PEFT would fill, from the same base model's config."""
+"""`prefix.base_model`: the dimensions that PEFT would fill, from the same base model's config."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import transformers
 from peft.utils import other
 
-from service.errors import InvalidConfig
-from service.prefix.base_model import infer_dimensions
+from prefix_service.errors import InvalidConfig
+from prefix_service.prefix.base_model import infer_dimensions
 
 SHARED_GLOBAL: dict[str, Any] = {"attention_k_eq_v": True, "num_global_key_value_heads": 2}
 GEMMA4 = {"global_head_dim": 32, "head_dim": 16, "num_key_value_heads": 2, "num_hidden_layers": 4}

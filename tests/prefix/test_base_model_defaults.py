@@ -1,4 +1,4 @@
-"""`service.prefix.base_model_defaults`: what transformers fills in where a config.json leaves it out."""
+"""`prefix.base_model_defaults`: what transformers fills in where a config.json leaves it out."""
 
 import json
 import logging
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from service.errors import InvalidConfig
-from service.prefix.base_model import infer_dimensions
-from service.prefix.config import parse_config
+from prefix_service.errors import InvalidConfig
+from prefix_service.prefix.base_model import infer_dimensions
+from prefix_service.prefix.config import parse_config
 from tests.prefix.base_model_defaults import FILE, as_json, by_peft, make_table, model_types
 
 # PEFT sizes a prefix for these, but by rules that the table cannot express: attention with latent keys (their head size

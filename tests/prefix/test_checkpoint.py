@@ -1,4 +1,4 @@
-"""`service.prefix.checkpoint`: every layout of a trained prefix, wherever it stands in a file."""
+"""`prefix.checkpoint`: every layout of a trained prefix, wherever it stands in a file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidConfig
-from service.prefix.checkpoint import PrefixWeights, find_prefix, load_weights
-from service.prefix.config import PrefixConfig, parse_config
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig
+from prefix_service.prefix.checkpoint import PrefixWeights, find_prefix, load_weights
+from prefix_service.prefix.config import PrefixConfig, parse_config
 
 N, L, H, D, HIDDEN = 5, 3, 2, 4, 6
 TOKEN_DIM, WIDTH = H * D, L * 2 * H * D

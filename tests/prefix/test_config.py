@@ -1,4 +1,4 @@
-"""`service.prefix.config`: PEFT's fields and defaults, bounds, derived sizes, and JSON from outside."""
+"""`prefix.config`: PEFT's fields and defaults, bounds, derived sizes, and JSON from outside."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,9 @@ import peft
 import pytest
 from peft.tuners.cartridge import model as cartridge_model
 
-from service.errors import InvalidConfig
-from service.prefix.config import (
-    CartridgeConfig,
-    PrefixConfig,
-    PrefixTuningConfig,
-    parse_config,
-)
-from service.prefix.json_text import MAX_CONFIG_BYTES, parse_json
+from prefix_service.errors import InvalidConfig
+from prefix_service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig, parse_config
+from prefix_service.prefix.json_text import MAX_CONFIG_BYTES, parse_json
 from tests.conftest import CORPUS
 
 TheirEncoder: Any = peft.PrefixEncoder

@@ -1,4 +1,4 @@
-"""`service.prefix.encoder`, with PEFT's own encoders as the yardstick."""
+"""`prefix.encoder`, with PEFT's own encoders as the yardstick."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from peft.tuners.cartridge import model as cartridge_model
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidConfig
-from service.prefix import checkpoint, encoder
-from service.prefix.checkpoint import PrefixFile, header_nbytes, load_weights, locate_prefix, read_rows
-from service.prefix.config import PrefixConfig, parse_config
-from service.prefix.encoder import PrefixEncoder, assemble, encoding_nbytes
-from service.prefix.kv import PrefixKV
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig
+from prefix_service.prefix import checkpoint, encoder
+from prefix_service.prefix.checkpoint import PrefixFile, header_nbytes, load_weights, locate_prefix, read_rows
+from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.encoder import PrefixEncoder, assemble, encoding_nbytes
+from prefix_service.prefix.kv import PrefixKV
 from tests.conftest import CORPUS
 
 TheirEncoder: Any = peft.PrefixEncoder

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.prefix.extras import AttentionMask
-from service.prefix.form import Form, Identity
-from service.prefix.kv import PrefixKV
-from service.prefix.received import read_kv, read_message
-from service.prefix.rendering import Rendering, render
-from service.prefix.wire import Message
+from prefix_service.prefix.form import Form, Identity
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.message import Message
+from prefix_service.prefix.wire.received import read_kv, read_message
+from prefix_service.prefix.wire.rendering import Rendering, render
 
 L, H, N, D = 2, 3, 5, 16
 IDENTITY = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", N, L, H, D)

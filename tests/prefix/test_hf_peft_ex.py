@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.errors import InvalidConfig
-from service.prefix.config import PrefixTuningConfig, parse_config
-from service.prefix.encoder import PrefixEncoder
-from service.prefix.kv import extend_mask, prefix_mask
+from prefix_service.errors import InvalidConfig
+from prefix_service.prefix.config import PrefixTuningConfig, parse_config
+from prefix_service.prefix.encoder import PrefixEncoder
+from prefix_service.prefix.kv import extend_mask, prefix_mask
 
 BASE_MODEL = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
 SMALL: dict[str, Any] = {"num_virtual_tokens": 10, "num_layers": 4, "token_dim": 64, "num_attention_heads": 4}

@@ -1,4 +1,4 @@
-"""`service.prefix.kv`: the value `[L, 2, H, N, D]`, its slices and rows, masks and positions."""
+"""`prefix.kv`: the value `[L, 2, H, N, D]`, its slices and rows, masks and positions."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.errors import InvalidRequest
-from service.prefix.kv import PrefixKV, extend_mask, position_ids, prefix_mask
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.kv import PrefixKV, extend_mask, position_ids, prefix_mask
 
 N, L, H, D = 5, 4, 3, 2
 FLAT = torch.arange(N * L * 2 * H * D, dtype=torch.float32).view(N, -1)

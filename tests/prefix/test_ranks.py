@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from service.errors import InvalidRequest
-from service.prefix.ranks import kv_heads_of_rank
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.ranks import kv_heads_of_rank
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from service.errors import InvalidReference
-from service.prefix import references
-from service.prefix.references import check_alias, check_name, parse_qualified, parse_reference
+from prefix_service.errors import InvalidReference
+from prefix_service.prefix import references
+from prefix_service.prefix.references import check_alias, check_name, parse_qualified, parse_reference
 
 DIGEST = "sha256:" + "0" * 64
 NAMES = ("a", "0", "a.b", "a..b", "a-_b", ".a", "a.", "A", "", "a" * 64, "a" * 65, "latest", "latest1", "12", "1a")

@@ -1,4 +1,4 @@
-"""`service.prefix.references`: names and references as API.md writes them."""
+"""`prefix.references`: names and references as API.md writes them."""
 
 import re
 
@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.errors import InvalidReference
-from service.prefix.references import (
-    Reference,
-    check_alias,
-    check_name,
-    parse_qualified,
-    parse_reference,
-)
+from prefix_service.errors import InvalidReference
+from prefix_service.prefix.references import Reference, check_alias, check_name, parse_qualified, parse_reference
 
 NAME = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -1,4 +1,4 @@
-"""`service.prefix.safetensors_header`: everything is refused before it is touched, one test row for each defect."""
+"""`prefix.safetensors_header`: everything is refused before it is touched, one test row for each defect."""
 
 import io
 import json
@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from service.errors import InvalidCheckpoint, UnsafeCheckpoint
-from service.prefix.buffers import bytes_of
-from service.prefix.safetensors_header import (
+from prefix_service.errors import InvalidCheckpoint, UnsafeCheckpoint
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.safetensors_header import (
     DTYPES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,

@@ -1,4 +1,4 @@
-"""`service.prefix.streams` and what renders on a device: threads that do not wait for each other."""
+"""`prefix.streams` and what renders on a device: threads that do not wait for each other."""
 
 import threading
 from typing import get_args
@@ -6,10 +6,10 @@ from typing import get_args
 import pytest
 import torch
 
-from service.prefix.form import KVDtype
-from service.prefix.kv import PrefixKV
-from service.prefix.rendering import render, to_host
-from service.prefix.streams import own_stream
+from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.streams import own_stream
+from prefix_service.prefix.wire.rendering import render, to_host
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")
 CUDA = torch.device("cuda")

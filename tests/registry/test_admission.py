@@ -1,4 +1,4 @@
-"""`service.registry.admission`: what may begin, for whom, and that nothing of it is lost."""
+"""`registry.admission`: what may begin, for whom, and that nothing of it is lost."""
 
 import asyncio
 import threading
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.errors import OutOfSpace, Overloaded
-from service.registry import admission as module
-from service.registry.admission import RESERVE, Admission, InFlight
-from service.registry.work_budget import Job, WorkBudget
+from prefix_service.errors import OutOfSpace, Overloaded
+from prefix_service.registry import admission as module
+from prefix_service.registry.admission import RESERVE, Admission, InFlight
+from prefix_service.registry.work_budget import Job, WorkBudget
 
 BUDGET = 256  # large jobs leave 32, and small ones have 4 at most
 RESERVED, SMALL = 32, 4

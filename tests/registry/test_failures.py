@@ -1,11 +1,11 @@
-"""`service.registry.failures`: what cannot be loaded is remembered for a moment, and only so much of it."""
+"""`registry.failures`: what cannot be loaded is remembered for a moment, and only so much of it."""
 
 import gc
 import weakref
 
 import pytest
 
-from service.errors import (
+from prefix_service.errors import (
     CorruptBlob,
     InvalidCheckpoint,
     NotFound,
@@ -14,7 +14,7 @@ from service.errors import (
     StorageFailed,
     Unavailable,
 )
-from service.registry.failures import REMEMBERED_SECONDS, Failures
+from prefix_service.registry.failures import REMEMBERED_SECONDS, Failures
 
 
 class Clock:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from service.errors import CorruptBlob, OutOfSpace, Overloaded, Unavailable
-from service.prefix.rendering import Rendering
-from service.registry.keys import RenderingKey, VersionKey
-from service.registry.registry import AdapterRegistry
-from service.registry.tier import Leases
+from prefix_service.errors import CorruptBlob, OutOfSpace, Overloaded, Unavailable
+from prefix_service.prefix.wire.rendering import Rendering
+from prefix_service.registry.keys import RenderingKey, VersionKey
+from prefix_service.registry.registry import AdapterRegistry
+from prefix_service.registry.tier import Leases
 from tests.registry.test_registry import SIZE, Loader, held, leased, registry_of, used, version, whole
 
 

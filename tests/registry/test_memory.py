@@ -7,11 +7,11 @@ import textwrap
 import pytest
 import torch
 
-from service.errors import OutOfSpace
-from service.prefix.kv import PrefixKV
-from service.registry.keys import RenderingKey, VersionKey
-from service.registry.memory import exhausted
-from service.registry.registry import AdapterRegistry
+from prefix_service.errors import OutOfSpace
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.registry.keys import RenderingKey, VersionKey
+from prefix_service.registry.memory import exhausted
+from prefix_service.registry.registry import AdapterRegistry
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test exhausts one")
 
@@ -26,10 +26,10 @@ EXHAUSTING = textwrap.dedent(
     """
     import asyncio, resource
     import torch
-    from service.errors import OutOfSpace
-    from service.prefix.kv import PrefixKV
-    from service.registry.keys import RenderingKey, VersionKey
-    from service.registry.registry import AdapterRegistry
+    from prefix_service.errors import OutOfSpace
+    from prefix_service.prefix.kv import PrefixKV
+    from prefix_service.registry.keys import RenderingKey, VersionKey
+    from prefix_service.registry.registry import AdapterRegistry
 
     SIZE = 64 << 20
 

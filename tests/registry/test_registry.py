@@ -1,4 +1,4 @@
-"""`service.registry.registry` on a real event loop: one load for all, eviction, forgetting, failures."""
+"""`registry.registry` on a real event loop: one load for all, eviction, forgetting, failures."""
 
 import asyncio
 import contextlib
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloaded, Unavailable
-from service.prefix.kv import PrefixKV
-from service.prefix.rendering import Rendering, render
-from service.registry.keys import RenderingKey, VersionKey
-from service.registry.registry import AdapterRegistry, choose_device
+from prefix_service.errors import CorruptBlob, InvalidInput, OutOfSpace, Overloaded, Unavailable
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.wire.rendering import Rendering, render
+from prefix_service.registry.keys import RenderingKey, VersionKey
+from prefix_service.registry.registry import AdapterRegistry, choose_device
 
 CPU = torch.device("cpu")
 SIZE = 2 * 3 * 4 * 4  # bytes of a prefix of one layer, one head, three tokens of size 4
@@ -297,7 +297,7 @@ async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPat
         assert go_on.wait(10)
         return render(kv_of(), "float32")
 
-    monkeypatch.setattr("service.registry.registry._render", slow)
+    monkeypatch.setattr("prefix_service.registry.registry._render", slow)
     task = asyncio.create_task(leased(registry, Loader()).__aenter__())
     assert await asyncio.to_thread(rendering.wait, 10)
     with pytest.raises(Unavailable):

@@ -1,4 +1,4 @@
-"""`service.registry.residency`: pure state under a budget of bytes that tenants share."""
+"""`registry.residency`: pure state under a budget of bytes that tenants share."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.errors import OutOfSpace, Overloaded, Unavailable
-from service.registry.residency import Residency
-from service.registry.tenants import Entry
+from prefix_service.errors import OutOfSpace, Overloaded, Unavailable
+from prefix_service.registry.residency import Residency
+from prefix_service.registry.tenants import Entry
 
 BUDGET = 24
 KEYS = [tenant + name for tenant in "abc" for name in "123456"]

@@ -1,4 +1,4 @@
-"""`service.registry.turns`: a few threads, tenants in turn."""
+"""`registry.turns`: a few threads, tenants in turn."""
 
 import asyncio
 import threading
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from anyio import to_thread
 
-from service.registry.turns import Turns
+from prefix_service.registry.turns import Turns
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Final
 
 import httpx
 
-from service.client import PrefixClient
-from service.errors import PrefixServiceError
+from prefix_service.client import PrefixClient
+from prefix_service.errors import PrefixServiceError
 from tests.conftest import Server
 
 TENANTS: Final = ("acme", "beta", "gamma")

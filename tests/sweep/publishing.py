@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.client import Prefix, PrefixClient
-from service.client.checkpoints import prepare_upload
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.client import Prefix, PrefixClient
 from tests.conftest import Server
 from tests.sweep.verdict import Fetch
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from service.client import Prefix
+from prefix_service.client import Prefix
 from tests.sweep.batch import Batch
 from tests.sweep.models import NUM_VIRTUAL_TOKENS
 from tests.sweep.shrinking import VOCABULARY

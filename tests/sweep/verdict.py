@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from service.client import Prefix
-from service.errors import PrefixServiceError
+from prefix_service.client import Prefix
+from prefix_service.errors import PrefixServiceError
 from tests.sweep.batch import TEXTS, Batch, padded
 from tests.sweep.images import with_images
 from tests.sweep.models import build, save_adapter

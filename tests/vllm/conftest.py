@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from service.client import PrefixClient
-from service.client.checkpoints import prepare_upload
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.client import PrefixClient
 from tests.conftest import Server, running_server
 from tests.vllm.driver import PYTHON
 from tests.vllm.reference import TOKENS, Reference, make_reference

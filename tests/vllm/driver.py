@@ -29,7 +29,7 @@ def transfer_config(url: str, **extra: Any) -> dict[str, Any]:
     """`kv_transfer_config` as README gives it."""
     return {
         "kv_connector": "PrefixConnector",
-        "kv_connector_module_path": "service.client.vllm",
+        "kv_connector_module_path": "prefix_service.client.vllm",
         "kv_role": "kv_consumer",
         "kv_connector_extra_config": {"url": url, **extra},
     }
@@ -37,7 +37,7 @@ def transfer_config(url: str, **extra: Any) -> dict[str, Any]:
 
 def multi_config(*connectors: dict[str, Any], ours: bool = True, **more: Any) -> dict[str, Any]:
     """`kv_transfer_config` of several connectors, as README gives it, or with vLLM's own MultiConnector."""
-    module = {"kv_connector_module_path": "service.client.vllm"} if ours else {}
+    module = {"kv_connector_module_path": "prefix_service.client.vllm"} if ours else {}
     return {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",

@@ -89,7 +89,7 @@ def _forget(llm: Any, what: str) -> dict[str, Any]:
 
 def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
     """The negative control: what happens without our salt."""
-    from service.client.vllm.salt import Salts
+    from prefix_service.client.vllm.salt import Salts
 
     half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
     half._salts = Salts() if salted else _Unsalted()
@@ -134,7 +134,7 @@ def _open_hooks() -> dict[str, list[str]]:
 
     from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, SupportsHMA
 
-    from service.client.vllm.partners import _Unseeing
+    from prefix_service.client.vllm.partners import _Unseeing
 
     of_requests = {"request", "scheduler_output", "connector_output"}
     found = [*inspect.getmembers(KVConnectorBase_V1, callable), *inspect.getmembers(SupportsHMA, callable)]

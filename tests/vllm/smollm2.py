@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Final
 
-from service.demo.model import LanguageModel, load_model
+from prefix_service.cli.demo.model import LanguageModel, load_model
 
 _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.client import PrefixClient, management
+from prefix_service.client import PrefixClient, management
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
 from tests.vllm.asking import TOKENS_SAID, Asking, started

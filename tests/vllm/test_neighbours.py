@@ -18,7 +18,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from service.client import PrefixClient, management
+from prefix_service.client import PrefixClient, management
 from tests.client.holding_proxy import Holder, holding_proxy
 from tests.conftest import Server
 from tests.vllm.conftest import publish, serving_adapters
@@ -97,7 +97,7 @@ def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> I
         key_file = folder / "key"
         key_file.write_text(service.key("read"))
         transfer = transfer_config(held.url, timeout=60, api_key_file=str(key_file))
-        options = ["--middleware", "service.client.vllm.PrefixMiddleware", "--max-model-len", "1024"]
+        options = ["--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--max-model-len", "1024"]
         options += ["--block-size", "32", "--num-gpu-blocks-override", "48"]
         with openai_server(folder, reference.model, transfer, "", *options) as vllm:
             yield Serving(vllm, service, held, key_file, reference)

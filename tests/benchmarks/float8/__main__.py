@@ -6,8 +6,8 @@ from typing import Final
 
 from rich.console import Console
 
-from service.client import PrefixClient
-from service.client.float8 import Error
+from prefix_service.client import PrefixClient
+from prefix_service.client.prefixes.float8 import Error
 from tests.benchmarks.float8.measure import Found, corpus_cases, demo_cases, measure
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import service.demo
-from service.client import Prefix, PrefixClient
-from service.client.float8 import Error
-from service.demo.model import find_model, load_model
-from service.prefix.form import KVDtype
+import prefix_service.cli.demo
+from prefix_service.cli.demo.model import find_model, load_model
+from prefix_service.client import Prefix, PrefixClient
+from prefix_service.client.prefixes.float8 import Error
+from prefix_service.prefix.form import KVDtype
 from tests.conftest import CORPUS
 
 DTYPES: Final[tuple[KVDtype, ...]] = ("bfloat16", "float8_e4m3fn")
 _ROWS: Final = 64  # inputs of a corpus model, of _WIDTH random tokens each
 _WIDTH: Final = 12
-_DEMO: Final = Path(service.demo.__file__).parent
+_DEMO: Final = Path(prefix_service.cli.demo.__file__).parent
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The measures behind README.md, on one corpus model."""
 
-from service.client import PrefixClient
+from prefix_service.client import PrefixClient
 from tests.benchmarks.float8.measure import corpus_cases, measure
 from tests.conftest import Server
 

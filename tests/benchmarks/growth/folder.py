@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from service.catalog.database import Database
-from service.catalog.schema import adapters, audit, numbers, tenants, versions
-from service.data_folder import blob_folder, catalog_file
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.schema import adapters, audit, numbers, tenants, versions
+from prefix_service.data_folder.opening import blob_folder, catalog_file
 
 BIG: Final = "big"
 """The tenant that has them."""

@@ -13,7 +13,7 @@ from typing import Final
 
 import httpx
 
-from service.data_folder import blob_folder, catalog_file
+from prefix_service.data_folder.opening import blob_folder, catalog_file
 from tests.api.helpers import upload, weights
 from tests.benchmarks.growth.folder import BIG, fill, name_of
 from tests.benchmarks.growth.watch import Noticed, watched

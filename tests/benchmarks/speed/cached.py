@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from service.client import PrefixClient, flows
+from prefix_service.client import PrefixClient
+from prefix_service.client.flows import flows
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.tables import Grid

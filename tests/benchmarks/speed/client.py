@@ -28,8 +28,8 @@ import httpx
 import safetensors.torch
 import torch
 
-from service.client import AsyncPrefixClient, PrefixClient
-from service.prefix.buffers import bytes_of
+from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.prefix.buffers import bytes_of
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, ratio, say
 from tests.benchmarks.tables import Grid

@@ -14,7 +14,7 @@ import blake3
 import crc32c
 import google_crc32c
 
-from service.prefix.digests import Data, Hasher, new_hasher
+from prefix_service.prefix.wire.digests import Data, Hasher, new_hasher
 from tests.benchmarks.fleet import Shape
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, say
 from tests.benchmarks.tables import Grid

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.api.connections import Deadlines
-from service.api.protocols import protocol_class
+from prefix_service.api.server.connections import Deadlines
+from prefix_service.api.server.protocols import protocol_class
 from tests.benchmarks.speed import peers
 from tests.benchmarks.speed.apps import ROUTE
 from tests.benchmarks.speed.harness import Chart, Outcome, Spread, in_turns, ratio, say

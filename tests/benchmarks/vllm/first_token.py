@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from service.demo.model import HOW_TO_GET_IT, LanguageModel, find_model
+from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model
 from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, machine, say
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server

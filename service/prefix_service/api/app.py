@@ -1,0 +1,171 @@
+"""The composition root: from settings to a running app."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from prefix_service.api.http import problems
+from prefix_service.api.http.negotiation import require_json_acceptable
+from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.metrics.inference_statistics import InferenceStatistics
+from prefix_service.api.metrics.metrics import Metrics
+from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
+from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
+from prefix_service.api.middleware.in_flight import InFlightMiddleware
+from prefix_service.api.middleware.known_keys import KnownKeys
+from prefix_service.api.middleware.queries import StrictPathMiddleware
+from prefix_service.api.middleware.rates import RateLimitMiddleware, RateLimits
+from prefix_service.api.middleware.request_log import RequestMiddleware
+from prefix_service.api.open_inference import extensions as inference_v2_extensions
+from prefix_service.api.open_inference import routes as inference_v2
+from prefix_service.api.routes import adapters, aliases, audit, keys, mixed, ops, prefixes, residency, tenants
+from prefix_service.api.routes.documentation import documented, operation_id, pages
+from prefix_service.api.routes.schemas import Problem
+from prefix_service.api.state import State
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.access import PROMPT
+from prefix_service.catalog.changes import Listener, tell
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import AuditEntry
+from prefix_service.data_folder.opening import blob_folder, catalog_file, check
+from prefix_service.data_folder.readiness import Readiness
+from prefix_service.library.library import Library
+from prefix_service.library.plan import Limits
+from prefix_service.library.shared_files import SharedFiles
+from prefix_service.registry.admission import Admission
+from prefix_service.registry.registry import AdapterRegistry, choose_device
+from prefix_service.settings import Settings
+
+_DESCRIPTION = (
+    "Hosts trained prefix-tuning adapters for many tenants and hands their `past_key_values` and attention masks to "
+    "remote inference workers, as safetensors."
+)
+
+
+class _App(FastAPI):
+    """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
+
+    def open(self, state: State) -> None:
+        """Serve with these collaborators from now on."""
+        self.state.prefix_service = state
+        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: state.answers)
+        behind = RateLimitMiddleware(behind, lambda: state.rates)
+        # Most tenants have no limit: what is known of them needs no look at the path.
+        behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
+        behind = InFlightMiddleware(behind, lambda: state.admission)
+        behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
+        self._front = RequestMiddleware(behind, state.metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
+
+    def setup(self) -> None:
+        """Add the public pages. Each is made once, at its first request; FastAPI makes them for every request."""
+        for path, page in pages(self).items():
+            self.add_route(path, page, include_in_schema=False)
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = documented(super().openapi())
+        return self.openapi_schema
+
+
+def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+    """The ASGI app of one process; the data folder is opened when its lifespan begins."""
+    metrics = metrics or Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: _App) -> AsyncIterator[None]:
+        database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
+        try:
+            with _shared_files(settings) as shared_files:
+                state = _compose(settings, database, metrics, shared_files)
+                app.open(state)
+                with state.library.changes.followed(), state.known_keys.running():
+                    async with metrics.sampled():
+                        yield
+        finally:
+            database.close()
+
+    app = _App(
+        title="prefix-service",
+        version=version("prefix-service"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+        generate_unique_id_function=operation_id,
+        responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
+    )
+    problems.install(app)
+    app.include_router(prefixes.router)
+    app.include_router(mixed.router)
+    app.include_router(ops.router)
+    app.include_router(inference_v2.router)
+    app.include_router(inference_v2_extensions.router)
+    for room in (adapters, aliases, residency, tenants, keys, audit):
+        app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
+    app.add_middleware(StrictPathMiddleware)
+    return app
+
+
+def _on_this_loop(listener: Listener) -> Listener:
+    """Before anything that its thread hands to the loop afterwards: a caller finds its own change heard."""
+    loop = asyncio.get_running_loop()
+
+    def hear(changes: Sequence[AuditEntry]) -> None:
+        loop.call_soon_threadsafe(tell, listener, changes)
+
+    return hear
+
+
+def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[SharedFiles | None]:
+    if settings.shared_dir is None:
+        return contextlib.nullcontext()
+    return contextlib.closing(SharedFiles(settings.shared_dir))
+
+
+def _compose(settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None) -> State:
+    device = choose_device(settings.device)
+    registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
+    limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
+    admission = Admission(
+        in_flight=settings.max_in_flight,
+        in_flight_tenant=settings.max_in_flight_tenant,
+        work_bytes=settings.work_bytes,
+        processors=os.cpu_count() or 1,
+    )
+    metrics.watch(registry.tiers, admission.report)
+    blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
+    library = Library(database, blobs, registry, limits, admission, shared_files)
+    keyring = Keyring(database, settings.secret_file)
+    changes = library.changes
+    known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
+    authenticator = Authenticator(None if settings.dev else known_keys)
+    rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
+    statistics = InferenceStatistics()
+    readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
+    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear):
+        changes.listen(_on_this_loop(hear))
+    return State(
+        settings=settings,
+        library=library,
+        admission=admission,
+        keyring=keyring,
+        known_keys=known_keys,
+        audit_ids=OpaqueNumbers(keyring.derived("audit ids")),
+        authenticator=authenticator,
+        rates=rates,
+        metrics=metrics,
+        answers=Answers(library),
+        inference_statistics=statistics,
+        readiness=readiness,
+    )

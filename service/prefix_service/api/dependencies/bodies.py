@@ -1,0 +1,168 @@
+"""Request bodies, read under limits while they arrive."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+from anyio import to_thread
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+
+from prefix_service.api.dependencies.multipart import MultipartReader, Part
+from prefix_service.api.http.patience import MINIMUM_RATE, Patience
+from prefix_service.api.state import state_of
+from prefix_service.blobs.folder import StagedBlob
+from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
+from prefix_service.library.publishing import Upload
+from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
+
+CONFIG: Final = "adapter_config.json"
+BASE_CONFIG: Final = "base_model_config"
+WEIGHTS: Final = "adapter_model.safetensors"
+_MOST: Final = {CONFIG: MAX_CONFIG_BYTES, BASE_CONFIG: MAX_BASE_CONFIG_BYTES}
+_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what stands between the parts, at most
+_ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
+_PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_BATCH: Final = 1 << 20  # bytes that a thread takes at a time
+
+MOST_HELD: Final = _BATCH + sum(_MOST.values())
+"""Bytes of an upload that are in memory at most while the rest arrives: its configs, and weights that no thread has
+taken yet."""
+
+
+def has_body(headers: Headers) -> bool:
+    """Whether a request carries a body, as its headers tell."""
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
+    """The whole body.
+
+    Raises:
+        TooLarge: it has more than `limit` bytes, declared or not.
+        RequestTimeout: it did not arrive within `receive_timeout` seconds, however steadily it came.
+        InvalidRequest: the caller went away.
+    """
+    body = bytearray()
+    async for piece in _arriving(request, limit, extends=False):
+        body += piece
+    return body
+
+
+def declared_weights(request: Request) -> int:
+    """Returns the bytes of weights that an upload has at least, by its Content-Length; 0 where none is declared."""
+    return max(0, _declared_length(request) - _BESIDE)
+
+
+def _declared_length(request: Request) -> int:
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else 0
+
+
+async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[bytes, bytes | None]:
+    """A multipart upload: its weights go into `upload`; the adapter config and the base model's are returned.
+
+    Raises:
+        InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
+        UnsafeCheckpoint: a field named like a pickle.
+        TooLarge: weights of more than `limit` bytes, or a config of more than it may have.
+        QuotaExceeded: more bytes than the tenant's quota leaves.
+        RequestTimeout: it did not arrive in time.
+    """
+    parts = _Parts(MultipartReader(request.headers["content-type"]), upload.weights, limit)
+    pending = bytearray()
+    async for piece in _arriving(request, limit + _BESIDE, extends=True):
+        pending += piece
+        if len(pending) >= _BATCH:
+            await to_thread.run_sync(parts.receive, bytes(pending))
+            pending.clear()
+            upload.arrival.hold(upload.weights.size)
+    await to_thread.run_sync(parts.receive, bytes(pending))
+    return parts.finished()
+
+
+async def _arriving(request: Request, limit: int, *, extends: bool) -> AsyncIterator[bytes]:
+    """Yields a body, piece by piece. It has `receive_timeout` seconds to arrive; with `extends`, bytes that arrive
+    extend them."""
+    if (declared := _declared_length(request)) > limit:
+        raise TooLarge(f"the body has {declared} bytes, more than {limit}")
+    settings = state_of(request).settings
+    patience = Patience(settings.receive_timeout)
+    clock = asyncio.get_running_loop().time
+    stream, received = request.stream(), 0
+    while True:
+        began = clock()
+        try:
+            async with asyncio.timeout(patience.left):
+                piece = await anext(stream, None)
+        except TimeoutError as error:
+            slow = f"stopped after {received} bytes, or brings less than {MINIMUM_RATE} a second"
+            late = f"is not whole after {settings.receive_timeout:g} seconds, {received} bytes have arrived"
+            raise RequestTimeout(f"the body {slow if extends else late}: send it again") from error
+        except ClientDisconnect as error:
+            raise InvalidRequest("the connection ended before the body did") from error
+        if piece is None:
+            return
+        received += len(piece)
+        if received > limit:
+            raise TooLarge(f"the body has more than {limit} bytes")
+        patience.spend(clock() - began, len(piece) if extends else 0)
+        yield piece
+
+
+class _Parts:
+    """The state of one multipart body: which part is arriving, and what has arrived."""
+
+    def __init__(self, reader: MultipartReader, weights: StagedBlob, limit: int) -> None:
+        self._reader = reader
+        self._weights, self._limit = weights, limit
+        self._configs: dict[str, bytearray] = {}
+        self._seen: list[str] = []
+
+    def receive(self, data: bytes) -> None:
+        """Take the next bytes of the body. Blocking.
+
+        Raises:
+            InvalidRequest, UnsafeCheckpoint, TooLarge: as `read_upload`.
+        """
+        for found in self._reader.read(data):
+            if isinstance(found, Part):
+                self._begin_part(found.name)
+            else:
+                self._add_to_part(found)
+
+    def finished(self) -> tuple[bytes, bytes | None]:
+        """The configs of a complete upload."""
+        missing = [name for name in (CONFIG, WEIGHTS) if name not in self._seen]
+        if missing or not self._reader.is_complete:
+            raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
+        base = self._configs.get(BASE_CONFIG)
+        return bytes(self._configs[CONFIG]), None if base is None else bytes(base)
+
+    def _begin_part(self, name: str) -> None:
+        if name.endswith(_PICKLES):
+            raise UnsafeCheckpoint(
+                f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
+                "with `prefix-service convert`"
+            )
+        if name not in _ORDER:
+            raise InvalidRequest(f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order")
+        if self._seen and _ORDER.index(name) <= _ORDER.index(self._seen[-1]):
+            raise InvalidRequest(f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}")
+        if name == WEIGHTS and CONFIG not in self._seen:
+            raise InvalidRequest(f"form field {CONFIG} must come before {WEIGHTS}")
+        self._seen.append(name)
+        if name != WEIGHTS:
+            self._configs[name] = bytearray()
+
+    def _add_to_part(self, data: bytes) -> None:
+        name = self._seen[-1]
+        if name == WEIGHTS:
+            if self._weights.size + len(data) > self._limit:
+                raise TooLarge(f"the weights have more than {self._limit} bytes")
+            self._weights.write(data)
+            return
+        self._configs[name] += data
+        if len(self._configs[name]) > _MOST[name]:
+            raise TooLarge(f"{name} has more than {_MOST[name]} bytes")

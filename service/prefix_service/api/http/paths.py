@@ -1,0 +1,41 @@
+"""What stands in paths, as the OpenAPI document tells it; the routes check it themselves, with this project's codes."""
+
+from typing import Annotated, Final
+
+from fastapi import Path
+
+from prefix_service.prefix.references import (
+    ALIAS_PATTERN,
+    DELETABLE_PATTERN,
+    NAME_PATTERN,
+    REFERENCE_PATTERN,
+    SELECTOR_PATTERN,
+)
+
+HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+"""The paths of the health routes, which need no key and are always answered."""
+
+TenantPath = Annotated[str, Path(description="the tenant", json_schema_extra={"pattern": NAME_PATTERN})]
+NamePath = Annotated[str, Path(description="the adapter", json_schema_extra={"pattern": NAME_PATTERN})]
+AliasPath = Annotated[
+    str, Path(description="the alias: not a number, not latest", json_schema_extra={"pattern": ALIAS_PATTERN})
+]
+RefPath = Annotated[
+    str,
+    Path(
+        description="name, name@7, name@alias, name@latest or name@sha256:…",
+        json_schema_extra={"pattern": REFERENCE_PATTERN},
+    ),
+]
+DeletablePath = Annotated[
+    str,
+    Path(description="name, name@7 or name@sha256:…", json_schema_extra={"pattern": DELETABLE_PATTERN}),
+]
+SelectorPath = Annotated[
+    str,
+    Path(
+        description="the version's number, or an alias, digest or latest",
+        json_schema_extra={"pattern": SELECTOR_PATTERN},
+    ),
+]
+KeyPath = Annotated[str, Path(description="the key's id", json_schema_extra={"pattern": "^[0-9a-f]{16}$"})]

@@ -1,0 +1,194 @@
+"""Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import BinaryIO, Final
+
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from prefix_service.api.http.negotiation import is_current, requested_range, wanted_digest
+from prefix_service.api.http.presence import while_connected
+from prefix_service.catalog.records import Version
+from prefix_service.library.encodings import EncodedAgain, unstable
+from prefix_service.library.library import Library
+from prefix_service.library.plan import Plan
+from prefix_service.prefix.form import MEDIA_TYPE
+from prefix_service.prefix.wire.digests import Algorithm, format_digest
+from prefix_service.prefix.wire.rendering import Rendering
+
+_CHUNK: Final = 1 << 20
+
+DRAIN: Final = "drain"
+"""In the scope's state, where the server is ours: wait until nearly all that was sent has left."""
+
+Fields = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
+
+    chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
+    fields: Fields = field(default_factory=list)
+
+
+class BytesResponse(Response, ABC):
+    """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure.
+
+    It keeps nothing of a request, and may answer many.
+    """
+
+    def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
+        self.background = None
+        self._etag, self._length = etag, length
+        self._about = _raw({"ETag": etag, **headers})
+        self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
+
+    @abstractmethod
+    def _content(
+        self, request: Headers, receive: Receive, start: int, stop: int
+    ) -> AbstractAsyncContextManager[Content]:
+        """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Headers(raw=scope["headers"])
+        reading = scope["method"] in ("GET", "HEAD")
+        if reading and is_current(request, self._etag):
+            await send({"type": "http.response.start", "status": 304, "headers": self._about})
+            await send({"type": "http.response.body"})
+            return
+        found = requested_range(request, self._etag, self._length) if reading else None
+        start, stop = found or (0, self._length)
+        fields = [*self._about, *self._common, (b"content-length", b"%d" % (stop - start))]
+        if found:
+            fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
+        if scope["method"] == "HEAD":
+            stop = start
+        async with self._content(request, receive, start, stop) as content:
+            status = 206 if found else 200
+            await send({"type": "http.response.start", "status": status, "headers": fields + content.fields})
+            if isinstance(content.chunks, AsyncIterable):
+                async for chunk in content.chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body"})
+            else:
+                await send_chunks(scope, send, content.chunks)
+
+
+async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryview]) -> None:
+    """A whole body, piece by piece; when this returns, nearly all of it has left."""
+    last: bytes | memoryview | None = None
+    for chunk in chunks:
+        if last is not None:
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+        last = chunk
+    last = b"" if last is None else last
+    await send({"type": "http.response.body", "body": last})
+    if (drain := scope.get("state", {}).get(DRAIN)) is not None:
+        await drain()
+
+
+class PrefixResponse(BytesResponse):
+    """A planned prefix; its rendering stays pinned until the last byte left."""
+
+    def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
+        super().__init__(plan.etag, plan.message.content_length, _about(plan.version, immutable=immutable))
+        if varies:
+            self._about.append((b"vary", b"Accept"))
+        self.version = plan.version
+        self._library, self._plan = library, plan
+        self._immutable, self._varies = immutable, varies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; with another entity tag if the version has to be encoded again. That is known before
+        anything leaves, since the tensors are read first."""
+        try:
+            await self._answer(scope, receive, send)
+        except EncodedAgain as again:
+            plan = self._plan.renewed(again.version)
+            renewed = type(self)(self._library, plan, immutable=self._immutable, varies=self._varies)
+            try:
+                await renewed._answer(scope, receive, send)
+            except EncodedAgain as repeated:
+                raise unstable(repeated) from repeated
+
+    @property
+    def planned_nbytes(self) -> int:
+        """An estimate of the memory that the plan takes."""
+        return self._plan.message.planned_nbytes
+
+    @asynccontextmanager
+    async def _content(self, request: Headers, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
+        # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
+        algorithm = wanted_digest(request) or ("sha-256" if self._plan.is_one_rendering else None)
+        if start == stop and algorithm is None:
+            yield Content(())
+            return
+        async with self._library.rendering(self._plan, algorithm) as rendering:
+            fields: Fields = []
+            if algorithm is not None:
+                digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
+                fields += [] if digest is None else [repr_digest(algorithm, digest)]
+            yield Content(self._plan.message.chunks(rendering, start, stop) if start < stop else (), fields)
+
+
+async def body_digest(
+    library: Library, plan: Plan, rendering: Rendering, algorithm: Algorithm, receive: Receive
+) -> bytes | None:
+    """Returns the digest of a plan's body; None if it costs too much, or its client went away meanwhile."""
+    if (found := library.known_digest(plan, algorithm)) is not None:
+        return found
+    return await while_connected(receive, library.body_digest(plan, rendering, algorithm))
+
+
+class ParametersResponse(BytesResponse):
+    """The weights file of a version, byte for byte as it was uploaded."""
+
+    def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
+        super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
+        self._library, self._version = library, version
+        self._about.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
+
+    @asynccontextmanager
+    async def _content(self, _request: Headers, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
+        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes all of it
+        file = await self._library.admission.run(self._version.tenant, look)
+        try:
+            file.seek(start)
+            yield Content(_read(file, stop - start))
+        finally:
+            file.close()
+
+
+def _raw(headers: Mapping[str, str]) -> Fields:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+def _about(version: Version, *, immutable: bool) -> dict[str, str]:
+    return {
+        "Cache-Control": "private, max-age=31536000, immutable" if immutable else "private, no-cache",
+        "Prefix-Version": str(version.number),
+        "Prefix-Digest": version.digest,
+    }
+
+
+def repr_digest(algorithm: Algorithm, digest: bytes) -> tuple[bytes, bytes]:
+    """Return the header field of a body's digest (RFC 9530)."""
+    return b"repr-digest", format_digest(algorithm, digest).encode()
+
+
+async def _read(file: BinaryIO, count: int) -> AsyncIterator[bytes]:
+    while count > 0 and (chunk := await to_thread.run_sync(file.read, min(count, _CHUNK))):
+        yield chunk
+        count -= len(chunk)

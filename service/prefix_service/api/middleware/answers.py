@@ -1,0 +1,95 @@
+"""Answers that were planned once, and are given again without a route: the fast path of `GET …/prefix`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from prefix_service.api.http.responses import PrefixResponse
+from prefix_service.catalog.records import Principal
+from prefix_service.library.library import Library
+from prefix_service.prefix.references import Reference
+from prefix_service.system.shares import Shares
+
+_MOST_BYTES: Final = 64 << 20
+
+_Question = tuple[bytes, bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    response: PrefixResponse
+    reference: Reference
+    route: object
+
+    @property
+    def tenant(self) -> str:
+        return self.response.version.tenant
+
+
+class Answers:
+    """Answers that the route has given, keyed by all that an answer depends on: the raw path, query and `Accept`.
+
+    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
+    questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
+    socket need not be part of it: a service listens there or on TCP, never both.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._known: Shares[_Question, _Answer] = Shares(_MOST_BYTES)
+
+    @property
+    def nbytes(self) -> int:
+        """An estimate of the memory that all of it takes."""
+        return self._known.size
+
+    def nbytes_of(self, tenant: str) -> int:
+        """An estimate of the memory that the answers of one tenant take."""
+        return self._known.size_of(tenant)
+
+    def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
+        """Keep what a route is about to answer."""
+        question = _question(scope)
+        nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
+        self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
+
+    def find(self, scope: Scope) -> _Answer | None:
+        """The answer to a request, if it was given before, is still true, and the caller may have it."""
+        if scope["method"] not in ("GET", "HEAD"):
+            return None
+        answer = self._known.get(_question(scope))
+        if answer is None or not self._library.is_current(answer.response.version, answer.reference):
+            return None
+        principal: Principal = scope["principal"]
+        return answer if principal.may_see(answer.tenant) else None
+
+
+def _question(scope: Scope) -> _Question:
+    accept = b",".join([value for name, value in scope["headers"] if name == b"accept"])
+    return scope["raw_path"], scope["query_string"], accept
+
+
+class AnswersMiddleware:
+    """Sends remembered answers, after the key has been checked. With `let_through`, only to tenants for which it
+    returns True: those without a rate limit."""
+
+    def __init__(
+        self, app: ASGIApp, answers: Callable[[], Answers], let_through: Callable[[str], bool] | None = None
+    ) -> None:
+        self._app = app
+        self._answers = answers
+        self._let_through = let_through
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or let the routes do it."""
+        answer = self._answers().find(scope) if "principal" in scope else None
+        if answer is None or not self._is_let_through(scope["principal"], answer.tenant):
+            await self._app(scope, receive, send)
+        else:
+            scope["tenant"], scope["route"] = answer.tenant, answer.route
+            await answer.response(scope, receive, send)
+
+    def _is_let_through(self, caller: Principal, tenant: str) -> bool:
+        return self._let_through is None or self._let_through(caller.tenant or tenant)

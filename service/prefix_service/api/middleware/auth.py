@@ -1,0 +1,161 @@
+"""Deny by default: every route but the public ones needs a key, checked before any body is read."""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Final
+
+from fastapi import Depends, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from prefix_service.api.http.paths import HEALTH, TenantPath
+from prefix_service.api.middleware.known_keys import KnownKeys
+from prefix_service.catalog.records import DEV, Principal
+from prefix_service.catalog.records import Scope as KeyScope
+from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
+from prefix_service.logs import about
+from prefix_service.prefix.references import check_name
+
+PUBLIC: Final = HEALTH | {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
+_LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
+_LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
+_LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)
+
+
+class Authenticator:
+    """From an `Authorization` header to a principal. Without keys (dev mode) everyone is a platform admin."""
+
+    def __init__(self, keys: KnownKeys | None) -> None:
+        self._keys = keys
+
+    def remembered(self, header: bytes) -> Principal | None:
+        """Returns who asks, if the key has been verified before and is still good."""
+        return DEV if self._keys is None else self._keys.recall(header)
+
+    async def authenticate(self, header: bytes) -> Principal:
+        """Returns who asks, by the value of an `Authorization` header; empty for none.
+
+        Raises:
+            Unauthenticated: no key, or not a valid one.
+            Overloaded, StorageFailed: the key is not known here, and cannot be looked up now.
+        """
+        if (known := self.remembered(header)) is not None:
+            return known
+        scheme, _, key = header.decode("latin-1").partition(" ")
+        if self._keys is None or scheme.lower() != "bearer" or not key:
+            raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
+        return await self._keys.verify(header, key.strip())
+
+
+class AuthenticationMiddleware:
+    """Puts the principal into the ASGI scope, or raises Unauthenticated."""
+
+    def __init__(self, app: ASGIApp, authenticator: Callable[[], Authenticator]) -> None:
+        self._app = app
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
+        if scope["path"] not in PUBLIC:
+            authenticator, header = self._authenticator(), _header(scope, b"authorization")
+            principal = authenticator.remembered(header) or await authenticator.authenticate(header)
+            if principal is DEV:
+                _require_local(scope)
+            scope["principal"], scope["tenant"] = principal, principal.tenant
+            about.get()["key_id"] = principal.key_id
+        await self._app(scope, receive, send)
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    for name, value in scope["headers"]:
+        if name == wanted:
+            found: bytes = value
+            return found
+    return b""
+
+
+def _require_local(scope: Scope) -> None:
+    """Refuse what a web page sends that a browser on this machine has opened: without keys it could read and change
+    everything (DNS rebinding: the page's own name leads to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
+
+    A browser reaches no Unix socket, so the name that a caller gives such a service does not matter.
+
+    Raises:
+        Forbidden: the host, the origin or the site is not of this machine.
+    """
+    host, origin, site = (_header(scope, name) for name in (b"host", b"origin", b"sec-fetch-site"))
+    if scope["client"] is not None and not _LOCAL_HOST.fullmatch(host):
+        raise Forbidden(
+            f"--dev answers to the hosts localhost, 127.0.0.1 and [::1] alone, not to {_quoted(host)}: ask for one of "
+            "them, or serve with keys"
+        )
+    if origin and not _LOCAL_ORIGIN.fullmatch(origin):
+        raise Forbidden(f"--dev serves this machine alone, and a web page of {_quoted(origin)} asks")
+    if site not in (b"", b"same-origin", b"none"):
+        raise Forbidden(f"--dev serves this machine alone, and a web page of another site asks ({_quoted(site)})")
+
+
+def _quoted(value: bytes) -> str:
+    return repr(value.decode("latin-1")[:100])
+
+
+def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
+    def check(request: Request, tenant: TenantPath) -> str:
+        principal = _caller(request)
+        check_name("tenant", tenant)
+        if not principal.may_see(tenant):
+            # In the words of a missing one, so that nothing is learnt about other tenants.
+            inside = request.path_params.get("ref") or request.path_params.get("name")
+            raise NotFound(f"there is no {tenant}/{inside}" if inside else f"there is no tenant {tenant!r}")
+        _require(principal, scope)
+        _require_writable(request, scope)
+        request.scope["tenant"] = tenant
+        return tenant
+
+    return check
+
+
+def _caller(request: Request) -> Principal:
+    principal: Principal = request.scope["principal"]
+    return principal
+
+
+def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
+    def check(request: Request) -> Principal:
+        principal = _caller(request)
+        if principal.tenant is not None:
+            raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
+        _require(principal, scope)
+        _require_writable(request, scope)
+        return principal
+
+    return check
+
+
+def _require_writable(request: Request, scope: KeyScope) -> None:
+    """Refuse a change on a read-only service. A request changes something if it needs more than `read` and is no GET or
+    HEAD."""
+    if (
+        scope != "read"
+        and request.method not in ("GET", "HEAD")
+        and request.app.state.prefix_service.settings.read_only
+    ):
+        raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
+
+
+def _require(principal: Principal, scope: KeyScope) -> None:
+    if not principal.has(scope):
+        raise Forbidden(f"this needs a key of scope {scope}, and yours has {principal.scope}")
+
+
+Reading = Annotated[str, Depends(_tenant_with("read"))]
+"""The path's tenant, for a caller who may read it."""
+Writing = Annotated[str, Depends(_tenant_with("write"))]
+"""The path's tenant, for a caller who may change it."""
+Administering = Annotated[str, Depends(_tenant_with("admin"))]
+"""The path's tenant, for a caller who may manage its keys."""
+Caller = Annotated[Principal, Depends(_caller)]
+"""Who asks."""
+PlatformReader = Annotated[Principal, Depends(_platform_with("read"))]
+"""A caller with a key of the platform."""
+PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]
+"""A platform admin."""

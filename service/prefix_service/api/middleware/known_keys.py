@@ -1,0 +1,152 @@
+"""Keys that this process knows: checked in memory, and looked up at a bounded rate where they are new."""
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Final, TypeVar
+
+from limits import RateLimitItemPerSecond
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+
+from prefix_service.catalog.keys import USE_GRANULARITY, Keyring, StoredKey
+from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.errors import OutOfSpace, Overloaded, StorageFailed, Unauthenticated
+from prefix_service.system.background import in_background
+
+K = TypeVar("K")
+V = TypeVar("V")
+_MOST_KEYS: Final = 65_536
+_MOST_MISSING: Final = 4096
+_STRANGERS: Final = RateLimitItemPerSecond(50)
+"""Lookups of ids that this process has never heard of. A wrong key has such an id, a right one only for the quarter of
+a second until its creation by another process is heard."""
+_LOOKUPS: Final = 4  # threads
+_PATIENCE: Final = 2.0  # seconds that a lookup may take
+_PAUSE: Final = 5.0  # seconds between two notes of what was used
+
+
+class KnownKeys:
+    """The keys that were used or created last, by id. `hear` keeps them up to date. They are trusted while `are_known`
+    returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False for a read-only catalog.
+
+    Belongs to the event loop, `running` aside.
+    """
+
+    def __init__(self, keyring: Keyring, are_known: Callable[[], bool], *, notes_uses: bool = True) -> None:
+        self._keyring, self._are_known, self._notes_uses = keyring, are_known, notes_uses
+        # None: this key exists, or did, and has not been looked up since.
+        self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
+        self._missing: dict[str, None] = {}
+        self._verified: dict[bytes, StoredKey] = {}
+        self._heard = 0
+        self._noted: dict[str, float] = {}
+        self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
+        self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
+        # Of its own, so that where the catalog hangs no more threads hang than these.
+        self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
+
+    def recall(self, header: bytes) -> Principal | None:
+        """Returns whose key was verified by this very `Authorization` header, if the key is still good."""
+        stored = self._verified.get(hashlib.sha256(header).digest())
+        if stored is None or self._keys.get(stored.principal.key_id) is not stored or not self._are_known():
+            return None
+        return self._used(stored)
+
+    async def verify(self, header: bytes, text: str) -> Principal:
+        """Returns whose key a text is, and recalls it by the `header` that it came in.
+
+        Raises:
+            Unauthenticated: it is malformed, unknown, expired or revoked.
+            Overloaded: its id is unknown here, and too many unknown ids have been looked up within a second.
+            StorageFailed: it must be looked up, and the catalog does not answer.
+        """
+        key_id, found = self._keyring.parse(text)
+        stored = await self._stored(key_id)
+        if stored is None or not stored.admits(found) or (principal := self._used(stored)) is None:
+            raise Unauthenticated("the key is unknown, expired or revoked")
+        _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
+        return principal
+
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """Forget keys that changed, and those of deleted tenants; learn of new ones."""
+        for change in changes:
+            if change.action == "tenant.deleted":
+                gone = [known.principal for known in self._keys.values() if known is not None]
+                self._keys |= {one.key_id: None for one in gone if one.tenant == change.target}
+            elif change.action == "key.revoked":
+                self._keys.pop(change.target, None)
+                _remember(self._missing, change.target, None, _MOST_MISSING)
+            elif change.action == "key.created":
+                _remember(self._keys, change.target, None, _MOST_KEYS)
+                self._missing.pop(change.target, None)
+            else:
+                continue
+            self._heard += 1
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
+        try:
+            with in_background("uses of keys", self._note) if self._notes_uses else contextlib.nullcontext():
+                yield
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _stored(self, key_id: str) -> StoredKey | None:
+        known = self._keys.get(key_id)
+        if self._are_known() and (known is not None or key_id in self._missing):
+            return known
+        if key_id not in self._keys and not self._strangers.hit(_STRANGERS, "unknown ids"):
+            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
+        heard = self._heard
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                found = await asyncio.get_running_loop().run_in_executor(self._threads, self._keyring.find, key_id)
+        except TimeoutError as error:
+            raise StorageFailed(f"the catalog has not answered within {_PATIENCE:g} seconds: try again") from error
+        if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
+            if found is not None:
+                _remember(self._keys, key_id, found, _MOST_KEYS)
+            else:
+                self._keys.pop(key_id, None)
+                _remember(self._missing, key_id, None, _MOST_MISSING)
+        return found
+
+    def _used(self, stored: StoredKey) -> Principal | None:
+        """Returns the owner of a key that has not expired, and notes its use."""
+        now, key_id = time.monotonic(), stored.principal.key_id
+        if now >= stored.ends:
+            return None
+        if now - self._noted.get(key_id, -math.inf) >= USE_GRANULARITY.total_seconds():
+            _remember(self._noted, key_id, now, _MOST_KEYS)
+            if self._notes_uses:
+                self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
+            if self._keys.get(key_id) is stored:  # of many keys, those that are used stay
+                _remember(self._keys, key_id, stored, _MOST_KEYS)
+        return stored.principal
+
+    def _note(self, stop: threading.Event) -> None:
+        while True:
+            is_last = stop.wait(_PAUSE)
+            if uses := dict(self._uses.get_nowait() for _ in range(self._uses.qsize())):
+                # A full disk must not make a sound key useless.
+                with contextlib.suppress(OutOfSpace, StorageFailed):
+                    self._keyring.note_uses(uses)
+            if is_last:
+                return
+
+
+def _remember(known: dict[K, V], key: K, value: V, most: int) -> None:
+    """Put an entry at the end of a dictionary, and drop the first where there are more than `most`."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > most:
+        del known[next(iter(known))]

@@ -1,0 +1,107 @@
+"""The models of the Open Inference Protocol: a model is an adapter, `<tenant>/<adapter>`, with its versions."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import orjson
+from starlette.responses import StreamingResponse
+
+from prefix_service.api.open_inference.requests import INPUTS
+from prefix_service.api.open_inference.responses import DATATYPES
+from prefix_service.api.open_inference.schemas import TensorMetadata
+from prefix_service.catalog.records import Version, VersionName
+from prefix_service.library.library import Library
+from prefix_service.library.plan import PrefixRequest
+from prefix_service.prefix.references import Reference, check_name, parse_reference
+from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.registry.admission import PLATFORM
+
+MODEL: Final = "/models/{tenant}/{name}"
+VERSION: Final = MODEL + "/versions/{version}"
+
+PAGE: Final = 1000
+"""Versions that are read and written together in a listing, and the most that a model's metadata names."""
+
+
+async def resolved(library: Library, tenant: str, name: str, selector: str | None = None) -> Version:
+    """Returns the version that a path names; without a selector, the latest.
+
+    Raises:
+        InvalidReference: the name or the selector is malformed.
+        NotFound: there is none.
+    """
+    check_name("adapter", name)
+    reference = Reference(name) if selector is None else parse_reference(f"{name}@{selector}")
+    return await library.resolve(tenant, reference)
+
+
+def name_of(version: Version | VersionName) -> str:
+    """Returns the name of a version's model."""
+    return f"{version.tenant}/{version.adapter}"
+
+
+def platform_of(version: Version) -> str:
+    """Returns the kind of model, which is the PEFT type."""
+    return f"peft_{version.prefix_config.peft_type.lower()}"
+
+
+def inputs_of_every_model() -> list[TensorMetadata]:
+    """Returns the inputs, which no adapter changes."""
+    return [
+        TensorMetadata(name=name, datatype=datatype, shape=list(shape)) for name, (datatype, _, shape) in INPUTS.items()
+    ]
+
+
+def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
+    """Returns the outputs that an inference may ask for, with -1 for what the request decides."""
+    tensors = library.plan(version, PrefixRequest(), InputMask.empty(1)).message.tensors
+    extras = {"attention_mask": [-1, -1], "position_ids": [-1, -1]}
+    return [
+        TensorMetadata(
+            name=tensor.name,
+            datatype=DATATYPES[tensor.dtype],
+            shape=extras.get(tensor.name, [-1, *tensor.shape[1:]]),
+        )
+        for tensor in tensors.values()
+    ]
+
+
+async def json_list(pages: AsyncIterator[bytes], before: bytes = b"[", after: bytes = b"]") -> StreamingResponse:
+    """Returns pages of objects, which are written already, as one JSON list; what the first page raises is raised
+    here, before the answer begins."""
+    first = await anext(pages)
+    return StreamingResponse(_joined(first, pages, before, after), media_type="application/json")
+
+
+async def _joined(first: bytes, others: AsyncIterator[bytes], before: bytes, after: bytes) -> AsyncIterator[bytes]:
+    yield before + first
+    empty = not first
+    async for page in others:
+        if page:
+            yield (b"" if empty else b",") + page
+            empty = False
+    yield after
+
+
+async def every_version(
+    library: Library, tenant: str | None, adapter: str | None, shown: Callable[[VersionName], dict[str, Any]]
+) -> AsyncIterator[bytes]:
+    """Yields the versions of an adapter, of a tenant, or of all, as JSON objects with commas between them, in the order
+    of their names and numbers; at least one page. Pages are read and written in threads, in their tenant's turn."""
+
+    def page(after: VersionName | None) -> tuple[bytes, VersionName | None]:
+        found = library.listings.index(tenant, adapter, after=after, limit=PAGE)
+        return written(found, shown), found[-1] if len(found) == PAGE else None
+
+    last = None
+    while True:
+        text, last = await library.admission.run(tenant or PLATFORM, partial(page, last))
+        yield text
+        if last is None:
+            return
+
+
+def written(versions: Sequence[VersionName], shown: Callable[[VersionName], dict[str, Any]]) -> bytes:
+    """Returns JSON objects with commas between them."""
+    return orjson.dumps([shown(version) for version in versions])[1:-1]

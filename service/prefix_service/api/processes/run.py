@@ -1,0 +1,93 @@
+"""A running service: a data folder, served by one process or by several."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+from prometheus_client import CollectorRegistry, start_http_server
+
+from prefix_service.api.app import create_app
+from prefix_service.api.metrics.metrics import Metrics
+from prefix_service.api.metrics.worker_metrics import shared_folder, whole_service
+from prefix_service.api.processes.supervisor import Supervisor
+from prefix_service.api.processes.worker import Inherited, work
+from prefix_service.api.server.listening import address, listening
+from prefix_service.api.server.serving import Server, end_in_order_on
+from prefix_service.data_folder.opening import bootstrap_file, opened
+from prefix_service.errors import Conflict, InvalidInput
+from prefix_service.library.shared_files import sweep
+from prefix_service.logs import configure
+from prefix_service.registry.registry import choose_device
+from prefix_service.settings import Settings
+from prefix_service.system.file_limit import most_connections, raise_file_limit
+
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal ends it; requests under way are finished first.
+
+    Raises:
+        Conflict: another service runs on the data folder, or another program listens on the address or metrics port.
+        InvalidInput: the device is not there, or the address or the folder for shared files cannot be used.
+        StorageFailed, OutOfSpace: the disk refused.
+        Unavailable: no worker process could start.
+    """
+    configure(settings.log_level)
+    raise_file_limit()
+    device = choose_device(settings.device)
+    if settings.shared_dir is not None:
+        _check_shared(settings.shared_dir, settings.uds)
+    end_in_order_on(signal.SIGTERM, signal.SIGINT)
+    with opened(settings) as lock, listening(settings) as sockets:
+        at = address(sockets)
+
+        def announce() -> None:
+            log.info(
+                "serving",
+                version=version("prefix-service"),
+                at=at,
+                data=str(settings.data_dir),
+                device=str(device),
+                connections=most_connections(settings.max_connections),
+            )
+            if settings.dev:
+                log.warning("dev mode: no keys, every caller on this machine may do everything")
+            elif bootstrap_file(settings.data_dir).exists():
+                log.info("the platform admin's first key is in a file", file=str(bootstrap_file(settings.data_dir)))
+
+        if settings.workers == 1:
+            metrics = Metrics()
+            with _metrics_port(settings, metrics.exposed):
+                Server(settings, create_app(settings, metrics), announce).run(sockets)
+        else:
+            inherited = None if lock is None else Inherited(lock)
+            with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):
+                Supervisor(settings.workers, work, (settings, sockets, inherited), announce).run()
+
+
+def _check_shared(shared_dir: Path, uds: Path | None) -> None:
+    """What each process finds out too, here in words."""
+    if uds is None:
+        raise InvalidInput(f"files in {shared_dir} are for workers on a Unix socket: set PREFIX_UDS or --uds too")
+    sweep(shared_dir)
+
+
+@contextlib.contextmanager
+def _metrics_port(settings: Settings, exposed: CollectorRegistry) -> Iterator[None]:
+    if settings.metrics_port is None:
+        yield
+        return
+    try:
+        server, thread = start_http_server(settings.metrics_port, settings.host, exposed)
+    except OSError as error:
+        raise Conflict(f"metrics cannot be served on {settings.host}:{settings.metrics_port}: {error}") from error
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,251 @@
+"""Keeps a number of worker processes alive: restarts those that died, and ends when it is asked to, or cannot start.
+
+Each worker gives signs of life on a socket of its own, from its event loop. The supervisor waits for these sockets, for
+the ends of processes and for signals, all at once, and never for one of them alone.
+
+Why not one that exists: uvicorn's own asks its workers one after another whether they live, so that one that hangs
+hides the death of another for as long as it is waited for; it gives up, with status 0, if a replacement cannot start;
+its workers outlive it. gunicorn judges each worker by itself, but forks, which CUDA does not survive, and ends all
+workers if one cannot start; uvicorn's class for it is deprecated. hypercorn and granian bring HTTP servers of their
+own, which read requests differently from what is tested here. circus watches processes, not event loops.
+"""
+
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, Final
+
+from prefix_service.api.processes.worker import SIGN
+from prefix_service.errors import Unavailable
+
+log = logging.getLogger("prefix_service")
+
+_SPAWN: Final = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the supervisor waits for what, in seconds.
+
+    A worker gives a sign each second. Loads, hashes and page faults delay one by well below a second, a machine that
+    swaps by several: a worker that gave none for 15 seconds serves nobody. A start may take minutes while others import
+    torch from the same slow disk.
+    """
+
+    start: float = 180
+    silence: float = 15
+    end: float = 35  # the grace period of requests, and time to close the app
+    first_pause: float = 1
+    longest_pause: float = 30
+
+    @property
+    def turn(self) -> float:
+        """The longest that the supervisor waits without a look at its own clock."""
+        return self.silence / 15
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """A running process. It is killed at `deadline`, a moment of the supervisor's clock, unless a sign comes."""
+
+    process: SpawnProcess
+    signs: socket.socket
+    deadline: float
+    is_ready: bool = False
+    is_heard: bool = True
+    reason: str = ""
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
+
+
+class Supervisor:
+    """Starts `work(signs, pid of the supervisor, *arguments)` in `count` spawned processes, and again where one ends.
+
+    Args:
+        count: how many processes.
+        work: what each runs; sends `SIGN` on the socket `signs` once it is ready and each second from then on.
+        arguments: what else it is called with; sockets are inherited.
+        on_ready: called once, when the first worker is ready.
+        patience: how long to wait for what.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        work: Callable[..., None],
+        arguments: tuple[Any, ...],
+        on_ready: Callable[[], None],
+        patience: Patience = Patience(),
+    ) -> None:
+        self._count, self._work, self._arguments = count, work, arguments
+        self._on_ready, self._patience = on_ready, patience
+        self._workers: list[_Worker] = []
+        self._now = 0.0  # seconds that this process has run: while it or the machine is stopped, nobody is silent
+        self._due: list[float] = []  # when a worker is started in the place of one that ended
+        self._failures = 0  # starts that failed since the last that succeeded
+        self._was_ready = False
+        self._reason = ""  # of the last failed start
+        self._end = math.inf  # when workers that have not ended are killed
+        self._is_ending = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then let the workers finish; a second signal kills them.
+
+        Raises:
+            Unavailable: no worker could start.
+        """
+        with _signals() as signals:
+            try:
+                for _ in range(self._count):
+                    self._start()
+                while self._workers or (self._was_ready and not self._is_ending):
+                    self._turn(signals)
+            finally:
+                for worker in self._workers:
+                    worker.process.kill()
+        if not self._is_ending:
+            raise Unavailable(f"no worker could start: {self._reason}")
+
+    def _turn(self, signals: socket.socket) -> None:
+        """Wait until something happens, and act on it."""
+        sources: list[Any] = [signals, *(worker.process.sentinel for worker in self._workers)]
+        sources += [worker.signs for worker in self._workers if worker.is_heard]
+        next_deadline = min([self._end, *self._due_now(), *(worker.deadline for worker in self._workers)])
+        timeout = min(max(next_deadline - self._now, 0), self._patience.turn)
+        before = time.monotonic()
+        happened = wait(sources, timeout)
+        self._now += min(time.monotonic() - before, self._patience.turn)
+        for worker in list(self._workers):
+            if worker.signs in happened:
+                self._hear(worker)
+            if worker.process.sentinel in happened:
+                self._bury(worker)
+            elif worker.deadline <= self._now:
+                self._kill_silent(worker)
+        if signals in happened:
+            self._asked_to_end(signals.recv(4096))
+        if self._end <= self._now:
+            self._kill_all()
+        for due in [due for due in self._due_now() if due <= self._now]:
+            self._due.remove(due)
+            self._start()
+
+    def _due_now(self) -> list[float]:
+        """Returns when workers are started again; nothing is tried twice before anything worked."""
+        return self._due if self._was_ready else []
+
+    def _start(self) -> None:
+        try:
+            mine, its = socket.socketpair()
+            with its:
+                process = _SPAWN.Process(target=self._work, args=(its, os.getpid(), *self._arguments))
+                try:
+                    process.start()
+                except OSError:
+                    mine.close()
+                    raise
+        except OSError as error:  # no process, no descriptor, no memory
+            self._failed(None, os.strerror(error.errno or 0))
+        else:
+            mine.setblocking(False)
+            self._workers.append(_Worker(process, mine, self._now + self._patience.start))
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            heard = worker.signs.recv(1 << 16)
+        except OSError:
+            heard = b""
+        if not heard:  # it ends: the process tells when
+            worker.is_heard = False
+            return
+        if worker.deadline < math.inf:  # not killed yet
+            worker.deadline = self._now + self._patience.silence
+        worker.reason += heard.replace(SIGN, b"").decode(errors="replace")
+        if SIGN in heard and not worker.is_ready:
+            worker.is_ready, self._failures = True, 0
+            log.info("a worker is ready", extra={"pid": worker.pid})
+            if not self._was_ready:
+                self._was_ready = True
+                self._on_ready()
+
+    def _kill_silent(self, worker: _Worker) -> None:
+        silence = self._patience.silence if worker.is_ready else self._patience.start
+        worker.reason = f"no sign of life for {silence:g} seconds"
+        worker.deadline = math.inf
+        worker.process.kill()
+
+    def _bury(self, worker: _Worker) -> None:
+        """Forget a worker that has ended, and say when another takes its place."""
+        worker.process.join()
+        worker.signs.close()
+        self._workers.remove(worker)
+        how = _how(worker.process.exitcode)
+        reason = f"{worker.reason} ({how})" if worker.reason else how
+        if self._is_ending:
+            log.info("a worker has ended", extra={"pid": worker.pid, "reason": reason})
+        elif worker.is_ready:
+            log.error("a worker died: another is started", extra={"pid": worker.pid, "reason": reason})
+            self._due.append(self._now)
+        else:
+            self._failed(worker.pid, reason)
+        worker.process.close()
+
+    def _failed(self, pid: int | None, reason: str) -> None:
+        pause = min(self._patience.first_pause * 2 ** min(self._failures, 16), self._patience.longest_pause)
+        self._failures += 1
+        self._reason = reason
+        self._due.append(self._now + pause)
+        log.error("a worker could not start", extra={"pid": pid, "reason": reason, "again_in": pause})
+
+    def _asked_to_end(self, numbers: bytes) -> None:
+        for number in numbers:  # no other signal has a handler here
+            log.info("asked to end", extra={"signal": signal.Signals(number).name})
+            if self._is_ending:
+                self._end = self._now
+                continue
+            self._is_ending, self._end = True, self._now + self._patience.end
+            self._due.clear()
+            for worker in self._workers:
+                worker.process.terminate()
+
+    def _kill_all(self) -> None:
+        self._end = math.inf
+        for worker in self._workers:
+            worker.reason = "killed before it had finished"
+            worker.process.kill()
+
+
+def _how(exitcode: int | None) -> str:
+    """Returns an exit code of multiprocessing in words."""
+    if exitcode is None or exitcode >= 0:
+        return f"exit status {exitcode}"
+    return f"killed by {next((each.name for each in signal.Signals if each == -exitcode), f'signal {-exitcode}')}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """Yields a socket on which SIGTERM and SIGINT arrive, a byte each, so that one call waits for them and the rest."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        reader.setblocking(False)
+        writer.setblocking(False)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield reader
+        finally:
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""A worker process: it serves until its supervisor asks it to end, or is gone, and gives signs of life meanwhile.
+
+Signs come from the event loop, which is what must not stand still. torch is imported after the process is tied to its
+supervisor.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from multiprocessing.reduction import DupFd
+from typing import Any, Final
+
+from prefix_service.errors import PrefixServiceError
+from prefix_service.logs import configure
+from prefix_service.settings import Settings
+
+SIGN: Final = b"\n"
+"""A sign of life; the first says that the worker is ready. What else comes is why it cannot start."""
+FAILED: Final = 3
+"""Exit status of a worker that could not start and has said why."""
+
+_EVERY: Final = 1.0  # seconds between two signs
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+class Inherited:
+    """A file descriptor that a spawned process gets as its own, and keeps open until it ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inherited, (DupFd(self.descriptor),)
+
+
+def _inherited(duplicate: Any) -> Inherited:
+    return Inherited(duplicate.detach())
+
+
+def work(
+    supervisor: socket.socket,
+    started_by: int,
+    settings: Settings,
+    sockets: list[socket.socket],
+    _lock: Inherited | None,
+) -> None:
+    """Serve on `sockets` until a signal, or the end of the process `started_by`.
+
+    Args:
+        supervisor: takes signs of life, and ends when the supervisor does.
+        started_by: the supervisor's process id.
+        settings: those of the service.
+        sockets: listening sockets, shared with the other workers.
+        _lock: the data folder's lock, which thereby holds until the last worker has ended.
+    """
+    die_with(started_by)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process: the supervisor decides
+    configure(settings.log_level)
+    try:
+        _serve(supervisor, settings, sockets)
+    except (PrefixServiceError, OSError) as error:
+        with contextlib.suppress(OSError):
+            supervisor.sendall(str(error).encode())
+        sys.exit(FAILED)
+
+
+def die_with(parent: int) -> None:
+    """End this process when its parent ends, however that ends.
+
+    On Linux the kernel kills it, also where it is stopped or its event loop stands still. A worker that only noticed
+    the end of the pipe would finish its requests first: for that long the folder would stay locked, and the next
+    service, which systemd or Kubernetes starts immediately, would be refused. Elsewhere the end of the pipe has to do.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        sys.exit(FAILED)
+
+
+def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.socket]) -> None:
+    from prefix_service.api.app import create_app
+    from prefix_service.api.metrics.metrics import Metrics
+    from prefix_service.api.metrics.worker_metrics import take_place
+    from prefix_service.api.server.serving import Server, end_in_order_on
+
+    end_in_order_on(signal.SIGTERM)
+    supervisor.setblocking(False)
+
+    def begin() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(supervisor, supervisor_ended, loop)
+        give_sign(loop)
+
+    def give_sign(loop: asyncio.AbstractEventLoop) -> None:
+        with contextlib.suppress(OSError):  # the supervisor stands still, and reads later
+            supervisor.send(SIGN)
+        loop.call_later(_EVERY, give_sign, loop)
+
+    def supervisor_ended(loop: asyncio.AbstractEventLoop) -> None:
+        loop.remove_reader(supervisor)
+        server.should_exit = True
+
+    server = Server(settings, create_app(settings, Metrics(take_place())), begin)
+    server.run(sockets)

@@ -1,0 +1,230 @@
+"""Publishing, listing, inspecting and deleting adapters."""
+
+from collections.abc import Coroutine, Mapping
+from functools import partial
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Query, Request, Response
+
+from prefix_service.api.dependencies.authority import Actor, Founder
+from prefix_service.api.dependencies.bodies import (
+    BASE_CONFIG,
+    CONFIG,
+    MOST_HELD,
+    WEIGHTS,
+    declared_weights,
+    read_upload,
+)
+from prefix_service.api.dependencies.json_bodies import computed, declared_bytes, payer, read_json, reserved, validated
+from prefix_service.api.dependencies.pagination import NUMBER, Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.http.negotiation import require_media_type
+from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
+from prefix_service.api.http.presence import while_connected
+from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.routes.documentation import refusals
+from prefix_service.api.routes.schemas import (
+    AdapterItem,
+    AdapterPage,
+    ComposedVersion,
+    FreshVersion,
+    VersionDetail,
+    VersionPage,
+    VersionSummary,
+)
+from prefix_service.api.state import LibraryOf
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.records import Adapter, Principal, Version
+from prefix_service.errors import InvalidRequest, NotFound
+from prefix_service.library.library import Library
+from prefix_service.library.publishing import Target, Upload
+from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.form import MEDIA_TYPE
+from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
+from prefix_service.prefix.references import check_name, parse_qualified, parse_reference
+
+router = APIRouter(tags=["adapters"])
+
+_FILE: Final = {"type": "string", "format": "binary"}
+_JSON_FILE: Final = "application/json, application/octet-stream"
+_UPLOAD: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {CONFIG: _FILE, BASE_CONFIG: _FILE, WEIGHTS: _FILE},
+                    "required": [CONFIG, WEIGHTS],
+                },
+                "encoding": {
+                    CONFIG: {"contentType": _JSON_FILE},
+                    BASE_CONFIG: {"contentType": _JSON_FILE},
+                    WEIGHTS: {"contentType": MEDIA_TYPE},
+                },
+            },
+            "application/json": {
+                "schema": {"anyOf": [FreshVersion.model_json_schema(), ComposedVersion.model_json_schema()]}
+            },
+        },
+    }
+}
+
+
+@router.post(
+    "/v1/tenants/{tenant}/adapters/{name}/versions",
+    status_code=201,
+    response_model=VersionDetail,
+    openapi_extra=_UPLOAD,
+    responses={
+        200: {"description": "The same content is a version already", "model": VersionDetail},
+        **refusals(
+            {
+                404: "There is no such tenant, or no such version to compose of",
+                409: "Something else changed meanwhile",
+                413: "The upload is larger than this service takes",
+                422: "The config or the weights are malformed, or do not fit each other",
+                507: "There is no space for it, or a quota is used up",
+            }
+        ),
+    },
+)
+async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder, library: LibraryOf) -> Response:
+    """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
+    concatenation of others."""
+    check_name("adapter", name)
+    media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
+    target = _target(tenant, name, by)
+    if media_type == "application/json":
+        wanted = await read_json(request, _fresh_or_composed)
+        await library.require_authority(by)
+        if isinstance(wanted, ComposedVersion):
+            publishing = _publish_composed(wanted, library, target)
+        else:
+            publishing = _publish_fresh(wanted, library, target)
+        version, is_new = await _wanted(request, publishing)
+    else:
+        version, is_new = await _publish_upload(request, library, target)
+    location = {"Location": f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"}
+    return await _answer(request, library, version, 201 if is_new else 200, location)
+
+
+def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion:
+    return validated(ComposedVersion, values) if "compose" in values else validated(FreshVersion, values)
+
+
+async def _publish_fresh(wanted: FreshVersion, library: Library, target: Target) -> tuple[Version, bool]:
+    config = await library.admission.run(target.tenant, partial(parse_config, wanted.config))
+    return await library.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed)
+
+
+async def _publish_composed(wanted: ComposedVersion, library: Library, target: Target) -> tuple[Version, bool]:
+    """From all that the caller may read."""
+    named = [(name, *parse_qualified(name)) for name in wanted.compose]
+    sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
+    return await library.publisher.publish_composed(target, sources)
+
+
+async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
+    async with library.publisher.receiving(target, declared_weights(request)) as upload:
+        config = await _receive(request, upload, library.limits.upload_bytes)
+        return await _wanted(request, library.publisher.publish(target, config, upload))
+
+
+async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Version, bool]]) -> tuple[Version, bool]:
+    """Returns what `publishing` returns, unless the client leaves: then it is cancelled, at the latest after the step
+    that runs."""
+    made = await while_connected(request.receive, publishing)
+    if made is None:
+        raise InvalidRequest("the connection ended before the version was made")
+    return made
+
+
+async def _receive(request: Request, upload: Upload, limit: int) -> PrefixConfig:
+    """Writes the weights of an upload and returns its config with all dimensions filled. Reserves the memory that the
+    configs take."""
+    async with reserved(request, declared_bytes(request, MOST_HELD)):
+        config_json, base_json = await read_upload(request, upload, limit)
+        memory = json_memory(len(config_json) + len(base_json or b""))
+        return await computed(request, memory, partial(_config, config_json, base_json))
+
+
+def _config(config_json: bytes, base_json: bytes | None) -> PrefixConfig:
+    config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
+    return (
+        config if base_json is None else config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
+    )
+
+
+def _target(tenant: str, name: str, by: Principal) -> Target:
+    """A platform admin's first upload makes the tenant; for everybody else it must exist."""
+    makes_tenants = by.tenant is None and by.has("admin")
+    if by.acts_on is None and not makes_tenants:
+        raise NotFound(f"there is no tenant {tenant!r}")
+    return Target(tenant, name, by, makes_tenants)
+
+
+@router.get("/v1/tenants/{tenant}/adapters", response_model=AdapterPage)
+async def list_adapters(
+    request: Request,
+    tenant: Reading,
+    library: LibraryOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    base_model: Annotated[str | None, Query(max_length=1000)] = None,
+) -> Response:
+    """The adapters of a tenant, in the order of their names."""
+    after = decode_cursor(cursor)
+    await read_catalog(library.tenants.require, tenant)
+
+    def load(after: str, limit: int) -> list[Adapter]:
+        return library.listings.adapters(tenant, after=after, limit=limit, base_model=base_model)
+
+    listing = Listing(load, lambda row: row.latest.adapter, AdapterItem.of)
+    return await answer_page(request, tenant, listing, after, limit)
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)
+async def inspect(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+    """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
+    return await _answer(request, library, await library.resolve(tenant, parse_reference(ref)))
+
+
+@router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
+async def list_versions(
+    request: Request,
+    tenant: Reading,
+    name: NamePath,
+    library: LibraryOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Response:
+    """The versions of an adapter, newest first."""
+    check_name("adapter", name)
+    place = decode_cursor(cursor, NUMBER)
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
+
+    def load(place: str, limit: int) -> list[Version]:
+        return library.listings.versions(tenant, name, before=int(place) if place else None, limit=limit)
+
+    listing = Listing(load, lambda row: str(row.number), lambda row: VersionSummary.of(row, aliases))
+    return await answer_page(request, tenant, listing, place, limit)
+
+
+@router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
+async def delete(tenant: Writing, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
+    """Delete an adapter, or the version that a number or digest names."""
+    await library.delete(tenant, parse_reference(ref), by)
+
+
+async def _answer(
+    request: Request, library: Library, version: Version, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Returns a version as JSON, written in a thread in its tenant's turn: a config of 60 KB takes milliseconds."""
+    aliases = await read_catalog(library.catalog.aliases_of, version.tenant, version.adapter)
+    residency = library.residency(version)
+
+    def write() -> Response:
+        body = VersionDetail.about(version, aliases, residency).model_dump_json()
+        return Response(body, status, headers, "application/json")
+
+    return await library.admission.run(payer(request), write)

@@ -1,0 +1,109 @@
+"""Aliases: names that point at one version, and move atomically."""
+
+from typing import Final
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from prefix_service.api.dependencies.authority import Actor
+from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.http.negotiation import is_expected, require_media_type
+from prefix_service.api.http.paths import AliasPath, NamePath
+from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.routes.documentation import json_body, refusals, request_headers
+from prefix_service.api.routes.schemas import Alias, AliasTarget
+from prefix_service.api.state import LibraryOf
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.errors import NotFound, PreconditionFailed
+from prefix_service.library.library import Library
+from prefix_service.prefix.references import Reference, check_alias, check_name
+
+router = APIRouter(tags=["aliases"])
+
+_PATH: Final = "/v1/tenants/{tenant}/adapters/{name}/aliases/{alias}"
+_ANYWHERE: Final = -1
+_TAG: Final = '"[1-9][0-9]{0,17}"'
+_CONDITIONS: Final = request_headers(
+    {"If_Match": rf"^(?:\*|{_TAG}(?:, ?{_TAG})*)$", "If_None_Match": r"^\*$"},
+    If_Match="the ETag where the caller saw it",
+    If_None_Match="* for one that is new",
+)
+_REFUSALS: Final = refusals(
+    {404: "There is no such adapter, version or alias", 412: "The alias does not point where the condition says"}
+)
+
+
+@router.put(
+    _PATH,
+    responses={201: {"model": Alias, "description": "The alias is new"}, **_REFUSALS},
+    openapi_extra={**json_body(AliasTarget), **_CONDITIONS},
+)
+async def put_alias(
+    request: Request,
+    response: Response,
+    tenant: Writing,
+    name: NamePath,
+    alias: AliasPath,
+    by: Actor,
+    library: LibraryOf,
+) -> Alias:
+    """Point an alias at a version; `If-Match` moves it only from where the caller saw it, `If-None-Match: *` only
+    makes it."""
+    _check(name, alias)
+    require_media_type(request.headers, "application/json")
+    target = await read_model(request, AliasTarget)
+    await library.require_authority(by)
+    expected = await _expected(request, library, tenant, name, alias)
+    if target.preload:
+        reference = Reference(name, str(target.version), explicit=True)
+        await library.load(await library.resolve(tenant, reference))
+    put = library.catalog.put_alias
+    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, by, expected)
+    response.status_code = 201 if is_new else 200
+    response.headers["ETag"] = _etag(target.version)
+    return Alias(alias=alias, version=target.version)
+
+
+@router.get(_PATH)
+async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: AliasPath, library: LibraryOf) -> Alias:
+    """Where an alias points."""
+    _check(name, alias)
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
+    if alias not in aliases:
+        raise NotFound(f"{tenant}/{name} has no alias {alias!r}")
+    response.headers["ETag"] = _etag(aliases[alias])
+    return Alias(alias=alias, version=aliases[alias])
+
+
+@router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)
+async def delete_alias(
+    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
+) -> None:
+    """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
+    _check(name, alias)
+    expected = await _expected(request, library, tenant, name, alias)
+    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, by, expected)
+
+
+async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:
+    """Where the alias must point for the caller's condition to hold; the catalog compares it again as it writes."""
+    if request.headers.get("if-none-match") is not None:
+        if request.headers["if-none-match"].strip() != "*":
+            raise PreconditionFailed("If-None-Match on an alias takes only *")
+        return None
+    if request.headers.get("if-match") is None:
+        return _ANYWHERE
+    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
+    current = aliases.get(alias)
+    if current is None or not is_expected(request.headers, _etag(current)):
+        raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
+    return current
+
+
+def _check(name: str, alias: str) -> None:
+    check_name("adapter", name)
+    check_alias(alias)
+
+
+def _etag(version: int) -> str:
+    return f'"{version}"'

@@ -1,0 +1,143 @@
+"""The OpenAPI document: what FastAPI cannot see in the signatures of routes."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
+from hashlib import sha256
+from types import MappingProxyType
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html, get_swagger_ui_oauth2_redirect_html
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from prefix_service.api.http.negotiation import is_current
+from prefix_service.api.middleware.auth import PUBLIC
+
+PROBLEM_TYPE: Final = "application/problem+json"
+
+Document = dict[str, Any]
+
+
+class Page(Response):
+    """Bytes that are the same for every caller, with an entity tag: answers 304 or 200, and keeps nothing of a request.
+
+    All answers send one object: those that are not read yet hold no copies.
+    """
+
+    def __init__(self, made: Response) -> None:
+        self._etag = f'"{sha256(made.body).hexdigest()}"'
+        fields = {"ETag": self._etag, "Cache-Control": "no-cache", "Content-Type": made.headers["content-type"]}
+        super().__init__(made.body, headers=fields)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if is_current(Headers(raw=scope["headers"]), self._etag):
+            await Response(status_code=304, headers={"ETag": self._etag})(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def pages(app: FastAPI) -> dict[str, Callable[[Request], Awaitable[Response]]]:
+    """Returns the endpoints of the public pages by their paths: the document, and Swagger UI, which shows it."""
+    document, redirect = app.openapi_url or "", app.swagger_ui_oauth2_redirect_url
+    made: dict[str, Callable[[], Response]] = {
+        document: lambda: JSONResponse(app.openapi()),
+        "/docs": lambda: get_swagger_ui_html(
+            openapi_url=document, title=f"{app.title} - Swagger UI", oauth2_redirect_url=redirect
+        ),
+        "/docs/oauth2-redirect": get_swagger_ui_oauth2_redirect_html,
+    }
+    return {path: _made_once(make) for path, make in made.items()}
+
+
+def _made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
+    page = cache(lambda: Page(make()))
+
+    async def answer(_request: Request) -> Response:
+        return page()
+
+    return answer
+
+
+def documented(document: Document) -> Document:
+    """The document of this API: problems under their own media type, and keys for all but the public routes."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            problems = operation["responses"]["default"]["content"]
+            problems[PROBLEM_TYPE] = problems.pop("application/json")
+            if path in PUBLIC:
+                operation["security"] = []
+            else:
+                operation["responses"] |= {
+                    str(status): response for status, response in refusals({401: "No key, or not a valid one"}).items()
+                }
+    schemas: Document = {}
+    shared: Document = _with_shared_schemas(document, schemas)
+    shared["components"]["schemas"] |= schemas
+    return shared
+
+
+def _with_shared_schemas(node: Any, schemas: Document) -> Any:
+    """Returns a part of the document with its `$defs` moved to `schemas`, where references in a document can point.
+
+    Pydantic writes `#/$defs/…` into the schema of a body that a route reads for itself.
+    """
+    if isinstance(node, list):
+        return [_with_shared_schemas(item, schemas) for item in node]
+    if isinstance(node, str):
+        return node.replace("#/$defs/", "#/components/schemas/") if node.startswith("#/$defs/") else node
+    if not isinstance(node, dict):
+        return node
+    for name, schema in node.get("$defs", {}).items():
+        moved = _with_shared_schemas(schema, schemas)
+        if schemas.setdefault(name, moved) != moved:
+            raise ValueError(f"two schemas have the name {name}: rename one of the models")
+    return {key: _with_shared_schemas(value, schemas) for key, value in node.items() if key != "$defs"}
+
+
+def operation_id(route: APIRoute) -> str:
+    """The name of a route's function; what answers GET and HEAD has two operations."""
+    return f"head_{route.name}" if "HEAD" in (route.methods or ()) else route.name
+
+
+def json_body(model: type[BaseModel], *, required: bool = True) -> Document:
+    """The body of a route that reads it under its own limits."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def refusals(descriptions: Mapping[int, str]) -> dict[int | str, Document]:
+    """Responses that are problems, by their status."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": text, "content": content} for status, text in descriptions.items()}
+
+
+def request_headers(patterns: Mapping[str, str] = MappingProxyType({}), /, **descriptions: str) -> Document:
+    """Optional request headers, some with a pattern; underscores are hyphens."""
+    return {
+        "parameters": [
+            {
+                "name": name.replace("_", "-"),
+                "in": "header",
+                "required": False,
+                "description": text,
+                "schema": {"type": "string", **({"pattern": patterns[name]} if name in patterns else {})},
+            }
+            for name, text in descriptions.items()
+        ]
+    }
+
+
+def response_headers(**descriptions: str) -> Document:
+    """Response headers; underscores are hyphens."""
+    return {
+        name.replace("_", "-"): {"description": text, "schema": {"type": "string"}}
+        for name, text in descriptions.items()
+    }

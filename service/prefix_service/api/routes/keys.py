@@ -1,0 +1,112 @@
+"""The keys of tenants and of the platform."""
+
+import contextlib
+import re
+from datetime import datetime
+from functools import partial
+from typing import Final
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from prefix_service.api.dependencies.authority import Actor
+from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.http.negotiation import require_media_type
+from prefix_service.api.http.paths import KeyPath
+from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.routes.documentation import json_body
+from prefix_service.api.routes.schemas import CreatedKey, KeyItem, KeyPage, NewKey
+from prefix_service.api.state import State, StateOf
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.records import Key, Principal
+
+router = APIRouter(tags=["keys"])
+
+_KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
+
+
+@router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
+async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
+    """Create another key of a tenant. Only this answer contains the key."""
+    return await _create(request, state, tenant, by)
+
+
+@router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
+async def list_tenant_keys(
+    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+) -> Response:
+    """The keys of a tenant, oldest first, without their secrets."""
+    return await _list(request, state, tenant, limit, cursor)
+
+
+@router.get("/v1/tenants/{tenant}/keys/{key_id}")
+async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of a tenant, without its secret."""
+    return _item(await read_catalog(state.keyring.get, tenant, key_id))
+
+
+@router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
+async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf) -> None:
+    """Revoke a key: at once here, within seconds in other processes."""
+    await _revoke(state, tenant, key_id, by)
+
+
+@router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewKey))
+async def create_platform_key(request: Request, by: PlatformAdmin, state: StateOf) -> CreatedKey:
+    """Create another key of the platform. Only this answer contains the key."""
+    return await _create(request, state, None, by)
+
+
+@router.get("/v1/keys", response_model=KeyPage)
+async def list_platform_keys(
+    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+) -> Response:
+    """The keys of the platform, oldest first, without their secrets."""
+    return await _list(request, state, None, limit, cursor)
+
+
+@router.get("/v1/keys/{key_id}")
+async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """A key of the platform, without its secret."""
+    return _item(await read_catalog(state.keyring.get, None, key_id))
+
+
+@router.delete("/v1/keys/{key_id}", status_code=204)
+async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf) -> None:
+    """Revoke a key: at once here, within seconds in other processes."""
+    await _revoke(state, None, key_id, by)
+
+
+async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
+    require_media_type(request.headers, "application/json")
+    wanted = await read_model(request, NewKey)
+    create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
+    key, text = await to_thread.run_sync(create)
+    return CreatedKey(**_item(key).model_dump(), key=text)
+
+
+async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
+    def load(place: str, limit: int) -> list[Key]:
+        created, _, key_id = place.partition(" ")
+        after = (datetime.fromisoformat(created), key_id) if place else None
+        return state.keyring.listed(tenant, after=after, limit=limit)
+
+    listing = Listing(load, lambda key: f"{key.created.isoformat()} {key.id}", _item)
+    return await answer_page(request, tenant, listing, decode_cursor(cursor, _is_place), limit)
+
+
+def _is_place(text: str) -> bool:
+    """Returns whether a cursor names a moment and a key's id."""
+    created, _, key_id = text.partition(" ")
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(created).isoformat() == created and _KEY_ID.fullmatch(key_id) is not None
+    return False
+
+
+async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
+    await to_thread.run_sync(state.keyring.revoke, tenant, key_id, by)
+
+
+def _item(key: Key) -> KeyItem:
+    return KeyItem.model_validate(key, from_attributes=True)

@@ -1,0 +1,37 @@
+"""What those who run the service ask: is it live, is it ready, what does it count."""
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from prefix_service.api.middleware.auth import PlatformReader
+from prefix_service.api.routes.schemas import Health
+from prefix_service.api.state import StateOf
+
+router = APIRouter()
+
+
+@router.get("/livez", tags=["health"])
+async def live() -> Health:
+    """The process answers: restart it if this fails."""
+    return Health()
+
+
+@router.get("/readyz", tags=["health"])
+async def ready(state: StateOf) -> Health:
+    """The next request could be answered: send the service none while this fails."""
+    await state.readiness.require()
+    return Health()
+
+
+@router.get(
+    "/metrics",
+    tags=["metrics"],
+    response_class=Response,
+    responses={200: {"description": "Prometheus' text, or OpenMetrics", "content": {"text/plain": {}}}},
+)
+async def metrics(request: Request, _caller: PlatformReader, state: StateOf) -> Response:
+    """What the service counts, for Prometheus: of all its processes, whichever answers."""
+    state.metrics.sample()
+    accept = request.headers.get("accept", "")
+    content, media_type = await to_thread.run_sync(state.metrics.exposition, accept)
+    return Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})

@@ -1,0 +1,287 @@
+"""What the JSON routes send and take, as pydantic models; the OpenAPI document is made of these."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
+
+from prefix_service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
+from prefix_service.library.plan import QualifiedReference
+from prefix_service.library.request_model import INTEGRAL, RequestModel
+from prefix_service.prefix.mixed import MOST_IN_A_ROW
+
+Moment = Annotated[
+    datetime, PlainSerializer(lambda at: at.replace(tzinfo=UTC).isoformat().replace("+00:00", "Z"), return_type=str)
+]
+"""A point in time, sent as RFC 3339 in UTC."""
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) > 64:
+        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")
+    return value
+
+
+class Problem(BaseModel):
+    """RFC 9457; `code` is what a client may branch on."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    error: str = Field(default="", description="under /v2 alone: the detail, where Open Inference clients look for it")
+
+
+class VersionSize(BaseModel):
+    """Bytes that a version takes in the store."""
+
+    weights: int
+    key_values: int
+
+
+class ResidencyState(BaseModel):
+    """Whether a version is in memory, and where."""
+
+    resident: bool
+    pinned: bool
+    device: str
+
+
+class VersionSummary(BaseModel):
+    """An immutable version of an adapter."""
+
+    tenant: str
+    adapter: str
+    version: int
+    digest: str
+    created: Moment
+    peft_type: str
+    base_model_name_or_path: str | None
+    dtype: str
+    num_virtual_tokens: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    size: VersionSize
+    aliases: list[str]
+
+    @classmethod
+    def of(cls, version: Version, aliases: dict[str, int]) -> "VersionSummary":
+        """From the catalog's row and the adapter's aliases."""
+        return cls(**_summary(version, aliases))
+
+
+class VersionDetail(VersionSummary):
+    """A version with its config, its parameter counts as PEFT defines them, and where it is in memory."""
+
+    weights: str
+    config: dict[str, Any]
+    total_virtual_tokens: int
+    prefix_embedding_dim: int
+    trainable_parameters: int
+    residency: ResidencyState
+
+    @classmethod
+    def about(cls, version: Version, aliases: dict[str, int], residency: dict[str, bool | str]) -> "VersionDetail":
+        """From the catalog's row, the adapter's aliases, and what the registry tells."""
+        config = version.prefix_config
+        return cls(
+            **_summary(version, aliases),
+            weights=version.weights,
+            config=version.config,
+            total_virtual_tokens=config.total_virtual_tokens,
+            prefix_embedding_dim=config.prefix_embedding_dim or 0,
+            trainable_parameters=config.trainable_parameters or 0,
+            residency=ResidencyState.model_validate(residency),
+        )
+
+
+def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
+    config = version.prefix_config
+    return {
+        "tenant": version.tenant,
+        "adapter": version.adapter,
+        "version": version.number,
+        "digest": version.digest,
+        "created": version.created,
+        "peft_type": config.peft_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "dtype": version.weights_dtype,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "num_layers": config.num_layers,
+        "num_kv_heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
+        "size": VersionSize(weights=version.weights_bytes, key_values=version.key_values_bytes),
+        "aliases": sorted(name for name, number in aliases.items() if number == version.number),
+    }
+
+
+class AdapterItem(BaseModel):
+    """An adapter in a listing: its newest version, and all its aliases."""
+
+    tenant: str
+    adapter: str
+    versions: int
+    aliases: dict[str, int]
+    latest: VersionSummary
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "AdapterItem":
+        """From the catalog's row."""
+        latest = VersionSummary.of(adapter.latest, adapter.aliases)
+        return cls(
+            tenant=latest.tenant,
+            adapter=latest.adapter,
+            versions=adapter.versions,
+            aliases=adapter.aliases,
+            latest=latest,
+        )
+
+
+class AdapterPage(BaseModel):
+    """A page of a listing; `next` is the cursor of the following one, or null."""
+
+    items: list[AdapterItem]
+    next: str | None
+
+
+class VersionPage(BaseModel):
+    """Versions of an adapter, newest first; `next` is the cursor of older ones, or null."""
+
+    items: list[VersionSummary]
+    next: str | None
+
+
+JSONObject = dict[Annotated[str, Field(max_length=1024)], Any]
+"""An object with any members, whose number a field bounds."""
+
+
+_CONFIG = {
+    "peft_type": "PREFIX_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 20,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "token_dim": 8,
+}
+
+
+class FreshVersion(RequestModel):
+    """An untrained prefix from a config alone, to try a worker's shapes before training."""
+
+    config: JSONObject = Field(max_length=1024, examples=[_CONFIG])
+    init_weights: Literal["random", "zero"] = "random"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63), INTEGRAL] = 0
+
+
+class ComposedVersion(RequestModel):
+    """A version that is the concatenation of others, in their order."""
+
+    compose: list[QualifiedReference] = Field(
+        min_length=2,
+        max_length=MOST_IN_A_ROW,
+        fail_fast=True,
+        description="tenant/adapter@… each",
+        examples=[["acme/summarize@1", "acme/summarize@2"]],
+    )
+
+
+class AliasTarget(RequestModel):
+    """Where an alias points; `preload` moves it once the version is resident."""
+
+    version: Annotated[int, Field(ge=1, lt=10**18), INTEGRAL]  # as in references: at most 18 digits
+    preload: bool = False
+
+
+class Alias(BaseModel):
+    """An alias of an adapter."""
+
+    alias: str
+    version: int
+
+
+class ResidencyRequest(RequestModel):
+    """Whether the version stays until it is unloaded."""
+
+    pinned: bool = False
+
+
+_Quota = Annotated[int | None, Field(ge=0, lt=1 << 63), INTEGRAL]
+
+
+class TenantQuotas(RequestModel):
+    """What a tenant may have: adapters, bytes of all their versions, and requests in a second; null is no limit."""
+
+    max_adapters: _Quota = None
+    max_bytes: _Quota = None
+    requests_per_second: Annotated[int | None, Field(ge=1, lt=1 << 31), INTEGRAL] = None
+
+    def quotas(self) -> Quotas:
+        """For the catalog."""
+        return Quotas(**self.model_dump())
+
+
+class TenantItem(BaseModel):
+    """A tenant, its quotas, and what it has: adapters, and bytes of all their versions."""
+
+    tenant: str
+    created: Moment
+    max_adapters: int | None
+    max_bytes: int | None
+    requests_per_second: int | None
+    adapters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> "TenantItem":
+        """From the catalog's row."""
+        used = {"adapters": tenant.adapters, "bytes": tenant.bytes}
+        return cls(tenant=tenant.name, created=tenant.created, **asdict(tenant.quotas), **used)
+
+
+class TenantPage(BaseModel):
+    """Tenants in the order of their names."""
+
+    items: list[TenantItem]
+    next: str | None
+
+
+class NewKey(RequestModel):
+    """A key to make."""
+
+    scope: Scope
+    name: str = Field(default="", max_length=200)
+    expires: Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)] | None = None
+
+
+class KeyItem(BaseModel):
+    """A key without its secret; `tenant` is null for a key of the platform."""
+
+    id: str
+    tenant: str | None
+    scope: Scope
+    name: str
+    created: Moment
+    expires: Moment | None
+    last_used: Moment | None
+
+
+class CreatedKey(KeyItem):
+    """A new key: this answer alone tells it."""
+
+    key: str
+
+
+class KeyPage(BaseModel):
+    """Keys, oldest first; `next` is the cursor of younger ones, or null."""
+
+    items: list[KeyItem]
+    next: str | None
+
+
+class Health(BaseModel):
+    """Live or ready."""
+
+    status: Literal["ok"] = "ok"

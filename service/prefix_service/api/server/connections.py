@@ -1,0 +1,294 @@
+"""Connections: what a peer may do before and beside a request, whichever parser reads it.
+
+uvicorn's protocols bound neither the time of a head nor that of a reader, and answer malformed requests in plain text.
+Here one timer for each connection bounds both, and a refusal is a problem document.
+"""
+
+import asyncio
+import http
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import structlog
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
+
+from prefix_service.api.http.patience import Patience
+from prefix_service.api.http.problems import problem
+from prefix_service.api.http.responses import DRAIN
+from prefix_service.api.server.input_turns import InputTurns
+from prefix_service.api.server.lingering import LingeringTransport
+from prefix_service.api.server.peers import Peers, peer_name
+from prefix_service.errors import Overloaded, PrefixServiceError, RequestTimeout
+
+KEEP_ALIVE: Final = 75
+"""Seconds that an idle connection stays: longer than the 60 for which proxies in front (nginx, AWS) keep theirs, so
+that the side that sends requests is the one that closes. Workers keep theirs open too."""
+
+_LOOKS: Final = 8
+"""How often the timer looks at a connection within the shorter of its deadlines: they hold within this part."""
+
+PIECE: Final = 4 << 10
+"""Bytes that a parser gets at a time: between two pieces it can stop, and keep the rest as bytes."""
+
+_TURN: Final = 0.001
+"""Seconds of parsing after which other connections get their turn."""
+
+_UNSENT: Final = 256 << 10
+"""Bytes that the kernel takes of an answer before it can send them. What is on its way does not count, so that a fast
+reader is not slowed down, however far away it is; a reader that does not read holds no more than this."""
+
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds for a head to arrive, and for an answer to be read."""
+
+    receive: float
+    send: float
+
+
+class Guarded(asyncio.Protocol):
+    """The part that both parsers' connections share; stands in front of one of uvicorn's protocols."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    flow: FlowControl
+    cycle: Any  # of the newest request; None before the first
+    client: tuple[str, int] | None
+    server_state: ServerState
+    timeout_keep_alive_task: asyncio.TimerHandle | None
+    app_state: dict[str, Any]
+
+    def __init__(self, deadlines: Deadlines, peers: "Peers[Guarded]", turns: InputTurns, **uvicorn: Any) -> None:
+        self._deadlines, self._peers, self._turns = deadlines, peers, turns
+        self._every = min(deadlines.receive, deadlines.send) / _LOOKS
+        self._timer: asyncio.TimerHandle | None = None
+        self._waited, self._waited_after = 0.0, None
+        self._reader = Patience(deadlines.send)
+        self._unsent = self._sent = 0
+        self._has_key = False  # whether a request came with one
+        self._caller = ""  # whose turn its input waits for: the newest request's tenant, or the peer
+        self._unparsed: bytes | memoryview = b""
+        self._is_waiting = False  # for a turn to parse it
+        self._postponed: PrefixServiceError | None = None
+        super().__init__(**uvicorn)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to look at it."""
+        self._lingering = LingeringTransport(cast("asyncio.Transport", transport), self.loop, self._has_input)
+        super().connection_made(cast("asyncio.Transport", self._lingering))
+        # What an answer holds in memory it holds until the connection can take more.
+        self.app_state = {**self.app_state, DRAIN: self.flow.drain}
+        self._timer = self.loop.call_later(self._every, self._look)
+        if self.client is not None and sys.platform == "linux":
+            self._bound_the_kernel(transport.get_extra_info("socket"))
+        self._caller = peer_name(self._peer)
+        try:
+            victim = self._peers.open(self, self._caller)
+        except Overloaded as error:
+            self._refuse(error, linger=self._peers.may_tell(self))
+        else:
+            if victim is not None:
+                victim.give_way()
+
+    def _bound_the_kernel(self, connection: socket.socket) -> None:
+        """Bounds what the kernel keeps of answers, and for how long, also after the connection was closed."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._deadlines.send))
+
+    def give_way(self) -> None:
+        """Ends a connection for another one; what it has not read is dropped."""
+        log.info("a connection was closed for another", peer=self._peer, connections=self._peers.most)
+        would_reset = self._has_input() and not self._lingering.is_closing()
+        if would_reset or self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self._lingering.close()
+
+    def _note_whether_idle(self) -> None:
+        """One whose reader has no key and does not keep up counts as idle: nobody waits for what is in progress."""
+        self._note_key()
+        if self.cycle is None or (not self._has_key if self.flow.write_paused else self.cycle.response_complete):
+            self._peers.idle(self)
+        else:
+            self._peers.busy(self)
+
+    def _note_key(self) -> None:
+        if self.cycle is None:
+            return
+        if (principal := self.cycle.scope.get("principal")) is not None:
+            self._has_key, self._caller = True, f"tenant {principal.tenant}"
+        elif not self._has_key:
+            self._caller = f"{peer_name(self._peer)}, again"  # a crowd of new connections does not delay a probe's
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._peers.close(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._unparsed = b""
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived, up to the first request that waits for its turn; keep what stands behind it as bytes."""
+        if not self.transport.is_closing():
+            self._unparsed = memoryview(bytes(self._unparsed) + data) if self._unparsed else data
+            self._parse_in_turn()
+
+    def _parse_in_turn(self) -> None:
+        if self._is_waiting:
+            self._lingering.hold(True)  # only now: most wait for less than it costs
+        elif not self._unparsed or self._owes_answers() or self._turns.take(self._caller, self._parse_on):
+            self._parse_on()
+        else:
+            self._is_waiting = True
+
+    def _parse_on(self) -> None:
+        self._is_waiting = False
+        until = time.monotonic() + _TURN
+        while self._unparsed and not self._owes_answers():
+            if self._ignores_input:
+                self._unparsed = b""
+                break
+            if time.monotonic() > until:
+                self._is_waiting = True
+                self._turns.wait(self._caller, self._parse_on)
+                break
+            data, size = self._unparsed, self._piece
+            if len(data) > size:
+                data = memoryview(data)
+                self._unparsed = data[size:]
+                self._parse(data[:size])
+            else:
+                self._unparsed = b""
+                self._parse(data)
+        self._lingering.hold(bool(self._unparsed))
+        self._note_whether_idle()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        raise NotImplementedError
+
+    @property
+    def _piece(self) -> int:
+        return PIECE
+
+    def pause_writing(self) -> None:
+        """More than the high-water mark is unsent."""
+        self._unsent = self.transport.get_write_buffer_size()
+        super().pause_writing()
+        self._note_whether_idle()
+
+    def resume_writing(self) -> None:
+        """It was sent, down to the low-water mark."""
+        self._sent += self._unsent - self.transport.get_write_buffer_size()
+        super().resume_writing()
+        self._note_whether_idle()
+
+    def on_response_complete(self) -> None:
+        """Go on with what stood behind the requests that are now answered."""
+        self._note_key()
+        super().on_response_complete()  # type: ignore[misc]
+        if self._postponed is not None:
+            self._refuse(self._postponed)
+        elif self._unparsed:
+            self._parse_in_turn()
+        self._note_whether_idle()
+
+    def shutdown(self) -> None:
+        """End with the service, behind what is in progress; a reader without a key that does not keep up is reset."""
+        if self.transport.get_write_buffer_size() and not self._has_key:
+            self.transport.abort()
+        else:
+            super().shutdown()  # type: ignore[misc]
+
+    def _look(self) -> None:
+        if self._is_read_too_slowly():
+            log.info("a reader was cut off", peer=self._peer, seconds=self._deadlines.send)
+            self.transport.abort()
+            return
+        self._timer = self.loop.call_later(self._every, self._look)
+        if self._is_awaited_too_long():
+            seconds = self._deadlines.receive
+            self._refuse(RequestTimeout(f"no complete head of a request within {seconds:g} seconds: send it again"))
+
+    def _is_read_too_slowly(self) -> bool:
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent:
+            self._reader.renew()
+            return False
+        if self.flow.write_paused:
+            self._sent += self._unsent - unsent
+            self._unsent = unsent
+            if self._has_key:
+                (self._peers.busy if self._sent else self._peers.stalled)(self)
+        self._reader.spend(self._every, self._sent)
+        self._sent = 0
+        return self._reader.left <= 0
+
+    def _is_awaited_too_long(self) -> bool:
+        """Whether a head, or the rest of a body that was answered early, is late; uvicorn ends idle connections."""
+        cycle = self.cycle
+        if (cycle is not None and not cycle.response_complete) or self.timeout_keep_alive_task is not None:
+            self._waited = 0
+            return False
+        if cycle is not self._waited_after:  # requests came and went meanwhile
+            self._waited, self._waited_after = 0, cycle
+            return False
+        self._waited += self._every
+        return self._waited >= self._deadlines.receive
+
+    def _refuse(self, error: PrefixServiceError, *, linger: bool = True) -> None:
+        if self.transport.is_closing():
+            return
+        if self._owes_answers():
+            self._postponed = error
+            self.flow.pause_reading()
+            return
+        answer = problem(error)
+        answer.headers["Connection"] = "close"
+        log.info("a connection was refused", peer=self._peer, status=answer.status_code, code=error.code)
+        if not linger or not self._may_answer():
+            self.transport.abort()
+            return
+        status = f"HTTP/1.1 {answer.status_code} {http.HTTPStatus(answer.status_code).phrase}\r\n".encode()
+        fields = [*self.server_state.default_headers, *answer.raw_headers]
+        head = b"".join(b"%s: %s\r\n" % field for field in fields)
+        self.transport.write(status + head + b"\r\n" + bytes(answer.body))
+        self._lingering.linger()
+        if self.cycle is not None:  # an app that waits for the rest of a body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    @property
+    def _ignores_input(self) -> bool:
+        return self._postponed is not None or self.transport.is_closing()
+
+    def _has_input(self) -> bool:
+        """Whether bytes are on their way, or wait, that nobody will read."""
+        return self._is_in_body or bool(self._unparsed)
+
+    @property
+    def _is_in_body(self) -> bool:
+        """Whether the newest request has more to come."""
+        raise NotImplementedError
+
+    def _owes_answers(self) -> bool:
+        """Whether requests in front of the faulty one wait for their answers."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete and not self._is_in_body
+
+    def _may_answer(self) -> bool:
+        """Whether a response sent now would be read as the answer to the faulty request, and not as part of another."""
+        cycle = self.cycle
+        if cycle is None or not self._is_in_body:
+            return True
+        return not cycle.response_complete and not cycle.response_started
+
+    @property
+    def _peer(self) -> str | None:
+        return self.client[0] if self.client else None

@@ -1,0 +1,113 @@
+"""Which connections stay open when there are too many: pure state."""
+
+import ipaddress
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
+from typing import Final, Generic, TypeVar
+
+from prefix_service.errors import Overloaded
+
+C = TypeVar("C", bound=Hashable)
+
+_TOLD: Final = 64
+
+
+class Peers(Generic[C]):
+    """Counts the connections of each peer, up to `most` in all.
+
+    A connection is idle while no request is in progress: before its first head, between requests, and behind an answer
+    whose request still has a body to come. For one connection too many, the peer that has the most connections, of
+    those that have idle ones, loses the one that has been idle longest. If none is idle, a peer that has more than half
+    of all connections loses the one whose reader has taken nothing for longest.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._peer_of: dict[C, str] = {}
+        self._count: Counter[str] = Counter()
+        self._idle: dict[str, OrderedDict[C, None]] = {}  # of peers that have some, and so below
+        self._stalled: dict[str, OrderedDict[C, None]] = {}
+        self._refused: set[C] = set()
+
+    def __len__(self) -> int:
+        return len(self._peer_of)
+
+    def open(self, connection: C, peer: str) -> C | None:
+        """Counts a new connection, which is idle. Returns the one to close for it, which is not counted any more.
+
+        Raises:
+            Overloaded: there are too many and none is idle; the new one is not counted.
+        """
+        victim = None
+        if len(self._peer_of) >= self.most:
+            victim = self._victim()
+            self.close(victim)
+        self._peer_of[connection] = peer
+        self._count[peer] += 1
+        self.idle(connection)
+        return victim
+
+    def _victim(self) -> C:
+        if self._idle:
+            return next(iter(self._idle[max(self._idle, key=self._count.__getitem__)]))
+        for peer, stalled in self._stalled.items():
+            if self._count[peer] > self.most // 2:
+                return next(iter(stalled))
+        raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
+
+    def may_tell(self, connection: C) -> bool:
+        """Returns whether a refused connection may stay for a moment to read why, as a few may. Close it either way."""
+        if len(self._refused) >= _TOLD:
+            return False
+        self._refused.add(connection)
+        return True
+
+    def close(self, connection: C) -> None:
+        """Ends a connection, if it is counted."""
+        self._refused.discard(connection)
+        if (peer := self._peer_of.get(connection)) is None:
+            return
+        self.busy(connection)
+        del self._peer_of[connection]
+        self._count[peer] -= 1
+        if not self._count[peer]:
+            del self._count[peer]
+
+    def idle(self, connection: C) -> None:
+        """Notes that no request is in progress on a connection; one that is idle already keeps its turn."""
+        self._move(connection, self._stalled, self._idle)
+
+    def stalled(self, connection: C) -> None:
+        """Notes that a connection has a request in progress, and its reader takes nothing; it keeps its turn, too."""
+        self._move(connection, self._idle, self._stalled)
+
+    def busy(self, connection: C) -> None:
+        """Notes that a request is in progress on a connection."""
+        self._move(connection, self._idle)
+        self._move(connection, self._stalled)
+
+    def _move(
+        self,
+        connection: C,
+        old: dict[str, OrderedDict[C, None]],
+        new: dict[str, OrderedDict[C, None]] | None = None,
+    ) -> None:
+        if (peer := self._peer_of.get(connection)) is None:
+            return
+        if (queue := old.get(peer)) is not None:
+            queue.pop(connection, None)
+            if not queue:
+                del old[peer]
+        if new is not None:
+            new.setdefault(peer, OrderedDict()).setdefault(connection)
+
+
+def peer_name(address: str | None) -> str:
+    """Returns whose connection this is: an IPv4 address, or the /64 network of an IPv6 address, of which one host has
+    all. All that come through a Unix socket are one peer."""
+    if address is None or ":" not in address:
+        return address or ""
+    found = ipaddress.IPv6Address(address.partition("%")[0])
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Network((found, 64), strict=False))

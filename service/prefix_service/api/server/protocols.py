@@ -1,0 +1,233 @@
+"""uvicorn's protocols for the two parsers, which read the same requests in the same way here, as `framing` says.
+
+Each override names the behaviour of uvicorn (0.54), httptools (0.9) or h11 (0.16) that it answers. A request that is on
+its way to the app costs one look at the names of its header fields.
+"""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Literal, cast
+
+import h11
+import httptools
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from prefix_service.api.server.connections import PIECE, Deadlines, Guarded
+from prefix_service.api.server.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
+from prefix_service.api.server.input_turns import InputTurns
+from prefix_service.api.server.peers import Peers
+from prefix_service.api.server.strict_h11 import StrictH11
+from prefix_service.errors import MalformedRequest, PrefixServiceError
+from prefix_service.settings import Settings
+from prefix_service.system.file_limit import most_connections
+
+Message = dict[str, Any]
+_LARGE_PIECE = 256 << 10
+_HEAD_PIECE = 1 << 10
+_SMALL_PIECE = 256  # of the tiniest chunks, a millisecond for h11
+
+
+def protocol_class(
+    parser: Literal["httptools", "h11"], deadlines: Deadlines, most: int = sys.maxsize
+) -> type[asyncio.Protocol]:
+    """Returns what uvicorn takes as `http`, which it only calls: connections of one process, `most` at a time."""
+    peers: Peers[Guarded] = Peers(most)
+    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers, InputTurns())
+    return cast("type[asyncio.Protocol]", made)
+
+
+def connection_class(settings: Settings) -> type[asyncio.Protocol]:
+    """Returns the connections of a service with these settings, for uvicorn."""
+    deadlines = Deadlines(settings.receive_timeout, settings.send_timeout)
+    return protocol_class(settings.parser, deadlines, most_connections(settings.max_connections))
+
+
+class HttpToolsConnection(Guarded, HttpToolsProtocol):
+    """A connection read by the parser that is fast and bounds nothing."""
+
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
+        self._pending = 0  # bytes since the last that were of a body, or ended a head
+        self._has_body_to_come = False
+        self._body_left = 0  # bytes, of a body with a length
+        self._is_last = False  # the newest request is complete, and the connection ends with its answer
+        super().__init__(deadlines, peers, turns, **uvicorn)
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
+        self._unset_keepalive_if_required()
+        self._pending += len(data)
+        try:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._read_again(memoryview(data)[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            if not self._is_last:
+                self._refuse(_reason(error))
+        else:
+            if self._pending > MAX_HEAD_BYTES:  # also of heads, trailers and chunk extensions without end
+                self._refuse(too_large())
+
+    def _read_again(self, rest: memoryview) -> None:
+        """Read the newest head again, without `Upgrade`, and then the bytes behind it.
+
+        llhttp takes everything behind such a head for another protocol, and httptools gives no way to tell it that
+        the server declined. It would take the request's body for the next request.
+        """
+        while True:
+            head = self._declined_head()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(head)
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            else:
+                return
+
+    def _declined_head(self) -> bytes:
+        """Returns the head that was just read; `admit` took `Upgrade` out of its fields."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % field for field in self.headers]
+        return b"\r\n".join([*lines, b"", b""])
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a field, as uvicorn does, but without the blanks behind its value, which llhttp leaves."""
+        name = name.lower()
+        if name == b"expect":
+            self.expect_100_continue = True
+        self.headers.append((name, value.rstrip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        """Look at a head before a request is made of it. uvicorn parses the target, and asks nothing of the fields."""
+        if self._is_last:  # uvicorn would queue a request that is never answered
+            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
+        if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
+            raise too_large()
+        self.url = admit(self.parser.get_method(), self.url, version := self.parser.get_http_version(), self.headers)
+        if self.parser.should_upgrade():
+            return  # see `_read_again`
+        self._pending, self._has_body_to_come = 0, True
+        self._body_left = next((int(value) for name, value in self.headers if name == b"content-length"), 0)
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110, section 10.1.1
+        super().on_headers_complete()
+        self.headers = []  # for trailers: the request's own must not change any more
+        if version == "1.0":
+            self.cycle.send = partial(_send_without_chunks, self.cycle)
+        elif self.expect_100_continue:
+            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        self._pending = 0
+        self._body_left -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request. uvicorn would end the one before it, if this one has `Upgrade`."""
+        if self.parser.should_upgrade():
+            return  # see `_read_again`
+        if self.headers:
+            check_trailers(self.headers)
+        self._pending, self._has_body_to_come = 0, False
+        cycle = self.cycle
+        self._is_last = not cycle.keep_alive
+        cycle.more_body = False
+        cycle.message_event.set()
+
+    @property
+    def _piece(self) -> int:
+        """A body with a length is one event for each piece; no request behind it is in the piece that ends it."""
+        return max(PIECE, self._body_left)
+
+    @property
+    def _ignores_input(self) -> bool:
+        return self._is_last or super()._ignores_input
+
+    @property
+    def _is_in_body(self) -> bool:
+        return self._has_body_to_come
+
+    def _owes_answers(self) -> bool:
+        return bool(self.pipeline) or super()._owes_answers()
+
+
+class H11Connection(Guarded, H11Protocol):
+    """A connection read by the parser in Python."""
+
+    conn: StrictH11
+
+    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
+        super().__init__(deadlines, peers, turns, **uvicorn)
+        self.conn = StrictH11()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        self._unset_keepalive_if_required()
+        self.conn.receive_data(bytes(data))
+        self.handle_events()
+
+    @property
+    def _piece(self) -> int:
+        """A body with a length is one event for each piece, and so is what is left of a chunk. Many small chunks in a
+        large piece would keep h11 busy for long, also behind a head."""
+        if not self.conn.is_in_body:
+            return _HEAD_PIECE
+        return _LARGE_PIECE if self.conn.has_length else min(_LARGE_PIECE, max(_SMALL_PIECE, self.conn.left_in_chunk))
+
+    @property
+    def _ignores_input(self) -> bool:
+        """h11 would refuse data behind a request that asked for the end of the connection."""
+        return self.conn.their_state in (h11.MUST_CLOSE, h11.CLOSED) or super()._ignores_input
+
+    def handle_events(self) -> None:
+        """Begin to answer a request; its answer is not sent before this returns."""
+        newest = self.cycle
+        super().handle_events()
+        if self.cycle is not newest and self.cycle.waiting_for_100_continue:
+            self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
+
+    def send_400_response(self, _message: str) -> None:
+        """Refuse. uvicorn calls this while it handles the parser's exception, and would answer in plain text."""
+        self._refuse(_reason(sys.exc_info()[1]))
+
+    @property
+    def _is_in_body(self) -> bool:
+        return self.conn.is_in_body
+
+
+async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[None]], message: Message) -> None:
+    """End the connection with an answer that comes before `100 Continue` and before the body: the client may still send
+    the body or leave it out (RFC 9110, section 10.1.1), so that the service cannot know where the next request begins.
+    """
+    is_body_optional = cycle.waiting_for_100_continue and cycle.more_body and not cycle.body
+    if message["type"] == "http.response.start" and is_body_optional:
+        message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+    await send(message)
+
+
+async def _send_without_chunks(cycle: Any, message: Message) -> None:
+    """Answer HTTP/1.0, which has no chunks: the end of the connection ends a body without a length. uvicorn sends
+    chunks, unless its cycle knows the length."""
+    if message["type"] == "http.response.start":
+        cycle.chunked_encoding = False
+    else:
+        cycle.expected_content_length = len(message.get("body", b""))
+    await type(cycle).send(cycle, message)
+
+
+def _reason(found: BaseException | None) -> PrefixServiceError:
+    """What a parser's exception is here: ours came through it, or it says why itself."""
+    why: BaseException | None = found
+    while why is not None:
+        if isinstance(why, PrefixServiceError):
+            return why
+        why = why.__context__
+    if isinstance(found, h11.RemoteProtocolError) and found.error_status_hint == 431:
+        return too_large()
+    words, _, _ = str(found).partition(": bytearray")  # h11 quotes the line
+    return MalformedRequest(f"this is not HTTP/1.1: {words}")

@@ -1,0 +1,68 @@
+"""Every change: a row in the same transaction, and a line in the log once it is durable."""
+
+import logging
+from functools import partial
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.database import Database, afterwards
+from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.schema import audit, tenants
+from prefix_service.errors import NotFound
+
+log = logging.getLogger("prefix_service")
+
+_PLATFORM: Final = "platform"
+ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
+"""The rows of the audit log, as `AuditEntry` takes them."""
+
+
+def record(
+    connection: sa.Connection, by: Principal, action: str, tenant: str | None, target: str, **details: Any
+) -> None:
+    """Note that `by`, for whom the transaction was opened with `writing_for`, did `action` to `target`, a resource of
+    `tenant` or of the platform."""
+    if connection.get_execution_options()["by"] != by:
+        raise AssertionError("a change is recorded outside a transaction that proved who makes it")
+    actor = by.tenant or _PLATFORM
+    # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
+    owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
+    row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
+    connection.execute(sa.insert(audit).values(tenant_id=owner.scalar_subquery(), details=details, **row))
+    afterwards(connection, partial(log.info, "audit", extra={**row, "details": details}))
+
+
+class AuditLog:
+    """The changes that were made. Blocking."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, by: Principal, action: str, tenant: str | None, target: str, **details: Any) -> None:
+        """Note a change that the catalog does not hold.
+
+        Raises:
+            Unauthenticated, NotFound: `by` may not act any more.
+            OutOfSpace, StorageFailed: the database refused.
+        """
+        with writing_for(self._database, by) as connection:
+            record(connection, by, action, tenant, target, **details)
+
+    def listed(self, tenant: str | None, *, before: int | None, limit: int) -> list[AuditEntry]:
+        """Up to `limit` changes, newest first, beginning before an entry's id: those of a tenant, or with None all.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        query = ENTRY.order_by(audit.c.id.desc()).limit(limit)
+        if before is not None:
+            query = query.where(audit.c.id < sa.literal(before, sa.BigInteger))
+        with self._database.reading() as connection:
+            if tenant is not None:
+                owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+                if owner is None:
+                    raise NotFound(f"there is no tenant {tenant!r}")
+                query = query.where(audit.c.tenant_id == owner)
+            return [AuditEntry(*row) for row in connection.execute(query)]

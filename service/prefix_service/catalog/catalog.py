@@ -1,0 +1,294 @@
+"""Adapters, their immutable versions, and aliases."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Final
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.audit import record
+from prefix_service.catalog.authority import prove_in, writing_for
+from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.deletions import hide_adapter, let_go
+from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Room, Version
+from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
+from prefix_service.catalog.schema import adapters, aliases, numbers, tenants, versions
+from prefix_service.catalog.tenants import count, lock, make, require_room, room
+from prefix_service.errors import Conflict, NotFound, PreconditionFailed
+from prefix_service.prefix.references import Reference
+
+MOST_ALIASES: Final = 1000
+"""Aliases that an adapter may have: a listing shows all of them."""
+
+
+class Catalog:
+    """Blocking; call it from a thread. Every method is one transaction, durable when it returns.
+
+    Any method may also raise OutOfSpace or StorageFailed, when the database refuses.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def check(self) -> None:
+        """That the database answers, and its tables are there."""
+        with self._database.reading() as connection:
+            connection.execute(sa.select(versions.c.id).limit(1))
+
+    def find(
+        self, tenant: str, adapter: str, digest: str, nbytes: int, by: Principal, *, make_tenant: bool = False
+    ) -> Version | None:
+        """The version that has this content already; None if it would be a new one, and there is room for its bytes.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such tenant, and it may not come into being.
+            QuotaExceeded: the tenant's quotas do not allow it.
+        """
+        with self._database.reading() as connection:
+            prove_in(connection, by)
+            owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
+            if owner is None:
+                if make_tenant:
+                    return None
+                raise NotFound(f"there is no tenant {tenant!r}")
+            existing = _same(connection, owner.id, adapter, digest)
+            if existing is None:
+                require_room(connection, owner, adapter, nbytes)
+            return existing
+
+    def room(self, tenant: str, adapter: str, *, make_tenant: bool = False) -> Room:
+        """Returns what the tenant's quotas leave for a version of an adapter, before anything is known of it.
+
+        Raises:
+            NotFound: there is no such tenant, and it may not come into being.
+            QuotaExceeded: the tenant may have no more adapters.
+        """
+        with self._database.reading() as connection:
+            owner = connection.execute(sa.select(tenants).where(tenants.c.name == tenant)).one_or_none()
+            if owner is not None:
+                return room(connection, owner, adapter)
+        if make_tenant:
+            return Room()
+        raise NotFound(f"there is no tenant {tenant!r}")
+
+    def add_version(
+        self, tenant: str, adapter: str, new: NewVersion, by: Principal, *, make_tenant: bool = False
+    ) -> tuple[Version, bool]:
+        """Make a version visible under the next number, and whether it is new: the same digest is the same version.
+        With `make_tenant` its tenant comes into being with it.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such tenant.
+            QuotaExceeded: the tenant's quotas do not allow it.
+        """
+        with writing_for(self._database, by) as connection:
+            if make_tenant:
+                make(connection, tenant, by)
+            owner = lock(connection, tenant)
+            existing = _same(connection, owner.id, adapter, new.digest)
+            if existing is not None:
+                return existing, False
+            require_room(connection, owner, adapter, new.nbytes)
+            made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
+            is_first = connection.scalar(made.returning(adapters.c.id)) is not None
+            adapter_id = find_adapter(connection, tenant, adapter)
+            number = _next_number(connection, tenant, adapter)
+            row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}
+            connection.execute(sa.insert(versions).values(row))
+            count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=new.nbytes)
+            record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
+            return _required(_one(connection, adapter_id, versions.c.number == number)), True
+
+    def resolve(self, tenant: str, reference: Reference) -> Version:
+        """The version that a reference means now.
+
+        Raises:
+            NotFound: there is none.
+        """
+        with self._database.reading() as connection:
+            adapter_id = find_adapter(connection, tenant, reference.adapter)
+            found = _one(connection, adapter_id, _selected(adapter_id, reference))
+        if found is None:
+            raise NotFound(f"there is no {tenant}/{reference}")
+        return found
+
+    def replace_key_values(self, version: Version, digest: str) -> Version:
+        """Name another blob for a version's keys and values, unless the named one was replaced meanwhile; return the
+        version as it is then.
+
+        Raises:
+            NotFound: the version was deleted meanwhile.
+        """
+        with writing_for(self._database, SERVICE) as connection:
+            adapter_id = find_adapter(connection, version.tenant, version.adapter)
+            row = (versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+            expected = versions.c.key_values == version.key_values
+            target = f"{version.tenant}/{version.adapter}@{version.number}"
+            if connection.execute(sa.update(versions).where(*row, expected).values(key_values=digest)).rowcount:
+                details = {"digest": version.digest, "key_values": digest}
+                record(connection, SERVICE, "version.encoded", version.tenant, target, **details)
+            current = _one(connection, adapter_id, versions.c.number == version.number)
+        if current is None:
+            raise NotFound(f"there is no {target}")
+        return current
+
+    def aliases_of(self, tenant: str, adapter: str) -> dict[str, int]:
+        """The aliases of an adapter and the version numbers that they point at.
+
+        Raises:
+            NotFound: there is no such adapter.
+        """
+        with self._database.reading() as connection:
+            adapter_id = find_adapter(connection, tenant, adapter)
+            return aliases_of(connection, [adapter_id])[adapter_id]
+
+    def put_alias(
+        self, tenant: str, adapter: str, alias: str, number: int, by: Principal, expected: int | None = -1
+    ) -> bool:
+        """Point an alias at a version; whether it is new. `expected` is where it must point now: a number, None for
+        nowhere, -1 for anywhere.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such adapter or version.
+            PreconditionFailed: it does not point where `expected` says.
+            Conflict: the adapter has as many aliases as it may have.
+        """
+        with self._changing(tenant, adapter, by) as (connection, adapter_id):
+            if _one(connection, adapter_id, _numbered(number)) is None:
+                raise NotFound(f"there is no {tenant}/{adapter}@{number}")
+            current = _require_target(connection, adapter_id, alias, expected)
+            if current is None:
+                _require_room_for_alias(connection, adapter_id, f"{tenant}/{adapter}")
+            values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
+            connection.execute(
+                values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
+            )
+            if current != number:
+                target = f"{tenant}/{adapter}@{alias}"
+                record(connection, by, "alias.moved", tenant, target, version=number, before=current)
+            return current is None
+
+    def delete_alias(self, tenant: str, adapter: str, alias: str, by: Principal, expected: int | None = -1) -> None:
+        """Forget an alias; `expected` as in `put_alias`.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such adapter or alias.
+            PreconditionFailed: it does not point where `expected` says.
+        """
+        with self._changing(tenant, adapter, by, frees=True) as (connection, adapter_id):
+            current = _require_target(connection, adapter_id, alias, expected)
+            gone = sa.delete(aliases).where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
+            if connection.execute(gone).rowcount == 0:
+                raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
+            record(connection, by, "alias.deleted", tenant, f"{tenant}/{adapter}@{alias}", before=current)
+
+    def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
+        """Deletes an adapter, or one version of it. An adapter is deleted with its last version.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such thing.
+            Conflict: an alias points at the version.
+        """
+        with self._changing(tenant, reference.adapter, by, frees=True) as (connection, adapter_id):
+            if reference.explicit:
+                gone = _one(connection, adapter_id, _selected(adapter_id, reference))
+                if gone is None:
+                    raise NotFound(f"there is no {tenant}/{reference}")
+                _require_no_alias(connection, adapter_id, gone.number, f"{tenant}/{reference}")
+                left = _delete_version(connection, adapter_id, gone)
+                details = {"versions": [gone.number], "digests": [gone.digest]}
+                record(connection, by, "version.deleted", tenant, f"{tenant}/{reference}", **details)
+                if left:
+                    return
+            else:
+                total = connection.scalar(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id))
+                record(connection, by, "adapter.deleted", tenant, f"{tenant}/{reference}", versions=total)
+            hide_adapter(connection, adapter_id)
+
+    @contextlib.contextmanager
+    def _changing(
+        self, tenant: str, adapter: str, by: Principal, *, frees: bool = False
+    ) -> Iterator[tuple[sa.Connection, int]]:
+        """A write transaction of `by` on an adapter that exists, alone among the changes of its tenant."""
+        with writing_for(self._database, by, frees=frees) as connection:
+            try:
+                lock(connection, tenant)
+            except NotFound as error:
+                raise missing(tenant, adapter) from error
+            yield connection, find_adapter(connection, tenant, adapter)
+
+
+def _same(connection: sa.Connection, tenant_id: int, adapter: str, digest: str) -> Version | None:
+    owned = sa.and_(adapters.c.tenant_id == tenant_id, adapters.c.name == adapter)
+    row = connection.execute(VERSION.where(owned, versions.c.digest == digest)).one_or_none()
+    return None if row is None else version_of(row)
+
+
+def _delete_version(connection: sa.Connection, adapter_id: int, version: Version) -> int:
+    """Deletes one version; returns how many its adapter has left."""
+    condition = sa.and_(versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+    let_go(connection, condition)
+    connection.execute(sa.delete(versions).where(condition))
+    count(connection, adapter_id, versions_more=-1, bytes_more=-version.nbytes)
+    left: int = connection.execute(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id)).scalar_one()
+    return left
+
+
+def _next_number(connection: sa.Connection, tenant: str, adapter: str) -> int:
+    counted = insert(connection, numbers).values(tenant=tenant, adapter=adapter, last=1)
+    counted = counted.on_conflict_do_update(index_elements=["tenant", "adapter"], set_={"last": numbers.c.last + 1})
+    number: int = connection.execute(counted.returning(numbers.c.last)).scalar_one()
+    return number
+
+
+def _require_no_alias(connection: sa.Connection, adapter_id: int, number: int, reference: str) -> None:
+    pointing = [name for name, target in aliases_of(connection, [adapter_id])[adapter_id].items() if target == number]
+    if pointing:
+        raise Conflict(f"alias {', '.join(pointing)} points at {reference}: move it first")
+
+
+def _require_room_for_alias(connection: sa.Connection, adapter_id: int, adapter: str) -> None:
+    found = connection.scalar(sa.select(sa.func.count()).where(aliases.c.adapter_id == adapter_id)) or 0
+    if found >= MOST_ALIASES:
+        raise Conflict(f"{adapter} has {found} aliases, and may have {MOST_ALIASES}: delete one first")
+
+
+def _numbered(number: int) -> sa.ColumnElement[bool]:
+    # A caller's number may be larger than the column's, which on PostgreSQL would not even compare.
+    return versions.c.number == sa.literal(number, sa.BigInteger)
+
+
+def _selected(adapter_id: int, reference: Reference) -> sa.ColumnElement[bool]:
+    if reference.version is not None:
+        return _numbered(reference.version)
+    if reference.digest is not None:
+        return versions.c.digest == reference.digest
+    if reference.selector == "latest":
+        newest = sa.select(sa.func.max(versions.c.number)).where(versions.c.adapter_id == adapter_id)
+        return versions.c.number == newest.scalar_subquery()
+    target = sa.select(aliases.c.number).where(aliases.c.adapter_id == adapter_id, aliases.c.name == reference.selector)
+    return versions.c.number == target.scalar_subquery()
+
+
+def _one(connection: sa.Connection, adapter_id: int, condition: sa.ColumnElement[bool]) -> Version | None:
+    row = connection.execute(VERSION.where(versions.c.adapter_id == adapter_id, condition)).one_or_none()
+    return None if row is None else version_of(row)
+
+
+def _required(version: Version | None) -> Version:
+    if version is None:
+        raise AssertionError("a version vanished inside its own transaction")
+    return version
+
+
+def _require_target(connection: sa.Connection, adapter_id: int, alias: str, expected: int | None) -> int | None:
+    current = aliases_of(connection, [adapter_id])[adapter_id].get(alias)
+    if expected not in (-1, current):
+        raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
+    return current

@@ -1,0 +1,179 @@
+"""The catalog's database: how it is opened, migrated, and how its failures are told."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from prefix_service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
+from prefix_service.catalog.records import Principal
+from prefix_service.errors import ReadOnly, StorageFailed
+from prefix_service.system.reserve import Reserve, reserve_file
+
+_MIGRATIONS: Final = Path(__file__).parent / "migrations"
+_MIGRATION_LOCK: Final = 0x7072_6566_6978  # "prefix": any number that all processes agree on
+_PRECISE: Final = "%Y-%m-%d %H:%M:%f"
+
+Insert: TypeAlias = sqlite.Insert | postgresql.Insert
+
+
+class Database:
+    """A migrated database, used from many threads and processes: SQLite in a file, or PostgreSQL at a URL
+    (`postgresql+psycopg://…`). On SQLite every write transaction is exclusive; on PostgreSQL writers lock the row of
+    the tenant whose things they change.
+
+    A transaction that fails after a long wait makes those of the next second fail immediately, so callers do not queue
+    for a database that is locked or away. At most `READERS` readers can hang in it.
+
+    With `read_only` a SQLite file is opened for reading alone: it may lie on a read-only mount, and a service that
+    writes may use it at the same time.
+    """
+
+    def __init__(self, place: Path | str, patience: Patience = PATIENT, *, read_only: bool = False) -> None:
+        self._reads = Access(engine_of(place, patience, writes=False, read_only=read_only), patience.reads)
+        self._writes = Access(engine_of(place, patience, writes=True, read_only=read_only), patience.writes)
+        self._reserve = Reserve(reserve_file(place)) if isinstance(place, Path) else None
+        self._read_only = read_only
+        self._after_writes: list[Callable[[], object]] = []
+        try:
+            self._migrate(place)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A transaction that only reads, and sees the database as it is at one moment.
+
+        Raises:
+            InvalidRequest: a value that the database cannot hold.
+            StorageFailed: the database refused, or did not answer in time.
+        """
+        with self._reads.connected() as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
+        """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
+        what was given to `after_writes`. `by` is who was given the transaction (`authority.writing_for`); without it
+        nothing can be recorded in the audit. One that `frees` space may use the reserve while the disk is full.
+
+        Raises:
+            InvalidRequest: a value that the database cannot hold.
+            OutOfSpace, StorageFailed: the database refused, or did not answer in time.
+            ReadOnly: the database is opened for reading alone.
+        """
+        if self._read_only:
+            raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
+        calls: list[Callable[[], object]] = []
+        with contextlib.ExitStack() as stack:
+            plain = stack.enter_context(self._writes.connected())
+            if frees and self._reserve is not None:
+                stack.enter_context(self._reserve.lent())
+            connection = plain.execution_options(afterwards=calls, by=by)
+            stack.enter_context(connection.begin())
+            yield connection
+        for call in (*calls, *self._after_writes):
+            call()
+
+    def after_writes(self, call: Callable[[], object]) -> None:
+        """Call this after every write transaction of this process that is durable, before its writer goes on."""
+        self._after_writes.append(call)
+
+    @contextlib.contextmanager
+    def glancing(self) -> Iterator[Callable[[], bool]]:
+        """Whether anyone may have written since the last call of what is given; it belongs to one thread. On SQLite
+        that is one statement without a transaction (`PRAGMA data_version`), elsewhere always so.
+
+        Raises:
+            StorageFailed: the database refused.
+        """
+        if self._reads.engine.dialect.name != "sqlite":
+            yield lambda: True
+            return
+        with translated(), self._reads.engine.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            last: int | None = None
+
+            def may_have_changed() -> bool:
+                nonlocal last
+                try:
+                    found: int = driver.execute("PRAGMA data_version").fetchone()[0]
+                except driver.Error as error:
+                    raise refused(error) from error
+                changed, last = found != last, found
+                return changed
+
+            yield may_have_changed
+
+    def close(self) -> None:
+        """Give back every connection."""
+        self._reads.engine.dispose()
+        self._writes.engine.dispose()
+
+    def _migrate(self, place: Path | str) -> None:
+        known = {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+        with self.reading() as connection:
+            found = _revision(connection)
+        if found == max(known):
+            return
+        _require_known(found, known, place)
+        if self._read_only:
+            raise StorageFailed(
+                f"the catalog {place} has an older schema ({found}), and this service is read-only: start one without "
+                "--read-only on it, which migrates it"
+            )
+        # Only who migrates waits for its import, a tenth of a second.
+        from alembic import command
+        from alembic.config import Config
+
+        with self.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            _require_known(_revision(connection), known, place)
+            config = Config(attributes={"connection": connection})
+            config.set_main_option("script_location", str(_MIGRATIONS))
+            command.upgrade(config, "head")
+        # SQLite's PRAGMAs would describe the old schema. A pool's first connection is made under a lock: let it be now.
+        self._reads.engine.dispose()
+        self._reads.engine.connect().close()
+
+
+def _require_known(found: str | None, known: set[str], place: Path | str) -> None:
+    if found is not None and found not in known:
+        name = place if isinstance(place, Path) else sa.make_url(place).set(query={}).render_as_string()
+        raise StorageFailed(
+            f"the catalog {name} was written by a newer prefix-service (schema {found}): run that version, or "
+            "start with a copy made before the upgrade"
+        )
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    """Where Alembic notes the schema's revision; none in an empty database."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    return found
+
+
+def afterwards(connection: sa.Connection, call: Callable[[], object]) -> None:
+    """Call this once the write transaction is durable; never, if it fails."""
+    connection.get_execution_options()["afterwards"].append(call)
+
+
+def insert(connection: sa.Connection, table: sa.Table) -> Insert:
+    """An INSERT that knows ON CONFLICT, in the words of this database."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+
+
+def now(connection: sa.Connection) -> datetime:
+    """The database's time, naive and in UTC: the only clock that is compared with stored times."""
+    if connection.dialect.name == "sqlite":  # its CURRENT_TIMESTAMP has whole seconds
+        return datetime.fromisoformat(connection.execute(sa.select(sa.func.strftime(_PRECISE, "now"))).scalar_one())
+    moment: datetime = connection.execute(sa.select(sa.func.now())).scalar_one()
+    return moment.replace(tzinfo=None)

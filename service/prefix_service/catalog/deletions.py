@@ -1,0 +1,120 @@
+"""Deletions: what is deleted can be found no more at once, and its rows are removed a slice at a time afterwards.
+
+A transaction that removed 50,000 adapters would keep other writers waiting for seconds. So deleting an adapter or a
+tenant gives its row a name that nobody can ask for, and the collector removes what hangs on the row, here or after the
+next start. Ids, numbers and the audit are not reused or forgotten.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.garbage import SLICE
+from prefix_service.catalog.schema import adapters, aliases, audit, garbage, keys, tenants, versions
+
+_HIDDEN: Final = "#"  # begins no name
+
+
+def hide_adapter(connection: sa.Connection, adapter_id: int) -> None:
+    """Deletes an adapter, which counts no more; its rows are removed later. The caller has locked the tenant."""
+    counted = sa.select(adapters.c.tenant_id, adapters.c.bytes).where(adapters.c.id == adapter_id)
+    owner, nbytes = connection.execute(counted).one()
+    total = {"adapters": tenants.c.adapters - 1, "bytes": tenants.c.bytes - nbytes}
+    connection.execute(sa.update(tenants).where(tenants.c.id == owner).values(total))
+    _hide(connection, adapters, adapter_id)
+
+
+def hide_tenant(connection: sa.Connection, tenant_id: int) -> None:
+    """Deletes a tenant and its keys; its other rows are removed later."""
+    connection.execute(sa.delete(keys).where(keys.c.tenant_id == tenant_id))
+    _hide(connection, tenants, tenant_id)
+
+
+def _hide(connection: sa.Connection, table: sa.Table, row_id: int) -> None:
+    hidden = {"name": f"{_HIDDEN}{row_id}", "deleted": True}
+    connection.execute(sa.update(table).where(table.c.id == row_id).values(hidden))
+
+
+def let_go(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
+    """Before versions are deleted: note their blobs, whose grace period begins now."""
+    found = sa.union(*(sa.select(column).where(condition) for column in (versions.c.weights, versions.c.key_values)))
+    # In order: tenants share blobs, and on PostgreSQL two who locked these rows each in its own order would deadlock.
+    statement = insert(connection, garbage).from_select(["digest"], found.order_by(sa.text("1")))
+    connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()}))
+
+
+class Deletions:
+    """Removes the rows of what was deleted. Blocking."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def remove_slice(self) -> bool:
+        """Removes up to `SLICE` rows, and returns whether there may be more.
+
+        Raises:
+            OutOfSpace, StorageFailed: the database refused; nothing was removed.
+        """
+        with self._database.reading() as connection:
+            if not any(connection.execute(_first(table)).first() for table in (adapters, tenants)):
+                return False
+        with self._database.writing(frees=True) as connection:
+            # Another process may remove the same on PostgreSQL.
+            found = connection.execute(_first(adapters).with_for_update(skip_locked=True)).all()
+            if found:
+                _remove_adapters(connection, found)
+                return True
+            tenant = connection.scalar(_first(tenants).limit(1).with_for_update(skip_locked=True))
+            if tenant is not None:
+                _remove_from(connection, tenant)
+            return tenant is not None
+
+
+def _first(table: sa.Table) -> sa.Select[Any]:
+    columns = (table.c.id, table.c.versions) if table is adapters else (table.c.id,)
+    return sa.select(*columns).where(table.c.deleted).order_by(table.c.id).limit(SLICE)
+
+
+def _remove_from(connection: sa.Connection, tenant_id: int) -> None:
+    """Removes some adapters of a tenant; after the last one its name in the audit, and in the end its row."""
+    owned: sa.Select[Any] = sa.select(adapters.c.id, adapters.c.versions).where(adapters.c.tenant_id == tenant_id)
+    found = connection.execute(owned.order_by(adapters.c.name).limit(SLICE)).all()
+    if found:
+        _remove_adapters(connection, found)
+        return
+    entries = sa.select(audit.c.id).where(audit.c.tenant_id == tenant_id).limit(SLICE)
+    released = sa.update(audit).where(audit.c.id.in_(entries)).values(tenant_id=None)
+    if connection.execute(released).rowcount < SLICE:
+        connection.execute(sa.delete(tenants).where(tenants.c.id == tenant_id))
+
+
+def _remove_adapters(connection: sa.Connection, found: Sequence[sa.Row[Any]]) -> None:
+    """Removes the first of these adapters that have up to `SLICE` rows together, or a part of the first."""
+    named = sa.select(aliases.c.adapter_id, sa.func.count().label("total")).group_by(aliases.c.adapter_id)
+    named = named.where(aliases.c.adapter_id.in_([row.id for row in found]))
+    aliased = {row.adapter_id: row.total for row in connection.execute(named)}
+    sizes = accumulate(1 + row.versions + aliased.get(row.id, 0) for row in found)
+    whole = [row.id for row, size in zip(found, sizes, strict=True) if size <= SLICE]
+    if whole:
+        _remove_versions(connection, versions.c.adapter_id.in_(whole))
+        connection.execute(sa.delete(aliases).where(aliases.c.adapter_id.in_(whole)))
+        connection.execute(sa.delete(adapters).where(adapters.c.id.in_(whole)))
+        return
+    first = found[0]
+    if aliased.get(first.id):
+        some = sa.select(aliases.c.name).where(aliases.c.adapter_id == first.id).limit(SLICE)
+        connection.execute(sa.delete(aliases).where(aliases.c.adapter_id == first.id, aliases.c.name.in_(some)))
+        return
+    oldest = sa.select(versions.c.id).where(versions.c.adapter_id == first.id).order_by(versions.c.number).limit(SLICE)
+    ids = connection.scalars(oldest).all()
+    _remove_versions(connection, versions.c.id.in_(ids))
+    left = first.versions - SLICE if len(ids) == SLICE else 0
+    connection.execute(sa.update(adapters).where(adapters.c.id == first.id).values(versions=left))
+
+
+def _remove_versions(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
+    let_go(connection, condition)
+    connection.execute(sa.delete(versions).where(condition))

@@ -1,0 +1,229 @@
+"""Bearer keys: made, verified, listed, revoked; only a keyed hash is stored."""
+
+import hashlib
+import hmac
+import math
+import os
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.audit import record
+from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.records import Key, Principal, Scope
+from prefix_service.catalog.schema import keys, tenants
+from prefix_service.catalog.tenants import lock
+from prefix_service.errors import NotFound, StorageFailed, Unauthenticated
+from prefix_service.system.disk import sync_folder, translated, write_private
+
+# Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
+_KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
+USE_GRANULARITY: Final = timedelta(seconds=60)
+"""Time between two notes of a key's last use."""
+
+_KEY_ROW: Final = sa.select(
+    keys.c.id,
+    tenants.c.name.label("tenant"),
+    keys.c.scope,
+    keys.c.name,
+    keys.c.created,
+    keys.c.expires,
+    keys.c.last_used,
+).select_from(keys.outerjoin(tenants, keys.c.tenant_id == tenants.c.id))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key in the catalog: whose it is, the hash of its text, and the moment of `time.monotonic` when it ends."""
+
+    principal: Principal
+    hash: str
+    ends: float
+
+    def admits(self, found: str) -> bool:
+        """Whether the key is alive, and `found` is the hash of its text."""
+        return hmac.compare_digest(self.hash, found) and time.monotonic() < self.ends
+
+
+class Keyring:
+    """The keys of one catalog, hashed with HMAC-SHA-256 under the secret of `secret_file`. Blocking.
+
+    Any method may also raise OutOfSpace or StorageFailed, when the disk or the database refuses.
+    """
+
+    def __init__(self, database: Database, secret_file: Path) -> None:
+        self._database = database
+        self._secret = _load_secret(secret_file)
+
+    def create(
+        self, tenant: str | None, scope: Scope, name: str, by: Principal, expires: datetime | None = None
+    ) -> tuple[Key, str]:
+        """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: there is no such tenant.
+        """
+        if expires is not None and expires.tzinfo is not None:
+            expires = expires.astimezone(UTC).replace(tzinfo=None)
+        key_id = secrets.token_hex(8)
+        body = f"pfx_{key_id}_{secrets.token_hex(24)}"
+        text = f"{body}_{_checksum(body)}"
+        with writing_for(self._database, by) as connection:
+            owner = _changed(connection, tenant)
+            row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": expires}
+            connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
+            record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
+            return self._key(connection, key_id), text
+
+    def parse(self, text: str) -> tuple[str, str]:
+        """Returns the id in a key's text, and the hash of the text. The database is not asked.
+
+        Raises:
+            Unauthenticated: the text is malformed.
+        """
+        match = _KEY.fullmatch(text)
+        if match is None or _checksum(match[1]) != match[3]:
+            raise Unauthenticated("the key is malformed: it should look like pfx_…, copied whole")
+        return match[2], self._hash(text)
+
+    def find(self, key_id: str) -> StoredKey | None:
+        """Returns a key by its id, alive or expired; None if it never existed or was revoked."""
+        with self._database.reading() as connection:
+            query = _KEY_ROW.add_columns(keys.c.hash, keys.c.tenant_id).where(keys.c.id == key_id)
+            row, began, moment = connection.execute(query).one_or_none(), time.monotonic(), now(connection)
+        if row is None:
+            return None
+        ends = math.inf if row.expires is None else began + (row.expires - moment).total_seconds()
+        return StoredKey(Principal(row.id, row.tenant, row.scope, row.tenant_id), row.hash, ends)
+
+    def verify(self, text: str) -> Principal:
+        """Whose key this is.
+
+        Raises:
+            Unauthenticated: nobody's: malformed, unknown, expired or revoked.
+        """
+        key_id, found = self.parse(text)
+        stored = self.find(key_id)
+        if stored is None or not stored.admits(found):
+            raise Unauthenticated("the key is unknown, expired or revoked")
+        return stored.principal
+
+    def latest_ids(self, limit: int) -> list[str]:
+        """Returns the ids of the `limit` keys that were used or made last, the latest at the end."""
+        latest = sa.func.coalesce(keys.c.last_used, keys.c.created)
+        with self._database.reading() as connection:
+            found = connection.scalars(sa.select(keys.c.id).order_by(latest.desc()).limit(limit)).all()
+        return list(reversed(found))
+
+    def note_uses(self, uses: Mapping[str, datetime]) -> None:
+        """Note when keys, by their ids, were used: naive moments in UTC. Of those within `USE_GRANULARITY` the first
+        is written."""
+        late = sa.or_(keys.c.last_used.is_(None), keys.c.last_used <= sa.bindparam("early", type_=sa.DateTime))
+        noted = sa.update(keys).where(keys.c.id == sa.bindparam("used"), late)
+        noted = noted.values(last_used=sa.bindparam("moment", type_=sa.DateTime))
+        rows = [{"used": key, "moment": at, "early": at - USE_GRANULARITY} for key, at in uses.items()]
+        with self._database.writing() as connection:
+            connection.execute(noted, rows)
+
+    def derived(self, purpose: str) -> bytes:
+        """Returns a secret of 32 bytes for another purpose, made of the keys' secret with HMAC-SHA-256."""
+        return hmac.digest(self._secret, f"purpose:{purpose}".encode(), "sha256")
+
+    def listed(
+        self, tenant: str | None, *, after: tuple[datetime, str] | None = None, limit: int | None = None
+    ) -> list[Key]:
+        """Up to `limit` keys of a tenant, or of the platform, oldest first, beginning behind the moment and the id of
+        another; without a limit all.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        with self._database.reading() as connection:
+            query = _KEY_ROW.where(keys.c.tenant_id == _tenant_id(connection, tenant))
+            query = query.order_by(keys.c.created, keys.c.id).limit(limit)
+            if after is not None:
+                place = sa.tuple_(sa.literal(after[0], keys.c.created.type), sa.literal(after[1]))
+                query = query.where(sa.tuple_(keys.c.created, keys.c.id) > place)
+            return [Key(*row) for row in connection.execute(query)]
+
+    def get(self, tenant: str | None, key_id: str) -> Key:
+        """One key.
+
+        Raises:
+            NotFound: this owner has no such key, or there is no such owner.
+        """
+        with self._database.reading() as connection:
+            owned = keys.c.tenant_id == _tenant_id(connection, tenant)
+            row = connection.execute(_KEY_ROW.where(keys.c.id == key_id, owned)).one_or_none()
+        if row is None:
+            raise NotFound(f"there is no key {key_id!r:.40}")
+        return Key(*row)
+
+    def revoke(self, tenant: str | None, key_id: str, by: Principal) -> None:
+        """Forget a key.
+
+        Raises:
+            Unauthenticated: `by` has no authority any more.
+            NotFound: this owner has no such key, or there is no such owner.
+        """
+        with writing_for(self._database, by, frees=True) as connection:
+            owner = _changed(connection, tenant)
+            gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
+            if connection.execute(gone).rowcount == 0:
+                raise NotFound(f"there is no key {key_id!r:.40}")
+            record(connection, by, "key.revoked", tenant, key_id)
+
+    def _key(self, connection: sa.Connection, key_id: str) -> Key:
+        return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())
+
+    def _hash(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _tenant_id(connection: sa.Connection, tenant: str | None) -> int | None:
+    """A tenant's id; None, which SQLAlchemy compares with IS NULL, for the platform."""
+    if tenant is None:
+        return None
+    found: int | None = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+    if found is None:
+        raise NotFound(f"there is no tenant {tenant!r}")
+    return found
+
+
+def _changed(connection: sa.Connection, tenant: str | None) -> int | None:
+    """The id of the tenant whose keys are about to change; None for the platform."""
+    return None if tenant is None else lock(connection, tenant).id
+
+
+def _checksum(body: str) -> str:
+    return f"{zlib.crc32(body.encode()):08x}"
+
+
+def _load_secret(path: Path) -> bytes:
+    """The secret, made on first use: written aside and linked, so that two processes agree on one."""
+    with translated(f"make the keys' secret {path.name}"):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+            write_private(aside, secrets.token_hex(32))
+            try:
+                os.link(aside, path)
+            except FileExistsError:
+                pass
+            finally:
+                aside.unlink()
+            sync_folder(path.parent)
+        secret = path.read_bytes().strip()
+    if len(secret) < 32:
+        raise StorageFailed(f"the keys' secret {path} is shorter than 32 bytes: restore it, or keys stay unusable")
+    return secret

@@ -1,0 +1,180 @@
+"""What the catalog tells: immutable rows."""
+
+import json
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Final, Literal
+
+from prefix_service.prefix.config import PrefixConfig, parse_read_fields
+from prefix_service.prefix.form import KVDtype
+
+Scope = Literal["read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
+"""From the smallest to the largest; each holds those before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: a tenant, or the platform (`tenant` None), with a scope.
+
+    `tenant_id` is the tenant's id in the catalog. `acts_on` is the id of the tenant whose things the request changes,
+    as it was when the request began; None if the request names no tenant, or one that did not exist. Without a key
+    (`has_key` false) it is somebody whom the operating system has let in, and nothing has to be proved.
+    """
+
+    key_id: str
+    tenant: str | None
+    scope: Scope
+    tenant_id: int | None = None
+    acts_on: int | None = None
+    has_key: bool = True
+
+    def may_see(self, tenant: str) -> bool:
+        """Whether this tenant's resources exist for the caller."""
+        return self.tenant is None or self.tenant == tenant
+
+    def has(self, scope: Scope) -> bool:
+        """Whether the caller's scope holds this one."""
+        return SCOPES.index(self.scope) >= SCOPES.index(scope)
+
+
+SERVICE: Final = Principal("service", None, "admin", has_key=False)
+"""The service itself, where it mends what is its own."""
+
+COMMAND_LINE: Final = Principal("command-line", None, "admin", has_key=False)
+"""Who works on a data folder with the command line."""
+
+DEV: Final = Principal("dev", None, "admin", has_key=False)
+"""Every caller of a service in dev mode, which has no keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What a tenant may have, and ask for in a second; None is no limit."""
+
+    max_adapters: int | None = None
+    max_bytes: int | None = None
+    requests_per_second: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A tenant, its quotas, and what it has: adapters, and bytes of all their versions."""
+
+    name: str
+    created: datetime
+    quotas: Quotas
+    adapters: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a tenant's quota of bytes leaves: `left` of `quota`, None without a quota; and the bytes of the largest
+    version of an adapter, which may be published again."""
+
+    left: int | None = None
+    quota: int = 0
+    largest: int = 0
+
+
+@dataclass(frozen=True)
+class NewVersion:
+    """What publishing puts into the catalog: the manifest, and what was derived from it.
+
+    `weights` and `key_values` are blob digests, sizes are bytes, `weights_dtype` is the dtype of the stored weights.
+    """
+
+    digest: str
+    manifest: str
+    base_model: str | None
+    weights: str
+    weights_bytes: int
+    weights_dtype: KVDtype
+    key_values: str
+    key_values_bytes: int
+
+    @property
+    def manifest_bytes(self) -> int:
+        """The length of the manifest in UTF-8."""
+        return len(self.manifest.encode())
+
+    @property
+    def nbytes(self) -> int:
+        """What counts towards its tenant's quota, whoever else has the same bytes."""
+        return self.weights_bytes + self.key_values_bytes + self.manifest_bytes
+
+
+@dataclass(frozen=True)
+class Version(NewVersion):
+    """An immutable version of an adapter."""
+
+    tenant: str
+    adapter: str
+    number: int
+    created: datetime
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The adapter's config, dimensions filled: parsed each time, which takes milliseconds where it is long."""
+        config: dict[str, Any] = json.loads(self.manifest)["config"]
+        return config
+
+    @cached_property
+    def prefix_config(self) -> PrefixConfig:
+        """What of the config the service reads, parsed once."""
+        return parse_read_fields(self.config)
+
+    @property
+    def memory(self) -> int:
+        """An estimate of the bytes of memory that this object takes, `prefix_config` included."""
+        return 6144 + sys.getsizeof(self.manifest)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionName:
+    """A version in the index of all: its name and digest."""
+
+    tenant: str
+    adapter: str
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter in a listing: its newest version, how many there are, and its aliases."""
+
+    latest: Version
+    versions: int
+    aliases: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key without its secret; `tenant` is None for a platform key."""
+
+    id: str
+    tenant: str | None
+    scope: Scope
+    name: str
+    created: datetime
+    expires: datetime | None
+    last_used: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """One change: who did what to which resource, and when. `tenant` is whose resource it was (None: the platform's),
+    `actor` is the key's tenant, or `platform`."""
+
+    id: int
+    at: datetime
+    tenant: str | None
+    actor: str
+    key_id: str
+    action: str
+    target: str
+    details: dict[str, Any]

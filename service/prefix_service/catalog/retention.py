@@ -1,0 +1,28 @@
+"""How long the audit is kept."""
+
+from datetime import timedelta
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.garbage import SLICE
+from prefix_service.catalog.schema import audit
+
+
+def expire_audit(database: Database, days: int) -> bool:
+    """Removes some of the oldest entries of the audit that are older than `days`, and returns whether there may be
+    more. The newest entry stays: ids go on from it, and who follows changes would miss one that is used again.
+
+    Raises:
+        OutOfSpace, StorageFailed: the database refused; nothing was removed.
+    """
+    newest = sa.select(sa.func.max(audit.c.id)).scalar_subquery()
+    with database.reading() as connection:
+        limit = now(connection) - timedelta(days=days)
+        first = sa.select(audit.c.id, audit.c.at).where(audit.c.id < newest).order_by(audit.c.id).limit(SLICE)
+        expired = [row.id for row in connection.execute(first) if row.at < limit]
+    if not expired:
+        return False
+    with database.writing() as connection:
+        connection.execute(sa.delete(audit).where(audit.c.id.in_(expired)))
+    return len(expired) == SLICE

@@ -1,0 +1,180 @@
+"""Foreign and pickled checkpoints, turned into a safe adapter folder on their owner's own machine."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
+from prefix_service.checkpoints.pickles import read_pickle
+from prefix_service.checkpoints.sources import CONFIG_NAME, PICKLES, WEIGHTS_NAME, TensorFiles, readable, weight_files
+from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
+from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
+from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.json_text import parse_config_json
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was converted: how the source was opened, what was found, the config and tensors that came of it, and the
+    names of the tensors and objects that are not part of the prefix."""
+
+    opened: str
+    found: str
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    left_out: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """An opened checkpoint: the shapes of its state dict, how to get a tensor of it, and the names of all the rest."""
+
+    opened: str
+    shapes: Mapping[str, Shape]
+    tensor: Callable[[str], Tensor]
+    rest: list[str]
+
+
+def convert(
+    source: Path, *, config: Path | None = None, base_config: Path | None = None, unsafe: bool = False
+) -> Conversion:
+    """Read a checkpoint, a file or a folder, into a safe adapter; `unsafe` allows pickles that may run code.
+
+    The config is `config`, or the adapter_config.json beside the checkpoint, or follows from the tensors and
+    `base_config`, the base model's config.json. The service accepts what this returns.
+
+    Raises:
+        UnsafeCheckpoint: a pickle that needs more than tensors and torch's containers.
+        InvalidCheckpoint: it cannot be read, or holds no prefix, an incomplete one, more than one, one that contradicts
+            the config, or beside a cartridge's tensors some of unknown names.
+        InvalidConfig: there is no config, and not enough to infer one.
+    """
+    base = None if base_config is None else _read_config(base_config)
+    checkpoint = _opened(source, unsafe=unsafe)
+    read = _cartridge if is_cartridge(checkpoint.shapes) else _prefix
+    conversion = read(checkpoint, config or _beside(source), base)
+    load_weights(bytearray(save(dict(conversion.tensors))), parse_config(conversion.config))
+    return conversion
+
+
+def write(conversion: Conversion, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        Conflict: the folder holds one of them already.
+        StorageFailed: the folder cannot be written.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (folder / name).exists():
+            raise Conflict(f"{folder / name} exists: choose an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(conversion.tensors), folder / WEIGHTS_NAME)
+        (folder / CONFIG_NAME).write_text(json.dumps(conversion.config, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _opened(source: Path, *, unsafe: bool) -> _Checkpoint:
+    path = _find(source)
+    if path.suffix == ".safetensors":
+        files = TensorFiles.open(weight_files(source))
+        return _Checkpoint("safetensors: nothing to unpickle", files.shapes, files.tensor, [])
+    pickled = read_pickle(path, unsafe=unsafe)
+    scope = pickled.scope
+    shapes = {
+        name.removeprefix(scope): tuple(tensor.shape)
+        for name, tensor in pickled.tensors.items()
+        if name.startswith(scope)
+    }
+    rest = [name for name in pickled.tensors if not name.startswith(scope)] + pickled.objects
+    return _Checkpoint(pickled.opened, shapes, lambda name: pickled.tensor(scope + name), rest)
+
+
+def _prefix(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | None) -> Conversion:
+    match = find_prefix(checkpoint.shapes)
+    config = _config_for(match, checkpoint.shapes, path, base)
+    config.require_dimensions()
+    tensors = {name: checkpoint.tensor(name) for name in match.tensors.values()}
+    left_out = [name for name in checkpoint.shapes if name not in tensors] + checkpoint.rest
+    found = f"{match.layout.name}: {shown_names(tensors)}"
+    return Conversion(checkpoint.opened, found, config.model_dump(), tensors, left_out)
+
+
+def _cartridge(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] | None) -> Conversion:
+    values, flat = flat_cartridge(checkpoint.shapes, checkpoint.tensor)
+    config = parse_config({"base_model_name_or_path": _name_of(base), **values})
+    if path is not None:
+        told = parse_config(_read_config(path), from_file=True)
+        given = told if base is None else told.filled(base)
+        if contradictions := [
+            n for n in values if n not in ("task_type", "inference_mode") and getattr(given, n, None) != values[n]
+        ]:
+            raise InvalidConfig(f"{path} contradicts the cartridge in {', '.join(contradictions)}")
+        config = given
+    found = (
+        f"Cartridges: {config.num_layers} layers, {values['num_frozen_tokens']} frozen and "
+        f"{config.num_virtual_tokens} tokens in all"
+    )
+    return Conversion(checkpoint.opened, found, config.model_dump(), {"prompt_embeddings": flat}, list(checkpoint.rest))
+
+
+def _find(source: Path) -> Path:
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise InvalidCheckpoint(f"there is no {source}")
+    with readable(source):
+        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+        if any(source.glob("*.safetensors")):
+            return weight_files(source)[0]
+    # Trainers leave their own pickles beside the weights.
+    weights = [p for p in pickles if p.stem not in ("training_args", "optimizer", "scheduler") and "rng" not in p.stem]
+    if len(weights) != 1:
+        raise InvalidCheckpoint(f"{source} holds {len(weights)} checkpoints: name one of {[p.name for p in weights]}")
+    return weights[0]
+
+
+def _beside(source: Path) -> Path | None:
+    path = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    return path if path.exists() else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    with readable(path):
+        data = path.read_bytes()
+    return parse_config_json(data, str(path))
+
+
+def _name_of(base: dict[str, Any] | None) -> str | None:
+    name = None if base is None else base.get("_name_or_path")
+    return name if name and isinstance(name, str) else None
+
+
+def _config_for(
+    match: Match, shapes: Mapping[str, Shape], path: Path | None, base: dict[str, Any] | None
+) -> PrefixConfig:
+    if path is not None:
+        config = parse_config(_read_config(path), from_file=True)
+        return config if base is None else config.filled(base)
+    if base is None:
+        raise InvalidConfig(
+            "the checkpoint has no adapter_config.json: give --config, or the base model's --base-config"
+        )
+    rows = {role: (*shapes[name], 0)[0] for role, name in match.tensors.items()}
+    values: dict[str, Any] = {"base_model_name_or_path": _name_of(base)}
+    if "trainable_embedding" in rows:
+        frozen = rows.get("frozen_embedding", 0)
+        tokens = frozen + rows["trainable_embedding"]
+        values |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": frozen, "num_virtual_tokens": tokens}
+    else:
+        tokens = rows["embedding"] if "embedding" in rows else rows["prompt_embeddings"]
+        values |= {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": tokens}
+        if "transform.b1" in rows:
+            values |= {"prefix_projection": True, "encoder_hidden_size": rows["transform.b1"]}
+    return parse_config(values).filled(base)

@@ -1,0 +1,156 @@
+"""Checkpoints on their owner's machine: what there is in a folder, read lazily, and the prefix cut out of it."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from safetensors.torch import save
+from torch import Tensor
+
+from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
+from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
+from prefix_service.prefix.safetensors_header import (
+    WEIGHT_DTYPES,
+    Header,
+    TensorEntry,
+    header_length,
+    parse_checkpoint_header,
+    require_dtype,
+    shown_name,
+    tensor_at,
+)
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is sent to the service: the config, the weights, and what was cut out of which files, if anything was."""
+
+    config: bytes
+    weights: BinaryIO
+    size: int
+    cut_from: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFiles:
+    """The tensors of one or several safetensors files, by name; none is read before it is asked for."""
+
+    shapes: Mapping[str, Shape]
+    _entries: Mapping[str, tuple[Path, TensorEntry]]
+
+    @classmethod
+    def open(cls, paths: list[Path]) -> "TensorFiles":
+        """Read the headers.
+
+        Raises:
+            InvalidCheckpoint: a file cannot be read, is no sound safetensors file, or repeats a name of another.
+            UnsafeCheckpoint: a file is a pickle.
+        """
+        entries: dict[str, tuple[Path, TensorEntry]] = {}
+        for path in paths:
+            for name, entry in _header(path).tensors.items():
+                if name in entries:
+                    raise InvalidCheckpoint(f"{entries[name][0]} and {path} both hold {shown_name(name)}")
+                entries[name] = path, entry
+        return cls({name: entry.shape for name, (_, entry) in entries.items()}, entries)
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns one tensor of the prefix.
+
+        Raises:
+            InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file became shorter.
+        """
+        path, entry = self._entries[name]
+        require_dtype(name, entry, WEIGHT_DTYPES)
+        with readable(path), path.open("rb") as file:
+            file.seek(entry.start)
+            data = bytearray(file.read(entry.stop - entry.start))
+        if len(data) != entry.stop - entry.start:
+            raise InvalidCheckpoint(f"{path} ends inside of {shown_name(name)}")
+        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+
+
+def _header(path: Path) -> Header:
+    with readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(9)
+        try:
+            length = header_length(memoryview(start), size)
+            return parse_checkpoint_header(memoryview(start + file.read(8 + length - len(start))), size=size)
+        except InvalidCheckpoint as error:
+            raise type(error)(f"{path}: {error}") from error
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises InvalidCheckpoint where the block cannot read the file or folder `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def prepare_upload(source: Path, config: Path | None = None) -> Upload:
+    """The upload of an adapter's folder, or of a full training checkpoint's, whose prefix is cut out.
+
+    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix.
+
+    Raises:
+        InvalidConfig: there is no adapter_config.json.
+        UnsafeCheckpoint: there are only pickles.
+        InvalidCheckpoint: there are no weights, no one prefix among them, or a file cannot be read.
+    """
+    folder = source if source.is_dir() else source.parent
+    config_path = config or folder / CONFIG_NAME
+    if not config_path.is_file():
+        raise InvalidConfig(f"there is no {config_path}: name the adapter's config with --config")
+    paths = weight_files(source)
+    files = TensorFiles.open(paths)
+    match = find_prefix(files.shapes)
+    others = len(files.shapes) - len(match.tensors)
+    with readable(config_path):
+        config_json = config_path.read_bytes()
+    if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
+        with readable(paths[0]):
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)
+    weights = save(cut(files, match))
+    what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
+    return Upload(config_json, io.BytesIO(weights), len(weights), what)
+
+
+def cut(files: TensorFiles, match: Match) -> dict[str, Tensor]:
+    """The tensors of a prefix alone, under the names that they have."""
+    return {name: files.tensor(name) for name in match.tensors.values()}
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The safetensors files that hold the weights: the adapter's own, else every shard of a full checkpoint.
+
+    Raises:
+        UnsafeCheckpoint: there are only pickles.
+        InvalidCheckpoint: there are none at all.
+    """
+    if source.is_dir():
+        own = source / WEIGHTS_NAME
+        with readable(source):
+            found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
+            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+    else:
+        found = [source] if source.suffix == ".safetensors" else []
+        pickles = [source] if source.suffix in PICKLES else []
+    if found:
+        return found
+    if pickles:
+        raise UnsafeCheckpoint(
+            f"{pickles[0]} is a pickle, which the service never opens: run `prefix-service convert {source} <folder>` "
+            "first, where you trust the file"
+        )
+    raise InvalidCheckpoint(f"there are no weights in {source}: expected {WEIGHTS_NAME}")

@@ -1,0 +1,65 @@
+"""`alias`: names that point at one version of an adapter, and move."""
+
+from typing import Annotated
+
+import typer
+
+from prefix_service.cli.console import print_json, print_table, say, working
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+
+alias_app = typer.Typer(help="Point names at versions: workers that read TENANT/ADAPTER@ALIAS follow.")
+
+Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="The adapter.")]
+Alias = Annotated[str, typer.Argument(help="The alias, as in prod.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.add_typer(alias_app, name="alias", no_args_is_help=True)
+
+
+@alias_app.command("set")
+def set_alias(
+    adapter: Adapter,
+    alias: Alias,
+    version: Annotated[int, typer.Argument(min=1, help="The version's number.")],
+    preload: Annotated[bool, typer.Option("--preload", help="Load the version into memory first.")] = False,
+    if_match: Annotated[int | None, typer.Option(help="Only if the alias points at this version now.")] = None,
+    create_only: Annotated[bool, typer.Option("--create-only", help="Only if there is no such alias.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias at a version: forward to roll out, back to roll back."""
+    from prefix_service.client import management
+
+    change = management.put_alias(adapter, alias, version, preload=preload, if_match=if_match, create_only=create_only)
+    with connect(url, api_key) as client, working(f"moving {adapter}@{alias}"):
+        is_new = client.run(change)
+    if as_json:
+        print_json({"alias": alias, "version": version, "created_now": is_new})
+        return
+    say(f"{'made ' if is_new else ''}{adapter}@{alias}: version {version}")
+
+
+@alias_app.command("list")
+def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """List the aliases of an adapter, and the version that each points at."""
+    from prefix_service.client import management
+
+    with connect(url, api_key) as client:
+        found = client.run(management.aliases(adapter))
+    if as_json:
+        print_json({"items": [{"alias": name, "version": number} for name, number in found.items()]})
+        return
+    print_table(f"Aliases of {adapter}", ["alias", "version"], [[name, number] for name, number in found.items()])
+
+
+@alias_app.command("rm")
+def remove_alias(adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Forget an alias; its version stays."""
+    from prefix_service.client import management
+
+    with connect(url, api_key) as client:
+        client.run(management.delete_alias(adapter, alias))
+    say(f"deleted {adapter}@{alias}")

@@ -1,0 +1,27 @@
+"""What a worker installs: a client that turns an adapter's id into `past_key_values`.
+
+from prefix_service.client import PrefixClient
+
+client = PrefixClient("http://prefix-service:8080", api_key=...)
+prefix = client.get("acme/summarize@prod", batch_size=4, dtype="bfloat16")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from prefix_service.client.client import AsyncPrefixClient, PrefixClient
+
+if TYPE_CHECKING:
+    from prefix_service.client.prefixes.mixed import MixedPrefix
+    from prefix_service.client.prefixes.prefix import Prefix
+
+__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient"]
+
+_NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": "prefix_service.client.prefixes.prefix"}
+
+
+def __getattr__(name: str) -> Any:
+    """`Prefix` and `MixedPrefix` bring torch, which takes seconds: only who asks for them waits."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_NEED_TORCH[name]), name)

@@ -1,0 +1,199 @@
+"""Bodies of prefixes on disk: they outlive a worker, and processes of one machine share them.
+
+One file each, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The
+name hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size
+and CRC-32C. All of it is verified at every read, and what does not fit is no entry. Written beside its place and
+renamed: a reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
+
+Earlier releases kept `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
+never read, and are removed when a cache is opened, makes room or is cleared.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, Final
+
+from prefix_service.client.protocol import Buffer
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.wire.digests import digest_of
+
+_MAGIC: Final = b"PREFIX\x00\x02"
+_OLD_MAGIC: Final = b"PREFIX\x00\x01"
+_LENGTH: Final = struct.Struct("<I")
+_MAX_RECORD: Final = 4096
+_SEAL: Final = hashlib.sha256().digest_size
+_NAME: Final = re.compile(r"[0-9a-f]{64}\.v2\.prefix")
+_OLD_NAME: Final = re.compile(r"[0-9a-f]{64}\.prefix")
+_TEMPORARY: Final = ".writing-"
+_ABANDONED_AFTER: Final = 3600.0  # seconds until a file that nobody finished is taken for an ended process's
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A body, and the entity tag that it came with."""
+
+    body: Buffer
+    etag: str
+
+
+class DiskCache:
+    """Bounded by bytes, least recently used leaves first; shared by threads, and by processes on one machine.
+
+    `identity` is what tells this service and its caller from others: no entry is found under another one.
+
+    Raises:
+        InvalidRequest: the folder cannot be made, or others may write to it.
+    """
+
+    def __init__(self, folder: Path, budget: int, identity: tuple[str | None, ...]) -> None:
+        self._folder, self._budget, self._identity = folder, budget, identity
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+        except OSError as error:
+            raise InvalidRequest(f"cache_dir {folder} cannot be used: {error}") from error
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise InvalidRequest(f"others may write to cache_dir {folder}: choose a folder of your own (chmod 700)")
+        with contextlib.suppress(OSError):
+            self._remove_old()
+
+    def load(self, key: tuple[Any, ...], allocate: Callable[[int], memoryview]) -> Entry | None:
+        """What is kept under a key, in memory that `allocate` gives; None if there is nothing sound."""
+        path = self._path(key)
+        try:
+            with path.open("rb") as file:
+                entry = _read(file, path.name, allocate)
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):  # it may have left since
+            os.utime(path)
+        return entry
+
+    def store(self, key: tuple[Any, ...], entry: Entry) -> None:
+        """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
+        path = self._path(key)
+        about = {
+            "name": path.name,
+            "etag": entry.etag,
+            "size": len(entry.body),
+            "crc32c": digest_of("crc32c", entry.body).hex(),
+        }
+        record = json.dumps(about).encode()
+        head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
+        size = len(head) + len(entry.body)
+        if size > self._budget or len(record) > _MAX_RECORD:
+            return
+        try:
+            self._make_room(size)
+            self._write(path, head, entry.body)
+        except OSError as error:
+            log.warning("prefix cache %s: %s is not kept: %s", self._folder, path.name, error)
+
+    def remove(self, key: tuple[Any, ...]) -> None:
+        """Forget what is kept under a key."""
+        _remove(self._path(key))
+
+    def clear(self) -> None:
+        """Forget everything in the folder, whichever service it came from."""
+        self._remove_old()
+        for found in self._files():
+            _remove(found.path)
+
+    def _remove_old(self) -> None:
+        """Remove the entries of earlier releases; a file that only has such a name stays."""
+        with os.scandir(self._folder) as found:
+            for file in found:
+                if _OLD_NAME.fullmatch(file.name) and _is_old(file.path):
+                    _remove(file.path)
+
+    def _path(self, key: tuple[Any, ...]) -> Path:
+        named = hashlib.sha256(json.dumps([self._identity, key]).encode()).hexdigest()
+        return self._folder / f"{named}.v2.prefix"
+
+    def _write(self, path: Path, head: bytes, body: Buffer) -> None:
+        number, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._folder)  # mode 0600
+        try:
+            with os.fdopen(number, "wb", buffering=0) as file:
+                for part in (memoryview(head), memoryview(body)):
+                    written = 0
+                    while written < len(part):
+                        written += file.write(part[written:])
+            Path(temporary).replace(path)
+        except BaseException:
+            _remove(temporary)
+            raise
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was used least recently, until `size` bytes more are within the budget."""
+        self._remove_old()
+        entries, used = [], size
+        for file in self._files():
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                about = file.stat()
+                if file.name.startswith(_TEMPORARY) and time.time() - about.st_mtime > _ABANDONED_AFTER:
+                    _remove(file.path)
+                    continue
+                used += about.st_size
+                if not file.name.startswith(_TEMPORARY):
+                    entries.append((about.st_mtime_ns, about.st_size, file.path))
+        for _, freed, path in sorted(entries):
+            if used <= self._budget:
+                return
+            _remove(path)
+            used -= freed
+
+    def _files(self) -> Iterator[os.DirEntry[str]]:
+        with os.scandir(self._folder) as found:
+            yield from (file for file in found if _NAME.fullmatch(file.name) or file.name.startswith(_TEMPORARY))
+
+
+def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]) -> Entry | None:
+    """The entry in a file, if it is sound."""
+    start = file.read(len(_MAGIC) + _LENGTH.size)
+    if len(start) < len(_MAGIC) + _LENGTH.size or not start.startswith(_MAGIC):
+        return None
+    (length,) = _LENGTH.unpack(start[len(_MAGIC) :])
+    if length > _MAX_RECORD:
+        return None
+    record, seal = file.read(length), file.read(_SEAL)
+    if hashlib.sha256(record).digest() != seal:
+        return None
+    try:
+        about = json.loads(record)
+        size, etag, checksum = int(about["size"]), str(about["etag"]), str(about["crc32c"])
+        is_its_own = about["name"] == name
+    except (ValueError, KeyError, TypeError):
+        return None
+    if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:
+        return None
+    body = allocate(size)
+    if file.readinto(body) != size or digest_of("crc32c", body).hex() != checksum:
+        return None
+    return Entry(body, etag)
+
+
+def _is_old(path: str) -> bool:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_OLD_MAGIC)) == _OLD_MAGIC
+    except OSError:
+        return False
+
+
+def _remove(path: str | Path) -> None:
+    with contextlib.suppress(OSError):
+        Path(path).unlink()

@@ -1,0 +1,237 @@
+"""`PrefixClient` and `AsyncPrefixClient`: the worker's side of the service."""
+
+import hashlib
+from collections.abc import Callable, Coroutine
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+
+import httpx
+
+from prefix_service.client import options
+from prefix_service.client.cache.cache import LocalCache
+from prefix_service.client.cache.disk_cache import DiskCache
+from prefix_service.client.flows import calls
+from prefix_service.client.flows.flows import Flow, Reading
+from prefix_service.client.transport.connection import Connection
+from prefix_service.client.transport.fetcher import Fetcher
+from prefix_service.client.transport.foreign import AsyncForeign, Foreign
+from prefix_service.client.transport.transport import AsyncTransport, Transport
+from prefix_service.errors import InvalidRequest
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class _Client:
+    """A client of prefix-service, safe to share between threads.
+
+    It may be used before and after `fork()`: a child opens connections of its own, and keeps what is cached. It can be
+    pickled, and is made again of its arguments, the key among them.
+
+    Args:
+        base_url: where the service is, `http://…` or `https://…`.
+        api_key: what the service knows the caller by.
+        uds: Unix socket to connect to.
+        ca_file: certificate authorities to trust.
+        timeout: deadline of a call in seconds, with its retries and all of its requests.
+        http: an httpx transport that takes the place of the client's own connections. The deadline of a call is that
+            of each of its reads.
+        cache_bytes: budget of the local cache in memory.
+        cache_dir: a private folder where bodies are kept too, shared by the processes of this machine. Without a key,
+            entries there are always revalidated.
+        cache_dir_bytes: its budget.
+        verify_digest: whether bodies are compared with their digest: CRC-32C, or SHA-256 from a service that has no
+            other; by default unless `uds` is given.
+        pin_memory: whether to receive into pinned memory, from which `prefix.to("cuda")` copies fastest.
+        connections: bodies of more than 32 MiB are fetched in ranges over so many connections. It pays where one
+            connection is slower than the network: a proxy that limits each, a long way, TLS; not on one machine.
+        shared_memory: with `uds`, map files that the service has in shared memory instead of receiving them: no copy.
+            Not with `pin_memory`.
+
+    Raises:
+        InvalidRequest: an argument has a value that it cannot have.
+    """
+
+    _foreign: ClassVar[type[httpx.BaseTransport] | type[httpx.AsyncBaseTransport]]
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        uds: str | Path | None = None,
+        ca_file: str | Path | None = None,
+        timeout: float = 60.0,
+        http: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
+        cache_bytes: int = 1 << 30,
+        cache_dir: str | Path | None = None,
+        cache_dir_bytes: int = 10 << 30,
+        verify_digest: bool | None = None,
+        pin_memory: bool = False,
+        connections: int = 1,
+        shared_memory: bool = True,
+    ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        uds, cache_dir = options.path("uds", uds), options.path("cache_dir", cache_dir)
+        ca_file, timeout = options.path("ca_file", ca_file), options.seconds("timeout", timeout)
+        if http is not None and not isinstance(http, self._foreign):
+            raise InvalidRequest(f"http must be an httpx transport ({self._foreign.__name__}), got {http!r:.100}")
+        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=timeout)
+        self._pin_memory = options.flag("pin_memory", pin_memory)
+        self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
+        if verify_digest is not None:
+            options.flag("verify_digest", verify_digest)
+        self._reading = Reading(
+            LocalCache(self._cache_bytes),
+            self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
+            self._allocate_body,
+            pinned=self._pin_memory,
+            verify_digest=uds is None if verify_digest is None else verify_digest,
+            is_service_known=api_key is not None,
+        )
+        self._open(
+            Fetcher(
+                self._connection,
+                self._allocate_body,
+                options.whole("connections", connections, 1),
+                pinned=pin_memory,
+                # What is mapped is not pinned.
+                shared_memory=options.flag("shared_memory", shared_memory) and uds is not None and not pin_memory,
+            ),
+            http,
+        )
+
+    def _open(self, fetcher: Fetcher, http: Any) -> None:
+        """Choose the way that requests take."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._arguments), ()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._connection.address!r})"
+
+    def _disk_cache(self, folder: Path | None, budget: int) -> DiskCache | None:
+        if folder is None:
+            return None
+        url, uds, key = (self._connection.url, self._connection.uds, self._connection.api_key)
+        secret = None if key is None else hashlib.sha256(key.encode()).hexdigest()
+        return DiskCache(folder, budget, (str(url).rstrip("/"), None if uds is None else str(uds), secret))
+
+    def _allocate(self, size: int) -> memoryview:
+        from prefix_service.client.cache.memory import allocate
+
+        return allocate(size, pinned=self._pin_memory)
+
+    def _allocate_body(self, size: int) -> memoryview:
+        from prefix_service.client.cache.memory import allocate_for_many
+
+        if size > self._cache_bytes:  # one caller will have it
+            return self._allocate(size)
+        return allocate_for_many(size, pinned=self._pin_memory)
+
+    def clear_cache(self) -> None:
+        """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched.
+        Only this does: a deletion or a revoked key does not reach into the cache of a worker."""
+        self._reading.memory.clear()
+        if self._reading.disk is not None:
+            self._reading.disk.clear()
+
+
+def _blocking(call: Callable[Concatenate[Any, P], Flow[T]]) -> Callable[Concatenate["PrefixClient", P], T]:
+    @wraps(call)
+    def method(self: "PrefixClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.run(call(self, *args, **kwargs))
+
+    return method
+
+
+def _awaited(
+    call: Callable[Concatenate[Any, P], Flow[T]],
+) -> Callable[Concatenate["AsyncPrefixClient", P], Coroutine[Any, Any, T]]:
+    @wraps(call)
+    async def method(self: "AsyncPrefixClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.run(call(self, *args, **kwargs))
+
+    return method
+
+
+class PrefixClient(_Client):
+    __doc__ = f"""{_Client.__doc__}
+    Every method raises the errors of `prefix_service.errors`. Reads and publishing are retried when the service is not
+    there or says so. As a context manager it closes its connections at the end.
+    """
+
+    _foreign = httpx.BaseTransport
+
+    def _open(self, fetcher: Fetcher, http: Any) -> None:
+        way = fetcher if http is None else Foreign(self._connection, http)
+        self._transport = Transport(way, self._connection.timeout)
+
+    get = _blocking(calls.get)
+    get_many = _blocking(calls.get_many)
+    prefetch = _blocking(calls.prefetch)
+    publish = _blocking(calls.publish)
+    compose = _blocking(calls.compose)
+    inspect = _blocking(calls.inspect)
+    float8_error = _blocking(calls.float8_error)
+    list = _blocking(calls.list_adapters)
+    is_ready = _blocking(calls.is_ready)
+
+    def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow of `prefix_service.client.management`: aliases, deletion, residency, tenants, audit.
+
+        Raises:
+            NotFound, Forbidden, …: the service reported it.
+            ConnectionFailed: the service did not answer before the deadline.
+            InvalidResponse: an answer is not one of the service.
+        """
+        return self._transport.run(flow)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+class AsyncPrefixClient(_Client):
+    __doc__ = f"""{_Client.__doc__}
+    The methods are those of `PrefixClient`, awaitable. Several event loops may use one client, but only one a transport
+    given as `http`.
+    """
+
+    _foreign = httpx.AsyncBaseTransport
+
+    def _open(self, fetcher: Fetcher, http: Any) -> None:
+        way = fetcher if http is None else AsyncForeign(self._connection, http)
+        self._transport = AsyncTransport(way, self._connection.timeout)
+
+    get = _awaited(calls.get)
+    get_many = _awaited(calls.get_many)
+    prefetch = _awaited(calls.prefetch)
+    publish = _awaited(calls.publish)
+    compose = _awaited(calls.compose)
+    inspect = _awaited(calls.inspect)
+    float8_error = _awaited(calls.float8_error)
+    list = _awaited(calls.list_adapters)
+    is_ready = _awaited(calls.is_ready)
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow of `prefix_service.client.management`, as `PrefixClient.run`."""
+        return await self._transport.run(flow)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.close()

@@ -1,0 +1,215 @@
+"""The methods of both clients, written once: each makes a flow, which `PrefixClient` carries out and
+`AsyncPrefixClient` awaits."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+
+from prefix_service.client import options
+from prefix_service.client.flows import flows, listing, many
+from prefix_service.client.flows.flows import Flow, Reading
+from prefix_service.client.protocol import Together
+from prefix_service.errors import PrefixServiceError
+from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.ranks import Rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.mixed import MixedPrefix
+    from prefix_service.client.prefixes.prefix import Prefix
+
+_AT_ONCE: Final = 8
+
+
+class Caller(Protocol):
+    """What a call needs of its client."""
+
+    _reading: Reading
+
+
+def get(
+    self: Caller,
+    reference: str,
+    *,
+    batch_size: int = 1,
+    dtype: KVDtype | None = None,
+    layers: Span | None = None,
+    kv_heads: Span | None = None,
+    tp: Rank | None = None,
+    pp: Span | None = None,
+    materialise: bool = False,
+) -> "Flow[Prefix]":
+    """Returns the prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
+
+    The prefix is the caller's own: no other call sees what is written to it. One row travels whatever the batch. The
+    rows of the batch are views of it, so a value that is written to one row is in all of them; `materialise` copies
+    them here, which is faster than to send them.
+
+    Args:
+        reference: which adapter, and which version of it; by default the latest.
+        batch_size: number of rows.
+        dtype: of keys and values; by default that of the stored weights. float8 is decoded to float32 on arrival.
+        layers: half-open range `(first, end)` of layers.
+        kv_heads: half-open range `(first, end)` of key/value heads.
+        tp: `(rank, size)`: the heads of this tensor-parallel rank as vLLM and Megatron place them, each on several
+            ranks where there are more ranks than heads. The other ranks' share does not travel. Instead of `kv_heads`.
+        pp: `(first, end)`: the layers of this pipeline stage. Instead of `layers`.
+        materialise: whether each row has memory of its own.
+
+    Raises:
+        NotFound, Unauthenticated, InvalidInput, …: the service reported it.
+        InvalidRequest: an option has a value that it cannot have.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is damaged, answers another question, or is not one of the service.
+    """
+    form = options.form(
+        batch_size=batch_size,
+        dtype=dtype,
+        layers=layers,
+        kv_heads=kv_heads,
+        tp=tp,
+        pp=pp,
+        materialise=materialise,
+    )
+    return flows.get(self._reading, reference, form)
+
+
+def get_many(
+    self: Caller,
+    rows: many.Rows,
+    attention_mask: "Tensor | None" = None,
+    *,
+    batch_size: int | None = None,
+    dtype: KVDtype | None = None,
+    layers: Span | None = None,
+    kv_heads: Span | None = None,
+    tp: Rank | None = None,
+    pp: Span | None = None,
+) -> "Flow[MixedPrefix]":
+    """Returns one batch for many adapters: the rows of one forward pass of a base model that they share.
+
+    Each prefix is fetched once, several in parallel, through the local cache. The batch is put together here, in memory
+    of its own, and equals the answer of `POST /v1/prefixes`.
+
+    Args:
+        rows: for each row a reference as in `get`, a list of them (their prefixes are concatenated in that order), or
+            None (no prefix).
+        attention_mask: the input's, `[B, S]`, a row each.
+        batch_size: if given, it must be the number of rows.
+        dtype: as in `get`; required when stored dtypes differ.
+        layers: as in `get`.
+        kv_heads: as in `get`.
+        tp: as in `get`.
+        pp: as in `get`.
+
+    Raises:
+        NotFound, InvalidReference, …: as `get`; the message names the row.
+        InvalidRequest: rows do not agree in layers, heads, head size or dtype, or none has a prefix.
+    """
+    wanted = many.Wanted.of(rows, batch_size)
+    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    references = list(wanted.first_row)
+    fetched = yield Together([flows.shared(self._reading, reference, form) for reference in references], _AT_ONCE)
+    for reference, result in zip(references, fetched, strict=True):
+        if isinstance(result, PrefixServiceError):
+            raise many.of_row(wanted.first_row[reference], result) from result.__cause__
+    found = dict(zip(references, fetched, strict=True))
+    batch: MixedPrefix = yield from many.assembled(wanted, found, attention_mask, self._reading.allocate)
+    return batch
+
+
+def prefetch(
+    self: Caller,
+    references: Iterable[str],
+    *,
+    concurrency: int = _AT_ONCE,
+    dtype: KVDtype | None = None,
+    layers: Span | None = None,
+    kv_heads: Span | None = None,
+    tp: Rank | None = None,
+    pp: Span | None = None,
+) -> Flow[None]:
+    """Bring many prefixes into the cache, `concurrency` in parallel; other arguments are those of `get`.
+
+    Raises:
+        PrefixServiceError: the first, in the order of `references`, that failed, as `get`; the others are there.
+    """
+    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    at_once = options.whole("concurrency", concurrency, 1)
+    fetches = [flows.get(self._reading, reference, form) for reference in dict.fromkeys(options.references(references))]
+    for result in (yield Together(fetches, at_once)):
+        if isinstance(result, PrefixServiceError):
+            raise result
+
+
+def publish(
+    self: Caller, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
+) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """Publish a version of `tenant/name`. Returns its metadata, and whether it is new.
+
+    `config` and `weights` are the files that PEFT's `save_pretrained` wrote, or another supported layout;
+    `base_model_config` is the base model's `config.json`, for dimensions that the adapter's config leaves out.
+
+    Raises:
+        InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
+        InvalidRequest: an argument is not a file that can be read.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is not one of the service.
+    """
+    model = None if base_model_config is None else options.content("base_model_config", base_model_config)
+    return flows.publish(adapter, options.content("config", config), options.file("weights", weights), model)
+
+
+def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """Publish the concatenation of prefixes as a version of `tenant/name`, a CARTRIDGE as PEFT's
+    `compose_cartridge_adapters` makes it. Returns its metadata, and whether it is new.
+
+    Raises:
+        NotFound, InvalidRequest, …: the service reported it; nothing was published.
+        ConnectionFailed, InvalidResponse: as `publish`.
+    """
+    return flows.compose(adapter, options.references(references))
+
+
+def inspect(self: Caller, reference: str) -> Flow[Mapping[str, Any]]:
+    """Returns the metadata of a version: config, shapes, parameter counts, digest, size, aliases, residency.
+
+    Raises:
+        NotFound, …: the service reported it.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is not one of the service.
+    """
+    return flows.inspect(reference)
+
+
+def float8_error(self: Caller, reference: str) -> "Flow[Float8Error]":
+    """Returns the error of `dtype="float8_e4m3fn"` for a version: largest and mean error of its keys and values,
+    absolute and relative, beside the bytes that it saves. Fetches both renderings.
+
+    Raises:
+        NotFound, …: as `get`.
+    """
+    return flows.float8_error(self._reading, reference)
+
+
+def list_adapters(self: Caller, tenant: str, base_model: str | None = None) -> Flow[list[listing.Item]]:
+    """Returns every adapter of a tenant, in the order of their names.
+
+    Raises:
+        NotFound, …: the service reported it.
+        ConnectionFailed: the listing did not end before the deadline.
+        InvalidResponse: an answer is not one of the service, or the listing has no end.
+    """
+    return listing.adapters(tenant, base_model)
+
+
+def is_ready(self: Caller) -> Flow[bool]:
+    """Returns whether the service can do its work.
+
+    Raises:
+        Unavailable: it reports that it cannot.
+        ConnectionFailed: it does not answer before the deadline.
+        InvalidResponse: the answer is not one of the service.
+    """
+    return flows.is_ready()

@@ -1,0 +1,191 @@
+"""What the clients do, without I/O: each flow yields requests and is sent their answers.
+
+`PrefixClient` and `AsyncPrefixClient` drive the same flows, so there is one way to do each thing.
+"""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+
+from prefix_service.client.cache.cache import Cached, LocalCache
+from prefix_service.client.cache.disk_cache import DiskCache, Entry
+from prefix_service.client.flows.question import Question, require_version
+from prefix_service.client.options import PrefixOptions
+from prefix_service.client.protocol import Answer, Buffer, Request, Step, Work, adapter_path, check_digest
+from prefix_service.errors import InvalidRequest, InvalidResponse
+from prefix_service.prefix.references import Reference, parse_qualified
+
+if TYPE_CHECKING:
+    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.prefix import Prefix
+
+T = TypeVar("T")
+Flow = Generator[Step, Any, T]
+
+_QUICKLY_COPIED: Final = 2 << 20  # bytes that an event loop may copy between two turns
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How prefixes are read: what is kept of them, memory for those that are kept, and what is verified.
+
+    `is_service_known` says that entries on disk certainly are this service's: without a key, nothing tells it from an
+    earlier one at the same address, and even versions are revalidated.
+    """
+
+    memory: LocalCache
+    disk: DiskCache | None
+    allocate: Callable[[int], memoryview]
+    pinned: bool
+    verify_digest: bool
+    is_service_known: bool
+
+
+def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
+    """A prefix in memory of the caller's own, from a cache or from the service."""
+    cached = yield from _cached(reading, Question.of(reference, options))
+    own = partial(_own, reading, cached)
+    one: Prefix = own() if _is_quickly_owned(reading, cached) else (yield Work(own))
+    prefix = one.for_batch(options.get("batch_size", 1))
+    if options.get("materialise"):
+        prefix = yield Work(prefix.materialise)
+    return prefix
+
+
+def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
+    """A prefix as the cache holds it, without a copy: only for callers that read it and do not hand it out."""
+    cached = yield from _cached(reading, Question.of(reference, options))
+    return cached.prefix
+
+
+def _cached(reading: Reading, question: Question) -> Flow[Cached]:
+    """The answer to a question from a cache, revalidated unless it is immutable, or from the service."""
+    cached, is_current = reading.memory.get(question.key), question.reference.immutable
+    if cached is None and reading.disk is not None:
+        cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
+    if cached is None or not is_current:
+        etag = None if cached is None else cached.etag or None
+        read = partial(_received, reading, question, cached)
+        blocks = reading.disk is not None
+        cached = yield question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
+    reading.memory.put(question.key, cached)
+    return cached
+
+
+def _is_quickly_owned(reading: Reading, cached: Cached) -> bool:
+    """Whether an event loop need not hand it to a thread."""
+    return cached.file is not None or (cached.prefix.kv.nbytes <= _QUICKLY_COPIED and not reading.pinned)
+
+
+def _own(reading: Reading, cached: Cached) -> "Prefix":
+    from prefix_service.client.flows.decode import own
+
+    return own(cached, is_shared=reading.memory.keeps(cached), pinned=reading.pinned)
+
+
+def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
+    """What float8 costs a version: both renderings of it, compared."""
+    exact: Prefix = yield from shared(reading, reference, {})
+    tenant, parsed = parse_qualified(reference)
+    same = f"{tenant}/{parsed.adapter}@{exact.digest}"  # the alias may move in between
+    found: Prefix = yield from shared(reading, same, {"dtype": "float8_e4m3fn"})
+
+    def compared() -> "Float8Error":
+        from prefix_service.client.prefixes.float8 import float8_error
+
+        return float8_error(exact, found)
+
+    error: Float8Error = yield Work(compared)
+    return error
+
+
+def _load(reading: Reading, question: Question) -> Cached | None:
+    """The answer that the disk has to a question; what is there under its name and answers another is removed."""
+    entry = None if reading.disk is None else reading.disk.load(question.key, reading.allocate)
+    if reading.disk is None or entry is None:
+        return None
+    try:
+        return _decoded(reading, question, entry.body, entry.etag, {})
+    except InvalidResponse as error:
+        log.warning("an entry of the prefix cache on disk is removed: %s", error)
+        reading.disk.remove(question.key)
+        return None
+
+
+def _received(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
+    """The service's answer, compared with the question and kept on disk; or the cached one if that is current."""
+    if answer.status == 304 and cached is not None and cached.etag:
+        question.require_current(cached.etag, cached.prefix.metadata, answer.headers)
+        return cached
+    if answer.status != 200:
+        raise InvalidResponse(f"status {answer.status} where 200 was expected")
+    if reading.verify_digest:
+        check_digest(answer)
+    found = _decoded(reading, question, answer.body, answer.headers.get("etag", ""), answer.headers)
+    if reading.disk is not None:
+        reading.disk.store(question.key, Entry(answer.body, found.etag))
+    return found
+
+
+def _decoded(reading: Reading, question: Question, body: Buffer, etag: str, headers: Mapping[str, str]) -> Cached:
+    from prefix_service.client.flows.decode import decode
+
+    found = decode(body, etag, reading.allocate)
+    question.require_answer(found.prefix.metadata, headers)
+    return found
+
+
+def publish(
+    adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None
+) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """A new version of `tenant/name`, and whether it is new."""
+    tenant, name = adapter_alone(adapter)
+    files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
+    if base_model_config is not None:
+        files["base_model_config"] = base_model_config
+    files["adapter_model.safetensors"] = weights
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
+    return _published(tenant, name, answer)
+
+
+def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """A new version of `tenant/name`, the concatenation of others, and whether it is new."""
+    tenant, name = adapter_alone(adapter)
+    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
+    return _published(tenant, name, answer)
+
+
+def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any], bool]:
+    """The version in the answer to a publication, and whether it is new."""
+    found = require_version(answer.json_object(), tenant, Reference(name), answer.headers.get("location"))
+    return found, answer.status == 201
+
+
+def adapter_alone(text: str) -> tuple[str, str]:
+    """The tenant and the name of an adapter, where no version of it is meant.
+
+    Raises:
+        InvalidReference: it is not of the form `tenant/name`.
+        InvalidRequest: it names a version.
+    """
+    tenant, parsed = parse_qualified(text)
+    if parsed.explicit:
+        raise InvalidRequest(f"{tenant}/{parsed.adapter} alone is meant here, without @{parsed.selector}")
+    return tenant, parsed.adapter
+
+
+def inspect(reference: str) -> Flow[Mapping[str, Any]]:
+    """What the service knows of a version."""
+    tenant, parsed = parse_qualified(reference)
+    answer: Answer = yield Request("GET", adapter_path(tenant, parsed))
+    return require_version(answer.json_object(), tenant, parsed)
+
+
+def is_ready() -> Flow[bool]:
+    """Whether the service can do its work."""
+    answer: Answer = yield Request("GET", "/readyz")
+    return answer.status == 200 and bool(answer.json_object())

@@ -1,0 +1,164 @@
+"""Which prefix a client asks for, and whether an answer is one to that question."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import unquote
+
+from prefix_service.client.options import PrefixOptions
+from prefix_service.client.protocol import Answer, Fetch, prefix_request
+from prefix_service.errors import InvalidRequest, InvalidResponse
+from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.ranks import Rank, check_rank, kv_heads_of_rank
+from prefix_service.prefix.references import Reference, parse_qualified
+
+_MISSING = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A reference and the form in which its prefix is wanted. Whatever the batch, one row is asked for, in one tensor.
+
+    `tp` stays a rank: only the service knows how many heads the version has that an alias means now.
+    """
+
+    tenant: str
+    reference: Reference
+    dtype: KVDtype | None = None
+    layers: Span | None = None
+    kv_heads: Span | None = None
+    tp: Rank | None = None
+
+    @classmethod
+    def of(cls, text: str, options: PrefixOptions) -> Self:
+        """The question of `client.get(text, **options)`.
+
+        Raises:
+            InvalidReference: `text` is not of the form `tenant/adapter@…`.
+            InvalidRequest: two options contradict each other.
+        """
+        tenant, reference = parse_qualified(text)
+        layers, kv_heads, tp, pp = (
+            options.get("layers"),
+            options.get("kv_heads"),
+            options.get("tp"),
+            options.get("pp"),
+        )
+        if layers is not None and pp is not None:
+            raise InvalidRequest(f"pp={pp} says which layers, and layers={layers} too: give one of them")
+        if kv_heads is not None and tp is not None:
+            raise InvalidRequest(f"tp={tp} says which heads, and kv_heads={kv_heads} too: give one of them")
+        rank = None if tp is None else check_rank(tp)
+        return cls(tenant, reference, options.get("dtype"), layers if pp is None else pp, kv_heads, rank)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells this question from others in a cache, JSON's types alone."""
+        adapter, selector = self.reference.adapter, self.reference.selector
+        return (self.tenant, adapter, selector, self.dtype, self.layers, self.kv_heads, self.tp)
+
+    def request(self, etag: str | None, read: Callable[[Answer], Any], *, is_verified: bool, blocks: bool) -> Fetch:
+        """The request that asks it; with `etag`, whether that answer is still current."""
+        return prefix_request(
+            self.tenant,
+            self.reference,
+            dtype=self.dtype,
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            tp=self.tp,
+            etag=etag,
+            read=read,
+            is_verified=is_verified,
+            blocks=blocks,
+        )
+
+    def require_answer(self, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """Compare the question with an answer's metadata, which `read_metadata` has accepted, and with its headers.
+
+        Raises:
+            InvalidResponse: it answers another question.
+        """
+        wanted = self._wanted(metadata)
+        wrong = [
+            f"{name} {metadata[name]!r:.100} instead of {value!r}"
+            for name, value in wanted.items()
+            if metadata[name] != value
+        ]
+        if self.dtype is None and metadata["dtype"] == "float8_e4m3fn":
+            wrong.append("dtype 'float8_e4m3fn' instead of that of the stored weights")
+        wrong += _headers_that_differ(headers, metadata)
+        if wrong:
+            raise InvalidResponse(f"the answer is not one to the question for {self}: it has {', '.join(wrong)}")
+
+    def require_current(self, etag: str, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+        """Compare a 304 with the question whether the answer of this entity tag and metadata is current.
+
+        Raises:
+            InvalidResponse: it is about another one.
+        """
+        wrong = _headers_that_differ(headers, metadata)
+        found = headers.get("etag", _MISSING)
+        if found.removeprefix("W/") != etag.removeprefix("W/"):  # RFC 9110: If-None-Match compares weakly
+            wrong.insert(0, f"entity tag {found:.100} instead of {etag}")
+        if wrong:
+            raise InvalidResponse(
+                f"the 304 is not about the prefix of {self} that is cached: it has {', '.join(wrong)}"
+            )
+
+    def _wanted(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that metadata must have; what the question leaves open is not among them."""
+        wanted: dict[str, Any] = {"tenant": self.tenant, "adapter": self.reference.adapter}
+        if self.reference.version is not None:
+            wanted["version"] = self.reference.version
+        if self.reference.digest is not None:
+            wanted["digest"] = self.reference.digest
+        if self.dtype is not None:
+            wanted["dtype"] = self.dtype
+        heads = self.kv_heads if self.tp is None else self._heads_of_rank(metadata["num_kv_heads"], self.tp)
+        wanted["layers"] = list(self.layers or (0, metadata["num_layers"]))
+        wanted["kv_heads"] = list(heads or (0, metadata["num_kv_heads"]))
+        return wanted | {"batch_size": 1, "layout": "stacked", "expand": False}
+
+    def _heads_of_rank(self, num_kv_heads: int, tp: Rank) -> Span:
+        try:
+            return kv_heads_of_rank(num_kv_heads, tp)
+        except InvalidRequest as error:
+            raise InvalidResponse(f"the answer to the question for {self} cannot be: {error}") from error
+
+    def __str__(self) -> str:
+        parts = {"dtype": self.dtype, "layers": self.layers, "kv_heads": self.kv_heads, "tp": self.tp}
+        given = [f"{name}={value}" for name, value in parts.items() if value is not None]
+        return f"{self.tenant}/{self.reference}" + (f" ({', '.join(given)})" if given else "")
+
+
+def require_version(found: Any, tenant: str, reference: Reference, location: str | None = None) -> Mapping[str, Any]:
+    """The description of a version, compared with what it was asked by, and with its `Location` if there is one.
+
+    Raises:
+        InvalidResponse: it is not the description of a version, or of another one.
+    """
+    if not isinstance(found, dict) or type(found.get("version")) is not int or not isinstance(found.get("digest"), str):
+        raise InvalidResponse(f"the answer for {tenant}/{reference} does not describe a version: {found!r:.200}")
+    wanted = {"tenant": tenant, "adapter": reference.adapter, "version": reference.version, "digest": reference.digest}
+    wrong = [
+        f"{name} {found.get(name)!r:.100} instead of {value!r}"
+        for name, value in wanted.items()
+        if value is not None and found.get(name) != value
+    ]
+    path = f"/tenants/{tenant}/adapters/{reference.adapter}@{found['version']}"
+    if location is not None and not unquote(location).endswith(path):
+        wrong.append(f"Location {location:.200} instead of …{path}")
+    if wrong:
+        raise InvalidResponse(f"the answer is not one about {tenant}/{reference}: it has {', '.join(wrong)}")
+    return found
+
+
+def _headers_that_differ(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> list[str]:
+    """`Prefix-Version` and `Prefix-Digest` where they contradict the metadata; a proxy may have removed them."""
+    wanted = {"Prefix-Version": str(metadata["version"]), "Prefix-Digest": metadata["digest"]}
+    found = {name: headers.get(name.lower()) for name in wanted}
+    return [
+        f"{name} {found[name]:.100} beside {value}"
+        for name, value in wanted.items()
+        if found[name] not in (None, value)
+    ]

@@ -1,0 +1,156 @@
+"""Options of the clients, checked before a request is made."""
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
+
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.ranks import Rank, check_rank
+
+_DTYPES: Final = get_args(KVDtype)
+_LONGEST: Final = 1_000_000
+"""Seconds that a deadline may have: more than eleven days."""
+
+
+class PrefixOptions(TypedDict, total=False):
+    """The form in which a prefix is wanted; `PrefixClient.get` documents each."""
+
+    batch_size: int
+    dtype: KVDtype | None
+    layers: Span | None
+    kv_heads: Span | None
+    tp: Rank | None
+    pp: Span | None
+    materialise: bool
+
+
+def form(
+    *,
+    batch_size: int = 1,
+    dtype: KVDtype | None = None,
+    layers: Span | None = None,
+    kv_heads: Span | None = None,
+    tp: Rank | None = None,
+    pp: Span | None = None,
+    materialise: bool = False,
+) -> PrefixOptions:
+    """Returns the form in which a prefix is wanted.
+
+    Raises:
+        InvalidRequest: an option has a value that it cannot have.
+    """
+    return {
+        "batch_size": whole("batch_size", batch_size, 1),
+        "dtype": None if dtype is None else _dtype(dtype),
+        "layers": None if layers is None else _span("layers", layers),
+        "kv_heads": None if kv_heads is None else _span("kv_heads", kv_heads),
+        "tp": None if tp is None else check_rank(_pair("tp", tp)),
+        "pp": None if pp is None else _span("pp", pp),
+        "materialise": flag("materialise", materialise),
+    }
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Returns a whole number of at least `least`.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    try:
+        number = value if type(value) is int else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or value is True or value is False:
+        raise InvalidRequest(f"{name} must be a whole number of at least {least}, got {value!r:.100}")
+    return number
+
+
+def seconds(name: str, value: Any) -> float:
+    """Returns a number of seconds.
+
+    Raises:
+        InvalidRequest: the value is not a number above 0.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or not 0 < value <= _LONGEST:
+        raise InvalidRequest(f"{name} must be a number of seconds above 0, at most {_LONGEST}, got {value!r:.100}")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns True or False.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if value is not True and value is not False:
+        raise InvalidRequest(f"{name} must be True or False, got {value!r:.100}")
+    return bool(value)
+
+
+def content(name: str, value: Any) -> bytes:
+    """Returns the bytes of a file.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise InvalidRequest(f"{name} must be the bytes of a file, got {type(value).__name__}")
+    return bytes(value)
+
+
+def file(name: str, value: Any) -> BinaryIO:
+    """Returns an open binary file, or the bytes of one.
+
+    Raises:
+        InvalidRequest: the value is something else, as a path.
+    """
+    if not isinstance(value, bytes) and not callable(getattr(value, "read", None)):
+        raise InvalidRequest(f"{name} must be a file that is open for reading in binary mode, got {value!r:.100}")
+    return cast("BinaryIO", value)
+
+
+def references(value: Any) -> list[str]:
+    """Returns a list of references.
+
+    Raises:
+        InvalidRequest: the value is one text, or cannot be iterated.
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidRequest(f"references must be a list of references, got {value!r:.100}")
+    return list(value)
+
+
+def path(name: str, value: Any) -> Path | None:
+    """Returns a path, or None.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if value is not None and not isinstance(value, str | Path):
+        raise InvalidRequest(f"{name} must be a path, got {value!r:.100}")
+    return None if value is None else Path(value)
+
+
+def _dtype(value: Any) -> KVDtype:
+    if not isinstance(value, str) or value not in _DTYPES:
+        raise InvalidRequest(f"dtype must be one of {', '.join(_DTYPES)}, got {value!r:.100}")
+    return cast(KVDtype, value)
+
+
+def _span(name: str, value: Any) -> Span:
+    first, last = _pair(name, value)
+    if not 0 <= first < last:
+        raise InvalidRequest(f"{name} must be a range (first, end) with 0 <= first < end, got {value!r:.100}")
+    return first, last
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, tuple | list) and len(value) == 2:
+        with contextlib.suppress(TypeError):
+            return operator.index(value[0]), operator.index(value[1])
+    raise InvalidRequest(f"{name} must be a pair of whole numbers, got {value!r:.100}")

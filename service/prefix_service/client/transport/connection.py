@@ -1,0 +1,158 @@
+"""How to reach a service: its address, whom to trust, and the deadline of a call."""
+
+import socket
+import ssl
+import struct
+from pathlib import Path
+
+import httpx
+
+from prefix_service.client.transport import dialling
+from prefix_service.client.transport.dialling import time_left
+from prefix_service.errors import ConnectionFailed, InvalidRequest
+from prefix_service.system.forks import close_in_child, renew_in_child
+
+
+class NotConnected(OSError):
+    """There is no connection, so nothing of a request was sent."""
+
+
+class Connection:
+    """A service's URL, key, Unix socket, certificate authorities, and the deadline of a call in seconds.
+
+    Raises:
+        InvalidRequest: the URL is not one of http or https, the key has characters that no header can carry, or
+            `ca_file` cannot be read.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        uds: str | Path | None = None,
+        ca_file: str | Path | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        self.url = _parsed(base_url)
+        self.api_key, self.uds, self.timeout = api_key, uds, timeout
+        self.peer_uid: int | None = None  # whose process listened on the Unix socket that was dialled last
+        self._ca_file = ca_file
+        if api_key is not None and not isinstance(api_key, str):
+            raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidRequest("the API key has characters that no key has: a line break, or a letter beyond ASCII")
+        self._tls = None if self.url.scheme == "http" else _trusting(ca_file)
+        renew_in_child(self)
+
+    @property
+    def address(self) -> str:
+        """The service's address for messages: the path of its Unix socket, or the URL without name and password."""
+        if self.uds is not None:
+            return f"unix:{self.uds}"
+        return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of every request."""
+        headers = {"Accept-Encoding": "identity", "User-Agent": "prefix-service-client"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        return headers
+
+    def renew(self) -> None:
+        """Drop the TLS context in a forked child: a thread of the parent may have held a lock in it. The next
+        connection makes another one, since reading the authorities takes 20 ms and more."""
+        self._tls = None
+
+    def dial(self, until: float) -> socket.socket:
+        """Returns a new connection, with its TLS, made before the moment `until` of `time.monotonic`.
+
+        Raises:
+            NotConnected: there is none; its cause says why.
+        """
+        try:
+            dialled = self._dial_unix(until) if self.uds is not None else self._dial_tcp(until)
+            return dialled if self.url.scheme == "http" else self._secured(dialled, until)
+        except (OSError, ValueError) as error:  # ValueError: a name that no certificate can have
+            raise NotConnected(str(error) or type(error).__name__) from error
+
+    def _dial_unix(self, until: float) -> socket.socket:
+        dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        close_in_child(dialled)
+        try:
+            dialled.settimeout(time_left(until))
+            dialled.connect(str(self.uds))
+            self.peer_uid = _peer_uid(dialled)
+        except BaseException:
+            dialled.close()
+            raise
+        return dialled
+
+    def _dial_tcp(self, until: float) -> socket.socket:
+        return dialling.connect(self.url.raw_host, self.url.port or (443 if self.url.scheme == "https" else 80), until)
+
+    def _secured(self, dialled: socket.socket, until: float) -> socket.socket:
+        try:
+            if self._tls is None:
+                self._tls = _trusting(self._ca_file)
+            # A ragged end would pass for the end of a body that has no length.
+            secured = self._tls.wrap_socket(
+                dialled,
+                server_hostname=self.url.raw_host.decode("ascii"),
+                suppress_ragged_eofs=False,
+                do_handshake_on_connect=False,
+            )
+        except BaseException:
+            dialled.close()
+            raise
+        close_in_child(secured)
+        try:
+            secured.settimeout(time_left(until))  # of the whole handshake
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
+
+
+def _trusting(ca_file: str | Path | None) -> ssl.SSLContext:
+    try:
+        context = httpx.create_ssl_context() if ca_file is None else ssl.create_default_context(cafile=str(ca_file))
+    except OSError as error:
+        raise InvalidRequest(f"ca_file {ca_file} has no certificates that can be read: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _parsed(base_url: str) -> httpx.URL:
+    if not isinstance(base_url, str | httpx.URL):
+        raise InvalidRequest(f"the service's URL must be a str, got {type(base_url).__name__}")
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise InvalidRequest(f"the service's URL cannot be read: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidRequest(f"the service's URL must begin with http:// or https://, got {base_url!r:.100}")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise InvalidRequest(f"the service's URL has port {url.port}, and ports end at 65535: {base_url!r:.100}")
+    if url.query or url.fragment:
+        raise InvalidRequest(f"the service's URL must end with its path, without ? and #, got {base_url!r:.100}")
+    return url
+
+
+def connection_failed(error: Exception, address: str) -> ConnectionFailed:
+    """Returns the error of this project for a failure of a socket or of httpx."""
+    late = (TimeoutError, httpx.TimeoutException)
+    kind = "did not answer in time" if isinstance(error, late) or isinstance(error.__cause__, late) else None
+    return ConnectionFailed(f"{address} {kind or 'cannot be reached'}: {str(error) or type(error).__name__}")
+
+
+def _peer_uid(connected: socket.socket) -> int | None:
+    """Returns the user whose process listens on a Unix socket (unix(7), SO_PEERCRED); None where the system does not
+    say."""
+    option: int | None = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    _, uid, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))
+    return int(uid)

@@ -1,0 +1,160 @@
+"""Requests over the lane. For tensors: memory for the body, its digest on arrival, large bodies in ranges, and on the
+same host no body at all."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Request, require_success, verifiable
+from prefix_service.client.transport.connection import Connection, connection_failed
+from prefix_service.client.transport.http1 import Head
+from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.ranges import Changed, Pieces
+from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
+from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
+
+_MOST_PROBLEM: Final = 1 << 20  # bytes of an error
+MOST_JSON: Final = 32 << 20
+"""Bytes that an answer may have that is no tensors."""
+
+
+class Fetcher:
+    """Safe to share between threads. `allocate` gives memory for a body, which takes long where it is `pinned`; a body
+    may come in ranges over `connections` at once, or with `shared_memory` be mapped where the service says that it
+    lies."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        allocate: Callable[[int], memoryview],
+        connections: int,
+        *,
+        pinned: bool,
+        shared_memory: bool,
+    ) -> None:
+        self.address, self._lane, self._connection = connection.address, Lane(connection), connection
+        self._allocate, self._connections = allocate, connections
+        self._pinned, self._shared_memory = pinned, shared_memory
+
+    def carry_out(self, request: Request, until: float, interrupt: Interrupt) -> Any:
+        """Returns the answer to a request, or what a fetch makes of it, before the moment `until` of
+        `time.monotonic`.
+
+        Raises:
+            ConnectionFailed: it is not there by then, or not all of it.
+            PrefixServiceError: the service reported it, or the fetch refused it.
+        """
+        try:
+            if isinstance(request, Fetch):
+                return self._fetch(request, until, interrupt)
+            received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
+        except OSError as error:
+            raise connection_failed(error, self.address) from error
+        head, body = received
+        return require_success(Answer(head.status, head.headers, body))
+
+    def blocks(self, request: Request) -> bool:
+        """Whether a request needs a thread: disks and pinned memory take long, ranges come in threads, and the body of
+        a change may be read from a disk."""
+        if isinstance(request, Fetch):
+            return request.blocks or self._pinned or self._connections > 1
+        return request.method != "GET"
+
+    async def carry_out_on_loop(self, request: Request, until: float) -> Any:
+        """Returns what `carry_out` does, on the running event loop, for a request that does not block.
+
+        Raises:
+            ConnectionFailed, PrefixServiceError: as `carry_out`.
+        """
+        try:
+            if isinstance(request, Fetch):
+                return await self._fetch_on_loop(request, until)
+            received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
+        except OSError as error:
+            raise connection_failed(error, self.address) from error
+        head, body = received
+        return require_success(Answer(head.status, head.headers, body))
+
+    def _fetch(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Any:
+        if self._shared_memory:
+            named = self._whole(fetch, until, interrupt, ACCEPTING_FILES)
+            if (found := read_shared(fetch, named, self._connection.peer_uid)) is not None:
+                return found
+        return fetch.read(require_success(self._answer(fetch, until, interrupt)))
+
+    async def _fetch_on_loop(self, fetch: Fetch, until: float) -> Any:
+        if self._shared_memory:
+            named = await self._whole_on_loop(fetch, until, ACCEPTING_FILES)
+            if (found := read_shared(fetch, named, self._connection.peer_uid)) is not None:
+                return found
+        return fetch.read(require_success(await self._whole_on_loop(fetch, until)))
+
+    def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
+        if self._connections > 1:
+            try:
+                place = _Arrival(self._allocate, is_verified=False).place
+                head, body = Pieces(self._lane, fetch, until, interrupt).receive(place, self._connections)
+                return Answer(200 if head.status == 206 else head.status, head.headers, body)
+            except Changed:
+                pass  # whole, over one connection, it cannot be torn
+        return self._whole(fetch, until, interrupt)
+
+    def _whole(
+        self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        exchange = self._lane.exchange
+        head, body = exchange(fetch, arrival.place, until, interrupt, headers=headers, observe=arrival.observe)
+        return Answer(head.status, head.headers, body, arrival.digest)
+
+    async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
+        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        exchange = self._lane.exchange_on_loop
+        head, body = await exchange(fetch, arrival.place, until, headers=headers, observe=arrival.observe)
+        return Answer(head.status, head.headers, body, arrival.digest)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._lane.close()
+
+
+def place_json(head: Head) -> memoryview:
+    """Returns memory for an answer that is no tensors.
+
+    Raises:
+        InvalidResponse: it is too long to be one of the service.
+    """
+    most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
+    if head.length > most:
+        raise InvalidResponse(f"status {head.status} with {head.length} bytes, more than {most}: is the URL right?")
+    return memoryview(bytearray(head.length))
+
+
+class _Arrival:
+    """One body on its way: where it goes, and its digest, in the algorithm that its head names."""
+
+    def __init__(self, allocate: Callable[[int], memoryview], *, is_verified: bool) -> None:
+        self._allocate = allocate
+        self._is_verified = is_verified
+        self._algorithm: Algorithm | None = None
+        self._hasher: Hasher | None = None
+
+    def place(self, head: Head) -> memoryview:
+        """Returns memory for the body of an answer with this head."""
+        if head.status not in (200, 206):
+            return place_json(head)
+        if self._is_verified and (algorithm := verifiable(head.headers)) is not None:
+            self._algorithm, self._hasher = algorithm, new_hasher(algorithm)
+        return self._allocate(head.length)
+
+    def observe(self, piece: memoryview) -> None:
+        """Add a piece of the body to its digest."""
+        if self._hasher is not None:
+            self._hasher.update(piece)
+
+    @property
+    def digest(self) -> BodyDigest | None:
+        """The digest of what arrived; None where none was computed."""
+        if self._algorithm is None or self._hasher is None:
+            return None
+        return self._algorithm, self._hasher.digest()

@@ -1,0 +1,234 @@
+"""Requests and answers over connections that stay; an answer's body is received into memory that is allocated once.
+
+httpx hands a body over in small pieces, each a copy, at a third of the speed, and knows no deadline of a whole request.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Final
+from urllib.parse import urlencode
+
+from prefix_service.client.protocol import Request
+from prefix_service.client.transport.bodies import encoded
+from prefix_service.client.transport.connection import Connection
+from prefix_service.client.transport.dialling import time_left
+from prefix_service.client.transport.http1 import Head
+from prefix_service.client.transport.link import MOST_UNDECLARED, Link, Observer, Place, carry_out, carry_out_on_loop
+from prefix_service.system.forks import renew_in_child
+
+_MOST_IDLE: Final = 32
+_PATIENCE: Final = 0.25
+"""The part of the time left that a connection which was idle has for the first byte of an answer: its peer may have
+vanished without a word."""
+
+
+class Interrupt:
+    """Breaks off exchanges from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watched: set[socket.socket] = set()
+        self.is_broken = False
+
+    @contextlib.contextmanager
+    def watching(self, link: socket.socket) -> Iterator[None]:
+        """Break off what happens on this socket in the block.
+
+        Raises:
+            ConnectionAbortedError: it was broken off before.
+        """
+        with self._lock:
+            if self.is_broken:
+                raise ConnectionAbortedError("broken off")
+            self._watched.add(link)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watched.discard(link)
+
+    def break_off(self) -> None:
+        """End what is under way, and what would begin."""
+        with self._lock:
+            self.is_broken = True
+            for link in self._watched:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(link, socket.SHUT_RDWR)  # TLS's own would take its state from the reader
+
+
+class Lane:
+    """Exchanges with one service over connections that stay; safe to share between threads and with forked children."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._path = connection.url.raw_path.decode("ascii").rstrip("/")
+        host = connection.url.netloc.decode("ascii").rpartition("@")[2]
+        self._fixed = _lines({"Host": host, **connection.headers}) + b"\r\n"
+        self._is_closed = False
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin without connections, in a forked child too, where those of the parent are closed already."""
+        self._idle: list[Link] = []
+        self._lock = threading.Lock()
+
+    def exchange(
+        self,
+        request: Request,
+        place: Place,
+        until: float,
+        interrupt: Interrupt,
+        *,
+        headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
+        most: int = MOST_UNDECLARED,
+    ) -> tuple[Head, memoryview]:
+        """Send a request, with more `headers`, and receive its answer's body where `place` says, before the moment
+        `until` of `time.monotonic`; `observe` sees the body as it comes, `most` bounds one without a declared length.
+
+        Raises:
+            OSError: no answer, or not all of it; TimeoutError if it did not come in time; NotConnected if nothing of
+                the request was sent.
+        """
+        message, body = self._message(request, headers)
+
+        def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
+            try:
+                with interrupt.watching(link.socket):
+                    begun = carry_out(link.begin(message, body), link.socket, first_by)
+                    received = carry_out(link.finish(begun, place, observe, most), link.socket, until)
+            except BaseException:
+                link.socket.close()
+                raise
+            self._keep(link)
+            return received
+
+        patience = _patience(until)
+        link = self._idle_one(request)
+        if link is not None:
+            try:
+                return over(link, patience)
+            except OSError:
+                if link.has_begun or interrupt.is_broken:
+                    raise
+                self._close_idle()
+        return over(Link(self._connection.dial(until)), until)
+
+    async def exchange_on_loop(
+        self,
+        request: Request,
+        place: Place,
+        until: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
+        most: int = MOST_UNDECLARED,
+    ) -> tuple[Head, memoryview]:
+        """Exchange a GET on the running event loop; a new connection is made in a thread.
+
+        Raises:
+            OSError: as `exchange`.
+        """
+        message, _ = self._message(request, headers)
+
+        async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
+            try:
+                begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
+                received = await carry_out_on_loop(link.finish(begun, place, observe, most), link.socket, until)
+            except BaseException:
+                link.socket.close()
+                raise
+            self._keep(link)
+            return received
+
+        patience = _patience(until)
+        link = self._idle_one(request)
+        if link is not None:
+            try:
+                return await over(link, patience)
+            except OSError:
+                if link.has_begun:
+                    raise
+                self._close_idle()
+        return await over(await self._dial_in_thread(until), until)
+
+    def _message(self, request: Request, headers: Mapping[str, str] | None) -> tuple[bytes, Iterable[bytes]]:
+        """Returns a request's head, and the pieces of its body."""
+        query = _query(tuple(request.params.items()))
+        start = f"{request.method} {self._path}{request.path}{query} HTTP/1.1\r\n"
+        about_body, body = ({}, ()) if request.method == "GET" else encoded(request)
+        lines = _lines({**request.headers, **about_body, **(headers or {})})
+        return start.encode("ascii") + lines + self._fixed, body
+
+    def _idle_one(self, request: Request) -> Link | None:
+        """Returns a connection that was used before, if there is one. A change goes over a new one: that an idle one is
+        dead shows only after the request, which could not be sent again."""
+        if request.method != "GET":
+            return None
+        while True:
+            with self._lock:
+                link = self._idle.pop() if self._idle else None
+            if link is None or not link.is_readable():
+                return link
+            link.socket.close()
+
+    async def _dial_in_thread(self, until: float) -> Link:
+        dialling = asyncio.ensure_future(asyncio.to_thread(self._dial_prepared, until))
+        try:
+            return await asyncio.wait_for(asyncio.shield(dialling), time_left(until))
+        except (asyncio.CancelledError, TimeoutError):
+            dialling.add_done_callback(_close_unused)
+            raise
+
+    def _dial_prepared(self, until: float) -> Link:
+        import prefix_service.client.flows.decode  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
+
+        return Link(self._connection.dial(until))
+
+    def _keep(self, link: Link) -> None:
+        """Keep a connection for another request, or close it."""
+        with self._lock:
+            if link.stays and not self._is_closed and len(self._idle) < _MOST_IDLE:
+                self._idle.append(link)
+                return
+        link.socket.close()
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for link in idle:
+            link.socket.close()
+
+    def close(self) -> None:
+        """Close every connection; one in use closes when its exchange ends."""
+        self._is_closed = True
+        self._close_idle()
+
+
+def _patience(until: float) -> float:
+    """Returns the moment until which a connection that was idle may keep silent.
+
+    Raises:
+        TimeoutError: there is no time left.
+    """
+    return time.monotonic() + _PATIENCE * time_left(until)
+
+
+def _close_unused(dialling: "asyncio.Future[Link]") -> None:
+    if not dialling.cancelled() and dialling.exception() is None:
+        dialling.result().socket.close()
+
+
+@lru_cache(maxsize=256)  # encoding takes as long as a small answer
+def _query(params: tuple[tuple[str, str], ...]) -> str:
+    return f"?{urlencode(params)}" if params else ""
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")

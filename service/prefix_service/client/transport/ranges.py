@@ -1,0 +1,110 @@
+"""A large body in several ranges at once, over as many connections (RFC 9110, section 14)."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from prefix_service.client.protocol import Request
+from prefix_service.client.transport.http1 import Head
+from prefix_service.client.transport.lane import Interrupt, Lane
+
+PIECE: Final = 32 << 20
+"""Bytes of a range: what a body must exceed to come in several."""
+
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
+
+
+class Changed(Exception):
+    """The service has another body now, or does not answer with the range that was asked for."""
+
+
+class Pieces:
+    """One body, received piece by piece by several threads; used once."""
+
+    def __init__(self, lane: Lane, request: Request, until: float, interrupt: Interrupt) -> None:
+        self._lane, self._request, self._until, self._interrupt = lane, request, until, interrupt
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._memory = memoryview(b"")
+        self._starts: Iterator[int] = iter(())
+        self._etag = ""
+
+    def receive(self, allocate: Callable[[Head], memoryview], connections: int) -> tuple[Head, memoryview]:
+        """The whole body, or another answer than 206, which comes as it is.
+
+        Raises:
+            Changed: it changed under way.
+            OSError: as `Lane.exchange`.
+        """
+
+        def first(head: Head) -> memoryview:
+            if head.status != 206:
+                return allocate(head)
+            total = self._plan(head)
+            self._memory = allocate(Head(head.status, head.headers, total, head.keeps_alive))
+            needed = min(connections, -(-total // PIECE)) - 1
+            self._threads = [threading.Thread(target=self._take, daemon=True) for _ in range(needed)]
+            for thread in self._threads:
+                thread.start()
+            return self._memory[: head.length]
+
+        try:
+            wanted = {"Range": f"bytes=0-{PIECE - 1}"}
+            head, body = self._lane.exchange(self._request, first, self._until, self._interrupt, headers=wanted)
+            if head.status != 206:
+                return head, body
+            self._take()
+        finally:
+            self._starts = iter(())  # after a failure the others end with the piece that they are at
+            for thread in self._threads:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return head, self._memory
+
+    def _plan(self, head: Head) -> int:
+        """The whole body's length, of which this is the first piece."""
+        start, stop, total = _content_range(head)
+        if (start, stop) != (0, min(PIECE, total)) or head.length != stop:
+            raise Changed("another range than the one that was asked for")
+        self._etag = head.headers.get("etag", "")
+        if total > PIECE and not self._etag.startswith('"'):
+            raise Changed("no strong entity tag holds the ranges together")
+        self._starts = iter(range(PIECE, total, PIECE))
+        return total
+
+    def _take(self) -> None:
+        """Receive one piece after another, as long as there are some."""
+        try:
+            while self._failure is None:
+                with self._lock:
+                    start = next(self._starts, None)
+                if start is None:
+                    return
+                self._piece(start)
+        except BaseException as error:  # noqa: BLE001 - raised where the pieces come together
+            self._failure = error
+
+    def _piece(self, start: int) -> None:
+        place = self._memory[start : start + PIECE]
+        stop = start + len(place)
+
+        def at(head: Head) -> memoryview:
+            if head.status != 206 or head.headers.get("etag") != self._etag:
+                raise Changed("another body")
+            if _content_range(head) != (start, stop, len(self._memory)) or head.length != len(place):
+                raise Changed("another range than the one that was asked for")
+            return place
+
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag}
+        self._lane.exchange(self._request, at, self._until, self._interrupt, headers=wanted)
+
+
+def _content_range(head: Head) -> tuple[int, int, int]:
+    """Start, stop and length of the whole."""
+    match = _CONTENT_RANGE.fullmatch(head.headers.get("content-range", ""))
+    if match is None:
+        raise Changed("a range that does not say which")
+    return int(match[1]), int(match[2]) + 1, int(match[3])

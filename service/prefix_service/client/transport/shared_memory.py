@@ -1,0 +1,78 @@
+"""An answer that names a file of the service: mapped, not copied, by a worker on the same host.
+
+Every mapping is private: what is written to it reaches nobody else. It lives as long as a tensor in it, whatever
+becomes of the file's name.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from prefix_service.client.protocol import Answer, Fetch, require_success
+from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
+
+_MOST_TOLD: Final = 16 << 10  # bytes: a path has up to 4,096
+_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # nothing that a pipe or a link could do
+
+log = logging.getLogger(__name__)
+
+
+ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {MEDIA_TYPE}"}
+"""The header that asks for the name of a file, if there is one."""
+
+
+def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | None:
+    """What `fetch` makes of an answer, or of the file that it names; None if the bytes must be asked for, because the
+    file cannot be reached from here or holds something else. `peer_uid` is the user whose process listens on the
+    socket, where the system says that.
+
+    Raises:
+        InvalidResponse: it names something else than a file of the service, of root or of this process's user.
+        PrefixServiceError: the service reported it, or the fetch refused an answer that names no file.
+    """
+    if answer.headers.get("content-type") != SHARED_FILE_TYPE:
+        return fetch.read(require_success(answer))
+    path, size, digest = _told(answer)
+    try:
+        body = _mapped(path, size, {peer_uid, 0, os.geteuid()})
+    except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or no path at all
+        log.debug("%s cannot be mapped: %s", path, error)
+        return None
+    headers = {name: value for name, value in answer.headers.items() if name != "repr-digest"}
+    if digest is not None:
+        headers["repr-digest"] = digest
+    try:
+        return fetch.read(replace(answer, headers=headers, body=body, digest=None))
+    except InvalidResponse as error:
+        log.warning("%s is not used, its bytes are asked for: %s", path, error)
+        return None
+
+
+def _told(answer: Answer) -> tuple[str, int, str | None]:
+    """The file's path and size, and the digest of its content where that was asked for."""
+    told = answer.json() if len(answer.body) <= _MOST_TOLD else None
+    if isinstance(told, dict):
+        path, size, digest = told.get("file"), told.get("bytes"), told.get("repr_digest")
+        is_digest = digest is None or isinstance(digest, str)
+        if isinstance(path, str) and path.startswith("/") and "\0" not in path and type(size) is int and is_digest:
+            return path, size, digest
+    raise InvalidResponse(f"the answer names no file that could be mapped: {bytes(answer.body[:200])!r}")
+
+
+def _mapped(path: str, size: int, owners: set[int | None]) -> memoryview:
+    from prefix_service.client.cache.memory import map_for_many
+
+    handle = os.open(path, _FLAGS)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o222 or not 0 < size == found.st_size:
+            raise InvalidResponse(f"{path} is not a file of {size} bytes that nobody writes to")
+        if found.st_uid not in owners:
+            raise InvalidResponse(f"{path} belongs to user {found.st_uid}, who is not the service's: it is not mapped")
+        return map_for_many(handle, size)
+    finally:
+        os.close(handle)

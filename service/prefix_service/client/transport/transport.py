@@ -1,0 +1,250 @@
+"""Flows carried out: deadlines, retries of what is safe to retry, and several flows in parallel."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+import httpx
+
+from prefix_service.client.flows.flows import Flow, T
+from prefix_service.client.protocol import Answer, Fetch, Request, Step, Together, Work, require_success
+from prefix_service.client.transport.connection import NotConnected, connection_failed
+from prefix_service.client.transport.dialling import time_left
+from prefix_service.client.transport.fetcher import Fetcher
+from prefix_service.client.transport.foreign import AsyncForeign, Foreign
+from prefix_service.client.transport.lane import Interrupt
+from prefix_service.errors import (
+    ConnectionFailed,
+    CorruptBlob,
+    InvalidRequest,
+    NotFound,
+    PrefixServiceError,
+    RateLimited,
+    Unavailable,
+)
+from prefix_service.system.forks import renew_in_child
+
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 2.0
+_NEVER_SENT: Final = (NotConnected, httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_MOST_THREADS: Final = 32
+
+Begun = tuple[Flow[Any], Step]
+"""A flow, and the step that it waits for."""
+
+
+class _Attempts:
+    """The deadline of a request, the growing pauses between its attempts, and whether one may have been carried out."""
+
+    def __init__(self, request: Request, until: float) -> None:
+        self._request, self._until = request, until
+        self._may_be_done = False
+        self._pause = _FIRST_PAUSE
+
+    def pause_after(self, error: PrefixServiceError) -> float:
+        """Returns the seconds to wait before another attempt.
+
+        Raises:
+            PrefixServiceError: this very error, when another attempt cannot help or has no time.
+        """
+        if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
+            raise error
+        if not _was_refused(error):
+            if not self._request.is_idempotent:
+                raise error
+            self._may_be_done = True
+        pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        if time.monotonic() + pause >= self._until:
+            raise error
+        return pause
+
+    def found_done(self, error: PrefixServiceError) -> bool:
+        """Whether a deletion finds nothing because an earlier attempt, whose answer was lost, has done it."""
+        return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
+
+
+def _was_refused(error: PrefixServiceError) -> bool:
+    """Whether the request was certainly not carried out."""
+    return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
+
+
+def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
+    """Begin flows. Returns the results and errors of those that are done without a step, None for each of the others;
+    and the others by their index."""
+    results: list[Any] = [None] * len(flows)
+    waiting: dict[int, Begun] = {}
+    for index, flow in enumerate(flows):
+        try:
+            waiting[index] = flow, next(flow)
+        except StopIteration as end:
+            results[index] = end.value
+        except PrefixServiceError as error:
+            results[index] = error
+    return results, waiting
+
+
+class Transport:
+    """Blocking; safe to share between threads. `timeout` is the deadline of a flow in seconds."""
+
+    def __init__(self, way: Fetcher | Foreign, timeout: float) -> None:
+        self._way, self._timeout = way, timeout
+        self._is_closed = False
+
+    def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow, and return its result.
+
+        Raises:
+            ConnectionFailed: it was not done before the deadline.
+            PrefixServiceError: the service reported it, or the flow raised it.
+        """
+        try:
+            step = next(flow)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if self._is_closed:
+            raise InvalidRequest("this client is closed: make another one")
+        return self._finish(flow, step, time.monotonic() + self._timeout)
+
+    def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
+        try:
+            while True:
+                step = flow.send(self._carry_out(step, until))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _carry_out(self, step: Step, until: float) -> Any:
+        if isinstance(step, Work):
+            return step.run()
+        if isinstance(step, Together):
+            return self._together(step, until)
+        attempts = _Attempts(step, until)
+        while True:
+            try:
+                return self._once(step, until)
+            except PrefixServiceError as error:
+                if attempts.found_done(error):
+                    return Answer(204, {}, bytearray())
+                time.sleep(attempts.pause_after(error))
+
+    def _once(self, request: Request, until: float) -> Any:
+        if isinstance(self._way, Fetcher):
+            return self._way.carry_out(request, until, Interrupt())
+        answer = require_success(self._way.send(request, until))
+        return request.read(answer) if isinstance(request, Fetch) else answer
+
+    def _together(self, step: Together, until: float) -> list[Any]:
+        results, waiting = _begun(step.flows)
+        if not waiting:
+            return results
+
+        def finish(begun: Begun) -> Any:
+            try:
+                return self._finish(*begun, until)
+            except PrefixServiceError as error:
+                return error
+
+        with ThreadPoolExecutor(min(step.at_once, len(waiting)), "prefix-rows") as threads:
+            for index, result in zip(waiting, threads.map(finish, waiting.values()), strict=True):
+                results[index] = result
+        return results
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._is_closed = True
+        self._way.close()
+
+
+class AsyncTransport:
+    """For asyncio. It keeps the event loop free: what blocks for long is done in threads."""
+
+    def __init__(self, way: Fetcher | AsyncForeign, timeout: float) -> None:
+        self._way, self._timeout = way, timeout
+        self._is_closed = False
+        self.renew()
+        renew_in_child(self)
+
+    def renew(self) -> None:
+        """Begin without threads, in a forked child too, where those of the parent do not run."""
+        self._threads = ThreadPoolExecutor(_MOST_THREADS, "prefix-client")
+
+    async def run(self, flow: Flow[T]) -> T:
+        """Carry out a flow, as `Transport.run`."""
+        try:
+            step = next(flow)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        if self._is_closed:
+            raise InvalidRequest("this client is closed: make another one")
+        return await self._finish(flow, step, time.monotonic() + self._timeout)
+
+    async def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
+        try:
+            while True:
+                step = flow.send(await self._carry_out(step, until))
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def _carry_out(self, step: Step, until: float) -> Any:
+        if isinstance(step, Work):
+            return await self._in_thread(step.run)
+        if isinstance(step, Together):
+            return await self._together(step, until)
+        attempts = _Attempts(step, until)
+        while True:
+            try:
+                return await self._once(step, until)
+            except PrefixServiceError as error:
+                if attempts.found_done(error):
+                    return Answer(204, {}, bytearray())
+                await asyncio.sleep(attempts.pause_after(error))
+
+    async def _once(self, request: Request, until: float) -> Any:
+        if isinstance(self._way, AsyncForeign):
+            answer = require_success(await self._way.send(request, until))
+            return await self._in_thread(partial(request.read, answer)) if isinstance(request, Fetch) else answer
+        if not self._way.blocks(request):
+            return await self._way.carry_out_on_loop(request, until)
+        interrupt = Interrupt()
+        try:
+            async with asyncio.timeout(time_left(until)):  # it may wait for a thread
+                return await self._in_thread(partial(self._way.carry_out, request, until, interrupt))
+        except TimeoutError as error:
+            raise connection_failed(error, self._way.address) from error
+        finally:
+            interrupt.break_off()
+
+    async def _together(self, step: Together, until: float) -> list[Any]:
+        results, waiting = _begun(step.flows)
+        turns = asyncio.Semaphore(step.at_once)
+
+        async def finish(index: int, begun: Begun) -> None:
+            async with turns:
+                try:
+                    results[index] = await self._finish(*begun, until)
+                except PrefixServiceError as error:
+                    results[index] = error
+
+        async with asyncio.TaskGroup() as group:
+            for index, begun in waiting.items():
+                group.create_task(finish(index, begun))
+        return results
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self._is_closed = True
+        if isinstance(self._way, AsyncForeign):
+            await self._way.close()
+        else:
+            self._way.close()
+        self._threads.shutdown(wait=False)

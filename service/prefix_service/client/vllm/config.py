@@ -1,0 +1,132 @@
+"""`kv_connector_extra_config`: where the service is, in the words of `PrefixClient`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from prefix_service.client.client import AsyncPrefixClient
+from prefix_service.errors import InvalidRequest
+
+CONNECTOR: Final = "PrefixConnector"
+MULTI_CONNECTOR: Final = "MultiConnector"
+MODULE: Final = "prefix_service.client.vllm"
+GARBAGE: Final = 'kv_load_failure_policy must be "fail": anything else answers with garbage where a prefix is missing'
+_KEY_VARIABLE: Final = "PREFIX_API_KEY"
+
+
+class ConnectorConfig(BaseModel):
+    """The service's URL, where its key is found (a file, or an environment variable: vLLM logs this configuration),
+    options of `AsyncPrefixClient`, which documents them, and parameters of other connectors. Each worker has
+    `cache_bytes` for prefixes in host memory, those on their way included."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    api_key_file: Path | None = None
+    api_key_env: str = _KEY_VARIABLE
+    uds: Path | None = None
+    ca_file: Path | None = None
+    timeout: float = 60.0
+    cache_bytes: int = 1 << 30
+    cache_dir: Path | None = None
+    cache_dir_bytes: int = 10 << 30
+    verify_digest: bool | None = None
+    connections: int = 1
+    shared_memory: bool = True
+    other_parameters: frozenset[str] = frozenset()
+    """Keys of `kv_transfer_params` that another connector reads."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_in_the_open(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "api_key" in given:
+            raise ValueError(
+                "vLLM writes its configuration to its log, so no key belongs there: name a file that holds it in "
+                f"`api_key_file`, or an environment variable in `api_key_env` (default {_KEY_VARIABLE})"
+            )
+        return given
+
+    @classmethod
+    def of_engine(cls, kv_transfer_config: Any) -> Self:
+        """Return the configuration of the engine's `PrefixConnector`, which may be one of a `MultiConnector`'s.
+
+        Raises:
+            InvalidRequest: the engine has none, or its configuration is wrong.
+        """
+        own = None if kv_transfer_config is None else kv_transfer_config.kv_connector_extra_config
+        if own is not None and "connectors" in own:
+            found = [one for one in own["connectors"] if one.get("kv_connector") == CONNECTOR]
+            own = found[0].get("kv_connector_extra_config", {}) if found else None
+        if own is None:
+            raise InvalidRequest(f"this engine runs without {CONNECTOR} (--kv-transfer-config)")
+        return cls.of(own)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From the JSON that vLLM was given.
+
+        Raises:
+            InvalidRequest: a key that is unknown or missing, or a value of another kind.
+        """
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            told = [f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()]
+            known = ", ".join(cls.model_fields)
+            raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(told)}. It may have: {known}") from error
+
+    def client(self, key: str | None, cache_bytes: int) -> AsyncPrefixClient:
+        """Returns a client of that service.
+
+        Raises:
+            InvalidRequest: the URL is none.
+        """
+        return AsyncPrefixClient(
+            self.url,
+            key,
+            uds=self.uds,
+            ca_file=self.ca_file,
+            timeout=self.timeout,
+            cache_bytes=cache_bytes,
+            cache_dir=self.cache_dir,
+            cache_dir_bytes=self.cache_dir_bytes,
+            verify_digest=self.verify_digest,
+            connections=self.connections,
+            shared_memory=self.shared_memory,
+        )
+
+    def api_key(self) -> str | None:
+        """Returns the key that the file or the environment has now.
+
+        Raises:
+            InvalidRequest: the file cannot be read.
+        """
+        if self.api_key_file is None:
+            return os.environ.get(self.api_key_env) or None
+        try:
+            return self.api_key_file.read_text().strip()
+        except OSError as error:
+            raise InvalidRequest(f"api_key_file {self.api_key_file} cannot be read: {error}") from error
+
+
+def refuse_partners(kv_transfer_config: Any) -> None:
+    """Refuse a `MultiConnector` in which a request could be answered without its adapter.
+
+    Raises:
+        InvalidRequest: it is one.
+    """
+    connectors = kv_transfer_config.kv_connector_extra_config.get("connectors") or []
+    names = [one.get("kv_connector") for one in connectors]
+    policies = [kv_transfer_config.kv_load_failure_policy]
+    policies += [one.get("kv_load_failure_policy", "fail") for one in connectors]
+    reasons = {
+        GARBAGE: any(policy != "fail" for policy in policies),
+        f"its connectors must have one {CONNECTOR}, and have {names}": names.count(CONNECTOR) != 1,
+        f"a {MULTI_CONNECTOR} inside of another is not supported": MULTI_CONNECTOR in names,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InvalidRequest(f"{MULTI_CONNECTOR}: {reason}")

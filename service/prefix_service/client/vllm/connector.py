@@ -1,0 +1,155 @@
+"""The class that vLLM loads: its hooks, handed to the half that this process is. Read against vLLM 0.32.0.
+
+`vllm.v1.core.sched.scheduler.Scheduler` asks for matched tokens before it allocates; `(None, False)` leaves a request
+waiting and others running, `(n, True)` holds its blocks until every worker has reported it, done or failed. Metadata
+goes to the workers with each step and back (`KVConnectorOutput.kv_connector_worker_meta`), and steps happen, though
+empty, while any request waits (`EngineCore.step`, `KVConnectorModelRunnerMixin.kv_connector_no_forward`): so workers
+can fetch bytes, and report them, before a block is claimed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.utils import extract_layer_index
+
+from prefix_service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
+from prefix_service.client.vllm.model import Model, refuse_model
+from prefix_service.client.vllm.resolver import Resolver
+from prefix_service.client.vllm.scheduler import SchedulerHalf
+from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
+from prefix_service.client.vllm.source import Source
+from prefix_service.client.vllm.worker import WorkerHalf
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.ranks import kv_heads_of_rank
+
+
+@dataclass
+class PrefixOrders(KVConnectorMetadata):  # type: ignore[misc] # vLLM is not installed where mypy runs
+    """What travels from the scheduler to the workers with each step."""
+
+    orders: Orders = field(default_factory=Orders)
+
+
+@dataclass
+class PrefixReports(KVConnectorWorkerMetadata):  # type: ignore[misc] # as above
+    """What travels back."""
+
+    reports: Reports
+
+    def aggregate(self, other: "PrefixReports") -> "PrefixReports":
+        """Returns what two groups of workers report, as one."""
+        return PrefixReports(self.reports.aggregate(other.reports))
+
+
+class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
+    """Prefixes of prefix-service as keys and values that vLLM need not compute.
+
+    Raises:
+        InvalidRequest: `kv_connector_extra_config` is wrong, or this engine cannot serve prefixes.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        refuse_model(vllm_config, kv_cache_config)
+        config = ConnectorConfig.of(self._kv_transfer_config.kv_connector_extra_config)
+        model = Model.of(vllm_config)
+        self.half: Any
+        if role == KVConnectorRole.SCHEDULER:
+            shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size)
+            resolver = Resolver(Source(config, config.cache_bytes), model)
+            self.half = SchedulerHalf(resolver, shelf, model, config)
+        else:
+            rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            heads = kv_heads_of_rank(model.num_kv_heads, rank)
+            source = Source(config, cache_bytes=0)  # the scheduler decides what is kept
+            self.half = WorkerHalf(source, model, heads, vllm_config.cache_config.block_size)
+
+    # --- The scheduler ---
+
+    def on_new_request(self, request: Any) -> None:
+        """A request arrived."""
+        self.half.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """What of a request comes from its prefix."""
+        answer: tuple[int | None, bool] = self.half.matched(request, num_computed_tokens)
+        return answer
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """A request has its blocks."""
+        self.half.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
+        """What workers have to do."""
+        return PrefixOrders(self.half.take_orders())
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What workers report."""
+        metadata = connector_output.kv_connector_worker_meta
+        if metadata is not None:
+            self.half.take_reports(metadata.reports)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request ended; its blocks may go immediately."""
+        return False, self.half.finished(request)
+
+    def reset_cache(self) -> bool:
+        """Forget what was remembered; called for `reset_prefix_cache` with `reset_connector`."""
+        self.half.forget()
+        return True
+
+    # --- The worker ---
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """The layers of this rank.
+
+        Raises:
+            InvalidRequest: prefixes cannot be written to them, or vLLM's own MultiConnector holds this connector.
+        """
+        holder = get_kv_transfer_group()
+        if holder is not self and getattr(holder, "prefixes", None) is not self:
+            raise InvalidRequest(
+                f"{CONNECTOR} cannot be used in vLLM's {MULTI_CONNECTOR}, whose other connectors would take one "
+                f'adapter\'s keys and values for another\'s: add "kv_connector_module_path": "{MODULE}" beside '
+                f'"kv_connector": "{MULTI_CONNECTOR}", which then keeps requests with adapters from the others'
+            )
+        layers = self._vllm_config.compilation_config.static_forward_context
+        self.half.register({extract_layer_index(name): layers[name] for name in kv_caches})
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Begin what the scheduler asked for."""
+        self.half.start(self._get_connector_metadata().orders)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Write what this step loads, and report it."""
+        done, failed = self.half.finish()
+        return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
+
+    def build_connector_worker_meta(self) -> PrefixReports | None:
+        """What became of fetches since the last step."""
+        reports = self.half.reports()
+        return PrefixReports(reports) if reports.arrived or reports.failed else None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request begins when all its layers are there."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: prefixes are only read."""
+
+    def wait_for_save(self) -> None:
+        """Nothing: prefixes are only read."""
+
+    # --- Both ---
+
+    def shutdown(self) -> None:
+        """End threads and connections."""
+        self.half.close()

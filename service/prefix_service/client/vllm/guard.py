@@ -1,0 +1,111 @@
+"""Compares the adapter that an HTTP request names with the one that reaches vLLM's engine. Imports no vLLM.
+
+vLLM's routes build the engine's parameters in many places: some leave out `kv_transfer_params`, some add what cannot be
+served behind a prefix. Such a call raises ValueError, which vLLM answers with 400. The engine gets the version that was
+checked, by its digest; if it fails the request nevertheless, its reason is raised where vLLM reads the outputs: vLLM
+alone would answer with 500 and no reason.
+"""
+
+import functools
+import inspect
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prefix_service.client.vllm.failures import raise_for, unpack
+from prefix_service.client.vllm.requests import CONTAINER, PARAMETER, refuse_length, refuse_sampling
+from prefix_service.client.vllm.resolver import Version
+from prefix_service.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The adapter that an HTTP request names, the version that this means, and the longest sequence of the model."""
+
+    reference: str
+    version: Version
+    max_length: int
+
+
+ASKED: Final = ContextVar[Asked | None]("prefix_adapter", default=None)
+"""What the HTTP request being served asks for; tasks that serve it inherit it."""
+
+_METHODS: Final = {"generate": "sampling_params", "encode": "pooling_params"}
+
+
+def guard_engine(engine_client: Any) -> None:
+    """Make the engine client refuse calls that lost the adapter of their HTTP request, or cannot be served with it, and
+    raise the reasons of the engine."""
+    for name, params in _METHODS.items():
+        method = getattr(engine_client, name, None)
+        if method is not None:
+            setattr(engine_client, name, _guarded(method, params))
+    processor = getattr(engine_client, "output_processor", None)
+    if processor is not None:
+        processor.process_outputs = _unpacked(processor.process_outputs)
+
+
+def _guarded(method: Callable[..., Any], params: str) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        asked = ASKED.get()
+        if asked is None:
+            return method(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs).arguments
+        try:
+            _refuse_unfit(arguments.get(params), asked)
+            refuse_length(asked.version, _length(arguments.get("prompt")), asked.max_length)
+        except InvalidRequest as error:
+            raise ValueError(error.message) from error
+        _hand_version(arguments[params], asked)
+        return _reasoned(method(*args, **kwargs))
+
+    return guarded
+
+
+def _unpacked(process: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(process)
+    def unpacked(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        unpack(outputs)
+        return process(outputs, *args, **kwargs)
+
+    return unpacked
+
+
+async def _reasoned(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Yield a request's outputs, or raise the reason why it failed."""
+    async with aclosing(outputs):
+        async for output in outputs:
+            raise_for(output)
+            yield output
+
+
+def _refuse_unfit(params: Any, asked: Asked) -> None:
+    # Several prompts of one HTTP request may share their parameters, which then have the version already.
+    if _handed(params) not in (asked.reference, asked.version.reference):
+        raise InvalidRequest(
+            f"vLLM left out {PARAMETER} {asked.reference} on the way to its engine: this route, or one of the "
+            "request's options, cannot be used with an adapter"
+        )
+    refuse_sampling(params)
+
+
+def _hand_version(params: Any, asked: Asked) -> None:
+    extra = params.extra_args
+    params.extra_args = {**extra, CONTAINER: {**extra[CONTAINER], PARAMETER: asked.version.reference}}
+
+
+def _handed(params: Any) -> Any:
+    extra = getattr(params, "extra_args", None)
+    container = extra.get(CONTAINER) if isinstance(extra, Mapping) else None
+    return container.get(PARAMETER) if isinstance(container, Mapping) else None
+
+
+def _length(prompt: Any) -> int:
+    """Returns a prompt's number of tokens; 0 if vLLM has yet to make them."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    return len(ids) if isinstance(ids, list) else 0

@@ -1,0 +1,248 @@
+"""The adapter that a request names, and every spelling of one that vLLM would ignore. Imports no vLLM.
+
+vLLM ignores a field that it does not know: it would answer a request with a misspelt adapter by the plain model.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.references import parse_qualified
+
+if TYPE_CHECKING:
+    from prefix_service.client.vllm.resolver import Version
+
+PARAMETER: Final = "prefix_adapter"
+CONTAINER: Final = "kv_transfer_params"
+BODY: Final = "body"
+_MAX_COMPARED: Final = 1000  # keys of a request that share a third of the parameter's letters, and are not it
+_OTHERS_OPTION: Final = "kv_connector_extra_config.other_parameters"
+
+# Objects of the caller's own data: schemas, metadata, another request's answer. Their keys name no parameters.
+_FREE: Final = frozenset({
+    "response_format", "structured_outputs", "guided_json", "text", "metadata", "tool_choice", "generate_response"
+})  # fmt: skip
+# Objects whose entries are parameters, the request itself ("") among them.
+_PARAMETERS: Final = frozenset({"", BODY, "extra_body", "vllm_xargs", "extra_args", "sampling_params"})
+
+_Path = tuple[()] | tuple["_Path", Any]  # the keys from the request to a field: those around it, then its own
+
+
+def adapter_asked(fields: Mapping[str, Any], others: Collection[str] | None = ()) -> str | None:
+    """Return the reference that a request names, None if it names no adapter.
+
+    `fields` is the JSON body of an HTTP request, or `SamplingParams.extra_args`. `others` are the keys of
+    `kv_transfer_params` that other connectors read, None if any key may stand there.
+
+    Raises:
+        InvalidReference: the reference is not of the form `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
+        InvalidRequest: the reference is no text, or the request has a field that looks like an adapter and that vLLM
+            would ignore.
+    """
+    refuse_misplaced(fields.items())
+    return adapter_of(fields.get(CONTAINER), others)
+
+
+def adapter_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> str | None:
+    """Return the reference in `kv_transfer_params`, None if there is none.
+
+    Raises:
+        InvalidReference: as `adapter_asked`.
+        InvalidRequest: the reference is no text, the parameters are no object, or have a key that nobody reads.
+    """
+    if kv_transfer_params is None:
+        return None
+    if not isinstance(kv_transfer_params, Mapping):
+        raise InvalidRequest(f"{CONTAINER} must be an object, got {kv_transfer_params!r:.100}")
+    for key, value in kv_transfer_params.items():
+        if key == PARAMETER or value is None:
+            continue
+        if _letters(key) in _LIKE_PARAMETER:
+            raise InvalidRequest(f"{CONTAINER} has {key!r:.100}: did you mean {PARAMETER}?")
+        if others is not None and key not in others:
+            raise InvalidRequest(
+                f"{CONTAINER} has {key!r:.100}, which nobody reads here: name an adapter in {PARAMETER}. If another "
+                f"connector reads it, list it in {_OTHERS_OPTION}"
+            )
+    reference = kv_transfer_params.get(PARAMETER)
+    if reference is None:
+        return None
+    if not isinstance(reference, str):
+        raise InvalidRequest(f"{PARAMETER} must be text such as tenant/adapter@prod, got {reference!r:.100}")
+    parse_qualified(reference)
+    return reference
+
+
+def refuse_misplaced(fields: Iterable[tuple[Any, Any]]) -> None:
+    """Refuse fields that look like an adapter where vLLM does not read one.
+
+    Raises:
+        InvalidRequest: there is such a field.
+    """
+    for name in misplaced(fields):
+        raise InvalidRequest(
+            f"the request has {name!r:.100}, which vLLM would ignore: an adapter is named by "
+            f'"{CONTAINER}": {{"{PARAMETER}": "tenant/adapter@prod"}} at the top of the request'
+        )
+
+
+def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
+    """Yield the dotted names of fields that look like an adapter, except what stands in `kv_transfer_params`.
+
+    A field that is null names nothing, as if it were left out.
+
+    Raises:
+        InvalidRequest: more than 1,000 different keys must be compared letter by letter.
+    """
+    compared = set[str]()
+    waiting: list[tuple[_Path, Iterable[tuple[Any, Any]]]] = [((), fields)]
+    while waiting:
+        inside, entries = waiting.pop()
+        parameters = not inside or inside[1] in _PARAMETERS
+        for key, value in entries:
+            if value is None or (key == CONTAINER and not inside):
+                continue
+            letters = _letters(key)
+            if any(near.may_be(letters) for near in _NEAR):
+                compared.add(letters)
+                if len(compared) > _MAX_COMPARED:
+                    raise InvalidRequest(f"the request has more than {_MAX_COMPARED} keys that are like {PARAMETER}")
+                if _names_adapter(letters, parameters=parameters):
+                    yield _dotted((inside, key))
+                    continue
+            if key not in _FREE:
+                waiting.extend(((inside, key), one.items()) for one in _objects(key, value))
+
+
+def _objects(key: Any, value: Any) -> list[Mapping[Any, Any]]:
+    """Return a field's object; of a field of parameters also those of a list, or the one that a text of JSON has."""
+    if key in _PARAMETERS and isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    if key in _PARAMETERS and isinstance(value, list):
+        return [one for one in value if isinstance(one, Mapping)]
+    return [value] if isinstance(value, Mapping) else []
+
+
+def _dotted(path: _Path) -> str:
+    keys = []
+    while path:
+        path, key = path
+        keys.append(f"{key:.100}")
+    return ".".join(reversed(keys))
+
+
+def _letters(key: Any) -> str:
+    """Return a key without case and punctuation; nothing for what is too long to be meant as a name of ours."""
+    if not isinstance(key, str) or len(key) > 100:
+        return ""
+    return _PUNCTUATION.sub("", key).casefold()
+
+
+class _Near:
+    """The texts within some edits (insert, delete, substitute) of a name."""
+
+    def __init__(self, name: str, edits: int) -> None:
+        self._name, self._edits = _letters(name), edits
+        size, parts = len(self._name), edits + 1
+        self._pieces = [self._name[size * part // parts : size * (part + 1) // parts] for part in range(parts)]
+
+    def may_be(self, letters: str) -> bool:
+        """Return False for most texts that are not within the edits, quickly: each edit spoils one piece at most."""
+        apart = abs(len(letters) - len(self._name))
+        return apart <= self._edits and any(piece in letters for piece in self._pieces)
+
+    def __contains__(self, letters: str) -> bool:
+        return self.may_be(letters) and _distance(letters, self._name) <= self._edits
+
+
+_PUNCTUATION: Final = re.compile(r"[\W_]")
+_LIKE_PARAMETER: Final = _Near(PARAMETER, 2)
+_LIKE_CONTAINER: Final = _Near(CONTAINER, 1)  # ec_transfer_params, which vLLM reads, is two edits away
+_LIKE_ADAPTER: Final = _Near("adapter", 1)
+_NEAR: Final = (_LIKE_PARAMETER, _LIKE_CONTAINER, _LIKE_ADAPTER)
+
+
+def _names_adapter(letters: str, *, parameters: bool) -> bool:
+    return letters in _LIKE_PARAMETER or letters in _LIKE_CONTAINER or (parameters and letters in _LIKE_ADAPTER)
+
+
+def _distance(one: str, other: str) -> int:
+    """Return the edits (insert, delete, substitute) between two short texts."""
+    row = list(range(len(other) + 1))
+    for count, letter in enumerate(one, 1):
+        left, row[0], diagonal = count, count, row[0]
+        for column, against in enumerate(other, 1):
+            left = min(left + 1, row[column] + 1, diagonal + (letter != against))
+            diagonal, row[column] = row[column], left
+    return row[-1]
+
+
+def parameters_of(request: Any) -> Mapping[str, Any]:
+    """Return the extra parameters of a vLLM request.
+
+    Raises:
+        InvalidRequest: they are no object.
+    """
+    sampling, pooling = request.sampling_params, request.pooling_params
+    extra = sampling.extra_args if sampling is not None else pooling.extra_kwargs
+    if extra is not None and not isinstance(extra, Mapping):
+        raise InvalidRequest(f"extra_args must be an object, got {extra!r:.100}")
+    return extra or {}
+
+
+def refuse_sampling(sampling: Any) -> None:
+    """Refuse sampling parameters that vLLM cannot serve behind a prefix; `None` stands for a pooling request.
+
+    Raises:
+        InvalidRequest: they are such.
+    """
+    _refuse(
+        {
+            "pooling": sampling is None,
+            "prompt_logprobs (in the HTTP API also echo with logprobs, or echo in a chat): vLLM computes them from the "
+            "whole prompt, of which a prefix is no text": sampling is not None and sampling.prompt_logprobs is not None,
+            "skip_reading_prefix_cache: vLLM then takes keys and values from nowhere": sampling is not None
+            and sampling.skip_reading_prefix_cache,
+        }
+    )
+
+
+def refuse_unservable(request: Any) -> None:
+    """Refuse a vLLM request that names an adapter and asks for what vLLM cannot do behind one.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    refuse_sampling(request.sampling_params)
+    _refuse(
+        {
+            "prompt embeddings": request.prompt_token_ids is None or request.prompt_is_token_ids is not None,
+            "images, audio or video": bool(request.mm_features),
+            "a prompt that comes in pieces": request.resumable,
+        }
+    )
+
+
+def refuse_length(version: "Version", prompt: int, max_length: int) -> None:
+    """Refuse a prompt of so many tokens behind a prefix.
+
+    Raises:
+        InvalidRequest: with the prefix there is no room for an answer.
+    """
+    count = version.num_virtual_tokens
+    if count + prompt >= max_length:
+        raise InvalidRequest(
+            f"{version.adapter}@{version.number} has {count} virtual tokens: with the prompt's {prompt} there is no "
+            f"room for an answer in vLLM's max_model_len {max_length}"
+        )
+
+
+def _refuse(reasons: Mapping[str, bool]) -> None:
+    for reason, applies in reasons.items():
+        if applies:
+            raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")

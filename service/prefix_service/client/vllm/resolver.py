@@ -1,0 +1,209 @@
+"""Which version a reference means: remembered where that is possible, else asked for, tenants in turn."""
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final
+
+from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.source import Source
+from prefix_service.client.vllm.turns import Share, Turns
+from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
+from prefix_service.prefix.references import parse_qualified
+
+_QUESTIONS: Final = 32  # in parallel
+_SPAN: Final = (0, 1)  # the least that the service gives: the metadata is what is wanted
+_FRESH: Final = 1.0  # seconds for which an alias is taken to mean what it meant
+_PATIENCE: Final = 1.0  # seconds that a request whose adapter is remembered waits for news of it
+_MOST_REMEMBERED: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a reference means now: immutable, so that all ranks load the same."""
+
+    tenant: str
+    adapter: str
+    number: int
+    digest: str
+    num_virtual_tokens: int
+
+    @property
+    def reference(self) -> str:
+        """Its immutable name."""
+        return f"{self.tenant}/{self.adapter}@{self.digest}"
+
+
+class _Memory:
+    """The versions that references mean, each with the moment of `time.monotonic` until which that is certain; safe to
+    share between threads. The least recently used of more than 10,000 is forgotten."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, tuple[Version, float]] = OrderedDict()
+
+    def get(self, reference: str) -> tuple[Version, float] | None:
+        """Returns what is remembered of a reference."""
+        with self._lock:
+            if reference in self._entries:
+                self._entries.move_to_end(reference)
+            return self._entries.get(reference)
+
+    def put(self, reference: str, version: Version, until: float) -> None:
+        """Remember what a reference means."""
+        with self._lock:
+            self._entries[reference] = version, until
+            self._entries.move_to_end(reference)
+            while len(self._entries) > _MOST_REMEMBERED:
+                self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+@dataclass(slots=True)
+class _Question:
+    """What the service is asked, and how many wait for its answer."""
+
+    task: "asyncio.Task[Version]"
+    waiting: int = 0
+
+
+class Resolver:
+    """Asks on one event loop, once for all who wait for the same reference; `recall` may be called from any thread.
+
+    A tenant whose questions the service does not answer (it is away, or the tenant above its rate) holds up its own
+    requests alone, and of these only the ones whose adapter was never resolved.
+    """
+
+    def __init__(self, source: Source, model: Model) -> None:
+        self._source, self._model, self._memory = source, model, _Memory()
+        self._questions: dict[str, _Question] = {}
+        self._slots, self._turns = Share(_QUESTIONS), Turns[tuple[str, asyncio.Future[None]]]()
+        self._late: dict[str, asyncio.Task[None]] = {}  # of each tenant without an answer, the task that waits for one
+
+    def recall(self, reference: str) -> Version | None:
+        """Returns the version of a reference if it is certain: a version's number or digest was resolved before, an
+        alias within the last second. While the service does not answer for the tenant, what was resolved last is taken
+        as certain."""
+        found = self._memory.get(reference)
+        if found is None:
+            return None
+        version, until = found
+        return version if time.monotonic() < until or version.tenant in self._late else None
+
+    async def resolve(self, reference: str) -> Version:
+        """Returns the version of a reference, by asking the service if necessary.
+
+        Raises:
+            PrefixServiceError: the service reported it, or did not answer before the client's deadline.
+            DimensionMismatch: the version is one for another model.
+        """
+        version = self.recall(reference)
+        if version is not None:
+            return version
+        found = self._memory.get(reference)
+        try:
+            async with asyncio.timeout(_PATIENCE if found else None):
+                return await self._answer(reference)
+        except (TimeoutError, ConnectionFailed, Unavailable) as error:
+            if found is None or isinstance(error, CorruptBlob):
+                raise
+        tenant = found[0].tenant
+        if tenant not in self._late:
+            self._late[tenant] = asyncio.create_task(self._await_news(tenant, reference))
+        return found[0]
+
+    async def _answer(self, reference: str) -> Version:
+        """Wait for the answer to a question, which is given up when nobody waits for it any more."""
+        question = self._questions.get(reference)
+        if question is None:
+            question = self._questions[reference] = _Question(asyncio.create_task(self._ask(reference)))
+        question.waiting += 1
+        try:
+            return await asyncio.shield(question.task)
+        finally:
+            question.waiting -= 1
+            if not question.waiting:
+                question.task.cancel()
+                if self._questions.get(reference) is question:
+                    del self._questions[reference]
+
+    async def _ask(self, reference: str) -> Version:
+        tenant, parsed = parse_qualified(reference)
+        try:
+            async with asyncio.timeout(self._source.timeout), self._turn_of(tenant):
+                prefix = await self._source.get(reference, layers=_SPAN, kv_heads=_SPAN)
+        except TimeoutError as error:
+            raise Unavailable(
+                f"the service did not say within {self._source.timeout} s what {reference} means; questions for tenant "
+                f"{tenant} are asked {self._slots.of(tenant)} in parallel, and the others wait"
+            ) from error
+        told = prefix.metadata
+        self._model.check(told)
+        version = Version(told["tenant"], told["adapter"], prefix.version, prefix.digest, prefix.num_virtual_tokens)
+        forever = float("inf")
+        self._memory.put(reference, version, forever if parsed.immutable else time.monotonic() + _FRESH)
+        self._memory.put(version.reference, version, forever)
+        return version
+
+    @asynccontextmanager
+    async def _turn_of(self, tenant: str) -> AsyncIterator[None]:
+        """Wait until the tenant may ask another question, and let others ask after the block."""
+        turn = tenant, asyncio.get_running_loop().create_future()
+        self._turns.add(tenant, turn)
+        self._begin()
+        try:
+            await turn[1]
+            yield
+        finally:
+            if turn[1].cancelled():
+                self._turns.discard(tenant, turn)
+            else:
+                self._slots.give(tenant, 1)
+            self._begin()
+
+    def _begin(self) -> None:
+        for tenant, begun in self._turns.take(lambda turn: self._slots.has_room(turn[0], 1)):
+            if not begun.done():  # its request may have left, and not been told yet
+                self._slots.take(tenant, 1)
+                begun.set_result(None)
+
+    async def _await_news(self, tenant: str, reference: str) -> None:
+        """Ask until the service answers for a tenant, be it with an error."""
+        try:
+            while True:
+                if await self._is_answered(reference):
+                    return
+                await asyncio.sleep(_PATIENCE)
+        finally:
+            del self._late[tenant]
+
+    async def _is_answered(self, reference: str) -> bool:
+        try:
+            await self._answer(reference)
+        except (ConnectionFailed, Unavailable) as error:
+            return isinstance(error, CorruptBlob)
+        except PrefixServiceError:
+            pass
+        return True
+
+    def forget(self) -> None:
+        """Forget every version: each is asked for again."""
+        self._memory.clear()
+        self._source.forget()
+
+    async def close(self) -> None:
+        """Give up every question, and close the connections."""
+        tasks = [*self._late.values(), *(question.task for question in self._questions.values())]
+        for task in tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await self._source.close()

@@ -1,0 +1,188 @@
+"""The scheduler's half: which version a request means, its placeholders, its salt, and which blocks are to be filled.
+
+A request that names an adapter goes through these states: *asked* (the service is asked which version it is; not if
+that is remembered), *prepared* (N placeholders stand in front of its prompt), *awaiting* (the workers fetch the bytes;
+not if they have them, or if vLLM's prefix cache does), *loading* (its blocks are filled in the next step). A request
+that cannot be served is *refused*: it claims one block, and the workers report it as failed. Nothing here may raise: an
+exception would end the engine for everybody. Nothing here waits: the same thread schedules everybody's requests.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.client.vllm.failures import attach
+from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.requests import adapter_asked, parameters_of, refuse_length, refuse_unservable
+from prefix_service.client.vllm.resolver import Resolver, Version
+from prefix_service.client.vllm.salt import Salts
+from prefix_service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
+from prefix_service.errors import Internal, PrefixServiceError, Unavailable
+
+log = logging.getLogger("vllm.prefix_service")
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """One request on its way."""
+
+    asked: "Future[Version] | None" = None
+    version: Version | None = None  # from when it is prepared
+    parcel: Parcel | None = None  # while it needs the bytes
+    until: float = 0.0  # the moment of `time.monotonic` by which they must be here
+    error: PrefixServiceError | None = None  # why it is refused
+
+
+class SchedulerHalf:
+    """Scheduler side of the connector; called by one thread."""
+
+    def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig) -> None:
+        self._resolver, self._shelf, self._model, self._config = resolver, shelf, model, config
+        self._background, self._salts = Background("prefix-versions"), Salts()
+        self._tickets: dict[str, _Ticket] = {}
+        self._loads: list[Load] = []
+
+    def arrived(self, request: Any) -> None:
+        """A new request: prepare it, or begin to ask for its version."""
+        try:
+            reference = adapter_asked(parameters_of(request), self._config.other_parameters)
+            if reference is None:
+                return
+            ticket = self._tickets[request.request_id] = _Ticket()
+            refuse_unservable(request)
+            version = self._resolver.recall(reference)
+            if version is None:
+                ticket.asked = self._background.submit(self._resolver.resolve(reference))
+            else:
+                self._prepare(request, ticket, version)
+        except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
+            self._refuse(request, error)
+
+    def claims(self, request_id: str) -> bool:
+        """Whether a request names an adapter, or tried to and is refused; until it has finished."""
+        return request_id in self._tickets
+
+    def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Returns how many tokens behind the computed ones come from the prefix, and whether later; None: ask again."""
+        ticket = self._tickets.get(request.request_id)
+        if ticket is None:
+            return 0, False
+        if ticket.error is not None:
+            return 1, True
+        try:
+            return self._matched(request, ticket, num_computed_tokens)
+        except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
+            self._refuse(request, error)
+            return None, False  # what vLLM has found for the prompt as it was is void
+
+    def _matched(self, request: Any, ticket: _Ticket, num_computed_tokens: int) -> tuple[int | None, bool]:
+        version = ticket.version
+        if version is None:
+            if ticket.asked is not None and ticket.asked.done():
+                asked, ticket.asked = ticket.asked, None
+                self._prepare(request, ticket, asked.result())
+            return None, False  # as above
+        left = version.num_virtual_tokens - num_computed_tokens
+        if left <= 0:
+            return 0, False
+        if ticket.parcel is None:
+            nbytes = self._model.nbytes_on_worker(version.num_virtual_tokens)
+            ticket.parcel = self._shelf.want(request.request_id, version.tenant, version.reference, nbytes)
+            ticket.until = time.monotonic() + self._config.timeout
+        if ticket.parcel.error is not None:
+            raise ticket.parcel.error
+        if ticket.parcel.is_here:
+            return left, True
+        if time.monotonic() > ticket.until:
+            raise Unavailable(
+                f"the bytes of {version.reference} have not come within {self._config.timeout} s: fetches take turns, "
+                "tenant by tenant"
+            )
+        return None, False
+
+    def _refuse(self, request: Any, error: Exception) -> None:
+        known = isinstance(error, PrefixServiceError)
+        log.error("request %s fails: %s", request.request_id, error, exc_info=None if known else error)
+        self._leave(request.request_id)
+        request.kv_transfer_params = None  # vLLM looks into it too, and would fall over what is no object
+        request.skip_reading_prefix_cache = False  # or vLLM would not ask, and answer as if no adapter were named
+        _bind(request, secrets.token_hex())  # nothing cached may stand in for the block that it claims
+        reason = error if isinstance(error, PrefixServiceError) else Internal(f"an unexpected error: {error!r:.200}")
+        self._tickets[request.request_id] = _Ticket(error=reason)
+
+    def _prepare(self, request: Any, ticket: _Ticket, version: Version) -> None:
+        """Put placeholders in front of the prompt, and bind the request's blocks to the version."""
+        count = version.num_virtual_tokens
+        refuse_length(version, request.num_prompt_tokens, self._model.max_length)
+        # A repetition penalty looks at the prompt: give it nothing new to punish. Else one id for all, to share blocks.
+        penalised = request.sampling_params.repetition_penalty != 1
+        placeholders = [request.prompt_token_ids[0] if penalised else 0] * count
+        request.prompt_token_ids = placeholders + request.prompt_token_ids  # a new list: the old one is the caller's
+        request._all_token_ids[:0] = placeholders  # the read-only views of it stay
+        request.num_prompt_tokens += count
+        _bind(request, self._salts.of(version.tenant, version.adapter, version.digest, request.cache_salt))
+        ticket.version = version
+
+    def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
+        """A request has its blocks, and `num_tokens` of its prefix are to be written into them."""
+        ticket = self._tickets.get(request.request_id)
+        if ticket is None or num_tokens == 0:
+            return
+        if ticket.error is not None or ticket.version is None or ticket.parcel is None:
+            self._loads.append(Load(request.request_id, None))
+            return
+        end = ticket.version.num_virtual_tokens
+        self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, list(block_ids)))
+        self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
+
+    def take_orders(self) -> Orders:
+        """Returns what the workers do in this step."""
+        loads, self._loads = self._loads, []
+        return self._shelf.take_orders(loads)
+
+    def take_reports(self, reports: Reports) -> None:
+        """Note what the workers report of a step."""
+        self._shelf.take_reports(reports)
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """Forget a request, and give up what it alone waits for. Returns what its answer says of the adapter."""
+        self._leave(request.request_id)
+        ticket = self._tickets.pop(request.request_id, None)
+        if ticket is None:
+            return None
+        if ticket.error is not None:
+            attach(request, ticket.error)
+        if ticket.version is None:
+            return None
+        return {"prefix_adapter": ticket.version.reference, "prefix_version": ticket.version.number}
+
+    def _leave(self, request_id: str) -> None:
+        """Need neither an answer of the service nor bytes any longer."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None and ticket.asked is not None:
+            ticket.asked.cancel()
+        if ticket is not None and ticket.parcel is not None:
+            self._shelf.leave(request_id, ticket.parcel)
+            ticket.parcel = None
+
+    def forget(self) -> None:
+        """Ask again, and fetch again, for requests that come from now on."""
+        self._resolver.forget()
+        self._shelf.forget()
+
+    def close(self) -> None:
+        """End the thread and the connections."""
+        self._background.close(self._resolver.close)
+
+
+def _bind(request: Any, salt: str) -> None:
+    """Hash a request's blocks under a salt."""
+    request.cache_salt = salt
+    request.block_hashes.clear()
+    request.update_block_hashes()

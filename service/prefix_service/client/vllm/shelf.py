@@ -1,0 +1,194 @@
+"""Which prefixes lie in the workers' host memory, are on their way there, or wait for their turn. Pure state.
+
+The scheduler keeps this account, since it alone knows which requests wait; the workers carry out its orders. A request
+gets blocks of vLLM's cache only when every worker has the bytes, so a slow fetch holds no blocks.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from prefix_service.client.vllm.turns import Share, Turns
+from prefix_service.errors import OutOfSpace, PrefixServiceError
+
+_FETCHES: Final = 32  # in parallel on each worker; fetches wait for a network, not for a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What workers do for a request: write prefix positions `start` to `end` of a parcel into its blocks, of which
+    `block_ids` has all; or report it as failed, where there is no parcel."""
+
+    request_id: str
+    parcel: int | None
+    start: int = 0
+    end: int = 0
+    block_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What the workers do in a step, in this order: load, drop, fetch. Parcels have numbers, each used once."""
+
+    loads: Sequence[Load] = ()
+    drops: Sequence[int] = ()
+    fetches: Sequence[tuple[int, str]] = ()
+    """The number of each parcel, and the reference of its version."""
+
+
+@dataclass(slots=True)
+class Reports:
+    """What became of parcels since the last step: on how many workers each has arrived, and why others failed."""
+
+    arrived: dict[int, int] = field(default_factory=dict)
+    failed: dict[int, PrefixServiceError] = field(default_factory=dict)
+
+    def aggregate(self, other: "Reports") -> "Reports":
+        """Returns what two groups of workers report, as one."""
+        for number, count in other.arrived.items():
+            self.arrived[number] = self.arrived.get(number, 0) + count
+        self.failed.update(other.failed)
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """The bytes of one version, `nbytes` on each worker, and the requests that need them."""
+
+    number: int
+    tenant: str
+    reference: str
+    nbytes: int
+    missing: int
+    """Workers that have not reported it."""
+    users: set[str] = field(default_factory=set)
+    has_begun: bool = False
+    error: PrefixServiceError | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether every worker has the bytes."""
+        return not self.missing
+
+
+class Shelf:
+    """Parcels of at most `budget` bytes on each of the `workers`. Parcels that no request needs are kept while there is
+    room, and leave least recently used first."""
+
+    def __init__(self, budget: int, workers: int) -> None:
+        self._budget, self._workers = budget, workers
+        self._slots, self._bytes = Share(_FETCHES), Share(budget)
+        self._waiting = Turns[Parcel]()
+        self._by_reference: dict[str, Parcel] = {}
+        self._by_number: dict[int, Parcel] = {}
+        self._idle: OrderedDict[int, Parcel] = OrderedDict()
+        self._idle_bytes = 0
+        self._last_number = 0
+        self._drops: list[int] = []
+        self._may_begin = False  # whether something has changed since none could
+
+    def want(self, request_id: str, tenant: str, reference: str, nbytes: int) -> Parcel:
+        """Returns the parcel of a version, which stays until the request has called `leave`.
+
+        Raises:
+            OutOfSpace: it exceeds the whole budget.
+        """
+        parcel = self._by_reference.get(reference)
+        if parcel is None:
+            if nbytes > self._budget:
+                raise OutOfSpace(
+                    f"{reference} has {nbytes} bytes on each worker, more than all of cache_bytes, {self._budget}: "
+                    "raise it in kv_connector_extra_config"
+                )
+            self._last_number += 1
+            parcel = Parcel(self._last_number, tenant, reference, nbytes, self._workers)
+            self._by_reference[reference] = self._by_number[parcel.number] = parcel
+            self._waiting.add(tenant, parcel)
+            self._may_begin = True
+        elif parcel.number in self._idle:
+            del self._idle[parcel.number]
+            self._idle_bytes -= parcel.nbytes
+            self._bytes.take(parcel.tenant, parcel.nbytes)
+        parcel.users.add(request_id)
+        return parcel
+
+    def leave(self, request_id: str, parcel: Parcel) -> None:
+        """A request needs a parcel no longer. One on its way that nobody needs is given up."""
+        if request_id not in parcel.users:
+            return
+        parcel.users.remove(request_id)
+        if parcel.users or parcel.error is not None:
+            return
+        self._may_begin = True
+        if not parcel.has_begun:
+            self._waiting.discard(parcel.tenant, parcel)
+            self._forget(parcel)
+            return
+        self._bytes.give(parcel.tenant, parcel.nbytes)
+        if parcel.is_here and self._by_reference.get(parcel.reference) is parcel:
+            self._idle[parcel.number] = parcel
+            self._idle_bytes += parcel.nbytes
+            return
+        if not parcel.is_here:
+            self._slots.give(parcel.tenant, 1)
+        self._drop(parcel)
+
+    def take_orders(self, loads: Sequence[Load]) -> Orders:
+        """Returns what the workers begin, with these loads."""
+        fetches = []
+        if self._may_begin:
+            self._may_begin = False
+            for parcel in self._waiting.take(self._has_room):
+                parcel.has_begun = True
+                self._slots.take(parcel.tenant, 1)
+                self._bytes.take(parcel.tenant, parcel.nbytes)
+                while self._bytes.taken + self._idle_bytes > self._budget:
+                    self._drop_idle(next(iter(self._idle.values())))
+                fetches.append((parcel.number, parcel.reference))
+        drops, self._drops = self._drops, []
+        return Orders(loads, drops, fetches)
+
+    def _has_room(self, parcel: Parcel) -> bool:
+        return self._slots.has_room(parcel.tenant, 1) and self._bytes.has_room(parcel.tenant, parcel.nbytes)
+
+    def take_reports(self, reports: Reports) -> None:
+        """Note what the workers report; parcels that were given up meanwhile are passed over."""
+        for number, error in reports.failed.items():
+            self._fail(number, error)
+        for number, count in reports.arrived.items():
+            parcel = self._by_number.get(number)
+            if parcel is not None:
+                parcel.missing -= count
+                if parcel.is_here:
+                    self._slots.give(parcel.tenant, 1)
+                    self._may_begin = True
+
+    def _fail(self, number: int, error: PrefixServiceError) -> None:
+        parcel = self._by_number.get(number)
+        if parcel is not None:
+            parcel.error = error
+            self._slots.give(parcel.tenant, 1)
+            self._bytes.give(parcel.tenant, parcel.nbytes)
+            self._drop(parcel)
+            self._may_begin = True
+
+    def forget(self) -> None:
+        """Drop every parcel that nobody needs, and let those in use leave after it: new requests fetch again."""
+        for parcel in list(self._idle.values()):
+            self._drop_idle(parcel)
+        self._by_reference.clear()
+
+    def _drop_idle(self, parcel: Parcel) -> None:
+        del self._idle[parcel.number]
+        self._idle_bytes -= parcel.nbytes
+        self._drop(parcel)
+
+    def _drop(self, parcel: Parcel) -> None:
+        self._drops.append(parcel.number)
+        self._forget(parcel)
+
+    def _forget(self, parcel: Parcel) -> None:
+        del self._by_number[parcel.number]
+        if self._by_reference.get(parcel.reference) is parcel:
+            del self._by_reference[parcel.reference]

@@ -1,0 +1,66 @@
+"""The service as vLLM's processes see it: a client whose key may be rotated while they run."""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from prefix_service.client.client import AsyncPrefixClient
+from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.errors import InvalidRequest, Unauthenticated
+
+if TYPE_CHECKING:
+    from prefix_service.client.prefixes.prefix import Prefix
+
+log = logging.getLogger("vllm.prefix_service")
+
+
+class Source:
+    """Reads prefixes, on one event loop. `cache_bytes` is the budget of the client's own cache.
+
+    Raises:
+        InvalidRequest: the configuration has a URL that is none, or names a key's file that cannot be read.
+    """
+
+    def __init__(self, config: ConnectorConfig, cache_bytes: int) -> None:
+        self._config, self._cache_bytes = config, cache_bytes
+        self.timeout = config.timeout
+        self._key = config.api_key()
+        self._client = config.client(self._key, cache_bytes)
+        self._retired: list[AsyncPrefixClient] = []
+
+    async def get(self, reference: str, **options: Any) -> "Prefix":
+        """Returns a prefix as `AsyncPrefixClient.get` does. If the service does not know the key, `api_key_file` is
+        read again, and if it has another key by now, the service is asked once more with that.
+
+        Raises:
+            PrefixServiceError: as `AsyncPrefixClient.get`.
+        """
+        client = self._client
+        try:
+            return await client.get(reference, **options)
+        except Unauthenticated:
+            if not await self._has_renewed(client):
+                raise
+        return await self._client.get(reference, **options)
+
+    async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
+        """Whether there is another client than the one whose key was refused."""
+        if self._client is client:
+            try:
+                key = await asyncio.to_thread(self._config.api_key)
+            except InvalidRequest as error:
+                log.warning("the service refuses the key, and %s", error)
+                return False
+            if self._client is client and key != self._key:
+                self._retired.append(client)  # others may be waiting for its answers
+                self._key, self._client = key, self._config.client(key, self._cache_bytes)
+        return self._client is not client
+
+    def forget(self) -> None:
+        """Forget every prefix that was fetched, in `cache_dir` too."""
+        self._client.clear_cache()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for client in (*self._retired, self._client):
+            await client.close()

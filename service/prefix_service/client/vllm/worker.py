@@ -1,0 +1,119 @@
+"""A worker's half: fetches this rank's layers and heads in the background, and writes them between two steps of the
+model."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.shelf import Load, Orders, Reports
+from prefix_service.client.vllm.source import Source
+from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError
+from prefix_service.prefix.form import Span
+
+if TYPE_CHECKING:
+    from prefix_service.client.prefixes.prefix import Prefix
+
+log = logging.getLogger("vllm.prefix_service")
+
+
+class WorkerHalf:
+    """Worker side of the connector. Its calls come from one thread, which alone writes to the cache: so no write meets
+    a forward pass, on whatever stream it runs."""
+
+    def __init__(self, source: Source, model: Model, kv_heads: Span, block_size: int) -> None:
+        self._source, self._model, self._kv_heads, self._block_size = source, model, kv_heads, block_size
+        self._background = Background("prefix-bytes")
+        self._layers: dict[int, Any] = {}
+        self._parcels: dict[int, Future[Prefix]] = {}  # by number: those that have arrived, and those on their way
+        self._unreported: set[int] = set()
+        self._loads: list[tuple[Load, Future[Prefix] | None]] = []
+
+    def register(self, layers: Mapping[int, Any]) -> None:
+        """The attention layers of this rank, by their number in the model.
+
+        Raises:
+            InvalidRequest: layers that prefixes cannot be written to.
+        """
+        first, last = min(layers), max(layers) + 1
+        if set(layers) != set(range(first, last)):
+            raise InvalidRequest(f"PrefixConnector needs attention in every layer, and found it in {sorted(layers)}")
+        for number, layer in layers.items():
+            if not hasattr(layer.impl, "do_kv_cache_update"):
+                backend = type(layer.impl).__name__
+                raise InvalidRequest(
+                    f"the attention backend of layer {number}, {backend}, cannot write keys and values"
+                )
+        self._layers = dict(sorted(layers.items()))
+
+    def start(self, orders: Orders) -> None:
+        """Begin what the scheduler orders."""
+        for load in orders.loads:
+            self._loads.append((load, None if load.parcel is None else self._parcels.get(load.parcel)))
+        for number in orders.drops:
+            self._unreported.discard(number)
+            parcel = self._parcels.pop(number, None)
+            if parcel is not None:
+                parcel.cancel()
+        for number, reference in orders.fetches:
+            self._parcels[number] = self._background.submit(self._fetch(reference))
+            self._unreported.add(number)
+
+    async def _fetch(self, reference: str) -> "Prefix":
+        layers = (min(self._layers), max(self._layers) + 1)
+        return await self._source.get(reference, dtype=self._model.dtype, layers=layers, kv_heads=self._kv_heads)
+
+    def reports(self) -> Reports:
+        """Returns what became of parcels since the last step."""
+        reports = Reports()
+        for number in [number for number in self._unreported if self._parcels[number].done()]:
+            self._unreported.remove(number)
+            error = self._parcels[number].exception()
+            if error is None:
+                reports.arrived[number] = 1
+            elif isinstance(error, PrefixServiceError):
+                reports.failed[number] = error
+            else:
+                log.error("the bytes of a prefix cannot be had", exc_info=error)
+                reports.failed[number] = Internal(f"an unexpected error in a worker: {error!r:.200}")
+        return reports
+
+    def finish(self) -> tuple[set[str], set[str]]:
+        """Write what this step loads: returns the requests that are done with, and those of them that failed."""
+        loads, self._loads = self._loads, []
+        failed = set[str]()
+        for load, parcel in loads:
+            try:
+                if parcel is None:
+                    failed.add(load.request_id)
+                else:
+                    self._write(load, parcel.result(timeout=0))
+            except (Exception, asyncio.CancelledError) as error:
+                log.error("request %s fails", load.request_id, exc_info=error)  # noqa: TRY400
+                failed.add(load.request_id)
+        return {load.request_id for load, _ in loads}, failed
+
+    def _write(self, load: Load, prefix: "Prefix") -> None:
+        """Into the blocks, by the backend's own writer: blocks have other layouts, and other dtypes, inside."""
+        device = next(iter(self._layers.values())).kv_cache.device
+        positions = torch.arange(load.start, load.end)
+        blocks = torch.tensor(load.block_ids)
+        slots = (blocks[positions // self._block_size] * self._block_size + positions % self._block_size).to(device)
+        for layer, pair in zip(self._layers.values(), prefix.kv.tensor, strict=True):
+            key, value = (_tokens_first(one, load, device) for one in pair)
+            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+    def close(self) -> None:
+        """End the thread and the connections."""
+        self._background.close(self._source.close)
+
+
+def _tokens_first(tensor: Tensor, load: Load, device: torch.device) -> Tensor:
+    # (H', N, D) -> (end - start, H', D)
+    return tensor[:, load.start : load.end].transpose(0, 1).to(device).contiguous()

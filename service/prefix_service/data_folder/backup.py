@@ -1,0 +1,103 @@
+"""A copy of a data folder while the service runs: itself a data folder, for `serve` to start on elsewhere."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.errors import Conflict, CorruptBlob, NotFound
+from prefix_service.settings import Settings
+from prefix_service.system.disk import PRIVATE_FOLDER, make_private, translated, write_private
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What was copied: blobs and their bytes, and the digests that the catalog names and the folder lacks, or holds
+    damaged."""
+
+    blobs: int
+    nbytes: int
+    lost: list[str]
+
+
+def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -> Backup:
+    """Copy the data folder to `target`; `progress` is told the bytes of each blob that is there.
+
+    Blobs first, then a snapshot of the catalog, then the blobs that were published meanwhile: what the snapshot names
+    is there, since a blob that is let go stays for the grace period. Every blob is verified as it is read. The keys'
+    secret comes along where it is kept in the folder; `bootstrap.key` does not.
+
+    Raises:
+        NotFound: the folder holds no catalog.
+        Conflict: there is something at `target`.
+        OutOfSpace, StorageFailed: the disk refused.
+    """
+    source = catalog_file(settings.data_dir)
+    if not source.exists():
+        raise NotFound(f"{settings.data_dir} is no data folder: it has no {source.name}")
+    if target.exists():
+        raise Conflict(f"{target} is there already: name a folder that is not")
+    partial = target.with_name(f"{target.name}.partial")
+    with translated(f"write the backup {target}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(PRIVATE_FOLDER, parents=True)
+        copy = _Copy(FolderBlobStore(blob_folder(settings.data_dir)), blob_folder(partial), progress)
+        copy.add(blob.digest for blob in copy.source.listed())
+        _snapshot(source, catalog_file(partial))
+        named = _named(catalog_file(partial))
+        copy.add(named)
+        if settings.key_secret_file is None and settings.secret_file.exists():
+            write_private(partial / settings.secret_file.name, settings.secret_file.read_text().strip())
+        os.sync()
+        partial.rename(target)
+    return Backup(len(copy.done), copy.nbytes, sorted(named - copy.done))
+
+
+class _Copy:
+    def __init__(self, source: FolderBlobStore, folder: Path, progress: Callable[[int], None]) -> None:
+        self.source, self.target = source, FolderBlobStore(folder)
+        self.done: set[str] = set()
+        self.nbytes = 0
+        self._progress = progress
+
+    def add(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            if digest not in self.done:
+                # Collected meanwhile, lost or damaged: whether it is missed, the catalog's snapshot tells.
+                with contextlib.suppress(NotFound, CorruptBlob):
+                    self._copy(digest)
+
+    def _copy(self, digest: str) -> None:
+        path = self.target.path(digest)
+        path.parent.mkdir(PRIVATE_FOLDER, exist_ok=True)
+        nbytes = self.source.copy(digest, path)
+        self.done.add(digest)
+        self.nbytes += nbytes
+        self._progress(nbytes)
+
+
+def _snapshot(source: Path, target: Path) -> None:
+    """Copies the catalog as it is at one moment. Writers wait meanwhile: nothing is flushed here, but in the end."""
+    make_private(target)  # SQLite takes the mode of a file that is there
+    with (
+        contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
+        contextlib.closing(sqlite3.connect(target)) as after,
+    ):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF"):
+            after.execute(f"PRAGMA {pragma}")
+        before.backup(after)
+
+
+def _named(catalog: Path) -> set[str]:
+    database = Database(catalog)
+    try:
+        return {digest for _, *digests in Garbage(database).named() for digest in digests}
+    finally:
+        database.close()

@@ -1,0 +1,143 @@
+"""Garbage collection: blobs that no version names any more go, while everything else goes on."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from prefix_service.blobs.folder import BlobStore, StoredBlob
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.retention import expire_audit
+from prefix_service.errors import PrefixServiceError
+from prefix_service.system.background import in_background
+
+log = logging.getLogger("prefix_service")
+
+_BATCH: Final = 500
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
+_LOOK: Final = 0.5  # seconds between two looks for what was deleted
+_REST: Final = 0.05  # seconds, at least, that others can write between two slices
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What one collection freed: blobs, their bytes, and leftovers of unfinished uploads."""
+
+    blobs: int
+    nbytes: int
+    leftovers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A version whose blobs are not all there. Lost keys and values are made again when they are asked for; lost
+    weights come back when the same files are published again."""
+
+    version: str
+    weights: bool
+    key_values: bool
+
+
+class Collector:
+    """Blocking. A blob goes when no version names it, none did within the last `grace` seconds, and it was not
+    committed within them either, so whatever a running upload has just stored stays."""
+
+    def __init__(self, garbage: Garbage, blobs: BlobStore, grace: float) -> None:
+        self._garbage, self._blobs, self._grace = garbage, blobs, grace
+
+    def collect(self) -> Collected:
+        """Free what nobody needs.
+
+        Raises:
+            StorageFailed: the disk or the catalog refused; what went before it is gone.
+        """
+        leftovers = self._blobs.sweep(older_than=self._grace)
+        blobs = nbytes = 0
+        old = (blob for blob in self._blobs.listed() if blob.age >= self._grace)
+        for batch in _batches(old):
+            wanted = self._garbage.wanted([blob.digest for blob in batch], self._grace)
+            unwanted = [blob.digest for blob in batch if blob.digest not in wanted]
+            gone = self._blobs.remove(unwanted, older_than=self._grace) if unwanted else set()
+            blobs, nbytes = blobs + len(gone), nbytes + sum(blob.size for blob in batch if blob.digest in gone)
+        if blobs or leftovers:
+            log.info("garbage collected", extra={"blobs": blobs, "bytes": nbytes, "leftovers": leftovers})
+        return Collected(blobs, nbytes, leftovers)
+
+    def reconcile(self) -> list[Lost]:
+        """The versions whose blobs are not there, each told in the log too.
+
+        Raises:
+            StorageFailed: the disk or the catalog refused.
+        """
+        found = []
+        for version, weights, key_values in self._garbage.named():
+            lost = Lost(version, not self._blobs.exists(weights), not self._blobs.exists(key_values))
+            if lost.weights or lost.key_values:
+                found.append(lost)
+                what = [name for name in ("weights", "key_values") if getattr(lost, name)]
+                log.error("blobs lost", extra={"version": version, "lost": what})
+        return found
+
+
+def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
+    iterator = iter(blobs)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+class Housekeeping:
+    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`."""
+
+    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int) -> None:
+        self._database, self._grace, self._audit_days = database, grace, audit_days
+        self._garbage, self._deletions = Garbage(database), Deletions(database)
+        self._collector = Collector(self._garbage, blobs, grace)
+
+    def work(self, stop: threading.Event) -> None:
+        """Goes on until `stop` is set."""
+        pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
+        _logged(self._collector.reconcile)
+        collected = time.monotonic()
+        while not stop.wait(min(_LOOK, pause)):
+            _logged(lambda: in_slices(self._deletions.remove_slice, stop))
+            if time.monotonic() - collected >= pause:
+                _logged(lambda: self._collect(stop))
+                collected = time.monotonic()
+
+    def _collect(self, stop: threading.Event) -> None:
+        self._collector.collect()
+        in_slices(lambda: self._garbage.forget(self._grace), stop)
+        in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
+
+
+def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
+    """Calls until there is nothing more, or `stop` is set. Between two calls others can write for as long as a call
+    took."""
+    more = True
+    while more:
+        began = time.monotonic()
+        more = remove()
+        if stop.wait(max(_REST, time.monotonic() - began) if more else 0):
+            return
+
+
+def _logged(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except PrefixServiceError as error:
+        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its words say it all
+    except Exception:  # the other tasks of the thread go on
+        log.exception("garbage collection failed")
+
+
+@contextlib.contextmanager
+def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int) -> Iterator[None]:
+    """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
+    with in_background("collector", Housekeeping(database, blobs, grace, audit_days).work):
+        yield

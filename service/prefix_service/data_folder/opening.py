@@ -1,0 +1,162 @@
+"""The data folder of an embedded service: who may use it, and what a first start puts there."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.data_folder.collector import collecting
+from prefix_service.errors import Conflict, NotFound, StorageFailed
+from prefix_service.settings import Settings
+from prefix_service.system.disk import PRIVATE_FOLDER, require_writable, sync_folder, tighten, translated, write_private
+from prefix_service.system.reserve import Reserve, reserve_file
+
+
+def catalog_file(data_dir: Path) -> Path:
+    """The catalog's SQLite file."""
+    return data_dir / "catalog.sqlite"
+
+
+def blob_folder(data_dir: Path) -> Path:
+    """Where the blobs are."""
+    return data_dir / "blobs"
+
+
+def bootstrap_file(data_dir: Path) -> Path:
+    """Where a first start writes the platform admin's key."""
+    return data_dir / "bootstrap.key"
+
+
+def check(settings: Settings) -> None:
+    """Look whether the catalog could be read and written now.
+
+    Raises:
+        OutOfSpace: the disk is full, or nearly.
+        StorageFailed: the folder is gone, or the disk refused.
+    """
+    with translated(f"look for {catalog_file(settings.data_dir)}"):
+        catalog_file(settings.data_dir).stat()  # a connection may read on from a file that has been removed
+    if not settings.read_only:
+        require_writable(settings.data_dir, "the data folder")
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[int | None]:
+    """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile. With
+    `read_only` it is left as it is, and another service may write to it meanwhile.
+
+    Yields the lock's file descriptor, None with `read_only`. The lock holds until every process that inherited the
+    descriptor has ended.
+
+    Raises:
+        Conflict: another service runs on it.
+        NotFound: there is no catalog or no secret, and the service may make none.
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    data_dir = settings.data_dir
+    if settings.read_only:
+        _require_complete(settings)
+        yield None
+        return
+    try:
+        with translated(f"use the data folder {data_dir}"):
+            data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+            _tighten(settings)
+            handle = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except StorageFailed as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS:
+            raise StorageFailed(f"{error}: start with --read-only to serve what it holds") from error
+        raise
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(f"another prefix-service runs on the data folder {data_dir}: stop it first") from error
+        with _prepared(settings):
+            yield handle
+    finally:
+        os.close(handle)
+
+
+def _require_complete(settings: Settings) -> None:
+    needed = (
+        [catalog_file(settings.data_dir)] if settings.dev else [catalog_file(settings.data_dir), settings.secret_file]
+    )
+    for path in needed:
+        with translated(f"look for {path}"):
+            if not path.exists():
+                raise NotFound(
+                    f"{settings.data_dir} is no data folder that can be served --read-only: {path} is missing"
+                )
+
+
+@contextlib.contextmanager
+def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
+    """The keyring and the tenants of a folder, whether or not a service runs on it.
+
+    Raises:
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    with translated(f"use the data folder {settings.data_dir}"):
+        settings.data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
+    database = Database(catalog_file(settings.data_dir))
+    try:
+        yield Keyring(database, settings.secret_file), Tenants(database)
+    finally:
+        database.close()
+
+
+def _tighten(settings: Settings) -> None:
+    """Close a folder that an older release, or a copy, left open to others; files of blobs lie in folders."""
+    data_dir, blobs = settings.data_dir, blob_folder(settings.data_dir)
+    files = [data_dir / "lock", data_dir / "key.secret", bootstrap_file(data_dir)]
+    found = [data_dir, *files, *data_dir.glob(f"{catalog_file(data_dir).name}*"), blobs, *blobs.glob("*")]
+    for path in found:
+        if path.exists():
+            tighten(path)
+
+
+@contextlib.contextmanager
+def _prepared(settings: Settings) -> Iterator[None]:
+    blobs = FolderBlobStore(blob_folder(settings.data_dir))
+    blobs.sweep(older_than=0)
+    if not catalog_file(settings.data_dir).exists():
+        with translated("make the catalog"):
+            _make(settings)
+    Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
+    database = Database(catalog_file(settings.data_dir))
+    try:
+        with collecting(database, blobs, settings.garbage_grace, settings.audit_days):
+            yield
+    finally:
+        database.close()
+
+
+def _make(settings: Settings) -> None:
+    """A first start: the catalog appears with the first key in it, whose file is there already, or not at all. Where
+    the command line makes a key meanwhile, its catalog stays, and that key is the first."""
+    place, first_key = catalog_file(settings.data_dir), bootstrap_file(settings.data_dir)
+    aside = place.with_name(f"{place.name}.new")
+    for left in (aside, first_key):
+        left.unlink(missing_ok=True)  # of a first start that was cut short: no catalog knows this key
+    database = Database(aside)
+    try:
+        if not settings.dev:
+            _, text = Keyring(database, settings.secret_file).create(None, "admin", "bootstrap", COMMAND_LINE)
+            write_private(first_key, text)
+    finally:
+        database.close()
+    try:
+        os.link(aside, place)
+    except FileExistsError:
+        first_key.unlink(missing_ok=True)
+    for left in (aside, aside.with_name(f"{aside.name}-journal")):
+        left.unlink(missing_ok=True)
+    sync_folder(settings.data_dir)

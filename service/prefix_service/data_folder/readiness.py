@@ -1,0 +1,70 @@
+"""Whether the next request could be answered: asked often, by many, and looked at once a second at most."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from anyio import CapacityLimiter, to_thread
+
+from prefix_service.errors import PrefixServiceError, StorageFailed
+
+log = logging.getLogger("prefix_service")
+
+_REMEMBERED: Final = 1.0  # seconds
+DEADLINE: Final = 2.0
+"""Seconds that the checks may take together."""
+
+
+class Readiness:
+    """Runs `checks`, which block and raise PrefixServiceError, in one thread, however many callers ask. Used on one
+    event loop."""
+
+    def __init__(self, checks: Sequence[Callable[[], object]], deadline: float = DEADLINE) -> None:
+        self._checks = checks
+        self._deadline = deadline
+        self._thread = CapacityLimiter(1)
+        self._running: asyncio.Task[None] | None = None
+        self._began = 0.0
+        self._reason: str | None = None
+        self._valid_until = 0.0
+
+    async def require(self) -> None:
+        """Return if all checks pass now, or passed within the last second.
+
+        Raises:
+            StorageFailed: one does not, or they take longer than the deadline; it says why.
+        """
+        if time.monotonic() >= self._valid_until:
+            if self._running is None or self._running.done():
+                self._running, self._began = asyncio.create_task(self._run()), time.monotonic()
+            left = self._began + self._deadline - time.monotonic()
+            await asyncio.wait([self._running], timeout=max(left, 0))
+            if self._running.done():
+                self._running.result()
+            else:
+                self._note(f"the disk or the catalog has not answered within {self._deadline:g} seconds")
+        if self._reason is not None:
+            raise StorageFailed(self._reason)
+
+    async def _run(self) -> None:
+        try:
+            await to_thread.run_sync(self._check, limiter=self._thread)
+        except (PrefixServiceError, OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            self._note(str(error))
+        else:
+            self._note(None)
+
+    def _check(self) -> None:
+        for check in self._checks:
+            check()
+
+    def _note(self, reason: str | None) -> None:
+        if (reason is None) != (self._reason is None):
+            if reason is None:
+                log.info("ready again")
+            else:
+                log.error("not ready: %s", reason)
+        self._reason = reason
+        self._valid_until = time.monotonic() + _REMEMBERED

@@ -1,0 +1,92 @@
+"""Bytes of versions that are being made, counted as used by their tenants."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from prefix_service.catalog.records import Principal, Room
+from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, Unauthenticated
+
+
+class Arrivals:
+    """Versions of this process that are being made. Pure state: the catalog's transaction decides in the end."""
+
+    def __init__(self) -> None:
+        self._bytes: Counter[str] = Counter()
+        self._arriving: set[Arrival] = set()
+
+    def of(self, tenant: str) -> int:
+        """Returns the bytes of a tenant's versions that are being made."""
+        return self._bytes[tenant]
+
+    @contextlib.contextmanager
+    def begin(self, tenant: str, by: Principal, room: Room, nbytes: int) -> Iterator["Arrival"]:
+        """Counts a version of at least so many bytes as used by its tenant while the block runs.
+
+        Raises:
+            QuotaExceeded: the quota leaves less.
+        """
+        arrival = Arrival(tenant, by, room, self._bytes)
+        arrival.hold(nbytes)
+        self._arriving.add(arrival)
+        try:
+            yield arrival
+        finally:
+            self._arriving.discard(arrival)
+            arrival.end()
+
+    def refuse(self, tenants: Collection[str], keys: Collection[str]) -> None:
+        """Ends versions that are being made for tenants that were deleted, or by keys that were revoked: a tenant of
+        the same name that is made now has its whole quota."""
+        for arrival in self._arriving:
+            if arrival.tenant in tenants and arrival.by.tenant is None:
+                arrival.refuse(NotFound("the tenant was deleted while the request was under way"))
+            elif arrival.tenant in tenants or arrival.by.key_id in keys:
+                arrival.refuse(Unauthenticated("the key was revoked while the request was under way"))
+
+
+class Arrival:
+    """A version that is being made."""
+
+    def __init__(self, tenant: str, by: Principal, room: Room, of_tenants: Counter[str]) -> None:
+        self.tenant, self.by = tenant, by
+        self._room, self._of_tenants = room, of_tenants
+        self._held = 0
+        self._refusal: PrefixServiceError | None = None
+
+    def refuse(self, error: PrefixServiceError) -> None:
+        """Counts nothing any more, and raises this error at the next bytes."""
+        self.end()
+        self._refusal = error
+
+    def hold(self, nbytes: int) -> None:
+        """Counts at least so many bytes.
+
+        A version that is no larger than the largest of its adapter needs no room while the tenant makes no other: its
+        content may be known.
+
+        Raises:
+            QuotaExceeded: with the tenant's other versions that are being made, this is more than the quota leaves.
+            Unauthenticated, NotFound: its maker's key or its tenant is gone.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        if nbytes <= self._held:
+            return
+        room, others = self._room, self._of_tenants[self.tenant] - self._held
+        may_be_known = not others and nbytes <= room.largest
+        if room.left is not None and others + nbytes > room.left and not may_be_known:
+            coming = f" and makes other versions of {others} bytes" if others else ""
+            raise QuotaExceeded(
+                f"tenant {self.tenant!r} has {room.quota - room.left} of {room.quota} bytes{coming}, and this version "
+                f"takes at least {nbytes}: delete versions, or ask the platform for more"
+            )
+        self._of_tenants[self.tenant] = others + nbytes
+        self._held = nbytes
+
+    def end(self) -> None:
+        """Counts nothing any more."""
+        self._of_tenants[self.tenant] -= self._held
+        if not self._of_tenants[self.tenant]:
+            del self._of_tenants[self.tenant]
+        self._held = 0

@@ -1,0 +1,160 @@
+"""Digests of whole bodies (RFC 9530), by entity tag and algorithm."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, repeat
+from queue import SimpleQueue
+from typing import Final, TypeAlias
+
+from prefix_service.library.plan import Plan
+from prefix_service.prefix.wire.digests import Algorithm, Crc32c, Hasher, new_hasher
+from prefix_service.prefix.wire.extras import Piece
+from prefix_service.prefix.wire.message import chunks_of
+from prefix_service.prefix.wire.rendering import Rendering
+from prefix_service.registry.admission import Admission
+from prefix_service.system.shares import Shares
+
+MOST_REPEATED: Final = 256 << 20
+"""Bytes of a body that repeats rows, up to which its SHA-256 is computed."""
+
+_REMEMBERED: Final = 10_000
+_MEGABYTE: Final = 1 << 20
+_STEP: Final = 16  # megabytes that are hashed in one turn
+_AROUND: Final = 16 << 20  # bytes around stored keys and values that are made while these are read
+
+Pieces: TypeAlias = "SimpleQueue[memoryview | None]"
+
+
+@dataclass(slots=True)
+class _Computation:
+    task: asyncio.Task[bytes]
+    waiting: int = 0
+
+
+class BodyDigests:
+    """Computes each digest once, however many callers ask for it in parallel, in the turns of the tenant whose prefix
+    it is; stops when nobody waits for it any more. Used from the event loop and from threads that load.
+
+    The SHA-256 of a body whose tensors are sent as they are stored is computed while the blob is read and verified, by
+    another thread: with two cores both hashes take as long as one. A CRC-32C is too cheap to be worth that.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._lock = threading.Lock()
+        self._known: Shares[tuple[str, Algorithm], bytes] = Shares(_REMEMBERED)
+        self._computing: dict[tuple[str, Algorithm], _Computation] = {}
+
+    def known(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
+        """Returns a digest that was computed before, or None."""
+        with self._lock:
+            return self._known.get((plan.etag, algorithm))
+
+    async def of(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
+        """Returns the digest of a plan's body: 32 bytes of SHA-256, or four of CRC-32C; None if it costs too much."""
+        if (found := self.known(plan, algorithm)) is not None:
+            return found
+        if algorithm == "sha-256" and not plan.is_one_rendering and plan.message.content_length > MOST_REPEATED:
+            return None
+        key = plan.etag, algorithm
+        if (computation := self._computing.get(key)) is None:
+            task = asyncio.create_task(self._compute(plan, rendering, algorithm))
+            computation = self._computing[key] = _Computation(task)
+            task.add_done_callback(lambda _: self._forget(key, computation))
+        computation.waiting += 1
+        try:
+            return await asyncio.shield(computation.task)
+        finally:
+            computation.waiting -= 1
+            if not computation.waiting:
+                self._forget(key, computation)
+                computation.task.cancel()
+
+    def _forget(self, key: tuple[str, Algorithm], computation: _Computation) -> None:
+        if self._computing.get(key) is computation:
+            del self._computing[key]
+
+    async def _compute(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
+        tenant = plan.version.tenant
+        hasher = new_hasher(algorithm)
+        pieces = plan.message.pieces(rendering)
+        steps = _crc_steps(hasher, pieces) if isinstance(hasher, Crc32c) else _sha_steps(hasher, pieces)
+        while await self._admission.run(tenant, partial(_step, steps)):
+            pass
+        self._remember(plan, algorithm, hasher.digest())
+        return hasher.digest()
+
+    def _remember(self, plan: Plan, algorithm: Algorithm, digest: bytes) -> None:
+        with self._lock:
+            self._known.put(plan.version.tenant, (plan.etag, algorithm), digest)
+
+    @contextlib.contextmanager
+    def observing(self, plan: Plan, algorithm: Algorithm | None) -> Iterator[Callable[[memoryview], object] | None]:
+        """Yields an observer for the stored blob's chunks, or None if no digest is needed during the read. Leave the
+        block normally once the blob is verified; if it raises, the digest is discarded."""
+        if algorithm != "sha-256" or not self._is_stored(plan) or self.known(plan, algorithm) is not None:
+            yield None
+            return
+        before, after = plan.message.around_values()
+        tensor = _StoredTensor()
+        with ThreadPoolExecutor(1, "body-digest") as thread:
+            running: Future[bytes] = thread.submit(_hash_stored, before, tensor.pieces, after)
+            try:
+                yield tensor.add
+            finally:
+                tensor.pieces.put(None)
+        # An MLP's result is stored in float32 whatever its weights were: no part of such a body.
+        if len(before) + tensor.nbytes + len(after) == plan.message.content_length:
+            self._remember(plan, algorithm, running.result())
+
+    def _is_stored(self, plan: Plan) -> bool:
+        return plan.is_stored and plan.message.content_length - plan.message.rendering_nbytes <= _AROUND
+
+
+def _step(steps: Iterator[object]) -> bool:
+    """Takes the next steps; whether there may be more."""
+    return sum(1 for _ in islice(steps, _STEP)) == _STEP
+
+
+def _sha_steps(hasher: Hasher, pieces: Iterable[Piece]) -> Iterator[None]:
+    """Hashes pieces, a megabyte a step."""
+    for chunk in chunks_of(pieces):
+        for at in range(0, len(chunk), _MEGABYTE):
+            hasher.update(chunk[at : at + _MEGABYTE])
+            yield
+
+
+def _crc_steps(hasher: Crc32c, pieces: Iterable[Piece]) -> Iterator[None]:
+    """Hashes pieces, each row once, however often it is repeated; a row takes a step, and one for each megabyte."""
+    for row, times in pieces:
+        hasher.repeat(row, times)
+        yield from repeat(None, 1 + len(row) // _MEGABYTE)
+
+
+def _hash_stored(before: bytes, pieces: Pieces, after: bytes) -> bytes:
+    body = new_hasher("sha-256")
+    body.update(before)
+    while (piece := pieces.get()) is not None:
+        body.update(piece)
+    body.update(after)
+    return body.digest()
+
+
+class _StoredTensor:
+    """The pieces of a safetensors file of one tensor, without its header."""
+
+    def __init__(self) -> None:
+        self.pieces: Pieces = SimpleQueue()
+        self.nbytes = 0
+        self._header: int | None = None  # bytes of it still to come
+
+    def add(self, piece: memoryview) -> None:
+        header = 8 + int.from_bytes(piece[:8], "little") if self._header is None else self._header
+        self._header = max(header - len(piece), 0)
+        self.nbytes += len(piece[header:])
+        self.pieces.put(piece[header:])

@@ -1,0 +1,221 @@
+"""What is stored of a version: its weights as they were uploaded, and the keys and values that were made of them."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import BinaryIO, Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from prefix_service.blobs.folder import Beside, BlobStore, Memory, read_range
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.records import Version
+from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
+from prefix_service.prefix.config import PrefixConfig
+from prefix_service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.references import parse_reference
+from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, header_of, parse_header, tensor_at
+from prefix_service.prefix.streams import own_stream
+from prefix_service.prefix.wire.rendering import to_host
+
+log = logging.getLogger("prefix_service")
+
+T = TypeVar("T")
+_KEY_VALUES: Final = "past_key_values"
+_UNWATCHED: Final = contextlib.nullcontext[Beside | None](None)
+
+
+class EncodedAgain(Exception):
+    """The keys and values that were asked for are lost; `version` is the same one with the blob that replaced them,
+    whose bits differ. What was planned for the old bits, above all the entity tag, must be planned again."""
+
+    def __init__(self, version: Version) -> None:
+        super().__init__(f"{version.tenant}/{version.adapter}@{version.number} was encoded again")
+        self.version = version
+
+
+class Encodings:
+    """Stored weights, and the keys and values that the encoder makes of them once in a version's life, on a device:
+    a derived blob. Blocking; `memory` is what blobs are best read into for that device."""
+
+    def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
+        self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
+
+    def encoding(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> Generator[None, None, PrefixKV]:
+        """Returns the keys and values of a prefix in a weights file, in host memory; in a step for each block of rows,
+        after one that reads an MLP's weights. Each step may run in another thread.
+
+        Raises:
+            InvalidCheckpoint: a weight, or the result of an MLP, is not finite.
+        """
+        if not file.is_projected:
+            return (yield from assembling(config, read_rows(file, read), file.dtype, torch.device("cpu")))
+        with own_stream(self._device):
+            encoder = PrefixEncoder.from_weights(config, read_weights(file, read), self._device)
+        yield
+        kv = yield from _on_own_stream(self._device, encoder.encoding())
+        with own_stream(self._device):
+            host = to_host(kv.tensor)
+        return replace(kv, tensor=host)
+
+    def storing(self, kv: PrefixKV) -> Generator[None, None, str]:
+        """Keeps keys and values, some megabytes in each step; returns the digest of the blob.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused.
+            ReadOnly: the blob store only reads.
+        """
+        staged = self._blobs.stage()
+        try:
+            for piece in _pieces(kv):
+                for first in range(0, len(piece), BLOCK):
+                    staged.write(piece[first : first + BLOCK])
+                    yield
+            return staged.commit()
+        finally:
+            staged.discard()
+
+    def load(
+        self, version: Version, watching: contextlib.AbstractContextManager[Beside | None] = _UNWATCHED
+    ) -> PrefixKV:
+        """Read the stored keys and values; encode them again from the weights if their blob is lost or damaged.
+        `watching` is entered for the read; the observer that it yields receives the chunks.
+
+        Raises:
+            EncodedAgain: the new bits differ from the old ones, or another process has replaced them before.
+            NotFound: the version was deleted meanwhile.
+            CorruptBlob: the weights are lost or damaged too.
+            Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
+        """
+        try:
+            with watching as observer:
+                data = self._blobs.read(version.key_values, self._memory, observer)
+        except (NotFound, CorruptBlob):
+            return self._encode_again(version)
+        return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
+
+    def load_current(self, version: Version) -> PrefixKV:
+        """Read the keys and values as `load` does, or the ones that replaced them.
+
+        Raises:
+            NotFound, CorruptBlob, Unavailable, StorageFailed, OutOfSpace: as `load`.
+        """
+        try:
+            return self.load(version)
+        except EncodedAgain as again:
+            try:
+                return self.load(again.version)
+            except EncodedAgain as repeated:
+                raise unstable(repeated) from repeated
+
+    def _encode_again(self, version: Version) -> PrefixKV:
+        name = f"{version.tenant}/{version.adapter}@{version.number}"
+        current = self._catalog.resolve(version.tenant, parse_reference(f"{version.adapter}@{version.number}"))
+        if current.key_values != version.key_values:
+            raise EncodedAgain(current)
+        log.warning("keys and values lost", extra={"version": name, "digest": version.key_values})
+        with self._weights(version) as (file, read):
+            kv = finished(self.encoding(version.prefix_config, file, read))
+        sha256 = hashlib.sha256()
+        for piece in _pieces(kv):
+            sha256.update(piece)
+        digest = f"sha256:{sha256.hexdigest()}"
+        if digest == version.key_values:
+            # These are the very bytes: they can be served, whether or not the disk takes them.
+            try:
+                finished(self.storing(kv))
+            except (OutOfSpace, Unavailable, ReadOnly) as error:
+                log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
+            return kv
+        # An MLP on another processor may give other last bits.
+        try:
+            finished(self.storing(kv))
+            raise EncodedAgain(self._catalog.replace_key_values(version, digest))
+        except ReadOnly as error:
+            raise CorruptBlob(
+                f"the stored keys and values of {name} are lost, and this service is read-only: read them once from "
+                "the service that writes, which encodes them again",
+                retry_after=60,
+            ) from error
+
+    def rows(self, version: Version) -> Iterator[Tensor]:
+        """Yields the prefix as PEFT saves it, some rows `[n, L * 2 * H * D]` at a time.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored bytes cannot be read.
+        """
+        config = version.prefix_config
+        if config.num_transformer_submodules == 1:  # so an MLP does not run again
+            kv = self.load_current(version)
+            step = max(1, BLOCK // (kv.nbytes // kv.num_virtual_tokens))
+            yield from (kv.flat(first, first + step) for first in range(0, kv.num_virtual_tokens, step))
+            return
+        # The layers of two submodules are served in another order, and not all.
+        with self._weights(version) as (file, read):
+            if file.is_projected:
+                yield from PrefixEncoder.from_weights(config, read_weights(file, read), torch.device("cpu")).rows()
+            else:
+                yield from read_rows(file, read)
+
+    def rows_nbytes(self, version: Version) -> int:
+        """Returns the most bytes of memory that `rows` takes at a time, without a look into the stored bytes."""
+        config = version.prefix_config
+        block = max(BLOCK, version.key_values_bytes // config.num_virtual_tokens)
+        if config.num_transformer_submodules == 1:
+            return version.key_values_bytes + block
+        # In float32 beside halves, the weights come three times; an MLP's result has the size of the keys and values.
+        return 3 * version.weights_bytes + HIDDEN_BLOCK + version.key_values_bytes + block
+
+    def open_weights(self, version: Version) -> BinaryIO:
+        """The weights file, byte for byte as it was uploaded, verified; the caller closes it.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored bytes cannot be read.
+        """
+        with _expected(version.weights):
+            return self._blobs.open(version.weights)
+
+    @contextlib.contextmanager
+    def _weights(self, version: Version) -> Iterator[tuple[PrefixFile, ReadBytes]]:
+        with self.open_weights(version) as stored:
+            read = partial(read_range, stored)
+            yield locate_prefix(read, version.weights_bytes, version.prefix_config), read
+
+
+def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Generator[None, None, T]:
+    """Runs each step of a generator on a stream of the thread that takes the step, in inference mode: both belong to
+    threads."""
+    while True:
+        with own_stream(device), torch.inference_mode():
+            try:
+                next(steps)
+            except StopIteration as end:
+                value: T = end.value
+                return value
+        yield
+
+
+def unstable(again: EncodedAgain) -> Unavailable:
+    """Return the error for a version whose keys and values were lost twice during one request."""
+    return Unavailable(f"{again}, twice during this request: look at the disk of the blob folder, and try again")
+
+
+def _pieces(kv: PrefixKV) -> tuple[bytes, memoryview]:
+    """Returns the safetensors file that keys and values are stored as, without a copy of them."""
+    return header_of(_KEY_VALUES, kv.tensor.dtype, kv.tensor.shape), bytes_of(kv.tensor)
+
+
+@contextlib.contextmanager
+def _expected(digest: str) -> Iterator[None]:
+    """A blob that the catalog names and the store lacks is damage, not a missing resource."""
+    try:
+        yield
+    except NotFound as error:
+        raise CorruptBlob(f"the stored bytes of {digest} are lost", retry_after=60) from error

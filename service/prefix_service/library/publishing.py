@@ -1,0 +1,271 @@
+"""How a version comes into being: uploaded, untrained, or composed of others.
+
+Whatever it allocates is estimated from config and header, and reserved before it is allocated. Quotas are looked at
+before the work, and decide in the transaction that makes the version.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import rfc8785
+import torch
+from anyio import to_thread
+from torch import Tensor
+
+from prefix_service.blobs.folder import BlobStore, StagedBlob
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.records import AuditEntry, NewVersion, Principal, Version
+from prefix_service.errors import InvalidConfig
+from prefix_service.library.arrivals import Arrival, Arrivals
+from prefix_service.library.encodings import Encodings
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
+from prefix_service.prefix.compose import composed_config
+from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
+from prefix_service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
+from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
+from prefix_service.prefix.safetensors_header import header_of
+from prefix_service.prefix.wire.rendering import KV_DTYPES
+from prefix_service.registry.admission import Admission
+from prefix_service.registry.turns import in_thread
+
+_PARSED: Final = 32  # bytes of memory that a byte of a header takes while it is parsed, at most (measured: 27)
+_LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
+_FLAT: Final = "prompt_embeddings"  # the tensor's name in what PEFT saves
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a version is published, and by whom; `make_tenant` lets the tenant come into being with it."""
+
+    tenant: str
+    adapter: str
+    by: Principal
+    make_tenant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A version on its way in: its weights while they are written, and its bytes that count as used."""
+
+    weights: StagedBlob
+    arrival: Arrival
+
+
+class Publisher:
+    """Makes versions, for callers that have been authorised already.
+
+    `most` bounds every size that a config makes, in bytes. `mended` is called with a version that was published again.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        blobs: BlobStore,
+        encodings: Encodings,
+        admission: Admission,
+        most: int,
+        mended: Callable[[Version], object],
+    ) -> None:
+        self._catalog, self._blobs, self._encodings, self._admission = catalog, blobs, encodings, admission
+        self._most, self._mended = most, mended
+        self._arrivals = Arrivals()
+
+    @contextlib.asynccontextmanager
+    async def receiving(self, target: Target, nbytes: int) -> AsyncIterator[Upload]:
+        """Begins a version of at least so many bytes, before any of them arrives; the block writes its weights.
+
+        Raises:
+            NotFound: there is no such tenant.
+            QuotaExceeded: the tenant's quotas do not allow it.
+            OutOfSpace, StorageFailed: the disk or the catalog refused.
+        """
+        look = partial(self._catalog.room, target.tenant, target.adapter, make_tenant=target.make_tenant)
+        room = await read_catalog(look)
+        with self._arrivals.begin(target.tenant, target.by, room, nbytes) as arrival:
+            weights = await to_thread.run_sync(self._blobs.stage)
+            try:
+                yield Upload(weights, arrival)
+            finally:
+                await in_thread(weights.discard)
+
+    def hear(self, changes: Sequence[AuditEntry]) -> None:
+        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted."""
+        gone = {change.target for change in changes if change.action == "tenant.deleted"}
+        revoked = {change.target for change in changes if change.action == "key.revoked"}
+        if gone or revoked:
+            self._arrivals.refuse(gone, revoked)
+
+    async def publish(self, target: Target, config: PrefixConfig, upload: Upload) -> tuple[Version, bool]:
+        """Makes weights that have arrived a version. Returns it, and whether it is new: the same content again is the
+        same version.
+
+        Raises:
+            InvalidConfig, InvalidCheckpoint: nothing is visible then.
+            Unauthenticated: the caller has no authority any more.
+            NotFound: there is no such tenant.
+            QuotaExceeded: the tenant's quotas do not allow it.
+            OutOfSpace, StorageFailed: the disk or the catalog refused, or it takes too much memory.
+            Overloaded: other work held the memory for too long.
+        """
+        weights, admission = upload.weights, self._admission
+        header = await to_thread.run_sync(header_nbytes, weights.read, weights.size)
+        async with admission.work(target.tenant, _PARSED * header) as work:
+            file = await work.run(partial(locate_prefix, weights.read, weights.size, config))
+        key_values_bytes = _elements(config) * file.encoded_dtype.itemsize
+        self._require_moderate(key_values_bytes)
+        if file.is_projected:
+            self._require_moderate(hidden_nbytes(config))
+        manifest = await admission.run(target.tenant, partial(_manifest, config, weights.digest))
+        draft = NewVersion(
+            digest=f"sha256:{hashlib.sha256(manifest).hexdigest()}",
+            manifest=manifest.decode(),
+            base_model=config.base_model_name_or_path,
+            weights=weights.digest,
+            weights_bytes=weights.size,
+            weights_dtype=next(name for name, dtype in KV_DTYPES.items() if dtype == file.dtype),
+            key_values="",
+            key_values_bytes=key_values_bytes,
+        )
+        if (existing := await in_thread(partial(self._find, target, draft, weights))) is not None:
+            self._mended(existing)
+            return existing, False
+        upload.arrival.hold(draft.nbytes)
+        async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
+            new = await work.compute(self._storing(draft, config, file, weights))
+        upload.arrival.end()  # or its bytes would count twice for who looks behind the transaction
+        add = partial(
+            self._catalog.add_version, target.tenant, target.adapter, new, target.by, make_tenant=target.make_tenant
+        )
+        version, is_new = await in_thread(add)
+        if not is_new:
+            self._mended(version)
+        return version, is_new
+
+    def _find(self, target: Target, draft: NewVersion, weights: StagedBlob) -> Version | None:
+        """Known content, or no room for it: nothing needs to be encoded."""
+        tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
+        existing = self._catalog.find(tenant, adapter, draft.digest, draft.nbytes, target.by, make_tenant=makes)
+        if existing is not None:
+            weights.commit()
+        return existing
+
+    def _storing(
+        self, draft: NewVersion, config: PrefixConfig, file: PrefixFile, weights: StagedBlob
+    ) -> Generator[None, None, NewVersion]:
+        kv = yield from self._encodings.encoding(config, file, weights.read)
+        key_values = yield from self._encodings.storing(kv)
+        weights.commit()
+        return replace(draft, key_values=key_values)
+
+    async def publish_fresh(
+        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int
+    ) -> tuple[Version, bool]:
+        """Makes an untrained prefix a version, as `publish`; its weights are stored as PEFT would save them.
+
+        Raises:
+            InvalidConfig: a dimension is missing, or the sizes multiply to more than an upload may have.
+        """
+        config.require_dimensions()
+        trained = config.trainable_parameters or 0
+        is_projected = isinstance(config, PrefixTuningConfig) and config.prefix_projection and not config.inference_mode
+        nbytes = 4 * _elements(config)
+        self._require_moderate(max(nbytes, 4 * trained if not config.inference_mode else 0))
+        if is_projected:
+            self._require_moderate(hidden_nbytes(config))
+        # The digest of the weights is not known yet.
+        manifest = await self._admission.run(target.tenant, partial(_manifest, config, ""))
+        async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
+            async with self._admission.work(target.tenant, fresh_nbytes(config)) as work:
+                await work.compute(_writing_fresh(upload.weights, config, init, seed))
+            return await self.publish(target, config, upload)
+
+    async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
+        """Makes the concatenation of prefixes a version, as `publish`, under the names that they were asked by and in
+        their order; its weights are stored as PEFT would save them.
+
+        Raises:
+            InvalidRequest: they differ in a dimension or in their task.
+            InvalidConfig: together they are more than an upload may have.
+        """
+        config, manifest = await self._admission.run(target.tenant, partial(_composed, sources))
+        dtypes = {_stored_dtype(version) for _, version in sources}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        nbytes = _elements(config) * dtype.itemsize
+        self._require_moderate(nbytes)
+        async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
+            header = header_of(_FLAT, dtype, (config.num_virtual_tokens, config.prefix_embedding_dim or 0))
+            await to_thread.run_sync(upload.weights.write, header)
+            for _, version in sources:
+                async with self._admission.work(target.tenant, self._encodings.rows_nbytes(version)) as work:
+                    await work.compute(self._writing_rows(upload.weights, version, dtype))
+            return await self.publish(target, config, upload)
+
+    def _writing_rows(self, weights: StagedBlob, version: Version, dtype: torch.dtype) -> Generator[None, None, None]:
+        for rows in self._encodings.rows(version):
+            yield from _writing(weights, rows.to(dtype))
+
+    def _require_moderate(self, nbytes: int) -> None:
+        """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
+        if nbytes > self._most:
+            raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self._most}")
+
+
+def _writing_fresh(
+    weights: StagedBlob, config: PrefixConfig, init: InitWeights, seed: int
+) -> Generator[None, None, None]:
+    weights.write(header_of(_FLAT, torch.float32, (config.num_virtual_tokens, config.prefix_embedding_dim or 0)))
+    encoder = yield from PrefixEncoder.drawing(config, init, seed, torch.device("cpu"))
+    for rows in encoder.rows():
+        yield from _writing(weights, rows)
+
+
+def _writing(weights: StagedBlob, rows: Tensor) -> Generator[None, None, None]:
+    """Writes rows, some megabytes in each step, behind the step that computed them."""
+    data = bytes_of(rows.contiguous())
+    for first in range(0, len(data), BLOCK):
+        yield
+        weights.write(data[first : first + BLOCK])
+
+
+def _composed(sources: Sequence[tuple[str, Version]]) -> tuple[PrefixConfig, bytes]:
+    """Returns the config of a concatenation, and its manifest without a digest. The first config lasts whole, of the
+    others only what the service reads."""
+    (first, version), *others = sources
+    config = composed_config(
+        [(first, parse_config(version.config)), *((name, version.prefix_config) for name, version in others)]
+    )
+    return config, _manifest(config, "")
+
+
+def _stored_dtype(version: Version) -> torch.dtype:
+    """Returns the dtype of a version's keys and values: float32 where an MLP made them of weights in half precision."""
+    dtype = KV_DTYPES[version.weights_dtype]
+    return dtype if version.key_values_bytes == _elements(version.prefix_config) * dtype.itemsize else torch.float32
+
+
+def _elements(config: PrefixConfig) -> int:
+    return config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
+
+
+def _manifest(config: PrefixConfig, weights: str) -> bytes:
+    """Returns the canonical JSON (RFC 8785) of a version, whose hash is the version's digest."""
+    name = config.base_model_name_or_path or ""
+    if len(name) > _LONGEST_NAME:
+        raise InvalidConfig(f"base_model_name_or_path has {len(name)} characters, more than {_LONGEST_NAME}")
+    values: dict[str, Any] = {"format": 1, "config": config.model_dump(mode="json"), "weights": weights}
+    try:
+        manifest = rfc8785.dumps(values)
+    except ValueError as error:  # also a lone surrogate in a key, which rfc8785 leaves to the codec
+        raise InvalidConfig(f"the config cannot be written as canonical JSON (RFC 8785): {error}") from error
+    if len(manifest) > MAX_CONFIG_BYTES:
+        raise InvalidConfig(
+            f"the config has {len(manifest)} bytes as canonical JSON (RFC 8785), more than {MAX_CONFIG_BYTES}: leave "
+            "out what PEFT does not need"
+        )
+    return manifest

@@ -1,0 +1,151 @@
+"""Renderings as files in memory, which workers on this host map instead of receiving them.
+
+Each process has a folder of its own, locked as long as it lives. A file is a complete safetensors file and is never
+written again. Nobody can list the folder, and names cannot be guessed: who was told one opens the file if its owner or
+in its group. Its name goes with the rendering; whoever has mapped it by then keeps what it holds.
+"""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Final
+
+from prefix_service.errors import InvalidInput
+from prefix_service.prefix.wire.message import Message
+from prefix_service.prefix.wire.received import read_message
+from prefix_service.prefix.wire.rendering import Rendering
+from prefix_service.system.disk import translated
+
+_NAME: Final = "process-"
+_MOST: Final = 32_768  # each is a mapping, and Linux gives a process 65,530
+
+log = logging.getLogger("prefix_service")
+
+
+class SharedFiles:
+    """The files of this process, at most so many, below the folder `parent`, which is made if it is not there.
+
+    Raises:
+        InvalidInput: others may replace `parent`, or what lies in it.
+        StorageFailed, OutOfSpace: the system refused.
+    """
+
+    def __init__(self, parent: Path, most: int = _MOST) -> None:
+        self._most = most
+        self._files: set[Path] = set()
+        sweep(parent)
+        with translated(f"share files in {parent}"):
+            self._folder, self._lock = _own_folder(parent.absolute())
+
+    def place(self, message: Message, rendering: Rendering) -> Rendering:
+        """What a message is made of in a file of its own, or as it is where there is no room for one."""
+        if len(self._files) >= self._most:
+            return rendering
+        path = self._folder / f"{secrets.token_hex(16)}.safetensors"
+        try:
+            mapped = _written(path, message.canonical, rendering)
+        except OSError as error:
+            log.warning(
+                "a rendering is not shared: %s", os.strerror(error.errno or 0), extra={"folder": str(path.parent)}
+            )
+            _remove(path)
+            return rendering
+        tensors = read_message(memoryview(mapped)).tensors
+        scales = tensors.get("past_key_values_scale")
+        placed = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
+        self._files.add(path)
+        weakref.finalize(placed, self._forget, path)
+        return placed
+
+    def _forget(self, path: Path) -> None:
+        self._files.discard(path)
+        _remove(path)
+
+    def close(self) -> None:
+        """Remove the folder; who has mapped a file keeps what it holds."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def sweep(parent: Path) -> None:
+    """Make the folder below which files are shared, and remove what processes that have ended left there.
+
+    Raises:
+        InvalidInput, StorageFailed, OutOfSpace: as `SharedFiles`.
+    """
+    with translated(f"share files in {parent}"):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(parents=True)
+            parent.chmod(0o711)  # whatever the umask: others pass, and list nothing
+        mode = parent.stat().st_mode
+        if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
+            raise InvalidInput(f"others may replace what lies in {parent}: choose a folder of the service's own")
+        _require_own(parent.absolute())
+        for folder in parent.glob(f"{_NAME}*"):
+            with contextlib.suppress(OSError):  # another service's, or somebody else is removing it
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(handle)
+
+
+def _require_own(folder: Path) -> None:
+    """Require that a folder and those above it belong to this process's user or to root: the owner of any of them could
+    put another in its place.
+
+    Raises:
+        InvalidInput: one of them belongs to somebody else.
+        OSError: one of them cannot be looked at.
+    """
+    for each in (folder, *folder.parents):
+        if (owner := each.stat().st_uid) not in (0, os.geteuid()):
+            raise InvalidInput(
+                f"{each} belongs to user {owner}, who could replace what the service shares in {folder}: choose a "
+                "folder that, with those above it, is the service's own or root's"
+            )
+
+
+def _own_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder, and the handle that locks it. Another process may sweep it away until it is locked."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_NAME, dir=parent))
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # The group passes, and lists nothing; the parent may have chosen it by its set-group-id bit.
+            os.fchmod(handle, 0o710 | (os.fstat(handle).st_mode & stat.S_ISGID))
+            if folder.exists():
+                return folder, handle
+            os.close(handle)
+
+
+def _written(path: Path, message: Message, rendering: Rendering) -> mmap.mmap:
+    """The message in a new file, mapped so that what is written to the mapping would not reach the file.
+
+    It is filled by `write`, which says so when there is no room; by a mapping that would end the process (SIGBUS).
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o400)
+    try:
+        for chunk in message.chunks(rendering):
+            written = 0
+            while written < len(chunk):
+                written += os.write(handle, chunk[written:])
+        os.fchmod(handle, 0o440)
+        return mmap.mmap(handle, message.content_length, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -1,0 +1,348 @@
+"""From the bytes of a trained checkpoint to the tensors of its prefix encoder: one table row for each layout.
+
+Formats: PEFT's `save_pretrained`, PEFT's training state (bare, or deep inside an accelerate, DeepSpeed, FSDP or
+Lightning checkpoint), hf_peft_ex, P-tuning v2 (and ChatGLM), CARTRIDGE saved and in training. Nothing here opens a
+pickle, and nothing is allocated before names, shapes and dtypes have been checked against the config.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from prefix_service.errors import InvalidCheckpoint
+from prefix_service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
+from prefix_service.prefix.safetensors_header import (
+    DTYPES,
+    WEIGHT_DTYPES,
+    TensorEntry,
+    header_length,
+    parse_checkpoint_header,
+    require_dtype,
+    shown_name,
+    tensor_at,
+)
+
+Shape = tuple[int, ...]
+
+_MLP: Final = ("transform.w1", "transform.b1", "transform.w2", "transform.b2")
+_SHOWN: Final = 8  # names in a message
+# What training frameworks put between the names of modules.
+_WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one project names the tensors of a prefix encoder.
+
+    `scope` is what may stand before a name; `roles` maps the rest of the name to this project's own; `linear` tells
+    that matrices are `[out, in]` (nn.Linear) rather than `[in, out]`; `complete` lists the sets that make a whole.
+    """
+
+    name: str
+    config: tuple[type[PrefixConfig], ...]
+    scope: re.Pattern[str]
+    roles: Mapping[str, str]
+    complete: tuple[frozenset[str], ...]
+    linear: bool = True
+
+
+def _roles(embedding: str, matrix: str, first: str, second: str, weight: str, bias: str) -> dict[str, str]:
+    names = [f"{matrix}.{weight.format(first)}", f"{matrix}.{bias.format(first)}"]
+    names += [f"{matrix}.{weight.format(second)}", f"{matrix}.{bias.format(second)}"]
+    return {embedding: "embedding", **dict(zip(names, _MLP, strict=True))}
+
+
+_EMBEDDING_OR_MLP = (frozenset({"embedding"}), frozenset({"embedding", *_MLP}))
+_IN_PEFT_MODEL = re.compile(r"(?:(?:.+\.)?prompt_encoder\.[^.]+\.)?")
+
+LAYOUTS: Final = (
+    Layout(
+        "PEFT saved",
+        (PrefixTuningConfig, CartridgeConfig),
+        re.compile(""),
+        {"prompt_embeddings": "prompt_embeddings"},
+        (frozenset({"prompt_embeddings"}),),
+    ),
+    Layout(
+        "PEFT training state",
+        (PrefixTuningConfig,),
+        _IN_PEFT_MODEL,
+        _roles("embedding.weight", "transform", "0", "2", "{}.weight", "{}.bias"),
+        _EMBEDDING_OR_MLP,
+    ),
+    Layout(
+        "hf_peft_ex",
+        (PrefixTuningConfig,),
+        re.compile(r"(?:prefix_encoder\.)?"),
+        _roles("embedding", "transform", "1", "2", "w{}", "b{}"),
+        _EMBEDDING_OR_MLP,
+        linear=False,
+    ),
+    Layout(
+        "P-tuning v2",
+        (PrefixTuningConfig,),
+        re.compile(r"(?:.+\.)?prefix_encoder\."),
+        _roles("embedding.weight", "trans", "0", "2", "{}.weight", "{}.bias"),
+        _EMBEDDING_OR_MLP,
+    ),
+    Layout(
+        "CARTRIDGE training state",
+        (CartridgeConfig,),
+        _IN_PEFT_MODEL,
+        {"frozen_embedding": "frozen_embedding", "trainable_embedding": "trainable_embedding"},
+        (frozenset({"frozen_embedding", "trainable_embedding"}), frozenset({"trainable_embedding"})),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A prefix found in a checkpoint: its layout, where it stands, and which tensor plays which role."""
+
+    layout: Layout
+    scope: str
+    tensors: Mapping[str, str]
+
+
+ReadBytes = Callable[[int, int], memoryview]
+"""Returns the bytes `start:stop` of a file, in new memory that may be written to."""
+
+BLOCK: Final = 16 << 20
+"""Bytes of a prefix that are read at a time where it need not be in memory as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFile:
+    """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
+
+    layout: Layout
+    names: Mapping[str, str]
+    entries: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(entry.stop - entry.start for entry in self.entries.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors; float32 where they differ."""
+        dtypes = {DTYPES[entry.dtype] for entry in self.entries.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether an MLP makes the prefix of these tensors."""
+        return "transform.w1" in self.entries
+
+    @property
+    def encoded_dtype(self) -> torch.dtype:
+        """The dtype of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
+        return torch.float32 if self.is_projected else self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWeights:
+    """The validated tensors of a prefix encoder, under the role names of `prefix_service.prefix.encoder`, matrices
+    `[out, in]`; `dtype` is the one they were stored in."""
+
+    layout: str
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+
+
+def header_nbytes(read: ReadBytes, size: int) -> int:
+    """Returns the bytes of the header of a safetensors file that has `size` bytes.
+
+    Raises:
+        UnsafeCheckpoint, InvalidCheckpoint: the first bytes are not those of a safetensors file.
+    """
+    return header_length(read(0, min(size, 9)), size)
+
+
+def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFile:
+    """Returns where the prefix stands in a safetensors file of `size` bytes, of which the header alone is read.
+
+    Raises:
+        InvalidCheckpoint: malformed, incomplete, ambiguous, or not as the config says.
+        InvalidConfig: the config lacks dimensions.
+    """
+    config.require_dimensions()
+    header = parse_checkpoint_header(read(0, min(size, 8 + header_nbytes(read, size))), size=size)
+    match = find_prefix({name: entry.shape for name, entry in header.tensors.items()})
+    for name in match.tensors.values():
+        require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
+    check_shapes(match, config, lambda name: header.tensors[name].shape)
+    return PrefixFile(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
+
+
+def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
+    """Returns the tensors of a prefix; nothing else of its file is read.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite.
+    """
+    tensors = {}
+    for role, entry in file.entries.items():
+        tensor = _read(read, entry, file.names[role], 0, entry.shape[0])
+        if not file.layout.linear and role in ("transform.w1", "transform.w2"):
+            tensor = tensor.T.contiguous()  # [in, out] -> [out, in]
+        tensors[role] = tensor
+    return PrefixWeights(file.layout.name, file.dtype, tensors)
+
+
+def read_rows(file: PrefixFile, read: ReadBytes) -> Iterator[Tensor]:
+    """Yields the rows `[n, L * 2 * token_dim]` of a prefix that no MLP makes, about 16 MiB at a time.
+
+    Raises:
+        InvalidCheckpoint: a value is not finite.
+    """
+    for role in ("prompt_embeddings", "embedding", "frozen_embedding", "trainable_embedding"):
+        if (entry := file.entries.get(role)) is None:
+            continue
+        step = max(1, BLOCK // max(1, (entry.stop - entry.start) // max(1, entry.shape[0])))
+        for first in range(0, entry.shape[0], step):
+            yield _read(read, entry, file.names[role], first, min(entry.shape[0], first + step))
+
+
+def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int) -> Tensor:
+    """Returns rows of a tensor; each row has as many bytes."""
+    row = (entry.stop - entry.start) // max(1, entry.shape[0])
+    nbytes = row * (last - first)
+    part = TensorEntry(entry.dtype, (last - first, *entry.shape[1:]), 0, nbytes)
+    start = entry.start + row * first
+    tensor = tensor_at(read(start, start + nbytes), part)
+    # The extremes are NaN if any value is, and take no memory.
+    if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        raise InvalidCheckpoint(f"{shown_names([name])} holds NaN or infinite values")
+    return tensor
+
+
+def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWeights:
+    """The weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
+
+    Raises:
+        InvalidCheckpoint: malformed, incomplete, ambiguous, not as the config says, or not finite.
+        InvalidConfig: the config lacks dimensions.
+    """
+    view = memoryview(data)
+
+    def read(start: int, stop: int) -> memoryview:
+        return view[start:stop]
+
+    return read_weights(locate_prefix(read, len(view), config), read)
+
+
+def find_prefix(names: Mapping[str, Shape]) -> Match:
+    """The one prefix among the tensors of a checkpoint; what belongs to the base model or a task head is ignored.
+
+    Raises:
+        InvalidCheckpoint: none, more than one, or an incomplete one; the message lists what was found.
+    """
+    matches = [match for layout in LAYOUTS for match in _matches(layout, names)]
+    if not matches:
+        shown = shown_names(names)
+        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in LAYOUTS)
+        raise InvalidCheckpoint(f"no prefix encoder among {len(names)} tensors ({shown}); known layouts: {known}")
+    if len(matches) > 1:
+        found = "; ".join(f"{m.layout.name} ({shown_names(m.tensors.values())})" for m in matches[:8])
+        raise InvalidCheckpoint(f"more than one prefix encoder in the checkpoint: {found}; keep one")
+    match = matches[0]
+    roles = frozenset(match.tensors)
+    if roles not in match.layout.complete:
+        wanted = min((c for c in match.layout.complete if roles < c), default=match.layout.complete[-1], key=len)
+        missing = sorted(match.scope + name for name, role in match.layout.roles.items() if role in wanted - roles)
+        raise InvalidCheckpoint(
+            f"incomplete prefix encoder ({match.layout.name}): found {shown_names(match.tensors.values())}; "
+            f"missing {shown_names(missing)}"
+        )
+    return match
+
+
+def shown_names(names: Collection[str]) -> str:
+    """Returns up to eight names of tensors for a message, sorted, escaped and shortened where they need it."""
+    shown = [
+        name if name.isprintable() and len(name) <= 80 else shown_name(name) for name in islice(sorted(names), _SHOWN)
+    ]
+    return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
+
+
+def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
+    scopes: dict[str, dict[str, str]] = {}
+    for name in names:
+        plain = _WRAPPERS.sub("", name)
+        for suffix, role in layout.roles.items():
+            scope = plain.removesuffix(suffix)
+            if plain.endswith(suffix) and layout.scope.fullmatch(scope):
+                other = scopes.setdefault(scope, {}).setdefault(role, name)
+                if other != name:
+                    raise InvalidCheckpoint(
+                        f"more than one prefix encoder in the checkpoint: {shown_names((other, name))}; keep one"
+                    )
+    return [Match(layout, scope, tensors) for scope, tensors in scopes.items()]
+
+
+def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], Shape]) -> None:
+    """Compare the shapes of a prefix with its config.
+
+    Raises:
+        InvalidCheckpoint: the layout is not the config's kind, or a shape differs; names both values.
+    """
+    if not isinstance(config, match.layout.config):
+        raise InvalidCheckpoint(f"{match.layout.name} tensors do not belong to peft_type {config.peft_type}")
+    found = {
+        role: shape_of(name) if match.layout.linear else shape_of(name)[::-1] for role, name in match.tensors.items()
+    }
+    if isinstance(config, PrefixTuningConfig) and "embedding" in found:
+        projected = "transform.w1" in found
+        if projected != config.prefix_projection:
+            raise InvalidCheckpoint(
+                f"prefix_projection is {str(config.prefix_projection).lower()} in the config, and the checkpoint "
+                f"{'holds' if projected else 'lacks'} the projection ({match.layout.name}: "
+                f"{shown_names(match.tensors.values())})"
+            )
+        if projected:
+            config.require_projection_size()
+        if not match.layout.linear:
+            found["embedding"] = found["embedding"][::-1]  # an embedding is [tokens, width] in every layout
+    if isinstance(config, CartridgeConfig) and "trainable_embedding" in found:
+        has_frozen = "frozen_embedding" in found
+        if has_frozen != (config.num_frozen_tokens > 0):
+            raise InvalidCheckpoint(
+                f"num_frozen_tokens is {config.num_frozen_tokens} in the config, and the checkpoint "
+                f"{'holds' if has_frozen else 'lacks'} frozen_embedding ({match.layout.name})"
+            )
+    expected = _expected_shapes(config, found)
+    for role, name in match.tensors.items():
+        if found[role] != expected[role]:
+            raise InvalidCheckpoint(
+                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_said(config)}"
+            )
+
+
+def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[str, Shape]:
+    tokens, width = config.num_virtual_tokens, config.prefix_embedding_dim or 0
+    if isinstance(config, CartridgeConfig):
+        return {
+            "prompt_embeddings": (tokens, width),
+            "frozen_embedding": (config.num_frozen_tokens, width),
+            "trainable_embedding": (tokens - config.num_frozen_tokens, width),
+        }
+    if "transform.w1" not in found:
+        return {"prompt_embeddings": (tokens, width), "embedding": (tokens, width)}
+    # ChatGLM2 embeds the whole width where PEFT and P-tuning v2 embed one token.
+    inner = width if found["embedding"] == (tokens, width) else config.token_dim or 0
+    hidden = config.encoder_hidden_size or 0
+    shapes = ((hidden, inner), (hidden,), (width, hidden), (width,))
+    return {"embedding": (tokens, inner), **dict(zip(_MLP, shapes, strict=True))}
+
+
+def _said(config: PrefixConfig) -> str:
+    names = ["num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"]
+    names += ["num_frozen_tokens"] if isinstance(config, CartridgeConfig) else ["encoder_hidden_size"]
+    return ", ".join(f"{name}={getattr(config, name)}" for name in names)

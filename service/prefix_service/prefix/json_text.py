@@ -1,0 +1,137 @@
+"""JSON from outside: counted before it is parsed, and parsed strictly."""
+
+import json
+import re
+from collections.abc import Callable
+from math import isfinite
+from typing import Any, Final, NoReturn
+
+from prefix_service.errors import InvalidConfig
+
+MAX_CONFIG_BYTES: Final = 64 << 10  # PEFT writes about one KiB
+MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # is not stored; a classifier's names of 21,000 labels have half a megabyte
+
+MOST_VALUES: Final = 1 << 20
+"""Values that JSON may have: a mask has as many."""
+
+_MOST_CONTAINERS: Final = 1 << 17  # lists and objects
+_MOST_NAMES: Final = 1 << 16
+"""Names of members, at most as many as colons."""
+
+_AT_ONCE: Final = 1 << 18
+"""Bytes of JSON that are parsed without a call into Python for each integer. `json.loads` holds Python's lock between
+such calls: for 60 ms of 2 MiB without them, for 40 ms at most of 4 MiB with them, which take four times as long."""
+
+_MEMORY: Final = 40
+"""Bytes of memory that a byte of JSON may take while it is parsed: measured are 36, of lists in lists."""
+
+_MAX_DEPTH: Final = 32
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
+
+
+def json_memory(nbytes: int) -> int:
+    """Returns the bytes of memory that parsing so many bytes of JSON takes."""
+    return _MEMORY * nbytes
+
+
+def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
+
+    `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
+
+    Raises:
+        InvalidConfig: as `parse_json`.
+    """
+    return _parse(data, what, limit, float, _refuse_nan)
+
+
+def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
+
+    Raises:
+        InvalidConfig: too many bytes, values or names, too deep, duplicate keys, NaN, infinities or lone surrogates;
+            names `what`.
+    """
+    return _parse(data, what, limit, _finite, _refuse_constant)
+
+
+def _parse(
+    data: bytes, what: str, limit: int, parse_float: Callable[[str], float], parse_constant: Callable[[str], float]
+) -> dict[str, Any]:
+    if len(data) > limit:
+        raise InvalidConfig(f"{what} has {len(data)} bytes, more than {limit}")
+    _require_few_values(data, what)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=int if len(data) <= _AT_ONCE else _integer,
+            parse_float=parse_float,
+            parse_constant=parse_constant,
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidConfig(f"{what} must be a JSON object, got {type(value).__name__}")
+    if _deeper_than(_MAX_DEPTH, value):
+        raise InvalidConfig(f"{what} is nested more than {_MAX_DEPTH} deep")
+    return value
+
+
+def _require_few_values(data: bytes, what: str) -> None:
+    """Counts before anything is made of the text; what stands in strings counts too."""
+    containers = data.count(b"[") + data.count(b"{")
+    values = containers + data.count(b",")
+    if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
+        raise InvalidConfig(
+            f"{what} has about {values} values, {containers} of them lists and objects, and at most {MOST_VALUES} "
+            f"and {_MOST_CONTAINERS} are read"
+        )
+    if (names := data.count(b":")) > _MOST_NAMES:
+        raise InvalidConfig(f"{what} has {names} colons, and at most {_MOST_NAMES} are read: it names too much")
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, shortened to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _deeper_than(levels: int, value: dict[str, Any] | list[Any]) -> bool:
+    if levels < 0:
+        return True
+    children = value.values() if isinstance(value, dict) else value
+    if {dict, list}.isdisjoint(map(type, children)):  # a million numbers are not looked at in Python
+        return False
+    return any(_deeper_than(levels - 1, child) for child in children if isinstance(child, dict | list))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {shown(key)}")
+        found[key] = value
+    return found
+
+
+def _integer(text: str) -> int:
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{shown(text)} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_nan(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)

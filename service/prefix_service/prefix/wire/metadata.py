@@ -1,0 +1,76 @@
+"""The metadata of an answer as values: which version it says it holds, and in which form. Without torch."""
+
+from collections.abc import Mapping
+from typing import Any, Final, get_args
+
+from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, Span
+
+_DTYPES: Final = get_args(KVDtype)
+_LAYOUTS: Final = get_args(Layout)
+
+
+def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
+    """Read the metadata that every prefix of this service carries; keys beyond it are ignored.
+
+    Raises:
+        InvalidResponse: a value is missing, has another type, or lies outside its range.
+    """
+    base_model = metadata.get("base_model_name_or_path")
+    identity = Identity(
+        tenant=_text(metadata, "tenant"),
+        adapter=_text(metadata, "adapter"),
+        version=_size(metadata, "version"),
+        digest=_text(metadata, "digest"),
+        peft_type=_text(metadata, "peft_type"),
+        base_model_name_or_path=None if base_model is None else _text(metadata, "base_model_name_or_path"),
+        num_virtual_tokens=_size(metadata, "num_virtual_tokens"),
+        num_layers=_size(metadata, "num_layers"),
+        num_kv_heads=_size(metadata, "num_kv_heads"),
+        head_dim=_size(metadata, "head_dim"),
+    )
+    form = Form(
+        dtype=_one_of(metadata, "dtype", _DTYPES),
+        batch_size=_size(metadata, "batch_size"),
+        layers=_span(metadata, "layers", identity.num_layers),
+        kv_heads=_span(metadata, "kv_heads", identity.num_kv_heads),
+        layout=_one_of(metadata, "layout", _LAYOUTS),
+        expand=_one_of(metadata, "expand", (True, False)),
+    )
+    return identity, form
+
+
+def _text(metadata: Mapping[str, Any], name: str) -> str:
+    value = metadata.get(name)
+    if not isinstance(value, str):
+        raise _wrong(metadata, name, "a text")
+    return value
+
+
+def _size(metadata: Mapping[str, Any], name: str) -> int:
+    value = metadata.get(name)
+    if type(value) is not int or value < 1:
+        raise _wrong(metadata, name, "a positive integer")
+    return value
+
+
+def _span(metadata: Mapping[str, Any], name: str, size: int) -> Span:
+    value = metadata.get(name)
+    if not isinstance(value, list) or len(value) != 2 or not all(type(end) is int for end in value):
+        raise _wrong(metadata, name, "two integers")
+    if not 0 <= value[0] < value[1] <= size:
+        raise _wrong(metadata, name, f"a range within 0:{size}")
+    return value[0], value[1]
+
+
+def _one_of(metadata: Mapping[str, Any], name: str, values: tuple[Any, ...]) -> Any:
+    value = metadata.get(name)
+    if not any(value is each or (isinstance(value, str) and value == each) for each in values):
+        raise _wrong(metadata, name, f"one of {', '.join(map(str, values))}")
+    return value
+
+
+def _wrong(metadata: Mapping[str, Any], name: str, wanted: str) -> InvalidResponse:
+    return InvalidResponse(
+        f"the metadata of the answer is not that of a prefix: {name} should be {wanted}, got {metadata.get(name)!r:.80}"
+    )

@@ -1,0 +1,138 @@
+"""A mixed batch as a safetensors file: its bytes are those of the renderings, sent where they lie."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from prefix_service.prefix.buffers import memory_of
+from prefix_service.prefix.form import FORMAT, Form
+from prefix_service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
+from prefix_service.prefix.wire.extras import Extra
+from prefix_service.prefix.wire.message import CHUNK, JOINED, TensorSpec, chunks_of, write_header
+from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
+
+_BLOCK: Final = 1 << 20  # bytes of small runs that are joined
+_RUNS: Final = 1024  # of them
+
+
+@dataclass(frozen=True)
+class MixedMessage:
+    """A response planned from sizes alone. `form.batch_size` is the number of rows; `extras` are the masks.
+
+    Float8 values have scales as every other prefix, but each token its own, float32 `[B, H', N, 1]` (stacked:
+    `[B, L', 2, H', N, 1]`): the prefixes of a row keep theirs, and so every bit.
+    """
+
+    batch: MixedBatch
+    form: Form
+    extras: Mapping[str, Extra]
+
+    @property
+    def _heads(self) -> int:
+        return self.form.kv_heads[1] - self.form.kv_heads[0]
+
+    @cached_property
+    def _specs(self) -> list[tuple[TensorSpec, range | None]]:
+        """The tensors in their order, and of keys, values and scales the cells that they hold."""
+        specs: list[tuple[TensorSpec, range | None]] = [
+            (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
+        ]
+        rows, tokens, cells = len(self.batch.rows), self.batch.num_virtual_tokens, 2 * self._layers
+        parts = [("", KV_DTYPES[self.form.dtype], self.batch.first.identity.head_dim)]
+        if self.form.dtype == "float8_e4m3fn":
+            parts.append(("_scale", torch.float32, 1))
+        for suffix, dtype, width in parts:
+            if self.form.layout == "stacked":
+                shape: tuple[int, ...] = (rows, self._layers, 2, self._heads, tokens, width)
+                specs.append((TensorSpec(f"past_key_values{suffix}", dtype, shape), range(cells)))
+                continue
+            for cell in range(cells):
+                name = f"past_key_values.{self.form.layers[0] + cell // 2}.{('key', 'value')[cell % 2]}{suffix}"
+                specs.append((TensorSpec(name, dtype, (rows, self._heads, tokens, width)), range(cell, cell + 1)))
+        return sorted(specs, key=lambda spec: -spec[0].dtype.itemsize)
+
+    @property
+    def _layers(self) -> int:
+        return self.form.layers[1] - self.form.layers[0]
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length and JSON header, padded."""
+        identity, form = self.batch.first.identity, self.form
+        about = {
+            "format": FORMAT,
+            "rows": [row.told() for row in self.batch.rows],
+            "num_virtual_tokens": self.batch.num_virtual_tokens,
+            "num_layers": identity.num_layers,
+            "num_kv_heads": identity.num_kv_heads,
+            "head_dim": identity.head_dim,
+            "dtype": form.dtype,
+            "batch_size": form.batch_size,
+            "layers": form.layers,
+            "kv_heads": form.kv_heads,
+            "layout": form.layout,
+            "expand": form.expand,
+        }
+        return write_header(about, [spec for spec, _ in self._specs])
+
+    @cached_property
+    def content_length(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(spec.nbytes for spec, _ in self._specs)
+
+    def chunks(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
+        """The file in order, in chunks of at most 8 MiB; `renderings` has that of each prefix, as the rows have them.
+
+        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, at most a megabyte and 1024 at a time.
+        """
+        held: list[Bytes] = []
+        size = 0
+        for run in self._runs(renderings):
+            if len(run) < JOINED:
+                held.append(run)
+                size += len(run)
+            if held and (size >= _BLOCK or len(held) >= _RUNS or len(run) >= JOINED):
+                yield b"".join(held)
+                held, size = [], 0
+            if len(run) >= JOINED:
+                yield from (run[at : at + CHUNK] for at in range(0, len(run), CHUNK))
+        if held:
+            yield b"".join(held)
+
+    def _runs(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
+        values = [[_values(rendering) for rendering in row] for row in renderings]
+        scales = [[_scales(rendering) for rendering in row if rendering.scales is not None] for row in renderings]
+        yield self.header
+        for spec, cells in self._specs:
+            if cells is None:
+                yield from chunks_of(self.extras[spec.name].pieces())
+            else:
+                sources = scales if spec.name.endswith("_scale") else values
+                yield from self.batch.runs(sources, self._heads, cells)
+
+
+def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memoryview) -> Tensor:
+    """Write a batch into memory of its size: `[B, L', 2, H', N, D]`, which shares it, from each prefix's
+    `[L', 2, H', n, D]`, as the rows have them."""
+    layers, _, heads, _, head_dim = next(chain.from_iterable(tensors)).shape
+    sources = [[_values(Rendering(tensor.contiguous(), None)) for tensor in row] for row in tensors]
+    at = 0
+    for run in batch.runs(sources, heads, range(2 * layers)):
+        memory[at : at + len(run)] = run
+        at += len(run)
+    shape = (len(batch.rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
+    return memory_of(memory).view(KV_DTYPES[batch.dtype]).view(shape)
+
+
+def _values(rendering: Rendering) -> Source:
+    *_, tokens, head_dim = rendering.values.shape
+    return Source(rendering.bytes_of("values"), tokens, head_dim * rendering.values.itemsize)
+
+
+def _scales(rendering: Rendering) -> Source:
+    return Repeated(rendering.bytes_of("scales"), rendering.values.shape[3], torch.float32.itemsize)

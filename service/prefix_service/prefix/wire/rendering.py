@@ -1,0 +1,76 @@
+"""Keys and values in the dtype in which they travel, and in host memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.streams import own_stream
+
+KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
+Part = Literal["values", "scales"]
+"""What a rendering has memory of."""
+_FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Keys and values as they travel, in host memory: `values` `[L', 2, H', N, D]`, and for float8 `scales`
+    float32 `[L', 2, H', 1, 1]`."""
+
+    values: Tensor
+    scales: Tensor | None
+    file: str | None = None
+    """The file in which they lie, where others on this host may map it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in host memory."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def bytes_of(self, part: Part) -> memoryview:
+        """The memory of `values` or `scales`."""
+        return self._values_bytes if part == "values" else self._scales_bytes
+
+    @cached_property
+    def _values_bytes(self) -> memoryview:
+        return bytes_of(self.values)
+
+    @cached_property
+    def _scales_bytes(self) -> memoryview:
+        if self.scales is None:
+            raise AssertionError("a float8 message needs a float8 rendering")
+        return bytes_of(self.scales)
+
+
+def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
+    """Sliced and cast on the device of `kv`, then one copy to host memory, pinned; no copy where nothing changes on
+    the CPU. Renderings of several threads do not wait for each other.
+
+    float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them; never by less
+    than the smallest normal float32, so that a head of zeros or of subnormals divides too.
+    """
+    with own_stream(kv.tensor.device):
+        tensor, scales = kv.tensor, None
+        if dtype == "float8_e4m3fn":
+            exact = tensor.to(torch.float32)
+            largest = exact.abs().amax(dim=(3, 4), keepdim=True)  # (L', 2, H', 1, 1)
+            scales = (largest / _FLOAT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            tensor = (exact / scales).clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
+        values = tensor.to(dtype=KV_DTYPES[dtype])
+        return Rendering(to_host(values), None if scales is None else to_host(scales))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """The contiguous values in host memory; from a device pinned, and there once the current stream's work is done."""
+    tensor = tensor.contiguous()
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,291 @@
+"""What may stay in memory under a budget of bytes that tenants share: pure state.
+
+S3-FIFO by bytes (Yang, Zhang, Qiu, Yue and Vigfusson, "FIFO queues are all you need for cache eviction", SOSP 2023):
+what is new stands on probation, a tenth of the bytes; what was used again there, or comes back soon after it left,
+moves to the main queue, and stays for as many rounds as it was used. So what is read once passes through the tenth and
+leaves the rest alone.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Final, Generic
+
+from prefix_service.errors import Unavailable
+from prefix_service.registry.holdings import Holdings
+from prefix_service.registry.tenants import Entry, K, Tenant
+
+_PROBATION: Final = 0.1
+_PROMOTED: Final = 2  # uses on probation that lead to the main queue
+_ROUNDS: Final = 4  # in which every entry of the main queue has lost its credit
+_GUARANTEED: Final = 2  # the part of the budget that is divided among the tenants: one half
+
+
+class Residency(Generic[K]):
+    """Which keys are resident, and which must leave for another to come.
+
+    No I/O and no locks: the owner calls it from one thread, and frees what `admit` returns. Bytes are reserved
+    before they are allocated. What is leased or pinned is never evicted, and bounded for each tenant as `Holdings`
+    says. An entry that is removed while it is leased goes on counting until the last lease ends.
+
+    Half of the budget is divided among the tenants that have something resident: a tenant within that share loses
+    nothing to others, unless it asked for nothing while as much as the whole budget was admitted. The other half goes
+    to what is used, whoever's it is: the order is one for all. On probation each pays for itself, then the one with
+    the most there, so a scan takes nothing but a tenth of an equal part.
+    """
+
+    def __init__(self, budget: int, setting: str = "the budget") -> None:
+        self.budget = budget
+        self.used = 0
+        self.holdings: Holdings[K] = Holdings(budget, setting)
+        self._entries: dict[K, Entry[K]] = {}
+        self._tenants: dict[str, Tenant[K]] = {}
+        self._main: OrderedDict[K, Entry[K]] = OrderedDict()
+        self._on_probation = 0
+        self._most: list[tuple[int, str]] = []  # a heap of (-bytes on probation, tenant); what is outdated is skipped
+        self._admitted = 0  # bytes since the start: the clock of `Tenant.seen`
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def items(self) -> Iterator[tuple[K, Entry[K]]]:
+        """All that is resident."""
+        return iter(self._entries.items())
+
+    def entry(self, key: K) -> Entry[K]:
+        """That of a resident key."""
+        return self._entries[key]
+
+    @property
+    def share(self) -> int:
+        """What is guaranteed to each tenant that has something resident, in bytes."""
+        return self.budget // (_GUARANTEED * max(1, len(self._tenants)))
+
+    def tenants(self) -> Iterator[Tenant[K]]:
+        """All that have something resident."""
+        return iter(self._tenants.values())
+
+    def admit(self, key: K, nbytes: int, tenant: str, own: int = 0) -> list[K]:
+        """Reserve a tenant's `nbytes` for a key that is not resident, and that will be leased by a request that leases
+        `own` bytes of this tenant already; the keys that had to leave, already removed.
+
+        Raises:
+            OutOfSpace: it is more than one request may hold.
+            Overloaded: the tenant's leases would take more than `Holdings` allows.
+            Unavailable: what could leave is not enough, because the rest is in use, pinned, or guaranteed to others.
+        """
+        self.holdings.require_size(nbytes)
+        owner = self._tenants.get(tenant) or Tenant(tenant)
+        self.holdings.require_lease(owner, nbytes, held=False, own=own)
+        victims = self._make_room(owner, nbytes)
+        self._tenants[tenant] = owner
+        self._admitted += nbytes
+        owner.seen = self._admitted
+        entry = self._entries[key] = Entry(nbytes, owner, proven=owner.recalls(key))
+        owner.entries += 1
+        self._enqueue(key, entry)
+        self._count(entry, nbytes)
+        return victims
+
+    def spare(self, tenant: str) -> list[K]:
+        """The keys that may leave for a tenant, already removed: memory itself is exhausted, whatever the budget."""
+        return self._evict(self._tenants.get(tenant) or Tenant(tenant), lambda: True)
+
+    def _make_room(self, owner: Tenant[K], nbytes: int) -> list[K]:
+        return self._evict(owner, lambda: self.budget - self.used < nbytes, nbytes)
+
+    def _evict(self, owner: Tenant[K], more: Callable[[], bool], needed: int | None = None) -> list[K]:
+        """Let leave what may leave for `owner` while there is to be `more`; all or nothing if bytes are `needed`."""
+        part = self.budget // (len(self._tenants) + (owner.name not in self._tenants))
+        leaving: list[tuple[K, Entry[K]]] = []
+        while more():
+            victim = self._victim(owner, part)
+            if victim is None and needed is not None:
+                for key, entry in reversed(leaving):
+                    self._enqueue(key, entry, first=True)
+                    self._count(entry, entry.nbytes)
+                raise Unavailable(self._why_not(needed), 1)
+            if victim is None:
+                break
+            self._dequeue(*victim)
+            self._count(victim[1], -victim[1].nbytes)
+            leaving.append(victim)
+        for key, entry in leaving:
+            entry.owner.remember(key, entry.nbytes, part)
+            self._drop(key, entry)
+        return [key for key, _ in leaving]
+
+    def _victim(self, owner: Tenant[K], part: int) -> tuple[K, Entry[K]] | None:
+        """What leaves next for one of `owner`, whose equal part of the budget this is; still in its queue."""
+        share = part // _GUARANTEED
+
+        def spared(tenant: Tenant[K]) -> bool:
+            awake = self._admitted - tenant.seen <= self.budget
+            return tenant is not owner and tenant.used <= share and awake
+
+        found = None
+        if owner.on_probation > _PROBATION * max(part, owner.used):
+            found = self._leaving(owner)
+        found = found or self._next(spared)
+        if found is None and owner.used <= share:
+            found = self._next(lambda tenant: False)
+        return found
+
+    def _next(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        if self._on_probation > _PROBATION * self.budget:
+            return self._from_probation(spared) or self._from_main(spared)
+        # What proves itself on the way out of probation goes to the main queue, and may leave from there.
+        return self._from_main(spared) or self._from_probation(spared) or self._from_main(spared)
+
+    def _from_main(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        for _ in range(_ROUNDS * len(self._main)):
+            key, entry = next(iter(self._main.items()))
+            if not (entry.leases or entry.credit or spared(entry.owner)):
+                return key, entry
+            entry.credit = max(entry.credit - 1, 0)
+            self._main.move_to_end(key)
+        return None
+
+    def _from_probation(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        while (tenant := self._with_most(spared)) is not None:
+            if (found := self._leaving(tenant)) is not None:
+                return found
+        return None
+
+    def _leaving(self, tenant: Tenant[K]) -> tuple[K, Entry[K]] | None:
+        """What leaves a tenant's probation; what proved itself there moves to the main queue on the way."""
+        while (found := tenant.first_on_probation()) is not None and found[1].credit >= _PROMOTED:
+            key, entry = found
+            self._dequeue(key, entry)
+            entry.proven, entry.credit = True, 0
+            self._enqueue(key, entry)
+        return found
+
+    def _with_most(self, spared: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
+        """The tenant with the most bytes on probation that gives something."""
+        found, passed = None, []
+        while self._most and found is None:
+            nbytes, name = self._most[0]
+            tenant = self._tenants.get(name)
+            if tenant is None or tenant.on_probation != -nbytes:
+                heapq.heappop(self._most)
+            elif spared(tenant) or tenant.first_on_probation() is None:
+                passed.append(heapq.heappop(self._most))
+            else:
+                found = tenant
+        for item in set(passed):
+            heapq.heappush(self._most, item)
+        return found
+
+    def _enqueue(self, key: K, entry: Entry[K], *, first: bool = False) -> None:
+        """Let an entry stand in its queue, at the end or at the exit."""
+        queue = self._main if entry.proven else entry.owner.probation
+        queue[key] = entry
+        queue.move_to_end(key, last=not first)
+        self._count_probation(entry, entry.nbytes)
+
+    def _dequeue(self, key: K, entry: Entry[K]) -> None:
+        (self._main if entry.proven else entry.owner.probation).pop(key)
+        self._count_probation(entry, -entry.nbytes)
+
+    def _count_probation(self, entry: Entry[K], change: int) -> None:
+        if entry.proven:
+            return
+        owner = entry.owner
+        self._on_probation += change
+        owner.on_probation += change
+        heapq.heappush(self._most, (-owner.on_probation, owner.name))
+        if len(self._most) > 2 * len(self._tenants) + 64:
+            self._most = [(-tenant.on_probation, name) for name, tenant in self._tenants.items() if tenant.probation]
+            heapq.heapify(self._most)
+
+    def _count(self, entry: Entry[K], change: int) -> None:
+        self.used += change
+        entry.owner.used += change
+
+    def _drop(self, key: K, entry: Entry[K]) -> None:
+        entry.resident = False
+        del self._entries[key]
+        if not entry.leases:
+            self._forget(entry)
+
+    def _forget(self, entry: Entry[K]) -> None:
+        entry.owner.entries -= 1
+        if not entry.owner.entries:
+            del self._tenants[entry.owner.name]
+
+    def _why_not(self, nbytes: int) -> str:
+        pinned, held = self.holdings.pinned, self.holdings.held
+        return (
+            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {pinned} are pinned, "
+            f"{held - pinned} in use, and the rest is not enough or guaranteed to other tenants"
+        )
+
+    def touch(self, key: K) -> None:
+        """Note a use."""
+        entry = self._entries[key]
+        entry.use()
+        entry.owner.seen = self._admitted
+
+    def lease(self, key: K, own: int = 0) -> Entry[K]:
+        """Keep a resident key while it is being used; give what this returns to `release`. The request that asks leases
+        `own` bytes of this tenant already.
+
+        Raises:
+            Overloaded: the tenant's leases would take more than `Holdings` allows.
+        """
+        entry = self._entries[key]
+        if not entry.leases:
+            self.holdings.lease(entry, own)
+        entry.leases += 1
+        return entry
+
+    def release(self, entry: Entry[K]) -> None:
+        """The end of a lease, also of a key that was removed in the meantime: then the last one frees its bytes."""
+        entry.leases -= 1
+        if entry.leases:
+            return
+        self.holdings.release(entry)
+        if not entry.resident:
+            self._count(entry, -entry.nbytes)
+            self._forget(entry)
+
+    def holds(self, key: K, entry: Entry[K]) -> bool:
+        """Whether this very entry is resident: a key may have been removed and admitted again."""
+        return self._entries.get(key) is entry
+
+    def pin(self, key: K, *, pinned: bool) -> None:
+        """Keep a resident key until it is unpinned, outside the queues; it counts as used again then.
+
+        Raises:
+            OutOfSpace: the tenant would pin more than `Holdings` allows.
+        """
+        entry = self._entries[key]
+        if entry.pinned == pinned:
+            return
+        if pinned:
+            self.holdings.require_pin(entry)
+            self._dequeue(key, entry)
+        self.holdings.pin(entry, pinned=pinned)
+        if not pinned:
+            entry.proven = True
+            self._enqueue(key, entry)
+
+    def is_pinned(self, key: K) -> bool:
+        """Whether a key is resident and pinned."""
+        return key in self._entries and self._entries[key].pinned
+
+    def remove(self, key: K) -> None:
+        """Forget a key; harmless if it is not resident."""
+        if (entry := self._entries.get(key)) is None:
+            return
+        if entry.pinned:
+            self.holdings.pin(entry, pinned=False)
+        else:
+            self._dequeue(key, entry)
+        if not entry.leases:
+            self._count(entry, -entry.nbytes)
+        self._drop(key, entry)

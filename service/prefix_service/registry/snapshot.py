@@ -1,0 +1,101 @@
+"""What was in memory at one moment, to be looked through in a thread while the registry goes on."""
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, TypeAlias, get_args
+
+from prefix_service.registry.keys import RenderingKey, VersionKey
+from prefix_service.registry.report import Reason, ResidentReport, ShareReport, TierName
+from prefix_service.registry.tenants import Entry, K
+
+Place: TypeAlias = tuple[int, VersionKey]
+"""A version's place in the order of `Snapshot.resident`: its bytes, negative, and its key."""
+
+_SUMS: Final = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
+
+
+@dataclass(frozen=True, slots=True)
+class TierSnapshot(Generic[K]):
+    """The entries of one tier, the keys that were being loaded, and each tenant's bytes beside its `share`. What an
+    entry counts may go on changing."""
+
+    name: TierName
+    entries: Sequence[tuple[K, Entry[K]]]
+    loading: frozenset[K]
+    tenants: Sequence[tuple[str, int]]
+    share: int
+
+    def reason(self, key: K, entry: Entry[K]) -> Reason:
+        """Returns why an entry stays."""
+        if key in self.loading:
+            return "loading"
+        if entry.leases:
+            return "reading"
+        if entry.pinned:
+            return "pinned"
+        return "share" if entry.owner.used <= self.share else "kept"
+
+    def shares(self, limit: int) -> list[ShareReport]:
+        """Returns what the `limit` tenants with the most have, the largest first."""
+        most = heapq.nsmallest(limit, self.tenants, key=lambda tenant: (-tenant[1], tenant[0]))
+        return [ShareReport(name, self.name, used, self.share) for name, used in most]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Both tiers."""
+
+    prefixes: TierSnapshot[VersionKey]
+    renderings: TierSnapshot[RenderingKey]
+
+    def shares(self, limit: int) -> list[ShareReport]:
+        """Returns what up to `limit` tenants have of each tier, the device first, the largest first."""
+        return [*self.prefixes.shares(limit), *self.renderings.shares(limit)]
+
+    def resident(self, limit: int, after: Place | None = None) -> list[ResidentReport]:
+        """Returns up to `limit` versions that are in memory, the largest first, beginning behind a place."""
+        totals: Counter[VersionKey] = Counter()
+        for key, entry in self.prefixes.entries:
+            totals[key.whole] += entry.nbytes
+        for rendering, part in self.renderings.entries:
+            totals[rendering.version.whole] += part.nbytes
+        places = ((-nbytes, key) for key, nbytes in totals.items())
+        found = heapq.nsmallest(limit, (place for place in places if after is None or place > after))
+        return self._rows([key for _, key in found])
+
+    def _rows(self, keys: Sequence[VersionKey]) -> list[ResidentReport]:
+        rows: dict[VersionKey, ResidentReport | None] = dict.fromkeys(keys)
+        for prefix, entry in self.prefixes.entries:
+            if (key := prefix.whole) in rows:
+                row = _row(key, entry, self.prefixes.reason(prefix, entry))
+                rows[key] = _joined(rows[key], replace(row, device_bytes=entry.nbytes))
+        for rendering, part in self.renderings.entries:
+            if (key := rendering.version.whole) in rows:
+                row = _row(key, part, self.renderings.reason(rendering, part))
+                rows[key] = _joined(rows[key], replace(row, host_bytes=part.nbytes, renderings=1))
+        return [row for row in rows.values() if row is not None]
+
+
+def place_of(row: ResidentReport) -> Place:
+    """Returns the place of a version in `Snapshot.resident`."""
+    return -(row.device_bytes + row.host_bytes), VersionKey(row.tenant, row.adapter, row.version, row.digest)
+
+
+def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
+    readers = entry.leases - (reason == "loading")  # a load leases what it brings
+    return ResidentReport(
+        key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
+    )
+
+
+def _joined(first: ResidentReport | None, second: ResidentReport) -> ResidentReport:
+    if first is None:
+        return second
+    return replace(
+        first,
+        pinned=first.pinned or second.pinned,
+        reason=min(first.reason, second.reason, key=get_args(Reason).index),
+        **{name: getattr(first, name) + getattr(second, name) for name in _SUMS},
+    )

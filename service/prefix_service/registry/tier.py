@@ -1,0 +1,292 @@
+"""One budget of bytes and the values under it, loaded once for all who wait."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Final, Generic, Protocol, TypeVar
+
+from prefix_service.errors import Overloaded, Unavailable
+from prefix_service.registry.failures import Failures
+from prefix_service.registry.report import TierName, TierReport
+from prefix_service.registry.residency import Residency
+from prefix_service.registry.room import Room
+from prefix_service.registry.snapshot import TierSnapshot
+from prefix_service.registry.tenants import Entry, K
+
+
+class Sized(Protocol):
+    """Something that takes memory."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+_SETTINGS: Final[dict[TierName, str]] = {"device": "PREFIX_DEVICE_BYTES", "host": "PREFIX_RENDERING_BYTES"}
+
+V = TypeVar("V", bound=Sized)
+G = TypeVar("G", bound=Hashable)
+
+
+class Tier(Generic[K, V, G]):
+    """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment.
+    What finds no room, or more of it than its tenant may lease, waits up to `patience` seconds for leases to end.
+    Each key belongs to a `group`, with which it is forgotten."""
+
+    def __init__(self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], G]) -> None:
+        self.residency: Residency[K] = Residency(budget, _SETTINGS[name])
+        self._group = group
+        self._groups: dict[G, set[K]] = {}  # of what is resident
+        self._name, self._place, self._patience = name, place, patience
+        self._room = Room()
+        self._values: dict[K, V] = {}
+        self._loads: dict[K, asyncio.Task[V]] = {}
+        self._failures: Failures[K] = Failures()
+        self._readers = self._hits = self._misses = self._waits = self._evictions = 0
+        self._loaded = self._failed = 0
+        self._load_seconds = 0.0
+
+    async def get(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> V:
+        """The value of a tenant's `key`; its bytes are reserved before `load` allocates them."""
+        async with self.lease(key, tenant, nbytes, load) as value:
+            return value
+
+    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V, G]":
+        """The value of a tenant's `key`, not evicted from the reservation of its bytes until the block ends.
+
+        The block raises:
+            OutOfSpace: it is more than one request may hold.
+            Overloaded: other readers of the tenant held its part of the budget for too long.
+            Unavailable: what may leave is not enough, and did not become so in time.
+            PrefixServiceError: what `load` raised, now or a moment ago.
+        """
+        return Lease(self, key, tenant, nbytes, load)
+
+    async def enter(self, lease: "Lease[K, V, G]") -> V:
+        """Begins a lease."""
+        value = self._values.get(lease.key)
+        if value is not None:
+            try:
+                lease.entry = self.residency.lease(lease.key)
+            except Overloaded:
+                pass
+            else:
+                self.residency.touch(lease.key)
+                self._hits += 1
+                self._readers += 1
+                return value
+        (value,) = await self.enter_all([lease])
+        return value
+
+    async def enter_all(self, leases: Sequence["Lease[K, V, G]"]) -> list[V]:
+        """Begins leases of different keys together: all or none; what has to be loaded is loaded side by side.
+
+        Raises:
+            OutOfSpace: together they are more than one request may hold.
+            Overloaded, Unavailable, PrefixServiceError: as for one.
+        """
+        self.residency.holdings.require_size(sum(lease.nbytes for lease in leases))
+        for lease in leases:
+            known = lease.key in self._values
+            self._hits += known
+            self._waits += lease.key in self._loads
+            self._misses += not known and lease.key not in self._loads
+        await self._begin(leases)
+        try:
+            # A waiter that is cancelled must not take the load away from the others.
+            loads = [asyncio.shield(self._loads[lease.key]) for lease in leases if lease.key in self._loads]
+            found = [self._values.get(lease.key) for lease in leases]
+            # Failures wait for each other: which one is told does not hang on the order of loads.
+            await asyncio.gather(*loads, return_exceptions=True)
+            loaded = iter(loads)
+            return [next(loaded).result() if value is None else value for value in found]
+        except BaseException:
+            for lease in leases:
+                self.leave(lease)
+            raise
+
+    async def _begin(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+        """Begins leases now, or once there is room for all of them: until then they hold nothing."""
+        until = time.monotonic() + self._patience
+        place = None
+        try:
+            while True:
+                for lease in leases:
+                    if lease.key not in self.residency:
+                        self._failures.check(lease.key)
+                try:
+                    self._take(leases)
+                except Unavailable:
+                    place = place or self._room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
+                    if not await place.may_try_before(until):
+                        raise
+                else:
+                    return
+        finally:
+            if place is not None:
+                self._room.leave(place)
+
+    def _take(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+        """Begins leases, and loads of what is not resident.
+
+        Raises:
+            Overloaded, Unavailable: there is no room for one; then none has begun.
+        """
+        taken: list[Lease[K, V, G]] = []
+        new: set[Lease[K, V, G]] = set()
+        own: Counter[str] = Counter()
+        try:
+            for lease in leases:
+                key, tenant = lease.key, lease.tenant
+                if key not in self.residency:
+                    self._free(self.residency.admit(key, lease.nbytes, tenant, own[tenant]))
+                    new.add(lease)
+                lease.entry = self.residency.lease(key, own[tenant])
+                taken.append(lease)
+                own[tenant] += lease.entry.nbytes
+        except Unavailable:
+            for lease in taken:
+                self.residency.release(lease.entry)
+            for lease in new:
+                self.residency.remove(lease.key)
+            raise
+        self._readers += len(leases)
+        for lease in leases:
+            if lease not in new:
+                self.residency.touch(lease.key)
+                continue
+            self._groups.setdefault(self._group(lease.key), set()).add(lease.key)
+            self._loads[lease.key] = asyncio.create_task(
+                self._load(lease.key, self.residency.lease(lease.key), lease.load)
+            )
+
+    def leave(self, lease: "Lease[K, V, G]") -> None:
+        """End a lease."""
+        self._readers -= 1
+        self._release(lease.entry)
+
+    def _release(self, entry: Entry[K]) -> None:
+        self.residency.release(entry)
+        self._room.announce()
+
+    async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
+        began = time.monotonic()
+        try:
+            value = await load()
+        except BaseException as error:
+            self._failed += 1
+            if self.residency.holds(key, reservation):
+                self.residency.remove(key)
+                self._leave(key)
+                self._failures.remember(key, error)
+            raise
+        finally:
+            self._load_seconds += time.monotonic() - began
+            self._release(reservation)
+            if self._loads.get(key) is asyncio.current_task():
+                del self._loads[key]
+        self._loaded += 1
+        if self.residency.holds(key, reservation):
+            self._values[key] = value
+        return value
+
+    def spare(self, tenant: str) -> None:
+        """Let go what may leave for a tenant: the memory itself is exhausted."""
+        self._free(self.residency.spare(tenant))
+
+    def _free(self, victims: list[K]) -> None:
+        self._evictions += len(victims)
+        for victim in victims:
+            del self._values[victim]
+            self._leave(victim)
+
+    def _leave(self, key: K) -> None:
+        group = self._group(key)
+        self._groups[group].discard(key)
+        if not self._groups[group]:
+            del self._groups[group]
+
+    def members(self, group: G) -> frozenset[K]:
+        """Return the keys of a group that are resident, or being loaded."""
+        return frozenset(self._groups.get(group, ()))
+
+    def pin(self, key: K, *, pinned: bool) -> None:
+        """Keep a resident key, or let it go again."""
+        self.residency.pin(key, pinned=pinned)
+        self._room.announce()
+
+    def forgive(self, group: G) -> None:
+        """Forget that loads failed: what was wrong has been put right."""
+        self._failures.forget(lambda key: self._group(key) == group)
+
+    def remove(self, group: G) -> None:
+        """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
+        self.forgive(group)
+        for key in self._groups.pop(group, ()):
+            self._values.pop(key, None)
+            self._loads.pop(key, None)
+            self.residency.remove(key)
+        self._room.announce()
+
+    def remove_where(self, matches: Callable[[G], bool]) -> None:
+        """The same for all groups that match."""
+        self._failures.forget(lambda key: matches(self._group(key)))
+        for group in [group for group in self._groups if matches(group)]:
+            self.remove(group)
+
+    def report(self) -> TierReport:
+        """The budget, what is under it, and the counts since the start."""
+        return TierReport(
+            name=self._name,
+            place=self._place,
+            budget=self.residency.budget,
+            used=self.residency.used,
+            pinned=self.residency.holdings.pinned,
+            entries=len(self.residency),
+            loading=len(self._loads),
+            readers=self._readers,
+            hits=self._hits,
+            misses=self._misses,
+            waits=self._waits,
+            evictions=self._evictions,
+            loads=self._loaded,
+            failures=self._failed,
+            load_seconds=self._load_seconds,
+        )
+
+    def snapshot(self) -> TierSnapshot[K]:
+        """What is under the budget at this moment."""
+        residency = self.residency
+        tenants = [(tenant.name, tenant.used) for tenant in residency.tenants()]
+        return TierSnapshot(self._name, list(residency.items()), frozenset(self._loads), tenants, residency.share)
+
+
+class Lease(Generic[K, V, G]):
+    """`async with` it; see `Tier.lease`. A class, since a generator takes longer than all it does here."""
+
+    __slots__ = ("entry", "key", "load", "nbytes", "tenant", "tier")
+
+    entry: Entry[K]
+
+    def __init__(self, tier: Tier[K, V, G], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+        self.tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
+
+    async def __aenter__(self) -> V:
+        return await self.tier.enter(self)
+
+    async def __aexit__(self, *_error: object) -> None:
+        self.tier.leave(self)
+
+
+class Leases(Generic[K, V, G]):
+    """`async with` it for the values of leases that begin and end together, in their order; see `Tier.enter_all`."""
+
+    def __init__(self, leases: Sequence[Lease[K, V, G]]) -> None:
+        self._leases = leases
+
+    async def __aenter__(self) -> list[V]:
+        return await self._leases[0].tier.enter_all(self._leases)
+
+    async def __aexit__(self, *_error: object) -> None:
+        for lease in self._leases:
+            lease.tier.leave(lease)

@@ -1,0 +1,441 @@
+"""Who may do what: every route, without a key, with a foreign one, with too small a scope, with a revoked one."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+from starlette.routing import Route
+
+from prefix_service.api.app import create_app
+from prefix_service.settings import Settings
+from tests.api.helpers import MEDIA_TYPE, head, problem, raw, upload
+from tests.conftest import PREFIX_SERVICE, Server, running_server
+
+HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+PUBLIC = {*HEALTH, "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
+"""How the paths of Triton's extensions end that are refused to everybody who has a key."""
+OF_ANY_KEY = {"/v1/prefixes", "/v2", "/v2/repository/index", "/v2/models/stats"}
+MINE, OTHER = "auth-mine", "auth-other"
+SCOPES = ("read", "write", "admin")
+
+
+class Call(NamedTuple):
+    """A request to one route, with its path still a template."""
+
+    method: str
+    template: str
+
+    def to(self, tenant: str, adapter: str = "a") -> str:
+        """The path for a tenant."""
+        return self.template.format(
+            tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16, version="1", region="r"
+        )
+
+    @property
+    def scope(self) -> str:
+        """The smallest scope that API.md asks for."""
+        if "/keys" in self.template or self.template.endswith("/audit") or self.template == "/v1/tenants":
+            return "admin"
+        if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
+            return "admin"
+        reading = ("/prefix", "/prefixes", "/infer", "/index", *ABSENT)
+        reads = self.method in ("GET", "HEAD") or self.template.endswith(reading)
+        return "read" if reads else "write"
+
+    @property
+    def is_for_the_platform(self) -> bool:
+        """Whether only keys of the platform are ever enough."""
+        changes_tenant = self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE")
+        is_for_all = self.template in OF_ANY_KEY or self.template.endswith(ABSENT)
+        return ("{tenant}" not in self.template and not is_for_all) or changes_tenant
+
+
+def _routes() -> Iterator[Call]:
+    """Every route of the app, whether or not it is documented."""
+    seen = set()
+    for route in _flat(create_app(Settings()).routes):
+        for method in sorted(route.methods or ()):
+            # FastAPI's own pages answer HEAD through Starlette.
+            if isinstance(route, APIRoute) or method == "GET":
+                seen.add(Call(method, route.path))
+    yield from sorted(seen)
+
+
+def _flat(routes: Any) -> Iterator[Route]:
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        else:
+            yield from _flat(getattr(route, "original_router", route).routes)  # FastAPI keeps routers whole
+
+
+ROUTES = list(_routes())
+GUARDED = [call for call in ROUTES if call.template not in PUBLIC]
+OF_TENANTS = [call for call in GUARDED if "{tenant}" in call.template]
+
+
+def _names(calls: list[Call]) -> list[str]:
+    return [f"{call.method} {call.template}" for call in calls]
+
+
+@pytest.fixture(scope="module")
+def keys(admin: httpx.Client) -> dict[str, str]:
+    """Keys by `<owner> <scope>`; both tenants have the same adapter, with an alias."""
+    for tenant in (MINE, OTHER):
+        assert upload(admin, tenant, "a").status_code in (200, 201)
+        admin.put(f"/v1/tenants/{tenant}/adapters/a/aliases/prod", json={"version": 1})
+    owners = {"mine": f"/v1/tenants/{MINE}/keys", "other": f"/v1/tenants/{OTHER}/keys", "platform": "/v1/keys"}
+    return {
+        f"{owner} {scope}": admin.post(path, json={"scope": scope}).json()["key"]
+        for owner, path in owners.items()
+        for scope in SCOPES
+    }
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server) -> httpx.Client:
+    """A platform admin."""
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def anyone(server: Server) -> httpx.Client:
+    """A connection without a key."""
+    return server.client("")
+
+
+@pytest.fixture(scope="module")
+def revoked(admin: httpx.Client) -> list[str]:
+    """Keys of the platform and of a tenant that were used, and revoked."""
+    found = []
+    admin.put(f"/v1/tenants/{MINE}")
+    for path in ("/v1/keys", f"/v1/tenants/{MINE}/keys"):
+        made = admin.post(path, json={"scope": "admin"}).json()
+        used = admin.get(f"/v1/tenants/{MINE}", headers={"Authorization": f"Bearer {made['key']}"})
+        assert used.status_code == 200
+        assert admin.delete(f"{path}/{made['id']}").status_code == 204
+        found.append(made["key"])
+    return found
+
+
+def _call(anyone: httpx.Client, call: Call, path: str, key: str) -> httpx.Response:
+    """A request that would be well-formed, as far as that is known without a body."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if call.method in ("POST", "PUT") and not call.template.endswith("/{tenant}"):
+        headers["Content-Type"] = "application/json"
+    return anyone.request(call.method, path, headers=headers, content=b"")
+
+
+def test_the_list_of_routes_is_not_empty() -> None:
+    """The enumeration finds what API.md names, so that the tests below mean something."""
+    assert len(GUARDED) >= 25
+    assert Call("GET", "/v1/tenants/{tenant}/adapters/{ref}/prefix") in ROUTES
+    assert {call.template for call in ROUTES} >= PUBLIC
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_without_a_valid_key(server: Server, anyone: httpx.Client, revoked: list[str], call: Call) -> None:
+    """401 with a challenge, on every route that is not public, whether the resource exists or not; a key that was
+    revoked is none."""
+    bad = [
+        *revoked,
+        "",
+        "x",
+        "pfx_0000000000000000_" + "0" * 48 + "_00000000",
+        server.admin_key[:-1],
+        server.admin_key + "0",
+    ]
+    for key in bad:
+        for tenant in (MINE, "auth-none"):
+            answer = _call(anyone, call, call.to(tenant), key)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"].startswith("Bearer")
+            if call.method != "HEAD":
+                problem(answer, 401, "unauthenticated")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/nowhere", "/v1", "/v1/", "/v1/tenants/", "/redoc", "/v2", "//livez", "/livez/"]
+)
+def test_without_a_key_where_nothing_is(server: Server, path: str) -> None:
+    """What does not exist is not told apart from what does."""
+    assert raw(server, head("GET", path)).status == 401
+
+
+@pytest.mark.parametrize("header", ["Basic eDp5", "Bearer", "{key}", "Token {key}", "Bearer {key} x"])
+def test_authorization_headers_that_are_none(server: Server, header: str) -> None:
+    """Only `Bearer <key>` is read."""
+    value = header.format(key=server.admin_key)
+    problem(httpx.get(f"{server.url}/v1/keys", headers={"Authorization": value}), 401, "unauthenticated")
+
+
+def test_scheme_is_case_insensitive(server: Server) -> None:
+    """RFC 9110: `bearer` is `Bearer`."""
+    for scheme in ("bearer", "BEARER"):
+        assert httpx.get(f"{server.url}/v1/keys", headers={"Authorization": f"{scheme} {server.admin_key}"}).is_success
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("call", OF_TENANTS, ids=_names(OF_TENANTS))
+def test_with_a_foreign_key(
+    admin: httpx.Client, anyone: httpx.Client, keys: dict[str, str], call: Call, scope: str
+) -> None:
+    """Another tenant's resource is 404, in the same words as one that is missing; nothing is changed."""
+    key = keys[f"other {scope}"]
+    foreign, missing = (_call(anyone, call, call.to(tenant), key) for tenant in (MINE, "auth-none"))
+    assert foreign.status_code == missing.status_code == 404
+    if call.method != "HEAD":
+        body = problem(foreign, 404, "not-found")
+        assert {**body, "detail": ""} == {**problem(missing, 404, "not-found"), "detail": ""}
+        assert body["detail"].replace(MINE, "auth-none") == missing.json()["detail"]
+    assert admin.get(f"/v1/tenants/{MINE}/adapters/a@prod").status_code == 200
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_with_too_small_a_scope(admin: httpx.Client, anyone: httpx.Client, keys: dict[str, str], call: Call) -> None:
+    """403 for a valid key that may not: a smaller scope, or a tenant's key where the platform's is needed."""
+    refused = {f"{owner} {scope}" for owner in ("mine", "platform") for scope in SCOPES[: SCOPES.index(call.scope)]}
+    if call.is_for_the_platform:
+        refused |= {f"mine {scope}" for scope in SCOPES}
+    for name in refused:
+        answer = _call(anyone, call, call.to(MINE), keys[name])
+        assert answer.status_code == 403, name
+        if call.method != "HEAD":
+            problem(answer, 403, "forbidden")
+    assert admin.get(f"/v1/tenants/{MINE}/adapters/a@prod").status_code == 200
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_with_the_scope_that_is_needed(anyone: httpx.Client, keys: dict[str, str], call: Call) -> None:
+    """The smallest scope that is enough is enough; a thing that is not there keeps what exists from harm."""
+    owners = ["platform"] if call.is_for_the_platform else ["mine", "platform"]
+    tenant = "auth-none" if call == Call("DELETE", "/v1/tenants/{tenant}") else MINE
+    for owner in owners:
+        answer = _call(anyone, call, call.to(tenant, "b"), keys[f"{owner} {call.scope}"])
+        assert answer.status_code not in (401, 403)
+        assert answer.status_code < 500
+
+
+@pytest.mark.parametrize("path", sorted(PUBLIC))
+def test_public_routes(server: Server, path: str) -> None:
+    """Public routes need no key, and are not disturbed by a bad one."""
+    assert httpx.get(server.url + path).status_code == 200
+    assert httpx.get(server.url + path, headers={"Authorization": "Bearer x"}).status_code == 200
+
+
+def test_a_platform_read_key_serves_all_tenants(server: Server, keys: dict[str, str]) -> None:
+    """One key for a fleet of workers."""
+    client = server.client(keys["platform read"])
+    for tenant in (MINE, OTHER):
+        assert client.get(f"/v1/tenants/{tenant}/adapters/a/prefix").status_code == 200
+        assert client.post(f"/v1/tenants/{tenant}/adapters/a/prefix", json={}).status_code == 200
+
+
+def test_a_tenants_writer_does_not_make_tenants(server: Server, keys: dict[str, str]) -> None:
+    """Only a platform admin's first upload makes a tenant."""
+    problem(upload(server.client(keys["platform write"]), "auth-new", "a"), 404, "not-found")
+    problem(upload(server.client(keys["mine admin"]), "auth-new", "a"), 404, "not-found")
+    problem(server.client().get("/v1/tenants/auth-new"), 404, "not-found")
+
+
+def test_keys_are_told_once(server: Server, keys: dict[str, str]) -> None:
+    """The 201 alone has the key; listings show what it is for, and since when."""
+    client = server.client(keys["mine admin"])
+    made = client.post(f"/v1/tenants/{MINE}/keys", json={"scope": "read", "name": "worker"})
+    assert made.status_code == 201
+    assert made.headers["content-type"] == "application/json"
+    told = made.json()
+    assert told.keys() == {"id", "tenant", "scope", "name", "created", "expires", "last_used", "key"}
+    assert (told["tenant"], told["scope"], told["name"], told["expires"]) == (MINE, "read", "worker", None)
+    listing = client.get(f"/v1/tenants/{MINE}/keys")
+    assert told["key"] not in listing.text
+    assert {k: v for k, v in told.items() if k != "key"} in listing.json()["items"]
+    assert client.get(f"/v1/tenants/{MINE}/keys/{told['id']}").json() == {k: v for k, v in told.items() if k != "key"}
+    problem(server.client().get(f"/v1/keys/{told['id']}"), 404, "not-found")
+    assert {item["tenant"] for item in listing.json()["items"]} == {MINE}
+    assert {item["tenant"] for item in server.client().get("/v1/keys").json()["items"]} == {None}
+
+
+def test_keys_of_a_tenant_that_is_missing(server: Server) -> None:
+    """A missing tenant has no keys to list, make or revoke; a platform key is not reached through it."""
+    admin, path = server.client(), "/v1/tenants/auth-none/keys"
+    for answer in (admin.get(path), admin.post(path, json={"scope": "read"}), admin.delete(f"{path}/{'0' * 16}")):
+        problem(answer, 404, "not-found")
+    platform = admin.post("/v1/keys", json={"scope": "read"}).json()
+    problem(admin.delete(f"{path}/{platform['id']}"), 404, "not-found")
+    problem(admin.delete(f"/v1/tenants/{MINE}/keys/{platform['id']}"), 404, "not-found")
+    assert server.client(platform["key"]).get(f"/v1/tenants/{MINE}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"scope": "root"},
+        {"scope": "read", "more": 1},
+        {"scope": "read", "name": "x" * 201},
+        {"scope": "read", "expires": "x"},
+    ],
+    ids=str,
+)
+def test_keys_that_are_malformed(server: Server, body: dict[str, Any]) -> None:
+    """A key has a known scope, a short name, and a moment or nothing as its end."""
+    problem(server.client().post("/v1/keys", json=body), 422, "invalid-request")
+
+
+@pytest.mark.parametrize("hours", [0, 9, -7])
+def test_keys_end_when_they_should(server: Server, hours: int) -> None:
+    """`expires` is a moment, whatever its time zone; a key past it is no key."""
+    zone = f"{hours:+03}:00"
+    for ahead, status in ((-2, 401), (3600, 200)):
+        moment = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=ahead)
+        local = (moment + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%S") + zone
+        made = server.client().post("/v1/keys", json={"scope": "admin", "expires": local}).json()
+        assert made["expires"] == moment.isoformat().replace("+00:00", "Z")
+        assert server.client(made["key"]).get("/v1/keys").status_code == status
+
+
+def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
+    """Revoking through the API takes effect with its answer."""
+    admin = server.client()
+    admin.put(f"/v1/tenants/{MINE}")
+    for path in (f"/v1/tenants/{MINE}/keys", "/v1/keys"):
+        made = admin.post(path, json={"scope": "read"}).json()
+        client = server.client(made["key"])
+        assert client.get(f"/v1/tenants/{MINE}").status_code == 200
+        assert admin.delete(f"{path}/{made['id']}").status_code == 204
+        problem(client.get(f"/v1/tenants/{MINE}"), 401, "unauthenticated")
+        problem(admin.delete(f"{path}/{made['id']}"), 404, "not-found")
+
+
+def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -> None:
+    """A revocation by another process is seen within the stated time; a busy machine has another."""
+    server.client().put(f"/v1/tenants/{MINE}")
+    made = server.client().post("/v1/keys", json={"scope": "read"}).json()
+    client = server.client(made["key"])
+    assert client.get(f"/v1/tenants/{MINE}").status_code == 200
+    command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
+    subprocess.run(command, check=True, capture_output=True)
+    until = time.monotonic() + 5
+    while client.get(f"/v1/tenants/{MINE}").status_code == 200 and time.monotonic() < until:
+        time.sleep(0.05)
+    problem(client.get(f"/v1/tenants/{MINE}"), 401, "unauthenticated")
+
+
+def test_keys_are_nowhere_in_the_data_or_the_log(server: Server, keys: dict[str, str]) -> None:
+    """A keyed hash is stored, and nothing of a key is logged."""
+    for path in [server.data_dir / "catalog.sqlite", server.log]:
+        stored = path.read_bytes()
+        for key in [*keys.values(), server.admin_key]:
+            assert key.encode() not in stored
+            assert key.split("_")[2].encode() not in stored
+    assert (server.data_dir / "bootstrap.key").stat().st_mode & 0o777 == 0o600
+    assert server.admin_key not in server.log.read_text()
+
+
+def test_dev_mode_has_no_keys(tmp_path: Path) -> None:
+    """`--dev` serves everybody as a platform admin, and says so; it makes no bootstrap key."""
+    with running_server(tmp_path / "data", "--dev") as dev:
+        client = dev.client("")
+        assert upload(client, "acme", "a").status_code == 201
+        answer = client.get("/v1/tenants/acme/adapters/a/prefix")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, MEDIA_TYPE)
+        assert [item["tenant"] for item in client.get("/v1/tenants").json()["items"]] == ["acme"]
+        assert not (dev.data_dir / "bootstrap.key").exists()
+        assert "no keys" in dev.log.read_text()
+
+
+def test_dev_mode_refuses_web_pages_of_other_sites(tmp_path: Path) -> None:
+    """What a browser sends without asking first, a form or a body without media type, changes nothing for them."""
+    with running_server(tmp_path / "data", "--dev") as dev:
+        client = dev.client("")
+        assert upload(client, "acme", "a").status_code == 201
+        load = "/v2/repository/models/acme/a/load"
+        for origin in (
+            "https://elsewhere.example",
+            "null",
+            "http://localhost.elsewhere.example",
+            "http://127.0.0.1.nip.io",
+        ):
+            told = problem(client.post(load, headers={"Origin": origin}), 403, "forbidden")
+            assert origin in told["detail"]
+        for origin in (dev.url, "http://localhost:3000", "http://[::1]:8080"):
+            assert client.post(load, headers={"Origin": origin}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service without keys, with one adapter."""
+    with running_server(tmp_path_factory.mktemp("dev") / "data", "--dev") as running:
+        assert upload(running.client(""), MINE, "a").status_code == 201
+        yield running
+
+
+def _status(server: Server, call: Call, **headers: str) -> int:
+    """The status of a request without a body, as one that changes nothing where it is carried out."""
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.request(call.method, server.url + call.to("auth-none"), headers=fields).status_code
+
+
+FOREIGN_HOSTS = (
+    *("attacker.example", "attacker.example:8080", "localhost.attacker.example", "127.0.0.1.nip.io", "127.0.0.2"),
+    *("1.1.1.1", "localhost:80:80", "localhost@attacker.example", "[::2]", "x127.0.0.1", "127x0x0x1"),
+)
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call) -> None:
+    """A page whose name was made to lead here (DNS rebinding) is of the same origin for its browser, and sends no
+    Origin: its Host tells it apart, on every route that shows data."""
+    for host in FOREIGN_HOSTS[:4]:
+        assert _status(dev, call, Host=host) == 403, host
+    port = urlsplit(dev.url).port
+    for host in (
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+        f"localhost:{port}",
+        f"127.0.0.1:{port}",
+        f"[::1]:{port}",
+        "LocalHost",
+    ):
+        assert _status(dev, call, Host=host) != 403, host
+
+
+def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
+    """And which it answers to."""
+    for host in FOREIGN_HOSTS:
+        answer = raw(dev, head("GET", "/v1/tenants", Host=host))
+        assert answer.status in (400, 403), host
+        assert (
+            answer.status == 400 or "answers to the hosts localhost, 127.0.0.1 and [::1] alone" in answer.body.decode()
+        )
+    assert raw(dev, b"GET /v1/tenants HTTP/1.0\r\n\r\n").status in (400, 403)
+    for path in sorted(HEALTH):
+        assert raw(dev, head("GET", path, Host="attacker.example")).status == 200
+
+
+@pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
+def test_dev_mode_refuses_what_other_sites_ask(dev: Server, call: Call) -> None:
+    """Whatever kind of request it is: browsers say where it comes from, also where they send no Origin."""
+    for site in ("cross-site", "same-site", "else"):
+        assert _status(dev, call, Sec_Fetch_Site=site) == 403, site
+    for site in ("same-origin", "none"):
+        assert _status(dev, call, Sec_Fetch_Site=site) != 403, site
+
+
+def test_dev_mode_on_a_unix_socket_has_no_name(tmp_path: Path) -> None:
+    """No browser gets there, and clients send any Host; what a page would send through a proxy is still refused."""
+    with running_server(tmp_path / "data", "--dev", "--uds", str(tmp_path / "s"), uds=tmp_path / "s") as dev:
+        client = dev.client("")
+        assert client.get("/v1/tenants", headers={"Host": "prefix-service"}).status_code == 200
+        for headers in ({"Origin": "https://elsewhere.example"}, {"Sec-Fetch-Site": "cross-site"}):
+            problem(client.get("/v1/tenants", headers=headers), 403, "forbidden")

@@ -1,0 +1,49 @@
+"""`python -m tests.api.processes.supervised FOLDER`: a supervisor of two workers that import nothing,
+for tests of how they end.
+
+Files in the folder tell workers what to do: `broken`, cannot start; `slow`, never becomes ready; `stubborn`, ignores
+SIGTERM; all others are well.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from prefix_service.api.processes.supervisor import Patience, Supervisor
+from prefix_service.api.processes.worker import SIGN, die_with
+from prefix_service.errors import PrefixServiceError
+from prefix_service.logs import configure
+
+PATIENCE = Patience(start=2, silence=1, end=2, first_pause=0.1, longest_pause=0.4)
+
+
+def work(signs: socket.socket, started_by: int, folder: Path) -> None:
+    """Give signs of life until SIGTERM."""
+    die_with(started_by)
+    if (folder / "broken").exists():
+        signs.sendall(b"the folder is broken")
+        sys.exit(3)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if (folder / "stubborn").exists() else _end)
+    while True:
+        if not (folder / "slow").exists():
+            signs.sendall(SIGN)
+        time.sleep(0.1)
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    configure("info")
+    from tests.api.processes import supervised  # by this name the workers find it
+
+    try:
+        Supervisor(2, supervised.work, (Path(sys.argv[1]),), lambda: None, supervised.PATIENCE).run()
+    except PrefixServiceError as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")  # noqa: PTH119

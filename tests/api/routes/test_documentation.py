@@ -1,0 +1,97 @@
+"""The OpenAPI document: committed, complete, and true of the running service."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import PREFIX_SERVICE, Server
+
+COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
+PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+METHODS = {"get", "put", "post", "delete", "head"}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """The committed document."""
+    found: dict[str, Any] = json.loads(COMMITTED.read_text())
+    return found
+
+
+def test_the_committed_document_is_current() -> None:
+    """`prefix-service openapi` prints what is committed: regenerate it when routes change."""
+    printed = subprocess.run([*PREFIX_SERVICE, "openapi"], check=True, capture_output=True, text=True)
+    assert printed.stdout == COMMITTED.read_text()
+
+
+def test_it_is_what_the_service_shows(server: Server, document: dict[str, Any]) -> None:
+    """The public route has the same document."""
+    assert httpx.get(f"{server.url}/openapi.json").json() == document
+
+
+def test_every_operation_tells_its_errors(document: dict[str, Any]) -> None:
+    """Errors are problem documents, and only that."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            content = operation["responses"]["default"]["content"]
+            assert list(content) == ["application/problem+json"]
+            assert content["application/problem+json"]["schema"] == {"$ref": "#/components/schemas/Problem"}
+            assert "HTTPValidationError" not in json.dumps(operation)
+
+
+def test_every_operation_has_a_name_and_a_purpose(document: dict[str, Any]) -> None:
+    """Operation ids are unique, and each operation says what it does."""
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    names = [operation["operationId"] for operation in operations]
+    assert len(set(names)) == len(names)
+    assert all(operation["description"] for operation in operations)
+
+
+def test_keys_are_documented(document: dict[str, Any]) -> None:
+    """Every operation needs the bearer key, but for those that are public."""
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            needed = operation.get("security", document["security"])
+            assert needed == ([] if path in PUBLIC else [{"key": []}])
+
+
+def test_writes_have_bodies(document: dict[str, Any]) -> None:
+    """Bodies that routes read for themselves are in the document too."""
+    for path, item in document["paths"].items():
+        for method in METHODS & item.keys():
+            assert ("requestBody" in item[method]) == (method in ("post", "put")), (method, path)
+
+
+def test_prefix_options_are_documented(document: dict[str, Any]) -> None:
+    """All options of API.md, in the query and in the JSON body, and the headers that count."""
+    path = document["paths"]["/v1/tenants/{tenant}/adapters/{ref}/prefix"]
+    options = {"batch_size", "dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype", "expand"}
+    for method in ("get", "head", "post"):
+        assert {p["name"] for p in path[method]["parameters"] if p["in"] == "query"} == options
+    named = {p["name"] for p in path["get"]["parameters"] if p["in"] == "header"}
+    assert named == {"If-None-Match", "Range", "If-Range", "Want-Repr-Digest"}
+    content = path["post"]["requestBody"]["content"]
+    assert content.keys() == {"application/json", "application/vnd.safetensors"}
+    assert content["application/json"]["schema"]["properties"].keys() == options | {"attention_mask"}
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    """Each `$ref` names a schema of this document."""
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from (value for key, value in node.items() if key == "$ref")
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert set(references(document)) <= known

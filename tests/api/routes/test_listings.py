@@ -1,0 +1,150 @@
+"""Listings of versions, keys and residency: pages that follow each other, bounded in items and bytes."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from prefix_service.api.dependencies.pagination import PAGE_BYTES, encode_cursor
+from prefix_service.data_folder.opening import catalog_file
+from tests.api.helpers import problem, upload, weights
+from tests.conftest import Server, running_server
+
+TENANT = "listings"
+VERSIONS = f"/v1/tenants/{TENANT}/adapters/a/versions"
+KEYS = f"/v1/tenants/{TENANT}/keys"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service with seven versions of one adapter, two of them behind aliases, and five keys; all in memory."""
+    with running_server(tmp_path_factory.mktemp("listings") / "data") as server:
+        client = server.client()
+        for seed in range(7):
+            assert upload(client, TENANT, "a", file=weights(seed)).status_code == 201
+            assert client.put(f"/v1/tenants/{TENANT}/adapters/a@{seed + 1}/residency").status_code == 200
+        for alias, number in (("prod", 3), ("old", 3), ("next", 7)):
+            client.put(f"/v1/tenants/{TENANT}/adapters/a/aliases/{alias}", json={"version": number})
+        for name in "abcde":
+            client.post(KEYS, json={"scope": "read", "name": name})
+        yield server
+
+
+def followed(client: httpx.Client, path: str, limit: int, name: str = "items") -> list[dict[str, Any]]:
+    """Every item, page by page along the Link header, which agrees with `next`."""
+    found: list[dict[str, Any]] = []
+    url: str | None = f"{path}?limit={limit}"
+    while url is not None:
+        answer = client.get(url)
+        assert answer.status_code == 200, answer.text
+        page = answer.json()
+        assert len(page[name]) <= limit
+        assert (page["next"] is None) == ("link" not in answer.headers)
+        found += page[name]
+        url = answer.links["next"]["url"] if "link" in answer.headers else None
+        assert url is None or f"cursor={page['next']}" in url
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 1000])
+def test_versions_come_in_pages(own: Server, limit: int) -> None:
+    """Newest first, each once, with the aliases that point at it."""
+    found = followed(own.client(), VERSIONS, limit)
+    assert [item["version"] for item in found] == [7, 6, 5, 4, 3, 2, 1]
+    assert {item["version"]: item["aliases"] for item in found if item["aliases"]} == {3: ["old", "prod"], 7: ["next"]}
+
+
+def test_a_deletion_moves_no_page(own: Server) -> None:
+    """A cursor is a place, not a count: the version behind it may be gone."""
+    client = own.client()
+    for seed in (20, 21, 22):
+        upload(client, TENANT, "b", file=weights(seed))
+    path = VERSIONS.replace("/a/", "/b/")
+    first = client.get(path, params={"limit": 2}).json()
+    assert client.delete(f"/v1/tenants/{TENANT}/adapters/b@2").status_code == 204
+    rest = client.get(path, params={"limit": 2, "cursor": first["next"]}).json()
+    assert [item["version"] for item in rest["items"]] == [1]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 1000])
+def test_keys_come_in_pages(own: Server, limit: int) -> None:
+    """Oldest first, each once; those of a moment in the order of their ids."""
+    found = followed(own.client(), KEYS, limit)
+    assert found == sorted(found, key=lambda key: (key["created"], key["id"]))
+    assert sorted(key["name"] for key in found) == list("abcde")
+    assert len(followed(own.client(), "/v1/keys", limit)) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_residency_comes_in_pages(own: Server, limit: int) -> None:
+    """The largest first, each once; every page has the budgets, and no more tenants of one than its limit."""
+    client = own.client()
+    found = followed(client, "/v1/residency", limit, "resident")
+    mine = [row["version"] for row in found if row["tenant"] == TENANT]
+    assert sorted(mine) == list(range(1, 8))
+    sizes = [row["device_bytes"] + row["host_bytes"] for row in found]
+    assert sizes == sorted(sizes, reverse=True)
+    page = client.get("/v1/residency", params={"limit": limit}).json()
+    for tier in ("device", "host"):
+        assert len([share for share in page["tenants"] if share["tier"] == tier]) <= limit
+    assert [tier["name"] for tier in page["tiers"]] == ["device", "host"]
+
+
+@pytest.mark.parametrize("place", ["", "x", "a b c", "9" * 19, "1 a b 1 sha256:x", "2026-01-01 x", "../a"])
+@pytest.mark.parametrize("path", [VERSIONS, KEYS, "/v1/keys", "/v1/residency"])
+def test_cursors_that_no_listing_gave(own: Server, path: str, place: str) -> None:
+    """422, whatever they decode to."""
+    problem(own.client().get(path, params={"cursor": encode_cursor(place)}), 422, "invalid-request")
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "x", "-1"])
+@pytest.mark.parametrize("path", [VERSIONS, KEYS, "/v1/residency"])
+def test_limits_are_bounded(own: Server, path: str, limit: str) -> None:
+    """From 1 to 1,000."""
+    problem(own.client().get(path, params={"limit": limit}), 422, "invalid-request")
+
+
+def copied(catalog: Path, count: int, base_model: str) -> None:
+    """So many copies of the first version of adapter `a`, each with a long name of its base model."""
+    with closing(sqlite3.connect(catalog)) as connection, connection:
+        row = connection.execute("SELECT * FROM versions WHERE number = 1 AND adapter_id = 1")
+        columns, found = [column[0] for column in row.description], row.fetchone()
+        values = dict(zip(columns, found, strict=True))
+        manifest = json.loads(values["manifest"])
+        manifest["config"]["base_model_name_or_path"] = base_model
+        values |= {"manifest": json.dumps(manifest), "base_model": base_model}
+        marks = ",".join("?" * len(columns))
+        for n in range(count):
+            changed = values | {"id": 1000 + n, "number": 1000 + n, "digest": f"sha256:{n}"}
+            connection.execute(f"INSERT INTO versions VALUES ({marks})", list(changed.values()))  # noqa: S608
+
+
+def test_a_page_is_bounded_in_bytes(tmp_path: Path) -> None:
+    """It ends with the item that fills it, whatever the limit, and the following pages have the rest."""
+    with running_server(tmp_path / "data") as server:
+        client = server.client()
+        assert upload(client, TENANT, "a").status_code == 201
+        copied(catalog_file(server.data_dir), 300, "x" * 30_000)
+        first = client.get(VERSIONS, params={"limit": 1000})
+        assert PAGE_BYTES <= len(first.content) < PAGE_BYTES + 40_000
+        found = followed(client, VERSIONS, 1000)
+        assert [item["version"] for item in found] == [*range(1299, 999, -1), 1]
+        metadata = client.get(f"/v2/models/{TENANT}/a").json()
+        assert metadata["versions"] == ["1", *map(str, range(1000, 1300))]
+
+
+def test_metadata_names_the_newest_thousand_versions(tmp_path: Path) -> None:
+    """Of more versions than that; the others stay reachable."""
+    with running_server(tmp_path / "data") as server:
+        client = server.client()
+        assert upload(client, TENANT, "a").status_code == 201
+        copied(catalog_file(server.data_dir), 1200, "x")
+        metadata = client.get(f"/v2/models/{TENANT}/a").json()
+        assert metadata["versions"] == list(map(str, range(1200, 2200)))
+        assert client.get(f"/v2/models/{TENANT}/a/versions/1").status_code == 200
+        assert client.post(f"/v2/repository/models/{TENANT}/a/unload").status_code == 200

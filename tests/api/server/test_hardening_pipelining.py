@@ -1,0 +1,110 @@
+"""Many requests on one connection, and many pieces of one body, hold neither memory nor the loop."""
+
+import asyncio
+import itertools
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import pytest
+import uvicorn
+
+from prefix_service.api.server.connections import Deadlines
+from prefix_service.api.server.protocols import protocol_class
+from tests.api.framing.conftest import PARSERS
+
+COUNT = 6000
+QUEUED = 200
+"""Requests that may be queued: those of 4 KiB."""
+CHUNKS = 40_000
+CHUNKS_IN_A_TURN = CHUNKS // 4
+"""Those of 4 KiB, and of the piece before, which had fewer than 500 events."""
+
+Parser = Literal["httptools", "h11"]
+
+
+class Gate:
+    """An app that answers with the request's path, as often as it may."""
+
+    def __init__(self) -> None:
+        self.allowed = asyncio.Semaphore(0)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer when it is allowed."""
+        await self.allowed.acquire()
+        body = scope["path"].encode() + b"\n"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    def allow(self, count: int) -> None:
+        """Let as many answers go."""
+        for _ in range(count):
+            self.allowed.release()
+
+
+@pytest.fixture(params=PARSERS)
+def parser(request: pytest.FixtureRequest) -> Any:
+    """Each parser."""
+    return request.param
+
+
+@asynccontextmanager
+async def serving(app: Any, parser: Parser) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """uvicorn with this parser's connections in this process, and its port."""
+    http = protocol_class(parser, Deadlines(60, 60))
+    server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, ws="none"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        task = asyncio.create_task(server.serve([listening]))
+        while not server.started:  # noqa: ASYNC110  # uvicorn offers no event
+            await asyncio.sleep(0.01)
+        yield server, listening.getsockname()[1]
+        server.should_exit = server.force_exit = True
+        await task
+
+
+def held(server: uvicorn.Server) -> tuple[int, int]:
+    """Requests that are queued, and bytes that wait, in the server's one connection."""
+    (connection,) = _connections(server)
+    return len(getattr(connection, "pipeline", ())), len(getattr(connection, "_unparsed", ()))
+
+
+async def test_19_pipelined_requests_are_bounded_and_answered_in_order(parser: Parser) -> None:
+    """However many requests a client sends, few are queued, at the start and after each answer."""
+    gate = Gate()
+    async with serving(gate, parser) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(COUNT)))
+        found = []
+        for number in range(COUNT):
+            if number % 100 == 0:
+                await asyncio.sleep(0.01)
+                queued, unparsed = held(server)
+                assert queued <= QUEUED
+                assert unparsed <= 256 << 10
+                gate.allow(100)
+            await reader.readuntil(b"\r\n\r\n")
+            found.append((await reader.readline()).decode())
+        assert found == [f"/{number}\n" for number in range(COUNT)]
+        writer.close()
+
+
+async def test_19_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
+    """Of a body of 40,000 chunks of a byte, few are parsed in each turn of the loop, and none is lost."""
+    gate, seen = Gate(), [0]
+    async with serving(gate, parser) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"1\r\na\r\n" * CHUNKS + b"0\r\n\r\n")
+        async with asyncio.timeout(30):
+            while seen[-1] < CHUNKS:
+                await asyncio.sleep(0)
+                seen += [len(connection.cycle.body) for connection in _connections(server) if connection.cycle]
+        assert max(after - before for before, after in itertools.pairwise(seen)) <= CHUNKS_IN_A_TURN
+        gate.allow(1)
+        assert (await reader.readuntil(b"/x\n")).startswith(b"HTTP/1.1 200 OK\r\n")
+        writer.close()
+
+
+def _connections(server: uvicorn.Server) -> list[Any]:
+    return list(server.server_state.connections)

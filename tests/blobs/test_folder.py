@@ -1,0 +1,339 @@
+"""`blobs.folder`: the contract of a store of bytes, and how the folder keeps it when the disk does not."""
+
+import fcntl
+import hashlib
+import os
+import resource
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from prefix_service.blobs.folder import BlobStore, FolderBlobStore, StagedBlob
+from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
+from tests.missing import not_tested
+
+DATA = bytes(range(256)) * 1000
+Broken = Callable[[FolderBlobStore, str], object]
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "blobs"
+
+
+@pytest.fixture
+def folder(root: Path) -> FolderBlobStore:
+    return FolderBlobStore(root)
+
+
+@pytest.fixture(params=["folder"])
+def store(request: pytest.FixtureRequest) -> BlobStore:
+    """Every implementation, for the contract."""
+    made: BlobStore = request.getfixturevalue(request.param)
+    return made
+
+
+def staged(store: BlobStore, data: bytes = DATA) -> StagedBlob:
+    blob = store.stage()
+    blob.write(data)
+    return blob
+
+
+def files_in(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file() and path != root / "lock"]
+
+
+def blobs_in(root: Path) -> list[Path]:
+    return [path for path in files_in(root) if path.parent.name != "quarantine"]
+
+
+def opened(store: FolderBlobStore, digest: str) -> bytes:
+    with store.open(digest) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("data", [DATA * 10, DATA, b"", b"x"], ids=["large", "many", "none", "one"])
+def test_bytes_come_back(store: BlobStore, data: bytes) -> None:
+    """Whole, writable for tensors that share them, and as a file."""
+    digest = staged(store, data).commit()
+    assert digest == digest_of(data)
+    assert store.read(digest) == data
+    assert not store.read(digest).readonly
+    with store.open(digest) as file:
+        assert file.read() == data
+
+
+def test_a_blob_is_written_in_pieces(store: BlobStore) -> None:
+    """Size and digest count what has come so far, and it can be read back before it is committed."""
+    blob = store.stage()
+    for piece in (b"ab", bytearray(b"c"), memoryview(b"de")):
+        blob.write(piece)
+    assert (blob.size, blob.digest) == (5, digest_of(b"abcde"))
+    assert bytes(blob.read()) == b"abcde"
+    blob.write(b"f")
+    assert blob.commit() == digest_of(b"abcdef")
+
+
+def test_a_blob_is_read_where_it_is_told(store: BlobStore) -> None:
+    """Into the memory that is given, in pieces that another may work on before they are verified."""
+    digest = staged(store, DATA * 10).commit()
+    given: list[bytearray] = []
+    pieces: list[bytes] = []
+
+    def memory(nbytes: int) -> memoryview:
+        given.append(bytearray(nbytes))
+        return memoryview(given[0])
+
+    data = store.read(digest, memory, lambda piece: pieces.append(bytes(piece)))
+    assert data.obj is given[0]
+    assert b"".join(pieces) == given[0] == DATA * 10
+    assert len(pieces) == 3
+
+
+def test_nothing_is_visible_before_it_is_committed(store: BlobStore) -> None:
+    """Nor after it was discarded; discarding is harmless twice, and after a commit."""
+    blob = staged(store)
+    for _ in range(2):
+        with pytest.raises(NotFound):
+            store.read(blob.digest)
+        blob.discard()
+    kept = staged(store)
+    digest = kept.commit()
+    kept.discard()
+    assert store.read(digest) == DATA
+
+
+def test_the_same_bytes_are_one_blob(store: BlobStore) -> None:
+    """Also when many commit them at once while others read."""
+    digest = staged(store).commit()
+
+    def again(_: int) -> memoryview:
+        staged(store).commit()
+        return store.read(digest)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(data == DATA for data in pool.map(again, range(32)))
+
+
+@pytest.mark.parametrize("digest", [digest_of(b"?"), "", "sha256:", "sha256:../../etc/passwd", "sha256:" + "A" * 64])
+def test_what_is_not_there(store: BlobStore, digest: str) -> None:
+    """An unknown digest, and what is none: never a path of its own."""
+    for call in (store.read, store.open):
+        with pytest.raises(NotFound):
+            call(digest)
+
+
+def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> None:
+    """One file by its digest; a discarded blob leaves none."""
+    digest = staged(folder).commit()
+    staged(folder).discard()
+    assert blobs_in(root) == [folder.path(digest)]
+    assert folder.path(digest).read_bytes() == DATA
+
+
+def test_a_second_store_sees_the_first_ones_blobs(folder: FolderBlobStore, root: Path) -> None:
+    """Nothing is remembered in the process."""
+    assert FolderBlobStore(root).read(staged(folder).commit()) == DATA
+
+
+def abandoned(root: Path, seconds_ago: float = 0) -> Path:
+    """What a process that was killed in an upload leaves."""
+    path = root / "staging" / f"left-{seconds_ago}"
+    path.write_bytes(b"half")
+    moment = path.stat().st_mtime - seconds_ago
+    os.utime(path, (moment, moment))
+    return path
+
+
+def test_a_sweep_removes_what_a_crash_left(folder: FolderBlobStore, root: Path) -> None:
+    """Unfinished uploads of the dead, old enough; no blob, and no upload that somebody writes."""
+    digest = staged(folder).commit()
+    old, new, running = abandoned(root, 100), abandoned(root, 10), staged(folder)
+    assert FolderBlobStore(root).sweep(older_than=60) == 1
+    assert (old.exists(), new.exists()) == (False, True)
+    assert FolderBlobStore(root).sweep(older_than=0) == 1
+    assert running.commit() == digest
+    assert blobs_in(root) == [folder.path(digest)]
+
+
+def aged(folder: FolderBlobStore, data: bytes, seconds: float) -> str:
+    """A blob that was committed so long ago."""
+    digest = staged(folder, data).commit()
+    path = folder.path(digest)
+    moment = path.stat().st_mtime - seconds
+    os.utime(path, (moment, moment))
+    return digest
+
+
+def test_a_listing_tells_sizes_and_ages(folder: FolderBlobStore) -> None:
+    """Every blob, and nothing that is staged."""
+    digests = {aged(folder, b"old", 1000): 3, aged(folder, b"newer", 10): 5}
+    unfinished = staged(folder, b"unfinished")
+    found = {blob.digest: blob for blob in folder.listed()}
+    unfinished.discard()
+    assert {digest: blob.size for digest, blob in found.items()} == digests
+    ages = [found[digest].age for digest in digests]
+    assert ages == pytest.approx([1000, 10], abs=5)
+
+
+def test_removal_spares_what_was_committed_again(folder: FolderBlobStore) -> None:
+    """Age counts from the last commit, also of the same bytes, so what a running upload stored stays."""
+    old, again = aged(folder, b"old", 1000), aged(folder, b"again", 1000)
+    staged(folder, b"again").commit()
+    assert folder.remove([old, again], older_than=60) == {old}
+    assert (folder.exists(old), folder.exists(again)) == (False, True)
+    assert folder.remove([old], older_than=60) == set()
+
+
+def test_an_upload_that_began_long_ago_is_new_when_it_is_committed(folder: FolderBlobStore, root: Path) -> None:
+    """A slow upload's last byte may be old by the time that its version is published."""
+    blob = staged(folder)
+    for path in (root / "staging").iterdir():
+        os.utime(path, (0, 0))
+    assert folder.remove([blob.commit()], older_than=60) == set()
+
+
+def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
+    """Under the lock a rename and a removal never overlap: the old blob is looked at again once the new one is in."""
+    digest = aged(folder, DATA, 1000)
+    with ThreadPoolExecutor(1) as pool:
+        with folder.locked(fcntl.LOCK_SH):
+            removal = pool.submit(folder.remove, [digest], 60)
+            with pytest.raises(TimeoutError):
+                removal.result(0.2)
+            os.utime(folder.path(digest))
+        assert removal.result(10) == set()
+    assert folder.read(digest) == DATA
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
+@pytest.mark.parametrize(
+    "damage",
+    [flipped, lambda path: path.write_bytes(DATA[:-1]), lambda path: path.write_bytes(DATA + b"x"), Path.write_bytes],
+    ids=["bit", "shorter", "longer", "empty"],
+)
+def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
+    """Whatever happened to the file, damaged bytes are never handed out: they are put aside for who wants to look, and
+    the same content put again heals the blob."""
+    digest = staged(folder).commit()
+    damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
+    bad = folder.path(digest).read_bytes()
+    with pytest.raises(CorruptBlob, match="no longer match their digest") as caught:
+        read(folder, digest)
+    assert caught.value.retry_after == 60
+    assert (folder.path(digest).parents[1] / "quarantine" / folder.path(digest).name).read_bytes() == bad
+    with pytest.raises(NotFound):
+        read(folder, digest)
+    staged(folder).commit()
+    assert folder.read(digest) == DATA
+
+
+@pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
+def test_a_folder_in_a_blobs_place(folder: FolderBlobStore, read: Broken) -> None:
+    """What the system refuses is StorageFailed."""
+    folder.path(digest_of(DATA)).mkdir(parents=True)
+    with pytest.raises(StorageFailed, match=f"cannot read blob {digest_of(DATA)}: Is a directory"):
+        read(folder, digest_of(DATA))
+
+
+def test_a_place_that_cannot_hold_blobs(tmp_path: Path) -> None:
+    """Said at once, not at the first upload."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageFailed, match="cannot make the blob folder: Not a directory"):
+        FolderBlobStore(tmp_path / "file" / "blobs")
+
+
+def test_a_blob_is_durable_before_it_is_visible(folder: FolderBlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is flushed, then renamed, then its folder is flushed: after a crash it is whole or absent."""
+    calls: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def spy_sync(handle: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else f"file of {os.fstat(handle).st_size}"
+        calls.append(kind)
+        sync(handle)
+
+    def spy_replace(path: Path, target: Path) -> Path:
+        calls.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(Path, "replace", spy_replace)
+    staged(folder).commit()
+    assert calls == [f"file of {len(DATA)}", "folder", "rename", "folder"]
+
+
+def upload(blob: StagedBlob, size: int) -> None:
+    for _ in range(size // len(DATA) + 1):
+        blob.write(DATA)
+    blob.commit()
+
+
+def fill(store: FolderBlobStore, root: Path) -> None:
+    """An upload that the disk has no room for; nothing of it may stay."""
+    before = files_in(root)
+    blob = store.stage()
+    with pytest.raises(OutOfSpace, match=r"No space left on device|File too large"):
+        upload(blob, 4 << 20)
+    blob.discard()
+    assert files_in(root) == before
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        not_tested("a full disk, because this user may not mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_is_out_of_space(tiny_disk: Path) -> None:
+    """A real one: what was there stays readable, and what fits is taken again afterwards."""
+    root = tiny_disk / "blobs"
+    store = FolderBlobStore(root)
+    digest = staged(store, b"small").commit()
+    fill(store, root)
+    assert bytes(store.read(digest)) == b"small"
+    assert store.read(staged(store).commit()) == DATA
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_size_limit_is_out_of_space(folder: FolderBlobStore, root: Path) -> None:
+    """The system's limit on one file, which any user can be under."""
+    with largest_file(1 << 20):
+        fill(folder, root)
+
+
+def test_a_store_whose_folder_vanished(folder: FolderBlobStore, root: Path) -> None:
+    """An upload fails as a failure of the storage, not as something that the caller looked for in vain."""
+    (root / "staging").rmdir()
+    with pytest.raises(StorageFailed):
+        folder.stage()

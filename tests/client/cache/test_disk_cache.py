@@ -1,0 +1,316 @@
+"""Prefixes that outlive a worker: what is found again, and what never is."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefix_service.client import PrefixClient
+from prefix_service.client.cache.disk_cache import DiskCache, Entry
+from prefix_service.errors import InvalidRequest
+from tests.client.conftest import GPT2, Counting
+from tests.client.test_client import published
+from tests.conftest import Server, running_server
+
+
+@pytest.fixture(scope="module")
+def adapter(server: Server) -> str:
+    """An adapter to fetch."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        published(client, "disk/a")
+    return "disk/a"
+
+
+def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
+    """A fetch by a worker that has just started: its tensor, and the statuses of its requests."""
+    through = Counting()
+    key = options.pop("key", server.admin_key)
+    with PrefixClient(server.url, key, cache_dir=folder, http=through, **options) as client:
+        return client.get(reference).kv.tensor, through.statuses
+
+
+def files(folder: Path) -> list[Path]:
+    """What is kept."""
+    return sorted(folder.glob("*.prefix"))
+
+
+def test_a_version_is_found_again_without_a_request(server: Server, adapter: str, tmp_path: Path) -> None:
+    """Bit for bit; each form on its own."""
+    first, statuses = get(server, tmp_path, f"{adapter}@1")
+    again, none = get(server, tmp_path, f"{adapter}@1")
+    assert (statuses, none) == ([200], [])
+    assert torch.equal(first, again)
+    with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
+        assert client.get(f"{adapter}@1", dtype="bfloat16").kv.tensor.dtype == torch.bfloat16
+        assert client.get(f"{adapter}@1", layers=(1, 2)).kv.layers == (1, 2)
+    assert len(files(tmp_path)) == 3
+
+
+def test_what_may_move_is_revalidated(server: Server, tmp_path: Path) -> None:
+    """`latest` costs a 304 while it stays, and is fetched when it has moved."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        published(client, "disk/moving")
+        assert [get(server, tmp_path, "disk/moving")[1] for _ in range(2)] == [[200], [304]]
+        published(client, "disk/moving", GPT2)
+        moved, statuses = get(server, tmp_path, "disk/moving")
+        assert statuses == [200]
+        assert torch.equal(moved, client.get("disk/moving@2").kv.tensor)
+        assert get(server, tmp_path, "disk/moving")[1] == [304]
+    assert len(files(tmp_path)) == 1
+
+
+def flip_last(path: Path) -> None:
+    """A bit rots."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_etag(path: Path) -> None:
+    """Another entity tag beside the same body."""
+    data = path.read_bytes()
+    at = data.index(b'"etag": "\\"') + len(b'"etag": "\\"')
+    path.write_bytes(data[:at] + b"0" * 8 + data[at + 8 :])
+
+
+def become_a_folder(path: Path) -> None:
+    """Nothing that can be replaced."""
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": flip_last,
+    "another entity tag": change_etag,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "empty": lambda path: path.write_bytes(b""),
+    "only a magic number": lambda path: path.write_bytes(path.read_bytes()[:8]),
+    "a long record": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff" * 4 + path.read_bytes()[12:]),
+    "foreign": lambda path: path.write_bytes(b"something else entirely, and long enough" * 100),
+    "a record that is no JSON": lambda path: path.write_bytes(path.read_bytes().replace(b'{"name"', b"[[[[[[[", 1)),
+    "a folder": become_a_folder,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_fetched_again(damage: str, server: Server, adapter: str, tmp_path: Path) -> None:
+    """Never an error, never its tensors; and what can be replaced is sound afterwards."""
+    right, _ = get(server, tmp_path, f"{adapter}@1")
+    (path,) = files(tmp_path)
+    DAMAGE[damage](path)
+    found, statuses = get(server, tmp_path, f"{adapter}@1")
+    assert statuses == [200]
+    assert torch.equal(found, right)
+    if damage != "a folder":
+        assert get(server, tmp_path, f"{adapter}@1")[1] == []
+
+
+def test_a_body_is_never_paired_with_another_ones_tag(server: Server, adapter: str, tmp_path: Path) -> None:
+    """An entry under another's name is no entry; body and tag are in one file, replaced in one step."""
+    get(server, tmp_path, f"{adapter}@1")
+    (first,) = files(tmp_path)
+    with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
+        client.get(f"{adapter}@1", layers=(0, 1))
+    (second,) = set(files(tmp_path)) - {first}
+    shutil.copy(second, first)
+    found, statuses = get(server, tmp_path, f"{adapter}@1")
+    assert statuses == [200]
+    assert found.shape[0] == 3
+
+
+def test_other_callers_and_services_find_nothing(server: Server, adapter: str, tmp_path: Path) -> None:
+    """A file is found under the URL and the key that it was fetched with alone."""
+    get(server, tmp_path, f"{adapter}@1")
+    assert get(server, tmp_path, f"{adapter}@1", key=server.key("read", "disk"))[1] == [200]
+    port = server.url.rpartition(":")[2]
+    other = Server(f"http://localhost:{port}", server.data_dir, server.admin_key, server.process, server.log)
+    assert get(other, tmp_path, f"{adapter}@1")[1] == [200]
+    assert get(server, tmp_path, f"{adapter}@1")[1] == []
+    assert server.admin_key.encode() not in b"".join(path.read_bytes() for path in files(tmp_path))
+
+
+def test_without_a_key_versions_are_revalidated(tmp_path: Path) -> None:
+    """Nothing else tells a `--dev` service from an earlier one at its address, whose version 1 was another."""
+    cache = tmp_path / "cache"
+    with running_server(tmp_path / "one", "--dev") as first:
+        port = first.url.rpartition(":")[2]
+        with PrefixClient(first.url, cache_dir=cache) as client:
+            published(client, "dev/a")
+            client.get("dev/a@1")
+        assert get(first, cache, "dev/a@1", key=None)[1] == [304]
+    with running_server(tmp_path / "two", "--dev", "--port", port) as second:
+        with PrefixClient(second.url) as client:
+            published(client, "dev/a", GPT2)
+            right = client.get("dev/a@1").kv.tensor
+        found, statuses = get(second, cache, "dev/a@1", key=None)
+        assert statuses == [200]
+        assert torch.equal(found, right)
+
+
+def test_the_folder_is_bounded(server: Server, tmp_path: Path) -> None:
+    """What was used least recently leaves, also when an earlier process fetched it; what is too large is not kept."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        for name in ("one", "two", "three"):
+            published(client, f"diskbound/{name}")  # 7,680 bytes each, and a header
+    budget = {"cache_dir_bytes": 20_000}
+    for name in ("one", "two", "one", "three"):
+        get(server, tmp_path, f"diskbound/{name}@1", **budget)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 20_000
+    assert get(server, tmp_path, "diskbound/one@1", **budget)[1] == []
+    assert get(server, tmp_path, "diskbound/two@1", **budget)[1] == [200]
+    get(server, tmp_path / "small", "diskbound/one@1", cache_dir_bytes=5_000)
+    assert files(tmp_path / "small") == []
+
+
+def test_files_are_private(server: Server, adapter: str, tmp_path: Path) -> None:
+    """0600 in a folder of 0700; a folder that others write to is refused."""
+    get(server, tmp_path / "own", f"{adapter}@1")
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files(tmp_path / "own")] == [0o600]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    (tmp_path / "file").write_text("")
+    for folder in ("shared", "file"):
+        with pytest.raises(InvalidRequest, match="cache_dir"):
+            PrefixClient(server.url, cache_dir=tmp_path / folder)
+
+
+def test_clear_cache_empties_the_folder_of_ours(server: Server, adapter: str, tmp_path: Path) -> None:
+    """What others put there stays."""
+    (tmp_path / "notes.txt").write_text("keep")
+    (tmp_path / ".writing-abandoned").write_text("half")
+    with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
+        client.get(f"{adapter}@1")
+        client.clear_cache()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert get(server, tmp_path, f"{adapter}@1")[1] == [200]
+
+
+def test_a_disk_that_refuses_costs_no_fetch(
+    server: Server, adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prefix arrives, and the log says that it is not kept."""
+    with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path / "gone") as client:
+        (tmp_path / "gone").rmdir()
+        assert client.get(f"{adapter}@1").version == 1
+    assert "is not kept" in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """A file that nobody has written to for an hour leaves when room is made; a young one may still be finished."""
+    old, young = tmp_path / ".writing-old", tmp_path / ".writing-young"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    DiskCache(tmp_path, 1 << 20, ("u",)).store(("k",), Entry(bytearray(b"body"), '"e"'))
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def old_entry(folder: Path, digit: str = "a") -> Path:
+    """An entry as earlier releases kept it."""
+    path = folder / f"{digit * 64}.prefix"
+    path.write_bytes(b"PREFIX\x00\x01" + bytes(100))
+    return path
+
+
+def open_again(server: Server, folder: Path) -> None:
+    """A worker starts."""
+    PrefixClient(server.url, server.admin_key, cache_dir=folder).close()
+
+
+def make_room(_: Server, folder: Path) -> None:
+    """Another prefix is kept."""
+    DISKS[folder].store(("k",), Entry(bytearray(b"body"), '"e"'))
+
+
+def clear(_: Server, folder: Path) -> None:
+    """Everything is forgotten."""
+    DISKS[folder].clear()
+
+
+DISKS: dict[Path, DiskCache] = {}
+
+
+@pytest.mark.parametrize("occasion", [open_again, make_room, clear])
+def test_entries_of_earlier_releases_are_removed(
+    server: Server, tmp_path: Path, occasion: Callable[[Server, Path], None]
+) -> None:
+    """At each of these; what is not ours stays, also under such a name or with such a content."""
+    DISKS[tmp_path] = DiskCache(tmp_path, 1 << 20, ("u",))
+    old = old_entry(tmp_path)
+    others = {
+        "notes.txt": b"PREFIX\x00\x01notes",
+        f"{'b' * 64}.prefix": b"something else",
+        f"{'c' * 64}.prefix.bak": b"PREFIX\x00\x01",
+        f"{'d' * 63}.prefix": b"PREFIX\x00\x01",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / f"{'e' * 64}.prefix").mkdir()
+    occasion(server, tmp_path)
+    assert not old.exists()
+    assert {name: (tmp_path / name).read_bytes() for name in others} == others
+    assert (tmp_path / f"{'e' * 64}.prefix").is_dir()
+
+
+def test_entries_of_earlier_releases_are_not_read(server: Server, adapter: str, tmp_path: Path) -> None:
+    """Under their own name or under today's."""
+    get(server, tmp_path, f"{adapter}@1")
+    (path,) = files(tmp_path)
+    content = path.read_bytes()
+    old = content.replace(b"PREFIX\x00\x02", b"PREFIX\x00\x01", 1)
+    assert old != content
+    path.write_bytes(old)
+    (tmp_path / path.name.replace(".v2", "")).write_bytes(old)
+    assert get(server, tmp_path, f"{adapter}@1")[1] == [200]
+    assert [found.read_bytes() for found in files(tmp_path)] == [content]
+
+
+WORKER = """
+import sys
+from prefix_service.client import PrefixClient
+url, key, folder = sys.argv[1:]
+for turn in range(15):
+    with PrefixClient(url, key, cache_dir=folder, cache_dir_bytes=20_000) as client:
+        for name in ("one", "two", "three"):
+            prefix = client.get(f"diskshared/{name}@1")
+            assert prefix.metadata["adapter"] == name, prefix.metadata
+"""
+
+
+def test_threads_and_processes_share_a_folder(server: Server, tmp_path: Path) -> None:
+    """Under a budget that holds two of three, each always gets what it asked for, and the bound holds at the end."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        for name in ("one", "two", "three"):
+            published(client, f"diskshared/{name}")
+    failed: list[str] = []
+
+    def work() -> None:
+        command = [sys.executable, "-c", WORKER, server.url, server.admin_key, str(tmp_path)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            failed.append(done.stderr)
+
+    def work_here() -> None:
+        for _ in range(30):
+            with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path, cache_dir_bytes=20_000) as client:
+                names = ("one", "two", "three")
+                failed.extend(name for name in names if client.get(f"diskshared/{name}@1").metadata["adapter"] != name)
+
+    threads = [threading.Thread(target=target) for target in (work, work, work_here, work_here)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert list(tmp_path.glob(".writing-*")) == []
+    assert 0 < len(files(tmp_path)) <= 3

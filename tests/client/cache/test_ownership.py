@@ -1,0 +1,375 @@
+"""What `get` returned is the caller's own: no other call, cache, thread or process sees what is written to it."""
+
+import asyncio
+import ctypes
+import gc
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from prefix_service.client import AsyncPrefixClient, Prefix, PrefixClient
+from prefix_service.client.cache import memory
+from tests.client.conftest import Counting
+from tests.client.hostile import answer, hostile_server, prefix_body, says
+from tests.conftest import Server
+from tests.sharing import sharing_server
+
+# 2 layers, 2 heads of 8, float32: 256 bytes a token. A small body is copied for each caller, a large one is mapped.
+TOKENS = {"small": 4, "large": 16 << 10}
+HUGE = 128 << 10  # tokens: 32 MiB
+
+
+def config(tokens: int) -> dict[str, Any]:
+    """An adapter of so many tokens."""
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": tokens,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "token_dim": 16,
+        "inference_mode": True,
+    }
+
+
+def publish_all(server: Server) -> None:
+    """Untrained versions of each size."""
+    with server.client() as http:
+        for name, tokens in {**TOKENS, "huge": HUGE}.items():
+            made = http.post(f"/v1/tenants/own/adapters/{name}/versions", json={"config": config(tokens)})
+            assert made.is_success, made.text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adapters(server: Server) -> None:
+    """Adapters of each size."""
+    publish_all(server)
+
+
+sizes = pytest.mark.parametrize("size", TOKENS)
+
+
+def zero(tensor: Tensor) -> None:
+    """Torch's own way."""
+    tensor.zero_()
+
+
+def zero_by_numpy(tensor: Tensor) -> None:
+    """A view that torch does not watch."""
+    tensor.numpy()[...] = 0
+
+
+def zero_data(tensor: Tensor) -> None:
+    """Past autograd and version counters."""
+    tensor.data.fill_(0)
+
+
+def zero_by_dlpack(tensor: Tensor) -> None:
+    """Another library's view."""
+    from_dlpack(tensor).zero_()
+
+
+def zero_storage(tensor: Tensor) -> None:
+    """All memory that the tensor has."""
+    storage = tensor.untyped_storage()
+    ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
+
+
+WAYS = [zero, zero_by_numpy, zero_data, zero_by_dlpack, zero_storage]
+
+
+@sizes
+@pytest.mark.parametrize("write", WAYS)
+@pytest.mark.parametrize("reference", ["own/{}@1", "own/{}"], ids=["version", "latest"])
+def test_what_is_written_reaches_no_other_call(
+    connect: Callable[..., Any], server: Server, size: str, write: Callable[[Tensor], None], reference: str
+) -> None:
+    """Neither a later get, nor one that was made before; the first get is as safe as a cached one."""
+    name = reference.format(size)
+    client = connect(server.url)
+    with PrefixClient(server.url, server.admin_key) as other:
+        right = other.get(name).kv.tensor.clone()
+    first = client.get(name)
+    for key, _ in first.past_key_values:
+        write(key)
+    second = client.get(name)
+    assert torch.equal(second.kv.tensor, right)
+    third = client.get(name)
+    for _, value in second.past_key_values:
+        write(value)
+    assert torch.equal(third.kv.tensor, right)
+    assert torch.equal(client.get(name).kv.tensor, right)
+    assert not torch.equal(first.kv.tensor, right)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"batch_size": 4},
+    {"dtype": "float8_e4m3fn"},
+    {"dtype": "bfloat16", "layers": (0, 1)},
+    {"batch_size": 2, "materialise": True},
+]
+
+
+@sizes
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_is_the_callers_own(
+    connect: Callable[..., Any], server: Server, size: str, form: dict[str, Any]
+) -> None:
+    """Rows of a batch, decoded float8, ranges, and what a materialised prefix keeps beside its rows."""
+    client = connect(server.url)
+    first = client.get(f"own/{size}@1", **form)
+    right = first.kv.tensor.clone()
+    first.past_key_values[0][0].zero_()
+    first.kv.tensor.zero_()
+    second = client.get(f"own/{size}@1", **form)
+    assert torch.equal(second.kv.tensor, right)
+    second.for_batch(3).past_key_values[0][1].zero_()
+    assert torch.equal(client.get(f"own/{size}@1", **form).kv.tensor, right)
+
+
+@sizes
+@pytest.mark.parametrize("lane", ["disk", "disk and memory", "httpx", "no cache", "ranges", "verified"])
+def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, size: str, lane: str) -> None:
+    """Whatever the bytes came through, also a cache that is no longer written to."""
+    options: dict[str, dict[str, Any]] = {
+        "disk": {"cache_dir": tmp_path, "cache_bytes": 0},
+        "disk and memory": {"cache_dir": tmp_path},
+        "httpx": {"http": Counting()},
+        "no cache": {"cache_bytes": 0},
+        "ranges": {"connections": 2},
+        "verified": {"verify_digest": True},
+    }
+    with PrefixClient(server.url, server.admin_key) as other:
+        right = other.get(f"own/{size}@1").kv.tensor
+    for _ in range(2):  # the second one finds the first one's disk
+        with PrefixClient(server.url, server.admin_key, **options[lane]) as client:
+            for _ in range(3):
+                found = client.get(f"own/{size}@1").kv.tensor
+                assert torch.equal(found, right)
+                found.zero_()
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+@sizes
+def test_a_shared_file_is_mapped_for_each_call(shared: Server, kind: str, size: str) -> None:
+    """Also the second call of one client, and a later revalidation."""
+
+    async def fetch() -> list[Tensor]:
+        found = []
+        async with AsyncPrefixClient(shared.url, shared.admin_key, uds=shared.uds) as client:
+            for _ in range(3):
+                found.append((await client.get(f"own/{size}")).kv.tensor.clone())
+                (await client.get(f"own/{size}")).kv.tensor.zero_()
+        return found
+
+    if kind == "async":
+        found = asyncio.run(fetch())
+    else:
+        found = []
+        with PrefixClient(shared.url, shared.admin_key, uds=shared.uds) as client:
+            for _ in range(3):
+                found.append(client.get(f"own/{size}").kv.tensor.clone())
+                client.get(f"own/{size}").kv.tensor.zero_()
+    assert found[0].any()
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service that shares its files."""
+    with sharing_server(tmp_path_factory.mktemp("sharing")) as server:
+        publish_all(server)
+        yield server
+
+
+def test_metadata_is_the_callers_own(client: Any) -> None:
+    """Nested lists too; a wrong range in the cache would be another prefix."""
+    first = client.get("own/small@1")
+    right = {**first.metadata, "layers": list(first.metadata["layers"])}
+    first.metadata["layers"][0] = 1
+    first.metadata["tenant"] = "changed"
+    assert client.get("own/small@1").metadata == right
+    client.clear_cache()
+    assert client.get("own/small@1").metadata == right
+
+
+@sizes
+def test_a_batch_of_get_many_is_the_callers_own(client: Any, size: str) -> None:
+    """Its rows neither share memory with the cache nor with another batch."""
+    rows = [f"own/{size}@1", None, f"own/{size}@1"]
+    first = client.get_many(rows)
+    right = first.stacked.clone()
+    first.stacked.zero_()
+    assert torch.equal(client.get_many(rows).stacked, right)
+    one = client.get(f"own/{size}@1").kv.tensor
+    assert torch.equal(one, right[0])
+
+
+@sizes
+def test_threads_do_not_see_each_other(server: Server, size: str) -> None:
+    """Each writes to what it gets while the others compare."""
+    wrong: list[int] = []
+    with PrefixClient(server.url, server.admin_key) as client:
+        right = client.get(f"own/{size}@1").kv.tensor.clone()
+
+        def work() -> None:
+            for turn in range(20):
+                found = client.get(f"own/{size}@1").kv.tensor
+                if not torch.equal(found, right):
+                    wrong.append(turn)
+                found.fill_(turn)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def in_child(work: Callable[[], bool]) -> bool:
+    """Whether work is true in a forked process."""
+    if not (pid := os.fork()):
+        os._exit(0 if work() else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@sizes
+@pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
+def test_a_forked_process_writes_to_its_own(server: Server, size: str, cache_bytes: int) -> None:
+    """To what it inherited and to what it gets of the inherited cache; neither side sees the other's."""
+    with PrefixClient(server.url, server.admin_key, cache_bytes=cache_bytes) as client:
+        inherited = client.get(f"own/{size}@1").kv.tensor
+        right = inherited.clone()
+
+        def writes() -> bool:
+            inherited.zero_()
+            found = client.get(f"own/{size}@1").kv.tensor if cache_bytes else inherited
+            is_right = torch.equal(found, right) or not cache_bytes
+            found.fill_(3)
+            return is_right
+
+        assert in_child(writes)
+        assert torch.equal(inherited, right)
+        inherited.fill_(5)
+        assert in_child(lambda: bool((inherited == 5).all()))
+        assert torch.equal(client.get(f"own/{size}@1").kv.tensor, right)
+
+
+def test_what_get_returned_can_be_sent_to_another_process(server: Server) -> None:
+    """As a DataLoader's worker does: torch moves the tensor to shared memory of its own."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        found = client.get("own/large@1").kv.tensor
+        right = found.clone()
+        queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        queue.put(found)
+        assert torch.equal(queue.get(), right)
+        assert torch.equal(client.get("own/large@1").kv.tensor, right)
+
+
+def proportional_bytes() -> int:
+    """Memory of this process; what is mapped several times counts once."""
+    gc.collect()
+    found = re.search(r"^Pss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+@pytest.mark.parametrize("way", ["received", "float8", "disk"])
+def test_results_that_nobody_writes_to_cost_no_memory(server: Server, tmp_path: Path, way: str) -> None:
+    """The cache holds 32 MiB, and eight results, all read, hold next to nothing; a written page is one page."""
+    options: dict[str, Any] = {"cache_dir": tmp_path} if way == "disk" else {}
+    form: dict[str, Any] = {"dtype": "float8_e4m3fn"} if way == "float8" else {}
+    with PrefixClient(server.url, server.admin_key, **options) as client:
+        client.get("own/small@1").kv.tensor.sum()
+        if way == "disk":
+            with PrefixClient(server.url, server.admin_key, **options) as earlier:
+                earlier.get("own/huge@1", **form)
+        client.get("own/huge@1", **form)
+        before = proportional_bytes()
+        kept = [client.get("own/huge@1", batch_size=2, **form) for _ in range(8)]
+        sums = {float(prefix.past_key_values[0][0].sum()) for prefix in kept}
+        assert len(sums) == 1
+        assert proportional_bytes() - before < 8 << 20
+        kept[0].kv.tensor[0, 0, 0, 0, 0] = 7
+        assert proportional_bytes() - before < 8 << 20
+
+
+def open_files() -> int:
+    """File descriptors of this process."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_results_hold_no_file_and_the_cache_one_each(server: Server) -> None:
+    """Files close when the cache lets go of a prefix; results live on."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.get("own/small@1")
+        before = open_files()
+        kept = [client.get("own/large@1") for _ in range(50)]
+        assert open_files() <= before + 1
+        client.clear_cache()
+        assert open_files() == before
+        assert torch.equal(kept[0].kv.tensor, kept[49].kv.tensor)
+        kept[0].kv.tensor.zero_()
+        assert kept[49].kv.tensor.any()
+
+
+def test_where_too_many_files_are_open_results_are_copies(
+    server: Server, shared: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Received or mapped, they are no less the caller's own."""
+    monkeypatch.setattr(memory, "_MOST_OPEN", 0)
+    before = open_files()
+    for url, uds in ((server.url, None), (shared.url, shared.uds)):
+        with PrefixClient(url, server.admin_key if uds is None else shared.admin_key, uds=uds) as client:
+            right = client.get("own/large@1").kv.tensor.clone()
+            for _ in range(2):
+                client.get("own/large@1").kv.tensor.zero_()
+                assert torch.equal(client.get("own/large@1").kv.tensor, right)
+            assert open_files() <= before + 1  # a connection
+        client.close()
+
+
+def test_a_tensor_that_is_not_aligned_is_never_taken_from_elsewhere() -> None:
+    """The service aligns what it sends; another server's body is copied out of the file that it arrived in."""
+    body = prefix_body(tokens=8_000)  # 3 MB
+    length = int.from_bytes(body[:8], "little")
+    shifted = (length + 1).to_bytes(8, "little") + body[8 : 8 + length] + b" " + body[8 + length :]
+    with hostile_server(says(answer(shifted))) as server, PrefixClient(server.url, timeout=5) as client:
+        for _ in range(2):
+            found: Prefix = client.get("a/b@1")
+            assert torch.equal(found.kv.tensor.flatten(), torch.arange(found.kv.tensor.numel(), dtype=torch.float32))
+            found.kv.tensor.zero_()
+
+
+@pytest.mark.parametrize("size", ["large"])
+def test_a_descriptor_that_the_program_closed_is_never_read(server: Server, size: str, tmp_path: Path) -> None:
+    """A daemon closes every descriptor, and the number of a cached body's file becomes another file's."""
+    other = tmp_path / "other"
+    other.write_bytes(b"another tenant" * (1 << 19))
+    with PrefixClient(server.url, server.admin_key) as client:
+        right = client.get(f"own/{size}@1").kv.tensor.clone()
+        handle = max(memory._open)
+        with other.open("rb") as taken:
+            os.dup2(taken.fileno(), handle)  # closes the handle first
+        try:
+            for _ in range(2):
+                found = client.get(f"own/{size}@1")
+                assert torch.equal(found.kv.tensor, right)
+                found.kv.tensor.zero_()
+            client.clear_cache()
+            gc.collect()
+            assert os.read(handle, 7) == b"another"  # the program's own file stays open
+        finally:
+            os.close(handle)

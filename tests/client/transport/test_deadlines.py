@@ -1,0 +1,362 @@
+"""`timeout` is the deadline of a whole call, whatever the service does; no address or connection takes all of it."""
+
+import asyncio
+import inspect
+import io
+import itertools
+import json
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from prefix_service.client import AsyncPrefixClient, PrefixClient, management
+from prefix_service.client.transport import dialling
+from prefix_service.errors import ConnectionFailed, InvalidResponse, PrefixServiceError
+from tests.client.hostile import Script, answer, hostile_server, read_request, says
+from tests.client.transport.test_lane import OK, drips, drips_a_head, is_right
+from tests.conftest import free_port
+
+KINDS = [PrefixClient, AsyncPrefixClient]
+
+Call = Callable[[Any], Any]
+CALLS: dict[str, Call] = {
+    "get": lambda client: client.get("a/b"),
+    "get_many": lambda client: client.get_many(["a/b", ["a/c", "a/d"]]),
+    "prefetch": lambda client: client.prefetch([f"a/b{n}" for n in range(30)]),
+    "float8_error": lambda client: client.float8_error("a/b"),
+    "inspect": lambda client: client.inspect("a/b"),
+    "list": lambda client: client.list("a"),
+    "is_ready": lambda client: client.is_ready(),
+    "compose": lambda client: client.compose("a/b", ["a/c"]),
+    "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(bytes(9_000_000))),
+    "aliases": lambda client: client.run(management.aliases("a/b")),
+    "put_alias": lambda client: client.run(management.put_alias("a/b", "prod", 1)),
+    "put_alias once": lambda client: client.run(management.put_alias("a/b", "prod", 1, create_only=True)),
+    "delete_alias": lambda client: client.run(management.delete_alias("a/b", "prod")),
+    "delete": lambda client: client.run(management.delete("a/b")),
+    "load": lambda client: client.run(management.load("a/b")),
+    "unload": lambda client: client.run(management.unload("a/b")),
+    "residency": lambda client: client.run(management.residency()),
+    "versions": lambda client: client.run(management.versions("a/b")),
+    "tenants": lambda client: client.run(management.tenants()),
+    "tenant": lambda client: client.run(management.tenant("a")),
+    "put_tenant": lambda client: client.run(management.put_tenant("a", {"max_bytes": 1})),
+    "delete_tenant": lambda client: client.run(management.delete_tenant("a")),
+    "audit": lambda client: client.run(management.audit("a", 10**9)),
+}
+
+
+def called(client: Any, call: Call) -> Any:
+    """What a call returns, of a client of either kind, which is closed then."""
+
+    async def awaited() -> Any:
+        try:
+            return await call(client)
+        finally:
+            await client.close()
+
+    if isinstance(client, AsyncPrefixClient):
+        return asyncio.run(awaited())
+    with client:
+        return call(client)
+
+
+def reads_nothing(connection: socket.socket) -> None:
+    """Neither the request, nor an end."""
+    time.sleep(8)
+
+
+def storms(connection: socket.socket) -> None:
+    """Interim answers without an end, one at a time."""
+    read_request(connection)
+    while True:
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n")
+        time.sleep(0.05)
+
+
+def drips_chunks(connection: socket.socket) -> None:
+    """A body without a length and without an end."""
+    read_request(connection)
+    connection.sendall(OK + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        connection.sendall(b"1\r\n[\r\n")
+        time.sleep(0.02)
+
+
+SLOW: dict[str, Script] = {
+    "nothing is read": reads_nothing,
+    "a head in drops": drips_a_head,
+    "a body in drops": drips,
+    "chunks in drops": drips_chunks,
+    "interim answers": storms,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)
+def test_the_deadline_is_that_of_the_whole_call(kind: type[Any], script: Script) -> None:
+    """Of every method, of either client; all of them run side by side here."""
+    took: dict[str, float] = {}
+    wrong: dict[str, object] = {}
+
+    def run(name: str, call: Call) -> None:
+        began = time.monotonic()
+        try:
+            wrong[name] = called(kind(server.url, timeout=1), call)
+        except ConnectionFailed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - told below
+            wrong[name] = error
+        took[name] = time.monotonic() - began
+
+    with hostile_server(script) as server:
+        threads = [threading.Thread(target=run, args=item) for item in CALLS.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert took.keys() == CALLS.keys()
+    assert wrong == {}
+    assert {name: seconds for name, seconds in took.items() if seconds > 5} == {}
+
+
+JSON = "Content-Type: application/json"
+VERSION = json.dumps({"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64}).encode()
+
+
+def pages_for_ever(connection: socket.socket) -> None:
+    """Page after page, each with another cursor, as fast as they are asked for."""
+    for number in itertools.count():
+        if not read_request(connection):
+            return
+        page = b'{"items": [' + b", ".join([b'{"adapter": "a", "of": "%d"}' % number] * 100)
+        connection.sendall(answer(page + b'], "next": "%d"}' % number, JSON))
+
+
+def a_page_without_end(connection: socket.socket) -> None:
+    """One answer, as fast as it is read."""
+    read_request(connection)
+    connection.sendall(OK + JSON.encode() + b'\r\nTransfer-Encoding: chunked\r\n\r\n8\r\n{"items"\r\n')
+    piece = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+    while True:
+        connection.sendall(piece)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", [pages_for_ever, a_page_without_end])
+@pytest.mark.parametrize("name", ["list", "audit", "tenants"])
+def test_a_listing_without_end_costs_neither_time_nor_memory(kind: type[Any], script: Script, name: str) -> None:
+    """It ends with the deadline, or with what a listing may have."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    with hostile_server(script) as server, pytest.raises((ConnectionFailed, InvalidResponse)):
+        called(kind(server.url, timeout=1.5), CALLS[name])
+    assert time.monotonic() - began < 6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_a_listing_has_a_bounded_number_of_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the deadline, and however small the pages."""
+    monkeypatch.setattr("prefix_service.client.flows.listing._MOST_PAGES", 20)
+    with hostile_server(pages_for_ever) as server, PrefixClient(server.url) as client:
+        with pytest.raises(InvalidResponse, match="20 pages"):
+            client.list("a")
+        assert len(server.requests[0]) == 20
+
+
+def test_a_listing_has_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pages it has."""
+    monkeypatch.setattr("prefix_service.client.flows.listing._MOST_BYTES", 20_000)
+    with hostile_server(pages_for_ever) as server, PrefixClient(server.url) as client:
+        with pytest.raises(InvalidResponse, match="20000 bytes"):
+            client.list("a")
+        assert len(server.requests[0]) < 20
+
+
+# --- half-open connections ---
+
+
+def then_swallows(*answers: bytes) -> Script:
+    """Answers, and then takes requests and keeps silent, as the way to a peer that vanished."""
+
+    def script(connection: socket.socket) -> None:
+        says(*answers)(connection)
+        while connection.recv(65536):
+            pass
+
+    return script
+
+
+EMPTY_PAGE = answer(b'{"items": [], "next": null}', JSON)
+
+
+@pytest.mark.parametrize("name", ["get", "list"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_half_open_connection_costs_a_part_of_the_deadline(kind: type[Any], name: str) -> None:
+    """A new connection is tried while there is time, though another idle one may be dead as well."""
+    told, call = answer() if name == "get" else EMPTY_PAGE, CALLS[name]
+
+    async def awaited(client: Any) -> float:
+        async with client:
+            await asyncio.gather(call(client), call(client))
+            began = time.monotonic()
+            await call(client)
+            return time.monotonic() - began
+
+    def blocking(client: Any) -> float:
+        with client:
+            threads = [threading.Thread(target=call, args=(client,)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            began = time.monotonic()
+            call(client)
+            return time.monotonic() - began
+
+    def waits(connection: socket.socket) -> None:
+        read_request(connection)
+        time.sleep(0.3)  # so that both connections are needed
+        connection.sendall(told)
+        then_swallows()(connection)
+
+    with hostile_server(waits, waits, says(told)) as server:
+        client = kind(server.url, timeout=8, cache_bytes=0)
+        took = asyncio.run(awaited(client)) if kind is AsyncPrefixClient else blocking(client)
+        assert 1 < took < 5
+        assert len(server.requests) == 3
+
+
+def test_a_change_goes_over_a_new_connection() -> None:
+    """That an idle one is dead would show only after the change may have been made."""
+    made = answer(b"{}", JSON, status="201 Created")
+    with hostile_server(says(EMPTY_PAGE), says(made)) as server, PrefixClient(server.url, timeout=3) as client:
+        client.list("a")
+        assert client.run(management.put_alias("a/b", "prod", 1, create_only=True))
+        assert len(server.requests) == 2
+
+
+# --- addresses ---
+
+
+@contextmanager
+def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> Iterator[None]:
+    """A name with these addresses."""
+    real = socket.getaddrinfo
+
+    def found(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        if host not in (b"several.test", "several.test"):
+            return real(host, port, *args, **options)
+        if options.get("flags"):
+            raise socket.gaierror(socket.EAI_NONAME, "a name")
+        return [entry for address, port in addresses for entry in real(address, port, type=socket.SOCK_STREAM)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", found)
+        yield
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port whose queue is full: a connection to it is neither accepted nor refused."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        filling = [socket.socket() for _ in range(4)]
+        for each in filling:
+            each.setblocking(False)
+            each.connect_ex(listener.getsockname())
+        time.sleep(0.1)
+        yield listener.getsockname()[1]
+        for each in filling:
+            each.close()
+
+
+@pytest.mark.parametrize("name", ["get", "inspect"])
+@pytest.mark.parametrize("dead", ["refuses", "silent", "no route"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_address_of_a_name_is_tried(
+    kind: type[Any], dead: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dead ones before the living one cost moments, of tensors and of all else."""
+    told = answer() if name == "get" else answer(VERSION, JSON)
+    with hostile_server(says(told)) as server, silent_port() as silent:
+        port = int(server.url.rpartition(":")[2])
+        before = {
+            "refuses": ("127.0.0.1", free_port()),
+            "silent": ("127.0.0.1", silent),
+            "no route": ("240.0.0.1", port),
+        }[dead]
+        with resolving(monkeypatch, before, before, ("127.0.0.1", port)):
+            began = time.monotonic()
+            client = kind(f"http://several.test:{port}", timeout=8, verify_digest=False)
+            assert called(client, CALLS[name])
+            assert time.monotonic() - began < 4
+
+
+def test_localhost_means_both_its_addresses() -> None:
+    """A service on 127.0.0.1 is found where localhost is ::1 too."""
+    with hostile_server(says(answer())) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        with PrefixClient(url, timeout=5) as client:
+            assert is_right(client.get("a/b"))
+
+
+def test_no_address_at_all_is_an_error_of_this_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last failure is named, within the deadline; a resolver that hangs too."""
+    with resolving(monkeypatch, ("127.0.0.1", free_port()), ("127.0.0.1", free_port())):
+        client = PrefixClient("http://several.test", timeout=0.5)
+        with client, pytest.raises(ConnectionFailed, match="refused"):
+            client.inspect("a/b")
+    hangs = threading.Event()
+    real = socket.getaddrinfo
+
+    def never(host: Any, *args: Any, **options: Any) -> Any:
+        if not options.get("flags"):
+            hangs.wait(10)
+        return real(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    began = time.monotonic()
+    with PrefixClient("http://several.test", timeout=0.5) as client, pytest.raises(ConnectionFailed, match="in time"):
+        client.get("a/b")
+    assert time.monotonic() - began < 4
+    hangs.set()
+
+
+def test_addresses_alternate_between_families() -> None:
+    """As RFC 8305 has it: a broken family costs one head start."""
+    v6, v4 = (socket.AF_INET6, "six"), (socket.AF_INET, "four")
+    assert dialling._interleaved([v6, v6, v4, v4, v4]) == [v6, v4, v6, v4, v4]
+
+
+# --- what is sent ---
+
+
+def test_an_answer_that_comes_before_the_end_of_an_upload_is_read() -> None:
+    """A service that refuses a file in the middle of it says why, and is not sent the rest."""
+    problem = b'{"code": "too-large", "detail": "no more than 10 bytes"}'
+    refused = answer(problem, "Content-Type: application/problem+json", status="413 Content Too Large")
+
+    def script(connection: socket.socket) -> None:
+        connection.recv(1000)
+        connection.sendall(refused)
+        time.sleep(3)
+
+    for kind in KINDS:
+        with hostile_server(script) as server, pytest.raises(PrefixServiceError, match="no more than 10 bytes"):
+            called(kind(server.url, timeout=5), CALLS["publish"])
+
+
+def test_every_call_is_here() -> None:
+    """No method of the clients, and no flow of `management`, goes untested."""
+    flows = {name for name, made in vars(management).items() if inspect.isgeneratorfunction(made)}
+    flows = {name for name in flows if not name.startswith("_") and name not in ("pages", "adapter_alone")}
+    methods = {name for name in vars(PrefixClient) if not name.startswith("_") and name not in ("run", "close")}
+    assert flows | methods <= CALLS.keys()

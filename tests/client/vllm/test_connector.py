@@ -1,0 +1,651 @@
+"""The parts of the vLLM connector that need no vLLM: words for what is refused, ranks, salts, and the middleware."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, State
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import prefix_service.client.vllm as connector
+from prefix_service.client import PrefixClient
+from prefix_service.client.vllm import bodies, failures, guard, resolver
+from prefix_service.client.vllm.config import ConnectorConfig, refuse_partners
+from prefix_service.client.vllm.middleware import PrefixMiddleware
+from prefix_service.client.vllm.model import Model, refuse_model
+from prefix_service.client.vllm.requests import adapter_asked, adapter_of, parameters_of, refuse_unservable
+from prefix_service.client.vllm.salt import Salts
+from prefix_service.client.vllm.source import Source
+from prefix_service.client.vllm.versions import check_version
+from prefix_service.errors import DimensionMismatch, InvalidReference, InvalidRequest
+from tests.client.conftest import GPT2
+from tests.client.holding_proxy import holding_proxy
+from tests.conftest import Publish, Server
+
+GPT2_MODEL = Model(num_layers=4, num_kv_heads=4, head_dim=8, dtype="float32", max_length=128)
+
+
+def test_without_vllm_the_connector_says_what_to_install() -> None:
+    """The package itself can be imported, its other names are none."""
+    hidden = "import sys; sys.modules['vllm'] = None; from prefix_service.client.vllm import PrefixConnector"
+    done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)
+    assert "ImportError: prefix_service.client.vllm needs vLLM 0.32, and none is installed: pip install" in done.stderr
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = connector.nothing
+    assert connector.PrefixMiddleware is PrefixMiddleware
+    multi = hidden.replace("PrefixConnector", "MultiConnector")
+    done = subprocess.run([sys.executable, "-c", multi], check=False, capture_output=True, text=True)
+    assert "ImportError: prefix_service.client.vllm needs vLLM 0.32, and none is installed: pip install" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "0.3.2", "1.0"])
+def test_another_version_of_vllm_is_refused_by_name(version: str) -> None:
+    """Patches of the version that this was built for are taken."""
+    check_version("0.32.1")
+    with pytest.raises(ImportError, match=f"installed is {version}"):
+        check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("given_", "words"),
+    [
+        ({}, "url: Field required"),
+        ({"url": "http://x", "adress": 1}, "adress: Extra inputs are not permitted. It may have: url, api_key_file"),
+        ({"url": "http://x", "api_key": "secret"}, "vLLM writes its configuration to its log"),
+        ({"url": "http://x", "timeout": "soon"}, "timeout: Input should be a valid number"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_words(given_: dict[str, Any], words: str) -> None:
+    """What is wrong, and what there may be; never the key."""
+    with pytest.raises(InvalidRequest) as refused:
+        ConnectorConfig.of(given_)
+    assert words in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file first; a file that is not there is told."""
+    file = tmp_path / "key"
+    file.write_text("from-file\n")
+    monkeypatch.setenv("OTHER", "from-environment")
+    monkeypatch.delenv("PREFIX_API_KEY", raising=False)
+    for more, key in (
+        ({"api_key_file": file}, "from-file"),
+        ({"api_key_env": "OTHER"}, "from-environment"),
+        ({}, None),
+    ):
+        assert ConnectorConfig.of({"url": "http://x", **more}).api_key() == key
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        Source(ConnectorConfig.of({"url": "http://x", "api_key_file": tmp_path / "none"}), 0)
+
+
+def test_a_request_names_its_adapter_or_none() -> None:
+    """Parameters of other connectors pass if the configuration lists them."""
+    others = ConnectorConfig.of({"url": "http://x", "other_parameters": ["do_remote_prefill"]}).other_parameters
+    assert adapter_of(None) is None
+    assert adapter_of({"do_remote_prefill": True}, others) is None
+    assert adapter_of({"do_remote_prefill": True}, None) is None  # the engine has no PrefixConnector
+    assert adapter_of({"prefix_adapter": "acme/a@prod"}) == "acme/a@prod"
+    assert adapter_of({"prefix_adapter": "acme/a@prod", "do_remote_prefill": True}, others) == "acme/a@prod"
+    with pytest.raises(InvalidRequest, match=r"'do_remote_prefill', which nobody reads here.*other_parameters"):
+        adapter_of({"prefix_adapter": "acme/a@prod", "do_remote_prefill": True})
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz_-0"
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.sampled_from(["", *_LETTERS]), st.booleans()), max_size=2))
+def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[tuple[int, str, bool]]) -> None:
+    """Wherever a caller may write it: at the top, among other parameters, in `kv_transfer_params`."""
+    key = "prefix_adapter"
+    for place, letter, insert in edits:
+        key = key[:place] + letter + key[place if insert else place + 1 :]
+    for fields in ({key: "acme/a"}, {"extra_body": {key: 1}}, {"vllm_xargs": {key: ""}}):
+        with pytest.raises(InvalidRequest, match="which vLLM would ignore"):
+            adapter_asked(fields)
+    if key != "prefix_adapter":
+        with pytest.raises(InvalidRequest, match="did you mean prefix_adapter"):
+            adapter_asked({"kv_transfer_params": {key: "acme/a"}}, {key})
+
+
+def test_a_field_that_is_null_names_nothing() -> None:
+    """Clients send null for what they leave out, wherever it stands."""
+    nulls = {"prefix_adapter": None, "adapter": None, "kvTransferParams": None}
+    fields = {**nulls, "extra_body": nulls, "kv_transfer_params": {"prefix_adapter": "acme/a", "hint": None}}
+    assert adapter_asked(fields) == "acme/a"
+    assert adapter_asked({**nulls, "kv_transfer_params": {"prefix_adapter": None, "prefix_adaptor": None}}) is None
+
+
+@pytest.mark.parametrize("name", ["extra_body", "vllm_xargs", "extra_args", "sampling_params"])
+@pytest.mark.parametrize("named", [{"adapter": "acme/a"}, {"kv_transfer_params": {"prefix_adapter": "acme/a"}}])
+def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str, named: dict[str, Any]) -> None:
+    """Clients that encode their parameters twice, or send several sets; a text that is no JSON is no parameters."""
+    for value in ([{}, named], json.dumps(named), json.dumps([named])):
+        with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
+            adapter_asked({name: value})
+    plains: list[Any] = ["adapter", "[" * 100_000, [1, "adapter"], {}, ""]
+    for plain in plains:
+        assert adapter_asked({name: plain}) is None
+
+
+def test_keys_are_compared_up_to_a_limit() -> None:
+    """Many other keys pass; a key that needs a comparison letter by letter passes too, until there are too many."""
+    others = {f"{number:013}": 1 for number in range(100_000)}
+    alike = {f"ixad{number:09}": 1 for number in range(1000)}
+    assert adapter_asked({**others, "inner": alike, **alike}) is None
+    with pytest.raises(InvalidRequest, match="more than 1000 keys that are like prefix_adapter"):
+        adapter_asked({**alike, "ixad_one_more": 1})
+
+
+def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
+    """Schemas and metadata may use the word."""
+    data = {"prefix_adapter": 1, "adapter": 2}
+    fields = {
+        "ec_transfer_params": {},
+        "model": "adapter",
+        "messages": [data],
+        "chat_template_kwargs": {"adapter": 1},
+        "metadata": data,
+        "response_format": {"json_schema": {"schema": {"properties": data}}},
+    }
+    assert adapter_asked(fields) is None
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda one: st.lists(one)))
+def test_whatever_a_request_sends_is_a_reference_or_an_error_of_ours(sent: Any) -> None:
+    """Another exception in vLLM's scheduler would end the engine for everybody."""
+    for params in (sent, {"prefix_adapter": sent}):
+        with suppress(InvalidReference, InvalidRequest):
+            adapter_of(params)
+
+
+def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
+    """Of generating and of pooling requests; another exception would end the engine."""
+    for extra in (None, {}, {"a": 1}):
+        generating = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), pooling_params=None)
+        pooling = SimpleNamespace(sampling_params=None, pooling_params=SimpleNamespace(extra_kwargs=extra))
+        assert parameters_of(generating) == parameters_of(pooling) == (extra or {})
+    with pytest.raises(InvalidRequest, match="extra_args must be an object"):
+        parameters_of(SimpleNamespace(sampling_params=SimpleNamespace(extra_args=["a"]), pooling_params=None))
+
+
+def _sampling(**options: Any) -> dict[str, Any]:
+    return {"sampling_params": SimpleNamespace(**options)}
+
+
+_PLAIN = {
+    **_sampling(prompt_logprobs=None, skip_reading_prefix_cache=False),
+    "prompt_token_ids": [1],
+    "prompt_is_token_ids": None,
+    "mm_features": [],
+    "resumable": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sampling_params": None}, "pooling"),
+        (_sampling(prompt_logprobs=0, skip_reading_prefix_cache=True), "prompt_logprobs"),
+        (_sampling(prompt_logprobs=None, skip_reading_prefix_cache=True), "skip_reading_prefix_cache"),
+        ({"prompt_token_ids": None}, "prompt embeddings"),
+        ({"mm_features": [1]}, "images"),
+        ({"resumable": True}, "in pieces"),
+    ],
+)
+def test_what_vllm_cannot_do_behind_a_prefix_is_refused(change: dict[str, Any], words: str) -> None:
+    """One by one."""
+    refuse_unservable(SimpleNamespace(**_PLAIN))
+    with pytest.raises(InvalidRequest, match=words):
+        refuse_unservable(SimpleNamespace(**{**_PLAIN, **change}))
+
+
+class FullAttentionSpec:
+    """Named as vLLM's."""
+
+    def __init__(self, sliding_window: int | None = None) -> None:
+        self.sliding_window = sliding_window
+
+
+def _engine(**change: Any) -> tuple[Any, Any]:
+    one = {"policy": "fail", "mla": False, "groups": [FullAttentionSpec()], "context": 1, "draft": None, **change}
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=one["policy"]),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=one["context"]),
+        model_config=SimpleNamespace(use_mla=one["mla"]),
+        speculative_config=one["draft"],
+    )
+    return config, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in one["groups"]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"policy": "recompute"}, "garbage"),
+        ({"mla": True}, "MLA"),
+        ({"groups": [FullAttentionSpec(), FullAttentionSpec()]}, "sliding windows"),
+        ({"groups": [FullAttentionSpec(4096)]}, "sliding windows"),
+        ({"groups": [SimpleNamespace(sliding_window=None)]}, "state spaces"),
+        ({"context": 2}, "context parallelism"),
+        ({"draft": SimpleNamespace(method="eagle")}, "draft"),
+    ],
+)
+def test_an_engine_in_which_prefixes_would_be_wrong_does_not_start(change: dict[str, Any], words: str) -> None:
+    """With the reason."""
+    refuse_model(*_engine())
+    refuse_model(*_engine(draft=SimpleNamespace(method="ngram")))
+    with pytest.raises(InvalidRequest, match=words):
+        refuse_model(*_engine(**change))
+
+
+def _multi(*connectors: dict[str, Any], policy: str = "fail") -> Any:
+    return SimpleNamespace(kv_load_failure_policy=policy, kv_connector_extra_config={"connectors": list(connectors)})
+
+
+_PREFIXES = {"kv_connector": "PrefixConnector", "kv_connector_extra_config": {"url": "http://x"}}
+_OTHER = {"kv_connector": "OffloadingConnector"}
+_RECOMPUTE = {"kv_load_failure_policy": "recompute"}
+
+
+@pytest.mark.parametrize(
+    ("transfer", "words"),
+    [
+        (_multi(_PREFIXES, _OTHER, policy="recompute"), "garbage"),
+        (_multi({**_PREFIXES, **_RECOMPUTE}, _OTHER), "garbage"),
+        (_multi(_PREFIXES, {**_OTHER, **_RECOMPUTE}), "garbage"),
+        (_multi(_OTHER), r"one PrefixConnector, and have \['OffloadingConnector'\]"),
+        (_multi(_PREFIXES, _PREFIXES), "one PrefixConnector"),
+        (_multi(_PREFIXES, {"kv_connector": "MultiConnector"}), "inside of another"),
+    ],
+)
+def test_partners_with_which_an_adapter_could_be_lost_are_refused(transfer: Any, words: str) -> None:
+    """With the reason; other partners are taken, before and behind."""
+    refuse_partners(_multi(_PREFIXES, _OTHER))
+    refuse_partners(_multi(_OTHER, _PREFIXES, _OTHER))
+    with pytest.raises(InvalidRequest, match=words):
+        refuse_partners(transfer)
+
+
+def test_the_engines_configuration_is_found_among_partners() -> None:
+    """Alone, beside others, or not at all."""
+    alone = SimpleNamespace(kv_connector_extra_config={"url": "http://x"})
+    assert ConnectorConfig.of_engine(alone) == ConnectorConfig.of_engine(_multi(_OTHER, _PREFIXES))
+    for none in (None, _multi(_OTHER), SimpleNamespace(kv_connector_extra_config={})):
+        with pytest.raises(InvalidRequest, match=r"without PrefixConnector|url: Field required"):
+            ConnectorConfig.of_engine(none)
+
+
+def test_a_prefix_of_another_model_is_refused() -> None:
+    """The first size that differs is named."""
+    told = {"tenant": "acme", "adapter": "a", "version": 1, "num_layers": 4, "num_kv_heads": 4, "head_dim": 8}
+    GPT2_MODEL.check(told)
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        with pytest.raises(DimensionMismatch, match=rf"acme/a@1 has {name} 3, the model that vLLM serves has"):
+            GPT2_MODEL.check({**told, name: 3})
+
+
+@given(st.lists(st.tuples(*[st.text(max_size=3)] * 3, st.none() | st.text(max_size=3)), unique=True, max_size=8))
+def test_salts_differ_where_anything_differs(named: list[tuple[str, str, str, str | None]]) -> None:
+    """Within a process they are stable, in another they are others."""
+    salts = Salts()
+    made = [salts.of(*one) for one in named]
+    assert len(set(made)) == len(named)
+    assert made == [salts.of(*one) for one in named]
+    assert not set(made) & {Salts().of(*one) for one in named}
+
+
+def _lifespan() -> Callable[[], Awaitable[Any]]:
+    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    return receive
+
+
+async def _ignore(message: Any) -> None:
+    pass
+
+
+class Behind:
+    """An application that answers with what it was sent, as vLLM's has its state."""
+
+    def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
+        self.url, self.key = url, os.environ["PREFIX_API_KEY"]
+        transfer = SimpleNamespace(kv_connector_extra_config={"url": url, "timeout": 2}) if transfers else None
+        config = SimpleNamespace(
+            kv_transfer_config=transfer,
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+            model_config=SimpleNamespace(
+                get_total_num_hidden_layers=lambda: model["num_layers"],
+                get_total_num_kv_heads=lambda: model["num_kv_heads"],
+                get_head_size=lambda: model["head_dim"],
+                dtype="torch.float32",
+                max_model_len=128,
+            ),
+        )
+        self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))
+        self.routes = ["/v1/completions", "/tokenize"]
+        self.middlewares: list[Any] = []
+        self.reached: list[Any] = []
+        self.prompt: Any = "Why?"
+        self.handed: Any = None  # the extra parameters that this application gives to its engine for each request
+        self.sampling: dict[str, Any] = {"prompt_logprobs": None, "skip_reading_prefix_cache": False}  # the others
+
+    def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
+        self.reached.append(sampling_params)
+
+    async def _echo(self, request: Request) -> Response:
+        body = await request.body()
+        if self.handed is not None:
+            await asyncio.create_task(self._task())
+        return Response(body)
+
+    async def _task(self) -> None:
+        self.state.engine_client.generate(
+            self.prompt, SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
+        )
+
+    def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
+        """What it answers, in a life of its own."""
+        app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
+        app.state = State(vars(self.state))
+        for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
+            app.add_middleware(middleware)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+
+        async def live() -> httpx.Response:
+            method = "GET" if content is None else "POST"
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
+                try:
+                    return await client.request(method, path, content=content, headers=named)
+                finally:
+                    await app({"type": "lifespan"}, _lifespan(), _ignore)
+
+        return asyncio.run(live())
+
+
+@pytest.fixture
+def behind(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Behind:
+    """Behind the middleware, with an adapter that fits."""
+    publish("vllm", "fits", GPT2)
+    monkeypatch.setenv("PREFIX_API_KEY", server.admin_key)
+    with PrefixClient(server.url, server.admin_key) as client:
+        return Behind(server.url, dict(client.get("vllm/fits").metadata))
+
+
+def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) -> None:
+    """An adapter that is there and fits; no adapter; other JSON; no JSON; no body."""
+    adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}, "prompt": "ü"}
+    for content in (json.dumps(adapter), '{"prompt": "\\u00fc"}', '["prefix_adapter"]', "{prefix_adapter", "", None):
+        answer = behind.post(content)
+        assert (answer.status_code, answer.content) == (200, (content or "").encode())
+
+
+@pytest.mark.parametrize(
+    ("params", "more", "status", "words"),
+    [
+        ({"prefix_adapter": "vllm/none"}, {}, 404, "there is no vllm/none"),
+        ({"prefix_adapter": 7}, {}, 400, "got 7"),
+        (["prefix_adapter"], {}, 400, "must be an object"),
+        ({"prefix_adapter": "vllm/fits"}, {"prompt_logprobs": 0}, 400, "prompt_logprobs"),
+        ({"prefix_adapter": "vllm/fits"}, {"sampling_params": {"prompt_logprobs": 0}}, 400, "prompt_logprobs"),
+        ({"prefix_adapter": "vllm/fits"}, {"prompt_embeds": "AA=="}, 400, "prompt_embeds"),
+        ({"prefix_adapter": "vllm/fits"}, {"use_beam_search": True}, 400, "use_beam_search"),
+        ({"prefix_adapter": "vllm/fits"}, {"adapter": "vllm/fits"}, 400, "'adapter', which vLLM would ignore"),
+        ({"prefix_adapter": "vllm/fits", "hint": 1}, {}, 400, "'hint', which nobody reads"),
+        (None, {"prefix_adaptor": "vllm/fits"}, 400, "'prefix_adaptor', which vLLM would ignore"),
+        ({"prefix_adapter": "vllm/fits"}, {"echo": True, "logprobs": 1}, 400, "echo"),
+    ],
+)
+def test_the_middleware_tells_what_is_wrong(
+    behind: Behind, params: Any, more: dict[str, Any], status: int, words: str
+) -> None:
+    """In the form of vLLM's own errors."""
+    answer = behind.post(json.dumps({"kv_transfer_params": params, **more}))
+    told = answer.json()["error"]
+    assert (answer.status_code, told["code"], told["param"]) == (status, status, "kv_transfer_params.prefix_adapter")
+    assert words in told["message"]
+
+
+def test_the_middleware_tells_of_a_wrong_model_a_wrong_engine_and_a_service_that_is_away(
+    behind: Behind, server: Server
+) -> None:
+    """400 for what the caller or the operator must change, 503 for what passes."""
+    content = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
+    other = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
+    for app, status, words in (
+        (Behind(server.url, other), 400, "trained for another model"),
+        (Behind(server.url, other, transfers=False), 400, "without PrefixConnector"),
+        (Behind("http://127.0.0.1:9", other), 503, "cannot be reached"),
+    ):
+        answer = app.post(content)
+        assert answer.status_code == status
+        assert words in answer.json()["error"]["message"]
+
+
+def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
+    """In the query, a header, a form; on a route that takes none; in a body of two meanings or endless depth."""
+    body = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
+    boundary = "multipart/form-data; boundary=x"
+    some = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n'
+    part, many = some + "--x--\r\n", some.format("file") * 1999
+    urlencoded = "application/x-www-form-urlencoded"
+    for words, answer in (
+        ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
+        ("'header.x-prefix-adapter'", behind.post("{}", X_Prefix_Adapter="vllm/fits")),
+        ("'form.prefix_adapter'", behind.post(part.format("prefix_adapter"), content_type=boundary)),
+        ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
+        ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
+        ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
+        ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
+        ("nested too deeply", behind.post("[" * 100_000)),
+        ("'form.prefix_adapter'", behind.post(many + part.format("prefix_adapter"), content_type=boundary)),
+        ("more than 2000 parts", behind.post(many + some + part, content_type=boundary)),
+        ("more than 2000 fields", behind.post("a=1&" * 2000, content_type=urlencoded)),
+    ):
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+    for content, content_type in ((part.format("file"), boundary), ("a=1", urlencoded), ('{"a": 1, "a": 2}', "")):
+        assert behind.post(content, content_type=content_type).content == content.encode()
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "piece", [b"form-data;", b"--x\r\nContent-Disposition:", b"content-disposition: name=\r\n", b"%41"]
+)
+def test_a_hostile_form_costs_no_more_than_its_length(content_type: str, piece: bytes) -> None:
+    """Of 200 KB: a search that began afresh at each piece would take a minute."""
+    began = time.process_time()
+    with suppress(InvalidRequest):
+        bodies.fields_of({"headers": [(b"content-type", content_type.encode())]}, piece * (200_000 // len(piece)))
+    assert time.process_time() - began < 2
+
+
+def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """413 beyond it, before the rest has arrived."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 100)
+    assert behind.post(" " * 100).status_code == 200
+    answer = behind.post(" " * 101)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, 413)
+
+
+def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
+    """Such as `vllm launch render`: plain requests pass."""
+    del behind.state.engine_client
+    assert behind.post('{"prompt": "Why?"}').status_code == 200
+    answer = behind.post('{"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}')
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "prefix_adapter: this server has no engine")
+
+
+async def test_a_client_that_leaves_within_its_body_reaches_nobody(behind: Behind) -> None:
+    """A half of a body is no request."""
+    arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(arriving)
+
+    async def unreachable(*_: Any) -> None:
+        pytest.fail("the application was called, or something was sent")
+
+    app = Starlette(routes=[Route("/v1/completions", unreachable, methods=["POST"])])
+    app.add_middleware(PrefixMiddleware)
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await app(scope, receive, unreachable)
+
+
+class Refusing:
+    """An authentication, as vLLM's: between its routes and what `--middleware` names."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and Headers(scope=scope).get("Authorization") != "Bearer right":
+            await Response("who?", 401)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def test_only_who_is_let_through_learns_of_an_adapter(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others get the authentication's answer, whatever they ask for and however much they send."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 100)
+    behind.middlewares = [Refusing]
+    for adapter, status in (("vllm/fits", 200), ("vllm/none", 404), ("none", 400), (" " * 100, 413)):
+        content = json.dumps({"kv_transfer_params": {"prefix_adapter": adapter}})
+        assert behind.post(content, authorization="Bearer right").status_code == status
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            answer = behind.post(content, **headers)
+            assert (answer.status_code, answer.text) == (401, "who?")
+
+
+def test_what_is_posted_to_no_route_is_not_read(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM leaves most paths open to callers without a key: a body is read where vLLM would read it."""
+    monkeypatch.setattr(bodies, "MAX_BODY", 0)
+    assert behind.post("{}", "/nowhere").status_code == 404
+    assert behind.post("{}", "/tokenize").status_code == 413
+
+
+def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) -> None:
+    """Whatever a route does with its body, in any task: the engine gets the adapter that was asked for, or no call."""
+    adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    behind.handed = adapter
+    assert behind.post(json.dumps(adapter)).status_code == 200
+    lost: list[dict[str, Any]] = [{}, {"kv_transfer_params": {}}, {"kv_transfer_params": {"prefix_adapter": "vllm/no"}}]
+    for behind.handed in lost:
+        with pytest.raises(ValueError, match="vLLM left out prefix_adapter vllm/fits on the way"):
+            behind.post(json.dumps(adapter))
+    assert len(behind.reached) == 1
+    assert behind.reached[0].extra_args["kv_transfer_params"]["prefix_adapter"].startswith("vllm/fits@sha256:")
+    for behind.handed in (adapter, *lost):  # requests that name none, after those that do
+        assert behind.post("{}").status_code == 200
+    assert len(behind.reached) == 5
+
+
+@pytest.mark.parametrize(("option", "value"), [("prompt_logprobs", 0), ("skip_reading_prefix_cache", True)])
+def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engine(
+    behind: Behind, option: str, value: Any
+) -> None:
+    """In the engine it would be a 500 without a reason: vLLM makes a 400 of ValueError. Plain requests may have it."""
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    behind.sampling[option] = value
+    with pytest.raises(ValueError, match=f"a request with prefix_adapter cannot have {option}"):
+        behind.post(json.dumps(behind.handed))
+    assert behind.reached == []
+    assert behind.post("{}").status_code == 200
+
+
+def test_a_prompt_that_leaves_no_room_behind_its_prefix_never_reaches_the_engine(behind: Behind) -> None:
+    """With the numbers; the longest that leaves room for a token does."""
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    with PrefixClient(behind.url, behind.key) as client:
+        room = 128 - client.get("vllm/fits").num_virtual_tokens
+    behind.prompt = {"prompt_token_ids": [1] * (room - 1)}
+    assert behind.post(json.dumps(behind.handed)).status_code == 200
+    behind.prompt = {"prompt_token_ids": [1] * room}
+    with pytest.raises(ValueError, match=f"with the prompt's {room} there is no room for an answer"):
+        behind.post(json.dumps(behind.handed))
+    assert len(behind.reached) == 1
+
+
+async def test_a_client_that_leaves_while_the_service_is_asked_takes_its_question_back(
+    behind: Behind, server: Server
+) -> None:
+    """The service sees the connection end, and the application is not called."""
+    leaves, body = asyncio.Event(), json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}).encode()
+    messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        if messages:
+            return messages.pop()
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def unreachable(*_: Any) -> None:
+        pytest.fail("the application was called, or something was sent")
+
+    with holding_proxy(server.url) as held:
+        behind = Behind(held.url, {"num_layers": 1, "num_kv_heads": 1, "head_dim": 1})
+        held.hold(b"/tenants/vllm/")
+        app = Starlette(routes=[Route("/v1/completions", unreachable, methods=["POST"])])
+        app.state = State(vars(behind.state))
+        app.add_middleware(PrefixMiddleware)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        answering = asyncio.create_task(app(scope, receive, unreachable))
+        await asyncio.to_thread(held.wait_for, 1)
+        leaves.set()
+        await answering
+        await asyncio.to_thread(held.wait_for, 0)
+        await app({"type": "lifespan"}, _lifespan(), _ignore)
+
+
+async def test_the_reason_of_a_failure_in_the_engine_is_raised_where_its_outputs_are_read() -> None:
+    """It travels beside the trace context, and other outputs pass as they are."""
+    request = SimpleNamespace(trace_headers={"traceparent": "00-1-2-01"})
+    failures.attach(request, InvalidRequest("too long"))
+    failed = SimpleNamespace(trace_headers=request.trace_headers, kv_transfer_params=None)
+    fine = SimpleNamespace(trace_headers={"traceparent": "00-1-2-01"}, kv_transfer_params={"prefix_version": 1})
+    plain = SimpleNamespace(trace_headers=None, kv_transfer_params=None)
+    processed: list[Any] = []
+
+    class Engine:
+        def __init__(self) -> None:
+            self.output_processor = SimpleNamespace(process_outputs=processed.extend)
+
+        async def generate(self, prompt: Any, sampling_params: Any) -> Any:
+            for output in processed:
+                yield output
+
+    engine = Engine()
+    guard.guard_engine(engine)
+    engine.output_processor.process_outputs([plain, fine, failed])
+    version = resolver.Version("acme", "a", 1, "sha256:0", 5)
+    sampling = SimpleNamespace(
+        extra_args={"kv_transfer_params": {"prefix_adapter": "acme/a"}},
+        prompt_logprobs=None,
+        skip_reading_prefix_cache=False,
+    )
+    token = guard.ASKED.set(guard.Asked("acme/a", version, 100))
+    try:
+        outputs = engine.generate("Why?", sampling)
+    finally:
+        guard.ASKED.reset(token)
+    assert [await anext(outputs), await anext(outputs)] == [plain, fine]
+    with pytest.raises(ValueError, match="too long"):
+        await anext(outputs)
+    assert (plain.kv_transfer_params, fine.kv_transfer_params) == (None, {"prefix_version": 1})

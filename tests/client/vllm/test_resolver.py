@@ -1,0 +1,199 @@
+"""Which version a reference means, asked of a real service: who waits for what, and what waits for nobody."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefix_service.client import PrefixClient, management
+from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.config import ConnectorConfig
+from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.resolver import _QUESTIONS, Resolver, Version
+from prefix_service.client.vllm.source import Source
+from prefix_service.errors import ConnectionFailed, DimensionMismatch, NotFound, Unauthenticated, Unavailable
+from tests.client.conftest import GPT2
+from tests.client.holding_proxy import Holder, holding_proxy
+from tests.conftest import Publish, Server
+
+
+@pytest.fixture
+def held(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Iterator[Holder]:
+    """A proxy before a service with adapters of two tenants."""
+    monkeypatch.setenv("PREFIX_API_KEY", server.admin_key)
+    for tenant in ("quick", "slow"):
+        publish(tenant, "a", GPT2)
+    with holding_proxy(server.url) as holder:
+        yield holder
+
+
+@asynccontextmanager
+async def resolving(url: str, **more: Any) -> AsyncIterator[Resolver]:
+    """A resolver that is closed at the end."""
+    with PrefixClient(url, os.environ["PREFIX_API_KEY"]) as client:
+        told = client.get("quick/a").metadata
+    model = Model(told["num_layers"], told["num_kv_heads"], told["head_dim"], "float32", 128)
+    source = Source(ConnectorConfig.of({"url": url, "timeout": 20, **more}), 1 << 20)
+    resolver = Resolver(source, model)
+    try:
+        yield resolver
+    finally:
+        await resolver.close()
+
+
+async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Server, held: Holder) -> None:
+    """Numbers and digests mean one version; an alias may move, and is asked for again."""
+    async with resolving(held.url) as resolver:
+        assert resolver.recall("quick/a@1") is None
+        version = await resolver.resolve("quick/a@1")
+        latest = await resolver.resolve("quick/a")
+        assert version == latest == resolver.recall("quick/a") == resolver.recall(version.reference)
+        await asyncio.sleep(1.1)
+        assert resolver.recall("quick/a") is None
+        assert resolver.recall("quick/a@1") == version
+        held.hold(b"/tenants/quick/")
+        again = asyncio.create_task(resolver.resolve("quick/a"))
+        await asyncio.to_thread(held.wait_for, 1)
+        held.hold()
+        assert await again == version
+        resolver.forget()
+        assert resolver.recall("quick/a@1") is None
+
+
+async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Holder) -> None:
+    """The last request that leaves takes the question back: the service sees its connection end."""
+    async with resolving(held.url) as resolver:
+        held.hold(b"/tenants/slow/")
+        asking = [asyncio.create_task(resolver.resolve("slow/a")) for _ in range(5)]
+        await asyncio.to_thread(held.wait_for, 1)
+        for task in asking[:4]:
+            task.cancel()
+        held.hold()
+        assert isinstance(await asking[4], Version)
+        held.hold(b"/tenants/slow/")
+        asking = [asyncio.create_task(resolver.resolve("slow/a@1")) for _ in range(5)]
+        await asyncio.to_thread(held.wait_for, 1)
+        for task in asking:
+            task.cancel()
+        await asyncio.to_thread(held.wait_for, 0)
+
+
+async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
+    """However many questions it has; they are answered, or fail at the deadline, with the reason."""
+    async with resolving(held.url, timeout=3) as resolver:
+        held.hold(b"/tenants/slow/")
+        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        await asyncio.to_thread(held.wait_for, _QUESTIONS // 2)
+        assert (await resolver.resolve("quick/a")).num_virtual_tokens > 0
+        with pytest.raises(NotFound):
+            await resolver.resolve("quick/none")
+        assert held.waiting == _QUESTIONS // 2
+        results = await asyncio.gather(*asking, return_exceptions=True)
+        assert {type(result) for result in results} <= {ConnectionFailed, Unavailable}
+        assert "did not say within 3.0 s what slow/none-39 means" in str(results[39])
+
+
+async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held: Holder) -> None:
+    """In the line, and in the places before it."""
+    async with resolving(held.url) as resolver:
+        held.hold(b"/none-")
+        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        await asyncio.to_thread(held.wait_for, _QUESTIONS // 2)
+        served = asyncio.create_task(resolver.resolve("slow/a"))
+        for task in asking:
+            task.cancel()
+        assert isinstance(await served, Version)
+        await asyncio.to_thread(held.wait_for, 0)
+
+
+async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server: Server, held: Holder) -> None:
+    """Forty questions at one a second; another tenant's answer meanwhile comes as without them."""
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.run(management.put_tenant("slow", {"requests_per_second": 1}))
+    async with resolving(held.url, timeout=6) as resolver:
+        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        began = time.monotonic()
+        await resolver.resolve("quick/a")
+        took = time.monotonic() - began
+        assert sum(task.done() for task in asking) < 20
+        for task in asking:
+            task.cancel()
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.run(management.put_tenant("slow", {"requests_per_second": None}))
+    assert took < 3  # one more of the other tenant's would have taken as long
+
+
+async def test_while_the_service_does_not_answer_an_alias_means_what_it_meant(held: Holder) -> None:
+    """The first request waits for a second, later ones not at all; when it answers, the alias is followed again."""
+    async with resolving(held.url) as resolver:
+        version, other = await resolver.resolve("slow/a"), await resolver.resolve("quick/a")
+        await asyncio.sleep(1.1)
+        held.hold(b"/tenants/slow/")
+        assert await resolver.resolve("slow/a") == version
+        assert resolver.recall("slow/a") == version
+        assert resolver.recall("quick/a") is None  # another tenant is asked for
+        assert await resolver.resolve("quick/a") == other
+        unknown = asyncio.create_task(resolver.resolve("slow/unknown"))
+        await asyncio.to_thread(held.wait_for, 2)  # it, and the one that waits for news
+        held.hold()
+        with pytest.raises(NotFound):
+            await unknown
+        await _until(lambda: resolver.recall("slow/a") is None)
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - there is no event for the passing of time
+            await asyncio.sleep(0.05)
+
+
+async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> None:
+    """It is an error each time."""
+    source = Source(ConnectorConfig.of({"url": held.url}), 0)
+    resolver = Resolver(source, Model(9, 2, 8, "float32", 128))
+    for _ in range(2):
+        with pytest.raises(DimensionMismatch):
+            await resolver.resolve("quick/a@1")
+        assert resolver.recall("quick/a@1") is None
+    await resolver.close()
+
+
+async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish: Publish, tmp_path: Path) -> None:
+    """Once a 401: if the file has the refused key still, that is the answer."""
+    publish("quick", "a", GPT2)
+    file = tmp_path / "key"
+    file.write_text("prefix_" + "0" * 16)
+    source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
+    with pytest.raises(Unauthenticated):
+        await source.get("quick/a")
+    file.rename(tmp_path / "away")
+    with pytest.raises(Unauthenticated):
+        await source.get("quick/a")
+    file.write_text(server.admin_key + "\n")
+    found = await asyncio.gather(*(source.get("quick/a") for _ in range(3)))
+    assert {prefix.version for prefix in found} == {1}
+    await source.close()
+
+
+def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> None:
+    """A caller's thread never waits; closing before the first work does nothing."""
+    background, closed = Background("test"), []
+
+    async def last() -> None:
+        closed.append(True)
+
+    background.close(last)
+    waiting = background.submit(asyncio.sleep(60))
+    cancelled = background.submit(asyncio.sleep(60))
+    cancelled.cancel()
+    assert background.submit(asyncio.sleep(0, "done")).result(5) == "done"
+    background.close(last)
+    with pytest.raises(CancelledError):
+        waiting.result(5)

@@ -1,0 +1,154 @@
+"""HARDENING 42 and 45-47: kills and failing calls at every write of a change, and what order they come in."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.data_folder.collector import Collector
+from prefix_service.errors import NotFound
+from prefix_service.prefix.references import parse_reference
+from tests.crash import strace
+from tests.crash.campaign import ERRORS, Campaign, campaign
+from tests.crash.child import DONE
+from tests.crash.folder import serving
+from tests.crash.operations import CASES, publish, start
+from tests.crash.trial import KILL, Verdict, attempted_twice
+
+KILLS, FAILURES = 240, 120
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
+    """Trials in processes of their own."""
+    strace.require()
+    with campaign(tmp_path_factory.mktemp("crash")) as running:
+        yield running
+
+
+def wrong(verdicts: list[Verdict]) -> list[str]:
+    """What must never be, told so that it can be repeated."""
+    return [
+        f"{one.point.base.operation}, {one.point.call} {one.point.nth}, {one.point.fault}: {one.reason}"
+        for one in verdicts
+        if one.found == "wrong"
+    ]
+
+
+def test_hardening_45_kill_at_every_write(trials: Campaign) -> None:
+    """Whichever call kills it, after a restart the change is whole or absent; what was acknowledged is whole, all
+    versions are byte-identical, a collection leaves just the blobs that are named, and the change can be made again."""
+    points = trials.points(KILL, wanted=KILLS)
+    verdicts = list(trials.tried(points))
+    assert wrong(verdicts) == []
+    assert len(verdicts) >= KILLS
+    kinds = {point.call for point in points}
+    assert kinds >= {"write", "pwrite64", "fsync", "fdatasync", "rename", "link", "unlink", "ftruncate", "mkdir"}
+    found = Counter((verdict.point.base.operation, verdict.found) for verdict in verdicts)
+    for operation in ("first publish", "second version", "alias move", "deletion", "tenant deletion"):
+        assert found[operation, "whole"], found
+        assert found[operation, "absent"], found
+
+
+def test_hardening_47_failures_at_every_write(trials: Campaign) -> None:
+    """Whichever call fails, a full disk is OutOfSpace and an I/O error StorageFailed; nothing is visible, what was
+    there stays, and the same process makes the change at the next attempt."""
+    verdicts = list(trials.tried(trials.points(*ERRORS, wanted=FAILURES)))
+    assert wrong(verdicts) == []
+    assert {verdict.point.fault for verdict in verdicts} == set(ERRORS)
+    assert any(verdict.found == "absent" for verdict in verdicts)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Where a data folder will be."""
+    return tmp_path / "data"
+
+
+def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
+    """Each call and what kind of file it is about, without repetition."""
+    kinds = {"staging/.*": "staged", "blobs": "root", "blobs/../.{64}": "blob", "blobs/..": "folder", "": "data"}
+    kinds |= {"catalog.sqlite-journal": "journal", "catalog.sqlite": "catalog", "blobs/staging/.*": "staged"}
+    told: list[tuple[str, str]] = []
+    for call in calls:
+        place = call.path.removeprefix(str(data_dir)).removeprefix("/")
+        kind = next((kind for pattern, kind in kinds.items() if re.fullmatch(pattern, place)), place)
+        if told[-1:] != [(call.name, kind)]:
+            told.append((call.name, kind))
+    return told
+
+
+def test_hardening_46_durable_before_visible(trials: Campaign, data_dir: Path) -> None:
+    """Each blob is flushed, renamed, and its folder flushed, and only then does the catalog change: its journal is
+    flushed before the catalog's file is written, and that before the journal ends."""
+    outcomes, calls = trials.call(attempted_twice, data_dir)
+    assert outcomes == [DONE, DONE]
+    first = places(data_dir, calls)[: [call.name for call in calls].index("ftruncate")]
+    order = [step for step in first if step[0] not in ("utimensat", "mkdir", "unlink") and step != ("fsync", "root")]
+    blob = [("fsync", "staged"), ("rename", "staged"), ("fsync", "folder")]
+    assert order[:1] == [("write", "staged")]
+    begin = order.index(("pwrite64", "journal"))
+    assert [step for step in order[:begin] if step != ("write", "staged")] == [*blob, *blob]
+    assert order[begin : begin + 8] == [
+        ("pwrite64", "journal"),
+        ("fdatasync", "journal"),
+        ("fdatasync", "data"),
+        ("pwrite64", "journal"),
+        ("fdatasync", "journal"),
+        ("pwrite64", "catalog"),
+        ("fdatasync", "catalog"),
+        ("ftruncate", "journal"),
+    ]
+    made = first.index(("mkdir", "folder"))
+    assert first[made + 1] == ("fsync", "root")
+
+
+def test_hardening_47_a_failed_fsync_is_never_repeated(trials: Campaign, data_dir: Path) -> None:
+    """The file that could not be flushed is given up; the next attempt writes all bytes anew, into another."""
+    outcomes, calls = trials.call(attempted_twice, data_dir, "fsync:error=EIO:when=1")
+    assert outcomes == ["storage-failed", DONE]
+    failed = next(index for index, call in enumerate(calls) if call.injected)
+    lost = calls[failed].path
+    assert "staging" in lost
+    assert [call.name for call in calls[failed + 1 :] if call.path == lost] == ["unlink"]
+    written = [{call.path for call in part if call.name == "write"} for part in (calls[:failed], calls[failed:])]
+    assert written[1], "nothing was written anew"
+    assert not written[0] & written[1]
+
+
+def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path) -> None:
+    """Its blobs were nobody's and old when the collection asked the catalog, and are named when it comes to remove
+    them: it looks again, and takes the rest."""
+    start(data_dir)
+    with serving(data_dir) as service:
+        library = service.library
+        for case in CASES[:2]:
+            anyio.run(publish, library, "acme", "a", case)
+        whole = [library.catalog.resolve("acme", parse_reference(f"a@{number}")) for number in (1, 2)]
+        anyio.run(library.delete, "acme", parse_reference("a"), COMMAND_LINE)
+        while Deletions(service.database).remove_slice():
+            pass
+        time.sleep(2)
+
+        class Racing(Garbage):
+            """A publish comes right behind the question."""
+
+            def wanted(self, digests: Collection[str], grace: float) -> set[str]:
+                found = super().wanted(digests, grace)
+                anyio.run(publish, library, "acme", "a", CASES[0])
+                return found
+
+        collected = Collector(Racing(service.database), service.blobs, grace=1).collect()
+        assert collected.blobs == 2
+        for digest in (whole[0].weights, whole[0].key_values):
+            assert service.blobs.read(digest)
+        for digest in (whole[1].weights, whole[1].key_values):
+            with pytest.raises(NotFound):
+                service.blobs.read(digest)

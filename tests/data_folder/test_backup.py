@@ -1,0 +1,123 @@
+"""`data_folder.backup`: a copy made while others publish, delete and collect, and a service that starts on it."""
+
+import itertools
+import json
+import shutil
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prefix_service.data_folder.backup import back_up
+from prefix_service.data_folder.opening import opened
+from prefix_service.errors import Conflict, NotFound
+from prefix_service.settings import Settings
+from tests.api.helpers import upload, weights
+from tests.cli.conftest import run_command
+from tests.conftest import Server, running_server
+
+
+def prefix_of(client: httpx.Client, reference: str) -> httpx.Response:
+    """The prefix of `tenant/adapter@…`."""
+    tenant, name = reference.split("/")
+    return client.get(f"/v1/tenants/{tenant}/adapters/{name}/prefix")
+
+
+def publish(client: httpx.Client, adapter: str, seed: int) -> str:
+    """A version of its own; its reference."""
+    answer = upload(client, "acme", adapter, file=weights(seed))
+    assert answer.status_code in (200, 201), answer.text
+    return f"acme/{adapter}@{answer.json()['version']}"
+
+
+def test_a_backup_of_a_running_service_loses_nothing(tmp_path: Path) -> None:
+    """What was acknowledged before it began is there byte for byte, its keys work, and the copy is whole, while four
+    clients publish and delete and garbage is collected without mercy."""
+    target, stop = tmp_path / "backup", threading.Event()
+    with running_server(tmp_path / "data", environment={"PREFIX_GARBAGE_GRACE": "1"}) as server:
+        before = {publish(server.client(), f"before-{seed}", seed): seed for seed in range(20)}
+        bodies = {reference: prefix_of(server.client(), reference).content for reference in before}
+
+        def work(worker: int) -> None:
+            client = server.client()
+            for seed in itertools.count(1000 * worker):
+                if stop.is_set():
+                    return
+                reference = publish(client, f"during-{worker}", seed)
+                if seed % 2:
+                    client.delete(f"/v1/tenants/acme/adapters/{reference.split('/')[1]}")
+
+        with ThreadPoolExecutor(4) as pool:
+            busy = [pool.submit(work, worker) for worker in range(1, 5)]
+            done = run_command("backup", target, "--data-dir", server.data_dir, "--json")
+            stop.set()
+            for one in busy:
+                one.result(60)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["lost"], told["blobs"] >= 40) == ([], True)
+    assert not list(tmp_path.glob("*.partial"))
+    with running_server(target) as restored:
+        client = restored.client(server.admin_key)
+        assert {reference: prefix_of(client, reference).content for reference in before} == bodies
+        items = client.get("/v1/tenants/acme/adapters?limit=1000").json()["items"]
+        for item in items:
+            assert prefix_of(client, f"acme/{item['adapter']}").status_code == 200
+            assert client.get(f"/v1/tenants/acme/adapters/{item['adapter']}/parameters").status_code == 200
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A folder that was started once."""
+    made = Settings(data_dir=tmp_path / "data")
+    with opened(made):
+        pass
+    return made
+
+
+def test_secrets_stay_private_and_the_first_key_stays_behind(settings: Settings, tmp_path: Path) -> None:
+    """A copy for the owner alone, with the keys' secret where the folder has it."""
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "copy" / "key.secret").stat().st_mode) == 0o600
+    assert not (tmp_path / "copy" / "bootstrap.key").exists()
+    elsewhere = settings.model_copy(update={"key_secret_file": settings.secret_file})
+    back_up(elsewhere, tmp_path / "second", lambda _: None)
+    assert not (tmp_path / "second" / "key.secret").exists()
+
+
+def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:
+    """Neither an older backup nor anything else; what an interrupted one left does not count."""
+    (tmp_path / "copy.partial").mkdir()
+    (tmp_path / "copy.partial" / "half").touch()
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    assert not (tmp_path / "copy" / "half").exists()
+    with pytest.raises(Conflict, match="is there already"):
+        back_up(settings, tmp_path / "copy", lambda _: None)
+
+
+def test_a_folder_without_a_catalog(tmp_path: Path) -> None:
+    """A mistyped folder is told, and not made."""
+    with pytest.raises(NotFound, match="is no data folder"):
+        back_up(Settings(data_dir=tmp_path / "none"), tmp_path / "copy", lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_told(server: Server, tmp_path: Path) -> None:
+    """A blob that is lost or rotten is named, the rest is copied, and the exit status says that something is wrong."""
+    data_dir = tmp_path / "data"
+    with running_server(data_dir) as running:
+        publish(running.client(), "a", 1)
+        detail = running.client().get("/v1/tenants/acme/adapters/a").json()
+        publish(running.client(), "b", 2)
+    name = detail["weights"].removeprefix("sha256:")
+    (data_dir / "blobs" / name[:2] / name).write_bytes(b"rotten")
+    done = run_command("backup", tmp_path / "copy", "--data-dir", data_dir, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["lost"] == [detail["weights"]]
+    shown = run_command("backup", tmp_path / "again", "--data-dir", data_dir)
+    assert (shown.returncode, detail["weights"] in shown.stdout) == (1, True)
+    shutil.rmtree(tmp_path / "copy")

@@ -1,0 +1,362 @@
+"""`prefix.wire.message`: canonical bytes that every safetensors reader understands, without copies."""
+
+import json
+import struct
+import tracemalloc
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import rfc8785
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
+
+from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.buffers import bytes_of
+from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
+from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.message import MASK_DTYPES, Message
+from prefix_service.prefix.wire.received import Received, read_kv, read_message
+from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering, render
+
+L, H, N, D = 3, 2, 5, 4
+WHOLE = PrefixKV.whole(torch.randn(L, 2, H, N, D, generator=torch.Generator().manual_seed(0)))
+IDENTITY = Identity("acme", "summarize", 7, "sha256:" + "ab" * 32, "PREFIX_TUNING", "gpt2", N, L, H, D)
+
+
+def asked(
+    dtype: KVDtype = "float32",
+    rows: int = 1,
+    layout: Layout = "layers",
+    *,
+    expand: bool = True,
+    layers: Span = (0, L),
+    heads: Span = (0, H),
+) -> Form:
+    return Form(dtype, rows, layers, heads, layout, expand)
+
+
+def message_of(form: Form, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> Message:
+    return Message(identity, form, {"attention_mask": AttentionMask(form.batch_size, N, MASK_DTYPES[mask])})
+
+
+def rendering_of(form: Form, kv: PrefixKV = WHOLE) -> Rendering:
+    return render(kv.sliced(form.layers, form.kv_heads), form.dtype)
+
+
+def body_of(message: Message, kv: PrefixKV = WHOLE, start: int = 0, stop: int | None = None) -> bytes:
+    return b"".join(message.chunks(rendering_of(message.form, kv), start, stop))
+
+
+forms = st.builds(
+    asked,
+    dtype=st.sampled_from(list(KV_DTYPES)),
+    rows=st.integers(1, 3),
+    layout=st.sampled_from(["layers", "stacked"]),
+    expand=st.booleans(),
+    layers=st.sampled_from([(0, L), (1, 2), (1, 3)]),
+    heads=st.sampled_from([(0, H), (1, 2)]),
+)
+messages = st.builds(message_of, forms, st.sampled_from(list(MASK_DTYPES)))
+
+# A version of one layer, one head, one token of size 2: the key is [1, -2], the value [0.5, 3].
+TINY = PrefixKV.whole(torch.tensor([1.0, -2.0, 0.5, 3.0]).view(1, 2, 1, 1, 2))
+TINY_IDENTITY = Identity("t", "a", 1, "sha256:0", "PREFIX_TUNING", 'm\u00fc"\\\n\u007f', 1, 1, 1, 2)
+GOLDEN = (
+    b"\x78\x02\x00\x00\x00\x00\x00\x00"
+    b'{"__metadata__":{"prefix":"{\\"adapter\\":\\"a\\",\\"base_model_name_or_path\\":\\"m\xc3\xbc\\\\\\"\\\\\\\\\\\\n\x7f\\",'
+    b'\\"batch_size\\":2,\\"digest\\":\\"sha256:0\\",\\"dtype\\":\\"bfloat16\\",\\"expand\\":true,\\"format\\":1,'
+    b'\\"head_dim\\":2,\\"kv_heads\\":[0,1],\\"layers\\":[0,1],\\"layout\\":\\"layers\\",\\"num_kv_heads\\":1,'
+    b'\\"num_layers\\":1,\\"num_virtual_tokens\\":1,\\"peft_type\\":\\"PREFIX_TUNING\\",\\"tenant\\":\\"t\\",'
+    b'\\"version\\":1}"},'
+    b'"attention_mask":{"dtype":"I64","shape":[2,1],"data_offsets":[0,16]},'
+    b'"past_key_values.0.key":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[16,24]},'
+    b'"past_key_values.0.value":{"dtype":"BF16","shape":[2,1,1,2],"data_offsets":[24,32]}}'
+    b"          "
+    b"\x01\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00"
+    b"\x80\x3f\x00\xc0\x80\x3f\x00\xc0"
+    b"\x00\x3f\x40\x40\x00\x3f\x40\x40"
+)
+
+
+def test_golden_bytes() -> None:
+    """The exact bytes of a tiny answer: whoever changes one of them changes every ETag and digest in the world."""
+    form = Form("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
+    message = Message(TINY_IDENTITY, form, {"attention_mask": AttentionMask(2, 1, torch.int64)})
+    assert body_of(message, TINY) == GOLDEN
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_the_metadata_is_canonical_json(name: str) -> None:
+    """RFC 8785, whatever the base model is called."""
+    message = message_of(asked(), identity=replace(IDENTITY, base_model_name_or_path=name))
+    text = json.loads(message.header[8:])["__metadata__"]["prefix"]
+    assert text.encode() == rfc8785.dumps(json.loads(text))
+    assert json.loads(text)["base_model_name_or_path"] == name
+
+
+def expected_tensors(form: Form, mask: Tensor) -> dict[str, Tensor]:
+    """What the contract promises, from the rendering."""
+    rendering = rendering_of(form)
+    values = rendering.values.expand(form.rows, *rendering.values.shape)
+    found = {"attention_mask": mask}
+    if form.layout == "stacked":
+        found["past_key_values"] = values
+        if rendering.scales is not None:
+            found["past_key_values_scale"] = rendering.scales[None]
+        return found
+    for index, layer in enumerate(range(*form.layers)):
+        for part, name in enumerate(("key", "value")):
+            found[f"past_key_values.{layer}.{name}"] = values[:, index, part]
+            if rendering.scales is not None:
+                found[f"past_key_values.{layer}.{name}_scale"] = rendering.scales[index, part][None]
+    return found
+
+
+@settings(deadline=None)
+@given(messages)
+def test_any_safetensors_reader_understands_it(message: Message) -> None:
+    """Names, shapes, dtypes and values, read by safetensors itself, in every form."""
+    body = body_of(message)
+    assert len(body) == message.content_length
+    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
+    found = load(body)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        assert torch.equal(found[name].float(), tensor.float())
+
+
+@settings(deadline=None)
+@given(messages)
+def test_the_client_reads_it_too(message: Message) -> None:
+    """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
+    data = bytearray(body_of(message))
+    received = read_message(data)
+    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
+    assert received.tensors.keys() == wanted.keys()
+    assert all(torch.equal(received.tensors[name].float(), tensor.float()) for name, tensor in wanted.items())
+    assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": message.form.batch_size}.items()
+    assert received.metadata["layers"] == list(message.form.layers)
+
+
+@settings(deadline=None)
+@given(messages)
+def test_every_tensor_is_aligned(message: Message) -> None:
+    """The data begins at a multiple of 64, and each tensor at one of its element's size: it can be mapped."""
+    (length,) = struct.unpack("<Q", message.header[:8])
+    fields = json.loads(message.header[8:])
+    del fields["__metadata__"]
+    assert (8 + length) % 64 == 0
+    assert len(message.header) == 8 + length
+    sizes = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "BOOL": 1}
+    assert all(field["data_offsets"][0] % sizes[field["dtype"]] == 0 for field in fields.values())
+
+
+@settings(deadline=None)
+@given(messages)
+def test_the_same_question_has_the_same_bytes(message: Message) -> None:
+    """Two messages planned apart agree, whatever order their tensors were named in."""
+    again = Message(replace(message.identity), replace(message.form), dict(message.extras))
+    assert body_of(again) == body_of(message)
+
+
+@settings(deadline=None, max_examples=200)
+@given(messages, st.data())
+def test_a_range_is_that_slice_of_the_whole(message: Message, data: st.DataObject) -> None:
+    """Every `start:stop` of the body, header included."""
+    whole = body_of(message)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    assert body_of(message, WHOLE, start, stop) == whole[start:stop]
+
+
+@given(messages)
+def test_a_tensor_alone_is_that_part_of_the_whole(message: Message) -> None:
+    """The tensors in their order are all that stands behind the header; of each, its own bytes are told."""
+    rendering = rendering_of(message.form)
+    bodies = {name: b"".join(message.chunks_of(name, rendering)) for name in message.tensors}
+    assert message.header + b"".join(bodies.values()) == body_of(message)
+    assert {name: len(body) for name, body in bodies.items()} == {
+        name: tensor.nbytes for name, tensor in message.tensors.items()
+    }
+
+
+def test_chunks_are_small_enough_for_a_slow_reader() -> None:
+    """At most 8 MiB each, at any offset, and together the whole."""
+    kv = PrefixKV.whole(torch.zeros(1, 2, 1, 5, 1 << 19))
+    identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, head_dim=1 << 19)
+    message = Message(identity, asked(layers=(0, 1), heads=(0, 1)), {})
+    sizes = [len(chunk) for chunk in message.chunks(rendering_of(message.form, kv), 3)]
+    assert max(sizes) == 8 << 20
+    assert sum(sizes) == message.content_length - 3
+
+
+def test_chunks_share_memory_with_the_rendering() -> None:
+    """Every long row is the rendering's own memory, sent again."""
+    kv = PrefixKV.whole(torch.randn(1, 2, 1, 1, 1 << 14))  # rows of 64 KiB
+    identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, num_virtual_tokens=1, head_dim=1 << 14)
+    message = message_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
+    rendering = rendering_of(message.form, kv)
+    chunks = list(message.chunks(rendering))[1:]  # behind header and mask
+    before = bytes(chunks[0])
+    rendering.values.neg_()
+    assert len(chunks) == 2 * 3
+    assert chunks[0] == chunks[1] == chunks[2] != before
+
+
+def test_short_rows_are_joined() -> None:
+    """A thousand rows of 40 bytes are a few chunks, not a thousand."""
+    message = message_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
+    chunks = list(message.chunks(rendering_of(message.form)))
+    assert b"".join(chunks) == body_of(message)
+    assert len(chunks) < 5
+
+
+def test_a_large_batch_takes_no_memory() -> None:
+    """256 rows of 1.3 MB are sent from one."""
+    kv = PrefixKV.whole(torch.zeros(4, 2, 8, 20, 256))
+    identity = replace(IDENTITY, num_layers=4, num_kv_heads=8, num_virtual_tokens=20, head_dim=256)
+    form = asked(rows=256, layers=(0, 4), heads=(0, 8))
+    message, rendering = Message(identity, form, {}), rendering_of(form, kv)
+    tracemalloc.start()
+    sent = sum(len(chunk) for chunk in message.chunks(rendering))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sent == message.content_length > 256 * kv.nbytes
+    assert peak < 100_000
+    assert rendering.values.data_ptr() == kv.tensor.data_ptr()
+
+
+def test_bytes_outlive_their_tensor() -> None:
+    """A view keeps the memory alive, as a transfer under way must when its version is evicted."""
+    view = bytes_of(torch.full((1000,), 7, dtype=torch.int64))
+    torch.full((1000,), 8, dtype=torch.int64)
+    assert bytes(view) == struct.pack("<Q", 7) * 1000
+
+
+def test_unexpanded_values_come_once() -> None:
+    """With `expand=false` keys and values have one row, and the mask has them all."""
+    received = read_message(bytearray(body_of(message_of(asked(rows=5, expand=False)))))
+    assert received.tensors["past_key_values.0.key"].shape == (1, H, N, D)
+    assert received.tensors["attention_mask"].shape == (5, N)
+    assert received.metadata["batch_size"] == 5
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_are_rounded_to_nearest_even(dtype: KVDtype) -> None:
+    """As torch's own cast."""
+    assert torch.equal(render(WHOLE, dtype).values, WHOLE.tensor.to(KV_DTYPES[dtype]))
+
+
+tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N * D, max_size=N * D)
+
+
+@settings(deadline=None)
+@given(tensors, st.sampled_from([1.0, 1e-20, 1e-38, 1e-44, 1e30]))
+def test_float8_is_within_its_error(values: list[float], magnitude: float) -> None:
+    """With the largest of a head at 448, a value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
+    exact = (torch.tensor(values) * magnitude).view(1, 1, 1, N, D).expand(1, 2, 1, N, D)
+    rendering = render(PrefixKV.whole(exact), "float8_e4m3fn")
+    assert rendering.scales is not None
+    assert rendering.scales.shape == (1, 2, 1, 1, 1)
+    error = (rendering.values.float() * rendering.scales - exact).abs()
+    assert bool((error <= exact.abs() * (1 / 16 + 1e-6) + rendering.scales * 2**-10 * (1 + 1e-6)).all())
+
+
+def test_float8_scales_belong_to_layer_and_head() -> None:
+    """The largest of each reaches 448; a head of zeros stays zero, and its scale is positive."""
+    kv = WHOLE.tensor.clone()
+    kv[0, 0, 0] = 0
+    kv[1] *= 1000
+    rendering = render(PrefixKV.whole(kv), "float8_e4m3fn")
+    assert rendering.scales is not None
+    largest = rendering.values.float().abs().amax(dim=(3, 4))
+    assert largest[0, 0, 0] == 0
+    assert bool((rendering.scales > 0).all())
+    largest[0, 0, 0] = 448
+    assert bool((largest == 448).all())
+
+
+@pytest.mark.parametrize("dtype", list(KV_DTYPES))
+def test_a_stacked_row_comes_back_as_a_prefix(dtype: KVDtype) -> None:
+    """The value that was sent, with the model's numbers; float8 as float32."""
+    form = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
+    kv = read_kv(read_message(bytearray(body_of(message_of(form)))))
+    assert (kv.layers, kv.kv_heads, kv.num_layers, kv.num_kv_heads) == ((1, 3), (1, 2), L, H)
+    wanted = rendering_of(form)
+    values = wanted.values if wanted.scales is None else wanted.values.float() * wanted.scales
+    assert torch.equal(kv.tensor, values)
+
+
+SOUND = body_of(message_of(asked(layout="stacked")))
+
+
+def foreign(prefix: str | None) -> bytes:
+    return save({"a": torch.zeros(1)}, metadata=None if prefix is None else {"prefix": prefix})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (SOUND[:-1], "not a prefix: .*truncated"),
+        (SOUND + b"\0", "not a prefix: .*trailing"),
+        (b"", "not a prefix: .*too few"),
+        (b"<html>502 Bad Gateway</html>", "not a prefix: "),
+        (foreign(None), "not a prefix in a format that this client reads"),
+        (foreign("[]"), "not a prefix in a format that this client reads"),
+        (foreign('{"format":2}'), "not a prefix in a format that this client reads"),
+        (foreign("{"), "not a prefix: "),
+        (foreign("[" * 100_000), "not a prefix: "),
+    ],
+    ids=["truncated", "trailing", "empty", "html", "foreign", "list", "newer", "half", "deep"],
+)
+def test_an_answer_that_is_no_prefix(data: bytes, message: str) -> None:
+    """Whatever came, the reader says InvalidResponse."""
+    with pytest.raises(InvalidResponse, match=message):
+        read_message(bytearray(data))
+
+
+def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Received:
+    sound = read_message(bytearray(SOUND))
+    return Received({**sound.metadata, **(metadata or {})}, {**sound.tensors, **tensors})
+
+
+@pytest.mark.parametrize(
+    ("received", "message"),
+    [
+        (changed({"layers": None}), "not that of a prefix: layers should be two integers, got None"),
+        (changed({"layers": [0]}), r"not that of a prefix: layers should be two integers, got \[0\]"),
+        (changed({"layers": [0, 4]}), r"layers should be a range within 0:3, got \[0, 4\]"),
+        (changed({"kv_heads": [1, 1]}), r"kv_heads should be a range within 0:2, got \[1, 1\]"),
+        (changed({"num_layers": None}), "num_layers should be a positive integer, got None"),
+        (changed({"num_layers": True}), "num_layers should be a positive integer, got True"),
+        (changed({"version": "1"}), "version should be a positive integer, got '1'"),
+        (changed({"tenant": 7}), "tenant should be a text, got 7"),
+        (changed({"dtype": "int8"}), "dtype should be one of float32, .*, got 'int8'"),
+        (changed({"expand": 0}), "expand should be one of True, False, got 0"),
+        (Received({"format": 1}, {}), "tenant should be a text, got None"),
+        (
+            changed({"head_dim": 9}),
+            r"past_key_values .* float32 \[1, 3, 2, 2, 5, 9\], got float32 \[1, 3, 2, 2, 5, 4\]",
+        ),
+        (changed({"layers": [0, 2]}), r"past_key_values .* float32 \[1, 2, 2, 2, 5, 4\], got"),
+        (changed({"dtype": "float16"}), "past_key_values .* float16 .*, got float32"),
+        (changed({"dtype": "float8_e4m3fn"}), "past_key_values .* float8_e4m3fn .*, got float32"),
+        (read_message(bytearray(body_of(message_of(asked())))), "layout layers and 1 rows, where layout stacked"),
+        (changed(past_key_values_scale=torch.ones(7)), r"past_key_values_scale .* should be none, got float32 \[7\]"),
+        (changed({"num_virtual_tokens": 6}), r"attention_mask .* int64 \[1, 6\], got int64 \[1, 5\]"),
+        (changed(past_key_values=torch.zeros(1)), r"past_key_values .* got float32 \[1\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_answer_that_contradicts_itself(received: Received, message: str) -> None:
+    """Metadata and tensors must agree before a prefix is made of them."""
+    with pytest.raises(InvalidResponse, match=message):
+        read_kv(received)
