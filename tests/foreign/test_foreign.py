@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefix_service.client import PrefixClient
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.safetensors_header import NAMES
+from prefix_service.prefix.safetensors_tensors import NAMES
 from tests.api.helpers import adapter_of, expected_of, upload
 from tests.client.counting_proxy import counting_proxy
 from tests.conftest import Server, running_server

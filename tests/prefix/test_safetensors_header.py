@@ -14,16 +14,14 @@ from safetensors.torch import save
 from prefix_service.errors import InvalidCheckpoint, UnsafeCheckpoint
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.safetensors_header import (
-    DTYPES,
     MAX_HEADER_BYTES,
     MAX_TENSORS,
     WEIGHT_DTYPES,
     Header,
-    header_of,
     parse_checkpoint_header,
     parse_header,
-    tensor_at,
 )
+from prefix_service.prefix.safetensors_tensors import DTYPES, header_of, tensor_at
 
 
 def file_of(header: Any, data: bytes = b"\0" * 8) -> bytearray:

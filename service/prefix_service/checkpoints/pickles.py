@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from prefix_service.errors import InvalidCheckpoint, PrefixServiceError, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import shown_names
-from prefix_service.prefix.safetensors_header import NAMES, WEIGHT_DTYPES, require_name, shown_name
+from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, require_name, shown_name
+from prefix_service.prefix.safetensors_tensors import NAMES
 
 # What training frameworks wrap a state dict in: Lightning, accelerate and torch recipes, DeepSpeed.
 _CONTAINERS: Final = ("state_dict", "model_state_dict", "model", "module")

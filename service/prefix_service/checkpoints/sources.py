@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Final
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
@@ -21,8 +18,10 @@ from prefix_service.prefix.safetensors_header import (
     parse_checkpoint_header,
     require_dtype,
     shown_name,
-    tensor_at,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -62,12 +61,14 @@ class TensorFiles:
                 entries[name] = path, entry
         return cls({name: entry.shape for name, (_, entry) in entries.items()}, entries)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Returns one tensor of the prefix.
 
         Raises:
             InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file became shorter.
         """
+        from prefix_service.prefix.safetensors_tensors import tensor_at
+
         path, entry = self._entries[name]
         require_dtype(name, entry, WEIGHT_DTYPES)
         with readable(path), path.open("rb") as file:
@@ -121,12 +122,14 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
         with readable(paths[0]):
             return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)
+    from safetensors.torch import save
+
     weights = save(cut(files, match))
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
     return Upload(config_json, io.BytesIO(weights), len(weights), what)
 
 
-def cut(files: TensorFiles, match: Match) -> dict[str, Tensor]:
+def cut(files: TensorFiles, match: Match) -> "dict[str, Tensor]":
     """The tensors of a prefix alone, under the names that they have."""
     return {name: files.tensor(name) for name in match.tensors.values()}
 

@@ -21,7 +21,8 @@ from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference
-from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, header_of, parse_header, tensor_at
+from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header
+from prefix_service.prefix.safetensors_tensors import header_of, tensor_at
 from prefix_service.prefix.streams import own_stream
 from prefix_service.prefix.wire.rendering import to_host
 

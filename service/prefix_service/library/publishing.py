@@ -29,7 +29,7 @@ from prefix_service.prefix.compose import composed_config
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
-from prefix_service.prefix.safetensors_header import header_of
+from prefix_service.prefix.safetensors_tensors import header_of
 from prefix_service.prefix.wire.rendering import KV_DTYPES
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.turns import in_thread

@@ -2,30 +2,30 @@
 
 Formats: PEFT's `save_pretrained`, PEFT's training state (bare, or deep inside an accelerate, DeepSpeed, FSDP or
 Lightning checkpoint), hf_peft_ex, P-tuning v2 (and ChatGLM), CARTRIDGE saved and in training. Nothing here opens a
-pickle, and nothing is allocated before names, shapes and dtypes have been checked against the config.
+pickle, and nothing is allocated before names, shapes and dtypes have been checked against the config. torch is
+imported with the first tensor: looking for a prefix needs none.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from prefix_service.errors import InvalidCheckpoint
 from prefix_service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from prefix_service.prefix.safetensors_header import (
-    DTYPES,
     WEIGHT_DTYPES,
     TensorEntry,
     header_length,
     parse_checkpoint_header,
     require_dtype,
     shown_name,
-    tensor_at,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -130,8 +130,12 @@ class PrefixFile:
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """The dtype of the tensors; float32 where they differ."""
+        import torch
+
+        from prefix_service.prefix.safetensors_tensors import DTYPES
+
         dtypes = {DTYPES[entry.dtype] for entry in self.entries.values()}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -141,8 +145,10 @@ class PrefixFile:
         return "transform.w1" in self.entries
 
     @property
-    def encoded_dtype(self) -> torch.dtype:
+    def encoded_dtype(self) -> "torch.dtype":
         """The dtype of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
+        import torch
+
         return torch.float32 if self.is_projected else self.dtype
 
 
@@ -152,8 +158,8 @@ class PrefixWeights:
     `[out, in]`; `dtype` is the one they were stored in."""
 
     layout: str
-    dtype: torch.dtype
-    tensors: Mapping[str, Tensor]
+    dtype: "torch.dtype"
+    tensors: "Mapping[str, Tensor]"
 
 
 def header_nbytes(read: ReadBytes, size: int) -> int:
@@ -196,7 +202,7 @@ def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
     return PrefixWeights(file.layout.name, file.dtype, tensors)
 
 
-def read_rows(file: PrefixFile, read: ReadBytes) -> Iterator[Tensor]:
+def read_rows(file: PrefixFile, read: ReadBytes) -> "Iterator[Tensor]":
     """Yields the rows `[n, L * 2 * token_dim]` of a prefix that no MLP makes, about 16 MiB at a time.
 
     Raises:
@@ -210,8 +216,10 @@ def read_rows(file: PrefixFile, read: ReadBytes) -> Iterator[Tensor]:
             yield _read(read, entry, file.names[role], first, min(entry.shape[0], first + step))
 
 
-def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int) -> Tensor:
+def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int) -> "Tensor":
     """Returns rows of a tensor; each row has as many bytes."""
+    from prefix_service.prefix.safetensors_tensors import tensor_at
+
     row = (entry.stop - entry.start) // max(1, entry.shape[0])
     nbytes = row * (last - first)
     part = TensorEntry(entry.dtype, (last - first, *entry.shape[1:]), 0, nbytes)

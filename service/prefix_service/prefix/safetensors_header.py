@@ -10,12 +10,10 @@ file; `parse_header` accepts only the dtypes that its caller reads, and no empty
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
-
-import torch
 
 from prefix_service.errors import InvalidCheckpoint, UnsafeCheckpoint
 
@@ -25,18 +23,6 @@ _MAX_RANK: Final = 64  # torch's own limit
 _MAX_NAME: Final = 1 << 16
 _LENGTH: Final = struct.Struct("<Q")
 _PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
-
-DTYPES: Final[Mapping[str, torch.dtype]] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-"""Every dtype that this project reads or writes, under the name that safetensors gives it."""
-
-NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 
 # Trained weights are one of these; a key or value of another kind is a mistake or an attack.
 WEIGHT_DTYPES: Final = frozenset({"F32", "F16", "BF16"})
@@ -135,25 +121,6 @@ def shown_name(name: str) -> str:
     """Returns a tensor's name for a message: quoted, control characters escaped, at most 80 characters."""
     text = repr(name)
     return text if len(text) <= 80 else text[:76] + "...'"
-
-
-def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
-    """The tensor that `entry` describes, sharing the memory of `data`, which must be writable."""
-    dtype, count = DTYPES[entry.dtype], prod(entry.shape)
-    if not count:  # `frombuffer` refuses a count of zero
-        return torch.empty(entry.shape, dtype=dtype)
-    flat = torch.frombuffer(data, dtype=dtype, count=count, offset=entry.start)
-    return flat.view(entry.shape)
-
-
-def header_of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """Returns length and header of a file with one tensor, whose bytes follow; the safetensors library writes the
-    same bytes."""
-    nbytes = prod(shape) * dtype.itemsize
-    fields = {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return _LENGTH.pack(len(text)) + text
 
 
 def header_length(data: memoryview, total: int) -> int:

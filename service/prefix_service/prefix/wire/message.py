@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import torch
 
 from prefix_service.prefix.form import FORMAT, Form, Identity, MaskDtype
-from prefix_service.prefix.safetensors_header import NAMES
+from prefix_service.prefix.safetensors_tensors import NAMES
 from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Part, Rendering
 

@@ -13,7 +13,8 @@ from prefix_service.errors import InvalidCheckpoint, InvalidResponse
 from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.form import FORMAT
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.safetensors_header import DTYPES, TensorEntry, parse_header
+from prefix_service.prefix.safetensors_header import TensorEntry, parse_header
+from prefix_service.prefix.safetensors_tensors import DTYPES
 from prefix_service.prefix.wire.metadata import read_metadata
 
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
