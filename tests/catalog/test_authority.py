@@ -40,6 +40,7 @@ def changes(
         "delete tenant": lambda by: tenants.delete("acme", by),
         "create": lambda by: keyring.create("acme", "admin", "", by),
         "create platform": lambda by: keyring.create(None, "admin", "", by),
+        "shorten": lambda by: keyring.shorten("acme", key.id, datetime.now(UTC) + timedelta(days=1), by),
         "revoke": lambda by: keyring.revoke("acme", key.id, by),
         "add_version": lambda by: catalog.add_version("acme", "a", content("z"), by, make_tenant=True),
         "same version": lambda by: catalog.add_version("acme", "a", content("x"), by),
@@ -52,8 +53,8 @@ def changes(
 
 
 CHANGES = (
-    *("put", "delete tenant", "create", "create platform", "revoke", "add_version", "same version", "find", "delete"),
-    *("put_alias", "delete_alias", "add"),
+    *("put", "delete tenant", "create", "create platform", "shorten", "revoke", "add_version", "same version", "find"),
+    *("delete", "put_alias", "delete_alias", "add"),
 )
 
 

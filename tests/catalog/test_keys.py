@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import SCOPES, Principal, Scope
 from prefix_service.catalog.schema import keys, metadata
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.errors import NotFound, StorageFailed, Unauthenticated
+from prefix_service.errors import Conflict, InvalidRequest, NotFound, StorageFailed, Unauthenticated
 from tests.catalog.conftest import BY
 
 
@@ -27,8 +28,9 @@ def soon(**distance: float) -> datetime:
     return datetime.now(UTC) + timedelta(**distance)
 
 
-@pytest.mark.parametrize("tenant", ["acme", None])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("tenant", "scope"), [*(("acme", scope) for scope in SCOPES[1:]), *((None, scope) for scope in SCOPES)]
+)
 def test_a_key_says_whose_it_is(keyring: Keyring, tenants: Tenants, tenant: str | None, scope: Scope) -> None:
     """Its text alone; its record has everything else."""
     key, text = keyring.create(tenant, scope, "ci", BY)
@@ -85,19 +87,105 @@ def test_a_well_formed_key_that_was_never_made(keyring: Keyring, database: Datab
         keyring.verify(text)
 
 
-@pytest.mark.parametrize("zone", [UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-9)), None])
-@pytest.mark.parametrize(("distance", "alive"), [(60, True), (-60, False)])
-def test_a_key_lives_until_it_expires(keyring: Keyring, zone: timezone | None, distance: int, alive: bool) -> None:
+def test_metrics_are_the_platforms(keyring: Keyring) -> None:
+    """They are of all tenants, so no tenant has a key for them."""
+    with pytest.raises(InvalidRequest, match="scope metrics belongs to the platform"):
+        keyring.create("acme", "metrics", "", BY)
+    assert keyring.listed("acme") == []
+
+
+ZONES = [UTC, timezone(timedelta(hours=9)), timezone(timedelta(hours=-9)), None]
+
+
+def in_zone(moment: datetime, zone: timezone | None) -> datetime:
+    """The moment as it is said there; without a zone in UTC."""
+    return moment.astimezone(zone) if zone else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def set_end(database: Database, key_id: str, moment: datetime) -> None:
+    """Move a key's end, to the past too, as if time had passed."""
+    with database.writing() as connection:
+        connection.execute(sa.update(keys).where(keys.c.id == key_id).values(expires=in_zone(moment, None)))
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_a_key_lives_until_it_expires(keyring: Keyring, database: Database, zone: timezone | None) -> None:
     """In whatever time zone that was said; without one it is UTC."""
-    moment = soon(seconds=distance)
-    expires = moment.astimezone(zone) if zone else moment.replace(tzinfo=None)
-    key, text = keyring.create("acme", "read", "", BY, expires)
+    moment = soon(seconds=60)
+    key, text = keyring.create("acme", "read", "", BY, in_zone(moment, zone))
     assert key.expires == moment.replace(tzinfo=None)
-    if alive:
+    keyring.verify(text)
+    set_end(database, key.id, soon(seconds=-60))
+    with pytest.raises(Unauthenticated, match="expired"):
         keyring.verify(text)
-    else:
-        with pytest.raises(Unauthenticated, match="expired"):
-            keyring.verify(text)
+
+
+@pytest.mark.parametrize("zone", ZONES)
+@pytest.mark.parametrize("ago", [1, 86_400])
+def test_a_key_does_not_begin_with_its_end(keyring: Keyring, zone: timezone | None, ago: int) -> None:
+    """An end in the past is refused, for a new key and for one that there is."""
+    with pytest.raises(InvalidRequest, match=r"is in the past, it is .*Z now"):
+        keyring.create("acme", "read", "", BY, in_zone(soon(seconds=-ago), zone))
+    assert keyring.listed("acme") == []
+    key, text = keyring.create("acme", "read", "", BY)
+    with pytest.raises(InvalidRequest, match="is in the past"):
+        keyring.shorten("acme", key.id, in_zone(soon(seconds=-ago), zone), BY)
+    assert keyring.get("acme", key.id) == key
+    keyring.verify(text)
+
+
+@pytest.mark.parametrize("moment", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
+def test_an_end_beyond_the_calendar(keyring: Keyring, moment: str) -> None:
+    """A moment that is no date in UTC is refused in words."""
+    key, _ = keyring.create("acme", "read", "", BY)
+    for call in (
+        lambda end: keyring.create("acme", "read", "", BY, end),
+        lambda end: keyring.shorten("acme", key.id, end, BY),
+    ):
+        with pytest.raises(InvalidRequest, match="beyond the years that a date can have"):
+            call(datetime.fromisoformat(moment))
+
+
+@pytest.mark.parametrize("owner", ["acme", None])
+def test_an_end_moves_to_an_earlier_moment_alone(keyring: Keyring, database: Database, owner: str | None) -> None:
+    """A key without one gets one; the same again changes nothing; a later one is refused."""
+    key, text = keyring.create(owner, "read", "ci", BY)
+    other, _ = keyring.create(owner, "read", "", BY)
+    day, week = soon(days=1), soon(weeks=1)
+    for end in (week, week, day):
+        changed = keyring.shorten(owner, key.id, end, BY)
+        assert changed == keyring.get(owner, key.id)
+        assert (changed.expires, changed.name, changed.scope) == (in_zone(end, None), "ci", "read")
+    with pytest.raises(Conflict, match=r"the key ends at .*, and .* would be later"):
+        keyring.shorten(owner, key.id, week, BY)
+    assert keyring.get(owner, key.id).expires == in_zone(day, None)
+    assert keyring.get(owner, other.id).expires is None
+    keyring.verify(text)
+    noted = AuditLog(database).listed(None, before=None, limit=3)
+    assert [(entry.action, entry.target, entry.tenant) for entry in noted] == [
+        *(("key.changed", key.id, owner),) * 2,
+        ("key.created", other.id, owner),
+    ]
+    assert [entry.details for entry in noted[:2]] == [
+        {"expires": f"{in_zone(end, None).isoformat()}Z"} for end in (day, week)
+    ]
+
+
+def test_a_key_that_has_expired_stays_so(keyring: Keyring, database: Database) -> None:
+    """Its end does not come back to the future."""
+    key, text = keyring.create("acme", "read", "", BY)
+    set_end(database, key.id, soon(seconds=-60))
+    with pytest.raises(Conflict):
+        keyring.shorten("acme", key.id, soon(days=1), BY)
+    with pytest.raises(Unauthenticated):
+        keyring.verify(text)
+
+
+@pytest.mark.parametrize("owner", ["acme", None])
+def test_a_key_may_end_itself(keyring: Keyring, owner: str | None) -> None:
+    """Its row is held by the transaction that proves it."""
+    by = keyring.verify(keyring.create(owner, "admin", "", BY)[1])
+    assert keyring.shorten(owner, by.key_id, soon(days=1), by).expires is not None
 
 
 def test_a_revoked_key_is_nobodys(keyring: Keyring) -> None:
@@ -111,14 +199,20 @@ def test_a_revoked_key_is_nobodys(keyring: Keyring) -> None:
 
 
 @pytest.mark.parametrize(("owner", "other"), [("acme", "beta"), ("acme", None), (None, "acme"), (None, "ghost")])
-def test_a_key_is_revoked_by_its_owner_alone(
-    keyring: Keyring, tenants: Tenants, owner: str | None, other: str | None
-) -> None:
-    """Not by another tenant, not by one that does not exist, and a platform's not by a tenant."""
+def test_a_key_is_its_owners_alone(keyring: Keyring, tenants: Tenants, owner: str | None, other: str | None) -> None:
+    """It is not seen, ended or revoked by another tenant, by one that does not exist, and a platform's not by a
+    tenant."""
     tenants.put("beta", BY)
     key, text = keyring.create(owner, "read", "", BY)
-    with pytest.raises(NotFound):
-        keyring.revoke(other, key.id, BY)
+    words = "there is no tenant 'ghost'" if other == "ghost" else "has no key"
+    for call in (
+        lambda: keyring.revoke(other, key.id, BY),
+        lambda: keyring.shorten(other, key.id, soon(days=1), BY),
+        lambda: keyring.get(other, key.id),
+    ):
+        with pytest.raises(NotFound, match=words):
+            call()
+    assert keyring.get(owner, key.id) == key
     keyring.verify(text)
 
 
@@ -177,9 +271,17 @@ def test_the_keys_that_were_used_last_come_last(keyring: Keyring) -> None:
     assert keyring.latest_ids(2) == [ids[0], ids[1]]
 
 
-@pytest.mark.parametrize(("scope", "holds"), [("read", {"read"}), ("write", {"read", "write"}), ("admin", set(SCOPES))])
+@pytest.mark.parametrize(
+    ("scope", "holds"),
+    [
+        ("metrics", {"metrics"}),
+        ("read", {"metrics", "read"}),
+        ("write", {"metrics", "read", "write"}),
+        ("admin", set(SCOPES)),
+    ],
+)
 def test_a_scope_holds_the_smaller_ones(scope: Scope, holds: set[str]) -> None:
-    """read, write, admin."""
+    """metrics, read, write, admin."""
     assert {wanted for wanted in SCOPES if Principal("id", None, scope).has(wanted)} == holds
 
 

@@ -60,7 +60,9 @@ def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
         "PUT /v1/tenants/{tenant}": {"tenant": "other"},
         "DELETE /v1/tenants/{tenant}": {"tenant": "gone"},
         "GET /v1/keys/{key_id}": {"key_id": _key(client, "/v1/keys")},
+        "PUT /v1/keys/{key_id}": {"key_id": _key(client, "/v1/keys")},
         "GET /v1/tenants/{tenant}/keys/{key_id}": {"key_id": _key(client, "/v1/tenants/acme/keys")},
+        "PUT /v1/tenants/{tenant}/keys/{key_id}": {"key_id": _key(client, "/v1/tenants/acme/keys")},
         **{f"GET {path}": {"cursor": _cursor(client, path)} for path in _listings()},
     }
 
@@ -103,6 +105,11 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416, 
 [[operations]]
 include-path-regex = "/infer$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 404]
+
+# An end is in the future, and not later than the one that a key has.
+[[operations]]
+include-path-regex = "/keys"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 409, 422]
 
 # What stands in a config, and whether weights fit it, is PEFT's to say.
 [[operations]]

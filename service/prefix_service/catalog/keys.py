@@ -1,4 +1,4 @@
-"""Bearer keys: made, verified, listed, revoked; only a keyed hash is stored."""
+"""Bearer keys: made, verified, listed, given an end, revoked; only a keyed hash is stored."""
 
 import hashlib
 import hmac
@@ -22,7 +22,7 @@ from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.records import Key, Principal, Scope
 from prefix_service.catalog.schema import keys, tenants
 from prefix_service.catalog.tenants import lock
-from prefix_service.errors import NotFound, StorageFailed, Unauthenticated
+from prefix_service.errors import Conflict, InvalidRequest, NotFound, StorageFailed, Unauthenticated
 from prefix_service.system.disk import sync_folder, translated, write_private
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
@@ -70,17 +70,21 @@ class Keyring:
         """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
 
         Raises:
+            InvalidRequest: `expires` is not in the future, or a tenant's key would have the scope `metrics`.
             Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
         """
-        if expires is not None and expires.tzinfo is not None:
-            expires = expires.astimezone(UTC).replace(tzinfo=None)
+        if scope == "metrics" and tenant is not None:
+            raise InvalidRequest("a key of scope metrics belongs to the platform: the metrics are of all tenants")
+        ends = None if expires is None else _in_utc(expires)
         key_id = secrets.token_hex(8)
         body = f"pfx_{key_id}_{secrets.token_hex(24)}"
         text = f"{body}_{_checksum(body)}"
         with writing_for(self._database, by) as connection:
             owner = _changed(connection, tenant)
-            row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": expires}
+            if ends is not None:
+                _require_future(connection, ends)
+            row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": ends}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
             return self._key(connection, key_id), text
@@ -166,8 +170,37 @@ class Keyring:
             owned = keys.c.tenant_id == _tenant_id(connection, tenant)
             row = connection.execute(_KEY_ROW.where(keys.c.id == key_id, owned)).one_or_none()
         if row is None:
-            raise NotFound(f"there is no key {key_id!r:.40}")
+            raise _missing(tenant, key_id)
         return Key(*row)
+
+    def shorten(self, tenant: str | None, key_id: str, expires: datetime, by: Principal) -> Key:
+        """Give a key an end, or an earlier one than it has, and return it. A naive `expires` is in UTC. The end that
+        the key has already changes nothing, so that a caller may try again.
+
+        Raises:
+            InvalidRequest: `expires` is not in the future.
+            Conflict: the key ends earlier than that.
+            Unauthenticated: `by` has no authority any more.
+            NotFound: this owner has no such key, or there is no such owner.
+        """
+        ends = _in_utc(expires)
+        with writing_for(self._database, by) as connection:
+            owner = _changed(connection, tenant)
+            # FOR NO KEY UPDATE: a key may give itself an end, and `writing_for` holds its row FOR KEY SHARE.
+            query = sa.select(keys.c.expires).where(keys.c.id == key_id, keys.c.tenant_id == owner)
+            row = connection.execute(query.with_for_update(key_share=True)).one_or_none()
+            if row is None:
+                raise _missing(tenant, key_id)
+            _require_future(connection, ends)
+            if row.expires is not None and row.expires < ends:
+                raise Conflict(
+                    f"the key ends at {_shown(row.expires)}, and {_shown(ends)} would be later: an end can only move "
+                    "to an earlier moment; make another key to go on"
+                )
+            if row.expires != ends:
+                connection.execute(sa.update(keys).where(keys.c.id == key_id).values(expires=ends))
+                record(connection, by, "key.changed", tenant, key_id, expires=_shown(ends))
+            return self._key(connection, key_id)
 
     def revoke(self, tenant: str | None, key_id: str, by: Principal) -> None:
         """Forget a key.
@@ -180,7 +213,7 @@ class Keyring:
             owner = _changed(connection, tenant)
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:
-                raise NotFound(f"there is no key {key_id!r:.40}")
+                raise _missing(tenant, key_id)
             record(connection, by, "key.revoked", tenant, key_id)
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
@@ -203,6 +236,36 @@ def _tenant_id(connection: sa.Connection, tenant: str | None) -> int | None:
 def _changed(connection: sa.Connection, tenant: str | None) -> int | None:
     """The id of the tenant whose keys are about to change; None for the platform."""
     return None if tenant is None else lock(connection, tenant).id
+
+
+def _missing(tenant: str | None, key_id: str) -> NotFound:
+    owner = "the platform" if tenant is None else f"tenant {tenant!r}"
+    return NotFound(f"{owner} has no key {key_id!r:.40}")
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """Returns a moment, naive and in UTC, as the catalog has it.
+
+    Raises:
+        InvalidRequest: in UTC its year would be before 1 or after 9999.
+    """
+    try:
+        return moment.replace(tzinfo=None) if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+    except OverflowError as error:
+        raise InvalidRequest(f"expires: {moment.isoformat()} is beyond the years that a date can have") from error
+
+
+def _require_future(connection: sa.Connection, ends: datetime) -> None:
+    """Raises InvalidRequest if a key that ends at this moment, naive and in UTC, would have ended already."""
+    if ends <= (moment := now(connection)):
+        raise InvalidRequest(
+            f"expires: {_shown(ends)} is in the past, it is {_shown(moment)} now: name a later moment; a key that is "
+            "to end immediately is revoked"
+        )
+
+
+def _shown(moment: datetime) -> str:
+    return f"{moment.isoformat()}Z"
 
 
 def _checksum(body: str) -> str:

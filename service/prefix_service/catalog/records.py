@@ -10,9 +10,9 @@ from typing import Any, Final, Literal
 from prefix_service.prefix.config import PrefixConfig, parse_read_fields
 from prefix_service.prefix.form import KVDtype
 
-Scope = Literal["read", "write", "admin"]
-SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
-"""From the smallest to the largest; each holds those before it."""
+Scope = Literal["metrics", "read", "write", "admin"]
+SCOPES: tuple[Scope, ...] = ("metrics", "read", "write", "admin")
+"""From the smallest to the largest; each holds those before it. Only keys of the platform have `metrics`."""
 
 
 @dataclass(frozen=True, slots=True)

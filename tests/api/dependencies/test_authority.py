@@ -34,8 +34,12 @@ class Route(NamedTuple):
     def has_tenant(self) -> bool:
         return "{tenant}" in self.template
 
-    def path(self, tenant: str) -> str:
-        return self.template.format(tenant=tenant, name="a", ref="a@1", alias="prod")
+    @property
+    def has_key(self) -> bool:
+        return "{key_id}" in self.template
+
+    def path(self, tenant: str, key_id: str = "") -> str:
+        return self.template.format(tenant=tenant, name="a", ref="a@1", alias="prod", key_id=key_id)
 
 
 def _form() -> tuple[bytes, str]:
@@ -51,11 +55,13 @@ ROUTES: Final = (
     Route("put", "/v1/tenants/{tenant}/adapters/{ref}/residency", b'{"pinned": true}'),
     Route("post", "/v1/tenants/{tenant}/keys", b'{"scope": "admin"}'),
     Route("post", "/v1/keys", b'{"scope": "admin"}'),
+    Route("put", "/v1/tenants/{tenant}/keys/{key_id}", b'{"expires": "2999-12-31T00:00:00Z"}'),
+    Route("put", "/v1/keys/{key_id}", b'{"expires": "2999-12-31T00:00:00Z"}'),
     Route("put", "/v1/tenants/{tenant}", b'{"max_adapters": 7}'),
     Route("post", "/v2/repository/models/{tenant}/{name}/load", b'{"parameters": {}}'),
     Route("post", "/v2/repository/models/{tenant}/{name}/unload", b'{"parameters": {}}'),
 )
-FOR_THE_PLATFORM: Final = ("/v1/keys", "/v1/tenants/{tenant}")
+FOR_THE_PLATFORM: Final = ("/v1/keys", "/v1/keys/{key_id}", "/v1/tenants/{tenant}")
 
 
 def test_every_writing_route_with_a_body_is_tried_here() -> None:
@@ -73,13 +79,13 @@ def test_every_writing_route_with_a_body_is_tried_here() -> None:
 class Held:
     """A request whose body is half there: the service has checked its key, and asked for the rest."""
 
-    def __init__(self, server: Server, key: dict[str, Any], route: Route, tenant: str) -> None:
+    def __init__(self, server: Server, key: dict[str, Any], route: Route, tenant: str, of_key: str = "") -> None:
         self.key, self.route, self.tenant = key, route, tenant
         address = urlsplit(server.url)
         fields = {"Authorization": f"Bearer {key['key']}", "Content-Type": route.media_type}
         fields |= {"Content_Length": str(len(route.body)), "Expect": "100-continue"}
         self._connection = socket.create_connection((address.hostname, address.port), timeout=20)
-        self._connection.sendall(head(route.method.upper(), route.path(tenant), **fields))
+        self._connection.sendall(head(route.method.upper(), route.path(tenant, of_key), **fields))
         line = b""
         while not line.endswith(b"\r\n\r\n"):  # which comes when the route reads the body
             line += self._connection.recv(1)
@@ -123,8 +129,9 @@ def _held(
                 assert upload(admin, tenant, "a", file=weights(seed)).status_code == 201
             if "unload" in route.template:
                 assert admin.post(route.path(tenant).replace("unload", "load")).status_code == 200
-            found.append((route, tenant, None if owner == "platform" else tenant))
-    return [Held(server, _key(admin, owner, seconds), route, tenant) for route, tenant, owner in found]
+            other = _key(admin, tenant if route.has_tenant else None, None)["id"] if route.has_key else ""
+            found.append((route, tenant, None if owner == "platform" else tenant, other))
+    return [Held(server, _key(admin, owner, seconds), route, tenant, other) for route, tenant, owner, other in found]
 
 
 def _audit(admin: httpx.Client) -> list[dict[str, Any]]:

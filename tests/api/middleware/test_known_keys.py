@@ -164,6 +164,22 @@ async def test_wrong_keys_are_looked_up_at_a_bounded_rate(catalog: Catalog) -> N
     assert catalog.keyring.asked == before
 
 
+async def test_an_earlier_end_holds_when_it_is_heard(catalog: Catalog) -> None:
+    """Whoever gave it to a key that is known here."""
+    key_id, header, text = made(catalog.keyring)
+    known = catalog.known()
+    await known.verify(header, text)
+    catalog.elsewhere.shorten("acme", key_id, datetime.now(UTC) + timedelta(seconds=1), COMMAND_LINE)
+    catalog.changes.catch_up()
+    assert known.recall(header) is None
+    await known.verify(header, text)
+    assert known.recall(header) is not None
+    await anyio.sleep(1.01)
+    assert known.recall(header) is None
+    await refused(known, text)
+    assert catalog.keyring.asked == [key_id, key_id]
+
+
 @pytest.mark.parametrize(
     "end",
     [

@@ -17,7 +17,7 @@ from prefix_service.api.app import create_app
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.catalog.records import COMMAND_LINE, AuditEntry
 from prefix_service.client import PrefixClient
-from prefix_service.data_folder.opening import keys_of
+from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.errors import PrefixServiceError, RateLimited, StorageFailed
 from prefix_service.settings import Settings
 from tests.api.apps import served
@@ -53,7 +53,7 @@ class Limited:
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     """The real app, with the rates of a dict instead of a catalog's."""
     settings = Settings(data_dir=tmp_path_factory.mktemp("rates"))
-    with keys_of(settings) as (keyring, tenants):
+    with opened(settings), keys_of(settings) as (keyring, tenants):
         keys = {}
         for owner in ("acme", "beta", "platform"):
             if owner != "platform":
@@ -267,7 +267,7 @@ def test_made_up_tenants_take_bounded_memory() -> None:
 def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
     """Without a rate to compare with, the request is refused as unavailable, not let through."""
     settings = Settings(data_dir=tmp_path)
-    with keys_of(settings) as (keyring, _):
+    with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
 
     def fails(tenant: str) -> int | None:

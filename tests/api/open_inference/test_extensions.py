@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 from prefix_service.api.app import create_app
 from prefix_service.api.metrics.inference_statistics import VERSIONS_PER_TENANT, InferenceStatistics
 from prefix_service.catalog.records import COMMAND_LINE, Version
-from prefix_service.data_folder.opening import keys_of
+from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.settings import Settings
 from tests.api.apps import served
 from tests.api.helpers import CONFIG, adapter_of, upload, upload_directory, weights
@@ -155,7 +155,7 @@ def test_statistics_of_a_model_are_those_of_its_versions(worker: Keyed) -> None:
 def test_what_fails_while_it_loads_is_counted_as_failed(tmp_path: Path) -> None:
     """A prefix that no memory has room for: 507, after the request itself was found to be sound."""
     settings = Settings(data_dir=tmp_path, rendering_bytes=1 << 16)
-    with keys_of(settings) as (keyring, _):
+    with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
     with (
         served(create_app(settings)) as url,

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from prefix_service.api.app import create_app
 from prefix_service.catalog.records import COMMAND_LINE
-from prefix_service.data_folder.opening import catalog_file, keys_of
+from prefix_service.data_folder.opening import catalog_file, keys_of, opened
 from prefix_service.settings import Settings
 from tests.api.apps import served
 from tests.api.helpers import CONFIG, assert_alive, head, problem, raw, tensors_of, upload
@@ -363,7 +363,7 @@ def _line(server: Server, request_id: str) -> dict[str, Any]:
 def test_the_index_of_thousands(tmp_path: Path) -> None:
     """Every version once, in the order of names and numbers, and `ready` those in memory alone."""
     settings = Settings(data_dir=tmp_path)
-    with keys_of(settings) as (keyring, _):
+    with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
     with (
         served(create_app(settings)) as url,

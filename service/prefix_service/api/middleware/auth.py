@@ -15,6 +15,8 @@ from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
 from prefix_service.logs import about
 from prefix_service.prefix.references import check_name
 
+_OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
+"""All that a key of scope `metrics` is for."""
 PUBLIC: Final = HEALTH | {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
@@ -62,6 +64,9 @@ class AuthenticationMiddleware:
                 _require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
             about.get()["key_id"] = principal.key_id
+            # Here, before remembered answers and the routes that any key may ask.
+            if principal.scope == "metrics" and scope["path"] not in _OF_METRICS_KEYS:
+                raise Forbidden("yours is a key of scope metrics, for GET /metrics and GET /v1/whoami alone")
         await self._app(scope, receive, send)
 
 
@@ -135,7 +140,7 @@ def _require_writable(request: Request, scope: KeyScope) -> None:
     """Refuse a change on a read-only service. A request changes something if it needs more than `read` and is no GET or
     HEAD."""
     if (
-        scope != "read"
+        scope in ("write", "admin")
         and request.method not in ("GET", "HEAD")
         and request.app.state.prefix_service.settings.read_only
     ):
@@ -155,6 +160,8 @@ Administering = Annotated[str, Depends(_tenant_with("admin"))]
 """The path's tenant, for a caller who may manage its keys."""
 Caller = Annotated[Principal, Depends(_caller)]
 """Who asks."""
+MetricsReader = Annotated[Principal, Depends(_platform_with("metrics"))]
+"""A caller with a key of the platform, of any scope."""
 PlatformReader = Annotated[Principal, Depends(_platform_with("read"))]
 """A caller with a key of the platform."""
 PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]

@@ -84,7 +84,7 @@ class KnownKeys:
             elif change.action == "key.revoked":
                 self._keys.pop(change.target, None)
                 _remember(self._missing, change.target, None, _MOST_MISSING)
-            elif change.action == "key.created":
+            elif change.action in ("key.created", "key.changed"):
                 _remember(self._keys, change.target, None, _MOST_KEYS)
                 self._missing.pop(change.target, None)
             else:

@@ -1,4 +1,4 @@
-"""The keys of tenants and of the platform."""
+"""The keys of tenants and of the platform, and the one that asks."""
 
 import contextlib
 import re
@@ -14,19 +14,40 @@ from prefix_service.api.dependencies.json_bodies import read_model
 from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
-from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.middleware.auth import Administering, Caller, PlatformAdmin
 from prefix_service.api.routes.documentation import json_body
-from prefix_service.api.routes.schemas import CreatedKey, KeyItem, KeyPage, NewKey
+from prefix_service.api.routes.schemas import (
+    CreatedKey,
+    Identity,
+    KeyEnd,
+    KeyItem,
+    KeyPage,
+    NewPlatformKey,
+    NewTenantKey,
+)
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Key, Principal
+from prefix_service.errors import NotFound, Unauthenticated
 
 router = APIRouter(tags=["keys"])
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 
 
-@router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewKey))
+@router.get("/v1/whoami")
+async def whoami(caller: Caller, state: StateOf) -> Identity:
+    """The key that asks: whose it is, what it may do, and until when."""
+    if not caller.has_key:
+        return Identity(id=caller.key_id, name="", tenant=None, scope=caller.scope, expires=None)
+    try:
+        key = await read_catalog(state.keyring.get, caller.tenant, caller.key_id)
+    except NotFound as error:
+        raise Unauthenticated("the key was revoked while the request was under way") from error
+    return Identity.model_validate(key, from_attributes=True)
+
+
+@router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewTenantKey))
 async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
     """Create another key of a tenant. Only this answer contains the key."""
     return await _create(request, state, tenant, by)
@@ -46,13 +67,21 @@ async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf)
     return _item(await read_catalog(state.keyring.get, tenant, key_id))
 
 
+@router.put("/v1/tenants/{tenant}/keys/{key_id}", openapi_extra=json_body(KeyEnd))
+async def shorten_tenant_key(
+    request: Request, tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf
+) -> KeyItem:
+    """Give a key an end, or an earlier one than it has: with a second key this is a rotation."""
+    return await _shorten(request, state, tenant, key_id, by)
+
+
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
 async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, tenant, key_id, by)
 
 
-@router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewKey))
+@router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewPlatformKey))
 async def create_platform_key(request: Request, by: PlatformAdmin, state: StateOf) -> CreatedKey:
     """Create another key of the platform. Only this answer contains the key."""
     return await _create(request, state, None, by)
@@ -72,6 +101,12 @@ async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: State
     return _item(await read_catalog(state.keyring.get, None, key_id))
 
 
+@router.put("/v1/keys/{key_id}", openapi_extra=json_body(KeyEnd))
+async def shorten_platform_key(request: Request, by: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
+    """Give a key an end, or an earlier one than it has: with a second key this is a rotation."""
+    return await _shorten(request, state, None, key_id, by)
+
+
 @router.delete("/v1/keys/{key_id}", status_code=204)
 async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
@@ -80,10 +115,17 @@ async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf
 
 async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
     require_media_type(request.headers, "application/json")
-    wanted = await read_model(request, NewKey)
+    model: type[NewPlatformKey] | type[NewTenantKey] = NewPlatformKey if tenant is None else NewTenantKey
+    wanted = await read_model(request, model)
     create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
     key, text = await to_thread.run_sync(create)
     return CreatedKey(**_item(key).model_dump(), key=text)
+
+
+async def _shorten(request: Request, state: State, tenant: str | None, key_id: str, by: Principal) -> KeyItem:
+    require_media_type(request.headers, "application/json")
+    wanted = await read_model(request, KeyEnd)
+    return _item(await to_thread.run_sync(state.keyring.shorten, tenant, key_id, wanted.expires, by))
 
 
 async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:

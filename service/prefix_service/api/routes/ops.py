@@ -3,7 +3,7 @@
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from prefix_service.api.middleware.auth import PlatformReader
+from prefix_service.api.middleware.auth import MetricsReader
 from prefix_service.api.routes.schemas import Health
 from prefix_service.api.state import StateOf
 
@@ -29,7 +29,7 @@ async def ready(state: StateOf) -> Health:
     response_class=Response,
     responses={200: {"description": "Prometheus' text, or OpenMetrics", "content": {"text/plain": {}}}},
 )
-async def metrics(request: Request, _caller: PlatformReader, state: StateOf) -> Response:
+async def metrics(request: Request, _caller: MetricsReader, state: StateOf) -> Response:
     """What the service counts, for Prometheus: of all its processes, whichever answers."""
     state.metrics.sample()
     accept = request.headers.get("accept", "")

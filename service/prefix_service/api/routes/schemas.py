@@ -248,12 +248,40 @@ class TenantPage(BaseModel):
     next: str | None
 
 
-class NewKey(RequestModel):
-    """A key to make."""
+_Expires = Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)]
+
+
+class _NewKey(RequestModel):
+    name: str = Field(default="", max_length=200)
+    expires: _Expires | None = None
+
+
+class NewTenantKey(_NewKey):
+    """A key of a tenant to make; `expires` is in the future."""
+
+    scope: Literal["read", "write", "admin"]
+
+
+class NewPlatformKey(_NewKey):
+    """A key of the platform to make; `expires` is in the future."""
 
     scope: Scope
-    name: str = Field(default="", max_length=200)
-    expires: Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)] | None = None
+
+
+class KeyEnd(RequestModel):
+    """An end for a key: in the future, and not later than the end that it has."""
+
+    expires: _Expires
+
+
+class Identity(BaseModel):
+    """The key that asks; `tenant` is null for a key of the platform."""
+
+    id: str
+    name: str
+    tenant: str | None
+    scope: Scope
+    expires: Moment | None
 
 
 class KeyItem(BaseModel):
