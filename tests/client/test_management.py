@@ -1,8 +1,10 @@
-"""What both clients promise of managing: aliases, deletion, residency, tenants, audit, and what a retry may do."""
+"""What both clients promise of managing: aliases, deletion, residency, tenants, keys, audit, and what a retry may
+do."""
 
 import asyncio
 import itertools
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from prefix_service.errors import (
     InvalidRequest,
     NotFound,
     PreconditionFailed,
+    Unauthenticated,
 )
 from tests.client.conftest import GPT2, LLAMA, Awaited
 from tests.client.test_client import published
@@ -129,14 +132,48 @@ def test_the_audit_comes_newest_first_through_every_page(
     assert everything[-1]["action"] == "tenant.created"
 
 
+@pytest.mark.parametrize("tenant", ["keys-of", None])
+def test_a_key_is_made_given_an_end_and_revoked(client: Any, server: Server, tenant: str | None) -> None:
+    """Its text comes once; an end has any time zone, and without one it is in UTC; the key says what it is."""
+    client.run(management.put_tenant("keys-of"))
+    week = datetime.now(timezone(timedelta(hours=9))) + timedelta(weeks=1)
+    made = client.run(management.create_key("read", tenant, name="ci", expires=week))
+    key_id, text = made["id"], made["key"]
+    assert (made["tenant"], made["scope"], made["name"]) == (tenant, "read", "ci")
+    assert datetime.fromisoformat(made["expires"]) == week
+    assert client.run(management.key(key_id, tenant)) == {name: made[name] for name in made if name != "key"}
+    assert key_id in [one["id"] for one in client.run(management.keys(tenant))]
+    day = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)
+    assert client.run(management.shorten_key(key_id, day, tenant))["expires"] == f"{day.isoformat()}Z"
+    with pytest.raises(Conflict):
+        client.run(management.shorten_key(key_id, week, tenant))
+    with PrefixClient(server.url, text) as own:
+        shown = {"id": key_id, "name": "ci", "tenant": tenant, "scope": "read", "expires": f"{day.isoformat()}Z"}
+        assert own.run(management.whoami()) == shown
+        client.run(management.revoke_key(key_id, tenant))
+        with pytest.raises(Unauthenticated):
+            own.run(management.whoami())
+    with pytest.raises(NotFound):
+        client.run(management.key(key_id, tenant))
+
+
 @pytest.mark.parametrize(
     ("flow", "error"),
-    ids=["alias of a version", "alias named as a number", "no tenant", "path in a tenant's name"],
+    ids=[
+        "alias of a version",
+        "alias named as a number",
+        "no tenant",
+        "path in a tenant's name",
+        "path in a key's id",
+        "no id",
+    ],
     argvalues=[
         (lambda: management.put_alias("managed/a@1", "prod", 1), InvalidRequest),
         (lambda: management.delete_alias("managed/a", "7"), InvalidReference),
         (lambda: management.delete("a"), InvalidReference),
         (lambda: management.tenant("../keys"), InvalidReference),
+        (lambda: management.revoke_key("../tenants/acme"), InvalidRequest),
+        (lambda: management.key(""), InvalidRequest),
     ],
 )
 def test_what_is_not_well_formed_never_leaves(flow: Any, error: type[Exception]) -> None:
@@ -224,6 +261,22 @@ def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, dire
     published(direct, name)
     forgetful.run(management.put_alias(name, "prod", 1))
     assert direct.run(management.aliases(name)) == {"prod": 1}
+
+
+def test_a_key_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
+    """Its text is lost; the caller learns that the connection failed, and looks."""
+    name = f"lost-key-{next(_names)}"
+    direct.run(management.put_tenant(name))
+    with pytest.raises(ConnectionFailed):
+        forgetful.run(management.create_key("read", name))
+    assert len(direct.run(management.keys(name))) == 1
+
+
+def test_an_end_whose_answer_was_lost_is_given_again(forgetful: Any, direct: PrefixClient) -> None:
+    """Twice the same is once."""
+    made = direct.run(management.create_key("read"))
+    end = datetime.now(UTC) + timedelta(days=1)
+    assert datetime.fromisoformat(forgetful.run(management.shorten_key(made["id"], end))["expires"]) == end
 
 
 def test_a_composition_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:

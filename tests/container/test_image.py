@@ -258,7 +258,9 @@ def test_the_health_check_tells_ready_from_not(container: Container) -> None:
 def test_keys_are_had_from_the_container(container: Container) -> None:
     """The first key is read with `cat`, and further ones are made, as docker-compose.yml says."""
     assert container.exec("cat", "/data/bootstrap.key").stdout.strip() == container.key
-    made = container.exec("prefix-service", "key", "create", "--tenant", "acme", "--scope", "read")
+    made = container.exec(
+        "prefix-service", "key", "create", "--data-dir", "/data", "--tenant", "acme", "--scope", "read"
+    )
     assert made.returncode == 0, made.stderr
     headers = {"Authorization": f"Bearer {made.stdout.strip()}"}
     assert httpx.get(f"{container.url}/v1/tenants/acme/adapters", headers=headers).status_code == 200

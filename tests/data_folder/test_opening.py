@@ -15,7 +15,7 @@ import pytest
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.data_folder.opening import bootstrap_file, catalog_file, keys_of, opened
-from prefix_service.errors import Conflict, StorageFailed, Unauthenticated
+from prefix_service.errors import Conflict, NotFound, StorageFailed, Unauthenticated
 from prefix_service.settings import Settings
 from tests.api.helpers import upload
 from tests.conftest import PREFIX_SERVICE, running_server
@@ -125,13 +125,24 @@ def test_a_start_sweeps_what_a_crash_left(settings: Settings) -> None:
 
 
 def test_keys_can_be_made_while_a_service_runs(settings: Settings) -> None:
-    """And on a folder that was never used: the command line needs no service."""
+    """And after it has stopped."""
     with opened(settings), keys_of(settings) as (keyring, tenants):
         tenants.put("acme", COMMAND_LINE)
         _, text = keyring.create("acme", "read", "ci", COMMAND_LINE)
     assert whose(settings, text).tenant == "acme"
-    with keys_of(settings.model_copy(update={"data_dir": settings.data_dir / "new"})) as (keyring, _):
-        keyring.create(None, "read", "ci", COMMAND_LINE)
+
+
+def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
+    """No other folder becomes one by asking for its keys, whether it is missing, empty, or something else."""
+    folder = settings.data_dir
+    for _ in range(2):
+        with (
+            pytest.raises(NotFound, match=r"is no data folder of a service: .*catalog\.sqlite is missing"),
+            keys_of(settings),
+        ):
+            pass
+        assert not folder.exists() or list(folder.iterdir()) == []
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def test_replicas_share_the_keys_secret(settings: Settings, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """The commands of `prefix-service`, put together."""
 
+import inspect
 import sys
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from prefix_service.cli.commands import alias, demo, residency, serve, tenant, worker
+from prefix_service.cli.commands import alias, demo, key, residency, serve, tenant, worker
 from prefix_service.cli.console import complain
+from prefix_service.cli.options import with_way
 from prefix_service.errors import PrefixServiceError
 
 app = typer.Typer(
@@ -21,8 +23,22 @@ serve.register(app)
 worker.register(app)
 alias.register(app)
 tenant.register(app)
+key.register(app)
 residency.register(app)
 demo.register(app)
+
+
+def _lead_to_service(commands: typer.Typer) -> None:
+    """Give every command that takes --url the other options that lead to a service."""
+    for command in commands.registered_commands:
+        if command.callback is not None and "url" in inspect.signature(command.callback).parameters:
+            command.callback = with_way(command.callback)
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _lead_to_service(group.typer_instance)
+
+
+_lead_to_service(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,7 +1,13 @@
 """What commands on a service share: options, the client, and a question before what cannot be undone."""
 
+import inspect
 import sys
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import wraps
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.prompt import Confirm
@@ -22,6 +28,8 @@ ApiKey = Annotated[
     str | None,
     typer.Option("--api-key", envvar="PREFIX_API_KEY", help="The key; better in the environment.", show_envvar=True),
 ]
+Uds = Annotated[Path | None, typer.Option("--uds", help="The Unix socket that the service listens on.")]
+CaFile = Annotated[Path | None, typer.Option("--ca-file", help="Certificate authorities to trust, a PEM file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Ref = Annotated[
@@ -29,17 +37,38 @@ Ref = Annotated[
 ]
 
 
+_way: ContextVar[Mapping[str, Any]] = ContextVar("way", default=MappingProxyType({}))
+
+
+def with_way(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command that takes --url the options --uds and --ca-file too; `connect` reads them."""
+    options = {"uds": Uds, "ca_file": CaFile}
+
+    @wraps(command)
+    def call(*args: Any, **given: Any) -> Any:
+        _way.set({name: given.pop(name) for name in options})
+        return command(*args, **given)
+
+    signature = inspect.signature(command)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in options.items()]
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])  # type: ignore[attr-defined]
+    return call
+
+
 def connect(url: str, api_key: str | None) -> "PrefixClient":
-    """A client of the service.
+    """A client of the service, by the socket and with the authorities that the command was given.
 
     Raises:
+        InvalidRequest: the authorities cannot be read.
         ConnectionFailed, Unavailable: it is not there; said within seconds, for a person waits.
     """
     from prefix_service.client import PrefixClient
 
-    with PrefixClient(url, timeout=_PATIENCE) as probe:
+    way = _way.get()
+    with PrefixClient(url, timeout=_PATIENCE, **way) as probe:
         probe.is_ready()
-    return PrefixClient(url, api_key)
+    return PrefixClient(url, api_key, **way)
 
 
 def confirm(deletion: str, *, yes: bool) -> None:

@@ -99,14 +99,17 @@ def _require_complete(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
-    """The keyring and the tenants of a folder, whether or not a service runs on it.
+    """The keyring and the tenants of a folder that a service has made, whether or not one runs on it.
 
     Raises:
+        NotFound: there is no catalog.
         StorageFailed, OutOfSpace: the disk refused.
     """
-    with translated(f"use the data folder {settings.data_dir}"):
-        settings.data_dir.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
-    database = Database(catalog_file(settings.data_dir))
+    place = catalog_file(settings.data_dir)
+    with translated(f"look for {place}"):
+        if not place.exists():
+            raise NotFound(f"{settings.data_dir} is no data folder of a service: {place} is missing")
+    database = Database(place)
     try:
         yield Keyring(database, settings.secret_file), Tenants(database)
     finally:
@@ -140,8 +143,7 @@ def _prepared(settings: Settings) -> Iterator[None]:
 
 
 def _make(settings: Settings) -> None:
-    """A first start: the catalog appears with the first key in it, whose file is there already, or not at all. Where
-    the command line makes a key meanwhile, its catalog stays, and that key is the first."""
+    """A first start: the catalog appears with the first key in it, whose file is there already, or not at all."""
     place, first_key = catalog_file(settings.data_dir), bootstrap_file(settings.data_dir)
     aside = place.with_name(f"{place.name}.new")
     for left in (aside, first_key):
@@ -153,10 +155,6 @@ def _make(settings: Settings) -> None:
             write_private(first_key, text)
     finally:
         database.close()
-    try:
-        os.link(aside, place)
-    except FileExistsError:
-        first_key.unlink(missing_ok=True)
-    for left in (aside, aside.with_name(f"{aside.name}-journal")):
-        left.unlink(missing_ok=True)
+    aside.replace(place)
+    aside.with_name(f"{aside.name}-journal").unlink(missing_ok=True)
     sync_folder(settings.data_dir)

@@ -1,4 +1,4 @@
-"""`serve`, `key` and `openapi`: what who runs the service types."""
+"""`serve` and `openapi`: what who runs the service types."""
 
 import json
 import signal
@@ -14,39 +14,10 @@ def test_version_and_help() -> None:
     """The version is one line; every command has a help."""
     assert run_command("--version").stdout == "prefix-service 0.1.0\n"
     worker = ("publish", "fetch", "list", "inspect", "alias", "rm", "convert")
-    for command in (*worker, "serve", "demo", "tenant", "key", "audit", "residency", "backup", "openapi"):
+    for command in (*worker, "serve", "demo", "tenant", "key", "whoami", "audit", "residency", "backup", "openapi"):
         shown = run_command(command, "--help")
         assert shown.returncode == 0
         assert f" {command} " in shown.stdout
-
-
-def test_keys_are_made_listed_and_revoked_on_a_stopped_service(tmp_path: Path) -> None:
-    """No service has to run; the key is told once, and its folder remembers only a hash."""
-    folder = ("--data-dir", tmp_path)
-    made = json.loads(run_command("key", "create", "--tenant", "acme", "--scope", "write", *folder, "--json").stdout)
-    assert {"id", "tenant", "scope", "name", "created", "expires", "last_used", "key"} == made.keys()
-    assert made["key"].startswith("pfx_")
-    assert not any(made["key"].encode() in path.read_bytes() for path in tmp_path.iterdir())
-    listed = json.loads(run_command("key", "list", "--tenant", "acme", *folder, "--json").stdout)["items"]
-    assert [item["id"] for item in listed] == [made["id"]]
-    assert "acme" in run_command("key", "list", "--tenant", "acme", *folder).stdout
-    assert run_command("key", "revoke", made["id"], "--tenant", "acme", *folder).returncode == 0
-    assert run_command("key", "revoke", made["id"], "--tenant", "acme", *folder).returncode == 1
-    assert json.loads(run_command("key", "list", "--tenant", "acme", *folder, "--json").stdout)["items"] == []
-
-
-def test_a_key_belongs_to_a_tenant_or_to_the_platform(tmp_path: Path) -> None:
-    """Neither or both is refused."""
-    folder = ("--data-dir", tmp_path)
-    assert run_command("key", "create", "--scope", "read", *folder).returncode == 1
-    assert run_command("key", "create", "--platform", "--tenant", "a", "--scope", "read", *folder).returncode == 1
-    assert run_command("key", "create", "--platform", "--scope", "root", *folder).returncode == 2
-
-
-def test_a_key_made_beside_a_running_service_works_at_once(server: Server) -> None:
-    """The command line and the service share one folder."""
-    assert server.client(server.key("read")).get("/v1/tenants").status_code == 403
-    assert server.client(server.key("admin")).get("/v1/tenants").status_code == 200
 
 
 def test_a_second_service_on_a_folder_is_refused(server: Server) -> None:

@@ -1,33 +1,22 @@
-"""`serve`, `key`, `backup` and `openapi`: the commands of who runs the service."""
+"""`serve`, `backup` and `openapi`: the commands of who runs the service."""
 
-import contextlib
 import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefix_service.cli.console import errors_console, human_bytes, print_json, print_table, say
+from prefix_service.cli.console import errors_console, human_bytes, print_json, say
 from prefix_service.cli.options import Json
-from prefix_service.errors import InvalidInput, InvalidRequest
-from prefix_service.prefix.references import check_name
+from prefix_service.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from prefix_service.catalog.keys import Keyring
-    from prefix_service.catalog.records import Key
-    from prefix_service.catalog.tenants import Tenants
     from prefix_service.settings import Settings
 
-key_app = typer.Typer(help="Make, list and revoke keys in a data folder, also while no service runs.")
-
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Data folder [env: PREFIX_DATA_DIR; default: data].")]
-Platform = Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")]
-TenantOption = Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +24,6 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(backup)
     app.command()(openapi)
-    app.add_typer(key_app, name="key", no_args_is_help=True)
 
 
 def serve(
@@ -82,81 +70,6 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
         reason = first["msg"].removeprefix("Value error, ")
         where = f"PREFIX_{str(first['loc'][0]).upper()}: {reason}, got {first['input']!r}" if first["loc"] else reason
         raise InvalidInput(where) from error
-
-
-def _owner(tenant: str | None, platform: bool) -> str | None:
-    if platform == (tenant is not None):
-        raise InvalidRequest("say whose key it is: --platform, or --tenant and a name")
-    return None if tenant is None else check_name("tenant", tenant)
-
-
-@contextlib.contextmanager
-def _keyring(data_dir: Path | None) -> "Iterator[tuple[Keyring, Tenants]]":
-    from prefix_service.data_folder.opening import keys_of
-
-    with keys_of(load_settings({"data_dir": data_dir})) as found:
-        yield found
-
-
-def _shown(key: "Key") -> dict[str, Any]:
-    from prefix_service.api.routes.schemas import KeyItem
-
-    return KeyItem.model_validate(key, from_attributes=True).model_dump(mode="json")
-
-
-@key_app.command("create")
-def create_key(
-    scope: Annotated[Literal["read", "write", "admin"], typer.Option(help="What the key may do.")],
-    tenant: TenantOption = None,
-    platform: Platform = False,
-    name: Annotated[str, typer.Option(help="A note, shown in listings.")] = "",
-    expires: Annotated[datetime | None, typer.Option(help="When it ends, UTC.")] = None,
-    data_dir: DataDir = None,
-    as_json: Json = False,
-) -> None:
-    """Make a key and print it once; a tenant that does not exist yet is made."""
-    from prefix_service.catalog.records import COMMAND_LINE
-
-    owner = _owner(tenant, platform)
-    with _keyring(data_dir) as (keyring, tenants):
-        if owner is not None:
-            tenants.put(owner, COMMAND_LINE)
-        key, text = keyring.create(owner, scope, name, COMMAND_LINE, expires)
-    if as_json:
-        print_json({**_shown(key), "key": text})
-    else:
-        sys.stdout.write(text + "\n")
-
-
-@key_app.command("list")
-def list_keys(
-    tenant: TenantOption = None, platform: Platform = False, data_dir: DataDir = None, as_json: Json = False
-) -> None:
-    """Show the keys of a tenant or of the platform, without their secrets."""
-    owner = _owner(tenant, platform)
-    with _keyring(data_dir) as (keyring, _):
-        found = [_shown(key) for key in keyring.listed(owner)]
-    if as_json:
-        print_json({"items": found})
-    else:
-        columns = ["id", "scope", "name", "created", "expires", "last_used"]
-        rows = [[key[column] for column in columns] for key in found]
-        print_table(f"Keys of {owner or 'the platform'}", columns, rows)
-
-
-@key_app.command("revoke")
-def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="The id that `key list` shows.")],
-    tenant: TenantOption = None,
-    platform: Platform = False,
-    data_dir: DataDir = None,
-) -> None:
-    """Revoke a key: running services refuse it within seconds."""
-    from prefix_service.catalog.records import COMMAND_LINE
-
-    owner = _owner(tenant, platform)
-    with _keyring(data_dir) as (keyring, _):
-        keyring.revoke(owner, key_id, COMMAND_LINE)
 
 
 def backup(

@@ -1,0 +1,70 @@
+"""`cli.moments`: durations and ends as a person writes them."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from prefix_service.cli.moments import parse_duration, parse_end
+from prefix_service.errors import InvalidInput
+
+
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("90s", timedelta(seconds=90)),
+        ("30m", timedelta(minutes=30)),
+        ("12h", timedelta(hours=12)),
+        ("7d", timedelta(days=7)),
+        ("2w", timedelta(weeks=2)),
+        ("1h30m", timedelta(minutes=90)),
+        ("1w1d1h1m1s", timedelta(weeks=1, days=1, hours=1, minutes=1, seconds=1)),
+    ],
+)
+def test_durations(text: str, duration: timedelta) -> None:
+    """Weeks to seconds, one or several in a row."""
+    assert parse_duration(text) == duration
+    assert abs(parse_end(text) - datetime.now(UTC) - duration) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize("text", ["", "7", "d", "7 d", "7D", "-7d", "7.5d", "7y", "0d", "0h0m", "٣d", "soon"])
+def test_what_is_no_duration(text: str) -> None:
+    """The words that were given are in the error, and how to write it."""
+    with pytest.raises(InvalidInput, match=r"is not a duration: write it as in 7d, 12h or 1h30m"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2999-01-31", datetime(2999, 1, 31, tzinfo=UTC)),
+        ("2999-01-31T12:30", datetime(2999, 1, 31, 12, 30, tzinfo=UTC)),
+        ("2999-01-31 12:30:01", datetime(2999, 1, 31, 12, 30, 1, tzinfo=UTC)),
+        ("2999-01-31T12:30:01Z", datetime(2999, 1, 31, 12, 30, 1, tzinfo=UTC)),
+        ("2999-01-31T12:30:01-07:00", datetime(2999, 1, 31, 19, 30, 1, tzinfo=UTC)),
+    ],
+)
+def test_ends(text: str, moment: datetime) -> None:
+    """Without a zone they are in UTC, and so is what comes of them."""
+    found = parse_end(text)
+    assert (found, found.tzinfo) == (moment, UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "is no moment: write it as in 2027-01-31") for text in ("", "soon", "2027", "2027-02-30", "0d")),
+        *((text, "is in the past: it is") for text in ("2001-01-31", "2001-01-31T12:00:00+09:00")),
+        *((text, "beyond the years") for text in ("999999w", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00")),
+    ],
+)
+def test_what_is_no_end(text: str, words: str) -> None:
+    """No moment, one that has passed, or one that no date can be."""
+    with pytest.raises(InvalidInput, match=words):
+        parse_end(text)
+
+
+@pytest.mark.parametrize("text", ["36501d", "999999w", "999999w" * 300])
+def test_a_duration_without_end(text: str) -> None:
+    """Longer than a century, than the calendar, and than Python's own can be."""
+    with pytest.raises(InvalidInput, match="is too long a duration: 36500d is the longest"):
+        parse_duration(text)
