@@ -1,13 +1,15 @@
 """What commands on a service share: options, the client, and a question before what cannot be undone."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.prompt import Confirm
 from rich.text import Text
 
-from prefix_service.cli.console import errors_console
+from prefix_service.cli.console import errors_console, waiting_for
 from prefix_service.errors import InvalidRequest
 from prefix_service.system.printable import printable
 
@@ -29,17 +31,25 @@ Ref = Annotated[
 ]
 
 
-def connect(url: str, api_key: str | None) -> "PrefixClient":
-    """A client of the service.
+@contextlib.contextmanager
+def connect(
+    url: str, api_key: str | None, *, shows_progress: bool = False, cache_bytes: int = 1 << 30
+) -> "Iterator[PrefixClient]":
+    """Yields a client of the service.
+
+    If that, or the block, takes longer than two seconds, a line on the terminal says for whom the command waits. A
+    block that `shows_progress` says itself what takes long.
 
     Raises:
         ConnectionFailed, Unavailable: it is not there; said within seconds, for a person waits.
     """
     from prefix_service.client import PrefixClient
 
-    with PrefixClient(url, timeout=_PATIENCE) as probe:
+    with waiting_for(url), PrefixClient(url, timeout=_PATIENCE) as probe:
         probe.is_ready()
-    return PrefixClient(url, api_key)
+    said = contextlib.nullcontext() if shows_progress else waiting_for(url)
+    with said, PrefixClient(url, api_key, cache_bytes=cache_bytes) as client:
+        yield client
 
 
 def confirm(deletion: str, *, yes: bool) -> None:
