@@ -23,6 +23,7 @@ _LONG: Final = (
     "test_hardening_crashes.py",
     "tests/vllm/",
     "test_demo.py",
+    "test_walk.py",
     "test_hardening_servers.py",
     "test_fuzz.py",
 )

@@ -37,17 +37,29 @@ PrefixServiceError
 the one table from these classes to HTTP statuses; nothing here knows HTTP.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class PrefixServiceError(Exception):
-    """The root: `code` names the failure, `str(error)` says what was wrong, with which value, and what to do."""
+    """The root: `code` names the failure, `str(error)` says what was wrong, with which value, and what to do.
+
+    `request_id` is set by the client: the id of the request that was answered so, by which the service's log has it. A
+    traceback shows it too.
+    """
 
     code: ClassVar[str] = "error"
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+        self.request_id: str | None = None
+
+    def met_by(self, request_id: str | None) -> Self:
+        """Note which request met this error, unless that is noted already. Returns the error."""
+        if request_id is not None and self.request_id is None:
+            self.request_id = request_id
+            self.add_note(f"request id: {request_id}")
+        return self
 
 
 class InvalidInput(PrefixServiceError):

@@ -2,8 +2,11 @@
 
 import os
 import pty
+import re
+import signal
 import subprocess
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,46 @@ def run_command(
         text=True,
         env={**os.environ, "COLUMNS": "200", **(environment or {})},
     )
+
+
+def on_terminal(
+    columns: int, command: Sequence[str | Path], environment: dict[str, str] | None = None, until: str | None = None
+) -> tuple[int, str]:
+    """Run a command on a terminal of so many columns. Returns its exit status and what it shows, without styles.
+
+    Once it has shown `until`, it is sent Ctrl+C.
+    """
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (50, columns))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+        env={**inherited, "TERM": "xterm", **(environment or {})},
+    )
+    os.close(child)
+    shown = b""
+    while piece := _read(parent):
+        shown += piece
+        if until is not None and until.encode() in shown:
+            process.send_signal(signal.SIGINT)
+            until = None
+    os.close(parent)
+    plain = _STYLES.sub("", shown.decode()).replace("\r\n", "\n")
+    return process.wait(timeout=60), plain
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # nobody holds the other end any more
+        return b""
+
+
+_STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from typing import Any, Final
 
 import pytest
 
-from prefix_service.errors import PrefixServiceError
-from tests.client.hostile import BODY, answer, hostile_server, read_request
+from prefix_service.client import PrefixClient
+from prefix_service.errors import NotFound, PrefixServiceError, TooLarge
+from tests.client.hostile import BODY, answer, hostile_server, read_request, repr_digest, says
 from tests.client.transport.test_deadlines import CALLS, JSON, KINDS, Call, called
 
 PROBLEM: Final = "Content-Type: application/problem+json"
@@ -160,3 +161,43 @@ def test_only_documented_errors_come_out(kind: type[Any], name: str) -> None:
     assert wrong == {}
     assert {fault: seconds for fault, seconds in took.items() if seconds > 4} == {}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+IDENTIFIED: Final = {
+    "a problem": problem({"code": "not-found", "detail": "x"}, "X-Request-ID: r-1"),
+    "a status of nobody's": answer(b"", "X-Request-ID: r-1", status="404 Not Found"),
+    "no JSON": answer(b"<html>", JSON, "X-Request-ID: r-1"),
+    "a damaged body": answer(BODY[:-1] + b"\xff", TENSORS, "X-Request-ID: r-1").replace(
+        repr_digest(BODY[:-1] + b"\xff").encode(), repr_digest().encode()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("told", IDENTIFIED.values(), ids=IDENTIFIED)
+def test_an_error_carries_the_id_of_its_request(kind: type[Any], told: bytes) -> None:
+    """Whether the service reported it or the client found it; a traceback shows it, the message stays as it is."""
+    for name in ("get", "inspect"):
+        with hostile_server(says(told)) as server, pytest.raises(PrefixServiceError) as raised:
+            called(kind(server.url, timeout=5), CALLS[name])
+        assert raised.value.request_id == "r-1"
+        assert raised.value.__notes__ == ["request id: r-1"]
+        assert "r-1" not in str(raised.value)
+
+
+@pytest.mark.parametrize("lines", [(), ("X-Request-ID: a b",), ("X-Request-ID: " + "x" * 129,)])
+def test_an_id_that_is_none_is_not_carried(lines: tuple[str, ...]) -> None:
+    """What came may be anything, and goes to a terminal."""
+    told = problem({"code": "not-found", "detail": "x"}, *lines)
+    with hostile_server(says(told)) as server, pytest.raises(NotFound) as raised:
+        called(PrefixClient(server.url, timeout=5), CALLS["inspect"])
+    assert raised.value.request_id is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_413_of_a_proxy_says_what_to_raise(kind: type[Any]) -> None:
+    """A problem document is the service's own limit; anything else is that of something in front of it."""
+    page = answer(b"<html>413 Request Entity Too Large</html>", "Content-Type: text/html", status="413 Too Large")
+    words = "413 from something in front of the service: raise its body limit"
+    with hostile_server(says(page)) as server, pytest.raises(TooLarge, match=words):
+        called(kind(server.url, timeout=5), SMALL["publish"])

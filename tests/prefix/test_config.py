@@ -59,6 +59,14 @@ def test_another_peft_type_is_refused(peft_type: Any) -> None:
         parse_config({"peft_type": peft_type})
 
 
+def test_another_kind_of_adapter_is_called_by_its_name() -> None:
+    """By the name that PEFT has for it, and not by what is no such name."""
+    with pytest.raises(InvalidConfig, match=r"^this is a LORA adapter, which is not hosted here: peft_type must be"):
+        parse_config({"peft_type": "LORA"})
+    with pytest.raises(InvalidConfig, match=r"^peft_type must be"):
+        parse_config({"peft_type": "lora\u202e"})
+
+
 def test_a_saved_config_says_its_number_of_tokens() -> None:
     """The default of 20 is for new adapters; beside trained weights a missing number is an error."""
     assert prefix_tuning().num_virtual_tokens == 20

@@ -37,6 +37,7 @@ def test_json_keeps_its_meaning() -> None:
 
 CALLS = {
     "table": "console.print_table(text, [text, 'b'], [[text, 1], ['[red]x[/red]', 2]])",
+    "fields": "console.print_fields(text, {text: text, 'b': text * 9})",
     "json": "console.print_json({text: [text]})",
     "say": "console.say(text)",
     "note": "console.note(text)",
@@ -59,7 +60,7 @@ SAYINGS = [
 @pytest.mark.parametrize(("call", "is_terminal"), SAYINGS)
 def test_all_that_the_command_line_says(call: str, is_terminal: bool) -> None:
     """On a terminal and in a pipe."""
-    code = f"from service import console; from prefix_service.cli import options; text = {HOSTILE!r}\n{call}"
+    code = f"from prefix_service.cli import console, options; text = {HOSTILE!r}\n{call}"
     shown = _on_terminal(code) if is_terminal else _in_a_pipe(code)
     assert "52;c;ZXZpbA==" in shown
     assert CLIPBOARD not in shown

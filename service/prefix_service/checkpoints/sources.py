@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
+from prefix_service.prefix.config import config_type_of
+from prefix_service.prefix.json_text import parse_config_json
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
     Header,
@@ -105,7 +107,7 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix.
 
     Raises:
-        InvalidConfig: there is no adapter_config.json.
+        InvalidConfig: there is no adapter_config.json, or it is that of another kind of adapter, as LORA.
         UnsafeCheckpoint: there are only pickles.
         InvalidCheckpoint: there are no weights, no one prefix among them, or a file cannot be read.
     """
@@ -113,12 +115,13 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     config_path = config or folder / CONFIG_NAME
     if not config_path.is_file():
         raise InvalidConfig(f"there is no {config_path}: name the adapter's config with --config")
+    with readable(config_path):
+        config_json = config_path.read_bytes()
+    config_type_of(parse_config_json(config_json, str(config_path)))
     paths = weight_files(source)
     files = TensorFiles.open(paths)
     match = find_prefix(files.shapes)
     others = len(files.shapes) - len(match.tensors)
-    with readable(config_path):
-        config_json = config_path.read_bytes()
     if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
         with readable(paths[0]):
             return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)

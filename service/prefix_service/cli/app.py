@@ -2,13 +2,14 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from prefix_service.cli.commands import alias, demo, key, residency, serve, tenant, worker
-from prefix_service.cli.console import complain
+from prefix_service.cli.commands import alias, bench, demo, doctor, key, residency, serve, tenant, worker
+from prefix_service.cli.console import complain, print_error
 from prefix_service.cli.options import with_way
 from prefix_service.errors import PrefixServiceError
 
@@ -16,15 +17,20 @@ app = typer.Typer(
     name="prefix-service",
     help="Host trained prefix-tuning adapters and hand their past_key_values to inference workers.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # Rich would take [default: 8080] for markup, and leave it out
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_WRONG_USAGE: Final = 2
+
 serve.register(app)
 worker.register(app)
 alias.register(app)
 tenant.register(app)
 key.register(app)
 residency.register(app)
+doctor.register(app)
+bench.register(app)
 demo.register(app)
 
 
@@ -57,9 +63,24 @@ def options(
 
 
 def run() -> None:
-    """Run; an error is one sentence on standard error and exit status 1, wrong usage is status 2."""
+    """Run; an error is one sentence on standard error and exit status 1, wrong usage is status 2. With --json, standard
+    output has the error too, as a JSON document."""
+    wants_json = "--json" in sys.argv
     try:
-        app()
+        app(prog_name="prefix-service")
     except PrefixServiceError as error:
-        complain(f"error ({error.code}): {error}")
+        request = "" if error.request_id is None else f" (request {error.request_id})"
+        complain(f"error ({error.code}): {error}{request}")
+        if wants_json:
+            print_error(error.code, str(error), error.request_id)
         sys.exit(1)
+    except SystemExit as end:
+        if end.code == _WRONG_USAGE and wants_json:
+            print_error("wrong-usage", _reason(end))
+        raise
+
+
+def _reason(end: SystemExit) -> str:
+    """Returns why typer ended the process: it raises this while it handles an error of its own."""
+    described: Callable[[], str] | None = getattr(end.__context__, "format_message", None)
+    return "this is no command or option" if described is None else described()

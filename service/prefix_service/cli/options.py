@@ -1,8 +1,9 @@
 """What commands on a service share: options, the client, and a question before what cannot be undone."""
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.prompt import Confirm
 from rich.text import Text
 
-from prefix_service.cli.console import errors_console
+from prefix_service.cli.console import errors_console, waiting_for
 from prefix_service.errors import InvalidRequest
 from prefix_service.system.printable import printable
 
@@ -56,8 +57,14 @@ def with_way(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def connect(url: str, api_key: str | None) -> "PrefixClient":
-    """A client of the service, by the socket and with the authorities that the command was given.
+@contextlib.contextmanager
+def connect(
+    url: str, api_key: str | None, *, shows_progress: bool = False, cache_bytes: int = 1 << 30
+) -> "Iterator[PrefixClient]":
+    """Yields a client of the service, by the socket and with the authorities that the command was given.
+
+    If that, or the block, takes longer than two seconds, a line on the terminal says for whom the command waits. A
+    block that `shows_progress` says itself what takes long.
 
     Raises:
         InvalidRequest: the authorities cannot be read.
@@ -66,9 +73,11 @@ def connect(url: str, api_key: str | None) -> "PrefixClient":
     from prefix_service.client import PrefixClient
 
     way = _way.get()
-    with PrefixClient(url, timeout=_PATIENCE, **way) as probe:
+    with waiting_for(url), PrefixClient(url, timeout=_PATIENCE, **way) as probe:
         probe.is_ready()
-    return PrefixClient(url, api_key, **way)
+    said = contextlib.nullcontext() if shows_progress else waiting_for(url)
+    with said, PrefixClient(url, api_key, cache_bytes=cache_bytes, **way) as client:
+        yield client
 
 
 def confirm(deletion: str, *, yes: bool) -> None:

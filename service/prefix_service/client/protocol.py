@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Final
 from urllib.parse import quote
 
 from prefix_service import errors
-from prefix_service.errors import InvalidResponse, PrefixServiceError, Unavailable
+from prefix_service.errors import InvalidResponse, PrefixServiceError, TooLarge, Unavailable
 from prefix_service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.references import Reference, check_name
@@ -19,6 +19,8 @@ Buffer = bytearray | memoryview
 """Memory that a body has arrived in."""
 
 BodyDigest = tuple[Algorithm, bytes]
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 _WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
 """Prefers the cheap one; a service that does not know it sends SHA-256."""
@@ -56,6 +58,12 @@ class Answer:
     body: Buffer
     digest: BodyDigest | None = None
 
+    @property
+    def request_id(self) -> str | None:
+        """The id under which the service's log has the request."""
+        found = self.headers.get("x-request-id", "")
+        return found if _REQUEST_ID.fullmatch(found) else None
+
     def json(self) -> Any:
         """The body as JSON.
 
@@ -65,7 +73,7 @@ class Answer:
         try:
             return json.loads(bytes(self.body))
         except (ValueError, RecursionError) as error:
-            raise InvalidResponse(f"the answer is not JSON that can be read: {bytes(self.body[:80])!r}") from error
+            raise self._invalid(f"the answer is not JSON that can be read: {bytes(self.body[:80])!r}") from error
 
     def json_object(self) -> dict[str, Any]:
         """Returns the JSON object in the body.
@@ -75,11 +83,14 @@ class Answer:
         """
         content_type = self.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "application/json":
-            raise InvalidResponse(f"the answer should be application/json, got {content_type or 'nothing'!r:.100}")
+            raise self._invalid(f"the answer should be application/json, got {content_type or 'nothing'!r:.100}")
         found = self.json()
         if not isinstance(found, dict):
-            raise InvalidResponse(f"the answer should be a JSON object, got {bytes(self.body[:80])!r}")
+            raise self._invalid(f"the answer should be a JSON object, got {bytes(self.body[:80])!r}")
         return found
+
+    def _invalid(self, reason: str) -> InvalidResponse:
+        return InvalidResponse(reason).met_by(self.request_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +200,17 @@ def require_success(answer: Answer) -> Answer:
     Raises:
         PrefixServiceError: the error that the service reported, as the class of its `code`.
         Unavailable: a proxy says that the service is not there.
+        TooLarge: a proxy says that the request is larger than it lets through.
         InvalidResponse: an answer that the service would not give.
     """
+    try:
+        return _successful(answer)
+    except PrefixServiceError as error:
+        error.met_by(answer.request_id)
+        raise
+
+
+def _successful(answer: Answer) -> Answer:
     encoding = answer.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise InvalidResponse(f"the answer is encoded as {encoding!r:.100}, which was not asked for")
@@ -202,6 +222,10 @@ def require_success(answer: Answer) -> Answer:
     if not answer.headers.get("content-type", "").startswith("application/problem+json"):
         if answer.status in (502, 503, 504):
             raise Unavailable(f"the service is not reachable behind its proxy: status {answer.status}")
+        if answer.status == 413:
+            raise TooLarge(
+                "413 from something in front of the service: raise its body limit (nginx: client_max_body_size)"
+            )
         raise InvalidResponse(f"status {answer.status} that prefix-service does not send: is the URL right?")
     raise _reported(answer)
 

@@ -7,6 +7,7 @@ PEFT checks few of its fields, and ignores some of them beside trained weights. 
 therefore hold any JSON value; sizes, flags and names that it does read have one type.
 """
 
+import re
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -26,6 +27,8 @@ _LIMITS = {
     "token_dim": 1 << 18,
     "encoder_hidden_size": 1 << 18,
 }
+
+_PEFT_TYPE = re.compile("[A-Z][A-Z0-9_]{1,39}")  # as PEFT writes them
 
 # Every other key is stored and shown, and never read.
 _READ = frozenset(
@@ -227,6 +230,21 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 }
 
 
+def config_type_of(values: dict[str, Any]) -> type[PrefixConfig]:
+    """Returns the type of the config that `values` describe.
+
+    Raises:
+        InvalidConfig: another `peft_type`, or none.
+    """
+    peft_type = values.get("peft_type")
+    if isinstance(peft_type, str) and peft_type in _CONFIGS:
+        return _CONFIGS[peft_type]
+    wanted = f"peft_type must be one of {', '.join(_CONFIGS)}, got {shown(peft_type)}"
+    if isinstance(peft_type, str) and _PEFT_TYPE.fullmatch(peft_type):
+        raise InvalidConfig(f"this is a {peft_type} adapter, which is not hosted here: {wanted}")
+    raise InvalidConfig(wanted)
+
+
 def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixConfig:
     """The config that `values` describe, by their `peft_type`.
 
@@ -237,10 +255,7 @@ def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixCo
     Raises:
         InvalidConfig: another `peft_type`, or a field that is missing, malformed or out of bounds.
     """
-    peft_type = values.get("peft_type")
-    config_type = _CONFIGS.get(peft_type) if isinstance(peft_type, str) else None
-    if config_type is None:
-        raise InvalidConfig(f"peft_type must be one of {', '.join(_CONFIGS)}, got {shown(peft_type)}")
+    config_type = config_type_of(values)
     if from_file and values.get("num_virtual_tokens") is None:
         raise InvalidConfig("num_virtual_tokens is missing from the adapter's config")
     return _validate(config_type, {n: value for n, value in values.items() if n in _READ or _is_storable(value)})

@@ -1,20 +1,37 @@
 """`serve` and `openapi`: what who runs the service types."""
 
 import json
+import re
 import signal
+import threading
 from pathlib import Path
 
 import httpx
 
-from tests.cli.conftest import run_command
-from tests.conftest import Server, running_server
+from prefix_service.settings import Settings
+from tests.cli.conftest import on_terminal, run_command
+from tests.conftest import PREFIX_SERVICE, Server, free_port, running_server
+from tests.processes import eventually
 
 
 def test_version_and_help() -> None:
     """The version is one line; every command has a help."""
     assert run_command("--version").stdout == "prefix-service 0.1.0\n"
     worker = ("publish", "fetch", "list", "inspect", "alias", "rm", "convert")
-    for command in (*worker, "serve", "demo", "tenant", "key", "whoami", "audit", "residency", "backup", "openapi"):
+    operators = (
+        "serve",
+        "demo",
+        "tenant",
+        "key",
+        "whoami",
+        "audit",
+        "residency",
+        "backup",
+        "openapi",
+        "doctor",
+        "bench",
+    )
+    for command in (*worker, *operators, "doctor", "bench"):
         shown = run_command(command, "--help")
         assert shown.returncode == 0
         assert f" {command} " in shown.stdout
@@ -64,6 +81,62 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
     assert (serving["version"], serving["at"]) == ("0.1.0", server.url)
     assert "Traceback" not in printed
     assert key not in printed
+
+
+def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:
+    """Once it listens: where it is, its documentation, and how to take its key; then one line for each request."""
+    port, folder = free_port(), tmp_path / "data"
+    command = [*PREFIX_SERVICE, "serve", "--port", str(port), "--data-dir", str(folder)]
+
+    def ask() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            eventually(lambda: (folder / "bootstrap.key").exists() and _answers(client))
+            client.get("/v1/tenants/nobody", headers={"X-Request-ID": "the-last-one"})
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    status, text = on_terminal(80, command, until="the-last-one")
+    asking.join()
+    assert status == 0, text
+    lines = text.splitlines()
+    begin = lines.index("prefix-service 0.1.0 is ready")
+    assert lines[begin + 1 : begin + 6] == [
+        f"  where   http://127.0.0.1:{port}",
+        f"  docs    http://127.0.0.1:{port}/docs",
+        f"  key     export PREFIX_API_KEY=$(cat {folder}/bootstrap.key)",
+        f"  data    {folder}, prefixes on cpu",
+        "  stop    Ctrl+C",
+    ]
+    line = next(line for line in lines if "the-last-one" in line)
+    pattern = r"\d\d:\d\d:\d\d 401 GET none [\d.]+ ms \d+ B unauthenticated the-last-one"
+    assert re.fullmatch(pattern, line)
+    assert not any(line.startswith("{") for line in lines)
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_help_shows_defaults_and_variables() -> None:
+    """As the settings have them, and on one screen."""
+    shown = " ".join(run_command("serve", "--help").stdout.split())
+    for name in ("host", "port", "uds", "data_dir", "device", "workers", "dev", "read_only"):
+        default = Settings.model_fields[name].default
+        told = f"env var: PREFIX_{name.upper()}"
+        assert f"[{told}]" in shown if default in (None, False) else f"[{told}; default: {default}]" in shown
+    other = " ".join(run_command("list", "--help").stdout.split())
+    assert "[env var: PREFIX_URL; default: http://127.0.0.1:8080]" in other
+    assert "[env var: PREFIX_API_KEY]" in other
+
+
+def test_openapi_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Before the work begins."""
+    refused = run_command("openapi", "-o", tmp_path / "none" / "openapi.json")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert f"there is no folder {tmp_path}/none" in refused.stderr
 
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:

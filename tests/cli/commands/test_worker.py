@@ -1,9 +1,12 @@
 """`publish`, `fetch`, `list`, `inspect`, `rm`: what a person sees, and what a script reads."""
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.cli.conftest import Run, run_command
@@ -78,6 +81,17 @@ def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
     assert "prefix-service convert" in refused.stderr
 
 
+def test_publish_names_another_kind_of_adapter(run: Run, tmp_path: Path) -> None:
+    """A LoRA folder is called that, whatever its weights are, and nothing is sent."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    for weights in ("adapter_model.safetensors", "adapter_model.bin"):
+        (tmp_path / weights).write_bytes(b"")
+        refused = run("publish", tmp_path, "cli/lora")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error (invalid-config): this is a LORA adapter")
+        (tmp_path / weights).unlink()
+
+
 def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
     """The saved file holds a row for each of the batch, bit for bit."""
     run("publish", LLAMA, "cli/fetched")
@@ -89,6 +103,42 @@ def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
     )
     assert torch.equal(saved["past_key_values.2.value"], expected["b3.layers.2.value"])
     assert saved["attention_mask"].shape == (3, 20)
+
+
+def test_fetch_keeps_the_metadata(run: Run, tmp_path: Path) -> None:
+    """The file says which version it holds and in which form, as the service's own answer does."""
+    run("publish", LLAMA, "cli/metadata")
+    saved = tmp_path / "out.safetensors"
+    assert run("fetch", "cli/metadata", "--batch-size", "2", "--dtype", "bfloat16", "-o", saved).returncode == 0
+    with safe_open(saved, "pt") as file:
+        found = json.loads(file.metadata()["prefix"])
+        assert str(file.get_tensor("past_key_values.0.key").dtype) == "torch.bfloat16"
+    expected = {"tenant": "cli", "adapter": "metadata", "version": 1, "batch_size": 2, "dtype": "bfloat16"}
+    assert found.items() >= {**expected, "layout": "layers", "expand": True}.items()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_fetch_names_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    """A missing folder, a folder, and a disk that is full: one line, and nothing is left behind."""
+    run("publish", LLAMA, "cli/unwritten")
+    (tmp_path / "old").write_text("old")
+    for output, words in (
+        (tmp_path / "none" / "out", f"cannot write {tmp_path}/none/out: there is no folder {tmp_path}/none"),
+        (tmp_path, f"cannot write {tmp_path}: it is a folder"),
+    ):
+        refused = run("fetch", "cli/unwritten", "-o", output)
+        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+        assert refused.stderr.startswith(f"error (invalid-request): {words}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # inherited: as a disk with so much space
+    try:
+        full = run("fetch", "cli/unwritten", "-o", tmp_path / "old")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (full.returncode, full.stdout, full.stderr.count("\n")) == (1, "", 1)
+    assert full.stderr == f"error (out-of-space): cannot write {tmp_path}/old: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
 
 
 def test_fetch_refuses_a_dtype_that_is_none(run: Run) -> None:
@@ -160,6 +210,42 @@ def test_errors_are_a_sentence_and_status_1(run: Run) -> None:
         assert failed.returncode == 1
         assert failed.stderr.startswith("error (")
         assert "Traceback" not in failed.stderr
+
+
+def test_errors_of_the_service_name_the_request(run: Run) -> None:
+    """By the id under which its log has the request."""
+    failed = run("inspect", "cli/none")
+    assert re.fullmatch(r"error \(not-found\): .* \(request [0-9a-f]{32}\)\n", failed.stderr)
+
+
+def test_json_holds_for_errors_too(run: Run) -> None:
+    """Standard output has one document, also where the usage is wrong; standard error has what it always has."""
+    for arguments, status, code, words in (
+        (("inspect", "cli/none"), 1, "not-found", "there is no cli/none"),
+        (("inspect", "nothing"), 1, "invalid-reference", "nothing"),
+        (("inspect",), 2, "wrong-usage", "Missing argument"),
+        (("inspect", "cli/none", "--colour"), 2, "wrong-usage", "--colour"),
+        (("frobnicate",), 2, "wrong-usage", "frobnicate"),
+    ):
+        failed = run(*arguments, "--json")
+        error = json.loads(failed.stdout)["error"]
+        assert (failed.returncode, error["code"]) == (status, code)
+        assert words in error["detail"]
+        assert words in failed.stderr
+        assert (error["request_id"] is not None) == (code == "not-found")
+
+
+def test_json_holds_for_deletions_too(run: Run) -> None:
+    """One document says what is gone."""
+    run("publish", LLAMA, "clijson/a")
+    run("alias", "set", "clijson/a", "prod", "1")
+    for arguments, document in (
+        (("residency", "unload", "clijson/a"), {"unloaded": "clijson/a"}),
+        (("alias", "rm", "clijson/a", "prod"), {"deleted": "clijson/a@prod"}),
+        (("rm", "clijson/a", "--yes"), {"deleted": "clijson/a"}),
+        (("tenant", "rm", "clijson", "--yes"), {"deleted": "clijson"}),
+    ):
+        assert json.loads(run(*arguments, "--json").stdout) == document
 
 
 def test_a_service_that_is_not_there(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The demo, and the real model: what a person sees is what PEFT made the model say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import prefix_service.cli.demo
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
-from tests.conftest import Server
+from tests.cli.conftest import on_terminal
+from tests.conftest import PREFIX_SERVICE, Server
 from tests.missing import not_tested
 
 FOLDER = Path(prefix_service.cli.demo.__file__).parent
@@ -86,15 +88,17 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
 
 @pytest.mark.usefixtures("gguf")
 def test_the_demo_shows_it_all() -> None:
-    """One command: tensors, sizes, times, and every answer side by side."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefix_service.cli", "demo"], check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "24 of 24 answers equal PEFT's own, token for token." in done.stdout
-    assert '{"country": "Spain"' in done.stdout
-    assert "60 of 1x3x20x64" in done.stdout
-    assert "%|" not in done.stderr
+    """Four steps, tensors, sizes, times, every answer side by side, and what to type next, in 80 columns."""
+    status, shown = on_terminal(80, [*PREFIX_SERVICE, "demo"])
+    assert status == 0, shown
+    assert "24 of 24 answers equal PEFT's own, token for token." in shown
+    assert '{"country": "Spain"' in shown
+    assert "60 of 1x3x20x64" in shown
+    assert "%|" not in shown
+    steps = [line[:6] for line in shown.splitlines() if line[1:].startswith(" of 4: ")]
+    assert steps == ["1 of 4", "2 of 4", "3 of 4", "4 of 4"]
+    assert max(len(line) for line in re.split(r"[\r\n]", shown)) <= 80
+    assert shown.splitlines()[-1] == "  prefix-service fetch acme/first"
 
 
 def test_without_the_model_the_demo_says_how_to_get_it() -> None:

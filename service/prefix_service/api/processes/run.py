@@ -3,28 +3,26 @@
 import contextlib
 import signal
 from collections.abc import Iterator
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
-import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 
 from prefix_service.api.app import create_app
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.metrics.worker_metrics import shared_folder, whole_service
+from prefix_service.api.processes.announcement import announce
 from prefix_service.api.processes.supervisor import Supervisor
 from prefix_service.api.processes.worker import Inherited, work
 from prefix_service.api.server.listening import address, listening
 from prefix_service.api.server.serving import Server, end_in_order_on
-from prefix_service.data_folder.opening import bootstrap_file, opened
+from prefix_service.data_folder.opening import opened
 from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.library.shared_files import sweep
 from prefix_service.logs import configure
 from prefix_service.registry.registry import choose_device
 from prefix_service.settings import Settings
-from prefix_service.system.file_limit import most_connections, raise_file_limit
-
-log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+from prefix_service.system.file_limit import raise_file_limit
 
 
 def run(settings: Settings) -> None:
@@ -43,30 +41,15 @@ def run(settings: Settings) -> None:
         _check_shared(settings.shared_dir, settings.uds)
     end_in_order_on(signal.SIGTERM, signal.SIGINT)
     with opened(settings) as lock, listening(settings) as sockets:
-        at = address(sockets)
-
-        def announce() -> None:
-            log.info(
-                "serving",
-                version=version("prefix-service"),
-                at=at,
-                data=str(settings.data_dir),
-                device=str(device),
-                connections=most_connections(settings.max_connections),
-            )
-            if settings.dev:
-                log.warning("dev mode: no keys, every caller on this machine may do everything")
-            elif bootstrap_file(settings.data_dir).exists():
-                log.info("the platform admin's first key is in a file", file=str(bootstrap_file(settings.data_dir)))
-
+        on_ready = partial(announce, settings, address(sockets), device)
         if settings.workers == 1:
             metrics = Metrics()
             with _metrics_port(settings, metrics.exposed):
-                Server(settings, create_app(settings, metrics), announce).run(sockets)
+                Server(settings, create_app(settings, metrics), on_ready).run(sockets)
         else:
             inherited = None if lock is None else Inherited(lock)
             with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):
-                Supervisor(settings.workers, work, (settings, sockets, inherited), announce).run()
+                Supervisor(settings.workers, work, (settings, sockets, inherited), on_ready).run()
 
 
 def _check_shared(shared_dir: Path, uds: Path | None) -> None:

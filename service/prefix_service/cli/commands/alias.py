@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from prefix_service.cli.console import print_json, print_table, say, working
+from prefix_service.cli.console import print_json, print_table, report, say, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 
 alias_app = typer.Typer(help="Point names at versions: workers that read TENANT/ADAPTER@ALIAS follow.")
@@ -56,10 +56,12 @@ def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = Non
 
 
 @alias_app.command("rm")
-def remove_alias(adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+def remove_alias(
+    adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
+) -> None:
     """Forget an alias; its version stays."""
     from prefix_service.client import management
 
     with connect(url, api_key) as client:
         client.run(management.delete_alias(adapter, alias))
-    say(f"deleted {adapter}@{alias}")
+    report(f"deleted {adapter}@{alias}", {"deleted": f"{adapter}@{alias}"}, as_json=as_json)

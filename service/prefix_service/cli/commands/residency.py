@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_service.cli.console import human_bytes, print_json, print_table, say, used_of, working
+from prefix_service.cli.console import human_bytes, print_json, print_table, report, say, used_of, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 
 
@@ -45,8 +45,10 @@ def show(
     columns = ["tier", "used", "pinned", "hit ratio", "evictions"]
     print_table("Memory", columns, [_tier(tier) for tier in found["tiers"]])
     shares = sorted(found["tenants"], key=lambda share: share["used"], reverse=True)[:limit]
+    say()
     print_table("Tenants", ["tenant", "tier", "used of guaranteed share"], [_share(share) for share in shares])
     columns = ["version", "device", "host", "renderings", "uses", "readers", "why"]
+    say()
     print_table("Largest versions", columns, [_resident(version) for version in found["resident"]])
 
 
@@ -71,13 +73,13 @@ def load(
 
 
 @residency_app.command("unload")
-def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Take a version out of memory; the next request loads it again."""
     from prefix_service.client import management
 
     with connect(url, api_key) as client:
         client.run(management.unload(reference))
-    say(f"unloaded {reference}")
+    report(f"unloaded {reference}", {"unloaded": reference}, as_json=as_json)
 
 
 def _tier(tier: Mapping[str, Any]) -> list[object]:

@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefix_service.cli.console import errors_console, human_bytes, print_json, say
+from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import Json
 from prefix_service.errors import InvalidInput
 
 if TYPE_CHECKING:
     from prefix_service.settings import Settings
 
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Data folder [env: PREFIX_DATA_DIR; default: data].")]
+
+def _setting(name: str, default: str | None, text: str) -> Any:
+    """Returns an option that takes the place of a setting, which `Settings` reads; its help names the variable."""
+    variable = f"env var: PREFIX_{name.upper()}"
+    shown = variable if default is None else f"{variable}; default: {default}"
+    return typer.Option(f"--{name.replace('_', '-')}", help=f"{text}  [{shown}]")
+
+
+DataDir = Annotated[Path | None, _setting("data_dir", "data", "Data folder.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -27,16 +36,16 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on [default: 8080].")] = None,
-    uds: Annotated[Path | None, typer.Option(help="Unix socket to listen on instead.")] = None,
+    host: Annotated[str | None, _setting("host", "127.0.0.1", "Address to listen on.")] = None,
+    port: Annotated[int | None, _setting("port", "8080", "Port to listen on.")] = None,
+    uds: Annotated[Path | None, _setting("uds", None, "Unix socket to listen on instead.")] = None,
     data_dir: DataDir = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1 [default: auto].")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on the data folder [default: 1].")] = None,
-    dev: Annotated[bool | None, typer.Option("--dev", help="No keys, on loopback only.")] = None,
-    read_only: Annotated[bool | None, typer.Option("--read-only", help="Serve what is there, change nothing.")] = None,
+    device: Annotated[str | None, _setting("device", "auto", "auto, cpu, cuda or cuda:1.")] = None,
+    workers: Annotated[int | None, _setting("workers", "1", "Processes on the data folder.")] = None,
+    dev: Annotated[bool | None, _setting("dev", None, "No keys, on loopback only.")] = None,
+    read_only: Annotated[bool | None, _setting("read_only", None, "Serve what is there, change nothing.")] = None,
 ) -> None:
-    """Run the service. Every option is also a setting from the environment (PREFIX_HOST, …)."""
+    """Run the service. The README lists the settings that have no option; they come from the environment."""
     chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
     chosen |= {"device": device, "workers": workers, "dev": dev, "read_only": read_only}
     # What is imported stays: no collection, at the start or later, needs to look through it for garbage.
@@ -104,8 +113,11 @@ def openapi(
     from prefix_service.api.app import create_app
     from prefix_service.settings import Settings
 
+    if output is not None:
+        check_output(output)
     text = json.dumps(create_app(Settings()).openapi(), indent=2, ensure_ascii=False) + "\n"
     if output is None:
         sys.stdout.write(text)
     else:
-        output.write_text(text)
+        with written(output) as aside:
+            aside.write_text(text)

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from prefix_service.cli.console import human_bytes, human_time, parse_bytes, print_json, print_table, say, used_of
+from prefix_service.cli.console import (
+    human_bytes,
+    human_time,
+    parse_bytes,
+    print_fields,
+    print_json,
+    print_table,
+    report,
+    used_of,
+)
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect
 from prefix_service.errors import InvalidInput, NotFound
 
@@ -75,17 +84,20 @@ def set_tenant(
 
 
 @tenant_app.command("rm")
-def remove_tenant(name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+def remove_tenant(
+    name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
+) -> None:
     """Delete a tenant with its keys, adapters and versions."""
     from prefix_service.client import management
 
-    with connect(url, api_key) as client:
-        if not yes:
+    if not yes:
+        with connect(url, api_key) as client:
             has = client.run(management.tenant(name))
-            what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
-            confirm(f"delete tenant {name} with {what}", yes=yes)
+        what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
+        confirm(f"delete tenant {name} with {what}", yes=yes)
+    with connect(url, api_key) as client:
         client.run(management.delete_tenant(name))
-    say(f"deleted tenant {name}")
+    report(f"deleted tenant {name}", {"deleted": name}, as_json=as_json)
 
 
 def audit(
@@ -103,13 +115,16 @@ def audit(
     if as_json:
         print_json({"items": found})
         return
-    columns = ["time (UTC)", "who", "key", "action", "target", "details"]
+    columns = ["time (UTC)", "who, with which key", "what"]
     print_table(f"Changes of {tenant or 'the platform'}", columns, [_change(entry) for entry in found])
 
 
 def _change(entry: Mapping[str, Any]) -> list[object]:
-    details = ", ".join(f"{name}={value}" for name, value in entry["details"].items())
-    return [human_time(entry["at"]), entry["actor"], entry["key_id"], entry["action"], entry["target"], details]
+    # A digest would break every line, and the version's number names the same.
+    given = {name: "none" if value is None else value for name, value in entry["details"].items() if name != "digest"}
+    details = " ".join(f"{name}={value}" for name, value in given.items())
+    who = f"{entry['actor']} {entry['key_id'] or ''}".rstrip()
+    return [human_time(entry["at"]), who, f"{entry['action']} {entry['target']} {details}".rstrip()]
 
 
 def _shown(item: Mapping[str, Any]) -> list[object]:
@@ -122,7 +137,7 @@ def _print(item: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(item)
         return
-    print_table(item["tenant"], ["what", "value"], [list(row) for row in zip(_COLUMNS, _shown(item), strict=True)])
+    print_fields(item["tenant"], dict(zip(_COLUMNS, _shown(item), strict=True)))
 
 
 def _count(text: str) -> int:

@@ -1,18 +1,34 @@
 """`publish`, `fetch`, `list`, `inspect`, `rm` and `convert`: the commands of who uses a service."""
 
+import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 
 import typer
 from rich.progress import wrap_file
 
-from prefix_service.cli.console import errors_console, human_bytes, human_time, note, print_json, print_table, say
+from prefix_service.cli.console import (
+    errors_console,
+    human_bytes,
+    human_time,
+    note,
+    print_fields,
+    print_json,
+    print_table,
+    report,
+    say,
+)
+from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
-from prefix_service.errors import InvalidRequest
+from prefix_service.errors import InvalidRequest, StorageFailed
 from prefix_service.prefix.form import KVDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="Where to publish.")]
 Config = Annotated[
@@ -22,6 +38,10 @@ BaseConfig = Annotated[
     Path | None,
     typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
 ]
+
+
+_OS_ERROR: Final = re.compile(r"\(os error ([0-9]+)\)")
+"""How safetensors tells what the operating system said."""
 
 
 def register(app: typer.Typer) -> None:
@@ -91,8 +111,10 @@ def fetch(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a prefix as a worker would, and show or save its tensors (safetensors)."""
-    from safetensors.torch import save_file
+    """Fetch a prefix as a worker would, and show or save its tensors and metadata (safetensors)."""
+    if output is not None:
+        check_output(output)
+    import torch  # noqa: F401 - takes longer than the fetch that is timed
 
     with connect(url, api_key) as client:
         began = time.perf_counter()
@@ -102,7 +124,7 @@ def fetch(
     for layer, (key, value) in enumerate(prefix.past_key_values):
         tensors |= {f"past_key_values.{layer}.key": key, f"past_key_values.{layer}.value": value}
     if output is not None:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output)
+        _save(tensors, {**prefix.metadata, "batch_size": batch_size, "layout": "layers", "expand": True}, output)
     if as_json:
         print_json({**prefix.metadata, "batch_size": batch_size, "seconds": seconds, "bytes": prefix.kv.nbytes})
         return
@@ -116,6 +138,22 @@ def fetch(
     print_table(title, ["tensor", "shape", "dtype"], rows)
     if output is not None:
         say(f"saved to {output}")
+
+
+def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: Path) -> None:
+    """Write a prefix as the service sends it: tensors, and the metadata as JSON under `prefix`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    told = {**metadata, "dtype": str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")}
+    with written(output) as aside:
+        try:
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, aside, {"prefix": json.dumps(told)})
+        except SafetensorError as error:
+            if (number := _OS_ERROR.search(str(error))) is not None:
+                raise OSError(int(number[1]), str(error)) from error
+            raise StorageFailed(f"cannot write {output}: {error}") from error
 
 
 def list_adapters(
@@ -193,7 +231,7 @@ def inspect(
     shown["aliases"] = ", ".join(found["aliases"])
     if float8:
         shown |= _float8(shown.pop("float8"))
-    print_table(reference, ["what", "value"], [[name, value] for name, value in shown.items()])
+    print_fields(reference, shown)
 
 
 def _float8(error: Mapping[str, Any]) -> dict[str, str]:
@@ -212,6 +250,7 @@ def remove(
     yes: Yes = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    as_json: Json = False,
 ) -> None:
     """Delete an adapter with all its versions, or one version that no alias points at."""
     from prefix_service.client import management
@@ -219,7 +258,7 @@ def remove(
     confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
     with connect(url, api_key) as client:
         client.run(management.delete(reference))
-    say(f"deleted {reference}")
+    report(f"deleted {reference}", {"deleted": reference}, as_json=as_json)
 
 
 def convert(

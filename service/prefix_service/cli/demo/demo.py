@@ -9,19 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.console import human_bytes, print_table
+from prefix_service.cli.console import human_bytes, print_table, say
 from prefix_service.cli.demo.embedded import Embedded, embedded_service
 from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
 
 _FOLDER: Final = Path(__file__).parent
 _TENANT: Final = "demo"
+_MODEL: Final = "SmolLM2-135M-Instruct"
 _ADAPTERS: Final = {
     "capitals-json": "a prefix that answers with JSON",
     "sentiment": "a prefix that says positive or negative",
@@ -45,24 +43,46 @@ def run_demo(console: Console, *, stay: bool) -> bool:
     """Run the demo; whether every answer was PEFT's (True without the model, which leaves the answers out)."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prefix-service-demo-"))
+        say("1 of 4: start a service of its own, in a folder that is deleted in the end")
         with console.status("starting the service"):
             service = stack.enter_context(embedded_service(Path(folder)))
-        console.print(f"prefix-service runs on {service.url}", highlight=False)
+        say(f"It listens on {service.url}")
+        say()
+        say(f"2 of 4: publish {len(_ADAPTERS)} adapters, and fetch them as a worker would")
+        fetched: dict[str, _Fetched] = {}
         with PrefixClient(service.url, service.api_key) as client:
-            fetched = {name: _travel(client, name) for name in _ADAPTERS}
+            for name in _ADAPTERS:
+                with console.status(f"publishing and fetching {name}, {_place(name)}"):
+                    fetched[name] = _travel(client, name)
         _show_travel(fetched)
-        path = find_model()
-        if path is None:
-            line = f"The model is not installed, so nobody speaks. To hear it: {HOW_TO_GET_IT}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-            correct = True
-        else:
-            with console.status("loading SmolLM2-135M-Instruct"):
-                model = load_model(path)
-            correct = _speak(console, model, {name: one.prefix for name, one in fetched.items()})
+        correct = _ask(console, {name: one.prefix for name, one in fetched.items()})
         if stay:
-            _stay(console, service)
+            _stay(service)
+    if not stay:
+        _say_what_next()
     return correct
+
+
+def _place(name: str) -> str:
+    """Returns the place of an adapter among all, as in `2 of 4`."""
+    return f"{list(_ADAPTERS).index(name) + 1} of {len(_ADAPTERS)}"
+
+
+def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> bool:
+    """Let the model speak without and with each prefix. Returns whether every answer is PEFT's, True without the
+    model."""
+    say()
+    say(f"3 of 4: load {_MODEL}, the model of these adapters")
+    path = find_model()
+    if path is None:
+        say("It is not installed, so there are no answers to compare. To install it:")
+        say(f"  {HOW_TO_GET_IT}")
+        return True
+    with console.status(f"loading {_MODEL}"):
+        model = load_model(path)
+    say()
+    say("4 of 4: ask it without and with each prefix")
+    return _speak(console, model, prefixes)
 
 
 def _travel(client: PrefixClient, name: str) -> _Fetched:
@@ -88,7 +108,7 @@ def _show_travel(fetched: Mapping[str, _Fetched]) -> None:
         times = [round(ms) for ms in (one.published_ms, one.fetched_ms, one.revalidated_ms)]
         rows.append([name, tensors, human_bytes(one.prefix.kv.nbytes), *times])
     columns = ["adapter", "tensors", "size", "publish", "fetch", "again"]
-    print_table("What travelled, in float32; times in ms (again: is the cached one current?)", columns, rows)
+    print_table("Tensors in float32; times in ms (again: is the cached one current?)", columns, rows)
 
 
 def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix]) -> bool:
@@ -97,40 +117,54 @@ def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix
     for name, prefix in prefixes.items():
         questions = asked[_QUESTIONS_OF.get(name, name)]
         prompts = [question["prompt"] for question in questions]
-        with console.status(f"asking with and without {name}"):
+        with console.status(f"asking without and with {name}, {_place(name)}"):
             bare = [] if name in _QUESTIONS_OF else model.answer(prompts)
             answers = model.answer(prompts, prefix)
         same = [answer == question["with_ids"] for answer, question in zip(answers, questions, strict=True)]
         total, equal = total + len(same), equal + sum(same)
         if bare:
-            _show_answers(console, model, name, questions, bare, answers)
-    console.print(f"{equal} of {total} answers equal PEFT's own, token for token.", highlight=False)
+            _show_answers(model, name, questions, bare, answers)
+    say()
+    say(f"{equal} of {total} answers equal PEFT's own, token for token.")
     return equal == total
 
 
 def _show_answers(
-    console: Console,
     model: LanguageModel,
     name: str,
     questions: list[dict[str, Any]],
     bare: list[list[int]],
     answers: list[list[int]],
 ) -> None:
-    table = Table(title=f"{name}, {_ADAPTERS[name]}", title_justify="left", box=box.SIMPLE_HEAD, show_lines=True)
-    for column, share in (("question", 2), ("without the prefix", 3), ("with the prefix", 3)):
-        table.add_column(column, ratio=share, overflow="fold")
-    for question, without, answer in zip(questions, bare, answers, strict=True):
-        table.add_row(*map(Text, (question["question"], model.text(without), model.text(answer))))
-    console.print(table)
+    rows = [
+        [question["question"], _in_one_line(model.text(without)), _in_one_line(model.text(answer))]
+        for question, without, answer in zip(questions, bare, answers, strict=True)
+    ]
+    say()
+    print_table(f"{name}: {_ADAPTERS[name]}", ["question", "without the prefix", "with the prefix"], rows)
 
 
-def _stay(console: Console, service: Embedded) -> None:
-    console.print(f"The service goes on at {service.url} until Ctrl+C. Try it:", highlight=False)
-    console.print(
-        f"  export PREFIX_URL={service.url} PREFIX_API_KEY={service.api_key}", soft_wrap=True, highlight=False
-    )
-    console.print(f"  prefix-service list {_TENANT}", highlight=False)
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _stay(service: Embedded) -> None:
+    say()
+    say(f"The service goes on at {service.url} until Ctrl+C. Next, in another terminal:")
+    say(f"  export PREFIX_URL={service.url}")
+    say(f"  export PREFIX_API_KEY={service.api_key}")
+    say(f"  prefix-service list {_TENANT}")
     try:
         service.process.wait()
     except KeyboardInterrupt:
-        console.print("stopping", highlight=False)
+        say("stopping")
+
+
+def _say_what_next() -> None:
+    say()
+    say("The demo's service is stopped. Next, a service of your own:")
+    say("  prefix-service serve")
+    say("and in another terminal, in the same folder:")
+    say("  export PREFIX_API_KEY=$(cat data/bootstrap.key)")
+    say("  prefix-service publish YOUR_ADAPTER_FOLDER acme/first")
+    say("  prefix-service fetch acme/first")

@@ -14,7 +14,7 @@ from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions
 from prefix_service.client.protocol import Answer, Buffer, Request, Step, Work, adapter_path, check_digest
-from prefix_service.errors import InvalidRequest, InvalidResponse
+from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
@@ -118,6 +118,14 @@ def _load(reading: Reading, question: Question) -> Cached | None:
 
 def _received(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
     """The service's answer, compared with the question and kept on disk; or the cached one if that is current."""
+    try:
+        return _checked(reading, question, cached, answer)
+    except PrefixServiceError as error:
+        error.met_by(answer.request_id)
+        raise
+
+
+def _checked(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
     if answer.status == 304 and cached is not None and cached.etag:
         question.require_current(cached.etag, cached.prefix.metadata, answer.headers)
         return cached

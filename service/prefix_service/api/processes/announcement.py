@@ -1,0 +1,53 @@
+"""What a service says once it listens: lines for a person on a terminal, a line of the log anywhere else."""
+
+import shlex
+import sys
+from importlib.metadata import version
+
+import structlog
+import torch
+
+from prefix_service.data_folder.opening import bootstrap_file
+from prefix_service.settings import Settings
+from prefix_service.system.file_limit import most_connections
+from prefix_service.system.printable import printable
+
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
+
+
+def announce(settings: Settings, at: str, device: torch.device) -> None:
+    """Say that the service listens `at` an address, on which device prefixes are kept, and where the first key is."""
+    if sys.stderr.isatty():
+        rows = _rows(settings, at, device)
+        lines = [f"prefix-service {version('prefix-service')} is ready", *(f"  {name:8}{text}" for name, text in rows)]
+        sys.stderr.write("".join(f"{printable(line)}\n" for line in lines))
+        return
+    log.info(
+        "serving",
+        version=version("prefix-service"),
+        at=at,
+        data=str(settings.data_dir),
+        device=str(device),
+        connections=most_connections(settings.max_connections),
+    )
+    if settings.dev:
+        log.warning("dev mode: no keys, every caller on this machine may do everything")
+    elif bootstrap_file(settings.data_dir).exists():
+        log.info("the platform admin's first key is in a file", file=str(bootstrap_file(settings.data_dir)))
+
+
+def _rows(settings: Settings, at: str, device: torch.device) -> list[tuple[str, str]]:
+    """Returns what a person needs next, in pairs of a word and a text."""
+    here = at.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    rows = [("where", here if here == at else f"{here}, and every other address of this machine")]
+    if settings.uds is None:
+        rows.append(("docs", f"{here}/docs"))
+    key = bootstrap_file(settings.data_dir)
+    if settings.dev:
+        rows.append(("key", "none is needed: every caller on this machine may do everything (--dev)"))
+    elif key.exists():
+        rows.append(("key", f"export PREFIX_API_KEY=$(cat {shlex.quote(str(key))})"))
+    else:
+        rows.append(("key", "prefix-service key create makes one"))
+    rows.append(("data", f"{settings.data_dir}, prefixes on {device}{', read-only' if settings.read_only else ''}"))
+    return [*rows, ("stop", "Ctrl+C")]

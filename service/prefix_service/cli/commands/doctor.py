@@ -1,0 +1,240 @@
+"""`doctor`: what keeps this machine from working with its service, and what to do about it."""
+
+import os
+import platform
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import typer
+
+from prefix_service.cli.commands.serve import load_settings
+from prefix_service.cli.console import human_bytes, print_json, print_table, say, working
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.errors import (
+    ConnectionFailed,
+    InvalidInput,
+    InvalidResponse,
+    NotFound,
+    PrefixServiceError,
+    Unauthenticated,
+)
+from prefix_service.system.disk import LEAST_FREE_BYTES
+
+if TYPE_CHECKING:
+    from prefix_service.client.flows.flows import Flow
+    from prefix_service.client.protocol import Answer
+
+_LITTLE_SPACE: Final = 1 << 30
+_CLOCK: Final = 30.0  # seconds that two clocks may differ
+_SOON: Final = timedelta(days=7)
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+_PACKAGES: Final = ("torch", "safetensors", "transformers", "vllm")
+_MAKE_A_KEY: Final = (
+    "set PREFIX_API_KEY: `prefix-service key create` makes a key, and the first one is in the file bootstrap.key of "
+    "the service's data folder"
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(doctor)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found, and what to do where that is not good. A check that failed keeps this machine from working."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
+
+
+def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Look for what keeps this machine from working with its service, and say what to do.
+
+    Checks versions, settings, the service's address, the key, the clock, the disk, permissions and the device, also
+    while the service is away. Exit status 1 if a check failed; a warning is none.
+    """
+    with working("looking"):
+        checks = [*_of_service(url, api_key), _settings(), _disk(), *_permissions(), _device()]
+    has_failed = any(check.state == "failed" for check in checks)
+    if as_json:
+        print_json({"ok": not has_failed, "checks": [asdict(check) for check in checks]})
+    else:
+        print_table("prefix-service doctor", ["check", "state", "found"], [[c.name, c.state, c.found] for c in checks])
+        advice = [f"{check.name}: {check.advice}" for check in checks if check.advice]
+        say()
+        for line in [f"What to do, {len(advice)} in all:", *advice] if advice else ["Everything is in order."]:
+            say(line)
+    if has_failed:
+        raise typer.Exit(1)
+
+
+def _of_service(url: str, api_key: str | None) -> Iterator[Check]:
+    """The checks that ask the service; those that it must answer are left out where it does not."""
+    began = time.perf_counter()
+    try:
+        with connect(url, api_key, shows_progress=True) as client:
+            took = (time.perf_counter() - began) * 1000
+            answer = client.run(_asked("/openapi.json"))
+            now = time.time()
+            yield _versions(str(answer.json_object().get("info", {}).get("version")))
+            yield Check("service", "ok", f"{url} is ready, and answered in {took:.0f} ms")
+            try:
+                yield _key(client.run(_asked("/v1/whoami")), has_key=api_key is not None)
+            except PrefixServiceError as error:
+                yield _no_key(error, api_key)
+            yield _clock(answer.headers.get("date", ""), now)
+    except PrefixServiceError as error:
+        yield _versions(None)
+        yield Check("service", "failed", str(error), _what_to_do(error))
+
+
+def _asked(path: str) -> "Flow[Answer]":
+    from prefix_service.client.protocol import Request
+
+    answer: Answer = yield Request("GET", path)
+    return answer
+
+
+def _what_to_do(error: PrefixServiceError) -> str:
+    if isinstance(error, ConnectionFailed):
+        return "start the service with `prefix-service serve`, or name another with PREFIX_URL or --url"
+    if isinstance(error, InvalidResponse):
+        return "something else listens there: correct PREFIX_URL or --url"
+    if isinstance(error, InvalidInput):
+        return "correct PREFIX_URL, PREFIX_API_KEY or the options"
+    return "the service runs and cannot work now: its log says why"
+
+
+def _versions(of_service: str | None) -> Check:
+    mine = version("prefix-service")
+    found = [f"prefix-service {mine}", f"Python {platform.python_version()}", *_installed()]
+    if of_service is None:
+        return Check("versions", "ok", ", ".join(found))
+    found.insert(1, f"the service {of_service}")
+    if mine.split(".")[:2] == of_service.split(".")[:2]:
+        return Check("versions", "ok", ", ".join(found))
+    return Check(
+        "versions", "warning", ", ".join(found), "update the older one: releases this far apart are not tested"
+    )
+
+
+def _installed() -> Iterator[str]:
+    for package in _PACKAGES:
+        try:
+            yield f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+
+
+def _key(answer: "Answer", *, has_key: bool) -> Check:
+    key = answer.json_object()
+    if not has_key:
+        return Check("key", "ok", "none is set, and this service needs none")
+    whose = "the platform" if key.get("tenant") is None else f"tenant {key['tenant']}"
+    found = f"{key.get('id')} of {whose}, scope {key.get('scope')}"
+    if not isinstance(expires := key.get("expires"), str):
+        return Check("key", "ok", f"{found}, without an end")
+    left = datetime.fromisoformat(expires.replace("Z", "+00:00")).replace(tzinfo=UTC) - datetime.now(UTC)
+    found = f"{found}, ends in {left.days} days"
+    if left < _SOON:
+        return Check("key", "warning", found, "make its successor now: `prefix-service key rotate`")
+    return Check("key", "ok", found)
+
+
+def _no_key(error: PrefixServiceError, api_key: str | None) -> Check:
+    if isinstance(error, NotFound):
+        return Check("key", "warning", "not checked: this service does not say whose key it is", "update the service")
+    if isinstance(error, Unauthenticated):
+        return Check("key", "failed", "none is set" if api_key is None else f"refused: {error}", _MAKE_A_KEY)
+    return Check("key", "failed", str(error), _what_to_do(error))
+
+
+def _clock(date: str, now: float) -> Check:
+    """Compare this machine's clock with the date of an answer, which has whole seconds."""
+    try:
+        ahead = now - parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return Check("clock", "warning", "not checked: the service sent no date")
+    if abs(ahead) <= _CLOCK:
+        return Check("clock", "ok", f"within {max(1, round(abs(ahead)))} s of the service's")
+    where = "ahead of" if ahead > 0 else "behind"
+    advice = "set both clocks (NTP): the ends of keys and of certificates depend on them"
+    return Check("clock", "warning", f"{abs(ahead):.0f} s {where} the service's", advice)
+
+
+def _settings() -> Check:
+    """The settings that `serve` would take here."""
+    try:
+        load_settings({})
+    except ModuleNotFoundError:
+        return Check("settings", "ok", "not checked: the extra `server`, which runs a service, is not installed")
+    except InvalidInput as error:
+        return Check("settings", "failed", str(error), "correct or unset that variable")
+    given = sorted(name for name in os.environ if name.startswith("PREFIX_"))
+    return Check("settings", "ok", ", ".join(given) or "no PREFIX_… variable is set")
+
+
+def _data_folder() -> Path:
+    return Path(os.environ.get("PREFIX_DATA_DIR", "data"))
+
+
+def _disk() -> Check:
+    folder = _data_folder() if _data_folder().is_dir() else Path.cwd()
+    free = shutil.disk_usage(folder).free
+    found = f"{human_bytes(free)} free in {folder.resolve()}"
+    advice = "make room, or put the data folder on another disk with PREFIX_DATA_DIR"
+    if free < LEAST_FREE_BYTES:
+        return Check("disk", "failed", found, advice)
+    return Check("disk", "warning", found, advice) if free < _LITTLE_SPACE else Check("disk", "ok", found)
+
+
+def _permissions() -> Iterator[Check]:
+    """Whether this user may run a service on the data folder, and whether others may read what is secret in it."""
+    folder = _data_folder()
+    if not folder.is_dir():
+        yield Check("permissions", "ok", f"there is no data folder {folder} here, and a worker needs none")
+        return
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        owner = folder.stat().st_uid
+        found = f"{folder} belongs to user {owner}, and user {os.geteuid()} may not write to it"
+        yield Check("permissions", "failed", found, f"run it as that user, or: chown -R {os.geteuid()} {folder}")
+        return
+    secret = [path for path in (folder, folder / "key.secret", folder / "bootstrap.key") if path.exists()]
+    open_ones = [str(path) for path in secret if path.stat().st_mode & _OTHERS]
+    if open_ones:
+        found = f"others may use {', '.join(open_ones)}"
+        yield Check("permissions", "warning", found, f"chmod go= {' '.join(open_ones)}")
+    else:
+        yield Check("permissions", "ok", f"{folder} is this user's alone")
+
+
+def _device() -> Check:
+    import torch
+
+    wanted = os.environ.get("PREFIX_DEVICE", "auto")
+    if wanted not in ("auto", "cpu"):
+        try:
+            torch.zeros(1, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            return Check("device", "failed", f"PREFIX_DEVICE={wanted}: {reason}", "set PREFIX_DEVICE=auto")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        return Check("device", "ok", f"{name}, {human_bytes(free)} of {human_bytes(total)} free")
+    if sys.platform == "linux" and Path("/proc/driver/nvidia/version").exists():
+        found = f"there is an NVIDIA GPU, and PyTorch {torch.__version__} cannot use it"
+        return Check("device", "warning", found, "install the CUDA build of PyTorch, or a newer driver")
+    return Check("device", "ok", "cpu")

@@ -1,0 +1,105 @@
+"""`doctor`: what is wrong and what to do, whether or not the service is there."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tests.cli.conftest import Finished, Run, run_command
+from tests.conftest import Server
+
+AWAY = {"PREFIX_URL": "http://127.0.0.1:9", "PREFIX_API_KEY": ""}
+
+
+def checks(finished: Finished) -> dict[str, dict[str, str]]:
+    """The checks that a run printed as JSON, by their names."""
+    return {check["name"]: check for check in json.loads(finished.stdout)["checks"]}
+
+
+@contextmanager
+def answering(version: str, date: str) -> Iterator[str]:
+    """A service of another version, on a machine with another clock; yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            documents: dict[str, Any] = {"/readyz": {"status": "ok"}, "/openapi.json": {"info": {"version": version}}}
+            found = documents.get(self.path)
+            body = json.dumps(found or {"code": "not-found", "detail": "no"}).encode()
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "application/json" if found else "application/problem+json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def date_time_string(self, _timestamp: float | None = None) -> str:
+            return date
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_address[1]}"
+        listening.shutdown()
+
+
+def test_all_is_well(run: Run, server: Server) -> None:
+    """Every check is in the table, with the versions, the address and the device; --json has the same."""
+    done = run("doctor")
+    assert done.returncode == 0, done.stdout
+    for words in ("versions", "prefix-service 0.1.0, the service 0.1.0", f"{server.url} is ready", "within 1 s", "GiB"):
+        assert words in done.stdout
+    found = checks(run("doctor", "--json"))
+    assert list(found) == ["versions", "service", "key", "clock", "settings", "disk", "permissions", "device"]
+    assert {found[name]["state"] for name in ("versions", "service", "clock", "settings", "device")} == {"ok"}
+    assert found["settings"]["found"] == "PREFIX_API_KEY, PREFIX_URL"
+
+
+def test_a_service_that_is_away() -> None:
+    """What can be checked without it is, and the advice is how to start one."""
+    done = run_command("doctor", environment=AWAY)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9 cannot be reached" in done.stdout
+    assert "service: start the service with `prefix-service serve`, or name another" in done.stdout
+    found = checks(run_command("doctor", "--json", environment=AWAY))
+    assert list(found) == ["versions", "service", "settings", "disk", "permissions", "device"]
+    assert found["service"]["state"] == "failed"
+
+
+def test_what_is_wrong_here_is_said_with_what_to_do(tmp_path: Path) -> None:
+    """A URL that is none, a setting out of bounds, a folder that others may read, a device that is not there."""
+    (tmp_path / "data").mkdir(mode=0o755)
+    wrong = {"PREFIX_URL": "ftp://x", "PREFIX_MAX_BATCH_SIZE": "0", "PREFIX_DEVICE": "cuda:99"}
+    done = run_command("doctor", "--json", environment={**wrong, "PREFIX_DATA_DIR": str(tmp_path / "data")})
+    found = checks(done)
+    assert done.returncode == 1
+    assert {name for name, check in found.items() if check["state"] == "failed"} == {"service", "settings", "device"}
+    assert "PREFIX_MAX_BATCH_SIZE" in found["settings"]["found"]
+    assert found["permissions"]["advice"] == f"chmod go= {tmp_path / 'data'}"
+    assert all(check["advice"] for check in found.values() if check["state"] != "ok")
+
+
+def test_a_folder_of_another_user(tmp_path: Path) -> None:
+    """It may not be written to, which root never sees."""
+    if os.geteuid() == 0:
+        return
+    tmp_path.chmod(0o500)
+    found = checks(run_command("doctor", "--json", environment={**AWAY, "PREFIX_DATA_DIR": str(tmp_path)}))
+    assert found["permissions"]["state"] == "failed"
+
+
+def test_another_release_and_another_clock() -> None:
+    """Both are warnings, which leave the exit status 0; a service that knows no whoami is too old to be asked."""
+    with answering("9.9.9", "Thu, 01 Jan 2026 00:00:00 GMT") as url:
+        done = run_command("doctor", "--json", environment={"PREFIX_URL": url})
+    found = checks(done)
+    assert done.returncode == 0, done.stdout
+    assert "the service 9.9.9" in found["versions"]["found"]
+    assert found["versions"]["advice"].startswith("update the older one")
+    assert "ahead of the service's" in found["clock"]["found"] or "behind" in found["clock"]["found"]
+    assert "NTP" in found["clock"]["advice"]
+    assert found["key"]["state"] == "warning"

@@ -1,0 +1,104 @@
+"""`cli.console`: tables on terminals of every width and in pipes, and what is said while one waits."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import on_terminal
+
+ID = "0123456789abcdef"
+DIGEST = "sha256:" + "5" * 64
+_BEGIN = "from prefix_service.cli.console import *\n"
+_TABLE = f"""
+print_table("Keys", ["id", "name", "created", "bytes", "uses"], [
+    ["{ID}", "the key of the nightly training run", "2026-11-26 04:07:15", "12.5 MiB of 1.0 GiB", 7],
+    ["{ID[::-1]}", "x", "2026-11-26 04:07:16", None, 12345],
+])
+"""
+_FIELDS = f"""
+print_fields("acme/a", {{"digest": "{DIGEST}", "config": "a text of many words " * 6, "version": 7}})
+"""
+
+
+def shown(columns: int, code: str) -> list[str]:
+    """The lines that code shows on a terminal."""
+    status, text = on_terminal(columns, [sys.executable, "-c", _BEGIN + code])
+    assert status == 0, text
+    return text.splitlines()
+
+
+def piped(code: str, columns: str = "40") -> list[str]:
+    """The lines that code writes into a pipe, whatever COLUMNS says."""
+    command = [sys.executable, "-c", _BEGIN + code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns})
+    return done.stdout.splitlines()
+
+
+def test_a_pipe_gets_one_line_for_each_row() -> None:
+    """Nothing is wrapped or cropped, so that `grep` and `awk` find whole rows; numbers stand to the right."""
+    assert piped(_TABLE) == [
+        "Keys",
+        "id                name                                 created              bytes                 uses",
+        "----------------  -----------------------------------  -------------------  -------------------  -----",
+        f"{ID}  the key of the nightly training run  2026-11-26 04:07:15  12.5 MiB of 1.0 GiB      7",
+        f"{ID[::-1]}  x                                    2026-11-26 04:07:16                       12345",
+    ]
+    assert piped(_FIELDS)[1] == f"digest   {DIGEST}"
+
+
+def test_a_wide_terminal_shows_what_a_pipe_gets() -> None:
+    """Where there is room, nothing is folded."""
+    assert shown(120, _TABLE) == piped(_TABLE)
+
+
+def test_a_terminal_of_80_columns_folds_between_words() -> None:
+    """Sentences first; ids, numbers and numbers with their units stay whole."""
+    lines = shown(80, _TABLE)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for whole in (ID, ID[::-1], "2026-11-26 04:07:15", "12.5 MiB of 1.0 GiB", "12345"):
+        assert whole in text
+    assert len(lines) == 3 + 3 + 1
+
+
+@pytest.mark.parametrize("columns", [20, 30, 45])
+def test_a_narrow_terminal_shows_a_block_for_each_row(columns: int) -> None:
+    """A line for each column, and the terminal alone breaks what is longer than it is."""
+    lines = shown(columns, _TABLE)
+    assert lines[0] == "Keys"
+    assert [line.split()[0] for line in lines if line.startswith(("id", "uses"))] == ["id", "uses"] * 2
+    assert sum(ID in line or ID[::-1] in line for line in lines) == 2
+
+
+def test_fields_on_80_columns() -> None:
+    """A text is folded beside its name; a word that does not fit there stands below it, whole."""
+    assert shown(80, _FIELDS)[1] == f"digest   {DIGEST}"
+    lines = shown(79, _FIELDS)
+    assert lines[1:3] == ["digest", f"  {DIGEST}"]
+    assert max(map(len, lines)) <= 79
+    assert lines[3].startswith("config   a text of")
+    assert lines[4].startswith("         ")
+    assert lines[-1] == "version  7"
+
+
+def test_wide_characters_take_two_columns() -> None:
+    """Columns stand below each other in every script."""
+    lines = piped('print_table("t", ["a", "b"], [["\u65e5\u672c", "x"], ["abcd", "y"]])')
+    assert lines[3:] == ["\u65e5\u672c  x", "abcd  y"]
+
+
+def test_an_empty_table_has_its_head() -> None:
+    """And nothing else."""
+    assert piped('print_table("Keys", ["id", "name"], [])') == ["Keys", "id  name", "--  ----"]
+
+
+def test_who_waits_sees_for_whom() -> None:
+    """After two seconds, on a terminal; not before, not once the block has ended, and not in a pipe."""
+    code = "import time\nwith waiting_for('http://a:8080'):\n    time.sleep({})\ntime.sleep(1.5)"
+    assert shown(80, code.format(1.0)) == []
+    assert shown(80, code.format(2.5)) == ["waiting for http://a:8080 …"]
+    command = [sys.executable, "-c", _BEGIN + code.format(2.5)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
