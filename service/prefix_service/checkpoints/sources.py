@@ -11,6 +11,7 @@ from typing import BinaryIO, Final
 from safetensors.torch import save
 from torch import Tensor
 
+from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.safetensors_header import (
@@ -24,8 +25,6 @@ from prefix_service.prefix.safetensors_header import (
     tensor_at,
 )
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

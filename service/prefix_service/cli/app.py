@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefix_service.cli.commands import alias, demo, residency, serve, tenant, worker
+from prefix_service.cli.commands import adapters, alias, demo, fetching, publishing, residency, serve, tenant
 from prefix_service.cli.console import complain
 from prefix_service.errors import PrefixServiceError
 
@@ -18,7 +18,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 serve.register(app)
-worker.register(app)
+publishing.register(app)
+fetching.register(app)
+adapters.register(app)
 alias.register(app)
 tenant.register(app)
 residency.register(app)
