@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.attack.attacks import ATTACKS, LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
+from tests.attack.attacks import LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
 from tests.attack.neighbour import Seen
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.conftest import Server, running_server
@@ -152,23 +152,21 @@ def _watch(stage: Stage, seconds: float, *others: subprocess.Popen[str]) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """What the neighbour saw, what each attack was answered, by its name, and the most memory that the service had, in
-    bytes."""
+    """What the neighbour and the attacker saw, and the most memory that the service had, in bytes."""
 
     seen: Seen
-    answers: Mapping[str, Mapping[str, int]]
+    answers: Mapping[str, int]
     memory: int
     is_alive: bool
 
-    def broken(self, stage: Stage) -> list[str]:
+    def broken(self, stage: Stage, attack: Attack) -> list[str]:
         """Returns what must never be, whatever the machine."""
         found = [] if self.is_alive else ["the process died"]
         if self.memory > stage.most_memory:
             found.append(f"{self.memory / _MIB:.0f} MiB of memory, more than {stage.most_memory / _MIB:.0f}")
-        for name, answers in self.answers.items():
-            allowed = ATTACKS[name].allowed
-            if wrong := {status for status in answers if status.isdigit() and int(status) not in allowed}:
-                found.append(f"{name} was answered {', '.join(sorted(wrong))}")
+        wrong = {status for status in self.answers if status.isdigit() and int(status) not in attack.allowed}
+        if wrong:
+            found.append(f"the attacker was answered {', '.join(sorted(wrong))}")
         if self.seen.wrong:
             found.append(f"the neighbour got {self.seen.wrong} wrong bodies")
         if self.seen.statuses:
@@ -176,15 +174,14 @@ class Attacked:
         return found
 
 
-def attacked(stage: Stage, attacks: Sequence[Attack], seconds: float) -> Attacked:
-    """Attack for so many seconds, with all attacks at the same time, while the neighbour watches."""
+def attacked(stage: Stage, attack: Attack, seconds: float) -> Attacked:
+    """Attack for so many seconds, while the neighbour watches."""
     address = urlsplit(stage.server.url)
     target = {"host": address.hostname, "port": address.port, "keys": stage.attacker_keys, "seconds": seconds}
-    attackers = [_started("tests.attack.attacker", {"attack": each.name, "target": target}) for each in attacks]
+    attacker = _started("tests.attack.attacker", {"attack": attack.name, "target": target})
     with _Watcher(stage.server) as watcher:
-        seen, written = _watch(stage, seconds, *attackers)
-    answers = {each.name: json.loads(text) for each, text in zip(attacks, written, strict=True)}
-    return Attacked(seen, answers, watcher.most, stage.server.process.poll() is None)
+        seen, (answers,) = _watch(stage, seconds, attacker)
+    return Attacked(seen, json.loads(answers), watcher.most, stage.server.process.poll() is None)
 
 
 @dataclass(slots=True)
@@ -214,7 +211,7 @@ class Verdict:
     @property
     def answers(self) -> Counter[str]:
         """What the attacker got."""
-        return sum((Counter(each) for one in self.beside for each in one.answers.values()), Counter[str]())
+        return sum((Counter(one.answers) for one in self.beside), Counter[str]())
 
     def latency(self, kind: str, share: float) -> tuple[float, float]:
         """Returns the neighbour's percentile beside the attack and alone, in seconds: medians of the rounds. `kind` is
@@ -242,6 +239,6 @@ def judged(stage: Stage, attack: Attack, seconds: float, rounds: int) -> Verdict
     verdict = Verdict(attack)
     while len(verdict.beside) < rounds and not (verdict.beside and verdict.has_ended_service):
         verdict.alone.append(_watch(stage, seconds)[0])
-        verdict.beside.append(attacked(stage, [attack], seconds))
-        verdict.broken += verdict.beside[-1].broken(stage)
+        verdict.beside.append(attacked(stage, attack, seconds))
+        verdict.broken += verdict.beside[-1].broken(stage, attack)
     return verdict

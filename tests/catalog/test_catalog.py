@@ -9,7 +9,7 @@ import pytest
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import NewVersion, Version
+from prefix_service.catalog.records import AdapterPlace, NewVersion, Version
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
 from prefix_service.prefix.references import parse_reference
@@ -196,7 +196,7 @@ def test_an_adapter_goes_with_its_last_version(catalog: Catalog, listings: Listi
     delete(catalog, "a@1")
     with pytest.raises(NotFound):
         listings.versions("acme", "a", before=None, limit=99)
-    assert listings.adapters("acme", after="", limit=9, base_model=None) == []
+    assert listings.adapters("acme", after=None, limit=9) == []
 
 
 @pytest.mark.parametrize("reference", ["a", "a@1", "b@1"])
@@ -221,10 +221,10 @@ def test_adapters_come_in_pages(catalog: Catalog, listings: Listings, content: C
         publish(catalog, content(name), name)
     publish(catalog, content("new"), "b")
     catalog.put_alias("acme", "b", "prod", 1, BY)
-    first = listings.adapters("acme", after="", limit=2, base_model=None)
+    first = listings.adapters("acme", after=None, limit=2)
     assert [(item.latest.adapter, item.latest.number, item.versions) for item in first] == [("a", 1, 1), ("b", 2, 2)]
     assert first[1].aliases == {"prod": 1}
-    rest = listings.adapters("acme", after="b", limit=2, base_model=None)
+    rest = listings.adapters("acme", after=AdapterPlace(None, "b"), limit=2)
     assert [item.latest.adapter for item in rest] == ["c"]
 
 
@@ -261,7 +261,7 @@ def test_adapters_of_one_base_model(catalog: Catalog, listings: Listings, conten
     publish(catalog, content("x", "llama"), "a")
     publish(catalog, content("y", "gpt2"), "a")
     publish(catalog, content("z", "llama"), "b")
-    found = listings.adapters("acme", after="", limit=9, base_model="llama")
+    found = listings.adapters("acme", after=None, limit=9, base_model="llama")
     assert [item.latest.adapter for item in found] == ["b"]
 
 

@@ -155,7 +155,7 @@ def test_only_the_databases_time_is_compared() -> None:
     "call",
     [
         lambda database, text: Tenants(database).put(text, BY),
-        lambda database, text: Listings(database).adapters("acme", after="", limit=1, base_model=text),
+        lambda database, text: Listings(database).adapters("acme", after=None, limit=1, base_model=text),
         lambda database, text: Catalog(database).add_version("acme", "a", new(base_model=text), BY, make_tenant=True),
         lambda database, text: AuditLog(database).add(BY, "looked.at", None, text),
     ],

@@ -89,7 +89,7 @@ def test_a_deleted_adapter_is_gone_before_its_rows_are(
     catalog.delete("acme", parse_reference("a"), BY)
     assert rows(database)["versions"] == 2
     assert (tenants.get("acme").adapters, tenants.get("acme").bytes) == (0, 0)
-    assert listings.adapters("acme", after="", limit=9, base_model=None) == []
+    assert listings.adapters("acme", after=None, limit=9) == []
     assert listings.index("acme", after=None, limit=9) == []
     assert catalog.add_version("acme", "a", content("x"), BY)[0].number == 3
     assert catalog.aliases_of("acme", "a") == {}

@@ -197,7 +197,7 @@ def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) ->
     found = tenants.listed("", 99)
     assert len(found) > 1
     for tenant in found:
-        there = listings.adapters(tenant.name, after="", limit=99, base_model=None)
+        there = listings.adapters(tenant.name, after=None, limit=99)
         versions = {
             one.latest.adapter: listings.versions(tenant.name, one.latest.adapter, before=None, limit=99)
             for one in there

@@ -1,6 +1,7 @@
 """Every question to the catalog is answered from an index, whatever the number of adapters and tenants."""
 
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from sqlalchemy import event
@@ -11,7 +12,7 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import Quotas, VersionName
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, VersionName
 from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
@@ -68,11 +69,18 @@ def test_no_table_is_read_whole(
     for before in (None, 2):
         listings.versions("acme", "a", before=before, limit=9)
     listings.numbers("acme", "a", 9)
-    for base_model in (None, "gpt2"):
-        listings.adapters("acme", after="", limit=9, base_model=base_model)
+    orders: dict[AdapterOrder, AdapterPlace] = {
+        "name": AdapterPlace(None, "A"),
+        "-created": AdapterPlace(datetime(2099, 1, 1), "A"),  # noqa: DTZ001 - as the catalog has it, in UTC
+        "-bytes": AdapterPlace(10**9, "A"),
+    }
+    for order, place in orders.items():
+        for after in (None, place):
+            found = listings.adapters("acme", after=after, limit=9, order=order, search="a", base_model="gpt2")
+            assert found == listings.adapters("acme", after=after, limit=9, order=order) != []
     for tenant in (None, "acme"):
-        for after in (None, VersionName("acme", "a", 1, "")):
-            listings.index(tenant, after=after, limit=9)
+        for name in (None, VersionName("acme", "a", 1, "")):
+            listings.index(tenant, after=name, limit=9)
     key, text = keyring.create("acme", "read", "", BY)
     keyring.verify(text)
     keyring.listed("acme")

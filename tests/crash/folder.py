@@ -87,7 +87,7 @@ async def _snapshot(service: Service) -> Snapshot:
     found: Snapshot = {"admin": _first_key_works(service)}
     for tenant in library.tenants.listed("", 1000):
         found[tenant.name] = (tenant.adapters, tenant.bytes)
-        for adapter in library.listings.adapters(tenant.name, after="", limit=1000, base_model=None):
+        for adapter in library.listings.adapters(tenant.name, after=None, limit=1000):
             name = adapter.latest.adapter
             latest = await library.resolve(tenant.name, parse_reference(name))
             found[f"{tenant.name}/{name}"] = (latest.number, adapter.aliases)

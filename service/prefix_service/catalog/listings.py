@@ -6,8 +6,8 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.records import Adapter, Version, VersionName
-from prefix_service.catalog.rows import PRESENT, VERSION, aliases_of, find_adapter, version_of
+from prefix_service.catalog.records import Adapter, AdapterOrder, AdapterPlace, Version, VersionName
+from prefix_service.catalog.rows import OWNED, PRESENT, VERSION, aliases_of, find_adapter, version_of
 from prefix_service.catalog.schema import adapters, tenants, versions
 
 _ORDER: Final = (tenants.c.name, adapters.c.name, versions.c.number)
@@ -15,11 +15,13 @@ _ORDER: Final = (tenants.c.name, adapters.c.name, versions.c.number)
 _FROM: Final = tenants.join(adapters, adapters.c.tenant_id == tenants.c.id + 0).join(
     versions, versions.c.adapter_id == adapters.c.id + 0
 )
+_SORTED_BY: Final = {"-created": versions.c.created, "-bytes": adapters.c.bytes}
 _NAME: Final = sa.select(*_ORDER, versions.c.digest).select_from(_FROM).where(PRESENT).order_by(*_ORDER)
 
 
 class Listings:
-    """Blocking; call it from a thread. Every page is one transaction, and takes time for its own rows alone.
+    """Blocking; call it from a thread. Every page is one transaction, and takes time for its own rows alone, unless it
+    is sorted by something else than names, or searched: then it takes time for all adapters of its tenant.
 
     Any method may also raise StorageFailed, when the database refuses.
     """
@@ -27,22 +29,48 @@ class Listings:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def adapters(self, tenant: str, *, after: str, limit: int, base_model: str | None) -> list[Adapter]:
-        """Returns up to `limit` adapters in the order of their names, beginning behind `after`."""
+    def adapters(
+        self,
+        tenant: str,
+        *,
+        after: AdapterPlace | None,
+        limit: int,
+        order: AdapterOrder = "name",
+        search: str | None = None,
+        base_model: str | None = None,
+    ) -> list[Adapter]:
+        """Returns up to `limit` adapters, sorted by `order`, beginning behind `after`; adapters that `order` does not
+        tell apart are sorted by name.
+
+        Args:
+            tenant: whose adapters.
+            after: the place of the last adapter of the page before; None for the first page.
+            limit: the most adapters of this page.
+            order: what they are sorted by.
+            search: a part of the name, in capitals or not; every character means itself.
+            base_model: the base model of the newest version.
+        """
         newest = sa.select(sa.func.max(versions.c.number)).where(versions.c.adapter_id == adapters.c.id)
         query = (
-            VERSION.add_columns(versions.c.adapter_id, adapters.c.versions)
-            .where(tenants.c.name == tenant, adapters.c.name > after)
+            sa.select(versions.c.id)
+            .select_from(OWNED)
+            .where(PRESENT, tenants.c.name == tenant)
             .where(versions.c.number == newest.correlate(adapters).scalar_subquery())
-            .order_by(adapters.c.name)
             .limit(limit)
         )
+        query = _sorted(query, order, after)
+        if search is not None:
+            query = query.where(adapters.c.name.contains(search.lower(), autoescape=True))
         if base_model is not None:
             query = query.where(versions.c.base_model == base_model)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
-            named = aliases_of(connection, [row.adapter_id for row in rows])
-        return [Adapter(version_of(row), row.versions, named[row.adapter_id]) for row in rows]
+            # The database sorts numbers, not rows with their manifests.
+            ids = list(connection.scalars(query))
+            found = VERSION.add_columns(adapters.c.versions, adapters.c.bytes)
+            rows = {row.id: row for row in connection.execute(found.where(versions.c.id.in_(ids)))}
+            named = aliases_of(connection, [row.adapter_id for row in rows.values()])
+        ordered = [rows[version_id] for version_id in ids]
+        return [Adapter(version_of(row), row.versions, row.bytes, named[row.adapter_id]) for row in ordered]
 
     def versions(self, tenant: str, adapter: str, *, before: int | None, limit: int) -> list[Version]:
         """Returns up to `limit` versions of an adapter, the newest first, beginning below the number `before`.
@@ -82,6 +110,18 @@ class Listings:
                 if len(found) == limit:
                     break
         return found
+
+
+def _sorted(query: sa.Select[Any], order: AdapterOrder, after: AdapterPlace | None) -> sa.Select[Any]:
+    """Returns a query of adapters sorted by `order`, those behind the place `after` alone."""
+    name = adapters.c.name
+    if order == "name":
+        return query.order_by(name) if after is None else query.where(name > after.name).order_by(name)
+    column = _SORTED_BY[order]
+    if after is not None:
+        key = sa.literal(after.key, column.type)
+        query = query.where(sa.or_(column < key, sa.and_(column == key, name > after.name)))
+    return query.order_by(column.desc(), name)
 
 
 def _behind(tenant: str | None, adapter: str | None, after: VersionName) -> Iterator[sa.Select[Any]]:

@@ -145,11 +145,32 @@ class VersionName:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter in a listing: its newest version, how many there are, and its aliases."""
+    """An adapter in a listing: its newest version, how many there are, the bytes of all of them that count towards the
+    tenant's quota, and its aliases."""
 
     latest: Version
     versions: int
+    bytes: int
     aliases: dict[str, int]
+
+
+AdapterOrder = Literal["name", "-created", "-bytes"]
+"""How a listing of adapters is sorted: by name; the latest publication first; the most bytes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlace:
+    """Where an adapter stands in a listing. `key` is what the listing is sorted by before the name: None by name, the
+    moment of the newest version with `-created`, the bytes of all versions with `-bytes`."""
+
+    key: datetime | int | None
+    name: str
+
+    @classmethod
+    def of(cls, adapter: Adapter, order: AdapterOrder) -> "AdapterPlace":
+        """Returns the place of an adapter in a listing that is sorted so."""
+        key = {"name": None, "-created": adapter.latest.created, "-bytes": adapter.bytes}[order]
+        return cls(key, adapter.latest.adapter)
 
 
 @dataclass(frozen=True, slots=True)

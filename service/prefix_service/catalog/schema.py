@@ -92,7 +92,7 @@ versions = sa.Table(
     sa.Column("weights_dtype", sa.Text, nullable=False),
     sa.Column("key_values", sa.Text, nullable=False, index=True),
     sa.Column("key_values_bytes", sa.BigInteger, nullable=False),
-    sa.Column("created", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("created", _Made, nullable=False, server_default=sa.func.now()),
     sa.Column("manifest_bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("adapter_id", "number"),
     sa.UniqueConstraint("adapter_id", "digest"),

@@ -10,8 +10,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
+from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.checkpoints.pickles import read_pickle
-from prefix_service.checkpoints.sources import CONFIG_NAME, PICKLES, WEIGHTS_NAME, TensorFiles, readable, weight_files
+from prefix_service.checkpoints.sources import PICKLES, TensorFiles, readable, weight_files
 from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
 from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
 from prefix_service.prefix.config import PrefixConfig, parse_config

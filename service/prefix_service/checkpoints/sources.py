@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
@@ -25,8 +26,6 @@ from prefix_service.prefix.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

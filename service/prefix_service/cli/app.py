@@ -8,7 +8,19 @@ from typing import Annotated, Final
 
 import typer
 
-from prefix_service.cli.commands import alias, bench, demo, doctor, key, residency, serve, tenant, worker
+from prefix_service.cli.commands import (
+    adapters,
+    alias,
+    bench,
+    demo,
+    doctor,
+    fetching,
+    key,
+    publishing,
+    residency,
+    serve,
+    tenant,
+)
 from prefix_service.cli.console import complain, print_error
 from prefix_service.cli.options import with_way
 from prefix_service.errors import PrefixServiceError
@@ -24,7 +36,9 @@ app = typer.Typer(
 _WRONG_USAGE: Final = 2
 
 serve.register(app)
-worker.register(app)
+publishing.register(app)
+fetching.register(app)
+adapters.register(app)
 alias.register(app)
 tenant.register(app)
 key.register(app)

@@ -14,6 +14,7 @@ import typer
 from rich.prompt import Confirm
 from rich.text import Text
 
+from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import errors_console, waiting_for
 from prefix_service.errors import InvalidRequest
 from prefix_service.system.printable import printable
@@ -34,7 +35,15 @@ CaFile = Annotated[Path | None, typer.Option("--ca-file", help="Certificate auth
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Ref = Annotated[
-    str, typer.Argument(metavar="TENANT/ADAPTER[@…]", help="An adapter; @7, @alias or @sha256:… names a version.")
+    str,
+    typer.Argument(
+        metavar="TENANT/ADAPTER[@…]",
+        help="An adapter; @7, @alias or @sha256:… names a version.",
+        autocompletion=complete_adapter,
+    ),
+]
+AdapterName = Annotated[
+    str, typer.Argument(metavar="TENANT/ADAPTER", help="The adapter.", autocompletion=complete_adapter)
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from tests.api.helpers import problem, upload, weights
 from tests.conftest import Server, running_server
 
 TENANT = "listings"
+ADAPTERS = f"/v1/tenants/{TENANT}-sorted/adapters"
 VERSIONS = f"/v1/tenants/{TENANT}/adapters/a/versions"
 KEYS = f"/v1/tenants/{TENANT}/keys"
 
@@ -32,13 +34,16 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             client.put(f"/v1/tenants/{TENANT}/adapters/a/aliases/{alias}", json={"version": number})
         for name in "abcde":
             client.post(KEYS, json={"scope": "read", "name": name})
+        for name in ("small", "s_all", "other", "smaller"):
+            for seed in range(3 if name == "other" else 1):
+                assert upload(client, f"{TENANT}-sorted", name, file=weights(seed)).status_code == 201
         yield server
 
 
-def followed(client: httpx.Client, path: str, limit: int, name: str = "items") -> list[dict[str, Any]]:
+def followed(client: httpx.Client, path: str, limit: int, name: str = "items", **query: str) -> list[dict[str, Any]]:
     """Every item, page by page along the Link header, which agrees with `next`."""
     found: list[dict[str, Any]] = []
-    url: str | None = f"{path}?limit={limit}"
+    url: str | None = f"{path}?{urlencode({'limit': limit, **query})}"
     while url is not None:
         answer = client.get(url)
         assert answer.status_code == 200, answer.text
@@ -93,6 +98,69 @@ def test_residency_comes_in_pages(own: Server, limit: int) -> None:
     for tier in ("device", "host"):
         assert len([share for share in page["tenants"] if share["tier"] == tier]) <= limit
     assert [tier["name"] for tier in page["tiers"]] == ["device", "host"]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_adapters_are_sorted(own: Server, limit: int) -> None:
+    """By name; by the latest publication; by the bytes of all versions. Page by page, each once."""
+    client = own.client()
+    names = ["other", "s_all", "small", "smaller"]
+    assert [item["adapter"] for item in followed(client, ADAPTERS, limit, sort="name")] == names
+    by_bytes = followed(client, ADAPTERS, limit, sort="-bytes")
+    assert [item["adapter"] for item in by_bytes] == names
+    assert by_bytes[0]["bytes"] == 3 * by_bytes[1]["bytes"] > 3 * sum(by_bytes[1]["latest"]["size"].values())
+    newest = followed(client, ADAPTERS, limit, sort="-created")
+    moments = [item["latest"]["created"] for item in newest]
+    assert moments == sorted(moments, reverse=True)
+    assert sorted(item["adapter"] for item in newest) == names
+
+
+def test_adapters_are_searched(own: Server) -> None:
+    """A part of the name, in which no character is a wildcard; with every order, and page by page."""
+    client = own.client()
+    for search, found in (
+        ("mall", ["small", "smaller"]),
+        ("SMALL", ["small", "smaller"]),
+        ("_", ["s_all"]),
+        ("%", []),
+        ("", ["other", "s_all", "small", "smaller"]),
+    ):
+        for sort in ("name", "-bytes", "-created"):
+            listed = followed(client, ADAPTERS, 1, search=search, sort=sort)
+            assert sorted(item["adapter"] for item in listed) == found, (search, sort)
+    problem(client.get(ADAPTERS, params={"search": "x" * 65}), 422, "invalid-request")
+    nothing = client.get(ADAPTERS, params={"search": "mall", "base_model": "none"}).json()
+    assert nothing == {"items": [], "next": None}
+
+
+@pytest.mark.parametrize("sort", ["", "bytes", "-name", "-used", "created; DROP TABLE versions"])
+def test_orders_that_there_are_not(own: Server, sort: str) -> None:
+    """422."""
+    problem(own.client().get(ADAPTERS, params={"sort": sort}), 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    ("sort", "place"),
+    [
+        ("name", "7 small"),
+        ("name", " small"),
+        ("name", "2026-11-26T12:00:00 small"),
+        ("-bytes", "small"),
+        ("-bytes", "2026-11-26T12:00:00 small"),
+        ("-bytes", "1234567890123456789 small"),
+        ("-bytes", "-7 small"),
+        ("-bytes", "7 Small"),
+        ("-created", "small"),
+        ("-created", "7 small"),
+        ("-created", "2026-11-26 12:00:00 small"),
+        ("-created", "2026-11-26T12:00:00+00:00 small"),
+        ("-created", "2026-11-26T12:00:00 "),
+    ],
+)
+def test_cursors_of_another_order(own: Server, sort: str, place: str) -> None:
+    """422: a cursor belongs to the order of its listing."""
+    answer = own.client().get(ADAPTERS, params={"sort": sort, "cursor": encode_cursor(place)})
+    problem(answer, 422, "invalid-request")
 
 
 @pytest.mark.parametrize("place", ["", "x", "a b c", "9" * 19, "1 a b 1 sha256:x", "2026-01-01 x", "../a"])

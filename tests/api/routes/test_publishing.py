@@ -23,6 +23,7 @@ from tests.api.helpers import (
 from tests.conftest import CORPUS, Server
 
 TENANT = "publishing"
+_CREATED = "Prefix-Tenant-Created"
 Parts = list[tuple[str, bytes]]
 CONFIG_PART = ("adapter_config.json", json.dumps(CONFIG).encode())
 WEIGHTS_PART = ("adapter_model.safetensors", weights())
@@ -55,6 +56,21 @@ def test_the_same_content_is_the_same_version(client: httpx.Client) -> None:
     assert again.json() == first.json()
     assert again.headers["location"] == first.headers["location"]
     assert client.get(f"/v1/tenants/{TENANT}/adapters/same").json()["version"] == 2
+
+
+def test_a_tenant_that_comes_into_being_is_told(client: httpx.Client, server: Server) -> None:
+    """By a header of the answer to the publication that it came into being with, however it was published; by no
+    other, and by none that failed."""
+    for number, body in enumerate(({"config": CONFIG}, {"compose": [f"{TENANT}/told", f"{TENANT}/told"]})):
+        upload(client, TENANT, "told")
+        assert client.post(versions_path(f"{TENANT}-json-{number}", "a"), json=body).headers[_CREATED] == "true"
+    broken = upload(client, f"{TENANT}-new", "a", file=b"")
+    made = upload(client, f"{TENANT}-new", "a")
+    writer = upload(server.client(server.key("write", f"{TENANT}-new")), f"{TENANT}-new", "b")
+    later = [upload(client, f"{TENANT}-new", "a"), upload(client, f"{TENANT}-new", "b", file=weights(1)), writer]
+    assert [answer.status_code for answer in (broken, made, *later)] == [422, 201, 200, 201, 201]
+    assert made.headers[_CREATED] == "true"
+    assert all(_CREATED not in answer.headers for answer in (broken, *later))
 
 
 def test_the_same_weights_with_another_config_are_another_version(client: httpx.Client) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prefix_service.client import PrefixClient
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, run_command
 from tests.client.conftest import GPT2, LLAMA
 from tests.client.test_client import published
 from tests.conftest import Server
@@ -51,6 +51,35 @@ def test_conditions_keep_what_somebody_else_changed(run: Run) -> None:
         assert refused.returncode == 1
         assert "error (precondition-failed): alias 'cas' points at 1" in refused.stderr
     assert run("alias", "set", "clialias/a", "cas", "2", "--if-match", "1").returncode == 0
+
+
+def test_an_alias_is_rolled_back(run: Run) -> None:
+    """To the version that it named before, and back again; both numbers are told."""
+    for number in ("1", "2"):
+        run("alias", "set", "clialias/a", "live", number)
+    assert run("alias", "rollback", "clialias/a@live").stdout == "clialias/a@live: version 1, back from 2\n"
+    assert listed(run)["live"] == 1
+    told = json.loads(run("alias", "rollback", "clialias/a@live", "--json").stdout)
+    assert told == {"alias": "live", "version": 2, "before": 1}
+
+
+def test_a_rollback_needs_an_alias_with_a_past(run: Run, server: Server) -> None:
+    """What is no alias, one that was only made, and a key that does not read the audit: each says what to do."""
+    run("alias", "set", "clialias/a", "fresh", "1")
+    for name, words in (
+        ("clialias/a", "names no alias: write it as clialias/a@prod"),
+        ("clialias/a@1", "names no alias"),
+        ("clialias/a@latest", "would be taken for a version"),
+        ("clialias/a@nothing", "has no alias 'nothing'"),
+        ("clialias/a@fresh", "since it was made, and nothing before"),
+    ):
+        failed = run("alias", "rollback", name)
+        assert failed.returncode == 1
+        assert words in failed.stderr
+    writer = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.key("write", "clialias")}
+    refused = run_command("alias", "rollback", "clialias/a@fresh", environment=writer)
+    assert "error (forbidden): this needs a key of scope admin" in refused.stderr
+    assert "`alias set clialias/a fresh VERSION`" in refused.stderr
 
 
 def test_what_is_missing_or_wrong_is_told(run: Run) -> None:

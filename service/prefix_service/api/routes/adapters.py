@@ -1,10 +1,13 @@
 """Publishing, listing, inspecting and deleting adapters."""
 
+import contextlib
 from collections.abc import Coroutine, Mapping
+from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic.json_schema import SkipJsonSchema
 
 from prefix_service.api.dependencies.authority import Actor, Founder
 from prefix_service.api.dependencies.bodies import (
@@ -16,12 +19,20 @@ from prefix_service.api.dependencies.bodies import (
     read_upload,
 )
 from prefix_service.api.dependencies.json_bodies import computed, declared_bytes, payer, read_json, reserved, validated
-from prefix_service.api.dependencies.pagination import NUMBER, Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import (
+    NUMBER,
+    Cursor,
+    Limit,
+    Listing,
+    answer_page,
+    decode_cursor,
+    is_name,
+)
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.http.presence import while_connected
 from prefix_service.api.middleware.auth import Reading, Writing
-from prefix_service.api.routes.documentation import refusals
+from prefix_service.api.routes.documentation import refusals, response_headers
 from prefix_service.api.routes.schemas import (
     AdapterItem,
     AdapterPage,
@@ -33,7 +44,7 @@ from prefix_service.api.routes.schemas import (
 )
 from prefix_service.api.state import LibraryOf
 from prefix_service.catalog.reads import read_catalog
-from prefix_service.catalog.records import Adapter, Principal, Version
+from prefix_service.catalog.records import Adapter, AdapterOrder, AdapterPlace, Principal, Version
 from prefix_service.errors import InvalidRequest, NotFound
 from prefix_service.library.library import Library
 from prefix_service.library.publishing import Target, Upload
@@ -44,7 +55,22 @@ from prefix_service.prefix.references import check_name, parse_qualified, parse_
 
 router = APIRouter(tags=["adapters"])
 
+Search = Annotated[
+    str | SkipJsonSchema[None],
+    Query(max_length=64, description="a part of the adapter's name; every character means itself"),
+]
+Sort = Annotated[
+    AdapterOrder,
+    Query(
+        description="`name`; `-created`: the latest publication first; `-bytes`: the most bytes of all versions first"
+    ),
+]
+
 _FILE: Final = {"type": "string", "format": "binary"}
+_HEADERS: Final = response_headers(
+    Location="where the version is",
+    Prefix_Tenant_Created="`true` if the tenant came into being: there was none of this name when the request began",
+)
 _JSON_FILE: Final = "application/json, application/octet-stream"
 _UPLOAD: Final[dict[str, Any]] = {
     "requestBody": {
@@ -76,7 +102,8 @@ _UPLOAD: Final[dict[str, Any]] = {
     response_model=VersionDetail,
     openapi_extra=_UPLOAD,
     responses={
-        200: {"description": "The same content is a version already", "model": VersionDetail},
+        200: {"description": "The same content is a version already", "model": VersionDetail, "headers": _HEADERS},
+        201: {"description": "A new version", "headers": _HEADERS},
         **refusals(
             {
                 404: "There is no such tenant, or no such version to compose of",
@@ -104,8 +131,10 @@ async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder
         version, is_new = await _wanted(request, publishing)
     else:
         version, is_new = await _publish_upload(request, library, target)
-    location = {"Location": f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"}
-    return await _answer(request, library, version, 201 if is_new else 200, location)
+    headers = {"Location": f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"}
+    if by.acts_on is None:
+        headers["Prefix-Tenant-Created"] = "true"
+    return await _answer(request, library, version, 201 if is_new else 200, headers)
 
 
 def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion:
@@ -170,17 +199,45 @@ async def list_adapters(
     library: LibraryOf,
     limit: Limit = 100,
     cursor: Cursor = None,
+    search: Search = None,
     base_model: Annotated[str | None, Query(max_length=1000)] = None,
+    sort: Sort = "name",
 ) -> Response:
-    """The adapters of a tenant, in the order of their names."""
-    after = decode_cursor(cursor)
+    """The adapters of a tenant, sorted by name, by the moment of the latest publication, or by bytes."""
+    place = decode_cursor(cursor, lambda text: _place(text, sort))
     await read_catalog(library.tenants.require, tenant)
 
-    def load(after: str, limit: int) -> list[Adapter]:
-        return library.listings.adapters(tenant, after=after, limit=limit, base_model=base_model)
+    def load(place: str, limit: int) -> list[Adapter]:
+        after = _place(place, sort) if place else None
+        return library.listings.adapters(
+            tenant, after=after, limit=limit, order=sort, search=search, base_model=base_model
+        )
 
-    listing = Listing(load, lambda row: row.latest.adapter, AdapterItem.of)
-    return await answer_page(request, tenant, listing, after, limit)
+    listing = Listing(load, lambda row: _text(AdapterPlace.of(row, sort)), AdapterItem.of)
+    return await answer_page(request, tenant, listing, place, limit)
+
+
+def _text(place: AdapterPlace) -> str:
+    """Returns a place as a cursor holds it: the name, behind the key that the listing is sorted by."""
+    if place.key is None:
+        return place.name
+    key = place.key.isoformat() if isinstance(place.key, datetime) else place.key
+    return f"{key} {place.name}"
+
+
+def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
+    """Returns the place that a cursor of a listing sorted by `sort` holds; None if it holds no such place."""
+    key, _, name = ("", "", text) if sort == "name" else text.rpartition(" ")
+    if not is_name(name):
+        return None
+    if sort == "name":
+        return AdapterPlace(None, name)
+    if sort == "-bytes":
+        return AdapterPlace(int(key), name) if NUMBER(key) else None
+    with contextlib.suppress(ValueError):
+        moment = datetime.fromisoformat(key)
+        return AdapterPlace(moment, name) if moment.isoformat() == key and moment.tzinfo is None else None
+    return None
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)

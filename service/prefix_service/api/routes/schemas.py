@@ -119,11 +119,12 @@ def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
 
 
 class AdapterItem(BaseModel):
-    """An adapter in a listing: its newest version, and all its aliases."""
+    """An adapter in a listing: its newest version, the bytes of all versions, and all its aliases."""
 
     tenant: str
     adapter: str
     versions: int
+    bytes: int = Field(description="of all versions, as they count towards the tenant's quota")
     aliases: dict[str, int]
     latest: VersionSummary
 
@@ -135,6 +136,7 @@ class AdapterItem(BaseModel):
             tenant=latest.tenant,
             adapter=latest.adapter,
             versions=adapter.versions,
+            bytes=adapter.bytes,
             aliases=adapter.aliases,
             latest=latest,
         )

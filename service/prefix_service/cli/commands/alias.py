@@ -4,12 +4,14 @@ from typing import Annotated
 
 import typer
 
+from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import print_json, print_table, report, say, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, AdapterName, ApiKey, Json, Url, connect
+from prefix_service.errors import Forbidden, InvalidRequest
+from prefix_service.prefix.references import check_alias, parse_qualified
 
 alias_app = typer.Typer(help="Point names at versions: workers that read TENANT/ADAPTER@ALIAS follow.")
 
-Adapter = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="The adapter.")]
 Alias = Annotated[str, typer.Argument(help="The alias, as in prod.")]
 
 
@@ -20,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 @alias_app.command("set")
 def set_alias(
-    adapter: Adapter,
+    adapter: AdapterName,
     alias: Alias,
     version: Annotated[int, typer.Argument(min=1, help="The version's number.")],
     preload: Annotated[bool, typer.Option("--preload", help="Load the version into memory first.")] = False,
@@ -42,8 +44,39 @@ def set_alias(
     say(f"{'made ' if is_new else ''}{adapter}@{alias}: version {version}")
 
 
+@alias_app.command("rollback")
+def roll_back(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="TENANT/ADAPTER@ALIAS", help="The alias.", autocompletion=complete_adapter),
+    ],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Point an alias back at the version that it named before; once more undoes it. Needs a key of scope admin."""
+    from prefix_service.client import management
+
+    tenant, reference = parse_qualified(name)
+    if not reference.explicit or reference.immutable:
+        raise InvalidRequest(f"{name} names no alias: write it as {tenant}/{reference.adapter}@prod")
+    alias, adapter = check_alias(reference.selector), f"{tenant}/{reference.adapter}"
+    with connect(url, api_key) as client, working(f"moving {name}"):
+        try:
+            version, before = client.run(management.rollback(adapter, alias))
+        except Forbidden as error:
+            raise Forbidden(
+                f"{error}: which version {name} named before is in the audit log. Without it, name the version with "
+                f"`alias set {adapter} {alias} VERSION`"
+            ) from error
+    if as_json:
+        print_json({"alias": alias, "version": version, "before": before})
+        return
+    say(f"{name}: version {version}, back from {before}")
+
+
 @alias_app.command("list")
-def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
+def list_aliases(adapter: AdapterName, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """List the aliases of an adapter, and the version that each points at."""
     from prefix_service.client import management
 
@@ -57,7 +90,7 @@ def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = Non
 
 @alias_app.command("rm")
 def remove_alias(
-    adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
+    adapter: AdapterName, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
     """Forget an alias; its version stays."""
     from prefix_service.client import management

@@ -168,8 +168,11 @@ def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, 
 
 
 def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any], bool]:
-    """The version in the answer to a publication, and whether it is new."""
+    """The version in the answer to a publication, with `tenant_created` if its tenant came into being, and whether it
+    is new."""
     found = require_version(answer.json_object(), tenant, Reference(name), answer.headers.get("location"))
+    if answer.headers.get("prefix-tenant-created") == "true":
+        found = {**found, "tenant_created": True}
     return found, answer.status == 201
 
 

@@ -1,0 +1,262 @@
+"""`list`, `versions`, `inspect`, `diff` and `rm`: what is published."""
+
+import contextlib
+import heapq
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefix_service.cli.completion import complete_adapter
+from prefix_service.cli.console import (
+    human_bytes,
+    human_time,
+    print_fields,
+    print_json,
+    print_table,
+    report,
+    say,
+    working,
+)
+from prefix_service.cli.options import DEFAULT_URL, AdapterName, ApiKey, Json, Ref, Url, Yes, confirm, connect
+from prefix_service.errors import InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from prefix_service.client import PrefixClient
+    from prefix_service.client.prefixes.difference import LayerDifference
+
+Item = Mapping[str, Any]
+
+
+class Sort(StrEnum):
+    """What a listing of adapters is sorted by."""
+
+    NAME = "name"
+    CREATED = "-created"
+    BYTES = "-bytes"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command(name="list")(list_adapters)
+    app.command()(versions)
+    app.command()(inspect)
+    app.command()(diff)
+    app.command(name="rm")(remove)
+
+
+def list_adapters(
+    tenant: Annotated[str | None, typer.Argument(help="The tenant.")] = None,
+    every_tenant: Annotated[bool, typer.Option("--all", help="The adapters of all tenants.")] = False,
+    search: Annotated[str | None, typer.Option(help="Only adapters whose names hold this.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
+    sort: Annotated[
+        Sort, typer.Option(help="By name, the latest publication first, or the most bytes first.")
+    ] = Sort.NAME,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many, the first.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """List the adapters of a tenant, or with --all those of all tenants; the size is that of all versions."""
+    if (tenant is None) != every_tenant:
+        raise InvalidRequest("list the adapters of one tenant with `list TENANT`, or those of all with `list --all`")
+    asked = {"search": search, "base_model": base_model, "sort": sort.value}
+    with connect(url, api_key) as client, working("listing adapters"):
+        if tenant is None:
+            items = _of_all_tenants(client, asked, sort, limit)
+        else:
+            items = _adapters(client, tenant, asked, limit)
+    if as_json:
+        print_json({"items": items})
+        return
+    columns = ["adapter", "latest", "tokens", "dtype", "size", "created (UTC)", "aliases", "base model"]
+    title = "Adapters of all tenants" if tenant is None else f"Adapters of {tenant}"
+    print_table(title, columns, [_listed(item, with_tenant=every_tenant) for item in items])
+
+
+def _adapters(client: "PrefixClient", tenant: str, asked: Mapping[str, str | None], limit: int | None) -> list[Item]:
+    from prefix_service.client import management
+
+    return list(client.run(management.adapters(tenant, **asked, limit=limit)))
+
+
+def _of_all_tenants(
+    client: "PrefixClient", asked: Mapping[str, str | None], sort: Sort, limit: int | None
+) -> list[Item]:
+    """Returns the adapters of all tenants as one listing; those that `sort` does not tell apart by their names."""
+    from prefix_service.client import management
+
+    def place(item: Item) -> tuple[Any, ...]:
+        name = item["tenant"], item["adapter"]
+        if sort is Sort.CREATED:
+            return -datetime.fromisoformat(item["latest"]["created"]).timestamp(), *name
+        return (-item["bytes"], *name) if sort is Sort.BYTES else name
+
+    listings = []
+    for tenant in client.run(management.tenants()):
+        with contextlib.suppress(NotFound):  # it was deleted meanwhile
+            listings.append(_adapters(client, tenant["tenant"], asked, limit))
+    return list(heapq.merge(*listings, key=place))[:limit]
+
+
+def _listed(item: Item, *, with_tenant: bool) -> list[object]:
+    latest = item["latest"]
+    return [
+        f"{item['tenant']}/{item['adapter']}" if with_tenant else item["adapter"],
+        latest["version"],
+        latest["num_virtual_tokens"],
+        latest["dtype"],
+        human_bytes(item["bytes"]),
+        human_time(latest["created"]),
+        ", ".join(f"{name}={number}" for name, number in item["aliases"].items()),
+        latest["base_model_name_or_path"],
+    ]
+
+
+def versions(
+    adapter: AdapterName,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """List the versions of an adapter, newest first."""
+    from prefix_service.client import management
+
+    with connect(url, api_key) as client:
+        items = client.run(management.versions(adapter))
+    if as_json:
+        print_json({"items": items})
+        return
+    columns = ["version", "created (UTC)", "tokens", "dtype", "size", "aliases", "digest"]
+    print_table(f"Versions of {adapter}", columns, [_version(item) for item in items])
+
+
+def _version(item: Mapping[str, Any]) -> list[object]:
+    size, aliases = human_bytes(item["size"]["key_values"]), ", ".join(item["aliases"])
+    created = human_time(item["created"])
+    return [item["version"], created, item["num_virtual_tokens"], item["dtype"], size, aliases, item["digest"]]
+
+
+def inspect(
+    reference: Ref,
+    float8: Annotated[bool, typer.Option("--float8", help="Fetch it as float8 too: its error and its bytes.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the service knows of a version, and what float8 on the wire would cost it."""
+    with connect(url, api_key) as client:
+        found = dict(client.inspect(reference))
+        if float8:
+            found["float8"] = asdict(client.float8_error(reference))
+    if as_json:
+        print_json(found)
+        return
+    shown = {name: value for name, value in found.items() if name not in ("config", "size", "residency")}
+    shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
+    shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
+    shown["aliases"] = ", ".join(found["aliases"])
+    if float8:
+        shown |= _float8(shown.pop("float8"))
+    print_fields(reference, shown)
+
+
+def _float8(error: Mapping[str, Any]) -> dict[str, str]:
+    saved = f"{human_bytes(error['nbytes'])} instead of {human_bytes(error['bfloat16_nbytes'])} as bfloat16"
+    return {"float8: size": saved} | {
+        f"float8: error of {part}": "max {max_absolute:.3g}, mean {mean_absolute:.3g}; relative "
+        "max {max_relative:.1%}, mean {mean_relative:.1%}".format(**error[part])
+        for part in ("keys", "values")
+    }
+
+
+def diff(
+    first: Ref,
+    second: Ref,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show how two versions differ: config, sizes, and how far keys and values are apart, layer by layer."""
+    from prefix_service.client.prefixes.difference import differences
+
+    with connect(url, api_key) as client, working(f"comparing {first} and {second}"):
+        about = [client.inspect(reference) for reference in (first, second)]
+        # By digest: an alias may move meanwhile.
+        one, other = (client.get(f"{it['tenant']}/{it['adapter']}@{it['digest']}") for it in about)
+    names = [f"{it['tenant']}/{it['adapter']}@{it['version']}" for it in about]
+    layers: list[LayerDifference] | None = None
+    reason: str | None = None
+    try:
+        layers = differences(one, other)
+    except InvalidRequest as error:
+        reason = str(error)
+    changed = _changed(*(_comparable(it) for it in about))
+    if as_json:
+        apart = None if layers is None else [asdict(layer) for layer in layers]
+        shown = [{"version": name, "digest": it["digest"]} for name, it in zip(names, about, strict=True)]
+        print_json({"first": shown[0], "second": shown[1], "changed": changed, "layers": apart, "reason": reason})
+        return
+    if about[0]["digest"] == about[1]["digest"]:
+        say(f"{names[0]} and {names[1]} have the same content: {about[0]['digest']}")
+        return
+    rows: list[list[object]] = [[name, *map(_written, pair)] for name, pair in changed.items()]
+    print_table(f"{names[0]} and {names[1]}", ["what differs", *names], rows)
+    if layers is None:
+        say(str(reason))
+    else:
+        _show_layers(layers)
+
+
+def _comparable(version: Item) -> dict[str, Any]:
+    """Returns what may differ between two versions: when and of what they were made, sizes, and the config's fields."""
+    sizes = {f"bytes of {name}": count for name, count in version["size"].items()}
+    config = {f"config: {name}": value for name, value in sorted(version["config"].items())}
+    return {name: version[name] for name in ("created", "digest", "weights", "dtype")} | sizes | config
+
+
+def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Returns both values of what differs; None where there is none."""
+    names = dict.fromkeys([*first, *second])
+    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
+
+
+def _written(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _show_layers(layers: "list[LayerDifference]") -> None:
+    columns = ["layer", "keys: distance", "keys: cosine", "values: distance", "values: cosine"]
+    rows: list[list[object]] = [
+        [it.layer, *(text for part in (it.keys, it.values) for text in (f"{part.relative:.4g}", f"{part.cosine:.6f}"))]
+        for it in layers
+    ]
+    print_table("Distance: |a - b| / max(|a|, |b|), from 0 for equal to 2 for opposite", columns, rows)
+
+
+def remove(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="TENANT/ADAPTER[@…]",
+            help="An adapter; @7 or @sha256:… is one version of it.",
+            autocompletion=complete_adapter,
+        ),
+    ],
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Delete an adapter with all its versions, or one version that no alias points at."""
+    from prefix_service.client import management
+
+    confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
+    with connect(url, api_key) as client:
+        client.run(management.delete(reference))
+    report(f"deleted {reference}", {"deleted": reference}, as_json=as_json)

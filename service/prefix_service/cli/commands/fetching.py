@@ -1,0 +1,158 @@
+"""`fetch` and `pull`: what is published comes here again, as tensors or as the folder that it was."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
+
+import typer
+from rich.progress import Progress
+
+from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.cli.console import errors_console, human_bytes, print_json, print_table, say
+from prefix_service.cli.files import check_output, written
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
+from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
+from prefix_service.prefix.form import KVDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefix_service.client import PrefixClient
+
+_PIECE: Final = 32 << 20  # bytes of weights that are in memory together
+
+
+_OS_ERROR: Final = re.compile(r"\(os error ([0-9]+)\)")
+"""How safetensors tells what the operating system said."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    app.command()(fetch)
+    app.command()(pull)
+
+
+def fetch(
+    reference: Ref,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: only show.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a prefix as a worker would, and show or save its tensors and metadata (safetensors)."""
+    if output is not None:
+        check_output(output)
+    import torch  # noqa: F401 - takes longer than the fetch that is timed
+
+    with connect(url, api_key) as client:
+        began = time.perf_counter()
+        prefix = client.get(reference, batch_size=batch_size, dtype=_checked_dtype(dtype))
+        seconds = time.perf_counter() - began
+    tensors = {"attention_mask": prefix.attention_mask}
+    for layer, (key, value) in enumerate(prefix.past_key_values):
+        tensors |= {f"past_key_values.{layer}.key": key, f"past_key_values.{layer}.value": value}
+    if output is not None:
+        _save(tensors, {**prefix.metadata, "batch_size": batch_size, "layout": "layers", "expand": True}, output)
+    if as_json:
+        print_json({**prefix.metadata, "batch_size": batch_size, "seconds": seconds, "bytes": prefix.kv.nbytes})
+        return
+    rows: list[list[object]] = [
+        [name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
+        for name, tensor in list(tensors.items())[:5]
+    ]
+    if len(tensors) > len(rows):
+        rows.append([f"… {len(tensors) - len(rows)} more", "", ""])
+    title = f"{reference} = version {prefix.version}, {human_bytes(prefix.kv.nbytes)} in {seconds * 1000:.1f} ms"
+    print_table(title, ["tensor", "shape", "dtype"], rows)
+    if output is not None:
+        say(f"saved to {output}")
+
+
+def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: Path) -> None:
+    """Write a prefix as the service sends it: tensors, and the metadata as JSON under `prefix`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    told = {**metadata, "dtype": str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")}
+    with written(output) as aside:
+        try:
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, aside, {"prefix": json.dumps(told)})
+        except SafetensorError as error:
+            if (number := _OS_ERROR.search(str(error))) is not None:
+                raise OSError(int(number[1]), str(error)) from error
+            raise StorageFailed(f"cannot write {output}: {error}") from error
+
+
+def pull(
+    reference: Ref,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go; made if it is missing.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Write the PEFT folder of a version again: its weights byte for byte, its config as PEFT writes it."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (folder / name).exists():
+            raise Conflict(f"{folder / name} exists: choose an empty folder")
+    with connect(url, api_key) as client:
+        version = client.inspect(reference)
+        try:
+            _write(client, version, folder)
+        except OSError as error:
+            raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
+    if as_json:
+        print_json({**version, "folder": str(folder)})
+        return
+    say(f"pulled {version['tenant']}/{version['adapter']}@{version['version']} to {folder}")
+    say(f"digest {version['digest']}")
+
+
+def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
+    """Write the config and the weights of a version; after a failure neither is there.
+
+    Raises:
+        InvalidResponse: what came is not the weights file of this version.
+        OSError: the disk refused.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{WEIGHTS_NAME}.partial"
+    try:
+        _download(client, version, partial)
+        # As PEFT's save_pretrained does.
+        config = json.dumps(version["config"], indent=2, sort_keys=True)
+        (folder / CONFIG_NAME).write_text(config)
+        partial.rename(folder / WEIGHTS_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) -> None:
+    from prefix_service.client import management
+
+    # By digest: an alias may move meanwhile.
+    reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
+    size, digest = version["size"]["weights"], hashlib.sha256()
+    bar = Progress(console=errors_console, transient=True, disable=not errors_console.is_terminal)
+    with file.open("wb") as opened, bar as progress:
+        task = progress.add_task("downloading", total=size)
+        for first in range(0, size, _PIECE):
+            piece = client.run(management.parameters(reference, first, min(first + _PIECE, size)))
+            digest.update(piece)
+            opened.write(piece)
+            progress.advance(task, len(piece))
+    if f"sha256:{digest.hexdigest()}" != version["weights"]:
+        raise InvalidResponse(f"the weights that came for {reference} are not {version['weights']}")
+
+
+def _checked_dtype(name: str | None) -> Any:
+    known = get_args(KVDtype)
+    if name is not None and name not in known:
+        raise InvalidRequest(f"dtype must be one of {', '.join(known)}, got {name!r}")
+    return name

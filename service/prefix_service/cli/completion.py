@@ -1,0 +1,42 @@
+"""Completion of names in a shell: it asks the service, for a second or two, and is silent where that fails."""
+
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from prefix_service.errors import PrefixServiceError
+
+if TYPE_CHECKING:
+    from prefix_service.client import PrefixClient
+
+_SECONDS: Final = 1.0
+_OFFERED: Final = 100  # names; nobody reads more
+_SEARCHED: Final = 1000  # names that hold the word: the service cannot be asked for those that begin with it
+
+
+def complete_adapter(context: typer.Context, incomplete: str) -> list[str]:
+    """Returns the adapters, as `tenant/adapter`, and where several tenants are meant, the tenants that a word may
+    become. Only a key of the platform's admin lists tenants: others write theirs."""
+    from prefix_service.client import PrefixClient
+
+    given = context.params
+    try:
+        with PrefixClient(given["url"], given.get("api_key"), timeout=_SECONDS) as client:
+            return _completed(client, incomplete)
+    except PrefixServiceError:
+        return []
+
+
+def _completed(client: "PrefixClient", incomplete: str) -> list[str]:
+    from prefix_service.client import management
+
+    tenant, slash, part = incomplete.partition("/")
+    if not slash:
+        names = [str(item.get("tenant")) for item in client.run(management.tenants())]
+        tenants = [name for name in names if name.startswith(tenant)]
+        if len(tenants) != 1:
+            return [f"{name}/" for name in tenants[:_OFFERED]]
+        (tenant,) = tenants
+    found = client.run(management.adapters(tenant, search=part, limit=_SEARCHED))
+    names = [str(item.get("adapter")) for item in found]
+    return [f"{tenant}/{name}" for name in names if name.startswith(part)][:_OFFERED]

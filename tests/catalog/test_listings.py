@@ -1,0 +1,81 @@
+"""Listings of adapters: sorted, searched, and page by page."""
+
+from datetime import datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace
+from prefix_service.catalog.schema import versions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, Content
+
+_NOON = datetime(2026, 11, 26, 12)  # noqa: DTZ001 - as the catalog has it, in UTC
+
+
+@pytest.fixture(autouse=True)
+def adapters(catalog: Catalog, tenants: Tenants, database: Database, content: Content) -> None:
+    """Six adapters of a tenant and one of another. The newest versions of `new-a` and `new-b` are of the same second,
+    all other versions of the one before; `mid` has three versions and `new-b` two."""
+    tenants.put("beta", BY)
+    catalog.add_version("beta", "mid", content("other"), BY)
+    tenants.put("acme", BY)
+    for name, count in {"new-b": 2, "old.c": 1, "mid": 3, "old_a": 1, "new-a": 1, "oldxb": 1}.items():
+        for number in range(count):
+            catalog.add_version("acme", name, content(f"{name} {number}", f"base-{number}"), BY)
+    newest = [catalog.resolve("acme", parse_reference(name)).digest for name in ("new-a", "new-b")]
+    with database.writing() as connection:
+        connection.execute(sa.update(versions).values(created=_NOON))
+        late = sa.update(versions).where(versions.c.digest.in_(newest))
+        connection.execute(late.values(created=_NOON + timedelta(seconds=1)))
+
+
+def walked(listings: Listings, order: AdapterOrder, limit: int, search: str | None = None) -> list[str]:
+    """The names in a listing of the tenant `acme`, page by page."""
+    names: list[str] = []
+    after: AdapterPlace | None = None
+    while page := listings.adapters("acme", after=after, limit=limit, order=order, search=search):
+        assert len(page) <= limit
+        names += [adapter.latest.adapter for adapter in page]
+        after = AdapterPlace.of(page[-1], order)
+    return names
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_every_order_comes_in_pages(listings: Listings, limit: int) -> None:
+    """Each adapter once, whatever the length of a page; those that the order does not tell apart by their names."""
+    assert walked(listings, "name", limit) == ["mid", "new-a", "new-b", "old.c", "old_a", "oldxb"]
+    assert walked(listings, "-created", limit) == ["new-a", "new-b", "mid", "old.c", "old_a", "oldxb"]
+    assert walked(listings, "-bytes", limit) == ["mid", "new-b", "new-a", "old.c", "old_a", "oldxb"]
+
+
+def test_bytes_are_those_of_all_versions(listings: Listings) -> None:
+    """As they count towards the quota."""
+    found = listings.adapters("acme", after=None, limit=9)
+    assert {one.latest.adapter: one.bytes for one in found if one.versions > 1} == {"mid": 300, "new-b": 200}
+
+
+def test_a_search_is_a_part_of_the_name(listings: Listings) -> None:
+    """At its beginning, in the middle, at its end; in capitals too."""
+    assert walked(listings, "name", 2, "new") == ["new-a", "new-b"]
+    assert walked(listings, "-bytes", 1, "-") == ["new-b", "new-a"]
+    assert walked(listings, "-created", 9, "LD") == ["old.c", "old_a", "oldxb"]
+    assert walked(listings, "name", 9, "") == walked(listings, "name", 9)
+    assert walked(listings, "name", 9, "none") == []
+
+
+@pytest.mark.parametrize(("search", "found"), [("_", ["old_a"]), ("%", []), ("/", []), ("\\", []), ("d_", ["old_a"])])
+def test_wildcards_mean_themselves(listings: Listings, search: str, found: list[str]) -> None:
+    """`_` is a letter of names, and `%` of none."""
+    assert walked(listings, "name", 9, search) == found
+
+
+def test_a_search_and_a_base_model_both_hold(listings: Listings) -> None:
+    """The base model is that of the newest version."""
+    found = listings.adapters("acme", after=None, limit=9, order="-bytes", search="m", base_model="base-2")
+    assert [one.latest.adapter for one in found] == ["mid"]
+    assert listings.adapters("acme", after=None, limit=9, search="new", base_model="base-2") == []

@@ -1,0 +1,45 @@
+"""What a person and a script read of an error, whichever command ends with it."""
+
+import json
+import re
+
+from tests.cli.conftest import Run
+from tests.conftest import CORPUS
+
+LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+
+
+def test_errors_of_the_service_name_the_request(run: Run) -> None:
+    """By the id under which its log has the request."""
+    failed = run("inspect", "cli/none")
+    assert re.fullmatch(r"error \(not-found\): .* \(request [0-9a-f]{32}\)\n", failed.stderr)
+
+
+def test_json_holds_for_errors_too(run: Run) -> None:
+    """Standard output has one document, also where the usage is wrong; standard error has what it always has."""
+    for arguments, status, code, words in (
+        (("inspect", "cli/none"), 1, "not-found", "there is no cli/none"),
+        (("inspect", "nothing"), 1, "invalid-reference", "nothing"),
+        (("inspect",), 2, "wrong-usage", "Missing argument"),
+        (("inspect", "cli/none", "--colour"), 2, "wrong-usage", "--colour"),
+        (("frobnicate",), 2, "wrong-usage", "frobnicate"),
+    ):
+        failed = run(*arguments, "--json")
+        error = json.loads(failed.stdout)["error"]
+        assert (failed.returncode, error["code"]) == (status, code)
+        assert words in error["detail"]
+        assert words in failed.stderr
+        assert (error["request_id"] is not None) == (code == "not-found")
+
+
+def test_json_holds_for_deletions_too(run: Run) -> None:
+    """One document says what is gone."""
+    run("publish", LLAMA, "clijson/a")
+    run("alias", "set", "clijson/a", "prod", "1")
+    for arguments, document in (
+        (("residency", "unload", "clijson/a"), {"unloaded": "clijson/a"}),
+        (("alias", "rm", "clijson/a", "prod"), {"deleted": "clijson/a@prod"}),
+        (("rm", "clijson/a", "--yes"), {"deleted": "clijson/a"}),
+        (("tenant", "rm", "clijson", "--yes"), {"deleted": "clijson"}),
+    ):
+        assert json.loads(run(*arguments, "--json").stdout) == document

@@ -1,0 +1,138 @@
+"""`fetch` and `pull`: tensors as PEFT computes them, and the folder that was published."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from prefix_service.cli.commands import fetching
+from prefix_service.cli.commands.fetching import pull
+from prefix_service.client import management
+from prefix_service.client.flows.flows import Flow
+from prefix_service.errors import InvalidResponse
+from tests.api.helpers import upload_directory
+from tests.cli.conftest import Run
+from tests.conftest import CORPUS, Server
+
+LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
+    """The saved file holds a row for each of the batch, bit for bit."""
+    run("publish", LLAMA, "cli/fetched")
+    done = run("fetch", "cli/fetched", "--batch-size", "3", "-o", tmp_path / "out.safetensors")
+    assert done.returncode == 0
+    assert "past_key_values.0.key" in done.stdout
+    saved, expected = (
+        load_file(path) for path in (tmp_path / "out.safetensors", CORPUS / "cases/llama-n20-emb/expected.safetensors")
+    )
+    assert torch.equal(saved["past_key_values.2.value"], expected["b3.layers.2.value"])
+    assert saved["attention_mask"].shape == (3, 20)
+
+
+def test_fetch_refuses_a_dtype_that_is_none(run: Run) -> None:
+    """A dtype that does not travel is an error with the list of those that do."""
+    refused = run("fetch", "cli/fetched", "--dtype", "int4")
+    assert refused.returncode == 1
+    assert "float8_e4m3fn" in refused.stderr
+
+
+@pytest.mark.parametrize("case", sorted(path.name for path in (CORPUS / "cases").iterdir()))
+def test_pull_writes_the_folder_again(server: Server, tmp_path: Path, case: str) -> None:
+    """Byte for byte what PEFT wrote, and nothing else; published again, it is the same version."""
+    source, folder = CORPUS / "cases" / case / "adapter", tmp_path / "deep" / "folder"
+    name = case.lower().replace("_", "-")
+    upload_directory(server.client(), "clipull", name, source)
+    pull(f"clipull/{name}@1", folder, server.url, server.admin_key)
+    assert sorted(path.name for path in folder.iterdir()) == list(FILES)
+    for file in FILES:
+        assert (folder / file).read_bytes() == (source / file).read_bytes(), file
+    assert upload_directory(server.client(), "clipull", name, folder)["version"] == 1
+
+
+def test_pull_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
+    """To a person, and to a script."""
+    run("publish", LLAMA, "clipull/json")
+    shown = run("pull", "clipull/json", tmp_path / "shown").stdout.splitlines()
+    told = json.loads(run("pull", "clipull/json@1", tmp_path, "--json").stdout)
+    assert shown == [f"pulled clipull/json@1 to {tmp_path / 'shown'}", f"digest {told['digest']}"]
+    assert (told["version"], told["folder"]) == (1, str(tmp_path))
+    assert told["digest"] == json.loads(run("inspect", "clipull/json", "--json").stdout)["digest"]
+
+
+def test_pull_overwrites_nothing_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    """Files that are there, a version that is not, and a folder that cannot be."""
+    run("publish", LLAMA, "clipull/kept")
+    (tmp_path / "adapter_config.json").write_text("mine")
+    (tmp_path / "file").write_text("")
+    for reference, folder, words in (
+        ("clipull/kept", tmp_path, "error (conflict)"),
+        ("clipull/none", tmp_path / "a", "error (not-found)"),
+        ("clipull/kept", tmp_path / "file" / "b", "error (storage-failed)"),
+    ):
+        failed = run("pull", reference, folder)
+        assert failed.returncode == 1
+        assert words in failed.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "file"]
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_weights_come_in_pieces_and_are_verified(
+    run: Run, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is never in memory whole; what is not the version's file is refused, and removed."""
+    run("publish", LLAMA, "clipull/pieces")
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
+    pull("clipull/pieces", tmp_path / "good", server.url, server.admin_key)
+    for name in FILES:
+        assert (tmp_path / "good" / name).read_bytes() == (LLAMA / name).read_bytes()
+    sound = management.parameters
+
+    def damaged(reference: str, first: int, stop: int) -> Flow[bytes]:
+        return bytes(stop - first) if first else bytes((yield from sound(reference, first, stop)))
+
+    monkeypatch.setattr(management, "parameters", damaged)
+    with pytest.raises(InvalidResponse, match="the weights that came"):
+        pull("clipull/pieces", tmp_path / "bad", server.url, server.admin_key)
+    assert list((tmp_path / "bad").iterdir()) == []
+
+
+def test_fetch_keeps_the_metadata(run: Run, tmp_path: Path) -> None:
+    """The file says which version it holds and in which form, as the service's own answer does."""
+    run("publish", LLAMA, "cli/metadata")
+    saved = tmp_path / "out.safetensors"
+    assert run("fetch", "cli/metadata", "--batch-size", "2", "--dtype", "bfloat16", "-o", saved).returncode == 0
+    with safe_open(saved, "pt") as file:
+        found = json.loads(file.metadata()["prefix"])
+        assert str(file.get_tensor("past_key_values.0.key").dtype) == "torch.bfloat16"
+    expected = {"tenant": "cli", "adapter": "metadata", "version": 1, "batch_size": 2, "dtype": "bfloat16"}
+    assert found.items() >= {**expected, "layout": "layers", "expand": True}.items()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
+def test_fetch_names_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    """A missing folder, a folder, and a disk that is full: one line, and nothing is left behind."""
+    run("publish", LLAMA, "cli/unwritten")
+    (tmp_path / "old").write_text("old")
+    for output, words in (
+        (tmp_path / "none" / "out", f"cannot write {tmp_path}/none/out: there is no folder {tmp_path}/none"),
+        (tmp_path, f"cannot write {tmp_path}: it is a folder"),
+    ):
+        refused = run("fetch", "cli/unwritten", "-o", output)
+        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+        assert refused.stderr.startswith(f"error (invalid-request): {words}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # inherited: as a disk with so much space
+    try:
+        full = run("fetch", "cli/unwritten", "-o", tmp_path / "old")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (full.returncode, full.stdout, full.stderr.count("\n")) == (1, "", 1)
+    assert full.stderr == f"error (out-of-space): cannot write {tmp_path}/old: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"

@@ -1,0 +1,196 @@
+"""`publish` and `compose`: one adapter, hundreds of folders, and what is said of them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Run, run_command
+from tests.conftest import CORPUS, Server
+
+LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
+GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
+
+
+def test_publish_then_again(run: Run) -> None:
+    """The first upload makes a version, the same content again is that version."""
+    first, second = run("publish", LLAMA, "cli/twice"), run("publish", LLAMA, "cli/twice")
+    assert first.returncode == second.returncode == 0
+    assert first.stdout.startswith("published cli/twice@1\n")
+    assert second.stdout.startswith("already there as cli/twice@1\n")
+
+
+def test_publish_tells_a_script(run: Run) -> None:
+    """--json prints what the service said."""
+    told = json.loads(run("publish", LLAMA, "cli/json", "--json").stdout)
+    assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, True, 20)
+
+
+def test_compose(run: Run) -> None:
+    """Published prefixes, one behind the other, are a new version."""
+    run("publish", LLAMA, "cli/part")
+    done = run("compose", "cli/composed", "cli/part@1", "cli/part")
+    assert done.stdout.startswith("published cli/composed@1\n"), done.stderr
+    told = json.loads(run("compose", "cli/composed", "cli/part", "cli/part", "--json").stdout)
+    assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, False, 40)
+    refused = run("compose", "cli/composed", "cli/part")
+    assert refused.returncode == 1
+    assert "compose" in refused.stderr
+
+
+def test_publish_fills_dimensions_from_the_base_model(run: Run, tmp_path: Path) -> None:
+    """--base-config fills what the adapter's config leaves out; without it the error says what is missing."""
+    config = json.loads((LLAMA / "adapter_config.json").read_text())
+    config |= {"num_layers": None, "token_dim": None, "num_attention_heads": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes((LLAMA / "adapter_model.safetensors").read_bytes())
+    refused = run("publish", tmp_path, "cli/filled")
+    assert refused.returncode == 1
+    assert "num_layers, token_dim, num_attention_heads missing" in refused.stderr
+    done = run("publish", tmp_path, "cli/filled", "--base-config", CORPUS / "bases/llama/config.json", "--json")
+    assert json.loads(done.stdout)["config"]["token_dim"] == 16
+
+
+def test_publish_cuts_a_full_training_checkpoint(run: Run) -> None:
+    """The prefix alone travels, and the command says so."""
+    done = run("publish", CORPUS / "variants/peft_full-accelerate-gpt2-proj", "cli/full")
+    assert done.returncode == 0
+    assert "cut out the prefix: 5 of 47 tensors (PEFT training state)" in done.stderr
+
+
+def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
+    """adapter_model.bin is never sent."""
+    refused = run("publish", CORPUS / "variants/legacy_bin-gpt2-n20-emb", "cli/pickle")
+    assert refused.returncode == 1
+    assert "unsafe-checkpoint" in refused.stderr
+    assert "prefix-service convert" in refused.stderr
+
+
+def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
+    """By the publication that it came into being with, to people and to scripts; by no other."""
+    first, second = run("publish", LLAMA, "clinew/a"), run("publish", GPT2, "clinew/a")
+    assert first.stdout.splitlines()[2:] == ["tenant clinew is new: it came into being with this"]
+    assert "tenant" not in second.stdout
+    assert json.loads(run("publish", LLAMA, "clinewer/a", "--json").stdout)["tenant_created"] is True
+    assert "tenant_created" not in json.loads(run("publish", LLAMA, "clinewer/b", "--json").stdout)
+    composed = run("compose", "clinewest/a", "clinew/a@1", "clinew/a@1")
+    assert "tenant clinewest is new" in composed.stdout
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Three folders of adapters."""
+    found = [tmp_path / name for name in ("one", "two", "three.x")]
+    for folder in found:
+        shutil.copytree(LLAMA, folder)
+    return found
+
+
+def listed(run: Run, tenant: str) -> list[str]:
+    """The adapters of a tenant."""
+    items: list[dict[str, Any]] = json.loads(run("list", tenant, "--json").stdout)["items"]
+    return [item["adapter"] for item in items]
+
+
+def test_many_folders_are_published_by_their_names(run: Run, folders: list[Path]) -> None:
+    """A line for each in the order that they were given in, a count, and the new tenant; again, they are all there."""
+    done = run("publish", *folders, "--tenant", "climany")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "published climany/one@1",
+        "published climany/two@1",
+        "published climany/three.x@1",
+        "3 published",
+        "tenant climany is new: it came into being with this",
+    ]
+    assert listed(run, "climany") == ["one", "three.x", "two"]
+    again = run("publish", *folders, "--tenant", "climany")
+    assert again.stdout.splitlines()[-2:] == ["already there as climany/three.x@1", "3 already there"]
+    told = json.loads(run("publish", folders[0], f"{folders[1]}/", "--tenant", "climany", "--json").stdout)
+    assert [(item["adapter"], item["created_now"]) for item in told["items"]] == [("one", False), ("two", False)]
+    assert (told["failed"], told["not_tried"]) == ([], [])
+
+
+def test_the_folder_where_one_stands_has_its_own_name(
+    run: Run, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is written as, a link too."""
+    (folders[0].parent / "link").symlink_to(folders[1])
+    monkeypatch.chdir(folders[0])
+    done = run("publish", ".", "../link", "--tenant", "clidot")
+    assert done.stdout.splitlines()[:2] == ["published clidot/one@1", "published clidot/link@1"], done.stderr
+
+
+def test_a_folder_that_fails_leaves_the_others_alone(run: Run, folders: list[Path]) -> None:
+    """Each error names its folder, and the status is 1."""
+    (folders[1] / "adapter_model.safetensors").write_bytes(b"nothing")
+    done = run("publish", *folders, "--tenant", "clibroken")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[:3] == [
+        "published clibroken/one@1",
+        "published clibroken/three.x@1",
+        "2 published, 1 failed",
+    ]
+    assert done.stderr.startswith(f"{folders[1]}: error (invalid-checkpoint): ")
+    told = json.loads(run("publish", *folders, "--tenant", "clibroken", "--json").stdout)
+    assert [(one["folder"], one["code"]) for one in told["failed"]] == [(str(folders[1]), "invalid-checkpoint")]
+    assert len(told["items"]) == 2
+
+
+def test_an_error_that_all_would_meet_ends_it(server: Server, tmp_path: Path) -> None:
+    """A key that may not publish is told by the first folders, and the rest is not tried."""
+    folders = [tmp_path / f"f{number}" for number in range(40)]
+    for folder in folders:
+        shutil.copytree(LLAMA, folder)
+    server.client().put("/v1/tenants/clireader")
+    reader = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.key("read", "clireader")}
+    done = run_command("publish", *folders, "--tenant", "clireader", environment=reader)
+    assert done.returncode == 1
+    told = done.stderr.splitlines()
+    assert 1 <= len(told) <= 8
+    assert all("error (forbidden)" in line for line in told)
+    assert done.stdout == f"{len(told)} failed, {40 - len(told)} not tried\n"
+
+
+def test_names_are_looked_at_before_anything_is_sent(run: Run, folders: list[Path], tmp_path: Path) -> None:
+    """A folder's name that no adapter can have, two folders of one name, and what is no folder."""
+    (tmp_path / "My Adapter").mkdir()
+    shutil.copytree(LLAMA, tmp_path / "elsewhere" / "one")
+    for words, status, said in (
+        ((folders[0], tmp_path / "My Adapter"), 1, "'My Adapter' is not a name"),
+        ((*folders, tmp_path / "elsewhere" / "one"), 1, "would both be clinames/one"),
+        ((folders[0], LLAMA / "adapter_config.json"), 2, "is no folder"),
+    ):
+        refused = run("publish", *words, "--tenant", "clinames")
+        assert refused.returncode == status
+        assert said in " ".join(refused.stderr.replace("│", " ").split())
+    assert run("list", "clinames").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("{one}",), "name one SOURCE and its TENANT/ADAPTER"),
+        (("{one}", "{two}", "acme/a"), "name one SOURCE and its TENANT/ADAPTER"),
+        (("{one}/none", "acme/a"), "there is no"),
+        (("{one}", "--tenant", "acme", "--config", "{one}/adapter_config.json"), "--config is that of one adapter"),
+    ],
+)
+def test_wrong_use_is_status_2(run: Run, folders: list[Path], words: tuple[str, ...], said: str) -> None:
+    """And says how to write it."""
+    refused = run("publish", *(word.format(one=folders[0], two=folders[1]) for word in words))
+    assert refused.returncode == 2
+    assert said in " ".join(refused.stderr.replace("│", " ").split())
+
+
+def test_publish_names_another_kind_of_adapter(run: Run, tmp_path: Path) -> None:
+    """A LoRA folder is called that, whatever its weights are, and nothing is sent."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    for weights in ("adapter_model.safetensors", "adapter_model.bin"):
+        (tmp_path / weights).write_bytes(b"")
+        refused = run("publish", tmp_path, "cli/lora")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("error (invalid-config): this is a LORA adapter")
+        (tmp_path / weights).unlink()
