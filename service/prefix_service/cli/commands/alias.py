@@ -31,11 +31,8 @@ def set_alias(
     as_json: Json = False,
 ) -> None:
     """Point an alias at a version: forward to roll out, back to roll back."""
-    from prefix_service.client import management
-
-    change = management.put_alias(adapter, alias, version, preload=preload, if_match=if_match, create_only=create_only)
     with connect(url, api_key) as client, working(f"moving {adapter}@{alias}"):
-        is_new = client.run(change)
+        is_new = client.put_alias(adapter, alias, version, preload=preload, if_match=if_match, create_only=create_only)
     if as_json:
         print_json({"alias": alias, "version": version, "created_now": is_new})
         return
@@ -45,10 +42,8 @@ def set_alias(
 @alias_app.command("list")
 def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """List the aliases of an adapter, and the version that each points at."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.aliases(adapter))
+        found = client.aliases(adapter)
     if as_json:
         print_json({"items": [{"alias": name, "version": number} for name, number in found.items()]})
         return
@@ -58,8 +53,6 @@ def list_aliases(adapter: Adapter, url: Url = DEFAULT_URL, api_key: ApiKey = Non
 @alias_app.command("rm")
 def remove_alias(adapter: Adapter, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Forget an alias; its version stays."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        client.run(management.delete_alias(adapter, alias))
+        client.delete_alias(adapter, alias)
     say(f"deleted {adapter}@{alias}")

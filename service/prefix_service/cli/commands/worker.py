@@ -54,7 +54,7 @@ def publish(
     base = None if base_config is None else base_config.read_bytes()
     shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
     with connect(url, api_key) as client, upload.weights, shown as weights:
-        version, is_new = client.publish(adapter, upload.config, weights, base)
+        version, is_new = client.publish_files(adapter, upload.config, weights, base)
     _tell_published(version, is_new=is_new, as_json=as_json)
 
 
@@ -142,10 +142,8 @@ def versions(
     as_json: Json = False,
 ) -> None:
     """List the versions of an adapter, newest first."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        items = client.run(management.versions(adapter))
+        items = client.versions(adapter)
     if as_json:
         print_json({"items": items})
         return
@@ -214,11 +212,9 @@ def remove(
     api_key: ApiKey = None,
 ) -> None:
     """Delete an adapter with all its versions, or one version that no alias points at."""
-    from prefix_service.client import management
-
     confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
     with connect(url, api_key) as client:
-        client.run(management.delete(reference))
+        client.delete(reference)
     say(f"deleted {reference}")
 
 

@@ -1,15 +1,14 @@
-"""Flows of who manages adapters and tenants; a client carries them out:
+"""Methods of both clients that manage adapters, tenants and keys, as flows; they need nothing of their client.
 
-client.run(management.put_alias("acme/summarize", "prod", 3))
-await async_client.run(management.delete("acme/summarize@2"))
-
-Each may raise what the service says (NotFound, Forbidden, …), and ConnectionFailed. A call is tried again where that
-is safe: then a deletion that finds nothing is done, and a change under a condition, of which the answer was lost, is
-reported as ConnectionFailed, since its first try may have made the condition false.
+Each can raise what the service reported (NotFound, Forbidden, …), and ConnectionFailed. A call is tried again where
+that is safe: then a deletion that finds nothing is done, and a change under a condition, of which the answer was lost,
+is reported as ConnectionFailed, since its first try may have made the condition false.
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from datetime import datetime
+from typing import Any, Final
 
 from prefix_service.client.flows import listing
 from prefix_service.client.flows.flows import Flow, adapter_alone
@@ -19,6 +18,8 @@ from prefix_service.errors import InvalidRequest, InvalidResponse
 from prefix_service.prefix.references import check_alias, parse_qualified
 
 Found = Mapping[str, Any]
+
+_KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 
 
 def aliases(adapter: str) -> Flow[dict[str, int]]:
@@ -133,6 +134,63 @@ def audit(tenant: str | None = None, limit: int = 100) -> Flow[list[Item]]:
     """The `limit` latest changes, newest first: of a tenant's resources, or of all."""
     path = "/v1/audit" if tenant is None else tenant_path(tenant, "audit")
     return (yield from pages(path, limit=limit))
+
+
+def whoami() -> Flow[Found]:
+    """The key of this client: its `id`, `name`, `tenant` (None: the platform), `scope`, and when it `expires`."""
+    answer: Answer = yield Request("GET", "/v1/whoami")
+    return answer.json_object()
+
+
+def keys(tenant: str | None = None) -> Flow[list[Item]]:
+    """Every key of a tenant, or of the platform, oldest first, without their secrets."""
+    return (yield from pages(_keys_path(tenant)))
+
+
+def key(key_id: str, tenant: str | None = None) -> Flow[Found]:
+    """A key of a tenant, or of the platform, without its secret."""
+    answer: Answer = yield Request("GET", _key_path(key_id, tenant))
+    return answer.json_object()
+
+
+def create_key(
+    scope: str, tenant: str | None = None, *, name: str = "", expires: datetime | None = None
+) -> Flow[Found]:
+    """Make a key of a tenant, or of the platform: what it is, and its text, `key`, which no other answer has. A naive
+    `expires` is in UTC. It is never sent twice.
+
+    Raises:
+        ConnectionFailed: it may have been made: look at `keys`.
+    """
+    wanted = {"scope": scope, "name": name, "expires": None if expires is None else expires.isoformat()}
+    answer: Answer = yield Request("POST", _keys_path(tenant), json=wanted)
+    return answer.json_object()
+
+
+def shorten_key(key_id: str, expires: datetime, tenant: str | None = None) -> Flow[Found]:
+    """Give a key of a tenant, or of the platform, an end, or an earlier one than it has: what it is then. A naive
+    `expires` is in UTC.
+
+    Raises:
+        Conflict: it ends earlier than that.
+    """
+    answer: Answer = yield Request("PUT", _key_path(key_id, tenant), json={"expires": expires.isoformat()})
+    return answer.json_object()
+
+
+def revoke_key(key_id: str, tenant: str | None = None) -> Flow[None]:
+    """Revoke a key of a tenant, or of the platform."""
+    yield from _deletion(_key_path(key_id, tenant))
+
+
+def _keys_path(tenant: str | None) -> str:
+    return "/v1/keys" if tenant is None else tenant_path(tenant, "keys")
+
+
+def _key_path(key_id: str, tenant: str | None) -> str:
+    if not _KEY_ID.fullmatch(key_id):
+        raise InvalidRequest(f"a key's id has 16 characters of 0-9 and a-f, got {key_id!r:.40}")
+    return f"{_keys_path(tenant)}/{key_id}"
 
 
 def _deletion(path: str) -> Flow[None]:
