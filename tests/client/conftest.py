@@ -101,7 +101,7 @@ def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[s
     def publish_and_get(name: str) -> Prefix:
         upload = prepare_upload(adapter_dir(name))
         with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
-            client.publish(f"architectures/{name}", upload.config, weights)
+            client.publish_files(f"architectures/{name}", upload.config, weights)
             return client.get(f"architectures/{name}")
 
     return cache(publish_and_get)

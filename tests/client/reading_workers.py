@@ -21,7 +21,7 @@ def publish_numbered(client: PrefixClient, tenant: str) -> None:
     config = (LLAMA / "adapter_config.json").read_bytes()
     for number in range(ADAPTERS):
         weights = save({"prompt_embeddings": torch.full((20, 3 * 2 * 2 * 8), float(number))})
-        client.publish(f"{tenant}/a{number}", config, io.BytesIO(weights))
+        client.publish_files(f"{tenant}/a{number}", config, io.BytesIO(weights))
 
 
 def numbers_in(prefix: Any) -> list[float]:

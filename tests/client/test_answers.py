@@ -132,7 +132,7 @@ def failure_of(client: Any, call: Call) -> BaseException | None:
     return None
 
 
-SMALL: dict[str, Call] = {**CALLS, "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(b"x"))}
+SMALL: dict[str, Call] = {**CALLS, "publish_files": lambda client: client.publish_files("a/b", b"{}", io.BytesIO(b"x"))}
 READING = ("get", "get_many", "prefetch", "float8_error")
 
 

@@ -1,6 +1,8 @@
 """What both clients promise: references, batches, the local cache, and one tree of errors."""
 
 import io
+import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -9,18 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
-from prefix_service.client import PrefixClient, management
-from prefix_service.errors import Forbidden, InvalidConfig, InvalidReference, InvalidRequest, NotFound, Unauthenticated
+from prefix_service.client import PrefixClient
+from prefix_service.errors import (
+    Forbidden,
+    InvalidConfig,
+    InvalidReference,
+    InvalidRequest,
+    InvalidResponse,
+    NotFound,
+    Unauthenticated,
+    UnsafeCheckpoint,
+)
 from tests.client.conftest import GPT2, LLAMA, Counting
+from tests.client.hostile import answer, hostile_server, says
 from tests.conftest import CORPUS, Server
+
+_names = itertools.count()
 
 
 def published(client: Any, adapter: str, folder: Path = LLAMA) -> dict[str, Any]:
     """Publish a corpus adapter."""
     with (folder / "adapter_model.safetensors").open("rb") as weights:
-        version, _ = client.publish(adapter, (folder / "adapter_config.json").read_bytes(), weights)
+        version, _ = client.publish_files(adapter, (folder / "adapter_config.json").read_bytes(), weights)
     return dict(version)
 
 
@@ -34,6 +48,99 @@ def test_get_returns_what_peft_computes(client: Any) -> None:
         assert torch.equal(value, expected[f"b3.layers.{layer}.value"])
         assert key.stride(0) == 0
     assert torch.equal(prefix.attention_mask, torch.ones(3, 20, dtype=torch.int64))
+
+
+def test_a_folder_is_published_as_peft_wrote_it(client: Any, server: Server) -> None:
+    """Named by a path or by its text; the files arrive byte for byte, and again they are the same version."""
+    name = f"folder{next(_names)}"
+    version, is_new = client.publish(f"clients/{name}", LLAMA)
+    assert (version["version"], is_new) == (1, True)
+    stored = server.client().get(f"/v1/tenants/clients/adapters/{name}@1/parameters").content
+    assert stored == (LLAMA / "adapter_model.safetensors").read_bytes()
+    assert client.publish(f"clients/{name}", str(LLAMA))[1] is False
+    assert client.publish(f"clients/{name}", GPT2)[0]["version"] == 2
+
+
+def test_a_folder_without_dimensions_is_published_with_the_base_models(client: Any, tmp_path: Path) -> None:
+    """`base_model_config` names that file; of a training checkpoint the prefix alone is sent."""
+    config = json.loads((LLAMA / "adapter_config.json").read_text())
+    base = {"model_type": "llama", "num_hidden_layers": config["num_layers"], "hidden_size": config["token_dim"]}
+    base |= {"num_attention_heads": config["num_attention_heads"]}
+    base |= {"num_key_value_heads": config["num_attention_heads"]}
+    config |= {"num_layers": None, "token_dim": None, "num_attention_heads": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    prefix = load_file(LLAMA / "adapter_model.safetensors")["prompt_embeddings"]
+    save_file({"prompt_embeddings": prefix}, tmp_path / "model-1.safetensors")
+    save_file({"lm_head.weight": torch.ones(100, 100)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(InvalidConfig):
+        client.publish("clients/base", tmp_path)
+    version, _ = client.publish("clients/base", tmp_path, base_model_config=tmp_path / "config.json")
+    assert version["size"]["weights"] < 4 * 100 * 100
+    assert torch.equal(client.get("clients/base").kv.tensor, _kv(client, LLAMA))
+
+
+def _kv(client: Any, folder: Path) -> torch.Tensor:
+    client.publish("clients/other", folder)
+    tensor: torch.Tensor = client.get("clients/other").kv.tensor
+    return tensor
+
+
+def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path) -> None:
+    """Missing, empty, or with a pickle: said without a request."""
+    empty, pickled = tmp_path / "empty", tmp_path / "pickled"
+    for folder in (empty, pickled):
+        folder.mkdir()
+    (pickled / "adapter_config.json").write_text("{}")
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(InvalidRequest, match=r"no folder .*nowhere"):
+        client.publish("clients/none", tmp_path / "nowhere")
+    with pytest.raises(InvalidConfig, match="empty"):
+        client.publish("clients/none", empty)
+    with pytest.raises(UnsafeCheckpoint):
+        client.publish("clients/none", pickled)
+    with pytest.raises(InvalidRequest, match=r"base_model_config .*config.json cannot be read"):
+        client.publish("clients/none", LLAMA, base_model_config=tmp_path / "config.json")
+
+
+def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) -> None:
+    """What `get` says of a version, by one small request, whatever the reference."""
+    through = Counting()
+    with PrefixClient(server.url, server.admin_key, http=through) as client:
+        first, second = published(client, "clients/resolved"), published(client, "clients/resolved", GPT2)
+        client.put_alias("clients/resolved", "prod", 1)
+        through.statuses.clear()
+        for reference in ("clients/resolved@1", "clients/resolved@prod", f"clients/resolved@{first['digest']}"):
+            found = client.resolve(reference)
+            assert (found.version, found.digest, found.dtype) == (1, first["digest"], "float32")
+            assert found.reference == f"clients/resolved@{first['digest']}"
+        assert client.resolve("clients/resolved").digest == second["digest"]
+        assert through.statuses == [200] * 4
+        told = client.get("clients/resolved@1").metadata
+        sizes = ("tenant", "adapter", "peft_type", "base_model_name_or_path", "num_virtual_tokens", "num_layers")
+        for name in (*sizes, "num_kv_heads", "head_dim"):
+            assert getattr(found, name) == told[name]
+        with pytest.raises(NotFound):
+            client.resolve("clients/none")
+
+
+def test_resolve_refuses_a_description_that_is_none(connect: Any) -> None:
+    """A size that is missing or no number is an error of this project, before anybody computes with it."""
+    about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64, "peft_type": "PREFIX_TUNING"}
+    about |= {"num_virtual_tokens": 1, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "dtype": "float32"}
+    wrong: list[dict[str, Any]] = [
+        {"num_layers": "1"},
+        {"head_dim": 0},
+        {"dtype": "int8"},
+        {"num_kv_heads": None},
+        {"version": 0},
+    ]
+    answers = [answer(json.dumps({**about, **each}).encode(), "Content-Type: application/json") for each in wrong]
+    with hostile_server(says(*answers)) as hostile:
+        client = connect(hostile.url)
+        for each in wrong:
+            with pytest.raises(InvalidResponse, match=next(iter(each))):
+                client.resolve("a/b")
 
 
 def test_every_kind_of_reference(client: Any, server: Server) -> None:
@@ -78,7 +185,7 @@ def test_the_error_of_float8_where_all_is_zero(client: Any) -> None:
     """Zeros travel exactly."""
     config = (LLAMA / "adapter_config.json").read_bytes()
     zeros = save({"prompt_embeddings": torch.zeros(20, 3 * 2 * 2 * 8)})
-    client.publish("clients/zeros", config, io.BytesIO(zeros))
+    client.publish_files("clients/zeros", config, io.BytesIO(zeros))
     told = client.float8_error("clients/zeros")
     assert told.keys == told.values
     assert (told.keys.max_absolute, told.keys.max_relative) == (0, 0)
@@ -101,6 +208,7 @@ def test_listing_goes_through_every_page(client: Any) -> None:
         published(client, f"listing/{name}")
     assert [item["adapter"] for item in client.list("listing")] == names
     assert client.list("listing", "no such model") == []
+    assert [item["adapter"] for item in client.list("listing", limit=2)] == names[:2]
     assert client.inspect("listing/many-1")["num_virtual_tokens"] == 20
 
 
@@ -113,8 +221,11 @@ def test_listing_goes_through_every_page(client: Any) -> None:
         (lambda client: client.get("clients/Upper"), InvalidReference),
         (lambda client: client.get("clients/errors", layers=(0, 99)), InvalidRequest),
         (lambda client: client.get("clients/errors", batch_size=0), InvalidRequest),
-        (lambda client: client.publish("clients/errors", b'{"peft_type": "LORA"}', io.BytesIO(b"")), InvalidConfig),
-        (lambda client: client.publish("clients/errors@7", b"{}", io.BytesIO(b"")), InvalidRequest),
+        (
+            lambda client: client.publish_files("clients/errors", b'{"peft_type": "LORA"}', io.BytesIO(b"")),
+            InvalidConfig,
+        ),
+        (lambda client: client.publish_files("clients/errors@7", b"{}", io.BytesIO(b"")), InvalidRequest),
     ],
 )
 def test_errors_arrive_as_the_class_that_the_service_raised(client: Any, call: Any, error: type[Exception]) -> None:
@@ -198,7 +309,7 @@ def test_prefetch_brings_many_at_once(client: Any) -> None:
     names = [f"prefetch/{version['adapter']}@{version['version']}" for version in versions]
     client.prefetch(names, dtype="bfloat16", concurrency=2)
     for name in names:
-        client.run(management.delete(name))
+        client.delete(name)
         assert client.get(name, dtype="bfloat16").kv.tensor.dtype == torch.bfloat16
         with pytest.raises(NotFound):
             client.get(name)
@@ -209,7 +320,7 @@ def test_prefetch_raises_the_first_failure_when_all_is_done(client: Any) -> None
     last = f"prefetch/last@{published(client, 'prefetch/last')['version']}"
     with pytest.raises(NotFound, match="missing-1"):
         client.prefetch(["prefetch/missing-1", "prefetch/missing-2", "Prefetch/bad", last], concurrency=1)
-    client.run(management.delete("prefetch/last"))
+    client.delete("prefetch/last")
     assert client.get(last).num_virtual_tokens == 20
 
 
@@ -233,12 +344,11 @@ def test_materialised_rows_may_be_written_to(client: Any) -> None:
 
 WITHOUT_TORCH = """
 import sys
-from prefix_service.client import management
 from prefix_service.client import AsyncPrefixClient, PrefixClient
 client = PrefixClient(*sys.argv[1:])
 assert client.list("lazy")[0]["adapter"] == "a"
 assert client.inspect("lazy/a")["version"] == 1
-assert client.run(management.aliases("lazy/a")) == {}
+assert client.aliases("lazy/a") == {}
 heavy = sorted({"torch", "numpy", "pydantic", "safetensors"} & sys.modules.keys())
 assert not heavy, heavy
 assert client.get("lazy/a").version == 1

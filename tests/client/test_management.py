@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefix_service.client import AsyncPrefixClient, PrefixClient, management
+from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.errors import (
     Conflict,
     ConnectionFailed,
@@ -39,77 +39,77 @@ def adapter(client: Any) -> str:
 
 def test_an_alias_is_made_moved_and_forgotten(client: Any, adapter: str) -> None:
     """Each step says whether the alias is new, and the listing shows where all of them point."""
-    assert client.run(management.aliases(adapter)) == {}
-    assert client.run(management.put_alias(adapter, "prod", 1)) is True
-    assert client.run(management.put_alias(adapter, "prod", 2, preload=True)) is False
+    assert client.aliases(adapter) == {}
+    assert client.put_alias(adapter, "prod", 1) is True
+    assert client.put_alias(adapter, "prod", 2, preload=True) is False
     assert client.inspect(f"{adapter}@prod")["residency"]["resident"] is True
-    client.run(management.put_alias(adapter, "old", 1))
-    client.run(management.put_alias(adapter, "canary", 2))
-    assert list(client.run(management.aliases(adapter)).items()) == [("canary", 2), ("old", 1), ("prod", 2)]
-    client.run(management.delete_alias(adapter, "old"))
-    assert client.run(management.aliases(adapter)) == {"canary": 2, "prod": 2}
+    client.put_alias(adapter, "old", 1)
+    client.put_alias(adapter, "canary", 2)
+    assert list(client.aliases(adapter).items()) == [("canary", 2), ("old", 1), ("prod", 2)]
+    client.delete_alias(adapter, "old")
+    assert client.aliases(adapter) == {"canary": 2, "prod": 2}
 
 
 def test_an_alias_moves_only_under_its_condition(client: Any, adapter: str) -> None:
     """`if_match` and `create_only` refuse what somebody else changed; both at once contradict each other."""
-    client.run(management.put_alias(adapter, "prod", 1, create_only=True))
+    client.put_alias(adapter, "prod", 1, create_only=True)
     with pytest.raises(PreconditionFailed):
-        client.run(management.put_alias(adapter, "prod", 2, create_only=True))
+        client.put_alias(adapter, "prod", 2, create_only=True)
     with pytest.raises(PreconditionFailed):
-        client.run(management.put_alias(adapter, "prod", 2, if_match=2))
-    assert client.run(management.aliases(adapter)) == {"prod": 1}
-    client.run(management.put_alias(adapter, "prod", 2, if_match=1))
-    assert client.run(management.aliases(adapter)) == {"prod": 2}
+        client.put_alias(adapter, "prod", 2, if_match=2)
+    assert client.aliases(adapter) == {"prod": 1}
+    client.put_alias(adapter, "prod", 2, if_match=1)
+    assert client.aliases(adapter) == {"prod": 2}
     with pytest.raises(InvalidRequest):
-        client.run(management.put_alias(adapter, "prod", 2, if_match=1, create_only=True))
+        client.put_alias(adapter, "prod", 2, if_match=1, create_only=True)
 
 
 def test_a_version_or_the_whole_adapter_is_deleted(client: Any, adapter: str) -> None:
     """A version that an alias points at stays; an adapter goes with all it has."""
-    client.run(management.put_alias(adapter, "prod", 2))
+    client.put_alias(adapter, "prod", 2)
     with pytest.raises(Conflict):
-        client.run(management.delete(f"{adapter}@2"))
-    client.run(management.delete(f"{adapter}@{client.inspect(f'{adapter}@1')['digest']}"))
+        client.delete(f"{adapter}@2")
+    client.delete(f"{adapter}@{client.inspect(f'{adapter}@1')['digest']}")
     with pytest.raises(NotFound):
         client.inspect(f"{adapter}@1")
-    client.run(management.delete(adapter))
+    client.delete(adapter)
     with pytest.raises(NotFound):
-        client.run(management.delete(adapter))
+        client.delete(adapter)
 
 
 def test_a_version_is_loaded_pinned_and_unloaded(client: Any, adapter: str) -> None:
     """The overview shows a pinned version and why it is there, and no more once it was unloaded."""
-    state = client.run(management.load(f"{adapter}@1", pinned=True))
+    state = client.load(f"{adapter}@1", pinned=True)
     assert (state["resident"], state["pinned"]) == (True, True)
 
     def reasons() -> list[str]:
         tenant, name = adapter.split("/")
-        found = client.run(management.residency(1000))
+        found = client.residency(1000)
         assert {tier["name"] for tier in found["tiers"]} == {"device", "host"}
         return [one["reason"] for one in found["resident"] if (one["tenant"], one["adapter"]) == (tenant, name)]
 
     assert reasons() == ["pinned"]
-    client.run(management.load(f"{adapter}@2"))
-    assert len(client.run(management.residency(1))["resident"]) == 1
+    client.load(f"{adapter}@2")
+    assert len(client.residency(1)["resident"]) == 1
     for number in (1, 2):
-        client.run(management.unload(f"{adapter}@{number}"))
+        client.unload(f"{adapter}@{number}")
     assert reasons() == []
 
 
 def test_a_tenant_is_made_given_quotas_and_deleted(client: Any) -> None:
     """Quotas are set at once, and stay where none are given."""
     name = f"hosted-{next(_names)}"
-    item, is_new = client.run(management.put_tenant(name))
+    item, is_new = client.put_tenant(name)
     assert (is_new, item["max_adapters"], item["adapters"]) == (True, None, 0)
-    item, is_new = client.run(management.put_tenant(name, {"max_adapters": 7}))
+    item, is_new = client.put_tenant(name, {"max_adapters": 7})
     assert (is_new, item["max_adapters"], item["max_bytes"]) == (False, 7, None)
-    assert client.run(management.put_tenant(name))[0]["max_adapters"] == 7
-    client.run(management.put_tenant(name, {"max_bytes": 1 << 40}))
-    assert client.run(management.tenant(name))["max_adapters"] is None
-    assert name in [one["tenant"] for one in client.run(management.tenants())]
-    client.run(management.delete_tenant(name))
+    assert client.put_tenant(name)[0]["max_adapters"] == 7
+    client.put_tenant(name, {"max_bytes": 1 << 40})
+    assert client.tenant(name)["max_adapters"] is None
+    assert name in [one["tenant"] for one in client.tenants()]
+    client.delete_tenant(name)
     with pytest.raises(NotFound):
-        client.run(management.tenant(name))
+        client.tenant(name)
 
 
 def test_the_audit_comes_newest_first_through_every_page(
@@ -117,16 +117,16 @@ def test_the_audit_comes_newest_first_through_every_page(
 ) -> None:
     """Of a tenant and of the platform, no more than asked for, also where that takes several pages."""
     for number in (1, 2, 1):
-        client.run(management.put_alias(adapter, "prod", number))
+        client.put_alias(adapter, "prod", number)
     monkeypatch.setattr("prefix_service.client.flows.listing._PAGE", 2)
-    latest = client.run(management.audit("managed", 3))
+    latest = client.audit("managed", 3)
     assert [(one["action"], one["details"]["version"]) for one in latest] == [
         ("alias.moved", 1),
         ("alias.moved", 2),
         ("alias.moved", 1),
     ]
-    assert client.run(management.audit(limit=3)) == latest
-    everything = client.run(management.audit("managed", 1000))
+    assert client.audit(limit=3) == latest
+    everything = client.audit("managed", 1000)
     assert len({one["id"] for one in everything}) == len(everything)
     assert [one["at"] for one in everything] == sorted((one["at"] for one in everything), reverse=True)
     assert everything[-1]["action"] == "tenant.created"
@@ -135,30 +135,30 @@ def test_the_audit_comes_newest_first_through_every_page(
 @pytest.mark.parametrize("tenant", ["keys-of", None])
 def test_a_key_is_made_given_an_end_and_revoked(client: Any, server: Server, tenant: str | None) -> None:
     """Its text comes once; an end has any time zone, and without one it is in UTC; the key says what it is."""
-    client.run(management.put_tenant("keys-of"))
+    client.put_tenant("keys-of")
     week = datetime.now(timezone(timedelta(hours=9))) + timedelta(weeks=1)
-    made = client.run(management.create_key("read", tenant, name="ci", expires=week))
+    made = client.create_key("read", tenant, name="ci", expires=week)
     key_id, text = made["id"], made["key"]
     assert (made["tenant"], made["scope"], made["name"]) == (tenant, "read", "ci")
     assert datetime.fromisoformat(made["expires"]) == week
-    assert client.run(management.key(key_id, tenant)) == {name: made[name] for name in made if name != "key"}
-    assert key_id in [one["id"] for one in client.run(management.keys(tenant))]
+    assert client.key(key_id, tenant) == {name: made[name] for name in made if name != "key"}
+    assert key_id in [one["id"] for one in client.keys(tenant)]
     day = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)
-    assert client.run(management.shorten_key(key_id, day, tenant))["expires"] == f"{day.isoformat()}Z"
+    assert client.shorten_key(key_id, day, tenant)["expires"] == f"{day.isoformat()}Z"
     with pytest.raises(Conflict):
-        client.run(management.shorten_key(key_id, week, tenant))
+        client.shorten_key(key_id, week, tenant)
     with PrefixClient(server.url, text) as own:
         shown = {"id": key_id, "name": "ci", "tenant": tenant, "scope": "read", "expires": f"{day.isoformat()}Z"}
-        assert own.run(management.whoami()) == shown
-        client.run(management.revoke_key(key_id, tenant))
+        assert own.whoami() == shown
+        client.revoke_key(key_id, tenant)
         with pytest.raises(Unauthenticated):
-            own.run(management.whoami())
+            own.whoami()
     with pytest.raises(NotFound):
-        client.run(management.key(key_id, tenant))
+        client.key(key_id, tenant)
 
 
 @pytest.mark.parametrize(
-    ("flow", "error"),
+    ("call", "error"),
     ids=[
         "alias of a version",
         "alias named as a number",
@@ -168,29 +168,29 @@ def test_a_key_is_made_given_an_end_and_revoked(client: Any, server: Server, ten
         "no id",
     ],
     argvalues=[
-        (lambda: management.put_alias("managed/a@1", "prod", 1), InvalidRequest),
-        (lambda: management.delete_alias("managed/a", "7"), InvalidReference),
-        (lambda: management.delete("a"), InvalidReference),
-        (lambda: management.tenant("../keys"), InvalidReference),
-        (lambda: management.revoke_key("../tenants/acme"), InvalidRequest),
-        (lambda: management.key(""), InvalidRequest),
+        (lambda client: client.put_alias("managed/a@1", "prod", 1), InvalidRequest),
+        (lambda client: client.delete_alias("managed/a", "7"), InvalidReference),
+        (lambda client: client.delete("a"), InvalidReference),
+        (lambda client: client.tenant("../keys"), InvalidReference),
+        (lambda client: client.revoke_key("../tenants/acme"), InvalidRequest),
+        (lambda client: client.key(""), InvalidRequest),
     ],
 )
-def test_what_is_not_well_formed_never_leaves(flow: Any, error: type[Exception]) -> None:
-    """A malformed name is told before the first request."""
-    with pytest.raises(error):
-        next(flow())
+def test_what_is_not_well_formed_never_leaves(call: Any, error: type[Exception]) -> None:
+    """A malformed name is reported before the first request."""
+    with PrefixClient("http://127.0.0.1:1") as client, pytest.raises(error):
+        call(client)
 
 
 def test_a_tenants_key_does_not_manage_the_platform(server: Server) -> None:
     """A tenant's admin reads its own audit; tenants and residency are the platform's."""
     with PrefixClient(server.url, server.key("admin", "customers")) as customer:
-        assert customer.run(management.audit("customers"))[-1]["action"] == "tenant.created"
-        for flow in (management.tenants(), management.residency(), management.put_tenant("customers", {})):
+        assert customer.audit("customers")[-1]["action"] == "tenant.created"
+        for forbidden in (customer.tenants, customer.residency, lambda: customer.put_tenant("customers", {})):
             with pytest.raises(Forbidden):
-                customer.run(flow)
+                forbidden()
         with pytest.raises(NotFound):
-            customer.run(management.audit("managed"))
+            customer.audit("managed")
 
 
 class Forgetful(httpx.HTTPTransport):
@@ -248,35 +248,35 @@ def test_a_deletion_whose_answer_was_lost_is_done(forgetful: Any, direct: Prefix
     """The second try finds nothing, and that is what was asked for."""
     name = f"managed/lost{next(_names)}"
     published(direct, name)
-    forgetful.run(management.delete(name))
+    forgetful.delete(name)
     with pytest.raises(NotFound):
         direct.inspect(name)
     with pytest.raises(NotFound):
-        forgetful.run(management.delete(name))
+        forgetful.delete(name)
 
 
 def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, direct: PrefixClient) -> None:
     """Twice the same is once."""
     name = f"managed/again{next(_names)}"
     published(direct, name)
-    forgetful.run(management.put_alias(name, "prod", 1))
-    assert direct.run(management.aliases(name)) == {"prod": 1}
+    forgetful.put_alias(name, "prod", 1)
+    assert direct.aliases(name) == {"prod": 1}
 
 
 def test_a_key_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
     """Its text is lost; the caller learns that the connection failed, and looks."""
     name = f"lost-key-{next(_names)}"
-    direct.run(management.put_tenant(name))
+    direct.put_tenant(name)
     with pytest.raises(ConnectionFailed):
-        forgetful.run(management.create_key("read", name))
-    assert len(direct.run(management.keys(name))) == 1
+        forgetful.create_key("read", name)
+    assert len(direct.keys(name)) == 1
 
 
 def test_an_end_whose_answer_was_lost_is_given_again(forgetful: Any, direct: PrefixClient) -> None:
     """Twice the same is once."""
-    made = direct.run(management.create_key("read"))
+    made = direct.create_key("read")
     end = datetime.now(UTC) + timedelta(days=1)
-    assert datetime.fromisoformat(forgetful.run(management.shorten_key(made["id"], end))["expires"]) == end
+    assert datetime.fromisoformat(forgetful.shorten_key(made["id"], end)["expires"]) == end
 
 
 def test_a_composition_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
@@ -295,5 +295,5 @@ def test_a_change_under_a_condition_whose_answer_was_lost_is_not_made_again(
     name = f"managed/once{next(_names)}"
     published(direct, name)
     with pytest.raises(ConnectionFailed):
-        forgetful.run(management.put_alias(name, "prod", 1, create_only=True))
-    assert direct.run(management.aliases(name)) == {"prod": 1}
+        forgetful.put_alias(name, "prod", 1, create_only=True)
+    assert direct.aliases(name) == {"prod": 1}

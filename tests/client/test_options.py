@@ -3,6 +3,10 @@
 import asyncio
 import inspect
 import io
+import pickle
+import pydoc
+import re
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -10,19 +14,42 @@ import pytest
 
 from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.errors import InvalidInput, InvalidRequest
+from tests.client.conftest import LLAMA
 from tests.client.hostile import answer, hostile_server, says
 
-METHODS = ["get", "get_many", "prefetch", "publish", "compose", "inspect", "float8_error", "list", "is_ready", "run"]
 CALLS: dict[str, tuple[Any, ...]] = {
     "get": ("a/b@1",),
     "get_many": (["a/b@1"],),
     "prefetch": (["a/b@1"],),
-    "publish": ("a/b", b"{}", io.BytesIO(b"")),
+    "resolve": ("a/b",),
+    "publish": ("a/b", LLAMA),
+    "publish_files": ("a/b", b"{}", io.BytesIO(b"")),
     "compose": ("a/b", ["a/c"]),
     "inspect": ("a/b",),
     "float8_error": ("a/b",),
     "list": ("a",),
     "is_ready": (),
+    "versions": ("a/b",),
+    "delete": ("a/b",),
+    "aliases": ("a/b",),
+    "put_alias": ("a/b", "prod", 1),
+    "delete_alias": ("a/b", "prod"),
+    "rollback": ("a/b", "prod"),
+    "parameters": ("a/b", 0, 1),
+    "load": ("a/b",),
+    "unload": ("a/b",),
+    "residency": (),
+    "tenants": (),
+    "tenant": ("a",),
+    "put_tenant": ("a",),
+    "delete_tenant": ("a",),
+    "audit": (),
+    "whoami": (),
+    "keys": (),
+    "key": ("0" * 16,),
+    "create_key": ("read",),
+    "shorten_key": ("0" * 16, datetime(2100, 1, 1, tzinfo=UTC)),
+    "revoke_key": ("0" * 16,),
 }
 
 
@@ -38,7 +65,7 @@ def outcome(client: Any, name: str, *args: Any, **options: Any) -> Any:
     return asyncio.run(made) if inspect.iscoroutine(made) else made
 
 
-@pytest.mark.parametrize("name", ["__init__", *METHODS])
+@pytest.mark.parametrize("name", ["__init__", *CALLS])
 def test_both_clients_take_the_same_arguments(name: str) -> None:
     """Each is named: none hides behind `**options`."""
     ours, theirs = (parameters(getattr(kind, name)) for kind in (PrefixClient, AsyncPrefixClient))
@@ -46,6 +73,30 @@ def test_both_clients_take_the_same_arguments(name: str) -> None:
     assert not [each for each in ours if each[1] in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)]
     assert not inspect.iscoroutinefunction(getattr(PrefixClient, name))
     assert inspect.iscoroutinefunction(getattr(AsyncPrefixClient, name)) == (name != "__init__")
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_help_shows_options_and_results(kind: type[Any]) -> None:
+    """Each method is shown under its name, with its options and with what it returns; a flow is seen by nobody."""
+    shown = pydoc.plain(pydoc.render_doc(kind))
+    for name in CALLS:
+        assert re.search(rf"^ \|  (async )?{name}\(", shown, re.MULTILINE), name
+    assert not re.search(r"Flow\b|Caller|\bargs\b", shown)
+    assert re.search(r"\bget\([^)]*batch_size: int = 1,[^)]*materialise: bool = False", shown)
+    signature = inspect.signature(kind.get)
+    assert signature.return_annotation == "Prefix"
+    assert signature.parameters["materialise"].default is False
+    assert inspect.signature(kind.aliases).return_annotation == dict[str, int]
+    assert list(inspect.signature(kind("http://service").aliases).parameters) == ["adapter"]
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_a_method_can_be_pickled(kind: type[Any]) -> None:
+    """It travels with its client, as a pool of processes needs it."""
+    for name in CALLS:
+        method = pickle.loads(pickle.dumps(getattr(kind("http://service"), name)))  # noqa: S301 - of this test
+        assert method.__name__ == name
+        assert method.__self__.__class__ is kind
 
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
@@ -72,7 +123,6 @@ def test_an_unknown_argument_is_a_type_error(kind: type[Any]) -> None:
         {"timeout": "3"},
         {"timeout": float("nan")},
         {"timeout": float("inf")},
-        {"timeout": None},
         {"connections": 0},
         {"connections": True},
         {"cache_bytes": -1},
@@ -100,7 +150,6 @@ def test_an_option_of_the_constructor_that_is_wrong_is_named(kind: type[Any], wr
     [
         ("http://localhost:84278", None, "port 84278"),
         ("http://localhost:0", None, "port 0"),
-        (None, None, "must be a str, got NoneType"),
         (b"http://service", None, "must be a str, got bytes"),
         ("http://service", b"pfx_1", "API key must be a str, got bytes"),
         ("http://service", 5, "API key must be a str, got int"),
@@ -143,6 +192,9 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
     cases += [("get", {"batch_size": value}) for value in ("4", 0, -1, 1.5, None, True)]
     cases += [("get", {"materialise": "yes"}), ("get_many", {"batch_size": 2})]
     cases += [("prefetch", {"concurrency": value}) for value in (0, "2", None)]
+    cases += [("list", {"limit": value}) for value in (0, "2", True)]
+    cases += [(name, {"progress": 1}) for name in ("get", "publish")]
+    cases += [("publish", {"base_model_config": 1})]
     with hostile_server(says(answer())) as server:
         client = kind(server.url)
         for name, wrong in cases:
@@ -154,11 +206,14 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
             with pytest.raises(InvalidInput):
                 outcome(client, "inspect", value)
         with pytest.raises(InvalidInput):
-            outcome(client, "publish", "a/b", "{}", io.BytesIO(b""))
+            outcome(client, "publish_files", "a/b", "{}", io.BytesIO(b""))
         with pytest.raises(InvalidInput):
-            outcome(client, "publish", "a/b", b"{}", io.StringIO(""))
+            outcome(client, "publish_files", "a/b", b"{}", io.StringIO(""))
         with pytest.raises(InvalidInput, match="weights must be a file"):
-            outcome(client, "publish", "a/b", b"{}", "adapter_model.safetensors")
+            outcome(client, "publish_files", "a/b", b"{}", "adapter_model.safetensors")
+        for folder in (None, b"folder", 7):
+            with pytest.raises(InvalidInput, match="folder must be a path"):
+                outcome(client, "publish", "a/b", folder)
         for name, before in (("prefetch", ()), ("get_many", ()), ("compose", ("a/b",))):
             with pytest.raises(InvalidInput, match="must be a list"):
                 outcome(client, name, *before, "a/b")
@@ -171,6 +226,84 @@ def test_a_prefix_is_shown_on_one_line() -> None:
     with hostile_server(says(answer())) as server, PrefixClient(server.url) as client:
         shown = repr(client.get("a/b@1", batch_size=4))
     assert shown == "<Prefix a/b@1: 4 x 20 tokens, 3 layers, 2 heads of 8, float32 on cpu>"
+
+
+def test_a_batch_is_shown_on_one_line() -> None:
+    """Its first rows are named, its tensors are not printed; neither are those of the keys and values."""
+    with hostile_server(says(*[answer()] * 2)) as server, PrefixClient(server.url) as client:
+        short = client.get_many([["a/b@1", "a/b"], None])
+        long = client.get_many(["a/b@1"] * 9)
+        kv = client.get("a/b@1").kv
+    assert repr(short) == (
+        "<MixedPrefix [a/b@1 + a/b, no prefix]: 2 x 40 tokens, 3 layers, 2 heads of 8, float32 on cpu>"
+    )
+    assert repr(long) == (
+        "<MixedPrefix [a/b@1, a/b@1, a/b@1, …]: 9 x 20 tokens, 3 layers, 2 heads of 8, float32 on cpu>"
+    )
+    assert repr(kv) == "<PrefixKV [3, 2, 2, 20, 8]: layers (0, 3) of 3, heads (0, 2) of 2, float32 on cpu>"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No URL and no key until a test sets them."""
+    for name in ("PREFIX_URL", "PREFIX_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_url_and_key_come_from_the_environment(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
+    """What is given goes first; an empty key means none."""
+    with hostile_server(says(answer())) as server:
+
+        def sent(*args: Any, **options: Any) -> bytes:
+            client = kind(*args, **options)
+            outcome(client, "get", "a/b")
+            outcome(client, "close")
+            assert "pfx_" not in repr(client)
+            return server.requests[-1][0]
+
+        environment.setenv("PREFIX_URL", server.url)
+        assert b"Authorization" not in sent()
+        environment.setenv("PREFIX_API_KEY", "pfx_environment")
+        assert b"Authorization: Bearer pfx_environment\r\n" in sent()
+        assert b"Authorization: Bearer pfx_given\r\n" in sent(api_key="pfx_given")
+        assert b"Authorization" not in sent(api_key="")
+        environment.setenv("PREFIX_URL", "http://127.0.0.1:1")
+        assert b"Authorization: Bearer pfx_environment\r\n" in sent(server.url)
+        environment.setenv("PREFIX_API_KEY", "")
+        assert b"Authorization" not in sent(server.url)
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_without_a_url_the_client_asks_where_serve_listens(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
+    """Also where the variable is empty; beside a Unix socket the environment's URL is not looked at."""
+    assert repr(kind()) == f"{kind.__name__}('http://127.0.0.1:8080')"
+    environment.setenv("PREFIX_URL", "")
+    assert repr(kind()) == f"{kind.__name__}('http://127.0.0.1:8080')"
+    environment.setenv("PREFIX_URL", "https://elsewhere")
+    with hostile_server(says(answer()), uds=True) as server:
+        client = kind(uds=server.uds)
+        assert outcome(client, "get", "a/b").version == 1
+        outcome(client, "close")
+
+
+@pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
+def test_a_pickled_client_needs_no_environment(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
+    """It carries the URL and the key that it was made with, and takes no other key where it is made again."""
+    with hostile_server(says(answer())) as server:
+        environment.setenv("PREFIX_URL", server.url)
+        without = pickle.dumps(kind())
+        environment.setenv("PREFIX_API_KEY", "pfx_here")
+        carried = pickle.dumps(kind(timeout=None))
+        environment.setenv("PREFIX_URL", "http://127.0.0.1:1")
+        environment.setenv("PREFIX_API_KEY", "pfx_there")
+        for pickled, key in ((carried, b"pfx_here"), (without, None)):
+            client = pickle.loads(pickled)  # noqa: S301 - of this test
+            outcome(client, "get", "a/b")
+            outcome(client, "close")
+            found = re.search(rb"Authorization: Bearer (\S+)", server.requests[-1][0])
+            assert (None if found is None else found[1]) == key
 
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])

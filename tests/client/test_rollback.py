@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from prefix_service.client import PrefixClient, management
+from prefix_service.client import PrefixClient
+from prefix_service.client.flows import management
 from prefix_service.client.protocol import Answer, Request
 from prefix_service.errors import Forbidden, InvalidRequest, InvalidResponse, NotFound, PreconditionFailed
 from tests.client.conftest import GPT2, LLAMA
@@ -28,52 +29,52 @@ def adapter(client: Any) -> str:
 def test_an_alias_goes_back_to_where_it_was(client: Any, adapter: str) -> None:
     """To the version before the last move, not to the next smaller number; twice is where it began."""
     for number in (1, 3, 2):
-        client.run(management.put_alias(adapter, "prod", number))
-    client.run(management.put_alias(adapter, "other", 1))
-    assert client.run(management.rollback(adapter, "prod")) == (3, 2)
-    assert client.run(management.aliases(adapter)) == {"other": 1, "prod": 3}
-    assert client.run(management.rollback(adapter, "prod")) == (2, 3)
-    assert client.run(management.aliases(adapter)) == {"other": 1, "prod": 2}
+        client.put_alias(adapter, "prod", number)
+    client.put_alias(adapter, "other", 1)
+    assert client.rollback(adapter, "prod") == (3, 2)
+    assert client.aliases(adapter) == {"other": 1, "prod": 3}
+    assert client.rollback(adapter, "prod") == (2, 3)
+    assert client.aliases(adapter) == {"other": 1, "prod": 2}
 
 
 def test_the_move_may_be_far_back(client: Any, adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the latest changes of the tenant, which are read first."""
     for number in (1, 3):
-        client.run(management.put_alias(adapter, "prod", number))
+        client.put_alias(adapter, "prod", number)
     for number in (1, 2, 1, 2):
-        client.run(management.put_alias(adapter, "busy", number))
+        client.put_alias(adapter, "busy", number)
     monkeypatch.setattr(management, "_LATEST", 2)
-    assert client.run(management.rollback(adapter, "prod")) == (1, 3)
+    assert client.rollback(adapter, "prod") == (1, 3)
 
 
 def test_nothing_before(client: Any, adapter: str) -> None:
     """An alias that was only made, also again after a deletion; one that is not there; a version that is gone."""
-    client.run(management.put_alias(adapter, "prod", 1))
-    client.run(management.put_alias(adapter, "prod", 2))
-    client.run(management.delete_alias(adapter, "prod"))
+    client.put_alias(adapter, "prod", 1)
+    client.put_alias(adapter, "prod", 2)
+    client.delete_alias(adapter, "prod")
     with pytest.raises(NotFound, match="no alias 'prod'"):
-        client.run(management.rollback(adapter, "prod"))
-    client.run(management.put_alias(adapter, "prod", 2))
+        client.rollback(adapter, "prod")
+    client.put_alias(adapter, "prod", 2)
     with pytest.raises(NotFound, match="since it was made, and nothing before"):
-        client.run(management.rollback(adapter, "prod"))
-    client.run(management.put_alias(adapter, "prod", 3))
-    client.run(management.delete(f"{adapter}@2"))
+        client.rollback(adapter, "prod")
+    client.put_alias(adapter, "prod", 3)
+    client.delete(f"{adapter}@2")
     with pytest.raises(NotFound, match=f"there is no {adapter}@2"):
-        client.run(management.rollback(adapter, "prod"))
-    assert client.run(management.aliases(adapter)) == {"prod": 3}
+        client.rollback(adapter, "prod")
+    assert client.aliases(adapter) == {"prod": 3}
     with pytest.raises(InvalidRequest):
-        client.run(management.rollback(f"{adapter}@1", "prod"))
+        client.rollback(f"{adapter}@1", "prod")
 
 
 def test_it_takes_a_key_that_reads_the_audit(server: Server, client: Any, adapter: str) -> None:
     """A writer may move an alias, and cannot learn where it was; nothing is moved then."""
     for number in (1, 2):
-        client.run(management.put_alias(adapter, "prod", number))
+        client.put_alias(adapter, "prod", number)
     with PrefixClient(server.url, server.key("write", "rollback")) as writer, pytest.raises(Forbidden):
-        writer.run(management.rollback(adapter, "prod"))
-    assert client.run(management.aliases(adapter)) == {"prod": 2}
+        writer.rollback(adapter, "prod")
+    assert client.aliases(adapter) == {"prod": 2}
     with PrefixClient(server.url, server.key("admin", "rollback")) as admin:
-        assert admin.run(management.rollback(adapter, "prod")) == (1, 2)
+        assert admin.rollback(adapter, "prod") == (1, 2)
 
 
 def asked(flow: Generator[Any, Any, Any], *answers: str) -> list[Request]:

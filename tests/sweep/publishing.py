@@ -20,7 +20,7 @@ def publishing(server: Server) -> Iterator[Fetch]:
             adapter = f"sweep/{re.sub('[^a-z0-9]', '-', name)}"
             upload = prepare_upload(folder)
             with upload.weights as weights:
-                client.publish(adapter, upload.config, weights)
+                client.publish_files(adapter, upload.config, weights)
             return client.get(adapter)
 
         yield fetch

@@ -53,4 +53,4 @@ def publish(server: Server, adapter: str, folder: Path) -> int:
     """Publish a folder; the version's number."""
     upload = prepare_upload(folder)
     with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
-        return int(client.publish(adapter, upload.config, weights)[0]["version"])
+        return int(client.publish_files(adapter, upload.config, weights)[0]["version"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefix_service.client import PrefixClient, management
+from prefix_service.client import PrefixClient
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
 from tests.vllm.asking import TOKENS_SAID, Asking, started
@@ -120,12 +120,12 @@ def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None
     server, count = asking.server, 120
     publish(server, "acme/moving", asking.reference.adapter("b"))
     with PrefixClient(server.url, server.admin_key) as client:
-        client.run(management.put_alias("acme/moving", "prod", 1))
+        client.put_alias("acme/moving", "prod", 1)
         fetched = _fetches(server)
         asking.engine.begin([asking.job("moving@prod", "short")], count)
         _wait_for_fetches(server, fetched + 2)  # the scheduler's, and the worker's
         assert publish(server, "acme/moving", asking.reference.adapter("b2")) == 2
-        client.run(management.put_alias("acme/moving", "prod", 2))
+        client.put_alias("acme/moving", "prod", 2)
         moved = time.monotonic()
     before = asking.engine.answer()["outputs"][0]
     time.sleep(max(0.0, moved + 1 - time.monotonic()))  # what an alias means is remembered for a second

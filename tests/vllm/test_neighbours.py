@@ -18,7 +18,7 @@ from typing import Any, Final
 import httpx
 import pytest
 
-from prefix_service.client import PrefixClient, management
+from prefix_service.client import PrefixClient
 from tests.client.holding_proxy import Holder, holding_proxy
 from tests.conftest import Server
 from tests.vllm.conftest import publish, serving_adapters
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers
 _COUNT: Final = 8  # tokens of an answer
 _PATH: Final = "/v1/completions"
 _MANY: Final = httpx.Limits(max_connections=None)
-_BYTES: Final = b"layers=0%3A4"  # in the requests of workers; the questions which version it is ask for one layer
+_BYTES: Final = b"layers=0%3A4"  # in the requests of workers alone
 
 
 @dataclass
@@ -82,10 +82,10 @@ class Serving:
             times.append(time.monotonic() - began)
         return statistics.median(times)
 
-    def run(self, flow: Any) -> Any:
+    def change(self, call: Callable[[PrefixClient], object]) -> None:
         """Change something in the service."""
         with PrefixClient(self.service.url, self.service.admin_key) as client:
-            return client.run(flow)
+            call(client)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ async def test_clients_that_leave_give_up_questions_and_bytes(
 
 async def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: Serving) -> None:
     """Forty requests of it wait, at one question a second; another tenant's answers come as fast as without them."""
-    serving.run(management.put_tenant("noisy", {"requests_per_second": 1}))
+    serving.change(lambda client: client.put_tenant("noisy", {"requests_per_second": 1}))
     undisturbed = serving.seconds("acme/a@1")
     async with serving.asking(*(f"noisy/none-{number}" for number in range(40))) as asking:
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
@@ -171,7 +171,9 @@ def test_why_a_request_failed_reaches_its_caller(serving: Serving, stream: bool)
     long = serving.ask("acme/a", prompt=[7] * 1010, stream=stream)
     told = _error(long, 400)
     assert "20 virtual tokens: with the prompt's 1010 there is no room for an answer" in told["message"]
-    gone = _while_fetching(serving, "gone", lambda: serving.run(management.delete("acme/gone")), stream=stream)
+    gone = _while_fetching(
+        serving, "gone", lambda: serving.change(lambda client: client.delete("acme/gone")), stream=stream
+    )
     told = _error(gone, 404, is_event=stream)
     assert "there is no acme/gone" in told["message"]
 

@@ -28,15 +28,13 @@ def complete_adapter(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def _completed(client: "PrefixClient", incomplete: str) -> list[str]:
-    from prefix_service.client import management
-
     tenant, slash, part = incomplete.partition("/")
     if not slash:
-        names = [str(item.get("tenant")) for item in client.run(management.tenants())]
+        names = [str(item.get("tenant")) for item in client.tenants()]
         tenants = [name for name in names if name.startswith(tenant)]
         if len(tenants) != 1:
             return [f"{name}/" for name in tenants[:_OFFERED]]
         (tenant,) = tenants
-    found = client.run(management.adapters(tenant, search=part, limit=_SEARCHED))
+    found = client.list(tenant, search=part, limit=_SEARCHED)
     names = [str(item.get("adapter")) for item in found]
     return [f"{tenant}/{name}" for name in names if name.startswith(part)][:_OFFERED]

@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefix_service.client.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client.flows.resolving import ResolvedVersion
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
 
-__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient"]
+__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient", "ResolvedVersion"]
 
 _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": "prefix_service.client.prefixes.prefix"}
 

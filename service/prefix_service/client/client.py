@@ -1,40 +1,41 @@
 """`PrefixClient` and `AsyncPrefixClient`: the worker's side of the service."""
 
 import hashlib
-from collections.abc import Callable, Coroutine
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import httpx
 
 from prefix_service.client import options
 from prefix_service.client.cache.cache import LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache
-from prefix_service.client.flows import calls
-from prefix_service.client.flows.flows import Flow, Reading
+from prefix_service.client.flows import calls, management
+from prefix_service.client.flows.flows import Reading
+from prefix_service.client.flows.methods import awaited, blocking, named, plain
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
 from prefix_service.client.transport.transport import AsyncTransport, Transport
 from prefix_service.errors import InvalidRequest
 
-T = TypeVar("T")
-P = ParamSpec("P")
-
 
 class _Client:
     """A client of prefix-service, safe to share between threads.
 
     It may be used before and after `fork()`: a child opens connections of its own, and keeps what is cached. It can be
-    pickled, and is made again of its arguments, the key among them.
+    pickled. Unpickling makes a new client from the same arguments, with new connections and an empty cache, so the
+    pickle contains the API key, also one that came from the environment: keep it as you keep the key.
 
     Args:
-        base_url: where the service is, `http://…` or `https://…`.
-        api_key: what the service knows the caller by.
+        base_url: where the service is, `http://…` or `https://…`; by default the environment's `PREFIX_URL`, without
+            that `http://127.0.0.1:8080`. With `uds` it may be left out.
+        api_key: what the service knows the caller by; by default the environment's `PREFIX_API_KEY`. An empty text
+            means no key.
         uds: Unix socket to connect to.
         ca_file: certificate authorities to trust.
-        timeout: deadline of a call in seconds, with its retries and all of its requests.
+        timeout: deadline of a call in seconds, with its retries and all of its requests; None for no deadline, which
+            also retries until the service answers.
         http: an httpx transport that takes the place of the client's own connections. The deadline of a call is that
             of each of its reads.
         cache_bytes: budget of the local cache in memory.
@@ -57,12 +58,12 @@ class _Client:
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | None = None,
         api_key: str | None = None,
         *,
         uds: str | Path | None = None,
         ca_file: str | Path | None = None,
-        timeout: float = 60.0,
+        timeout: float | None = 60.0,
         http: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
         cache_bytes: int = 1 << 30,
         cache_dir: str | Path | None = None,
@@ -72,12 +73,14 @@ class _Client:
         connections: int = 1,
         shared_memory: bool = True,
     ) -> None:
+        base_url, api_key = options.service_url(base_url, uds), options.service_key(api_key)
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._arguments["api_key"] = api_key or ""  # unpickled elsewhere, it takes no key from that environment
         uds, cache_dir = options.path("uds", uds), options.path("cache_dir", cache_dir)
-        ca_file, timeout = options.path("ca_file", ca_file), options.seconds("timeout", timeout)
+        ca_file, deadline = options.path("ca_file", ca_file), options.deadline("timeout", timeout)
         if http is not None and not isinstance(http, self._foreign):
             raise InvalidRequest(f"http must be an httpx transport ({self._foreign.__name__}), got {http!r:.100}")
-        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=timeout)
+        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=deadline)
         self._pin_memory = options.flag("pin_memory", pin_memory)
         self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
@@ -139,24 +142,7 @@ class _Client:
             self._reading.disk.clear()
 
 
-def _blocking(call: Callable[Concatenate[Any, P], Flow[T]]) -> Callable[Concatenate["PrefixClient", P], T]:
-    @wraps(call)
-    def method(self: "PrefixClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.run(call(self, *args, **kwargs))
-
-    return method
-
-
-def _awaited(
-    call: Callable[Concatenate[Any, P], Flow[T]],
-) -> Callable[Concatenate["AsyncPrefixClient", P], Coroutine[Any, Any, T]]:
-    @wraps(call)
-    async def method(self: "AsyncPrefixClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.run(call(self, *args, **kwargs))
-
-    return method
-
-
+@named
 class PrefixClient(_Client):
     __doc__ = f"""{_Client.__doc__}
     Every method raises the errors of `prefix_service.errors`. Reads and publishing are retried when the service is not
@@ -169,25 +155,39 @@ class PrefixClient(_Client):
         way = fetcher if http is None else Foreign(self._connection, http)
         self._transport = Transport(way, self._connection.timeout)
 
-    get = _blocking(calls.get)
-    get_many = _blocking(calls.get_many)
-    prefetch = _blocking(calls.prefetch)
-    publish = _blocking(calls.publish)
-    compose = _blocking(calls.compose)
-    inspect = _blocking(calls.inspect)
-    float8_error = _blocking(calls.float8_error)
-    list = _blocking(calls.list_adapters)
-    is_ready = _blocking(calls.is_ready)
+    get = blocking(calls.get)
+    get_many = blocking(calls.get_many)
+    prefetch = blocking(calls.prefetch)
+    resolve = blocking(calls.resolve)
+    publish = blocking(calls.publish)
+    publish_files = blocking(calls.publish_files)
+    compose = blocking(calls.compose)
+    inspect = blocking(calls.inspect)
+    float8_error = blocking(calls.float8_error)
+    list = blocking(calls.list_adapters)
+    is_ready = blocking(calls.is_ready)
 
-    def run(self, flow: Flow[T]) -> T:
-        """Carry out a flow of `prefix_service.client.management`: aliases, deletion, residency, tenants, audit.
-
-        Raises:
-            NotFound, Forbidden, …: the service reported it.
-            ConnectionFailed: the service did not answer before the deadline.
-            InvalidResponse: an answer is not one of the service.
-        """
-        return self._transport.run(flow)
+    versions = blocking(plain(management.versions))
+    delete = blocking(plain(management.delete))
+    aliases = blocking(plain(management.aliases))
+    put_alias = blocking(plain(management.put_alias))
+    delete_alias = blocking(plain(management.delete_alias))
+    rollback = blocking(plain(management.rollback))
+    parameters = blocking(plain(management.parameters))
+    load = blocking(plain(management.load))
+    unload = blocking(plain(management.unload))
+    residency = blocking(plain(management.residency))
+    tenants = blocking(plain(management.tenants))
+    tenant = blocking(plain(management.tenant))
+    put_tenant = blocking(plain(management.put_tenant))
+    delete_tenant = blocking(plain(management.delete_tenant))
+    audit = blocking(plain(management.audit))
+    whoami = blocking(plain(management.whoami))
+    keys = blocking(plain(management.keys))
+    key = blocking(plain(management.key))
+    create_key = blocking(plain(management.create_key))
+    shorten_key = blocking(plain(management.shorten_key))
+    revoke_key = blocking(plain(management.revoke_key))
 
     def close(self) -> None:
         """Close every connection."""
@@ -200,6 +200,7 @@ class PrefixClient(_Client):
         self.close()
 
 
+@named
 class AsyncPrefixClient(_Client):
     __doc__ = f"""{_Client.__doc__}
     The methods are those of `PrefixClient`, awaitable. Several event loops may use one client, but only one a transport
@@ -212,19 +213,39 @@ class AsyncPrefixClient(_Client):
         way = fetcher if http is None else AsyncForeign(self._connection, http)
         self._transport = AsyncTransport(way, self._connection.timeout)
 
-    get = _awaited(calls.get)
-    get_many = _awaited(calls.get_many)
-    prefetch = _awaited(calls.prefetch)
-    publish = _awaited(calls.publish)
-    compose = _awaited(calls.compose)
-    inspect = _awaited(calls.inspect)
-    float8_error = _awaited(calls.float8_error)
-    list = _awaited(calls.list_adapters)
-    is_ready = _awaited(calls.is_ready)
+    get = awaited(calls.get)
+    get_many = awaited(calls.get_many)
+    prefetch = awaited(calls.prefetch)
+    resolve = awaited(calls.resolve)
+    publish = awaited(calls.publish)
+    publish_files = awaited(calls.publish_files)
+    compose = awaited(calls.compose)
+    inspect = awaited(calls.inspect)
+    float8_error = awaited(calls.float8_error)
+    list = awaited(calls.list_adapters)
+    is_ready = awaited(calls.is_ready)
 
-    async def run(self, flow: Flow[T]) -> T:
-        """Carry out a flow of `prefix_service.client.management`, as `PrefixClient.run`."""
-        return await self._transport.run(flow)
+    versions = awaited(plain(management.versions))
+    delete = awaited(plain(management.delete))
+    aliases = awaited(plain(management.aliases))
+    put_alias = awaited(plain(management.put_alias))
+    delete_alias = awaited(plain(management.delete_alias))
+    rollback = awaited(plain(management.rollback))
+    parameters = awaited(plain(management.parameters))
+    load = awaited(plain(management.load))
+    unload = awaited(plain(management.unload))
+    residency = awaited(plain(management.residency))
+    tenants = awaited(plain(management.tenants))
+    tenant = awaited(plain(management.tenant))
+    put_tenant = awaited(plain(management.put_tenant))
+    delete_tenant = awaited(plain(management.delete_tenant))
+    audit = awaited(plain(management.audit))
+    whoami = awaited(plain(management.whoami))
+    keys = awaited(plain(management.keys))
+    key = awaited(plain(management.key))
+    create_key = awaited(plain(management.create_key))
+    shorten_key = awaited(plain(management.shorten_key))
+    revoke_key = awaited(plain(management.revoke_key))
 
     async def close(self) -> None:
         """Close every connection."""

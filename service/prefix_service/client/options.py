@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
@@ -12,6 +13,7 @@ from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank, check_rank
 
 _DTYPES: Final = get_args(KVDtype)
+_DEFAULT_URL: Final = "http://127.0.0.1:8080"
 _LONGEST: Final = 1_000_000
 """Seconds that a deadline may have: more than eleven days."""
 
@@ -69,15 +71,33 @@ def whole(name: str, value: Any, least: int) -> int:
     return number
 
 
-def seconds(name: str, value: Any) -> float:
-    """Returns a number of seconds.
+def service_url(given: str | None, uds: Any) -> str:
+    """Returns the URL that was given. Without one it is any with a Unix socket, else that of the environment, else the
+    one at which `prefix-service serve` listens."""
+    if given is not None:
+        return given
+    return _DEFAULT_URL if uds is not None else os.environ.get("PREFIX_URL") or _DEFAULT_URL
+
+
+def service_key(given: str | None) -> str | None:
+    """Returns the key that was given, or that of the environment; None if that is empty, or was given as empty."""
+    return (os.environ.get("PREFIX_API_KEY") if given is None else given) or None
+
+
+def deadline(name: str, value: Any) -> float:
+    """Returns a number of seconds, infinity for None.
 
     Raises:
-        InvalidRequest: the value is not a number above 0.
+        InvalidRequest: the value is neither None nor a number above 0.
     """
+    if value is None:
+        return math.inf
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or math.isnan(value) or not 0 < value <= _LONGEST:
-        raise InvalidRequest(f"{name} must be a number of seconds above 0, at most {_LONGEST}, got {value!r:.100}")
+        raise InvalidRequest(
+            f"{name} must be a number of seconds above 0, at most {_LONGEST}, or None for no deadline, got "
+            f"{value!r:.100}"
+        )
     return float(value)
 
 
@@ -123,6 +143,29 @@ def references(value: Any) -> list[str]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InvalidRequest(f"references must be a list of references, got {value!r:.100}")
     return list(value)
+
+
+def callback(name: str, value: Any) -> Any:
+    """Returns what can be called, or None.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    if value is not None and not callable(value):
+        raise InvalidRequest(f"{name} must be a function of the bytes so far and their total, got {value!r:.100}")
+    return value
+
+
+def required_path(name: str, value: Any) -> Path:
+    """Returns a path.
+
+    Raises:
+        InvalidRequest: the value is something else.
+    """
+    found = path(name, value)
+    if found is None:
+        raise InvalidRequest(f"{name} must be a path, got None")
+    return found
 
 
 def path(name: str, value: Any) -> Path | None:

@@ -18,6 +18,9 @@ Files = Mapping[str, bytes | BinaryIO]
 Buffer = bytearray | memoryview
 """Memory that a body has arrived in."""
 
+Progress = Callable[[int, int], None]
+"""Called with the bytes of a body that have travelled, and their total."""
+
 BodyDigest = tuple[Algorithm, bytes]
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -28,7 +31,8 @@ _WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; `files` are the parts of a multipart body, in order."""
+    """One request; `files` are the parts of a multipart body, in order. `progress` follows its body, or that of a
+    fetch's answer."""
 
     method: str
     path: str
@@ -36,6 +40,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     files: Files | None = None
     json: Any = None
+    progress: Progress | None = None
 
     @property
     def is_idempotent(self) -> bool:

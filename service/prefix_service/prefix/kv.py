@@ -10,7 +10,7 @@ from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.form import Span
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PrefixKV:
     """The keys and values of a prefix for a range of layers and heads.
 
@@ -24,6 +24,13 @@ class PrefixKV:
     kv_heads: Span
     num_layers: int
     num_kv_heads: int
+
+    def __repr__(self) -> str:
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return (
+            f"<PrefixKV {list(self.tensor.shape)}: layers {self.layers} of {self.num_layers}, heads {self.kv_heads} of "
+            f"{self.num_kv_heads}, {dtype} on {self.tensor.device}>"
+        )
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Self:

@@ -87,7 +87,7 @@ def measure(client: PrefixClient, case: Case) -> list[Found]:
     """Publish an adapter, and fetch it in each dtype."""
     reference = f"float8/{case.name}"
     with (case.adapter / "adapter_model.safetensors").open("rb") as weights:
-        client.publish(reference, (case.adapter / "adapter_config.json").read_bytes(), weights)
+        client.publish_files(reference, (case.adapter / "adapter_config.json").read_bytes(), weights)
     exact = client.get(reference)
     wanted = [_log_probabilities(case, exact, at) for at in range(len(case.inputs))]
     continued = [_continued(case, exact, at) for at in range(len(case.inputs))]

@@ -32,7 +32,7 @@ _ROUNDS = {4: 400, 20: 200, 80: 100, 2048: 15}
 
 def _ways(client: PrefixClient, reference: str) -> dict[str, Callable[[], Tensor]]:
     def shared() -> Tensor:
-        return client.run(flows.shared(client._reading, reference, {})).kv.tensor
+        return client._transport.run(flows.shared(client._reading, reference, {})).kv.tensor
 
     return {"shared": shared, "copied": lambda: shared().clone(), "get": lambda: client.get(reference).kv.tensor}
 
@@ -75,7 +75,7 @@ def measure(*, quick: bool) -> Outcome:
             size = f"{shape.nbytes / 1e6:.1f} MB"
             say(f"  {size}, {rounds} rounds")
             with PrefixClient(server.url, server.admin_key) as client:
-                client.publish(f"bench/tokens-{tokens}", shape.config, io.BytesIO(shape.weights(tokens)[0]))
+                client.publish_files(f"bench/tokens-{tokens}", shape.config, io.BytesIO(shape.weights(tokens)[0]))
                 ways = _ways(client, reference)
                 cases: dict[str, Callable[[], float]] = {}
                 for name, way in ways.items():

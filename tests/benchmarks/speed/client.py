@@ -192,7 +192,7 @@ def measure(*, quick: bool) -> Outcome:
             shape, reference = Shape(tokens=tokens), f"bench/tokens-{tokens}@1"
             with PrefixClient(server.url, server.admin_key) as publisher:
                 weights, _ = shape.weights(tokens)
-                publisher.publish(f"bench/tokens-{tokens}", shape.config, io.BytesIO(weights))
+                publisher.publish_files(f"bench/tokens-{tokens}", shape.config, io.BytesIO(weights))
             path = f"/v1/tenants/bench/adapters/tokens-{tokens}@1/prefix?layout=stacked&expand=false"
             answer = server.client().get(path, headers={"Want-Repr-Digest": "crc32c=1"})
             head = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())

@@ -47,7 +47,7 @@ def spoken(request: pytest.FixtureRequest, server: Server) -> tuple[str, Prefix]
     name: str = request.param
     upload = prepare_upload(FOLDER / "adapters" / name)
     with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
-        client.publish(f"demo/{name}", upload.config, weights)
+        client.publish_files(f"demo/{name}", upload.config, weights)
         return name, client.get(f"demo/{name}", dtype="float32")
 
 

@@ -186,11 +186,11 @@ def test_publish_and_compose_report_the_adapter_that_was_meant(connect: Callable
     weights = save({"prompt_embeddings": torch.ones(4, 2 * 2 * 16)})
     proxy.swaps = {b"/adapters/published/": b"/adapters/elsewhere/"}
     with pytest.raises(InvalidResponse, match="adapter 'elsewhere' instead of 'published'"):
-        client.publish("swap/published", config, io.BytesIO(weights))
+        client.publish_files("swap/published", config, io.BytesIO(weights))
     with pytest.raises(InvalidResponse, match="adapter 'elsewhere' instead of 'published'"):
         client.compose("swap/published", ["swap/a@1", "swap/b@1"])
     proxy.swaps = {}
-    assert client.publish("swap/published", config, io.BytesIO(weights))[0]["adapter"] == "published"
+    assert client.publish_files("swap/published", config, io.BytesIO(weights))[0]["adapter"] == "published"
 
 
 NOT_MODIFIED = "304 Not Modified"

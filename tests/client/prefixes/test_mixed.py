@@ -71,7 +71,7 @@ def mixed_of(folder_of: Callable[[str, str], Path], server: Server) -> Callable[
             for adapter in LENGTHS:
                 upload = prepare_upload(folder_of(name, adapter))
                 with upload.weights as weights:
-                    client.publish(f"{adapter}-{name}", upload.config, weights)
+                    client.publish_files(f"{adapter}-{name}", upload.config, weights)
             return client.get_many([_named(name, row) for row in ROWS])
 
     return cache(fetch)

@@ -33,7 +33,7 @@ def published(client: Any, adapter: str, heads: int) -> None:
         "prefix_projection": False,
     }
     values = torch.randn(TOKENS, LAYERS * 2 * heads * DIM, generator=torch.Generator().manual_seed(heads))
-    client.publish(adapter, json.dumps(config).encode(), io.BytesIO(save({"prompt_embeddings": values})))
+    client.publish_files(adapter, json.dumps(config).encode(), io.BytesIO(save({"prompt_embeddings": values})))
 
 
 @pytest.fixture(autouse=True)

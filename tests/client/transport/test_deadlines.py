@@ -11,19 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
+import httpx
 import pytest
 
-from prefix_service.client import AsyncPrefixClient, PrefixClient, management
+from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client.flows import management
 from prefix_service.client.transport import dialling
 from prefix_service.errors import ConnectionFailed, InvalidResponse, PrefixServiceError
+from tests.client.conftest import LLAMA
 from tests.client.hostile import Script, answer, hostile_server, read_request, says
 from tests.client.transport.test_lane import OK, drips, drips_a_head, is_right
 from tests.conftest import free_port
 
 KINDS = [PrefixClient, AsyncPrefixClient]
 
+SOON = datetime(2100, 1, 1, tzinfo=UTC)
 Call = Callable[[Any], Any]
 CALLS: dict[str, Call] = {
     "get": lambda client: client.get("a/b"),
@@ -34,21 +39,31 @@ CALLS: dict[str, Call] = {
     "list": lambda client: client.list("a"),
     "is_ready": lambda client: client.is_ready(),
     "compose": lambda client: client.compose("a/b", ["a/c"]),
-    "publish": lambda client: client.publish("a/b", b"{}", io.BytesIO(bytes(9_000_000))),
-    "aliases": lambda client: client.run(management.aliases("a/b")),
-    "put_alias": lambda client: client.run(management.put_alias("a/b", "prod", 1)),
-    "put_alias once": lambda client: client.run(management.put_alias("a/b", "prod", 1, create_only=True)),
-    "delete_alias": lambda client: client.run(management.delete_alias("a/b", "prod")),
-    "delete": lambda client: client.run(management.delete("a/b")),
-    "load": lambda client: client.run(management.load("a/b")),
-    "unload": lambda client: client.run(management.unload("a/b")),
-    "residency": lambda client: client.run(management.residency()),
-    "versions": lambda client: client.run(management.versions("a/b")),
-    "tenants": lambda client: client.run(management.tenants()),
-    "tenant": lambda client: client.run(management.tenant("a")),
-    "put_tenant": lambda client: client.run(management.put_tenant("a", {"max_bytes": 1})),
-    "delete_tenant": lambda client: client.run(management.delete_tenant("a")),
-    "audit": lambda client: client.run(management.audit("a", 10**9)),
+    "resolve": lambda client: client.resolve("a/b"),
+    "publish": lambda client: client.publish("a/b", LLAMA),
+    "publish_files": lambda client: client.publish_files("a/b", b"{}", io.BytesIO(bytes(9_000_000))),
+    "aliases": lambda client: client.aliases("a/b"),
+    "put_alias": lambda client: client.put_alias("a/b", "prod", 1),
+    "put_alias once": lambda client: client.put_alias("a/b", "prod", 1, create_only=True),
+    "delete_alias": lambda client: client.delete_alias("a/b", "prod"),
+    "rollback": lambda client: client.rollback("a/b", "prod"),
+    "parameters": lambda client: client.parameters("a/b", 0, 1),
+    "delete": lambda client: client.delete("a/b"),
+    "load": lambda client: client.load("a/b"),
+    "unload": lambda client: client.unload("a/b"),
+    "residency": lambda client: client.residency(),
+    "versions": lambda client: client.versions("a/b"),
+    "tenants": lambda client: client.tenants(),
+    "tenant": lambda client: client.tenant("a"),
+    "put_tenant": lambda client: client.put_tenant("a", {"max_bytes": 1}),
+    "delete_tenant": lambda client: client.delete_tenant("a"),
+    "audit": lambda client: client.audit("a", 10**9),
+    "whoami": lambda client: client.whoami(),
+    "keys": lambda client: client.keys("a"),
+    "key": lambda client: client.key("0" * 16),
+    "create_key": lambda client: client.create_key("read", "a"),
+    "shorten_key": lambda client: client.shorten_key("0" * 16, SOON, "a"),
+    "revoke_key": lambda client: client.revoke_key("0" * 16),
 }
 
 
@@ -238,8 +253,80 @@ def test_a_change_goes_over_a_new_connection() -> None:
     made = answer(b"{}", JSON, status="201 Created")
     with hostile_server(says(EMPTY_PAGE), says(made)) as server, PrefixClient(server.url, timeout=3) as client:
         client.list("a")
-        assert client.run(management.put_alias("a/b", "prod", 1, create_only=True))
+        assert client.put_alias("a/b", "prod", 1, create_only=True)
         assert len(server.requests) == 2
+
+
+# --- no deadline ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_deadline_every_way_works(kind: type[Any]) -> None:
+    """Over TCP and a Unix socket, in ranges, over httpx, and of every method that answers are known for."""
+    http = httpx.HTTPTransport if kind is PrefixClient else httpx.AsyncHTTPTransport
+    with hostile_server(says(answer(), answer())) as server, hostile_server(says(answer()), uds=True) as local:
+        for client in (
+            kind(server.url, timeout=None),
+            kind(server.url, timeout=None, connections=3),
+            kind(server.url, timeout=None, http=http()),
+            kind(timeout=None, uds=local.uds),
+        ):
+            assert called(client, CALLS["get"]).num_virtual_tokens == 20
+        named = server.url.replace("127.0.0.1", "localhost")  # is looked up
+        assert called(kind(named, timeout=None), lambda client: client.get_many(["a/b", None])).batch_size == 2
+    with hostile_server(says(EMPTY_PAGE)) as server:
+        assert called(kind(server.url, timeout=None), CALLS["list"]) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_deadline_a_call_waits_for_a_service_that_is_away(kind: type[Any]) -> None:
+    """It is tried again until the service is there."""
+    port = free_port()
+    found: list[Any] = []
+    client = kind(f"http://127.0.0.1:{port}", timeout=None)
+    waiting = threading.Thread(target=lambda: found.append(called(client, CALLS["get"])))
+    waiting.start()
+    time.sleep(0.5)
+    assert not found
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        listener.settimeout(20)
+        connection, _ = listener.accept()
+        with connection:
+            says(answer())(connection)
+            waiting.join(20)
+    assert is_right(found[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_deadline_a_half_open_connection_costs_a_minute_at_most(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of no end would be no end; then a new connection is tried."""
+    monkeypatch.setattr("prefix_service.client.transport.lane._MOST_PATIENCE", 0.3)
+    call = CALLS["list"]
+
+    async def awaited(client: Any) -> None:
+        async with client:
+            await call(client)
+            await call(client)
+
+    def blocking(client: Any) -> None:
+        with client:
+            call(client)
+            call(client)
+
+    with hostile_server(then_swallows(EMPTY_PAGE), says(EMPTY_PAGE)) as server:
+        client = kind(server.url, timeout=None)
+        began = time.monotonic()
+        asyncio.run(awaited(client)) if kind is AsyncPrefixClient else blocking(client)
+        assert 0.25 < time.monotonic() - began < 5
+        assert len(server.requests) == 2
+
+
+def test_a_wait_that_the_system_has_no_room_for_is_taken_in_parts() -> None:
+    """poll(2) counts milliseconds in 32 bits."""
+    until = time.monotonic() + 1e12
+    assert dialling.time_left(until) == dialling.time_left(float("inf")) == 1_000_000
 
 
 # --- addresses ---
@@ -351,12 +438,13 @@ def test_an_answer_that_comes_before_the_end_of_an_upload_is_read() -> None:
 
     for kind in KINDS:
         with hostile_server(script) as server, pytest.raises(PrefixServiceError, match="no more than 10 bytes"):
-            called(kind(server.url, timeout=5), CALLS["publish"])
+            called(kind(server.url, timeout=5), CALLS["publish_files"])
 
 
 def test_every_call_is_here() -> None:
-    """No method of the clients, and no flow of `management`, goes untested."""
+    """No method of the clients goes untested, and every flow of `management` is one."""
     flows = {name for name, made in vars(management).items() if inspect.isgeneratorfunction(made)}
     flows = {name for name in flows if not name.startswith("_") and name not in ("pages", "adapter_alone")}
-    methods = {name for name in vars(PrefixClient) if not name.startswith("_") and name not in ("run", "close")}
-    assert flows | methods <= CALLS.keys()
+    methods = {name for name in vars(PrefixClient) if not name.startswith("_")} - {"close"}
+    assert flows <= methods <= CALLS.keys()
+    assert methods == {name for name in vars(AsyncPrefixClient) if not name.startswith("_")} - {"close"}

@@ -81,7 +81,7 @@ def test_a_large_prefix_comes_in_ranges_from_the_service(server: Server) -> None
     shape = Shape(tokens=600)  # 79 MB
     weights, _ = shape.weights(seed=0)
     with PrefixClient(server.url, server.admin_key) as client:
-        client.publish("ranges/large", shape.config, io.BytesIO(weights))
+        client.publish_files("ranges/large", shape.config, io.BytesIO(weights))
         published(client, "ranges/small", LLAMA)
         whole, small = (client.get(f"ranges/{name}").kv.tensor for name in ("large", "small"))
     with PrefixClient(server.url, server.admin_key, connections=3, verify_digest=True) as client:

@@ -382,3 +382,10 @@ def test_a_file_of_a_name_that_no_file_can_have_is_not_mapped() -> None:
     named = b'{"file": "/tmp/\\ud800", "bytes": %d}' % len(BODY)
     prefix = asked_of(answer(named, f"Content-Type: {SHARED}"), answer(prefix_body(tokens=4)))
     assert prefix.num_virtual_tokens == 4
+
+
+def test_what_is_mapped_reports_no_progress(client: Any) -> None:
+    """No byte of it travels, and the name of the file is not the prefix."""
+    seen: list[tuple[int, int]] = []
+    assert client.get("same/large", progress=lambda *sizes: seen.append(sizes)).num_virtual_tokens == 1024
+    assert seen == []

@@ -149,7 +149,7 @@ def test_publishing_is_retried_from_the_beginning_of_the_file(tmp_path: Path) ->
     with weights, PrefixClient(first.url, key, timeout=50) as client:
         done: list[bool] = []
         config = (LLAMA / "adapter_config.json").read_bytes()
-        publishing = threading.Thread(target=lambda: done.append(client.publish("again/b", config, weights)[1]))
+        publishing = threading.Thread(target=lambda: done.append(client.publish_files("again/b", config, weights)[1]))
         publishing.start()
         with running_server(tmp_path / "data", "--port", port):
             publishing.join()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prefix_service.client import PrefixClient, management
+from prefix_service.client import PrefixClient
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
@@ -66,6 +66,14 @@ async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Se
         assert resolver.recall("quick/a@1") is None
 
 
+async def test_a_question_takes_no_tensors(held: Holder) -> None:
+    """It is answered while every fetch of a prefix is held up."""
+    async with resolving(held.url) as resolver:
+        held.hold(b"/prefix")
+        assert (await resolver.resolve("quick/a")).number == 1
+        held.hold()
+
+
 async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Holder) -> None:
     """The last request that leaves takes the question back: the service sees its connection end."""
     async with resolving(held.url) as resolver:
@@ -115,7 +123,7 @@ async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held
 async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server: Server, held: Holder) -> None:
     """Forty questions at one a second; another tenant's answer meanwhile comes as without them."""
     with PrefixClient(server.url, server.admin_key) as client:
-        client.run(management.put_tenant("slow", {"requests_per_second": 1}))
+        client.put_tenant("slow", {"requests_per_second": 1})
     async with resolving(held.url, timeout=6) as resolver:
         asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
@@ -126,7 +134,7 @@ async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server:
         for task in asking:
             task.cancel()
     with PrefixClient(server.url, server.admin_key) as client:
-        client.run(management.put_tenant("slow", {"requests_per_second": None}))
+        client.put_tenant("slow", {"requests_per_second": None})
     assert took < 3  # one more of the other tenant's would have taken as long
 
 
@@ -172,7 +180,7 @@ async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish
     file.write_text("prefix_" + "0" * 16)
     source = Source(ConnectorConfig.of({"url": server.url, "api_key_file": file}), 0)
     with pytest.raises(Unauthenticated):
-        await source.get("quick/a")
+        await source.resolve("quick/a")
     file.rename(tmp_path / "away")
     with pytest.raises(Unauthenticated):
         await source.get("quick/a")

@@ -80,16 +80,13 @@ def list_adapters(
 
 
 def _adapters(client: "PrefixClient", tenant: str, asked: Mapping[str, str | None], limit: int | None) -> list[Item]:
-    from prefix_service.client import management
-
-    return list(client.run(management.adapters(tenant, **asked, limit=limit)))
+    return list(client.list(tenant, **asked, limit=limit))
 
 
 def _of_all_tenants(
     client: "PrefixClient", asked: Mapping[str, str | None], sort: Sort, limit: int | None
 ) -> list[Item]:
     """Returns the adapters of all tenants as one listing; those that `sort` does not tell apart by their names."""
-    from prefix_service.client import management
 
     def place(item: Item) -> tuple[Any, ...]:
         name = item["tenant"], item["adapter"]
@@ -98,7 +95,7 @@ def _of_all_tenants(
         return (-item["bytes"], *name) if sort is Sort.BYTES else name
 
     listings = []
-    for tenant in client.run(management.tenants()):
+    for tenant in client.tenants():
         with contextlib.suppress(NotFound):  # it was deleted meanwhile
             listings.append(_adapters(client, tenant["tenant"], asked, limit))
     return list(heapq.merge(*listings, key=place))[:limit]
@@ -125,10 +122,8 @@ def versions(
     as_json: Json = False,
 ) -> None:
     """List the versions of an adapter, newest first."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        items = client.run(management.versions(adapter))
+        items = client.versions(adapter)
     if as_json:
         print_json({"items": items})
         return
@@ -254,9 +249,7 @@ def remove(
     as_json: Json = False,
 ) -> None:
     """Delete an adapter with all its versions, or one version that no alias points at."""
-    from prefix_service.client import management
-
     confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
     with connect(url, api_key) as client:
-        client.run(management.delete(reference))
+        client.delete(reference)
     report(f"deleted {reference}", {"deleted": reference}, as_json=as_json)

@@ -33,11 +33,8 @@ def set_alias(
     as_json: Json = False,
 ) -> None:
     """Point an alias at a version: forward to roll out, back to roll back."""
-    from prefix_service.client import management
-
-    change = management.put_alias(adapter, alias, version, preload=preload, if_match=if_match, create_only=create_only)
     with connect(url, api_key) as client, working(f"moving {adapter}@{alias}"):
-        is_new = client.run(change)
+        is_new = client.put_alias(adapter, alias, version, preload=preload, if_match=if_match, create_only=create_only)
     if as_json:
         print_json({"alias": alias, "version": version, "created_now": is_new})
         return
@@ -55,15 +52,13 @@ def roll_back(
     as_json: Json = False,
 ) -> None:
     """Point an alias back at the version that it named before; once more undoes it. Needs a key of scope admin."""
-    from prefix_service.client import management
-
     tenant, reference = parse_qualified(name)
     if not reference.explicit or reference.immutable:
         raise InvalidRequest(f"{name} names no alias: write it as {tenant}/{reference.adapter}@prod")
     alias, adapter = check_alias(reference.selector), f"{tenant}/{reference.adapter}"
     with connect(url, api_key) as client, working(f"moving {name}"):
         try:
-            version, before = client.run(management.rollback(adapter, alias))
+            version, before = client.rollback(adapter, alias)
         except Forbidden as error:
             raise Forbidden(
                 f"{error}: which version {name} named before is in the audit log. Without it, name the version with "
@@ -78,10 +73,8 @@ def roll_back(
 @alias_app.command("list")
 def list_aliases(adapter: AdapterName, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """List the aliases of an adapter, and the version that each points at."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.aliases(adapter))
+        found = client.aliases(adapter)
     if as_json:
         print_json({"items": [{"alias": name, "version": number} for name, number in found.items()]})
         return
@@ -93,8 +86,6 @@ def remove_alias(
     adapter: AdapterName, alias: Alias, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
     """Forget an alias; its version stays."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        client.run(management.delete_alias(adapter, alias))
+        client.delete_alias(adapter, alias)
     report(f"deleted {adapter}@{alias}", {"deleted": f"{adapter}@{alias}"}, as_json=as_json)

@@ -134,8 +134,6 @@ def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> 
 
 
 def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) -> None:
-    from prefix_service.client import management
-
     # By digest: an alias may move meanwhile.
     reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
     size, digest = version["size"]["weights"], hashlib.sha256()
@@ -143,7 +141,7 @@ def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) ->
     with file.open("wb") as opened, bar as progress:
         task = progress.add_task("downloading", total=size)
         for first in range(0, size, _PIECE):
-            piece = client.run(management.parameters(reference, first, min(first + _PIECE, size)))
+            piece = client.parameters(reference, first, min(first + _PIECE, size))
             digest.update(piece)
             opened.write(piece)
             progress.advance(task, len(piece))

@@ -68,38 +68,36 @@ class _Keys(Protocol):
 
 class _OfService:
     def __init__(self, client: "PrefixClient") -> None:
-        from prefix_service.client import management
-
-        self._client, self._flows = client, management
+        self._client = client
 
     def own(self) -> str | None:
-        tenant: str | None = self._client.run(self._flows.whoami())["tenant"]
+        tenant: str | None = self._client.whoami()["tenant"]
         return tenant
 
     def create(self, owner: str | None, scope: Scope, name: str, expires: datetime | None) -> dict[str, Any]:
         def create() -> dict[str, Any]:
-            return dict(self._client.run(self._flows.create_key(scope, owner, name=name, expires=expires)))
+            return dict(self._client.create_key(scope, owner, name=name, expires=expires))
 
         try:
             return create()
         except NotFound:
             if owner is None:
                 raise
-        _, is_new = self._client.run(self._flows.put_tenant(owner))
+        _, is_new = self._client.put_tenant(owner)
         _mention(owner, is_new=is_new)
         return create()
 
     def listed(self, owner: str | None) -> list[dict[str, Any]]:
-        return self._client.run(self._flows.keys(owner))
+        return self._client.keys(owner)
 
     def get(self, owner: str | None, key_id: str) -> dict[str, Any]:
-        return dict(self._client.run(self._flows.key(key_id, owner)))
+        return dict(self._client.key(key_id, owner))
 
     def shorten(self, owner: str | None, key_id: str, expires: datetime) -> dict[str, Any]:
-        return dict(self._client.run(self._flows.shorten_key(key_id, expires, owner)))
+        return dict(self._client.shorten_key(key_id, expires, owner))
 
     def revoke(self, owner: str | None, key_id: str) -> None:
-        self._client.run(self._flows.revoke_key(key_id, owner))
+        self._client.revoke_key(key_id, owner)
 
 
 class _OfFolder:
@@ -258,10 +256,8 @@ def revoke_key(
 
 def whoami(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show the key that this command line uses: whose it is, what it may do, and until when."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.whoami())
+        found = client.whoami()
     if as_json:
         print_json(found)
         return

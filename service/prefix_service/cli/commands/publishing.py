@@ -103,7 +103,7 @@ def _publish_source(
         disable=not errors_console.is_terminal,
     )
     with upload.weights, shown as weights:
-        return client.publish(adapter, upload.config, weights, base)
+        return client.publish_files(adapter, upload.config, weights, base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def _publish_folders(client: "PrefixClient", adapters: Mapping[str, Path], base:
             try:
                 upload = prepare_upload(folder)
                 with upload.weights as weights:
-                    version, is_new = client.publish(adapter, upload.config, weights, base)
+                    version, is_new = client.publish_files(adapter, upload.config, weights, base)
             except PrefixServiceError as error:
                 if not isinstance(error, _OF_ONE_FOLDER):
                     stopped.set()

@@ -35,10 +35,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show budgets, each tenant's part of them, and the largest versions, of the process that answers."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.residency(limit))
+        found = client.residency(limit)
     if as_json:
         print_json(found)
         return
@@ -61,10 +59,8 @@ def load(
     as_json: Json = False,
 ) -> None:
     """Load a version into memory and wait; without --pin a pinned one is let go again."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client, working(f"loading {reference}"):
-        state = client.run(management.load(reference, pinned=pin))
+        state = client.load(reference, pinned=pin)
     if as_json:
         print_json(state)
         return
@@ -75,10 +71,8 @@ def load(
 @residency_app.command("unload")
 def unload(reference: Ref, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Take a version out of memory; the next request loads it again."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        client.run(management.unload(reference))
+        client.unload(reference)
     report(f"unloaded {reference}", {"unloaded": reference}, as_json=as_json)
 
 

@@ -37,10 +37,8 @@ def register(app: typer.Typer) -> None:
 @tenant_app.command("list")
 def list_tenants(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """List every tenant: what it has, and what it may have."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.tenants())
+        found = client.tenants()
     if as_json:
         print_json({"items": found})
         return
@@ -50,10 +48,8 @@ def list_tenants(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json =
 @tenant_app.command("show")
 def show_tenant(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show a tenant: what it has, and what it may have."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        _print(client.run(management.tenant(name)), as_json=as_json)
+        _print(client.tenant(name), as_json=as_json)
 
 
 @tenant_app.command("set")
@@ -73,13 +69,11 @@ def set_tenant(
 
     The service takes all quotas at once: of two changes at the same moment the later one wins whole.
     """
-    from prefix_service.client import management
-
     given = {"max_adapters": max_adapters, "max_bytes": max_bytes, "requests_per_second": requests_per_second}
     changes = {quota: _parsed(quota, text) for quota, text in given.items() if text is not None}
     with connect(url, api_key) as client:
         quotas = {**_quotas(client, name), **changes} if changes else None
-        item, _ = client.run(management.put_tenant(name, quotas))
+        item, _ = client.put_tenant(name, quotas)
     _print(item, as_json=as_json)
 
 
@@ -88,15 +82,12 @@ def remove_tenant(
     name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
     """Delete a tenant with its keys, adapters and versions."""
-    from prefix_service.client import management
-
-    if not yes:
-        with connect(url, api_key) as client:
-            has = client.run(management.tenant(name))
-        what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
-        confirm(f"delete tenant {name} with {what}", yes=yes)
     with connect(url, api_key) as client:
-        client.run(management.delete_tenant(name))
+        if not yes:
+            has = client.tenant(name)
+            what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
+            confirm(f"delete tenant {name} with {what}", yes=yes)
+        client.delete_tenant(name)
     report(f"deleted tenant {name}", {"deleted": name}, as_json=as_json)
 
 
@@ -108,10 +99,8 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Show who changed what, newest first; of all tenants for the platform's admin."""
-    from prefix_service.client import management
-
     with connect(url, api_key) as client:
-        found = client.run(management.audit(tenant, limit))
+        found = client.audit(tenant, limit)
     if as_json:
         print_json({"items": found})
         return
@@ -159,10 +148,8 @@ def _parsed(quota: str, text: str) -> int | None:
 
 def _quotas(client: "PrefixClient", name: str) -> dict[str, int | None]:
     """What a tenant may have now; nothing of one that does not exist yet."""
-    from prefix_service.client import management
-
     try:
-        item = client.run(management.tenant(name))
+        item = client.tenant(name)
     except NotFound:
         return {}
     return {quota: item[quota] for quota in _PARSERS}

@@ -88,7 +88,7 @@ def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> bool:
 def _travel(client: PrefixClient, name: str) -> _Fetched:
     upload = prepare_upload(_FOLDER / "adapters" / name)
     with upload.weights as weights:
-        _, published = _timed(lambda: client.publish(f"{_TENANT}/{name}", upload.config, weights))
+        _, published = _timed(lambda: client.publish_files(f"{_TENANT}/{name}", upload.config, weights))
     prefix, fetched = _timed(lambda: client.get(f"{_TENANT}/{name}", dtype="float32"))
     _, revalidated = _timed(lambda: client.get(f"{_TENANT}/{name}", dtype="float32"))
     return _Fetched(prefix, published, fetched, revalidated)

@@ -2,12 +2,14 @@
 `AsyncPrefixClient` awaits."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
 from prefix_service.client import options
-from prefix_service.client.flows import flows, listing, many
+from prefix_service.client.flows import flows, listing, many, resolving
 from prefix_service.client.flows.flows import Flow, Reading
-from prefix_service.client.protocol import Together
+from prefix_service.client.flows.resolving import ResolvedVersion
+from prefix_service.client.protocol import Progress, Together
 from prefix_service.errors import PrefixServiceError
 from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank
@@ -39,6 +41,7 @@ def get(
     tp: Rank | None = None,
     pp: Span | None = None,
     materialise: bool = False,
+    progress: Progress | None = None,
 ) -> "Flow[Prefix]":
     """Returns the prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
 
@@ -56,6 +59,9 @@ def get(
             ranks where there are more ranks than heads. The other ranks' share does not travel. Instead of `kv_heads`.
         pp: `(first, end)`: the layers of this pipeline stage. Instead of `layers`.
         materialise: whether each row has memory of its own.
+        progress: called with the bytes that have arrived and their total, from the thread that receives them, so it
+            should be quick. It is not called where no bytes travel, as from a cache, and begins again at 0 when the
+            request is sent again.
 
     Raises:
         NotFound, Unauthenticated, InvalidInput, …: the service reported it.
@@ -72,7 +78,7 @@ def get(
         pp=pp,
         materialise=materialise,
     )
-    return flows.get(self._reading, reference, form)
+    return flows.get(self._reading, reference, form, options.callback("progress", progress))
 
 
 def get_many(
@@ -143,13 +149,57 @@ def prefetch(
             raise result
 
 
+def resolve(self: Caller, reference: str) -> Flow[ResolvedVersion]:
+    """Returns which version a reference means now, and the dimensions of its prefix. No tensor travels.
+
+    Raises:
+        NotFound, Unauthenticated, …: the service reported it.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer does not describe that version.
+    """
+    return resolving.resolve(reference)
+
+
 def publish(
+    self: Caller,
+    adapter: str,
+    folder: str | Path,
+    *,
+    base_model_config: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """Publish a folder on this machine as a version of `tenant/name`. Returns its metadata, and whether it is new.
+
+    Args:
+        adapter: where to publish, `tenant/name`.
+        folder: what PEFT's `save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`. From a full
+            training checkpoint the prefix is cut out first.
+        base_model_config: the base model's `config.json`, for dimensions that the adapter's config leaves out.
+        progress: called with the bytes that were sent and their total, as in `get`.
+
+    Raises:
+        InvalidRequest: there is no such folder, or a file cannot be read.
+        InvalidConfig, InvalidCheckpoint: the folder lacks a file, or the service reported it; nothing was published.
+        TooLarge, QuotaExceeded, …: the service reported it; nothing was published.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is not one of the service.
+    """
+    path = options.required_path("folder", folder)
+    model = options.path("base_model_config", base_model_config)
+    return flows.publish_folder(adapter, path, model, options.callback("progress", progress))
+
+
+def publish_files(
     self: Caller, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publish a version of `tenant/name`. Returns its metadata, and whether it is new.
+    """Publish a version of `tenant/name` whose files lie in no folder. Returns its metadata, and whether it is new.
 
-    `config` and `weights` are the files that PEFT's `save_pretrained` wrote, or another supported layout;
-    `base_model_config` is the base model's `config.json`, for dimensions that the adapter's config leaves out.
+    Args:
+        adapter: where to publish, `tenant/name`.
+        config: the bytes of `adapter_config.json`.
+        weights: `adapter_model.safetensors`, open for reading in binary mode.
+        base_model_config: the bytes of the base model's `config.json`, for dimensions that the adapter's config leaves
+            out.
 
     Raises:
         InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
@@ -193,15 +243,32 @@ def float8_error(self: Caller, reference: str) -> "Flow[Float8Error]":
     return flows.float8_error(self._reading, reference)
 
 
-def list_adapters(self: Caller, tenant: str, base_model: str | None = None) -> Flow[list[listing.Item]]:
-    """Returns every adapter of a tenant, in the order of their names.
+def list_adapters(
+    self: Caller,
+    tenant: str,
+    base_model: str | None = None,
+    *,
+    search: str | None = None,
+    sort: str | None = None,
+    limit: int | None = None,
+) -> Flow[list[listing.Item]]:
+    """Returns the adapters of a tenant.
+
+    Args:
+        tenant: whose adapters.
+        base_model: only adapters whose latest version is for this base model.
+        search: only adapters whose names have this part.
+        sort: `name` (the default), `-created` (the latest publication first) or `-bytes` (the largest first).
+        limit: at most so many; by default all.
 
     Raises:
+        InvalidRequest: an option has a value that it cannot have.
         NotFound, …: the service reported it.
         ConnectionFailed: the listing did not end before the deadline.
         InvalidResponse: an answer is not one of the service, or the listing has no end.
     """
-    return listing.adapters(tenant, base_model)
+    most = None if limit is None else options.whole("limit", limit, 1)
+    return listing.adapters(tenant, {"base_model": base_model, "search": search, "sort": sort}, most)
 
 
 def is_ready(self: Caller) -> Flow[bool]:

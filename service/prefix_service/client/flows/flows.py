@@ -5,19 +5,21 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions
-from prefix_service.client.protocol import Answer, Buffer, Request, Step, Work, adapter_path, check_digest
+from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
+    from prefix_service.checkpoints.sources import Upload
     from prefix_service.client.prefixes.float8 import Float8Error
     from prefix_service.client.prefixes.prefix import Prefix
 
@@ -45,9 +47,9 @@ class Reading:
     is_service_known: bool
 
 
-def get(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
+def get(reading: Reading, reference: str, options: PrefixOptions, progress: Progress | None = None) -> "Flow[Prefix]":
     """A prefix in memory of the caller's own, from a cache or from the service."""
-    cached = yield from _cached(reading, Question.of(reference, options))
+    cached = yield from _cached(reading, Question.of(reference, options), progress)
     own = partial(_own, reading, cached)
     one: Prefix = own() if _is_quickly_owned(reading, cached) else (yield Work(own))
     prefix = one.for_batch(options.get("batch_size", 1))
@@ -62,7 +64,7 @@ def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Pr
     return cached.prefix
 
 
-def _cached(reading: Reading, question: Question) -> Flow[Cached]:
+def _cached(reading: Reading, question: Question, progress: Progress | None = None) -> Flow[Cached]:
     """The answer to a question from a cache, revalidated unless it is immutable, or from the service."""
     cached, is_current = reading.memory.get(question.key), question.reference.immutable
     if cached is None and reading.disk is not None:
@@ -71,7 +73,8 @@ def _cached(reading: Reading, question: Question) -> Flow[Cached]:
         etag = None if cached is None else cached.etag or None
         read = partial(_received, reading, question, cached)
         blocks = reading.disk is not None
-        cached = yield question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
+        request = question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
+        cached = yield request if progress is None else replace(request, progress=progress)
     reading.memory.put(question.key, cached)
     return cached
 
@@ -148,7 +151,11 @@ def _decoded(reading: Reading, question: Question, body: Buffer, etag: str, head
 
 
 def publish(
-    adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None
+    adapter: str,
+    config: bytes,
+    weights: BinaryIO,
+    base_model_config: bytes | None,
+    progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, and whether it is new."""
     tenant, name = adapter_alone(adapter)
@@ -156,8 +163,32 @@ def publish(
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     files["adapter_model.safetensors"] = weights
-    answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
+    path = adapter_path(tenant, name, "versions")
+    answer: Answer = yield Request("POST", path, files=files, progress=progress)
     return _published(tenant, name, answer)
+
+
+def publish_folder(
+    adapter: str, folder: Path, base_model_config: Path | None, progress: Progress | None
+) -> Flow[tuple[Mapping[str, Any], bool]]:
+    """A new version of `tenant/name` from a folder on this machine, and whether it is new."""
+    adapter_alone(adapter)
+    upload, model = yield Work(partial(_opened, folder, base_model_config))
+    with upload.weights as weights:
+        return (yield from publish(adapter, upload.config, weights, model, progress))
+
+
+def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":
+    """Open the weights of an adapter's folder, and read its config and the base model's."""
+    from prefix_service.checkpoints.sources import prepare_upload  # imports torch
+
+    if not folder.exists():
+        raise InvalidRequest(f"there is no folder {folder} to publish")
+    try:
+        model = None if base_model_config is None else base_model_config.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"base_model_config {base_model_config} cannot be read: {error.strerror}") from error
+    return prepare_upload(folder), model
 
 
 def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:

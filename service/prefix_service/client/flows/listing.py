@@ -15,10 +15,10 @@ _MOST_CURSOR: Final = 4096
 Item = dict[str, Any]
 
 
-def adapters(tenant: str, base_model: str | None) -> Flow[list[Item]]:
-    """Returns every adapter of a tenant, in the order of their names."""
-    params = {} if base_model is None else {"base_model": base_model}
-    return (yield from pages(tenant_path(tenant, "adapters"), params))
+def adapters(tenant: str, asked: Mapping[str, str | None], limit: int | None) -> Flow[list[Item]]:
+    """Returns the adapters of a tenant, to the listing's end or up to `limit`; options that are None are not sent."""
+    params = {name: value for name, value in asked.items() if value is not None}
+    return (yield from pages(tenant_path(tenant, "adapters"), params, limit))
 
 
 def versions(tenant: str, adapter: str) -> Flow[list[Item]]:

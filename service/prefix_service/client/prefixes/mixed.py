@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 _IDENTITY = [field.name for field in fields(Identity)]
 
 
-@dataclass(frozen=True, slots=True)
+_SHOWN: Final = 3  # rows in the text of a batch
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class MixedPrefix:
     """The prefixes of a batch, one row each; shorter ones, and rows without one, have zeros on the left, which the mask
     hides. Its memory is its own."""
@@ -35,6 +38,15 @@ class MixedPrefix:
     """`rows`: for each row what it was asked by, and its version, digest and num_virtual_tokens; or a list; or None."""
     inputs_mask: Tensor | None = None
     """The input's mask `[B, S]`, if it was given."""
+
+    def __repr__(self) -> str:
+        batch, layers, _, heads, tokens, size = self.stacked.shape
+        rows = [_shown(row) for row in self.metadata["rows"][:_SHOWN]] + ["…"] * (batch > _SHOWN)
+        dtype = str(self.stacked.dtype).removeprefix("torch.")
+        return (
+            f"<MixedPrefix [{', '.join(rows)}]: {batch} x {tokens} tokens, {layers} layers, {heads} heads of {size}, "
+            f"{dtype} on {self.stacked.device}>"
+        )
 
     @property
     def past_key_values(self) -> list[tuple[Tensor, Tensor]]:
@@ -144,6 +156,13 @@ def assemble(
     about = {"rows": [row.told() for row in batch.rows]}
     mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, about)
     return mixed if attention_mask is None else mixed.for_inputs(attention_mask)
+
+
+def _shown(row: Any) -> str:
+    """One row of the metadata in short."""
+    if row is None:
+        return "no prefix"
+    return str(row["ref"]) if isinstance(row, Mapping) else " + ".join(map(_shown, row))
 
 
 def _part(prefixes: Mapping[str, Prefix], reference: str) -> Part:

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from prefix_service.client.protocol import Request
+from prefix_service.client.protocol import Progress, Request
 from prefix_service.errors import InvalidRequest
 
 
@@ -22,8 +22,8 @@ def encoded(request: Request) -> tuple[Mapping[str, str], Iterator[bytes]]:
         raise InvalidRequest(f"what was given cannot be sent: {error}") from error
     headers = {name: value for name, value in made.headers.items() if name != "host"}
     if "transfer-encoding" in headers:  # a file that does not tell its length
-        return headers, _chunks(_pieces(made.stream, None))
-    return headers, _pieces(made.stream, int(headers.get("content-length", "0")))
+        return headers, _chunks(_pieces(made.stream, None, None))
+    return headers, _pieces(made.stream, int(headers.get("content-length", "0")), request.progress)
 
 
 def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -32,8 +32,8 @@ def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"0\r\n\r\n"
 
 
-def _pieces(stream: Any, declared: int | None) -> Iterator[bytes]:
-    """Yields a body in pieces.
+def _pieces(stream: Any, declared: int | None, progress: Progress | None) -> Iterator[bytes]:
+    """Yields a body in pieces; `progress` follows one of a declared length.
 
     Raises:
         InvalidRequest: a file cannot be read, or has another length than it said.
@@ -44,6 +44,8 @@ def _pieces(stream: Any, declared: int | None) -> Iterator[bytes]:
             sent += len(piece)
             if declared is None or sent <= declared:
                 yield piece
+            if declared is not None and progress is not None:
+                progress(sent, declared)
     except (OSError, TypeError, ValueError) as error:
         raise InvalidRequest(f"a file to upload cannot be read: {error}") from error
     if declared is not None and sent != declared:

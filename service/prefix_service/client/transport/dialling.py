@@ -18,6 +18,8 @@ from prefix_service.system.forks import close_in_child
 _HEAD_START: Final = 0.25
 """Seconds between the beginnings of two attempts, as RFC 8305 recommends."""
 
+_LONGEST_WAIT: Final = 1_000_000.0  # seconds; poll(2) has 2,147,483
+
 Address = tuple[Any, ...]
 """What `socket.getaddrinfo` returns for one address."""
 
@@ -37,7 +39,7 @@ def connect(host: bytes, port: int, until: float) -> socket.socket:
 
 
 def time_left(until: float) -> float:
-    """Returns the seconds until a moment of `time.monotonic`.
+    """Returns the seconds until a moment of `time.monotonic`, at most 1,000,000: system calls have no room for more.
 
     Raises:
         TimeoutError: it has passed.
@@ -45,7 +47,7 @@ def time_left(until: float) -> float:
     left = until - time.monotonic()
     if left <= 0:
         raise TimeoutError("timed out")
-    return left
+    return min(left, _LONGEST_WAIT)
 
 
 class _Race:

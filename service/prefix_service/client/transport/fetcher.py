@@ -1,16 +1,19 @@
 """Requests over the lane. For tensors: memory for the body, its digest on arrival, large bodies in ranges, and on the
 same host no body at all."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Request, require_success, verifiable
+from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
 from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
 from prefix_service.errors import InvalidResponse
+from prefix_service.prefix.form import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
 
 _MOST_PROBLEM: Final = 1 << 20  # bytes of an error
@@ -92,8 +95,9 @@ class Fetcher:
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
         if self._connections > 1:
             try:
-                place = _Arrival(self._allocate, is_verified=False).place
-                head, body = Pieces(self._lane, fetch, until, interrupt).receive(place, self._connections)
+                arrival = _Arrival(self._allocate, fetch.progress, is_verified=False)
+                pieces = Pieces(self._lane, fetch, until, interrupt, arrival.observer)
+                head, body = pieces.receive(arrival.place, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
                 pass  # whole, over one connection, it cannot be torn
@@ -102,13 +106,13 @@ class Fetcher:
     def _whole(
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange
         head, body = exchange(fetch, arrival.place, until, interrupt, headers=headers, observe=arrival.observe)
         return Answer(head.status, head.headers, body, arrival.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
-        arrival = _Arrival(self._allocate, is_verified=fetch.is_verified)
+        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange_on_loop
         head, body = await exchange(fetch, arrival.place, until, headers=headers, observe=arrival.observe)
         return Answer(head.status, head.headers, body, arrival.digest)
@@ -131,13 +135,16 @@ def place_json(head: Head) -> memoryview:
 
 
 class _Arrival:
-    """One body on its way: where it goes, and its digest, in the algorithm that its head names."""
+    """One body on its way: where it goes, its digest, in the algorithm that its head names, and who follows it. A body
+    without a digest may be observed by several threads."""
 
-    def __init__(self, allocate: Callable[[int], memoryview], *, is_verified: bool) -> None:
-        self._allocate = allocate
+    def __init__(self, allocate: Callable[[int], memoryview], progress: Progress | None, *, is_verified: bool) -> None:
+        self._allocate, self._progress = allocate, progress
         self._is_verified = is_verified
         self._algorithm: Algorithm | None = None
         self._hasher: Hasher | None = None
+        self._lock = threading.Lock()
+        self._arrived = self._total = 0
 
     def place(self, head: Head) -> memoryview:
         """Returns memory for the body of an answer with this head."""
@@ -145,12 +152,23 @@ class _Arrival:
             return place_json(head)
         if self._is_verified and (algorithm := verifiable(head.headers)) is not None:
             self._algorithm, self._hasher = algorithm, new_hasher(algorithm)
+        if head.headers.get("content-type") != SHARED_FILE_TYPE:  # the name of a file is no tensors
+            self._total = head.length
         return self._allocate(head.length)
 
+    @property
+    def observer(self) -> Observer | None:
+        """What sees the pieces of a body without a digest; None if nothing follows them."""
+        return None if self._progress is None else self.observe
+
     def observe(self, piece: memoryview) -> None:
-        """Add a piece of the body to its digest."""
+        """Add a piece of the body to its digest, and report it."""
         if self._hasher is not None:
             self._hasher.update(piece)
+        if self._progress is not None and self._total:
+            with self._lock:
+                self._arrived += len(piece)
+                self._progress(self._arrived, self._total)
 
     @property
     def digest(self) -> BodyDigest | None:

@@ -136,8 +136,11 @@ class _Body:
         pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
         self._status, self._headers = response.status_code, dict(pairs)
         declared = declared_length(self._headers)
+        self._declared = declared or 0
         if not isinstance(request, Fetch):
             place_json(Head(self._status, self._headers, declared or 0, keeps_alive=False))
+        is_followed = isinstance(request, Fetch) and declared and self._status == 200
+        self._progress = request.progress if is_followed else None
         self._most = MOST_UNDECLARED if isinstance(request, Fetch) else MOST_JSON
         try:
             self._data = bytearray(declared or 0)
@@ -152,6 +155,8 @@ class _Body:
         self._position += len(piece)
         if self._position > self._most:
             raise InvalidResponse(f"the answer has more than {self._most} bytes")
+        if self._progress is not None:
+            self._progress(self._position, self._declared)
 
     def answer(self) -> Answer:
         """Returns the whole answer."""

@@ -25,6 +25,7 @@ _MOST_IDLE: Final = 32
 _PATIENCE: Final = 0.25
 """The part of the time left that a connection which was idle has for the first byte of an answer: its peer may have
 vanished without a word."""
+_MOST_PATIENCE: Final = 60.0  # seconds
 
 
 class Interrupt:
@@ -217,7 +218,7 @@ def _patience(until: float) -> float:
     Raises:
         TimeoutError: there is no time left.
     """
-    return time.monotonic() + _PATIENCE * time_left(until)
+    return time.monotonic() + min(_PATIENCE * time_left(until), _MOST_PATIENCE)
 
 
 def _close_unused(dialling: "asyncio.Future[Link]") -> None:

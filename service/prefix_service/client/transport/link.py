@@ -198,8 +198,8 @@ def carry_out(steps: Steps[T], link: socket.socket, until: float) -> T:
             if wait is not Wait.TURN:
                 poll = poll or select.poll()
                 poll.register(link, _EVENTS[wait])
-                if not poll.poll(1000 * left):
-                    raise TimeoutError("timed out")
+                while not poll.poll(1000 * left):
+                    left = time_left(until)
     except StopIteration as end:
         result: T = end.value
         return result

@@ -2,12 +2,13 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
 from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.link import Observer, Place
 
 PIECE: Final = 32 << 20
 """Bytes of a range: what a body must exceed to come in several."""
@@ -20,9 +21,13 @@ class Changed(Exception):
 
 
 class Pieces:
-    """One body, received piece by piece by several threads; used once."""
+    """One body, received piece by piece by several threads; used once. `observe` sees each piece as it comes, in
+    whichever thread that is."""
 
-    def __init__(self, lane: Lane, request: Request, until: float, interrupt: Interrupt) -> None:
+    def __init__(
+        self, lane: Lane, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
+    ) -> None:
+        self._observe = observe
         self._lane, self._request, self._until, self._interrupt = lane, request, until, interrupt
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
@@ -51,8 +56,7 @@ class Pieces:
             return self._memory[: head.length]
 
         try:
-            wanted = {"Range": f"bytes=0-{PIECE - 1}"}
-            head, body = self._lane.exchange(self._request, first, self._until, self._interrupt, headers=wanted)
+            head, body = self._exchange(first, {"Range": f"bytes=0-{PIECE - 1}"})
             if head.status != 206:
                 return head, body
             self._take()
@@ -98,8 +102,11 @@ class Pieces:
                 raise Changed("another range than the one that was asked for")
             return place
 
-        wanted = {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag}
-        self._lane.exchange(self._request, at, self._until, self._interrupt, headers=wanted)
+        self._exchange(at, {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag})
+
+    def _exchange(self, place: Place, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
+        exchange = self._lane.exchange
+        return exchange(self._request, place, self._until, self._interrupt, headers=headers, observe=self._observe)
 
 
 def _content_range(head: Head) -> tuple[int, int, int]:

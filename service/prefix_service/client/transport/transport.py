@@ -117,6 +117,8 @@ class Transport:
         except StopIteration as end:
             result: T = end.value
             return result
+        finally:
+            flow.close()  # after an error it lets go of its files
 
     def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):
@@ -191,6 +193,8 @@ class AsyncTransport:
         except StopIteration as end:
             result: T = end.value
             return result
+        finally:
+            flow.close()  # after an error it lets go of its files
 
     async def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):

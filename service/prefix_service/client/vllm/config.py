@@ -86,7 +86,7 @@ class ConnectorConfig(BaseModel):
         """
         return AsyncPrefixClient(
             self.url,
-            key,
+            key or "",  # not that of another variable
             uds=self.uds,
             ca_file=self.ca_file,
             timeout=self.timeout,

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from prefix_service.client.vllm.model import Model
@@ -16,7 +16,6 @@ from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceEr
 from prefix_service.prefix.references import parse_qualified
 
 _QUESTIONS: Final = 32  # in parallel
-_SPAN: Final = (0, 1)  # the least that the service gives: the metadata is what is wanted
 _FRESH: Final = 1.0  # seconds for which an alias is taken to mean what it meant
 _PATIENCE: Final = 1.0  # seconds that a request whose adapter is remembered waits for news of it
 _MOST_REMEMBERED: Final = 10_000
@@ -139,15 +138,14 @@ class Resolver:
         tenant, parsed = parse_qualified(reference)
         try:
             async with asyncio.timeout(self._source.timeout), self._turn_of(tenant):
-                prefix = await self._source.get(reference, layers=_SPAN, kv_heads=_SPAN)
+                found = await self._source.resolve(reference)
         except TimeoutError as error:
             raise Unavailable(
                 f"the service did not say within {self._source.timeout} s what {reference} means; questions for tenant "
                 f"{tenant} are asked {self._slots.of(tenant)} in parallel, and the others wait"
             ) from error
-        told = prefix.metadata
-        self._model.check(told)
-        version = Version(told["tenant"], told["adapter"], prefix.version, prefix.digest, prefix.num_virtual_tokens)
+        self._model.check(asdict(found))
+        version = Version(found.tenant, found.adapter, found.version, found.digest, found.num_virtual_tokens)
         forever = float("inf")
         self._memory.put(reference, version, forever if parsed.immutable else time.monotonic() + _FRESH)
         self._memory.put(version.reference, version, forever)

@@ -2,14 +2,18 @@
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_service.client.client import AsyncPrefixClient
+from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.errors import InvalidRequest, Unauthenticated
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
+
+T = TypeVar("T")
 
 log = logging.getLogger("vllm.prefix_service")
 
@@ -35,13 +39,25 @@ class Source:
         Raises:
             PrefixServiceError: as `AsyncPrefixClient.get`.
         """
+        return await self._call(lambda client: client.get(reference, **options))
+
+    async def resolve(self, reference: str) -> ResolvedVersion:
+        """Returns which version a reference means, as `AsyncPrefixClient.resolve` does; a refused key is read again, as
+        in `get`.
+
+        Raises:
+            PrefixServiceError: as `AsyncPrefixClient.resolve`.
+        """
+        return await self._call(lambda client: client.resolve(reference))
+
+    async def _call(self, ask: Callable[[AsyncPrefixClient], Awaitable[T]]) -> T:
         client = self._client
         try:
-            return await client.get(reference, **options)
+            return await ask(client)
         except Unauthenticated:
             if not await self._has_renewed(client):
                 raise
-        return await self._client.get(reference, **options)
+        return await ask(self._client)
 
     async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
         """Whether there is another client than the one whose key was refused."""

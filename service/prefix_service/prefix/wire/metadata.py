@@ -1,7 +1,7 @@
 """The metadata of an answer as values: which version it says it holds, and in which form. Without torch."""
 
 from collections.abc import Mapping
-from typing import Any, Final, get_args
+from typing import Any, Final, cast, get_args
 
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, Span
@@ -16,8 +16,26 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
     Raises:
         InvalidResponse: a value is missing, has another type, or lies outside its range.
     """
+    identity = read_identity(metadata)
+    form = Form(
+        dtype=read_dtype(metadata),
+        batch_size=_size(metadata, "batch_size"),
+        layers=_span(metadata, "layers", identity.num_layers),
+        kv_heads=_span(metadata, "kv_heads", identity.num_kv_heads),
+        layout=_one_of(metadata, "layout", _LAYOUTS),
+        expand=_one_of(metadata, "expand", (True, False)),
+    )
+    return identity, form
+
+
+def read_identity(metadata: Mapping[str, Any]) -> Identity:
+    """Read which version metadata, or the description of a version, is about; keys beyond it are ignored.
+
+    Raises:
+        InvalidResponse: a value is missing, has another type, or lies outside its range.
+    """
     base_model = metadata.get("base_model_name_or_path")
-    identity = Identity(
+    return Identity(
         tenant=_text(metadata, "tenant"),
         adapter=_text(metadata, "adapter"),
         version=_size(metadata, "version"),
@@ -29,15 +47,15 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
         num_kv_heads=_size(metadata, "num_kv_heads"),
         head_dim=_size(metadata, "head_dim"),
     )
-    form = Form(
-        dtype=_one_of(metadata, "dtype", _DTYPES),
-        batch_size=_size(metadata, "batch_size"),
-        layers=_span(metadata, "layers", identity.num_layers),
-        kv_heads=_span(metadata, "kv_heads", identity.num_kv_heads),
-        layout=_one_of(metadata, "layout", _LAYOUTS),
-        expand=_one_of(metadata, "expand", (True, False)),
-    )
-    return identity, form
+
+
+def read_dtype(metadata: Mapping[str, Any]) -> KVDtype:
+    """Read the dtype of keys and values.
+
+    Raises:
+        InvalidResponse: it is missing, or none of this service's.
+    """
+    return cast(KVDtype, _one_of(metadata, "dtype", _DTYPES))
 
 
 def _text(metadata: Mapping[str, Any], name: str) -> str:

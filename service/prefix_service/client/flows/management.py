@@ -1,11 +1,8 @@
-"""Flows of who manages adapters and tenants; a client carries them out:
+"""Methods of both clients that manage adapters, tenants and keys, as flows; they need nothing of their client.
 
-client.run(management.put_alias("acme/summarize", "prod", 3))
-await async_client.run(management.delete("acme/summarize@2"))
-
-Each may raise what the service says (NotFound, Forbidden, …), and ConnectionFailed. A call is tried again where that
-is safe: then a deletion that finds nothing is done, and a change under a condition, of which the answer was lost, is
-reported as ConnectionFailed, since its first try may have made the condition false.
+Each can raise what the service reported (NotFound, Forbidden, …), and ConnectionFailed. A call is tried again where
+that is safe: then a deletion that finds nothing is done, and a change under a condition, of which the answer was lost,
+is reported as ConnectionFailed, since its first try may have made the condition false.
 """
 
 import re
@@ -201,24 +198,6 @@ def _deletion(path: str) -> Flow[None]:
     answer: Answer = yield Request("DELETE", path)
     if answer.status != 204:
         raise InvalidResponse(f"a deletion should be answered with status 204, got {answer.status}")
-
-
-def adapters(
-    tenant: str,
-    *,
-    search: str | None = None,
-    base_model: str | None = None,
-    sort: str | None = None,
-    limit: int | None = None,
-) -> Flow[list[Item]]:
-    """The adapters of a tenant, all or the first `limit`.
-
-    `search` is a part of the name, `base_model` that of the newest version. `sort` is `name` (the default), `-created`
-    (the latest publication first) or `-bytes` (the most bytes of all versions first).
-    """
-    asked = {"search": search, "base_model": base_model, "sort": sort}
-    params = {name: value for name, value in asked.items() if value is not None}
-    return (yield from pages(tenant_path(tenant, "adapters"), params, limit))
 
 
 def parameters(reference: str, first: int, stop: int) -> Flow[Buffer]:
