@@ -25,18 +25,21 @@ from prefix_service.prefix.safetensors_header import (
 )
 
 CONFIG_NAME: Final = "adapter_config.json"
+CARD_NAME: Final = "README.md"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is sent to the service: the config, the weights, and what was cut out of which files, if anything was."""
+    """What is sent to the service: the config, the weights, what was cut out of which files, if anything was, and the
+    model card, if there is one."""
 
     config: bytes
     weights: BinaryIO
     size: int
     cut_from: str | None
+    card: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,8 @@ def readable(path: Path) -> Iterator[None]:
 def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     """The upload of an adapter's folder, or of a full training checkpoint's, whose prefix is cut out.
 
-    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix.
+    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix, and
+    with the folder's README.md as the model card.
 
     Raises:
         InvalidConfig: there is no adapter_config.json.
@@ -118,12 +122,15 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     others = len(files.shapes) - len(match.tensors)
     with readable(config_path):
         config_json = config_path.read_bytes()
+    card_path = folder / CARD_NAME
+    with readable(card_path):
+        card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
     if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
         with readable(paths[0]):
-            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
     weights = save(cut(files, match))
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
-    return Upload(config_json, io.BytesIO(weights), len(weights), what)
+    return Upload(config_json, io.BytesIO(weights), len(weights), what, card)
 
 
 def cut(files: TensorFiles, match: Match) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefix_service.cli.commands import alias, demo, residency, serve, tenant, worker
+from prefix_service.cli.commands import alias, demo, residency, serve, tenant, usage, worker
 from prefix_service.cli.console import complain
 from prefix_service.errors import PrefixServiceError
 
@@ -22,6 +22,7 @@ worker.register(app)
 alias.register(app)
 tenant.register(app)
 residency.register(app)
+usage.register(app)
 demo.register(app)
 
 

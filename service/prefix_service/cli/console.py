@@ -45,6 +45,12 @@ def say(line: str) -> None:
     console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
+def say_lines(text: str) -> None:
+    """Write the lines of a text to standard output, never wrapped."""
+    lines = printable_lines(text.replace("\r\n", "\n").expandtabs())
+    console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
 def note(line: str) -> None:
     """Write one line to standard error, never wrapped."""
     errors_console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

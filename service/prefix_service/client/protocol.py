@@ -26,7 +26,8 @@ _WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; `files` are the parts of a multipart body, in order."""
+    """One request; `files` are the parts of a multipart body, in order, `content` is a body as it is, whose media type
+    `headers` tell."""
 
     method: str
     path: str
@@ -34,6 +35,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     files: Files | None = None
     json: Any = None
+    content: bytes | None = None
 
     @property
     def is_idempotent(self) -> bool:

@@ -4,12 +4,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Final, get_args
 
 import typer
 from rich.progress import wrap_file
 
-from prefix_service.cli.console import errors_console, human_bytes, human_time, note, print_json, print_table, say
+from prefix_service.cli.console import (
+    errors_console,
+    human_bytes,
+    human_time,
+    note,
+    print_json,
+    print_table,
+    say,
+    say_lines,
+)
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, Yes, confirm, connect
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.form import KVDtype
@@ -21,6 +30,11 @@ Config = Annotated[
 BaseConfig = Annotated[
     Path | None,
     typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
+]
+Note = Annotated[str | None, typer.Option("--note", help="Why this version: the annotation note.")]
+Annotate = Annotated[
+    list[str] | None,
+    typer.Option("--annotate", metavar="KEY=VALUE", help="A text that stays with the version, as run=17; repeatable."),
 ]
 
 
@@ -41,21 +55,44 @@ def publish(
     adapter: Adapter,
     config: Config = None,
     base_config: BaseConfig = None,
+    note_text: Note = None,
+    annotate: Annotate = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Publish a trained adapter as a new version; the prefix of a full training checkpoint is cut out first."""
+    """Publish a trained adapter as a new version; the prefix of a full training checkpoint is cut out first. The
+    folder's README.md becomes the version's model card."""
     from prefix_service.checkpoints.sources import prepare_upload
 
+    annotations = parse_annotations(annotate or [], note_text)
     upload = prepare_upload(source, config)
     if upload.cut_from is not None:
         note(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}")
     base = None if base_config is None else base_config.read_bytes()
     shown = wrap_file(upload.weights, upload.size, description="uploading", console=errors_console, transient=True)
     with connect(url, api_key) as client, upload.weights, shown as weights:
-        version, is_new = client.publish(adapter, upload.config, weights, base)
+        version, is_new = client.publish(
+            adapter, upload.config, weights, base, card=upload.card, annotations=annotations
+        )
     _tell_published(version, is_new=is_new, as_json=as_json)
+
+
+def parse_annotations(pairs: list[str], note_text: str | None = None) -> dict[str, str]:
+    """Returns annotations written as `key=value`, and a note as the annotation `note`.
+
+    Raises:
+        InvalidRequest: one has no `=`, or a key is given twice.
+    """
+    found: dict[str, str] = {}
+    for pair in [*pairs, *([] if note_text is None else [f"note={note_text}"])]:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--annotate takes KEY=VALUE, as in run=17, got {pair!r:.80}")
+        if key in found:
+            raise InvalidRequest(f"the annotation {key!r:.80} is given twice: give it once")
+        found[key] = value
+    return found
 
 
 def compose(
@@ -172,6 +209,9 @@ def _listed(item: Mapping[str, Any]) -> list[object]:
     ]
 
 
+_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8"})
+
+
 def inspect(
     reference: Ref,
     float8: Annotated[bool, typer.Option("--float8", help="Fetch it as float8 too: its error and its bytes.")] = False,
@@ -179,21 +219,30 @@ def inspect(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the service knows of a version, and what float8 on the wire would cost it."""
+    """Show what the service knows of a version, its annotations and model card, and what float8 on the wire would cost
+    it."""
+    from prefix_service.client import management
+
     with connect(url, api_key) as client:
         found = dict(client.inspect(reference))
+        same = f"{found['tenant']}/{found['adapter']}@{found['version']}"
+        found["annotations"] = client.run(management.annotations(same))
+        found["card"] = client.run(management.card(same))
         if float8:
             found["float8"] = asdict(client.float8_error(reference))
     if as_json:
         print_json(found)
         return
-    shown = {name: value for name, value in found.items() if name not in ("config", "size", "residency")}
+    shown = {name: value for name, value in found.items() if name not in _SHOWN_APART}
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
+    shown |= {f"annotation: {key}": value for key, value in found["annotations"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
     if float8:
-        shown |= _float8(shown.pop("float8"))
+        shown |= _float8(found["float8"])
     print_table(reference, ["what", "value"], [[name, value] for name, value in shown.items()])
+    if found["card"]:
+        say_lines(found["card"])
 
 
 def _float8(error: Mapping[str, Any]) -> dict[str, str]:

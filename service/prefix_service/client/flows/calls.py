@@ -144,12 +144,21 @@ def prefetch(
 
 
 def publish(
-    self: Caller, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
+    self: Caller,
+    adapter: str,
+    config: bytes,
+    weights: BinaryIO,
+    base_model_config: bytes | None = None,
+    *,
+    card: bytes | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publish a version of `tenant/name`. Returns its metadata, and whether it is new.
 
     `config` and `weights` are the files that PEFT's `save_pretrained` wrote, or another supported layout;
-    `base_model_config` is the base model's `config.json`, for dimensions that the adapter's config leaves out.
+    `base_model_config` is the base model's `config.json`, for dimensions that the adapter's config leaves out. `card`
+    is the model card, a `README.md` as PEFT writes it, and `annotations` are texts by key: author, run, metrics. Both
+    stay with a new version; one that exists keeps its own.
 
     Raises:
         InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
@@ -158,7 +167,9 @@ def publish(
         InvalidResponse: the answer is not one of the service.
     """
     model = None if base_model_config is None else options.content("base_model_config", base_model_config)
-    return flows.publish(adapter, options.content("config", config), options.file("weights", weights), model)
+    text = None if card is None else options.content("card", card)
+    config, weights = options.content("config", config), options.file("weights", weights)
+    return flows.publish(adapter, config, weights, model, text, annotations)
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.flows.question import Question, require_version
-from prefix_service.client.options import PrefixOptions
+from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Buffer, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse
 from prefix_service.prefix.references import Reference, parse_qualified
@@ -140,13 +140,22 @@ def _decoded(reading: Reading, question: Question, body: Buffer, etag: str, head
 
 
 def publish(
-    adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None
+    adapter: str,
+    config: bytes,
+    weights: BinaryIO,
+    base_model_config: bytes | None,
+    card: bytes | None,
+    annotations: Mapping[str, str] | None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, and whether it is new."""
     tenant, name = adapter_alone(adapter)
     files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
+    if card is not None:
+        files["README.md"] = card
+    if annotations:
+        files["annotations"] = json_bytes("annotations", annotations)
     files["adapter_model.safetensors"] = weights
     answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), files=files)
     return _published(tenant, name, answer)
