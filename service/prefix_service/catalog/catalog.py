@@ -17,7 +17,7 @@ from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missi
 from prefix_service.catalog.schema import adapters, aliases, numbers, tenants, versions
 from prefix_service.catalog.tenants import count, lock, make, require_room, room
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
-from prefix_service.prefix.description import Description
+from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.references import Reference
 
 MOST_ALIASES: Final = 1000
@@ -82,7 +82,7 @@ class Catalog:
         new: NewVersion,
         by: Principal,
         *,
-        description: Description | None = None,
+        description: Description = EMPTY,
         make_tenant: bool = False,
     ) -> tuple[Version, bool]:
         """Make a version visible under the next number, with its description, and whether it is new: the same digest is
@@ -101,7 +101,7 @@ class Catalog:
             existing = _same(connection, owner.id, adapter, new.digest)
             if existing is not None:
                 return existing, False
-            nbytes = new.nbytes + (0 if description is None else description.nbytes)
+            nbytes = new.nbytes + description.nbytes
             require_room(connection, owner, adapter, nbytes)
             made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
             is_first = connection.scalar(made.returning(adapters.c.id)) is not None
@@ -109,7 +109,7 @@ class Catalog:
             number = _next_number(connection, tenant, adapter)
             row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}
             version_id = connection.execute(sa.insert(versions).values(row).returning(versions.c.id)).scalar_one()
-            if description is not None and description.nbytes:
+            if description != EMPTY:
                 store(connection, version_id, description)
             count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=nbytes)
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)

@@ -1,7 +1,6 @@
 """Model cards and annotations of versions: read, stored with a new version, and replaced."""
 
 from collections.abc import Callable
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -13,7 +12,7 @@ from prefix_service.catalog.rows import OWNED, PRESENT, missing
 from prefix_service.catalog.schema import adapters, descriptions, tenants, versions
 from prefix_service.catalog.tenants import count, lock, require_room
 from prefix_service.errors import NotFound
-from prefix_service.prefix.description import Description
+from prefix_service.prefix.description import EMPTY, Description
 
 
 class Descriptions:
@@ -32,8 +31,7 @@ class Descriptions:
             NotFound: the version was deleted meanwhile.
         """
         with self._database.reading() as connection:
-            _, row = _find(connection, version)
-        return _description(row)
+            return _find(connection, version)[2]
 
     def change(
         self, version: Version, by: Principal, what: str, change: Callable[[Description], Description]
@@ -52,16 +50,15 @@ class Descriptions:
                 owner = lock(connection, version.tenant)
             except NotFound as error:
                 raise missing(version.tenant, version.adapter) from error
-            found, row = _find(connection, version)
-            before = _description(row)
+            version_id, adapter_id, before = _find(connection, version)
             after = change(before)
             if after == before:
                 return after
             growth = after.nbytes - before.nbytes
             if growth > 0:
                 require_room(connection, owner, version.adapter, growth, f"this {what} takes another")
-            count(connection, found.adapter_id, versions_more=0, bytes_more=growth)
-            store(connection, found.id, after)
+            count(connection, adapter_id, versions_more=0, bytes_more=growth)
+            store(connection, version_id, after)
             target = f"{version.tenant}/{version.adapter}@{version.number}"
             record(connection, by, f"{what}.changed", version.tenant, target, bytes=after.nbytes)
             return after
@@ -80,8 +77,8 @@ def nbytes_of(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> i
     return connection.scalar(sa.select(descriptions.c.bytes).select_from(described).where(condition)) or 0
 
 
-def _find(connection: sa.Connection, version: Version) -> tuple[sa.Row[Any], sa.Row[Any] | None]:
-    """Returns the ids of a version and its adapter, and the row of its description, if there is one."""
+def _find(connection: sa.Connection, version: Version) -> tuple[int, int, Description]:
+    """Returns the ids of a version and its adapter, and its description."""
     same = (
         tenants.c.name == version.tenant,
         adapters.c.name == version.adapter,
@@ -93,8 +90,5 @@ def _find(connection: sa.Connection, version: Version) -> tuple[sa.Row[Any], sa.
     if found is None:
         raise NotFound(f"there is no {version.tenant}/{version.adapter}@{version.number}")
     own = sa.select(descriptions.c.card, descriptions.c.annotations).where(descriptions.c.version_id == found.id)
-    return found, connection.execute(own).one_or_none()
-
-
-def _description(row: sa.Row[Any] | None) -> Description:
-    return Description() if row is None else Description(row.card, row.annotations)
+    row = connection.execute(own).one_or_none()
+    return found.id, found.adapter_id, EMPTY if row is None else Description(row.card, row.annotations)

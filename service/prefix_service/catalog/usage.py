@@ -96,7 +96,8 @@ class UsageStore:
             owner = None if tenant is None else _tenant_id(connection, tenant)
             mine = sa.true() if owner is None else usage.c.tenant_id == owner
             ends = mine if until is None else mine & (usage.c.hour < until)
-            first = max((moment for moment in (since, after and after.hour) if moment is not None), default=None)
+            bounds = [since] if after is None else [since, after.hour]
+            first = max((moment for moment in bounds if moment is not None), default=None)
             for hour in _hours(connection, ends, first):
                 behind = after if after is not None and after.hour == hour else None
                 query = _sums(hour, by, behind, hides_platform=owner is not None).where(mine)

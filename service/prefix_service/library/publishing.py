@@ -27,7 +27,7 @@ from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
 from prefix_service.prefix.compose import composed_config
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
-from prefix_service.prefix.description import Description
+from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 from prefix_service.prefix.safetensors_header import header_of
@@ -103,7 +103,7 @@ class Publisher:
             self._arrivals.refuse(gone, revoked)
 
     async def publish(
-        self, target: Target, config: PrefixConfig, upload: Upload, description: Description
+        self, target: Target, config: PrefixConfig, upload: Upload, description: Description = EMPTY
     ) -> tuple[Version, bool]:
         """Makes weights that have arrived a version. Returns it, and whether it is new: the same content again is the
         same version, and keeps its description.
@@ -174,7 +174,7 @@ class Publisher:
         return replace(draft, key_values=key_values)
 
     async def publish_fresh(
-        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int, description: Description
+        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int, description: Description = EMPTY
     ) -> tuple[Version, bool]:
         """Makes an untrained prefix a version, as `publish`; its weights are stored as PEFT would save them.
 
@@ -196,7 +196,7 @@ class Publisher:
             return await self.publish(target, config, upload, description)
 
     async def publish_composed(
-        self, target: Target, sources: Sequence[tuple[str, Version]], description: Description
+        self, target: Target, sources: Sequence[tuple[str, Version]], description: Description = EMPTY
     ) -> tuple[Version, bool]:
         """Makes the concatenation of prefixes a version, as `publish`, under the names that they were asked by and in
         their order; its weights are stored as PEFT would save them.

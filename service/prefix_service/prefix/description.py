@@ -37,6 +37,9 @@ class Description:
         return sum(len(text.encode()) for text in (self.card, *self.annotations, *self.annotations.values()))
 
 
+EMPTY: Final = Description()
+
+
 def decode_card(data: bytes | bytearray) -> str:
     """Returns the text of a model card.
 

@@ -61,9 +61,9 @@ def counts(store: Store) -> UsageCounts:
     return UsageCounts(store)
 
 
-def scope(*parts: Served, by: Principal = BY, **more: Any) -> dict[str, Any]:
+def scope(*parts: Served, by: Principal = BY) -> dict[str, Any]:
     """A request's, when it has ended."""
-    return {"principal": by, SERVED: parts or (PART,), **more}
+    return {"principal": by, SERVED: parts or (PART,)}
 
 
 def written(counts: UsageCounts, store: Store) -> list[tuple[Any, ...]]:
@@ -102,7 +102,7 @@ def test_tokens_are_handed_out_with_the_first_byte(
     counts: UsageCounts, store: Store, status: int, sent: int, first_byte: int, tokens: int
 ) -> None:
     """A request that hands out nothing is a request."""
-    counts.count(scope(**{FIRST_BYTE: first_byte}), status, sent)
+    counts.count(scope() | {FIRST_BYTE: first_byte}, status, sent)
     assert written(counts, store) == [("acme", "a", 1, BY.key_id, 1, sent, 0, tokens)]
 
 

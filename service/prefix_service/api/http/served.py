@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from starlette.types import Scope
@@ -36,8 +36,8 @@ def served(version: Version, rows: int) -> Served:
 
 def served_together(versions: Iterable[Version]) -> tuple[Served, ...]:
     """Returns what an answer hands out that contains these versions, each as often as it comes."""
-    rows = Counter((one.tenant, one.adapter, one.number, one.prefix_config.num_virtual_tokens) for one in versions)
-    return tuple(Served(*version, count * tokens) for (*version, tokens), count in rows.items())
+    rows = Counter(served(version, 1) for version in versions)
+    return tuple(replace(one, prefix_tokens=count * one.prefix_tokens) for one, count in rows.items())
 
 
 def note_load(scope: Scope, version: Version) -> None:

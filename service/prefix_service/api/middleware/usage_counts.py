@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from typing import Final
 
@@ -118,7 +119,7 @@ class UsageCounts:
         if counts and self._store is not None:
             self._taken.append(counts)
         if self._store is not None and (self._taken or self._unwritten):
-            await in_thread(lambda store=self._store: self._drain(store))
+            await in_thread(partial(self._drain, self._store))
 
     def _drain(self, store: UsageStore) -> None:
         """Write, a slice at a time; in a thread, one at a time."""
