@@ -49,6 +49,8 @@ ROUTES: Final = (
     Route("post", "/v1/tenants/{tenant}/adapters/{name}/versions", json.dumps({"config": CONFIG, "seed": 99}).encode()),
     Route("put", "/v1/tenants/{tenant}/adapters/{name}/aliases/{alias}", b'{"version": 2, "preload": true}'),
     Route("put", "/v1/tenants/{tenant}/adapters/{ref}/residency", b'{"pinned": true}'),
+    Route("put", "/v1/tenants/{tenant}/adapters/{ref}/card", b"# Card", "text/markdown"),
+    Route("put", "/v1/tenants/{tenant}/adapters/{ref}/annotations", b'{"run": "17"}'),
     Route("post", "/v1/tenants/{tenant}/keys", b'{"scope": "admin"}'),
     Route("post", "/v1/keys", b'{"scope": "admin"}'),
     Route("put", "/v1/tenants/{tenant}", b'{"max_adapters": 7}'),
