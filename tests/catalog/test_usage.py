@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.retention import expire_usage
 from prefix_service.catalog.schema import usage as table
 from prefix_service.catalog.tenants import Tenants
@@ -117,6 +118,15 @@ def test_what_is_used_of_a_tenant_that_is_gone(store: UsageStore, tenants: Tenan
     assert listed(store, "acme") == []
     remove_deleted(database)
     assert rows(database) == 1
+
+
+def test_a_deleted_tenant_s_hours_go_one_by_one(store: UsageStore, tenants: Tenants, database: Database) -> None:
+    """So that others can write in between."""
+    tenants.delete("acme", BY)
+    left = []
+    while Deletions(database).remove_slice():
+        left.append(rows(database))
+    assert left[:2] == [2, 1]
 
 
 def test_old_hours_are_removed(store: UsageStore, database: Database) -> None:
