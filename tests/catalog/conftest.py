@@ -10,6 +10,7 @@ from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
@@ -63,6 +64,11 @@ def catalog(database: Database) -> Catalog:
 @pytest.fixture
 def listings(database: Database) -> Listings:
     return Listings(database)
+
+
+@pytest.fixture
+def descriptions(database: Database) -> Descriptions:
+    return Descriptions(database)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from sqlalchemy import event
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
@@ -16,6 +17,7 @@ from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, V
 from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_sqlite, remove_deleted
 
@@ -51,6 +53,7 @@ def test_no_table_is_read_whole(
     database: Database,
     catalog: Catalog,
     listings: Listings,
+    descriptions: Descriptions,
     tenants: Tenants,
     audit: AuditLog,
     garbage: Garbage,
@@ -64,6 +67,10 @@ def test_no_table_is_read_whole(
         catalog.find("acme", "a", content(word).digest, 1, BY)
         catalog.add_version("acme", "a", content(word), BY, make_tenant=True)
     catalog.put_alias("acme", "a", "prod", 1, BY)
+    described = catalog.add_version("acme", "a", content("z"), BY, description=Description("card"))[0]
+    descriptions.change(described, BY, "card", lambda _: Description("another card"))
+    descriptions.get(described)
+    catalog.delete("acme", parse_reference("a@3"), BY)
     for reference in ("a", "a@1", "a@prod", f"a@{content('x').digest}"):
         catalog.resolve("acme", parse_reference(reference))
     for before in (None, 2):

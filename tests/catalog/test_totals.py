@@ -13,16 +13,20 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.records import NewVersion, Quotas
-from prefix_service.catalog.schema import adapters, tenants, versions
+from prefix_service.catalog.schema import adapters, descriptions, tenants, versions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, QuotaExceeded
+from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY
 
 TENANTS = st.sampled_from(["acme", "beta"])
 ADAPTERS = st.sampled_from("abc")
 NUMBERS = st.integers(1, 6)
+_TEXT = st.sampled_from(["", "x", "é" * 9])
+DESCRIPTIONS = st.builds(Description, _TEXT, st.dictionaries(st.sampled_from("kl"), _TEXT))
 
 _NBYTES = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
 
@@ -35,18 +39,26 @@ class Totals(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory()
         self._database = Database(Path(self._folder.name) / "catalog.sqlite")
         self._catalog, self._tenants = Catalog(self._database), Tenants(self._database)
+        self._descriptions = Descriptions(self._database)
 
     def teardown(self) -> None:
         self._database.close()
         self._folder.cleanup()
 
-    @rule(tenant=TENANTS, adapter=ADAPTERS, word=st.text(max_size=3))
-    def publish(self, tenant: str, adapter: str, word: str) -> None:
+    @rule(tenant=TENANTS, adapter=ADAPTERS, word=st.text(max_size=3), description=DESCRIPTIONS)
+    def publish(self, tenant: str, adapter: str, word: str, description: Description) -> None:
         """The same content may come again, and may exceed a quota."""
         digest = hashlib.sha256(word.encode()).hexdigest()
         new = NewVersion(digest, f"é{word}", None, digest, len(word), "float32", digest, 7)
         with contextlib.suppress(QuotaExceeded):
-            self._catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
+            self._catalog.add_version(tenant, adapter, new, BY, description=description, make_tenant=True)
+
+    @rule(tenant=TENANTS, adapter=ADAPTERS, number=NUMBERS, description=DESCRIPTIONS)
+    def describe(self, tenant: str, adapter: str, number: int, description: Description) -> None:
+        """A version gets another description, which may be longer, shorter or empty."""
+        with contextlib.suppress(NotFound, QuotaExceeded):
+            version = self._catalog.resolve(tenant, parse_reference(f"{adapter}@{number}"))
+            self._descriptions.change(version, BY, "card", lambda _: description)
 
     @rule(tenant=TENANTS, adapter=ADAPTERS, number=NUMBERS)
     def point(self, tenant: str, adapter: str, number: int) -> None:
@@ -79,9 +91,12 @@ class Totals(RuleBasedStateMachine):
 
     @invariant()
     def totals_are_sums(self) -> None:
-        """Of what was not deleted; bytes of a manifest are those of its UTF-8."""
+        """Of what was not deleted, descriptions too; bytes of a manifest are those of its UTF-8."""
         count = sa.func.count
-        by_adapter = sa.select(versions.c.adapter_id, count(), sa.func.sum(_NBYTES)).group_by(versions.c.adapter_id)
+        described = versions.outerjoin(descriptions, descriptions.c.version_id == versions.c.id)
+        total = sa.func.sum(_NBYTES + sa.func.coalesce(descriptions.c.bytes, 0))
+        by_adapter = sa.select(versions.c.adapter_id, count(), total).select_from(described)
+        by_adapter = by_adapter.group_by(versions.c.adapter_id)
         by_tenant = (
             sa.select(adapters.c.tenant_id, count(), sa.func.sum(adapters.c.bytes))
             .where(sa.not_(adapters.c.deleted))

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.errors import (
     Conflict,
@@ -48,6 +49,23 @@ def test_an_alias_is_made_moved_and_forgotten(client: Any, adapter: str) -> None
     assert list(client.aliases(adapter).items()) == [("canary", 2), ("old", 1), ("prod", 2)]
     client.delete_alias(adapter, "old")
     assert client.aliases(adapter) == {"canary": 2, "prod": 2}
+
+
+def test_card_and_annotations_are_published_read_and_replaced(client: Any) -> None:
+    """Of a version, whole; one that exists keeps its own."""
+    name = f"managed/a{next(_names)}"
+    upload = prepare_upload(GPT2)
+    with upload.weights as weights:
+        described = {"card": "# É\n".encode(), "annotations": {"run": "17"}}
+        client.publish_files(name, upload.config, weights, **described)
+        weights.seek(0)
+        client.publish_files(name, upload.config, weights, card=b"another")
+    assert client.card(name) == "# É\n"
+    assert client.annotations(f"{name}@1") == {"run": "17"}
+    client.put_card(name, "new")
+    client.put_annotations(name, {})
+    assert client.card(name) == "new"
+    assert client.annotations(name) == {}
 
 
 def test_an_alias_moves_only_under_its_condition(client: Any, adapter: str) -> None:

@@ -50,6 +50,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "create_key": ("read",),
     "shorten_key": ("0" * 16, datetime(2100, 1, 1, tzinfo=UTC)),
     "revoke_key": ("0" * 16,),
+    "card": ("a/b",),
+    "put_card": ("a/b", "text"),
+    "annotations": ("a/b",),
+    "put_annotations": ("a/b", {}),
+    "usage": (),
 }
 
 

@@ -48,6 +48,9 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
             assert own.get("/v1/tenants/acme/adapters/summarize@prod").json()["version"] == 1
             published = upload(own, "acme", "summarize", file=weights(100 + numbers[-1])).json()
             assert published["version"] == numbers[-1]
+            described = "/v1/tenants/acme/adapters/summarize@1/card"
+            assert own.get(described).text == ("" if numbers == [3] else "# Kept")
+            assert own.put(described, content="# Kept", headers={"Content-Type": "text/markdown"}).status_code == 204
             tenant = own.get("/v1/tenants/acme").json()
             assert (tenant["adapters"], tenant["max_bytes"]) == (1, None)
 

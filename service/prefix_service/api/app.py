@@ -23,9 +23,22 @@ from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
 from prefix_service.api.middleware.rates import RateLimitMiddleware, RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
+from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
-from prefix_service.api.routes import adapters, aliases, audit, keys, mixed, ops, prefixes, residency, tenants
+from prefix_service.api.routes import (
+    adapters,
+    aliases,
+    audit,
+    descriptions,
+    keys,
+    mixed,
+    ops,
+    prefixes,
+    residency,
+    tenants,
+    usage,
+)
 from prefix_service.api.routes.documentation import documented, operation_id, pages
 from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
@@ -35,6 +48,7 @@ from prefix_service.catalog.changes import Listener, tell
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import AuditEntry
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
@@ -62,7 +76,7 @@ class _App(FastAPI):
         behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
         behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -90,7 +104,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
                 with state.library.changes.followed(), state.known_keys.running():
-                    async with metrics.sampled():
+                    async with metrics.sampled(), state.usage_counts.running():
                         yield
         finally:
             database.close()
@@ -108,10 +122,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     problems.install(app)
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
+    app.include_router(descriptions.router)
     app.include_router(ops.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
-    for room in (adapters, aliases, residency, tenants, keys, audit):
+    for room in (adapters, aliases, residency, tenants, keys, audit, usage):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
@@ -152,8 +167,10 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     authenticator = Authenticator(None if settings.dev else known_keys)
     rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
     statistics = InferenceStatistics()
+    usage = UsageStore(database)
+    usage_counts = UsageCounts(None if settings.read_only else usage)
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear):
+    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear, usage_counts.hear):
         changes.listen(_on_this_loop(hear))
     return State(
         settings=settings,
@@ -167,5 +184,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         metrics=metrics,
         answers=Answers(library),
         inference_statistics=statistics,
+        usage_counts=usage_counts,
+        usage=usage,
         readiness=readiness,
     )

@@ -12,7 +12,9 @@ from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
+from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
 from prefix_service.registry.admission import Admission
@@ -34,6 +36,8 @@ class State:
     metrics: Metrics
     answers: Answers
     inference_statistics: InferenceStatistics
+    usage_counts: UsageCounts
+    usage: UsageStore
     readiness: Readiness
 
 

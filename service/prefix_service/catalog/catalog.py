@@ -11,11 +11,13 @@ from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import prove_in, writing_for
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_adapter, let_go
+from prefix_service.catalog.descriptions import nbytes_of, store
 from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Room, Version
 from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
 from prefix_service.catalog.schema import adapters, aliases, numbers, tenants, versions
 from prefix_service.catalog.tenants import count, lock, make, require_room, room
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
+from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.references import Reference
 
 MOST_ALIASES: Final = 1000
@@ -74,10 +76,18 @@ class Catalog:
         raise NotFound(f"there is no tenant {tenant!r}")
 
     def add_version(
-        self, tenant: str, adapter: str, new: NewVersion, by: Principal, *, make_tenant: bool = False
+        self,
+        tenant: str,
+        adapter: str,
+        new: NewVersion,
+        by: Principal,
+        *,
+        description: Description = EMPTY,
+        make_tenant: bool = False,
     ) -> tuple[Version, bool]:
-        """Make a version visible under the next number, and whether it is new: the same digest is the same version.
-        With `make_tenant` its tenant comes into being with it.
+        """Make a version visible under the next number, with its description, and whether it is new: the same digest is
+        the same version, which keeps the description that it has. With `make_tenant` its tenant comes into being with
+        it.
 
         Raises:
             Unauthenticated: `by` has no authority any more.
@@ -91,14 +101,17 @@ class Catalog:
             existing = _same(connection, owner.id, adapter, new.digest)
             if existing is not None:
                 return existing, False
-            require_room(connection, owner, adapter, new.nbytes)
+            nbytes = new.nbytes + description.nbytes
+            require_room(connection, owner, adapter, nbytes)
             made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
             is_first = connection.scalar(made.returning(adapters.c.id)) is not None
             adapter_id = find_adapter(connection, tenant, adapter)
             number = _next_number(connection, tenant, adapter)
             row = {"adapter_id": adapter_id, "number": number, "manifest_bytes": new.manifest_bytes, **asdict(new)}
-            connection.execute(sa.insert(versions).values(row))
-            count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=new.nbytes)
+            version_id = connection.execute(sa.insert(versions).values(row).returning(versions.c.id)).scalar_one()
+            if description != EMPTY:
+                store(connection, version_id, description)
+            count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=nbytes)
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
@@ -233,9 +246,10 @@ def _same(connection: sa.Connection, tenant_id: int, adapter: str, digest: str) 
 def _delete_version(connection: sa.Connection, adapter_id: int, version: Version) -> int:
     """Deletes one version; returns how many its adapter has left."""
     condition = sa.and_(versions.c.adapter_id == adapter_id, versions.c.number == version.number)
+    nbytes = version.nbytes + nbytes_of(connection, condition)
     let_go(connection, condition)
     connection.execute(sa.delete(versions).where(condition))
-    count(connection, adapter_id, versions_more=-1, bytes_more=-version.nbytes)
+    count(connection, adapter_id, versions_more=-1, bytes_more=-nbytes)
     left: int = connection.execute(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id)).scalar_one()
     return left
 

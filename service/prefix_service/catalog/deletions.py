@@ -13,9 +13,20 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.garbage import SLICE
-from prefix_service.catalog.schema import adapters, aliases, audit, garbage, keys, tenants, versions
+from prefix_service.catalog.schema import (
+    adapters,
+    aliases,
+    audit,
+    descriptions,
+    garbage,
+    keys,
+    tenants,
+    usage,
+    versions,
+)
 
 _HIDDEN: Final = "#"  # begins no name
+_TEXT_BYTES: Final = 8 << 20  # of descriptions that one transaction removes: 250 of them may have 130 MB
 
 
 def hide_adapter(connection: sa.Connection, adapter_id: int) -> None:
@@ -79,11 +90,15 @@ def _first(table: sa.Table) -> sa.Select[Any]:
 
 
 def _remove_from(connection: sa.Connection, tenant_id: int) -> None:
-    """Removes some adapters of a tenant; after the last one its name in the audit, and in the end its row."""
+    """Removes some adapters of a tenant; after the last one its usage, its name in the audit, and then its row."""
     owned: sa.Select[Any] = sa.select(adapters.c.id, adapters.c.versions).where(adapters.c.tenant_id == tenant_id)
     found = connection.execute(owned.order_by(adapters.c.name).limit(SLICE)).all()
     if found:
         _remove_adapters(connection, found)
+        return
+    hours = sa.select(usage.c.hour).where(usage.c.tenant_id == tenant_id).order_by(usage.c.hour).limit(1)
+    used = sa.delete(usage).where(usage.c.tenant_id == tenant_id, usage.c.hour == hours.scalar_subquery())
+    if connection.execute(used).rowcount:
         return
     entries = sa.select(audit.c.id).where(audit.c.tenant_id == tenant_id).limit(SLICE)
     released = sa.update(audit).where(audit.c.id.in_(entries)).values(tenant_id=None)
@@ -99,7 +114,8 @@ def _remove_adapters(connection: sa.Connection, found: Sequence[sa.Row[Any]]) ->
     sizes = accumulate(1 + row.versions + aliased.get(row.id, 0) for row in found)
     whole = [row.id for row, size in zip(found, sizes, strict=True) if size <= SLICE]
     if whole:
-        _remove_versions(connection, versions.c.adapter_id.in_(whole))
+        if not _remove_versions(connection, versions.c.adapter_id.in_(whole)):
+            return
         connection.execute(sa.delete(aliases).where(aliases.c.adapter_id.in_(whole)))
         connection.execute(sa.delete(adapters).where(adapters.c.id.in_(whole)))
         return
@@ -110,11 +126,23 @@ def _remove_adapters(connection: sa.Connection, found: Sequence[sa.Row[Any]]) ->
         return
     oldest = sa.select(versions.c.id).where(versions.c.adapter_id == first.id).order_by(versions.c.number).limit(SLICE)
     ids = connection.scalars(oldest).all()
-    _remove_versions(connection, versions.c.id.in_(ids))
+    if not _remove_versions(connection, versions.c.id.in_(ids)):
+        return
     left = first.versions - SLICE if len(ids) == SLICE else 0
     connection.execute(sa.update(adapters).where(adapters.c.id == first.id).values(versions=left))
 
 
-def _remove_versions(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
+def _remove_versions(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:
+    """Removes versions with their descriptions; returns False if it removed only some of the descriptions, of which
+    there are too many bytes for one transaction."""
+    described = descriptions.join(versions, versions.c.id == descriptions.c.version_id)
+    query = sa.select(descriptions.c.version_id, descriptions.c.bytes).select_from(described).where(condition)
+    found = connection.execute(query).all()
+    sizes = accumulate(row.bytes for row in found)
+    some = [row.version_id for row, size in zip(found, sizes, strict=True) if size <= _TEXT_BYTES]
+    if len(some) < len(found):
+        connection.execute(sa.delete(descriptions).where(descriptions.c.version_id.in_(some)))
+        return False
     let_go(connection, condition)
-    connection.execute(sa.delete(versions).where(condition))
+    connection.execute(sa.delete(versions).where(condition))  # and the descriptions: ON DELETE CASCADE
+    return True

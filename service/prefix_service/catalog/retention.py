@@ -1,4 +1,4 @@
-"""How long the audit is kept."""
+"""How long the audit and usage are kept."""
 
 from datetime import timedelta
 
@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.garbage import SLICE
-from prefix_service.catalog.schema import audit
+from prefix_service.catalog.schema import audit, usage
 
 
 def expire_audit(database: Database, days: int) -> bool:
@@ -25,4 +25,23 @@ def expire_audit(database: Database, days: int) -> bool:
         return False
     with database.writing() as connection:
         connection.execute(sa.delete(audit).where(audit.c.id.in_(expired)))
+    return len(expired) == SLICE
+
+
+def expire_usage(database: Database, days: int) -> bool:
+    """Removes some usage of hours that began more than `days` ago, and returns whether there may be more.
+
+    Raises:
+        OutOfSpace, StorageFailed: the database refused; nothing was removed.
+    """
+    key = tuple(usage.primary_key)
+    with database.reading() as connection:
+        limit = now(connection) - timedelta(days=days)
+        first = sa.select(*key).where(usage.c.hour < limit).order_by(*key).limit(SLICE)
+        expired = [{f"old_{name}": value for name, value in row._mapping.items()} for row in connection.execute(first)]
+    if not expired:
+        return False
+    with database.writing(frees=True) as connection:
+        same = [column == sa.bindparam(f"old_{column.name}", type_=column.type) for column in key]
+        connection.execute(sa.delete(usage).where(*same), expired)
     return len(expired) == SLICE

@@ -98,6 +98,17 @@ versions = sa.Table(
     sa.UniqueConstraint("adapter_id", "digest"),
 )
 
+# What people say of a version, in a table of its own: whoever fetches a prefix reads the version's row. `bytes` is the
+# size of its texts in UTF-8, which counts in the totals of adapter and tenant. Without a row all of it is empty.
+descriptions = sa.Table(
+    "descriptions",
+    metadata,
+    sa.Column("version_id", sa.ForeignKey("versions.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("card", sa.Text, nullable=False),
+    sa.Column("annotations", sa.JSON, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+)
+
 aliases = sa.Table(
     "aliases",
     metadata,
@@ -128,4 +139,21 @@ audit = sa.Table(
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),
     sa.Index(None, "tenant_id", "id"),
+)
+
+# By hour, named by its beginning. Adapter "", version 0 and key "" are what a tenant used beyond the rows that one hour
+# may have. Names are those of the hour; an adapter's numbers are never given twice, so they mean one version each.
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("hour", _Made, primary_key=True),
+    sa.Column("tenant_id", sa.ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("adapter", Name, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("key_id", Name, primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("cold_loads", sa.BigInteger, nullable=False),
+    sa.Column("prefix_tokens", sa.BigInteger, nullable=False),
+    sa.Index(None, "tenant_id", "hour"),
 )

@@ -152,8 +152,10 @@ def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
     return Room(quotas.max_bytes - owner.bytes, quotas.max_bytes, largest or 0)
 
 
-def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
-    """That a version of so many bytes fits its tenant's quotas, those of this moment.
+def require_room(
+    connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int, takes: str = "this version takes"
+) -> None:
+    """That a version of so many bytes fits its tenant's quotas, those of this moment. `takes` is said of the bytes.
 
     Raises:
         QuotaExceeded: says which quota, what is used of it, and what to do.
@@ -164,7 +166,7 @@ def require_room(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nb
     _require_room_for_adapter(connection, owner, adapter)
     if quotas.max_bytes is not None and owner.bytes + nbytes > quotas.max_bytes:
         raise QuotaExceeded(
-            f"tenant {owner.name!r} has {owner.bytes} of {quotas.max_bytes} bytes, and this version takes {nbytes}: "
+            f"tenant {owner.name!r} has {owner.bytes} of {quotas.max_bytes} bytes, and {takes} {nbytes}: "
             "delete versions, or ask the platform for more"
         )
 

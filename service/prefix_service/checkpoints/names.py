@@ -3,4 +3,5 @@
 from typing import Final
 
 CONFIG_NAME: Final = "adapter_config.json"
+CARD_NAME: Final = "README.md"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"

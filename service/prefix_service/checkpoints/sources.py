@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.checkpoints.names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
@@ -31,12 +31,14 @@ PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is sent to the service: the config, the weights, and what was cut out of which files, if anything was."""
+    """What is sent to the service: the config, the weights, what was cut out of which files, if anything was, and the
+    model card, if there is one."""
 
     config: bytes
     weights: BinaryIO
     size: int
     cut_from: str | None
+    card: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def readable(path: Path) -> Iterator[None]:
 def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     """The upload of an adapter's folder, or of a full training checkpoint's, whose prefix is cut out.
 
-    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix.
+    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix, and
+    with the folder's README.md as the model card.
 
     Raises:
         InvalidConfig: there is no adapter_config.json, or it is that of another kind of adapter, as LORA.
@@ -121,14 +124,17 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     files = TensorFiles.open(paths)
     match = find_prefix(files.shapes)
     others = len(files.shapes) - len(match.tensors)
+    card_path = folder / CARD_NAME
+    with readable(card_path):
+        card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
     if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
         with readable(paths[0]):
-            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None)
+            return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
     from safetensors.torch import save
 
     weights = save(cut(files, match))
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
-    return Upload(config_json, io.BytesIO(weights), len(weights), what)
+    return Upload(config_json, io.BytesIO(weights), len(weights), what, card)
 
 
 def cut(files: TensorFiles, match: Match) -> "dict[str, Tensor]":

@@ -20,6 +20,7 @@ from prefix_service.cli.commands import (
     residency,
     serve,
     tenant,
+    usage,
 )
 from prefix_service.cli.console import complain, print_error
 from prefix_service.cli.options import with_way
@@ -45,6 +46,7 @@ key.register(app)
 residency.register(app)
 doctor.register(app)
 bench.register(app)
+usage.register(app)
 demo.register(app)
 
 

@@ -154,6 +154,12 @@ def report(line: str, document: Mapping[str, Any], *, as_json: bool) -> None:
         say(line)
 
 
+def say_lines(text: str) -> None:
+    """Write the lines of a text to standard output, never wrapped."""
+    lines = printable_lines(text.replace("\r\n", "\n").expandtabs())
+    console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
 def note(line: str) -> None:
     """Write one line to standard error, never wrapped."""
     errors_console.print(Text(printable(line)), soft_wrap=True)

@@ -188,6 +188,11 @@ class PrefixClient(_Client):
     create_key = blocking(plain(management.create_key))
     shorten_key = blocking(plain(management.shorten_key))
     revoke_key = blocking(plain(management.revoke_key))
+    card = blocking(plain(management.card))
+    put_card = blocking(plain(management.put_card))
+    annotations = blocking(plain(management.annotations))
+    put_annotations = blocking(plain(management.put_annotations))
+    usage = blocking(plain(management.usage))
 
     def close(self) -> None:
         """Close every connection."""
@@ -246,6 +251,11 @@ class AsyncPrefixClient(_Client):
     create_key = awaited(plain(management.create_key))
     shorten_key = awaited(plain(management.shorten_key))
     revoke_key = awaited(plain(management.revoke_key))
+    card = awaited(plain(management.card))
+    put_card = awaited(plain(management.put_card))
+    annotations = awaited(plain(management.annotations))
+    put_annotations = awaited(plain(management.put_annotations))
+    usage = awaited(plain(management.usage))
 
     async def close(self) -> None:
         """Close every connection."""

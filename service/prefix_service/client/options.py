@@ -1,6 +1,7 @@
 """Options of the clients, checked before a request is made."""
 
 import contextlib
+import json
 import math
 import operator
 import os
@@ -121,6 +122,18 @@ def content(name: str, value: Any) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
         raise InvalidRequest(f"{name} must be the bytes of a file, got {type(value).__name__}")
     return bytes(value)
+
+
+def json_bytes(name: str, value: Any) -> bytes:
+    """Returns a value as JSON.
+
+    Raises:
+        InvalidRequest: it cannot be written as JSON.
+    """
+    try:
+        return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{name} cannot be sent as JSON: {error}") from error
 
 
 def file(name: str, value: Any) -> BinaryIO:

@@ -31,8 +31,8 @@ _WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request; `files` are the parts of a multipart body, in order. `progress` follows its body, or that of a
-    fetch's answer."""
+    """One request; `files` are the parts of a multipart body, in order; `content` is a body as it is, whose media type
+    stands in `headers`. `progress` follows its body, or that of a fetch's answer."""
 
     method: str
     path: str
@@ -40,6 +40,7 @@ class Request:
     headers: Mapping[str, str] = field(default_factory=dict)
     files: Files | None = None
     json: Any = None
+    content: bytes | None = None
     progress: Progress | None = None
 
     @property

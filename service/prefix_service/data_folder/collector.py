@@ -13,7 +13,7 @@ from prefix_service.blobs.folder import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.retention import expire_audit
+from prefix_service.catalog.retention import expire_audit, expire_usage
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -92,10 +92,12 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`."""
+    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`
+    and usage `usage_days`."""
 
-    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int) -> None:
-        self._database, self._grace, self._audit_days = database, grace, audit_days
+    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> None:
+        self._database, self._grace = database, grace
+        self._audit_days, self._usage_days = audit_days, usage_days
         self._garbage, self._deletions = Garbage(database), Deletions(database)
         self._collector = Collector(self._garbage, blobs, grace)
 
@@ -114,6 +116,7 @@ class Housekeeping:
         self._collector.collect()
         in_slices(lambda: self._garbage.forget(self._grace), stop)
         in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
+        in_slices(lambda: expire_usage(self._database, self._usage_days), stop)
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
@@ -137,7 +140,7 @@ def _logged(call: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int) -> Iterator[None]:
+def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> Iterator[None]:
     """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
-    with in_background("collector", Housekeeping(database, blobs, grace, audit_days).work):
+    with in_background("collector", Housekeeping(database, blobs, grace, audit_days, usage_days).work):
         yield

@@ -136,7 +136,7 @@ def _prepared(settings: Settings) -> Iterator[None]:
     Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
     database = Database(catalog_file(settings.data_dir))
     try:
-        with collecting(database, blobs, settings.garbage_grace, settings.audit_days):
+        with collecting(database, blobs, settings.garbage_grace, settings.audit_days, settings.usage_days):
             yield
     finally:
         database.close()

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
 from anyio import to_thread
@@ -13,6 +13,7 @@ from prefix_service.catalog.authority import prove
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Changes
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import AuditEntry, Principal, Version, VersionName
@@ -45,6 +46,9 @@ from prefix_service.registry.tier import Lease, Leases
 
 log = logging.getLogger("prefix_service")
 
+OnLoad = Callable[[Version], object]
+"""Is called with a version whose tensors are being loaded."""
+
 
 class Library:
     """What the service does, for callers that have been authorised already."""
@@ -60,6 +64,7 @@ class Library:
     ) -> None:
         self._database = database
         self.catalog = Catalog(database)
+        self.descriptions = Descriptions(database)
         self.listings = Listings(database)
         self.changes = Changes(database)
         self._versions = RememberedVersions(self.catalog, self.changes)
@@ -125,7 +130,7 @@ class Library:
         return make_mixed_plan(rows, request, mask, self.limits)
 
     @contextlib.asynccontextmanager
-    async def renderings(self, plan: MixedPlan) -> AsyncIterator[list[list[Rendering]]]:
+    async def renderings(self, plan: MixedPlan, on_load: OnLoad | None = None) -> AsyncIterator[list[list[Rendering]]]:
         """The renderings of every prefix in a plan's rows, together in host memory while the block runs; one of each
         version. Nothing else of such an answer depends on the stored bits, so versions that are encoded again meanwhile
         change no plan.
@@ -136,16 +141,18 @@ class Library:
         """
         plans = {planned.etag: planned for row in plan.rows for planned in row}
         async with contextlib.AsyncExitStack() as stack:
-            found = await self._entered(stack, list(plans.values()))
+            found = await self._entered(stack, list(plans.values()), on_load)
             known = dict(zip(plans, found, strict=True))
             yield [[known[planned.etag] for planned in row] for row in plan.rows]
 
-    async def _entered(self, stack: contextlib.AsyncExitStack, plans: list[Plan]) -> list[Rendering]:
+    async def _entered(
+        self, stack: contextlib.AsyncExitStack, plans: list[Plan], on_load: OnLoad | None
+    ) -> list[Rendering]:
         """Begin a lease of each plan, or of the plan that replaces it."""
         renewed: set[Version] = set()
         while True:
             try:
-                return await stack.enter_async_context(Leases([self.rendering(plan) for plan in plans]))
+                return await stack.enter_async_context(Leases([self.rendering(plan, None, on_load) for plan in plans]))
             except EncodedAgain as again:
                 if again.version in renewed:
                     raise unstable(again) from again
@@ -154,7 +161,7 @@ class Library:
                 plans = [plan.renewed(again.version) if _key(plan.version).whole == key else plan for plan in plans]
 
     @contextlib.asynccontextmanager
-    async def current_rendering(self, plan: Plan) -> AsyncIterator[Rendering]:
+    async def current_rendering(self, plan: Plan, on_load: OnLoad | None = None) -> AsyncIterator[Rendering]:
         """The tensors of an answer whose head does not depend on the stored bits: those of the plan, or of a version
         that was encoded again meanwhile.
 
@@ -162,12 +169,16 @@ class Library:
             CorruptBlob, StorageFailed, OutOfSpace, Unavailable: as `rendering`.
         """
         async with contextlib.AsyncExitStack() as stack:
-            (rendering,) = await self._entered(stack, [plan])
+            (rendering,) = await self._entered(stack, [plan], on_load)
             yield rendering
 
-    def rendering(self, plan: Plan, digest: Algorithm | None = None) -> Lease[RenderingKey, Rendering, VersionKey]:
+    def rendering(
+        self, plan: Plan, digest: Algorithm | None = None, on_load: OnLoad | None = None
+    ) -> Lease[RenderingKey, Rendering, VersionKey]:
         """The tensors of a plan, in host memory while the block runs. `digest` names the algorithm that the caller will
         pass to `body_digest`, if any: it can be computed while the tensors are read.
+
+        If they are in no memory, `on_load` is called, in a thread, for the one caller for whom they are loaded.
 
         The block raises:
             EncodedAgain: the stored tensors were lost, and others replaced them: plan again (`Plan.renewed`).
@@ -176,7 +187,7 @@ class Library:
         """
         version, form = plan.version, plan.message.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
-        load = partial(self._load, version, plan, digest)
+        load = partial(self._load, version, plan, digest, on_load)
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
         return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
 
@@ -189,7 +200,9 @@ class Library:
         """Returns the digest of the whole body if it was computed before."""
         return self._digests.known(plan, algorithm)
 
-    def _load(self, version: Version, plan: Plan, digest: Algorithm | None) -> PrefixKV:
+    def _load(self, version: Version, plan: Plan, digest: Algorithm | None, on_load: OnLoad | None) -> PrefixKV:
+        if on_load is not None:
+            on_load(version)
         return self.encodings.load(version, self._digests.observing(plan, digest))
 
     async def load(self, version: Version) -> Version:

@@ -27,6 +27,7 @@ from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
 from prefix_service.prefix.compose import composed_config
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
+from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.encoder import InitWeights, PrefixEncoder, encoding_nbytes, fresh_nbytes, hidden_nbytes
 from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 from prefix_service.prefix.safetensors_tensors import header_of
@@ -101,9 +102,11 @@ class Publisher:
         if gone or revoked:
             self._arrivals.refuse(gone, revoked)
 
-    async def publish(self, target: Target, config: PrefixConfig, upload: Upload) -> tuple[Version, bool]:
+    async def publish(
+        self, target: Target, config: PrefixConfig, upload: Upload, description: Description = EMPTY
+    ) -> tuple[Version, bool]:
         """Makes weights that have arrived a version. Returns it, and whether it is new: the same content again is the
-        same version.
+        same version, and keeps its description.
 
         Raises:
             InvalidConfig, InvalidCheckpoint: nothing is visible then.
@@ -132,25 +135,32 @@ class Publisher:
             key_values="",
             key_values_bytes=key_values_bytes,
         )
-        if (existing := await in_thread(partial(self._find, target, draft, weights))) is not None:
+        nbytes = draft.nbytes + description.nbytes
+        if (existing := await in_thread(partial(self._find, target, draft.digest, nbytes, weights))) is not None:
             self._mended(existing)
             return existing, False
-        upload.arrival.hold(draft.nbytes)
+        upload.arrival.hold(nbytes)
         async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
             new = await work.compute(self._storing(draft, config, file, weights))
         upload.arrival.end()  # or its bytes would count twice for who looks behind the transaction
         add = partial(
-            self._catalog.add_version, target.tenant, target.adapter, new, target.by, make_tenant=target.make_tenant
+            self._catalog.add_version,
+            target.tenant,
+            target.adapter,
+            new,
+            target.by,
+            description=description,
+            make_tenant=target.make_tenant,
         )
         version, is_new = await in_thread(add)
         if not is_new:
             self._mended(version)
         return version, is_new
 
-    def _find(self, target: Target, draft: NewVersion, weights: StagedBlob) -> Version | None:
+    def _find(self, target: Target, digest: str, nbytes: int, weights: StagedBlob) -> Version | None:
         """Known content, or no room for it: nothing needs to be encoded."""
         tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
-        existing = self._catalog.find(tenant, adapter, draft.digest, draft.nbytes, target.by, make_tenant=makes)
+        existing = self._catalog.find(tenant, adapter, digest, nbytes, target.by, make_tenant=makes)
         if existing is not None:
             weights.commit()
         return existing
@@ -164,7 +174,7 @@ class Publisher:
         return replace(draft, key_values=key_values)
 
     async def publish_fresh(
-        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int
+        self, target: Target, config: PrefixConfig, init: InitWeights, seed: int, description: Description = EMPTY
     ) -> tuple[Version, bool]:
         """Makes an untrained prefix a version, as `publish`; its weights are stored as PEFT would save them.
 
@@ -183,9 +193,11 @@ class Publisher:
         async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
             async with self._admission.work(target.tenant, fresh_nbytes(config)) as work:
                 await work.compute(_writing_fresh(upload.weights, config, init, seed))
-            return await self.publish(target, config, upload)
+            return await self.publish(target, config, upload, description)
 
-    async def publish_composed(self, target: Target, sources: Sequence[tuple[str, Version]]) -> tuple[Version, bool]:
+    async def publish_composed(
+        self, target: Target, sources: Sequence[tuple[str, Version]], description: Description = EMPTY
+    ) -> tuple[Version, bool]:
         """Makes the concatenation of prefixes a version, as `publish`, under the names that they were asked by and in
         their order; its weights are stored as PEFT would save them.
 
@@ -204,7 +216,7 @@ class Publisher:
             for _, version in sources:
                 async with self._admission.work(target.tenant, self._encodings.rows_nbytes(version)) as work:
                     await work.compute(self._writing_rows(upload.weights, version, dtype))
-            return await self.publish(target, config, upload)
+            return await self.publish(target, config, upload, description)
 
     def _writing_rows(self, weights: StagedBlob, version: Version, dtype: torch.dtype) -> Generator[None, None, None]:
         for rows in self._encodings.rows(version):

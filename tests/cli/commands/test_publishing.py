@@ -194,3 +194,34 @@ def test_publish_names_another_kind_of_adapter(run: Run, tmp_path: Path) -> None
         assert refused.returncode == 1
         assert refused.stderr.startswith("error (invalid-config): this is a LORA adapter")
         (tmp_path / weights).unlink()
+
+
+def test_publish_with_a_card_and_annotations(run: Run, tmp_path: Path) -> None:
+    """The folder's README.md is the card, --note and --annotate are annotations; `inspect` shows all of them."""
+    folder = Path(shutil.copytree(LLAMA, tmp_path / "adapter"))
+    (folder / "README.md").write_bytes(b"# Capitals\r\n\n[red]bold[/red] \x1b[31m\n")
+    annotations = ("--annotate", "run=17", "--annotate", "metric=a=b", "--note", "less data")
+    assert run("publish", folder, "cli/described", *annotations).returncode == 0
+    told = json.loads(run("inspect", "cli/described", "--json").stdout)
+    assert told["card"] == "# Capitals\r\n\n[red]bold[/red] \x1b[31m\n"
+    assert told["annotations"] == {"metric": "a=b", "note": "less data", "run": "17"}
+    shown = run("inspect", "cli/described").stdout
+    assert "annotation: run" in shown
+    assert "less data" in shown
+    assert "# Capitals\n\n[red]bold[/red] \\u001b[31m\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--annotate", "run"], "--annotate takes KEY=VALUE, as in run=17, got 'run'"),
+        (["--annotate", "note=x", "--note", "y"], "the annotation 'note' is given twice"),
+        (["--annotate", "a b=x"], "key has 1 to 63 characters"),
+    ],
+)
+def test_wrong_annotations_publish_nothing(run: Run, options: list[str], words: str) -> None:
+    """One line says what is wrong."""
+    refused = run("publish", LLAMA, "cli/undescribed", *options)
+    assert refused.returncode == 1
+    assert words in refused.stderr
+    assert run("inspect", "cli/undescribed").returncode == 1

@@ -64,6 +64,11 @@ CALLS: dict[str, Call] = {
     "create_key": lambda client: client.create_key("read", "a"),
     "shorten_key": lambda client: client.shorten_key("0" * 16, SOON, "a"),
     "revoke_key": lambda client: client.revoke_key("0" * 16),
+    "card": lambda client: client.card("a/b"),
+    "put_card": lambda client: client.put_card("a/b", "text"),
+    "annotations": lambda client: client.annotations("a/b"),
+    "put_annotations": lambda client: client.put_annotations("a/b", {"run": "1"}),
+    "usage": lambda client: client.usage("a"),
 }
 
 

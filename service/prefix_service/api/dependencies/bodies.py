@@ -1,7 +1,7 @@
 """Request bodies, read under limits while they arrive."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 from anyio import to_thread
@@ -15,20 +15,29 @@ from prefix_service.api.state import state_of
 from prefix_service.blobs.folder import StagedBlob
 from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
 from prefix_service.library.publishing import Upload
+from prefix_service.prefix.description import MOST_CARD
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
 
 CONFIG: Final = "adapter_config.json"
 BASE_CONFIG: Final = "base_model_config"
+CARD: Final = "README.md"
+ANNOTATIONS: Final = "annotations"
 WEIGHTS: Final = "adapter_model.safetensors"
-_MOST: Final = {CONFIG: MAX_CONFIG_BYTES, BASE_CONFIG: MAX_BASE_CONFIG_BYTES}
-_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the configs, and of what stands between the parts, at most
+_MOST_ANNOTATIONS: Final = 1 << 20  # bytes of JSON, which may write a byte of a value as six
+_MOST: Final = {
+    CONFIG: MAX_CONFIG_BYTES,
+    BASE_CONFIG: MAX_BASE_CONFIG_BYTES,
+    CARD: MOST_CARD,
+    ANNOTATIONS: _MOST_ANNOTATIONS,
+}
+_BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the other parts, and of what stands between parts, at most
 _ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _BATCH: Final = 1 << 20  # bytes that a thread takes at a time
 
 MOST_HELD: Final = _BATCH + sum(_MOST.values())
-"""Bytes of an upload that are in memory at most while the rest arrives: its configs, and weights that no thread has
-taken yet."""
+"""Bytes of an upload that are in memory at most while the rest arrives: all parts but the weights, and weights that no
+thread has taken yet."""
 
 
 def has_body(headers: Headers) -> bool:
@@ -60,13 +69,14 @@ def _declared_length(request: Request) -> int:
     return int(declared) if declared.isdigit() else 0
 
 
-async def read_upload(request: Request, upload: Upload, limit: int) -> tuple[bytes, bytes | None]:
-    """A multipart upload: its weights go into `upload`; the adapter config and the base model's are returned.
+async def read_upload(request: Request, upload: Upload, limit: int) -> Mapping[str, bytes]:
+    """Writes the weights of a multipart upload into `upload`; returns its other parts by their names, among them
+    `CONFIG`.
 
     Raises:
         InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
         UnsafeCheckpoint: a field named like a pickle.
-        TooLarge: weights of more than `limit` bytes, or a config of more than it may have.
+        TooLarge: weights of more than `limit` bytes, or another part of more than it may have.
         QuotaExceeded: more bytes than the tenant's quota leaves.
         RequestTimeout: it did not arrive in time.
     """
@@ -117,7 +127,7 @@ class _Parts:
     def __init__(self, reader: MultipartReader, weights: StagedBlob, limit: int) -> None:
         self._reader = reader
         self._weights, self._limit = weights, limit
-        self._configs: dict[str, bytearray] = {}
+        self._others: dict[str, bytearray] = {}
         self._seen: list[str] = []
 
     def receive(self, data: bytes) -> None:
@@ -132,13 +142,12 @@ class _Parts:
             else:
                 self._add_to_part(found)
 
-    def finished(self) -> tuple[bytes, bytes | None]:
-        """The configs of a complete upload."""
+    def finished(self) -> Mapping[str, bytes]:
+        """Returns the parts of a complete upload by their names, without the weights."""
         missing = [name for name in (CONFIG, WEIGHTS) if name not in self._seen]
         if missing or not self._reader.is_complete:
             raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
-        base = self._configs.get(BASE_CONFIG)
-        return bytes(self._configs[CONFIG]), None if base is None else bytes(base)
+        return {name: bytes(content) for name, content in self._others.items()}
 
     def _begin_part(self, name: str) -> None:
         if name.endswith(_PICKLES):
@@ -146,15 +155,25 @@ class _Parts:
                 f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
                 "with `prefix-service convert`"
             )
-        if name not in _ORDER:
-            raise InvalidRequest(f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order")
-        if self._seen and _ORDER.index(name) <= _ORDER.index(self._seen[-1]):
-            raise InvalidRequest(f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}")
+        if name not in _ORDER and name not in _MOST:
+            raise InvalidRequest(
+                f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order, and before the last of them "
+                f"{CARD} or {ANNOTATIONS} if you have them"
+            )
+        if name in self._seen or WEIGHTS in self._seen or not self._is_in_order(name):
+            raise InvalidRequest(
+                f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}, and {CARD} and "
+                f"{ANNOTATIONS} before {WEIGHTS}"
+            )
         if name == WEIGHTS and CONFIG not in self._seen:
             raise InvalidRequest(f"form field {CONFIG} must come before {WEIGHTS}")
         self._seen.append(name)
         if name != WEIGHTS:
-            self._configs[name] = bytearray()
+            self._others[name] = bytearray()
+
+    def _is_in_order(self, name: str) -> bool:
+        later = _ORDER[_ORDER.index(name) :] if name in _ORDER else ()
+        return not any(known in self._seen for known in later)
 
     def _add_to_part(self, data: bytes) -> None:
         name = self._seen[-1]
@@ -163,6 +182,6 @@ class _Parts:
                 raise TooLarge(f"the weights have more than {self._limit} bytes")
             self._weights.write(data)
             return
-        self._configs[name] += data
-        if len(self._configs[name]) > _MOST[name]:
+        self._others[name] += data
+        if len(self._others[name]) > _MOST[name]:
             raise TooLarge(f"{name} has more than {_MOST[name]} bytes")

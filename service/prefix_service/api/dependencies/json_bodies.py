@@ -108,14 +108,14 @@ async def read_model(request: Request, model: type[M]) -> M:
     return await read_json(request, partial(validated, model))
 
 
-def json_object(body: bytes | bytearray) -> dict[str, Any]:
-    """Returns the JSON object that a body is. Blocking.
+def json_object(body: bytes | bytearray, what: str = "the body") -> dict[str, Any]:
+    """Returns the JSON object that a body is, or a part of it, which errors call `what`. Blocking.
 
     Raises:
         InvalidRequest: it is not one, or it has too many values or names.
     """
     try:
-        return parse_json(bytes(body), "the body", len(body))
+        return parse_json(bytes(body), what, len(body))
     except InvalidConfig as error:
         raise InvalidRequest(str(error)) from error
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current, requested_range, wanted_digest
 from prefix_service.api.http.presence import while_connected
+from prefix_service.api.http.served import FIRST_BYTE, SERVED, note_load, served
 from prefix_service.catalog.records import Version
 from prefix_service.library.encodings import EncodedAgain, unstable
 from prefix_service.library.library import Library
@@ -51,9 +52,7 @@ class BytesResponse(Response, ABC):
         self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
 
     @abstractmethod
-    def _content(
-        self, request: Headers, receive: Receive, start: int, stop: int
-    ) -> AbstractAsyncContextManager[Content]:
+    def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AbstractAsyncContextManager[Content]:
         """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,10 +70,11 @@ class BytesResponse(Response, ABC):
         start, stop = found or (0, self._length)
         fields = [*self._about, *self._common, (b"content-length", b"%d" % (stop - start))]
         if found:
+            scope[FIRST_BYTE] = start
             fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
         if scope["method"] == "HEAD":
             stop = start
-        async with self._content(request, receive, start, stop) as content:
+        async with self._content(scope, receive, start, stop) as content:
             status = 206 if found else 200
             await send({"type": "http.response.start", "status": status, "headers": fields + content.fields})
             if isinstance(content.chunks, AsyncIterable):
@@ -108,10 +108,12 @@ class PrefixResponse(BytesResponse):
         self.version = plan.version
         self._library, self._plan = library, plan
         self._immutable, self._varies = immutable, varies
+        self._served = (served(plan.version, plan.message.form.batch_size),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; with another entity tag if the version has to be encoded again. That is known before
         anything leaves, since the tensors are read first."""
+        scope[SERVED] = self._served
         try:
             await self._answer(scope, receive, send)
         except EncodedAgain as again:
@@ -128,13 +130,13 @@ class PrefixResponse(BytesResponse):
         return self._plan.message.planned_nbytes
 
     @asynccontextmanager
-    async def _content(self, request: Headers, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
+    async def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
         # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
-        algorithm = wanted_digest(request) or ("sha-256" if self._plan.is_one_rendering else None)
+        algorithm = wanted_digest(Headers(raw=scope["headers"])) or ("sha-256" if self._plan.is_one_rendering else None)
         if start == stop and algorithm is None:
             yield Content(())
             return
-        async with self._library.rendering(self._plan, algorithm) as rendering:
+        async with self._library.rendering(self._plan, algorithm, partial(note_load, scope)) as rendering:
             fields: Fields = []
             if algorithm is not None:
                 digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
@@ -161,7 +163,7 @@ class ParametersResponse(BytesResponse):
         self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
-    async def _content(self, _request: Headers, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
+    async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
         look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes all of it
         file = await self._library.admission.run(self._version.tenant, look)
         try:

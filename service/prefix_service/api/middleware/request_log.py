@@ -1,4 +1,4 @@
-"""What is told of every request: its id to the caller, its numbers to the metrics, one line to the log."""
+"""What is told of every request: its id to the caller, its numbers to metrics and usage, one line to the log."""
 
 import random
 import re
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
 from prefix_service.api.metrics.metrics import Metrics
+from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
 from prefix_service.logs import LogLevel, RequestLog, about
 
@@ -28,9 +29,9 @@ class RequestMiddleware:
     Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
         self._app = app
-        self._metrics = metrics
+        self._metrics, self._usage = metrics, usage
         self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,6 +59,7 @@ class RequestMiddleware:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
+        self._usage.count(scope, outcome.status, sent)
         level = _level(route, outcome.status)
         if not self._log.tells(level):
             return

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.responses import send_chunks
+from prefix_service.api.http.served import SERVED, note_load, served
 from prefix_service.api.metrics.inference_statistics import Measurement
 from prefix_service.api.open_inference.requests import JSON_LENGTH
 from prefix_service.api.open_inference.schemas import MOST_NUMBERS, Datatype, InferenceRequest
@@ -85,11 +86,12 @@ class TensorsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        scope[SERVED] = (served(self._plan.version, self._plan.message.form.batch_size),)
         tenant, numbers = self._plan.version.tenant, self._numbers
         with self._measurement:
             async with (
                 self._admission.work(tenant, _TEXT * numbers),
-                self._library.current_rendering(self._plan) as rendering,
+                self._library.current_rendering(self._plan, partial(note_load, scope)) as rendering,
             ):
                 self._measurement.step()
                 async with self._admission.work(tenant, _PARSED * numbers) as work:

@@ -11,14 +11,24 @@ from pydantic.json_schema import SkipJsonSchema
 
 from prefix_service.api.dependencies.authority import Actor, Founder
 from prefix_service.api.dependencies.bodies import (
+    ANNOTATIONS,
     BASE_CONFIG,
+    CARD,
     CONFIG,
     MOST_HELD,
     WEIGHTS,
     declared_weights,
     read_upload,
 )
-from prefix_service.api.dependencies.json_bodies import computed, declared_bytes, payer, read_json, reserved, validated
+from prefix_service.api.dependencies.json_bodies import (
+    computed,
+    declared_bytes,
+    json_object,
+    payer,
+    read_json,
+    reserved,
+    validated,
+)
 from prefix_service.api.dependencies.pagination import (
     NUMBER,
     Cursor,
@@ -49,6 +59,7 @@ from prefix_service.errors import InvalidRequest, NotFound
 from prefix_service.library.library import Library
 from prefix_service.library.publishing import Target, Upload
 from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.description import Description, check_annotations, decode_card
 from prefix_service.prefix.form import MEDIA_TYPE
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
 from prefix_service.prefix.references import check_name, parse_qualified, parse_reference
@@ -79,12 +90,20 @@ _UPLOAD: Final[dict[str, Any]] = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "properties": {CONFIG: _FILE, BASE_CONFIG: _FILE, WEIGHTS: _FILE},
+                    "properties": {
+                        CONFIG: _FILE,
+                        BASE_CONFIG: _FILE,
+                        CARD: {**_FILE, "description": "the model card, as PEFT writes it: up to 256 KiB of UTF-8"},
+                        ANNOTATIONS: {**_FILE, "description": "a JSON object of up to 64 texts of up to 4 KiB"},
+                        WEIGHTS: _FILE,
+                    },
                     "required": [CONFIG, WEIGHTS],
                 },
                 "encoding": {
                     CONFIG: {"contentType": _JSON_FILE},
                     BASE_CONFIG: {"contentType": _JSON_FILE},
+                    CARD: {"contentType": "text/markdown, application/octet-stream"},
+                    ANNOTATIONS: {"contentType": _JSON_FILE},
                     WEIGHTS: {"contentType": MEDIA_TYPE},
                 },
             },
@@ -117,7 +136,7 @@ _UPLOAD: Final[dict[str, Any]] = {
 )
 async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder, library: LibraryOf) -> Response:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
-    concatenation of others."""
+    concatenation of others. A version that exists keeps its card and annotations."""
     check_name("adapter", name)
     media_type = require_media_type(request.headers, "multipart/form-data", "application/json")
     target = _target(tenant, name, by)
@@ -143,20 +162,21 @@ def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion
 
 async def _publish_fresh(wanted: FreshVersion, library: Library, target: Target) -> tuple[Version, bool]:
     config = await library.admission.run(target.tenant, partial(parse_config, wanted.config))
-    return await library.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed)
+    description = wanted.description()
+    return await library.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed, description)
 
 
 async def _publish_composed(wanted: ComposedVersion, library: Library, target: Target) -> tuple[Version, bool]:
     """From all that the caller may read."""
     named = [(name, *parse_qualified(name)) for name in wanted.compose]
     sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
-    return await library.publisher.publish_composed(target, sources)
+    return await library.publisher.publish_composed(target, sources, wanted.description())
 
 
 async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
     async with library.publisher.receiving(target, declared_weights(request)) as upload:
-        config = await _receive(request, upload, library.limits.upload_bytes)
-        return await _wanted(request, library.publisher.publish(target, config, upload))
+        config, description = await _receive(request, upload, library.limits.upload_bytes)
+        return await _wanted(request, library.publisher.publish(target, config, upload, description))
 
 
 async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Version, bool]]) -> tuple[Version, bool]:
@@ -168,20 +188,21 @@ async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Versio
     return made
 
 
-async def _receive(request: Request, upload: Upload, limit: int) -> PrefixConfig:
-    """Writes the weights of an upload and returns its config with all dimensions filled. Reserves the memory that the
-    configs take."""
+async def _receive(request: Request, upload: Upload, limit: int) -> tuple[PrefixConfig, Description]:
+    """Writes the weights of an upload and returns its config with all dimensions filled, and its description. Reserves
+    the memory that they take."""
     async with reserved(request, declared_bytes(request, MOST_HELD)):
-        config_json, base_json = await read_upload(request, upload, limit)
-        memory = json_memory(len(config_json) + len(base_json or b""))
-        return await computed(request, memory, partial(_config, config_json, base_json))
+        parts = await read_upload(request, upload, limit)
+        memory = json_memory(sum(len(parts.get(name, b"")) for name in (CONFIG, BASE_CONFIG, ANNOTATIONS)))
+        return await computed(request, memory, partial(_parsed_parts, parts))
 
 
-def _config(config_json: bytes, base_json: bytes | None) -> PrefixConfig:
-    config = parse_config(parse_config_json(config_json, CONFIG), from_file=True)
-    return (
-        config if base_json is None else config.filled(parse_config_json(base_json, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
-    )
+def _parsed_parts(parts: Mapping[str, bytes]) -> tuple[PrefixConfig, Description]:
+    config = parse_config(parse_config_json(parts[CONFIG], CONFIG), from_file=True)
+    if (base := parts.get(BASE_CONFIG)) is not None:
+        config = config.filled(parse_config_json(base, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
+    annotations = json_object(parts.get(ANNOTATIONS, b"{}"), ANNOTATIONS)
+    return config, Description(decode_card(parts.get(CARD, b"")), check_annotations(annotations))
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:

@@ -1,6 +1,7 @@
 """`POST /v1/prefixes`: one batch for many adapters."""
 
 import asyncio
+from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -11,6 +12,7 @@ from prefix_service.api.dependencies.json_bodies import payer, read_mask_json, v
 from prefix_service.api.dependencies.masks import mask_from_json
 from prefix_service.api.http.negotiation import require_acceptable, require_media_type
 from prefix_service.api.http.responses import DRAIN
+from prefix_service.api.http.served import SERVED, note_load, served_together
 from prefix_service.api.middleware.auth import Caller
 from prefix_service.api.routes.prefixes import BINARY, MASK_SCHEMA, HeldBody
 from prefix_service.api.state import State, StateOf
@@ -49,13 +51,14 @@ class MixedResponse(Response):
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer a request."""
+        scope[SERVED] = served_together(planned.version for row in self._plan.rows for planned in row)
         fields = [
             (b"content-type", MEDIA_TYPE.encode()),
             (b"content-length", b"%d" % self._plan.message.content_length),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),
         ]
-        async with self._library.renderings(self._plan) as renderings:
+        async with self._library.renderings(self._plan, partial(note_load, scope)) as renderings:
             await send({"type": "http.response.start", "status": 200, "headers": fields})
             for chunk in self._plan.message.chunks(renderings):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -2,13 +2,22 @@
 
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from prefix_service.catalog.records import Adapter, Quotas, Scope, Tenant, Version
 from prefix_service.library.plan import QualifiedReference
 from prefix_service.library.request_model import INTEGRAL, RequestModel
+from prefix_service.prefix.description import (
+    KEY_PATTERN,
+    MOST_ANNOTATIONS,
+    MOST_CARD,
+    MOST_VALUE,
+    Description,
+    check_annotations,
+    check_card,
+)
 from prefix_service.prefix.mixed import MOST_IN_A_ROW
 
 Moment = Annotated[
@@ -170,7 +179,40 @@ _CONFIG = {
 }
 
 
-class FreshVersion(RequestModel):
+ANNOTATIONS_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "texts by key: author, run, commit, metrics, …",
+    "maxProperties": MOST_ANNOTATIONS,
+    "propertyNames": {"pattern": KEY_PATTERN},
+    "additionalProperties": {"type": "string", "maxLength": MOST_VALUE},
+    "examples": [{"run": "2026-11-26/3", "accuracy": "0.93"}],
+}
+
+
+class DescribedVersion(RequestModel):
+    """What every version published as JSON may bring along."""
+
+    # The bounds are those of the whole body: `description` looks at them once more, in bytes and with better words.
+    card: str = Field(
+        default="",
+        max_length=1 << 20,
+        description="the model card in Markdown: up to 256 KiB of UTF-8",
+        json_schema_extra={"maxLength": MOST_CARD},
+    )
+    annotations: Annotated[JSONObject, Field(max_length=1 << 16), WithJsonSchema(ANNOTATIONS_SCHEMA)] = Field(
+        default_factory=dict
+    )
+
+    def description(self) -> Description:
+        """Returns card and annotations.
+
+        Raises:
+            TooLarge, InvalidRequest: they are not what a version may have.
+        """
+        return Description(check_card(self.card), check_annotations(self.annotations))
+
+
+class FreshVersion(DescribedVersion):
     """An untrained prefix from a config alone, to try a worker's shapes before training."""
 
     config: JSONObject = Field(max_length=1024, examples=[_CONFIG])
@@ -178,7 +220,7 @@ class FreshVersion(RequestModel):
     seed: Annotated[int, Field(ge=0, lt=1 << 63), INTEGRAL] = 0
 
 
-class ComposedVersion(RequestModel):
+class ComposedVersion(DescribedVersion):
     """A version that is the concatenation of others, in their order."""
 
     compose: list[QualifiedReference] = Field(

@@ -1,5 +1,6 @@
 """A prefix for a worker on the same host: the name of the file that it may map."""
 
+from functools import partial
 from typing import Final
 
 import orjson
@@ -9,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current, wanted_digest
 from prefix_service.api.http.responses import Fields, PrefixResponse, body_digest
+from prefix_service.api.http.served import note_load
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
 from prefix_service.prefix.form import SHARED_FILE_TYPE
@@ -50,7 +52,7 @@ class SharedFileResponse(PrefixResponse):
             await super()._answer(scope, receive, send)
             return
         algorithm = wanted_digest(request)
-        async with self._library.rendering(self._plan, algorithm) as rendering:
+        async with self._library.rendering(self._plan, algorithm, partial(note_load, scope)) as rendering:
             if rendering.file is None:
                 await super()._answer(scope, receive, send)
                 return

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -20,6 +20,7 @@ from prefix_service.cli.console import (
     print_table,
     report,
     say,
+    say_lines,
     working,
 )
 from prefix_service.cli.options import DEFAULT_URL, AdapterName, ApiKey, Json, Ref, Url, Yes, confirm, connect
@@ -137,6 +138,9 @@ def _version(item: Mapping[str, Any]) -> list[object]:
     return [item["version"], created, item["num_virtual_tokens"], item["dtype"], size, aliases, item["digest"]]
 
 
+_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8"})
+
+
 def inspect(
     reference: Ref,
     float8: Annotated[bool, typer.Option("--float8", help="Fetch it as float8 too: its error and its bytes.")] = False,
@@ -147,18 +151,24 @@ def inspect(
     """Show what the service knows of a version, and what float8 on the wire would cost it."""
     with connect(url, api_key) as client:
         found = dict(client.inspect(reference))
+        same = f"{found['tenant']}/{found['adapter']}@{found['version']}"
+        found["annotations"] = client.annotations(same)
+        found["card"] = client.card(same)
         if float8:
             found["float8"] = asdict(client.float8_error(reference))
     if as_json:
         print_json(found)
         return
-    shown = {name: value for name, value in found.items() if name not in ("config", "size", "residency")}
+    shown = {name: value for name, value in found.items() if name not in _SHOWN_APART}
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
+    shown |= {f"annotation: {key}": value for key, value in found["annotations"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
     if float8:
-        shown |= _float8(shown.pop("float8"))
+        shown |= _float8(found["float8"])
     print_fields(reference, shown)
+    if found["card"]:
+        say_lines(found["card"])
 
 
 def _float8(error: Mapping[str, Any]) -> dict[str, str]:

@@ -35,6 +35,12 @@ BaseConfig = Annotated[
     typer.Option("--base-config", help="The base model's config.json, for dimensions that are missing.", exists=True),
 ]
 
+Note = Annotated[str | None, typer.Option("--note", help="Why this version: the annotation note.")]
+Annotate = Annotated[
+    list[str] | None,
+    typer.Option("--annotate", metavar="KEY=VALUE", help="A text that stays with the version, as run=17; repeatable."),
+]
+
 _IN_PARALLEL: Final = 4
 _OF_ONE_FOLDER: Final = (InvalidInput, TooLarge, Conflict)
 """Errors that say nothing of the other folders."""
@@ -61,18 +67,22 @@ def publish(
     ] = None,
     config: Config = None,
     base_config: BaseConfig = None,
+    note_text: Note = None,
+    annotate: Annotate = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Publish trained adapters as new versions; the prefix of a full training checkpoint is cut out first."""
+    """Publish trained adapters as new versions; the prefix of a full training checkpoint is cut out first. A
+    folder's README.md becomes the version's model card."""
+    annotations = parse_annotations(annotate or [], note_text)
     base = None if base_config is None else base_config.read_bytes()
     if tenant is not None:
         if config is not None:
             raise typer.BadParameter("--config is that of one adapter: with --tenant each folder has its own")
         adapters = _named_after_folders(words, tenant)
         with connect(url, api_key) as client:
-            outcomes = _publish_folders(client, adapters, base)
+            outcomes = _publish_folders(client, adapters, base, annotations)
         _tell_outcomes(outcomes, as_json=as_json)
         return
     if len(words) != 2:
@@ -81,12 +91,34 @@ def publish(
     if not source.exists():
         raise typer.BadParameter(f"there is no {source}")
     with connect(url, api_key) as client:
-        version, is_new = _publish_source(client, source, adapter, config, base)
+        version, is_new = _publish_source(client, source, adapter, config, base, annotations)
     _tell_published(version, is_new=is_new, as_json=as_json)
 
 
+def parse_annotations(pairs: list[str], note_text: str | None = None) -> dict[str, str]:
+    """Returns annotations written as `key=value`, and a note as the annotation `note`.
+
+    Raises:
+        InvalidRequest: one has no `=`, or a key is given twice.
+    """
+    found: dict[str, str] = {}
+    for pair in [*pairs, *([] if note_text is None else [f"note={note_text}"])]:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--annotate takes KEY=VALUE, as in run=17, got {pair!r:.80}")
+        if key in found:
+            raise InvalidRequest(f"the annotation {key!r:.80} is given twice: give it once")
+        found[key] = value
+    return found
+
+
 def _publish_source(
-    client: "PrefixClient", source: Path, adapter: str, config: Path | None, base: bytes | None
+    client: "PrefixClient",
+    source: Path,
+    adapter: str,
+    config: Path | None,
+    base: bytes | None,
+    annotations: Mapping[str, str],
 ) -> tuple[Mapping[str, Any], bool]:
     """Publish one adapter with a bar for its bytes. Returns the version, and whether it is new."""
     from prefix_service.checkpoints.sources import prepare_upload
@@ -103,7 +135,7 @@ def _publish_source(
         disable=not errors_console.is_terminal,
     )
     with upload.weights, shown as weights:
-        return client.publish_files(adapter, upload.config, weights, base)
+        return client.publish_files(adapter, upload.config, weights, base, card=upload.card, annotations=annotations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +176,9 @@ def _named_after_folders(words: Sequence[str], tenant: str) -> dict[str, Path]:
     return adapters
 
 
-def _publish_folders(client: "PrefixClient", adapters: Mapping[str, Path], base: bytes | None) -> list[_Outcome]:
+def _publish_folders(
+    client: "PrefixClient", adapters: Mapping[str, Path], base: bytes | None, annotations: Mapping[str, str]
+) -> list[_Outcome]:
     """Publish many folders, some in parallel, with a bar that counts them. Returns their outcomes in the same order.
 
     An error of one folder leaves the others alone; after one that they would all meet, no other is begun.
@@ -162,7 +196,9 @@ def _publish_folders(client: "PrefixClient", adapters: Mapping[str, Path], base:
             try:
                 upload = prepare_upload(folder)
                 with upload.weights as weights:
-                    version, is_new = client.publish_files(adapter, upload.config, weights, base)
+                    version, is_new = client.publish_files(
+                        adapter, upload.config, weights, base, card=upload.card, annotations=annotations
+                    )
             except PrefixServiceError as error:
                 if not isinstance(error, _OF_ONE_FOLDER):
                     stopped.set()

@@ -166,15 +166,17 @@ def publish(
     folder: str | Path,
     *,
     base_model_config: str | Path | None = None,
+    annotations: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publish a folder on this machine as a version of `tenant/name`. Returns its metadata, and whether it is new.
 
     Args:
         adapter: where to publish, `tenant/name`.
-        folder: what PEFT's `save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`. From a full
-            training checkpoint the prefix is cut out first.
+        folder: what PEFT's `save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`, and a
+            `README.md`, which becomes the model card. From a full training checkpoint the prefix is cut out first.
         base_model_config: the base model's `config.json`, for dimensions that the adapter's config leaves out.
+        annotations: texts by key, as author, run, metrics. They stay with a new version; one that exists keeps its own.
         progress: called with the bytes that were sent and their total, as in `get`.
 
     Raises:
@@ -186,11 +188,18 @@ def publish(
     """
     path = options.required_path("folder", folder)
     model = options.path("base_model_config", base_model_config)
-    return flows.publish_folder(adapter, path, model, options.callback("progress", progress))
+    return flows.publish_folder(adapter, path, model, annotations, options.callback("progress", progress))
 
 
 def publish_files(
-    self: Caller, adapter: str, config: bytes, weights: BinaryIO, base_model_config: bytes | None = None
+    self: Caller,
+    adapter: str,
+    config: bytes,
+    weights: BinaryIO,
+    base_model_config: bytes | None = None,
+    *,
+    card: bytes | None = None,
+    annotations: Mapping[str, str] | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publish a version of `tenant/name` whose files lie in no folder. Returns its metadata, and whether it is new.
 
@@ -200,6 +209,9 @@ def publish_files(
         weights: `adapter_model.safetensors`, open for reading in binary mode.
         base_model_config: the bytes of the base model's `config.json`, for dimensions that the adapter's config leaves
             out.
+        card: the model card, a `README.md` as PEFT writes it.
+        annotations: texts by key, as author, run, metrics. Like the card they stay with a new version; one that exists
+            keeps its own.
 
     Raises:
         InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
@@ -208,7 +220,9 @@ def publish_files(
         InvalidResponse: the answer is not one of the service.
     """
     model = None if base_model_config is None else options.content("base_model_config", base_model_config)
-    return flows.publish(adapter, options.content("config", config), options.file("weights", weights), model)
+    text = None if card is None else options.content("card", card)
+    config, weights = options.content("config", config), options.file("weights", weights)
+    return flows.publish(adapter, config, weights, model, text, annotations)
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.flows.question import Question, require_version
-from prefix_service.client.options import PrefixOptions
+from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.references import Reference, parse_qualified
@@ -155,6 +155,8 @@ def publish(
     config: bytes,
     weights: BinaryIO,
     base_model_config: bytes | None,
+    card: bytes | None = None,
+    annotations: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name`, and whether it is new."""
@@ -162,6 +164,10 @@ def publish(
     files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
+    if card is not None:
+        files["README.md"] = card
+    if annotations:
+        files["annotations"] = json_bytes("annotations", annotations)
     files["adapter_model.safetensors"] = weights
     path = adapter_path(tenant, name, "versions")
     answer: Answer = yield Request("POST", path, files=files, progress=progress)
@@ -169,13 +175,17 @@ def publish(
 
 
 def publish_folder(
-    adapter: str, folder: Path, base_model_config: Path | None, progress: Progress | None
+    adapter: str,
+    folder: Path,
+    base_model_config: Path | None,
+    annotations: Mapping[str, str] | None,
+    progress: Progress | None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """A new version of `tenant/name` from a folder on this machine, and whether it is new."""
     adapter_alone(adapter)
     upload, model = yield Work(partial(_opened, folder, base_model_config))
     with upload.weights as weights:
-        return (yield from publish(adapter, upload.config, weights, model, progress))
+        return (yield from publish(adapter, upload.config, weights, model, upload.card, annotations, progress))
 
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":

@@ -194,6 +194,54 @@ def _key_path(key_id: str, tenant: str | None) -> str:
     return f"{_keys_path(tenant)}/{key_id}"
 
 
+def card(reference: str) -> Flow[str]:
+    """The model card of a version, in Markdown; empty where there is none."""
+    answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "card"))
+    try:
+        return bytes(answer.body).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidResponse(f"a card should be UTF-8, got {bytes(answer.body[:80])!r}") from error
+
+
+def put_card(reference: str, text: str) -> Flow[None]:
+    """Replace the model card of a version."""
+    path = adapter_path(*parse_qualified(reference), "card")
+    yield Request("PUT", path, headers={"Content-Type": "text/markdown"}, content=text.encode())
+
+
+def annotations(reference: str) -> Flow[dict[str, str]]:
+    """The annotations of a version: texts by key."""
+    answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "annotations"))
+    found = answer.json_object()
+    if not all(isinstance(value, str) for value in found.values()):
+        raise InvalidResponse(f"annotations should be texts, got {found!r:.200}")
+    return found
+
+
+def put_annotations(reference: str, annotations: Mapping[str, str]) -> Flow[None]:
+    """Replace all annotations of a version."""
+    yield Request("PUT", adapter_path(*parse_qualified(reference), "annotations"), json=dict(annotations))
+
+
+def usage(
+    tenant: str | None = None,
+    *,
+    by: str = "",
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int | None = None,
+) -> Flow[list[Item]]:
+    """What was used by hour, oldest first: of a tenant's adapters, or of all.
+
+    `by` names what is counted apart, with commas between: `adapter`, `version`, `key`. `since` and `until` bound the
+    hours; a moment without an offset is in UTC.
+    """
+    path = "/v1/usage" if tenant is None else tenant_path(tenant, "usage")
+    moments = {"since": since, "until": until}
+    params = {"by": by} | {name: moment.isoformat() for name, moment in moments.items() if moment is not None}
+    return (yield from pages(path, params, limit))
+
+
 def _deletion(path: str) -> Flow[None]:
     answer: Answer = yield Request("DELETE", path)
     if answer.status != 204:

@@ -17,7 +17,8 @@ def encoded(request: Request) -> tuple[Mapping[str, str], Iterator[bytes]]:
     """
     try:
         files = None if request.files is None else dict(request.files)
-        made = httpx.Request(request.method, "http://service", files=files, json=request.json)
+        content = request.content
+        made = httpx.Request(request.method, "http://service", files=files, json=request.json, content=content)
     except (TypeError, ValueError, AttributeError, OSError) as error:
         raise InvalidRequest(f"what was given cannot be sent: {error}") from error
     headers = {name: value for name, value in made.headers.items() if name != "host"}

@@ -1,0 +1,160 @@
+"""Usage by hour, readable by the tenant's admin, and all of it by the platform's."""
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+from pydantic.json_schema import SkipJsonSchema
+
+from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.routes.schemas import Moment
+from prefix_service.api.state import State, StateOf
+from prefix_service.catalog.usage import OF_PLATFORM, Dimension, Use
+from prefix_service.errors import InvalidRequest
+
+router = APIRouter(tags=["usage"])
+
+_PLACE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:00:00 [a-z0-9._-]+ [a-z0-9._-]* \d{1,9} [a-z0-9:-]*", re.ASCII)
+_DIMENSIONS: Final[tuple[Dimension, ...]] = ("adapter", "version", "key")
+
+By = Annotated[
+    str,
+    Query(
+        max_length=40,
+        description="what is counted apart, with commas between: adapter, version (of its adapter), key",
+        json_schema_extra={"pattern": "^((adapter|version|key)(,(adapter|version|key)){0,2})?$"},
+    ),
+]
+Since = Annotated[datetime | SkipJsonSchema[None], Query(description="from the hour of this moment on")]
+Until = Annotated[datetime | SkipJsonSchema[None], Query(description="hours that begin before this moment")]
+
+
+class UsageItem(BaseModel):
+    """What was used in an hour, named by its beginning. `adapter`, `version` and `key` are null where `by` does not
+    name them, and for what a tenant used beyond 16,384 pairs of version and key in an hour."""
+
+    hour: Moment
+    tenant: str
+    adapter: str | None
+    version: int | None
+    key: str | None
+    requests: int
+    bytes: int
+    cold_loads: int
+    prefix_tokens: int
+
+    @classmethod
+    def of(cls, use: Use) -> "UsageItem":
+        """From the catalog's sums."""
+        return cls(
+            hour=use.hour,
+            tenant=use.tenant,
+            adapter=use.adapter or None,
+            version=use.version or None,
+            key=use.key.removeprefix(OF_PLATFORM) or None,
+            requests=use.requests,
+            bytes=use.bytes,
+            cold_loads=use.cold_loads,
+            prefix_tokens=use.prefix_tokens,
+        )
+
+
+class UsagePage(BaseModel):
+    """Usage, oldest hour first; `next` is the cursor of what follows, or null."""
+
+    items: list[UsageItem]
+    next: str | None
+
+
+@router.get("/v1/tenants/{tenant}/usage", response_model=UsagePage)
+async def tenant_usage(
+    request: Request,
+    tenant: Administering,
+    state: StateOf,
+    by: By = "",
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Response:
+    """Requests for a tenant's prefixes by hour, the bytes that were sent, the loads that they began, and the prefix
+    tokens of all rows. What happened is written within a minute. All keys of the platform appear as `platform`."""
+    return await _page(request, state, tenant, by, (since, until), (limit, cursor))
+
+
+@router.get("/v1/usage", response_model=UsagePage)
+async def usage(
+    request: Request,
+    _caller: PlatformAdmin,
+    state: StateOf,
+    by: By = "",
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> Response:
+    """Requests for the prefixes of every tenant by hour, as a tenant's usage, with each key of the platform apart."""
+    return await _page(request, state, None, by, (since, until), (limit, cursor))
+
+
+async def _page(
+    request: Request,
+    state: State,
+    tenant: str | None,
+    by: str,
+    when: tuple[datetime | None, datetime | None],
+    page: tuple[int, str | None],
+) -> Response:
+    dimensions = _dimensions(by)
+    since, until = (_utc(name, moment) for name, moment in zip(("since", "until"), when, strict=True))
+    first = None if since is None else since.replace(minute=0, second=0, microsecond=0)
+
+    def load(place: str, limit: int) -> list[Use]:
+        after = _use(place) if place else None
+        return state.usage.listed(tenant, dimensions, since=first, until=until, after=after, limit=limit)
+
+    limit, cursor = page
+    listing = Listing(load, _place, UsageItem.of)
+    return await answer_page(request, tenant, listing, decode_cursor(cursor, _is_place), limit)
+
+
+def _dimensions(by: str) -> frozenset[Dimension]:
+    named = by.split(",") if by else []
+    unknown = [name for name in named if name not in _DIMENSIONS]
+    if unknown:
+        raise InvalidRequest(f"by names {', '.join(_DIMENSIONS)}, with commas between, got {unknown[0]!r:.80}")
+    found = frozenset(name for name in _DIMENSIONS if name in named)
+    return found | {"adapter"} if "version" in found else found
+
+
+def _utc(name: str, moment: datetime | None) -> datetime | None:
+    """Returns a moment, naive and in UTC; without an offset it is in UTC already."""
+    if moment is None or moment.tzinfo is None:
+        return moment
+    try:
+        return moment.astimezone(UTC).replace(tzinfo=None)
+    except OverflowError as error:
+        raise InvalidRequest(f"{name} lies outside the years 1 to 9999: {moment.isoformat()}") from error
+
+
+def _place(use: Use) -> str:
+    hour, *rest = use.place
+    return " ".join((hour.isoformat(), *map(str, rest)))
+
+
+def _use(place: str) -> Use:
+    hour, tenant, adapter, version, key = place.split(" ")
+    return Use(datetime.fromisoformat(hour), tenant, adapter, int(version), key)
+
+
+def _is_place(text: str) -> bool:
+    """Returns whether a cursor names an hour and what is counted in it."""
+    if _PLACE.fullmatch(text) is None:
+        return False
+    try:
+        return _place(_use(text)) == text
+    except ValueError:
+        return False

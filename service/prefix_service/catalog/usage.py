@@ -1,0 +1,156 @@
+"""What was used, by hour: which versions were handed out, and to which keys."""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, Literal
+
+import sqlalchemy as sa
+
+from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.schema import tenants, usage
+from prefix_service.errors import NotFound
+
+Dimension = Literal["adapter", "version", "key"]
+"""What usage can be listed by, beside hour and tenant."""
+
+OF_PLATFORM: Final = "platform:"
+"""Begins the id under which a key of the platform is stored."""
+
+_COUNTS: Final = ("requests", "bytes", "cold_loads", "prefix_tokens")
+_KEY: Final = ("hour", "tenant_id", "adapter", "version", "key_id")
+
+
+@dataclass(slots=True)
+class Use:
+    """Requests for one version by one key within an hour, named by its beginning (naive, in UTC): bytes that were sent,
+    loads that they began, and prefix tokens, those of every row counted.
+
+    Adapter "", version 0 and key "" mean any: in a listing that is not by them, and of what a tenant used beyond what
+    is counted apart.
+    """
+
+    hour: datetime
+    tenant: str
+    adapter: str = ""
+    version: int = 0
+    key: str = ""
+    requests: int = 0
+    bytes: int = 0
+    cold_loads: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def place(self) -> tuple[datetime, str, str, int, str]:
+        """What tells it from all others of a listing, which is in this order."""
+        return self.hour, self.tenant, self.adapter, self.version, self.key
+
+    def add(self, other: "Use") -> None:
+        """Adds the counts of another."""
+        self.requests += other.requests
+        self.bytes += other.bytes
+        self.cold_loads += other.cold_loads
+        self.prefix_tokens += other.prefix_tokens
+
+
+class UsageStore:
+    """Blocking. Every method is one transaction, and may also raise OutOfSpace or StorageFailed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, uses: Iterable[Use]) -> None:
+        """Adds to what was counted before, of tenants that still exist."""
+        rows = sorted(uses, key=lambda use: use.place)  # in one order: on PostgreSQL two writers would deadlock else
+        with self._database.writing() as connection:
+            wanted = {use.tenant for use in rows}
+            named = sa.select(tenants.c.name, tenants.c.id).where(tenants.c.name.in_(wanted))
+            ids = {row.name: row.id for row in connection.execute(named)}
+            values = [_row(use, ids[use.tenant]) for use in rows if use.tenant in ids]
+            if values:
+                statement = insert(connection, usage)
+                added = {name: usage.c[name] + statement.excluded[name] for name in _COUNTS}
+                connection.execute(statement.on_conflict_do_update(index_elements=_KEY, set_=added), values)
+
+    def listed(
+        self,
+        tenant: str | None,
+        by: Collection[Dimension],
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        after: Use | None = None,
+        limit: int,
+    ) -> list[Use]:
+        """Returns up to `limit` sums in the order of `Use.place`, beginning behind `after`: for each hour that begins
+        from `since` on and before `until`, for a tenant or each of them, and apart for each adapter, version or key
+        that `by` names.
+
+        In a tenant's listing all keys of the platform are one, `platform`.
+
+        Raises:
+            NotFound: there is no such tenant.
+        """
+        found: list[Use] = []
+        with self._database.reading() as connection:
+            owner = None if tenant is None else _tenant_id(connection, tenant)
+            mine = sa.true() if owner is None else usage.c.tenant_id == owner
+            ends = mine if until is None else mine & (usage.c.hour < until)
+            bounds = [since] if after is None else [since, after.hour]
+            first = max((moment for moment in bounds if moment is not None), default=None)
+            for hour in _hours(connection, ends, first):
+                behind = after if after is not None and after.hour == hour else None
+                query = _sums(hour, by, behind, hides_platform=owner is not None).where(mine)
+                found += [Use(**row._mapping) for row in connection.execute(query.limit(limit - len(found)))]
+                if len(found) == limit:
+                    break
+        return found
+
+
+def _row(use: Use, tenant_id: int) -> dict[str, Any]:
+    counts = {name: getattr(use, name) for name in _COUNTS}
+    return {"hour": use.hour, "tenant_id": tenant_id, "adapter": use.adapter, "version": use.version} | {
+        "key_id": use.key,
+        **counts,
+    }
+
+
+def _tenant_id(connection: sa.Connection, tenant: str) -> int:
+    found: int | None = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+    if found is None:
+        raise NotFound(f"there is no tenant {tenant!r}")
+    return found
+
+
+def _hours(connection: sa.Connection, condition: sa.ColumnElement[bool], first: datetime | None) -> Iterator[datetime]:
+    """Yields the hours, from `first` on, in which something was used that meets a condition: each from an index."""
+    query = sa.select(sa.func.min(usage.c.hour)).where(condition)
+    hour = connection.scalar(query if first is None else query.where(usage.c.hour >= first))
+    while hour is not None:
+        yield hour
+        hour = connection.scalar(query.where(usage.c.hour > hour))
+
+
+def _sums(hour: datetime, by: Collection[Dimension], behind: Use | None, *, hides_platform: bool) -> sa.Select[Any]:
+    key: sa.ColumnElement[str] = usage.c.key_id
+    if hides_platform:
+        # Other ids are hexadecimal. Without parameters, so that PostgreSQL finds it equal where it stands twice.
+        is_of_platform = key > sa.literal_column("'g'")
+        key = sa.case((is_of_platform, sa.literal_column("'platform'")), else_=key)
+    known = {"adapter": usage.c.adapter, "version": usage.c.version, "key": key}
+    columns = {"tenant": tenants.c.name} | {name: column for name, column in known.items() if name in by}
+    query = (
+        sa.select(
+            usage.c.hour,
+            *(column.label(name) for name, column in columns.items()),
+            *(sa.cast(sa.func.sum(usage.c[name]), sa.BigInteger).label(name) for name in _COUNTS),
+        )
+        .select_from(usage.join(tenants, tenants.c.id == usage.c.tenant_id))
+        .where(usage.c.hour == hour, sa.not_(tenants.c.deleted))
+        .group_by(usage.c.hour, *columns.values())
+        .order_by(*columns.values())
+    )
+    if behind is None:
+        return query
+    place = sa.tuple_(*(sa.literal(getattr(behind, name), column.type) for name, column in columns.items()))
+    return query.where(sa.tuple_(*columns.values()) > place)

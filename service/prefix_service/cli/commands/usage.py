@@ -1,0 +1,49 @@
+"""`usage`: which adapters and versions are used, by which keys, hour by hour."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
+
+import typer
+
+from prefix_service.cli.console import human_bytes, human_time, print_json, print_table
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+
+_DAY: Final = timedelta(days=1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(usage)
+
+
+def usage(
+    tenant: Annotated[str | None, typer.Argument(help="The tenant; without one, all of them (platform admin).")] = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="adapter,version,key", help="What is counted apart; '' for the sums alone.")
+    ] = "adapter",
+    since: Annotated[
+        datetime | None, typer.Option(help="From the hour of this moment (UTC) on; by default a day ago.")
+    ] = None,
+    until: Annotated[datetime | None, typer.Option(help="Hours that begin before this moment (UTC).")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many lines.")] = 1000,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show requests, bytes, cold loads and prefix tokens by hour, oldest first; written within a minute."""
+    first = datetime.now(UTC) - _DAY if since is None else since.replace(tzinfo=UTC)
+    last = None if until is None else until.replace(tzinfo=UTC)
+    with connect(url, api_key) as client:
+        items = client.usage(tenant, by=by, since=first, until=last, limit=limit)
+    if as_json:
+        print_json({"items": items})
+        return
+    named = [name for name in ("tenant", "adapter", "version", "key") if any(item[name] for item in items)]
+    columns = ["hour (UTC)", *named, "requests", "sent", "cold loads", "prefix tokens"]
+    print_table(f"Usage of {tenant or 'all tenants'}", columns, [_line(item, named) for item in items])
+
+
+def _line(item: Mapping[str, Any], named: list[str]) -> list[object]:
+    counts = [item["requests"], human_bytes(item["bytes"]), item["cold_loads"], item["prefix_tokens"]]
+    return [human_time(item["hour"]), *(item[name] for name in named), *counts]

@@ -1,0 +1,254 @@
+"""Model cards and annotations over HTTP: published with a version, read, replaced under conditions."""
+
+import itertools
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.helpers import CONFIG, problem, versions_path, weights
+from tests.conftest import Server
+
+TENANT = "described"
+CARD = "# Résumé\r\n\nTrained on *x*.\n"
+ANNOTATIONS = {"author": "Zoë", "run/id": "17"}
+Parts = dict[str, bytes]
+_names = itertools.count()
+
+
+@pytest.fixture
+def client(server: Server) -> httpx.Client:
+    """A platform admin."""
+    return server.client()
+
+
+def _parts(**more: bytes) -> Parts:
+    """The parts of an upload in an order that is allowed."""
+    before = {"README.md": CARD.encode(), "adapter_config.json": json.dumps(CONFIG).encode()}
+    return before | {"annotations": json.dumps(ANNOTATIONS).encode(), "adapter_model.safetensors": weights()} | more
+
+
+def _publish(client: httpx.Client, parts: Parts, name: str | None = None) -> httpx.Response:
+    return client.post(versions_path(TENANT, name or f"a{next(_names)}"), files=list(parts.items()))
+
+
+def _published(client: httpx.Client) -> str:
+    """The path of a version with CARD and ANNOTATIONS."""
+    answer = _publish(client, _parts())
+    assert answer.status_code == 201, answer.text
+    return answer.headers["location"]
+
+
+def _put_card(client: httpx.Client, path: str, card: str | bytes, **headers: str) -> httpx.Response:
+    return client.put(f"{path}/card", content=card, headers={"Content-Type": "text/markdown", **headers})
+
+
+def test_they_are_published_with_a_version(client: httpx.Client) -> None:
+    """Both come back as they were sent, with an entity tag and the version's number and digest."""
+    path = _published(client)
+    version = client.get(path).json()
+    card, annotations = client.get(f"{path}/card"), client.get(f"{path}/annotations")
+    assert (card.status_code, card.content) == (200, CARD.encode())
+    assert card.headers["content-type"] == "text/markdown; charset=utf-8"
+    assert annotations.json() == ANNOTATIONS
+    for answer in (card, annotations):
+        assert answer.headers["prefix-digest"] == version["digest"]
+        assert answer.headers["prefix-version"] == "1"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        again = client.get(answer.request.url, headers={"If-None-Match": answer.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_version_without_them(client: httpx.Client) -> None:
+    """An empty card, and no annotations."""
+    parts = {name: data for name, data in _parts().items() if name.startswith("adapter")}
+    path = _publish(client, parts).headers["location"]
+    assert client.get(f"{path}/card").content == b""
+    assert client.get(f"{path}/annotations").json() == {}
+
+
+def test_neither_is_in_the_digest(client: httpx.Client) -> None:
+    """The same content with other ones is the same version, which keeps its own."""
+    name = f"a{next(_names)}"
+    first = _publish(client, _parts(), name)
+    again = _publish(client, _parts(**{"README.md": b"another", "annotations": b"{}"}), name)
+    assert (first.status_code, again.status_code, again.json()) == (201, 200, first.json())
+    assert client.get(f"{first.headers['location']}/card").text == CARD
+    assert client.get(f"{first.headers['location']}/annotations").json() == ANNOTATIONS
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(["README.md", "annotations", "adapter_config.json"])])
+def test_they_stand_anywhere_before_the_weights(client: httpx.Client, order: tuple[str, ...]) -> None:
+    """In any order among themselves and the config."""
+    parts = _parts()
+    answer = _publish(client, {name: parts[name] for name in (*order, "adapter_model.safetensors")})
+    assert answer.status_code == 201
+    assert client.get(f"{answer.headers['location']}/card").text == CARD
+
+
+@pytest.mark.parametrize("name", ["README.md", "annotations"])
+def test_not_behind_the_weights_and_not_twice(client: httpx.Client, name: str) -> None:
+    """The error names the field."""
+    parts = _parts()
+    own = parts.pop(name)
+    late = client.post(versions_path(TENANT, "late"), files=[*parts.items(), (name, own)])
+    assert f"form field {name} is out of order or sent twice" in problem(late, 422, "invalid-request")["detail"]
+    twice = client.post(versions_path(TENANT, "late"), files=[(name, own), (name, own), *parts.items()])
+    assert f"form field {name} is out of order or sent twice" in problem(twice, 422, "invalid-request")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("part", "data", "status", "words"),
+    [
+        ("README.md", b"\xff", 422, "the card is not UTF-8"),
+        ("README.md", b"\0", 422, "the card contains a NUL"),
+        ("README.md", b"x" * (256 << 10) + b"x", 413, "README.md has more than 262144 bytes"),
+        ("annotations", b"[]", 422, "annotations must be a JSON object, got list"),
+        ("annotations", b"{", 422, "annotations is not usable JSON"),
+        ("annotations", b'{"a": 1}', 422, "annotation a must be text, got 1"),
+        ("annotations", json.dumps({f"k{n}": "" for n in range(65)}).encode(), 422, "a version may have 64"),
+        ("annotations", b'{"a": "' + b"x" * (1 << 20) + b'"}', 413, "annotations has more than 1048576 bytes"),
+    ],
+)
+def test_wrong_parts_are_refused(client: httpx.Client, part: str, data: bytes, status: int, words: str) -> None:
+    """With what is wrong; no version comes into being."""
+    name = f"a{next(_names)}"
+    assert words in problem(_publish(client, _parts(**{part: data}), name), status)["detail"]
+    problem(client.get(f"/v1/tenants/{TENANT}/adapters/{name}"), 404)
+
+
+def test_the_largest_are_accepted(client: httpx.Client) -> None:
+    """As form fields and as JSON."""
+    card, annotations = "é" * (128 << 10), {f"k{number}": "€" * 1365 for number in range(64)}
+    parts = _parts(**{"README.md": card.encode(), "annotations": json.dumps(annotations).encode()})
+    fresh = {"config": {**CONFIG, "inference_mode": False}, "card": card, "annotations": annotations}
+    for answer in (_publish(client, parts), client.post(versions_path(TENANT, "largest"), json=fresh)):
+        assert answer.status_code == 201, answer.text
+        assert client.get(f"{answer.headers['location']}/card").text == card
+        assert client.get(f"{answer.headers['location']}/annotations").json() == annotations
+
+
+def test_versions_made_of_json_have_them_too(client: httpx.Client) -> None:
+    """An untrained prefix, and a composition."""
+    described = {"card": CARD, "annotations": ANNOTATIONS}
+    client.post(versions_path(TENANT, "json"), json={"config": CONFIG}).raise_for_status()
+    compose = {"compose": [f"{TENANT}/json@1", f"{TENANT}/json@1"]}
+    for body in ({"config": CONFIG, "seed": 7}, compose):
+        answer = client.post(versions_path(TENANT, "json"), json=body | described)
+        assert answer.status_code == 201, answer.text
+        assert client.get(f"{answer.headers['location']}/card").text == CARD
+        assert client.get(f"{answer.headers['location']}/annotations").json() == ANNOTATIONS
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "words"),
+    [
+        ({"card": "x" * (256 << 10) + "x"}, 413, "the card has 262145 characters"),
+        ({"card": None}, 422, "card"),
+        ({"annotations": {"a": ["x"]}}, 422, "annotation a must be text"),
+        ({"annotations": {"a b": "x"}}, 422, "key has 1 to 63 characters"),
+    ],
+)
+def test_wrong_json_is_refused(client: httpx.Client, wrong: dict[str, Any], status: int, words: str) -> None:
+    """With the same words as a form."""
+    answer = client.post(versions_path(TENANT, "wrong"), json={"config": CONFIG, **wrong})
+    assert words in problem(answer, status)["detail"]
+
+
+def test_they_are_replaced_whole(client: httpx.Client) -> None:
+    """Of the version that the reference means; the version's own content stays."""
+    path = _published(client)
+    before = client.get(path).json()
+    assert _put_card(client, path, "new").status_code == 204
+    changed = client.put(f"{path}/annotations", json={"b": "2", "a": "1"})
+    assert (changed.status_code, changed.content) == (204, b"")
+    assert client.get(f"{path}/card").text == "new"
+    annotations = client.get(f"{path}/annotations")
+    assert annotations.content == b'{"a":"1","b":"2"}'
+    assert annotations.headers["etag"] == changed.headers["etag"]
+    assert client.get(path).json() == before
+    assert _put_card(client, path.replace("@1", "@latest"), "").status_code == 204
+    assert client.get(f"{path}/card").content == b""
+
+
+def test_if_match(client: httpx.Client) -> None:
+    """A change is made only if it is what the caller saw; the tag of one is not that of the other."""
+    path = _published(client)
+    tag = client.get(f"{path}/card").headers["etag"]
+    new = _put_card(client, path, "1", **{"If-Match": tag}).headers["etag"]
+    refused = problem(_put_card(client, path, "2", **{"If-Match": tag}), 412, "precondition-failed")
+    assert "read it again" in refused["detail"]
+    assert client.get(f"{path}/card").text == "1"
+    assert _put_card(client, path, "3", **{"If-Match": f'"other", {new}'}).status_code == 204
+    assert _put_card(client, path, "4", **{"If-Match": "*"}).status_code == 204
+    problem(client.put(f"{path}/annotations", json={}, headers={"If-Match": new}), 412)
+    tag = client.get(f"{path}/annotations").headers["etag"]
+    assert client.put(f"{path}/annotations", json={}, headers={"If-Match": tag}).status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("part", "request_", "status", "code"),
+    [
+        ("card", {"content": b"\xff", "headers": {"Content-Type": "text/markdown"}}, 422, "invalid-request"),
+        ("card", {"content": b"x" * 262_145, "headers": {"Content-Type": "text/markdown"}}, 413, "too-large"),
+        ("card", {"json": {"card": "x"}}, 415, "unsupported-media-type"),
+        ("annotations", {"content": b"{}", "headers": {"Content-Type": "text/plain"}}, 415, "unsupported-media-type"),
+        ("annotations", {"json": ["x"]}, 422, "invalid-request"),
+        ("annotations", {"json": {"x": 1}}, 422, "invalid-request"),
+    ],
+)
+def test_wrong_changes_are_refused(
+    client: httpx.Client, part: str, request_: dict[str, Any], status: int, code: str
+) -> None:
+    """And change nothing."""
+    path = _published(client)
+    problem(client.put(f"{path}/{part}", **request_), status, code)
+    assert client.get(f"{path}/card").text == CARD
+    assert client.get(f"{path}/annotations").json() == ANNOTATIONS
+
+
+def test_what_is_missing_and_unwanted(client: httpx.Client) -> None:
+    """404 without a version, 406 for who accepts something else."""
+    path = _published(client)
+    for part in ("card", "annotations"):
+        problem(client.get(f"/v1/tenants/{TENANT}/adapters/nothing/{part}"), 404)
+        problem(client.get(f"{path.replace('@1', '@9')}/{part}"), 404)
+        problem(client.get(f"{path}/{part}", headers={"Accept": "text/html"}), 406)
+    problem(_put_card(client, path.replace("@1", "@9"), "x"), 404)
+
+
+def test_scopes_and_tenants(server: Server) -> None:
+    """`read` reads, `write` replaces; another tenant's are missing."""
+    admin = server.client()
+    path = _published(admin)
+    admin.put("/v1/tenants/stranger").raise_for_status()
+
+    def client_of(tenant: str, scope: str) -> httpx.Client:
+        made = admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": scope})
+        return server.client(made.json()["key"])
+
+    reader, writer, stranger = (
+        client_of(tenant, scope) for tenant, scope in ((TENANT, "read"), (TENANT, "write"), ("stranger", "admin"))
+    )
+    assert reader.get(f"{path}/card").text == CARD
+    problem(_put_card(reader, path, "x"), 403)
+    problem(reader.put(f"{path}/annotations", json={}), 403)
+    assert _put_card(writer, path, CARD).status_code == 204
+    problem(stranger.get(f"{path}/card"), 404)
+    problem(_put_card(stranger, path, "x"), 404)
+
+
+def test_they_count_towards_the_quota(server: Server) -> None:
+    """Published and replaced; the error says what is used."""
+    admin = server.client()
+    path = _published(admin)
+    used = admin.get(f"/v1/tenants/{TENANT}").json()["bytes"]
+    _put_card(admin, path, CARD + "12345").raise_for_status()
+    assert admin.get(f"/v1/tenants/{TENANT}").json()["bytes"] == used + 5
+    admin.put(f"/v1/tenants/{TENANT}", json={"max_bytes": used + 5}).raise_for_status()
+    try:
+        refused = problem(_put_card(admin, path, CARD + "123456"), 507, "quota-exceeded")
+        assert f"has {used + 5} of {used + 5} bytes, and this card takes another 1" in refused["detail"]
+    finally:
+        admin.put(f"/v1/tenants/{TENANT}", json={}).raise_for_status()
