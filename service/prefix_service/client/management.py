@@ -139,3 +139,9 @@ def _deletion(path: str) -> Flow[None]:
     answer: Answer = yield Request("DELETE", path)
     if answer.status != 204:
         raise InvalidResponse(f"a deletion should be answered with status 204, got {answer.status}")
+
+
+def whoami() -> Flow[Found]:
+    """Returns the key that asks: its `id`, `name`, `tenant` (None for a key of the platform), `scope` and `expires`."""
+    answer: Answer = yield Request("GET", "/v1/whoami")
+    return answer.json_object()
