@@ -140,7 +140,8 @@ class Anthropic:
 
     def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
         """Messages, streamed too."""
-        options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question), "temperature": 0}
+        options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question)}
+        options["extra_body"] = {"temperature": 0}  # newer versions of the SDK have no argument for it
         message = self._client.messages.create(**options)
         events = list(self._client.messages.create(stream=True, **options))
         first: Any = events[0]
