@@ -35,7 +35,7 @@ def vllm(behind: Behind, publish: Publish) -> Behind:
     return behind
 
 
-def ask(vllm: Behind, path: str = "/v1/completions", headers: dict[str, str] | None = None, **fields: Any) -> Any:
+def ask(vllm: Behind, path: str = "/v1/completions", headers: Any = None, **fields: Any) -> Any:
     """POST a request."""
     return vllm.post(json.dumps(fields), path, **(headers or {}))
 
@@ -67,7 +67,9 @@ def test_an_adapter_is_a_model(vllm: Behind, name: str, stream: bool) -> None:
 def test_names_that_vllm_serves_come_first(vllm: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     """A served model, a LoRA that is loaded, one that a resolver finds, then an adapter; nothing at all is the base."""
     vllm.models.base_model_paths[1].name = "vllm/fits"
-    for fields, model in (({"model": "vllm/fits"}, "base"), ({"model": "org/lora"}, "org/lora"), ({}, "base")):
+    cases: list[tuple[dict[str, Any], str]]
+    cases = [({"model": "vllm/fits"}, "base"), ({"model": "org/lora"}, "org/lora"), ({}, "base")]
+    for fields, model in cases:
         answer = ask(vllm, **fields)
         assert (answer.json()["model"], reached(vllm)) == (model, None)
         assert "prefix-version" not in answer.headers
@@ -98,10 +100,11 @@ def test_what_is_not_allowed_is_the_same_404_as_what_is_missing(vllm: Behind, na
 
 def test_patterns_hold_wherever_an_adapter_is_named(vllm: Behind) -> None:
     """In `kv_transfer_params` and the header too, with the words for what is missing."""
-    for fields, headers in (
+    cases: list[tuple[dict[str, Any], Any]] = [
         ({"kv_transfer_params": {"prefix_adapter": "other/hidden"}}, {}),
         ({}, {"x_prefix_adapter": "other/hidden"}),
-    ):
+    ]
+    for fields, headers in cases:
         answer = ask(vllm, headers=headers, **fields)
         assert (answer.status_code, answer.json()["error"]["message"]) == (404, "there is no other/hidden")
     vllm.extra.pop("adapters")
@@ -130,10 +133,11 @@ def test_a_header_names_an_adapter(vllm: Behind) -> None:
 
 def test_a_request_names_one_adapter(vllm: Behind) -> None:
     """In several places if it is the same."""
-    named = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}}
+    named: dict[str, Any] = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}}
     header = {"x_prefix_adapter": "vllm/fits@1"}
     assert ask(vllm, headers=header, model="vllm/fits@1", **named).json()["model"] == "vllm/fits@1"
-    for fields, headers in (({"model": "vllm/fits", **named}, {}), ({"model": "vllm/fits"}, header)):
+    cases: list[tuple[dict[str, Any], Any]] = [({"model": "vllm/fits", **named}, {}), ({"model": "vllm/fits"}, header)]
+    for fields, headers in cases:
         answer = ask(vllm, headers=headers, **fields)
         assert answer.status_code == 400
         assert "the request names vllm/fits in model, and vllm/fits@1 in" in answer.json()["error"]["message"]
@@ -257,7 +261,7 @@ class Listed:
             raise ConnectionFailed("away")
         if request.path == "/v1/tenants":
             items: list[Any] = [{"name": name} for name in self.tenants]
-            page = {"items": items, "next": None}
+            page: dict[str, Any] = {"items": items, "next": None}
         else:
             tenant = request.path.split("/")[3]
             if tenant not in self.tenants:
@@ -280,7 +284,7 @@ def _item(tenant: str, number: int) -> dict[str, Any]:
 
 def of(source: Listed, adapters: list[str] | None) -> Catalogue:
     """The catalogue of a configuration."""
-    config = ConnectorConfig.of({"url": "http://x", **({} if adapters is None else {"adapters": adapters})})
+    config = ConnectorConfig.of({"url": "http://x", "adapters": adapters})
     given: Any = source
     return Catalogue(given, Permissions(config, given), GPT2_MODEL, "base")
 
