@@ -324,24 +324,24 @@ def test_a_page_has_a_limit_of_one_to_ten_thousand(limit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "adapters", "tenants"),
+    ("own", "adapters", "listed"),
     [
         (None, None, []),
-        ("acme", None, ["acme"]),
-        ("acme", ["acme/*", "other/*"], ["acme"]),
+        ("acme", None, ["acme/a00001", "acme/a00002"]),
+        ("acme", ["acme/*", "other/*"], ["acme/a00001", "acme/a00002"]),
         ("acme", ["other/*"], []),
-        (None, ["acme/a00001", "gone/*"], ["acme"]),
-        (None, ["*/a00001"], ["acme", "other"]),
-        (None, ["o*/*"], ["other"]),
+        (None, ["acme/a00001", "gone/*"], ["acme/a00001"]),
+        (None, ["*/a00001"], ["acme/a00001", "other/a00001"]),
+        (None, ["o*/*"], ["other/a00001", "other/a00002"]),
         (None, [], []),
     ],
 )
 async def test_the_key_and_the_patterns_say_whose_adapters_are_listed(
-    own: str | None, adapters: list[str] | None, tenants: list[str]
+    own: str | None, adapters: list[str] | None, listed: list[str]
 ) -> None:
     """A tenant's key its own; one of the platform what a pattern names, and nothing without one."""
-    cards = await of(Listed(own, acme=2, other=2), adapters).cards()
-    assert [card["id"] for card in cards] == [f"{tenant}/a00001" for tenant in tenants]
+    cards = await of(Listed(own, acme=3, other=3), adapters).cards()
+    assert [card["id"] for card in cards] == listed
 
 
 async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatch: pytest.MonkeyPatch) -> None:
