@@ -1,5 +1,6 @@
 """An adapter is a model: what a request's `model` means in vLLM's server, and which models are listed there."""
 
+import asyncio
 import json
 import os
 from datetime import datetime
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from prefix_service.client import PrefixClient
+from prefix_service.client.flows import listing
 from prefix_service.client.protocol import Answer
 from prefix_service.client.vllm import catalogue
 from prefix_service.client.vllm.answers import Labelled
@@ -18,7 +20,8 @@ from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.names import Permissions
 from prefix_service.client.vllm.resolver import Version
 from prefix_service.client.vllm.scheduler import SchedulerHalf
-from prefix_service.errors import ConnectionFailed, InvalidRequest, NotFound
+from prefix_service.client.vllm.source import Source
+from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound
 from tests.client.conftest import GPT2
 from tests.client.vllm.behind import Behind
 from tests.conftest import Publish, Server
@@ -358,6 +361,66 @@ async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatc
     monkeypatch.setitem(globals(), "_item", lambda tenant, number: {"adapter": "a", "latest": {"tenant": 1}})
     assert len(await made.cards()) == 2
     await made.close()
+
+
+async def test_as_many_adapters_are_listed_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are a warning in the log."""
+    monkeypatch.setattr(catalogue, "_MOST_KEPT", 3)
+    assert len(await of(Listed("acme", acme=9), None).cards()) == 3
+
+
+async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
+    """The answer of a service that hangs is not waited for."""
+
+    class Hanging(Listed):
+        async def run(self, make: Any) -> Any:
+            await asyncio.sleep(60)
+
+    made = of(Hanging("acme"), None)
+    waiting = asyncio.create_task(made.cards())
+    await asyncio.sleep(0.01)
+    await made.close()
+    assert await waiting == []
+
+
+@pytest.mark.parametrize(
+    "page", [{"items": [{}] * 3, "next": None}, {"items": [], "next": "same"}, {"items": [], "next": 7}]
+)
+def test_a_page_of_adapters_that_cannot_be_is_an_error(page: dict[str, Any]) -> None:
+    """More items than were asked for, and a next page that is this one or none."""
+    flow = listing.adapters_page("acme", "same", 2)
+    assert next(flow).params == {"limit": "2", "cursor": "same"}
+    with pytest.raises(InvalidResponse, match="/v1/tenants/acme/adapters sent"):
+        flow.send(Answer(200, {"content-type": "application/json"}, bytearray(json.dumps(page).encode())))
+
+
+async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that has no answer has no tenants for anybody."""
+    source, asked = Source(ConnectorConfig.of({"url": "http://x"}), 0), 0
+    answer: Any = ConnectionFailed("away")
+
+    async def run(_flow: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(source, "run", run)
+    results = await asyncio.gather(source.tenant(), source.tenant(), return_exceptions=True)
+    assert (results, asked) == ([answer, answer], 1)
+    answer = {"tenant": 7}
+    with pytest.raises(InvalidResponse, match="got 7"):
+        await source.tenant()
+    answer = {"tenant": "acme"}
+    assert [await source.tenant() for _ in range(3)] == ["acme"] * 3
+    assert asked == 3
+    await source.close()
+    old, answer = Source(ConnectorConfig.of({"url": "http://x"}), 0), NotFound("no such path")
+    monkeypatch.setattr(old, "run", run)
+    assert await old.tenant() is None
+    await old.close()
 
 
 @pytest.mark.parametrize(
