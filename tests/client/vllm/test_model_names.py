@@ -389,7 +389,8 @@ async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
 def test_a_page_of_adapters_that_cannot_be_is_an_error(page: dict[str, Any]) -> None:
     """More items than were asked for, and a next page that is this one or none."""
     flow = listing.adapters_page("acme", "same", 2)
-    assert next(flow).params == {"limit": "2", "cursor": "same"}
+    request: Any = next(flow)
+    assert request.params == {"limit": "2", "cursor": "same"}
     with pytest.raises(InvalidResponse, match="/v1/tenants/acme/adapters sent"):
         flow.send(Answer(200, {"content-type": "application/json"}, bytearray(json.dumps(page).encode())))
 
@@ -409,7 +410,8 @@ async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monke
 
     monkeypatch.setattr(source, "run", run)
     results = await asyncio.gather(source.tenant(), source.tenant(), return_exceptions=True)
-    assert (results, asked) == ([answer, answer], 1)
+    assert list(results) == [answer, answer]
+    assert asked == 1
     answer = {"tenant": 7}
     with pytest.raises(InvalidResponse, match="got 7"):
         await source.tenant()

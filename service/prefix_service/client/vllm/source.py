@@ -65,7 +65,7 @@ class Source:
     async def _ask_tenant(self) -> str | None:
         try:
             tenant = (await self.run(management.whoami)).get("tenant")
-        except NotFound:  # a service before 0.2 does not tell, so that nothing may rely on it
+        except NotFound:  # an older service, which does not report it: taken for the platform's, which has least here
             return None
         if tenant is not None and not isinstance(tenant, str):
             raise InvalidResponse(f"a key's tenant should be a name or null, got {tenant!r:.100}")
