@@ -312,6 +312,7 @@ async def test_five_thousand_adapters_are_listed_and_paged() -> None:
             break
         after = page["data"][-1]["id"]
     assert paged == whole["data"]
+    assert page_of(own, cards, "limit=1&after=base")["data"] == cards[:1]
     assert page_of(own, cards, "limit=1&after=acme/a00000")["data"][0]["id"] == "acme/a00001"  # itself is not listed
 
 
