@@ -226,7 +226,7 @@ def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> No
         (adapted, {"Content-Type": "text/plain"}),
     ):
         assert openai.post("/v1/completions", content=content, headers=more).status_code == 400
-    for query, headers in (({"prefix_adapter": adapter}, {}), ({}, {"X-Prefix-Adapter": adapter})):
+    for query, headers in (({"prefix_adapter": adapter}, {}), ({}, {"Prefix-Adapter": adapter})):
         assert openai.post("/v1/completions", json=body, params=query, headers=headers).status_code == 400
     for option in ("prompt_logprobs", "skip_reading_prefix_cache"):
         generate = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 2, option: True}, **named}

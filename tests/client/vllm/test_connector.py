@@ -2,23 +2,19 @@
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, State
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -33,9 +29,9 @@ from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.source import Source
 from prefix_service.client.vllm.versions import check_version
 from prefix_service.errors import DimensionMismatch, InvalidReference, InvalidRequest
-from tests.client.conftest import GPT2
 from tests.client.holding_proxy import holding_proxy
-from tests.conftest import Publish, Server
+from tests.client.vllm.behind import Behind, ignore, lifespan
+from tests.conftest import Server
 
 GPT2_MODEL = Model(num_layers=4, num_kv_heads=4, head_dim=8, dtype="float32", max_length=128)
 
@@ -309,86 +305,6 @@ def test_salts_differ_where_anything_differs(named: list[tuple[str, str, str, st
     assert not set(made) & {Salts().of(*one) for one in named}
 
 
-def _lifespan() -> Callable[[], Awaitable[Any]]:
-    messages = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
-
-    async def receive() -> Any:
-        return next(messages)
-
-    return receive
-
-
-async def _ignore(message: Any) -> None:
-    pass
-
-
-class Behind:
-    """An application that answers with what it was sent, as vLLM's has its state."""
-
-    def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
-        self.url, self.key = url, os.environ["PREFIX_API_KEY"]
-        transfer = SimpleNamespace(kv_connector_extra_config={"url": url, "timeout": 2}) if transfers else None
-        config = SimpleNamespace(
-            kv_transfer_config=transfer,
-            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
-            model_config=SimpleNamespace(
-                get_total_num_hidden_layers=lambda: model["num_layers"],
-                get_total_num_kv_heads=lambda: model["num_kv_heads"],
-                get_head_size=lambda: model["head_dim"],
-                dtype="torch.float32",
-                max_model_len=128,
-            ),
-        )
-        self.state = SimpleNamespace(engine_client=SimpleNamespace(vllm_config=config, generate=self._generate))
-        self.routes = ["/v1/completions", "/tokenize"]
-        self.middlewares: list[Any] = []
-        self.reached: list[Any] = []
-        self.prompt: Any = "Why?"
-        self.handed: Any = None  # the extra parameters that this application gives to its engine for each request
-        self.sampling: dict[str, Any] = {"prompt_logprobs": None, "skip_reading_prefix_cache": False}  # the others
-
-    def _generate(self, prompt: Any, sampling_params: Any, request_id: str = "") -> None:
-        self.reached.append(sampling_params)
-
-    async def _echo(self, request: Request) -> Response:
-        body = await request.body()
-        if self.handed is not None:
-            await asyncio.create_task(self._task())
-        return Response(body)
-
-    async def _task(self) -> None:
-        self.state.engine_client.generate(
-            self.prompt, SimpleNamespace(extra_args=self.handed, **self.sampling), request_id="1"
-        )
-
-    def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-        """What it answers, in a life of its own."""
-        app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
-        app.state = State(vars(self.state))
-        for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost
-            app.add_middleware(middleware)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-
-        async def live() -> httpx.Response:
-            method = "GET" if content is None else "POST"
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
-                try:
-                    return await client.request(method, path, content=content, headers=named)
-                finally:
-                    await app({"type": "lifespan"}, _lifespan(), _ignore)
-
-        return asyncio.run(live())
-
-
-@pytest.fixture
-def behind(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    """Behind the middleware, with an adapter that fits."""
-    publish("vllm", "fits", GPT2)
-    monkeypatch.setenv("PREFIX_API_KEY", server.admin_key)
-    with PrefixClient(server.url, server.admin_key) as client:
-        return Behind(server.url, dict(client.get("vllm/fits").metadata))
-
-
 def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) -> None:
     """An adapter that is there and fits; no adapter; other JSON; no JSON; no body."""
     adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}, "prompt": "ü"}
@@ -448,7 +364,7 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
     urlencoded = "application/x-www-form-urlencoded"
     for words, answer in (
         ("'query.prefix_adapter'", behind.post("{}", "/v1/completions?prefix_adapter=vllm/fits")),
-        ("'header.x-prefix-adapter'", behind.post("{}", X_Prefix_Adapter="vllm/fits")),
+        ("'header.prefix-adapter'", behind.post("{}", Prefix_Adapter="vllm/fits")),
         ("'form.prefix_adapter'", behind.post(part.format("prefix_adapter"), content_type=boundary)),
         ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
         ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
@@ -541,20 +457,23 @@ def test_what_is_posted_to_no_route_is_not_read(behind: Behind, monkeypatch: pyt
     assert behind.post("{}", "/tokenize").status_code == 413
 
 
-def test_an_adapter_that_a_route_loses_never_reaches_the_engine(behind: Behind) -> None:
-    """Whatever a route does with its body, in any task: the engine gets the adapter that was asked for, or no call."""
-    adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
-    behind.handed = adapter
-    assert behind.post(json.dumps(adapter)).status_code == 200
-    lost: list[dict[str, Any]] = [{}, {"kv_transfer_params": {}}, {"kv_transfer_params": {"prefix_adapter": "vllm/no"}}]
-    for behind.handed in lost:
-        with pytest.raises(ValueError, match="vLLM left out prefix_adapter vllm/fits on the way"):
-            behind.post(json.dumps(adapter))
-    assert len(behind.reached) == 1
-    assert behind.reached[0].extra_args["kv_transfer_params"]["prefix_adapter"].startswith("vllm/fits@sha256:")
-    for behind.handed in (adapter, *lost):  # requests that name none, after those that do
+def test_the_engine_gets_the_adapter_that_was_asked_for_whatever_a_route_does(behind: Behind) -> None:
+    """In any task: one that a route lost too, beside a partner's parameters; none if a route changed it."""
+    adapter: dict[str, Any] = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
+    partners: list[dict[str, Any]] = [{"kv_transfer_params": {"hint": 1}}, {"other": 2, "kv_transfer_params": None}]
+    for behind.handed in (adapter, {}, *partners):
+        assert behind.post(json.dumps(adapter)).status_code == 200
+    for params in behind.reached:
+        assert params.extra_args["kv_transfer_params"].pop("prefix_adapter").startswith("vllm/fits@sha256:")
+    assert [params.extra_args["kv_transfer_params"] for params in behind.reached] == [{}, {}, {"hint": 1}, {}]
+    assert behind.reached[3].extra_args["other"] == 2
+    behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/no"}}
+    with pytest.raises(ValueError, match="vLLM changed or lost prefix_adapter vllm/fits on the way"):
+        behind.post(json.dumps(adapter))
+    assert len(behind.reached) == 4
+    for behind.handed in (adapter, {}, *partners):  # requests that name none, after those that do
         assert behind.post("{}").status_code == 200
-    assert len(behind.reached) == 5
+    assert [params.extra_args for params in behind.reached[4:]] == [adapter, {}, *partners]
 
 
 @pytest.mark.parametrize(("option", "value"), [("prompt_logprobs", 0), ("skip_reading_prefix_cache", True)])
@@ -611,7 +530,7 @@ async def test_a_client_that_leaves_while_the_service_is_asked_takes_its_questio
         leaves.set()
         await answering
         await asyncio.to_thread(held.wait_for, 0)
-        await app({"type": "lifespan"}, _lifespan(), _ignore)
+        await app({"type": "lifespan"}, lifespan(), ignore)
 
 
 async def test_the_reason_of_a_failure_in_the_engine_is_raised_where_its_outputs_are_read() -> None:

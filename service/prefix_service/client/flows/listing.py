@@ -21,6 +21,22 @@ def adapters(tenant: str, asked: Mapping[str, str | None], limit: int | None) ->
     return (yield from pages(tenant_path(tenant, "adapters"), params, limit))
 
 
+def adapters_page(tenant: str, cursor: str | None, limit: int) -> Flow[tuple[list[Item], str | None]]:
+    """Returns up to `limit` adapters of a tenant in the order of their names, and the cursor of the next page.
+
+    Raises:
+        InvalidResponse: the answer is not a page.
+    """
+    params = {"limit": str(limit)} if cursor is None else {"limit": str(limit), "cursor": cursor}
+    path = tenant_path(tenant, "adapters")
+    answer: Answer = yield Request("GET", path, params)
+    page = answer.json_object()
+    items, following = items_of(page), page.get("next")
+    if len(items) > limit or (following is not None and (not _is_cursor(following) or following == cursor)):
+        raise InvalidResponse(f"{path} sent {len(items)} items of {limit}, and next is {following!r:.100}")
+    return items, following
+
+
 def versions(tenant: str, adapter: str) -> Flow[list[Item]]:
     """Returns every version of an adapter, newest first."""
     return (yield from pages(adapter_path(tenant, adapter, "versions")))

@@ -9,7 +9,8 @@ vLLM is given the names alone (README tells how), and imports them itself:
         "kv_connector_extra_config": {"url": "http://prefix-service:8080"},
     }
 
-A request then names its adapter: `kv_transfer_params={"prefix_adapter": "acme/summarize@prod"}`.
+A request then names its adapter: in the server as `"model": "acme/summarize@prod"`, in `LLM()` by
+`SamplingParams(extra_args={"kv_transfer_params": {"prefix_adapter": "acme/summarize@prod"}})`.
 """
 
 from typing import Any

@@ -13,6 +13,9 @@ from prefix_service.errors import InvalidRequest, TooLarge
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 
+HEADER: Final = b"x-prefix-adapter"
+"""The header that names an adapter."""
+
 MAX_BODY: Final = 256 << 20  # bytes; vLLM itself has no limit
 _MULTIPART: Final = "multipart/form-data"
 _URLENCODED: Final = "application/x-www-form-urlencoded"
@@ -68,7 +71,7 @@ def refuse_misplaced_outside(scope: Message) -> None:
         InvalidRequest: there is one.
     """
     query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-    headers = {name.decode("latin-1"): "" for name, _ in scope["headers"]}
+    headers = {name.decode("latin-1"): "" for name, _ in scope["headers"] if name.lower() != HEADER}
     refuse_misplaced({"query": query, "header": headers}.items())
 
 

@@ -1,20 +1,23 @@
 """`kv_connector_extra_config`: where the service is, in the words of `PrefixClient`."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from prefix_service.client.client import AsyncPrefixClient
-from prefix_service.errors import InvalidRequest
+from prefix_service.errors import InvalidReference, InvalidRequest
+from prefix_service.prefix.references import parse_qualified
 
 CONNECTOR: Final = "PrefixConnector"
 MULTI_CONNECTOR: Final = "MultiConnector"
 MODULE: Final = "prefix_service.client.vllm"
 GARBAGE: Final = 'kv_load_failure_policy must be "fail": anything else answers with garbage where a prefix is missing'
 _KEY_VARIABLE: Final = "PREFIX_API_KEY"
+_PATTERN: Final = re.compile(r"[a-z0-9._*?-]+/[a-z0-9._*?-]+")
 
 
 class ConnectorConfig(BaseModel):
@@ -38,6 +41,30 @@ class ConnectorConfig(BaseModel):
     shared_memory: bool = True
     other_parameters: frozenset[str] = frozenset()
     """Keys of `kv_transfer_params` that another connector reads."""
+    default_adapter: str | None = None
+    """The adapter of each request that names neither an adapter nor a LoRA."""
+    adapters: tuple[str, ...] | None = None
+    """Patterns `tenant/adapter`, with `*` and `?`, of the adapters that requests may name, and `GET /v1/models` lists.
+    Without them these are the adapters of the key's tenant; with a key of the platform, requests name an adapter by
+    `prefix_adapter` alone, and none is listed."""
+
+    @field_validator("default_adapter")
+    @classmethod
+    def _well_formed(cls, given: str | None) -> str | None:
+        if given is not None:
+            try:
+                parse_qualified(given)
+            except InvalidReference as error:
+                raise ValueError(error.message) from error
+        return given
+
+    @field_validator("adapters")
+    @classmethod
+    def _patterns(cls, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in given or ():
+            if not _PATTERN.fullmatch(pattern):
+                raise ValueError(f"{pattern!r:.100} is not of the form tenant/adapter, in which * and ? are wildcards")
+        return given
 
     @model_validator(mode="before")
     @classmethod

@@ -1,9 +1,9 @@
 """Compares the adapter that an HTTP request names with the one that reaches vLLM's engine. Imports no vLLM.
 
-vLLM's routes build the engine's parameters in many places: some leave out `kv_transfer_params`, some add what cannot be
-served behind a prefix. Such a call raises ValueError, which vLLM answers with 400. The engine gets the version that was
-checked, by its digest; if it fails the request nevertheless, its reason is raised where vLLM reads the outputs: vLLM
-alone would answer with 500 and no reason.
+vLLM's routes build the engine's parameters in many places. Whichever way a request names its adapter, the engine gets
+the version that was checked, by its digest. A route may change the adapter, or add what cannot be served behind a
+prefix: such a call raises ValueError, which vLLM answers with 400. If the engine fails the request nevertheless, its
+reason is raised where vLLM reads the outputs: vLLM alone would answer with 500 and no reason.
 """
 
 import functools
@@ -27,6 +27,8 @@ class Asked:
     reference: str
     version: Version
     max_length: int
+    model: str | None = None
+    """The request's `model`, if that is what names the adapter."""
 
 
 ASKED: Final = ContextVar[Asked | None]("prefix_adapter", default=None)
@@ -45,6 +47,24 @@ def guard_engine(engine_client: Any) -> None:
     processor = getattr(engine_client, "output_processor", None)
     if processor is not None:
         processor.process_outputs = _unpacked(processor.process_outputs)
+
+
+def guard_models(models: Any) -> None:
+    """Make vLLM's table of served models take the adapter that a request names as its `model` for the base model, and
+    give it that name in the answer."""
+    is_base_model, model_name = models.is_base_model, models.model_name
+
+    def is_base_or_adapter(name: Any) -> bool:
+        asked = ASKED.get()
+        return (asked is not None and asked.model is not None and asked.model == name) or bool(is_base_model(name))
+
+    def name_asked(lora_request: Any = None) -> Any:
+        asked = ASKED.get()
+        if asked is None or asked.model is None or lora_request is not None:
+            return model_name(lora_request)
+        return asked.model
+
+    models.is_base_model, models.model_name = is_base_or_adapter, name_asked
 
 
 def _guarded(method: Callable[..., Any], params: str) -> Callable[..., Any]:
@@ -86,23 +106,27 @@ async def _reasoned(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, N
 
 def _refuse_unfit(params: Any, asked: Asked) -> None:
     # Several prompts of one HTTP request may share their parameters, which then have the version already.
-    if _handed(params) not in (asked.reference, asked.version.reference):
+    if not hasattr(params, "extra_args") or _container(params).get(PARAMETER) not in (
+        None,
+        asked.reference,
+        asked.version.reference,
+    ):
         raise InvalidRequest(
-            f"vLLM left out {PARAMETER} {asked.reference} on the way to its engine: this route, or one of the "
+            f"vLLM changed or lost {PARAMETER} {asked.reference} on the way to its engine: this route, or one of the "
             "request's options, cannot be used with an adapter"
         )
     refuse_sampling(params)
 
 
 def _hand_version(params: Any, asked: Asked) -> None:
-    extra = params.extra_args
-    params.extra_args = {**extra, CONTAINER: {**extra[CONTAINER], PARAMETER: asked.version.reference}}
+    named = {**_container(params), PARAMETER: asked.version.reference}
+    params.extra_args = {**(params.extra_args or {}), CONTAINER: named}
 
 
-def _handed(params: Any) -> Any:
-    extra = getattr(params, "extra_args", None)
-    container = extra.get(CONTAINER) if isinstance(extra, Mapping) else None
-    return container.get(PARAMETER) if isinstance(container, Mapping) else None
+def _container(params: Any) -> Mapping[str, Any]:
+    """Returns the `kv_transfer_params` that a route hands to the engine; empty if it hands none."""
+    container = (params.extra_args or {}).get(CONTAINER)
+    return container if isinstance(container, Mapping) else {}
 
 
 def _length(prompt: Any) -> int:

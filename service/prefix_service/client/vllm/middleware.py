@@ -6,11 +6,12 @@ everything else through as it came. It imports neither vLLM nor a web framework.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final
 
+from prefix_service.client.vllm.answers import Labelled, Send, send_error, send_json
 from prefix_service.client.vllm.bodies import (
     Message,
     Receive,
@@ -20,16 +21,16 @@ from prefix_service.client.vllm.bodies import (
     refuse_misplaced_outside,
     replay,
 )
+from prefix_service.client.vllm.catalogue import Catalogue, page_of
 from prefix_service.client.vllm.config import ConnectorConfig
-from prefix_service.client.vllm.failures import status_of
-from prefix_service.client.vllm.guard import ASKED, Asked, guard_engine
+from prefix_service.client.vllm.guard import ASKED, Asked, guard_engine, guard_models
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.requests import CONTAINER, PARAMETER, adapter_asked
+from prefix_service.client.vllm.names import DEFAULT, FIELD, MODEL, Named, Permissions, Served, adapter_named
+from prefix_service.client.vllm.requests import PARAMETER
 from prefix_service.client.vllm.resolver import Resolver, Version
 from prefix_service.client.vllm.source import Source
-from prefix_service.errors import InvalidRequest, PrefixServiceError, Unavailable
+from prefix_service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, Unavailable
 
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 ROUTES: Final = frozenset(
@@ -48,12 +49,34 @@ ROUTES: Final = frozenset(
 
 _PARSERS: Final = 2  # the interpreter runs one thread at a time: more would only slow each other
 _SMALL: Final = 16 << 10  # bytes that are parsed in a few milliseconds at most
-_TYPES: Final = {  # vLLM's words
-    400: "BadRequestError",
-    404: "NotFoundError",
-    413: "RequestEntityTooLargeError",
-    503: "ServiceUnavailableError",
-}
+_MODELS: Final = "/v1/models"
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    """What asks the service, on the event loop of vLLM's server."""
+
+    resolver: Resolver
+    permissions: Permissions
+    catalogue: Catalogue
+    model: Model
+
+    @classmethod
+    def of(cls, config: ConnectorConfig, vllm_config: Any, models: Any) -> "_Service":
+        """Connects to the service of the engine's configuration; `models` is vLLM's table of served models.
+
+        Raises:
+            InvalidRequest: the configuration is wrong.
+        """
+        source, model = Source(config, config.cache_bytes), Model.of(vllm_config)
+        permissions = Permissions(config, source)
+        parent = models.base_model_paths[0].name if models is not None else ""
+        return cls(Resolver(source, model), permissions, Catalogue(source, permissions, model, parent), model)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.catalogue.close()
+        await self.resolver.close()
 
 
 class PrefixMiddleware:
@@ -69,8 +92,10 @@ class PrefixMiddleware:
         self._behind: App
         self._parsers = ThreadPoolExecutor(_PARSERS, "prefix-bodies")
         self._engine: Any = None
+        self._models: Any = None
+        self._served = Served(None)
         self._config: ConnectorConfig | InvalidRequest = InvalidRequest("this server has no engine")
-        self._service: tuple[Resolver, Model] | None = None
+        self._service: _Service | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass on what arrives; `_check` meets what the other middlewares let through."""
@@ -84,46 +109,56 @@ class PrefixMiddleware:
                 await self.close()
 
     async def _check(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Check what is posted to a route, and pass it on."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not self._has_route(scope):
+        """Check what is posted to a route, and pass it on; answer what asks for the models."""
+        if scope["type"] != "http":
             await self._behind(scope, receive, send)
-            return
+        elif scope["method"] == "GET" and f"{_path_of(scope)}/".startswith(f"{_MODELS}/"):
+            await self._answer_models(scope, receive, send)
+        elif scope["method"] == "POST" and self._has_route(scope):
+            await self._check_posted(scope, receive, send)
+        else:
+            await self._behind(scope, receive, send)
+
+    async def _check_posted(self, scope: Message, receive: Receive, send: Send) -> None:
+        field, asked = FIELD, None
         try:
             body = await read_body(receive)
             if body is None:
                 return
             self._find_engine(scope["app"].state)
             if len(body) <= _SMALL:
-                reference = self._asked(scope, body)
+                named, fields = self._named(scope, body)
             else:  # other requests are served in the meantime
-                reference = await asyncio.get_running_loop().run_in_executor(self._parsers, self._asked, scope, body)
-            asked = None if reference is None else await self._resolved(reference, receive)
-            if asked is None and reference is not None:
-                return
+                named, fields = await asyncio.get_running_loop().run_in_executor(
+                    self._parsers, self._named, scope, body
+                )
+            if named is not None:
+                field = named.field
+                version = await self._resolved(named, receive)
+                if version is not None:
+                    asked = self._asked(_path_of(scope), fields, named, version)
         except PrefixServiceError as error:
-            await _answer(send, error)
+            await send_error(send, error, field)
+            return
+        except _ClientLeft:
             return
         token = ASKED.set(asked)
         try:
-            await self._behind(scope, replay(body, receive), send)
+            await self._behind(scope, replay(body, receive), send if asked is None else Labelled(send, asked.version))
         finally:
             ASKED.reset(token)
 
     def _has_route(self, scope: Message) -> bool:
         return any(route.matches(scope)[0].name == "FULL" for route in self._router.routes)
 
-    def _asked(self, scope: Message, body: bytes) -> str | None:
-        """Return the adapter that a request names."""
+    def _named(self, scope: Message, body: bytes) -> tuple[Named | None, Mapping[str, Any]]:
+        """Returns the adapter that a request names, or that is the default on its route, and the fields of its body."""
         refuse_misplaced_outside(scope)
         fields = fields_of(scope, body)
-        config = self._config
-        reference = adapter_asked(fields, config.other_parameters if isinstance(config, ConnectorConfig) else None)
-        if reference is not None:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if path not in ROUTES:
-                raise InvalidRequest(f"{path} takes no adapter: remove {PARAMETER}, or use one of {sorted(ROUTES)}")
-            refuse_options(fields)
-        return reference
+        config = self._config if isinstance(self._config, ConnectorConfig) else None
+        return adapter_named(
+            fields, scope["headers"], self._served, config, has_default=_path_of(scope) in ROUTES
+        ), fields
 
     def _find_engine(self, state: Any) -> None:
         engine = getattr(state, "engine_client", None)
@@ -131,35 +166,100 @@ class PrefixMiddleware:
             return
         self._engine = engine
         guard_engine(engine)
+        self._models = getattr(state, "openai_serving_models", None)
+        self._served = Served(self._models)
+        if self._models is not None:
+            guard_models(self._models)
         try:
             self._config = ConnectorConfig.of_engine(engine.vllm_config.kv_transfer_config)
         except InvalidRequest as error:
             self._config = error
 
-    async def _resolved(self, reference: str, receive: Receive) -> Asked | None:
-        """Returns what a reference means, by asking the service if necessary; None if the client leaves before."""
+    def _connected(self) -> _Service:
         if isinstance(self._config, InvalidRequest):
             raise InvalidRequest(f"{PARAMETER}: {self._config.message}")
         if self._service is None:
-            model = Model.of(self._engine.vllm_config)
-            self._service = Resolver(Source(self._config, self._config.cache_bytes), model), model
-        resolver, model = self._service
-        version = resolver.recall(reference) or await _unless_left(resolver.resolve(reference), receive)
-        return None if version is None else Asked(reference, version, model.max_length)
+            self._service = _Service.of(self._config, self._engine.vllm_config, self._models)
+        return self._service
+
+    async def _resolved(self, named: Named, receive: Receive) -> Version | None:
+        """Returns the version that a reference means, by asking the service if necessary; None if it is a `model` that
+        names no adapter, which vLLM answers itself.
+
+        Raises:
+            PrefixServiceError: the request cannot have that adapter, or the service does not answer.
+            _ClientLeft: the client left before.
+        """
+        service = self._connected()
+        if named.field == MODEL and await self._served.finds_lora(named.reference):
+            return None
+        try:
+            await service.permissions.require(named)
+            return service.resolver.recall(named.reference) or await _unless_left(
+                service.resolver.resolve(named.reference), receive
+            )
+        except (NotFound, InvalidInput) as error:
+            if named.field == MODEL and isinstance(error, NotFound):
+                return None
+            if named.field == DEFAULT:
+                raise Unavailable(f"the server's default_adapter cannot be used: {error.message}") from error
+            raise
+
+    def _asked(self, path: str, fields: Mapping[str, Any], named: Named, version: Version) -> Asked:
+        if path not in ROUTES:
+            raise InvalidRequest(f"{path} takes no adapter: remove {named.field}, or use one of {sorted(ROUTES)}")
+        refuse_options(fields)
+        model = named.reference if named.field == MODEL else None
+        return Asked(named.reference, version, self._connected().model.max_length, model)
+
+    async def _answer_models(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer with vLLM's models and the adapters behind them, or with one of either."""
+        self._find_engine(scope["app"].state)
+        if self._models is None or isinstance(self._config, InvalidRequest):
+            await self._behind(scope, receive, send)
+            return
+        own = (await self._models.show_available_models()).model_dump()["data"]
+        name = _path_of(scope).removeprefix(_MODELS).removeprefix("/")
+        field = MODEL if name else "limit"
+        try:
+            catalogue = self._connected().catalogue
+            if name:
+                found = next((card for card in own if card["id"] == name), None) or await catalogue.card(name)
+            else:
+                found = page_of(own, await catalogue.cards(), scope.get("query_string", b"").decode("latin-1"))
+        except PrefixServiceError as error:
+            await send_error(send, error, field)
+            return
+        await send_json(send, 200, found)
 
     async def close(self) -> None:
         """End threads and connections."""
         self._parsers.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
-            await self._service[0].close()
+            await self._service.close()
 
 
-async def _unless_left(work: Coroutine[Any, Any, Version], receive: Receive) -> Version | None:
-    """Returns what `work` does, or None if the client leaves before: then it is cancelled."""
+class _ClientLeft(Exception):
+    """The client left before its request was answered."""
+
+
+def _path_of(scope: Message) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+async def _unless_left(work: Coroutine[Any, Any, Version], receive: Receive) -> Version:
+    """Returns what `work` does; it is cancelled if the client leaves before.
+
+    Raises:
+        _ClientLeft: the client left.
+    """
     working, leaving = asyncio.create_task(work), asyncio.create_task(has_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
+        if working.done():
+            return await working
+        raise _ClientLeft
     finally:
         working.cancel()
         leaving.cancel()
@@ -185,19 +285,3 @@ def refuse_options(fields: Mapping[str, Any]) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise InvalidRequest(f"a request with {PARAMETER} cannot have {reason}")
-
-
-async def _answer(send: Send, error: PrefixServiceError) -> None:
-    status = status_of(error)
-    described = {
-        "message": error.message,
-        "type": _TYPES[status],
-        "param": f"{CONTAINER}.{PARAMETER}",
-        "code": status,
-    }
-    body = json.dumps({"error": described}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if isinstance(error, Unavailable):
-        headers.append((b"retry-after", str(error.retry_after).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

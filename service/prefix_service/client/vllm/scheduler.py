@@ -53,6 +53,8 @@ class SchedulerHalf:
         try:
             reference = adapter_asked(parameters_of(request), self._config.other_parameters)
             if reference is None:
+                reference = self._default(request)
+            if reference is None:
                 return
             ticket = self._tickets[request.request_id] = _Ticket()
             refuse_unservable(request)
@@ -63,6 +65,12 @@ class SchedulerHalf:
                 self._prepare(request, ticket, version)
         except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
             self._refuse(request, error)
+
+    def _default(self, request: Any) -> str | None:
+        """Returns the adapter of a request that names none: nothing for a LoRA's, or for one that generates nothing."""
+        if request.lora_request is not None or request.sampling_params is None:
+            return None
+        return self._config.default_adapter
 
     def claims(self, request_id: str) -> bool:
         """Whether a request names an adapter, or tried to and is refused; until it has finished."""

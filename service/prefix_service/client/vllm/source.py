@@ -6,9 +6,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_service.client.client import AsyncPrefixClient
+from prefix_service.client.flows.flows import Flow
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.vllm.config import ConnectorConfig
-from prefix_service.errors import InvalidRequest, Unauthenticated
+from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, Unauthenticated
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
@@ -31,6 +32,7 @@ class Source:
         self._key = config.api_key()
         self._client = config.client(self._key, cache_bytes)
         self._retired: list[AsyncPrefixClient] = []
+        self._tenant: tuple[AsyncPrefixClient, asyncio.Task[str | None]] | None = None
 
     async def get(self, reference: str, **options: Any) -> "Prefix":
         """Returns a prefix as `AsyncPrefixClient.get` does. If the service does not know the key, `api_key_file` is
@@ -49,6 +51,34 @@ class Source:
             PrefixServiceError: as `AsyncPrefixClient.resolve`.
         """
         return await self._call(lambda client: client.resolve(reference))
+
+    async def run(self, flow: Callable[[], Flow[T]]) -> T:
+        """Returns what a flow of the client returns; a refused key is read again, as in `get`.
+
+        Raises:
+            PrefixServiceError: the service reported it, or did not answer.
+        """
+        return await self._call(lambda client: client._transport.run(flow()))
+
+    async def tenant(self) -> str | None:
+        """Returns the tenant of the key, None for a key of the platform. The service is asked once for each key, by
+        all callers together; a failure is not remembered.
+
+        Raises:
+            PrefixServiceError: the service reported it, or did not answer.
+        """
+        if self._tenant is None or self._tenant[0] is not self._client or _has_failed(self._tenant[1]):
+            self._tenant = self._client, asyncio.create_task(self._ask_tenant())
+        return await asyncio.shield(self._tenant[1])
+
+    async def _ask_tenant(self) -> str | None:
+        try:
+            tenant = (await self._call(lambda client: client.whoami())).get("tenant")
+        except NotFound:  # an older service, which does not report it: taken for the platform's, which has least here
+            return None
+        if tenant is not None and not isinstance(tenant, str):
+            raise InvalidResponse(f"a key's tenant should be a name or null, got {tenant!r:.100}")
+        return tenant
 
     async def _call(self, ask: Callable[[AsyncPrefixClient], Awaitable[T]]) -> T:
         client = self._client
@@ -78,5 +108,11 @@ class Source:
 
     async def close(self) -> None:
         """Close every connection."""
+        if self._tenant is not None:
+            self._tenant[1].cancel()
         for client in (*self._retired, self._client):
             await client.close()
+
+
+def _has_failed(task: "asyncio.Task[Any]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)

@@ -1,0 +1,104 @@
+"""Answers of vLLM's server: ours in its form, and its own with the version that they were made with.
+
+Imports neither vLLM nor a web framework.
+"""
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from prefix_service.client.vllm.bodies import Message
+from prefix_service.client.vllm.failures import status_of
+from prefix_service.client.vllm.requests import CONTAINER, PARAMETER
+from prefix_service.client.vllm.resolver import Version
+from prefix_service.errors import PrefixServiceError, Unavailable
+
+Send = Callable[[Message], Awaitable[None]]
+
+_TYPES: Final = {  # vLLM's words
+    400: "BadRequestError",
+    404: "NotFoundError",
+    413: "RequestEntityTooLargeError",
+    503: "ServiceUnavailableError",
+}
+_KEY: Final = f'"{CONTAINER}":'.encode()
+_NULL: Final = _KEY + b"null"
+_START, _BODY = "http.response.start", "http.response.body"
+
+# What the last chunk of a stream has, and no text in JSON can: chat and completions, their usage, messages.
+_LAST: Final = (b'"finish_reason":"', b'"choices":[]', b'"type":"message_stop"')
+
+
+def parameters_told(version: Version) -> dict[str, Any]:
+    """Returns the `kv_transfer_params` of an answer that was made with a version."""
+    return {PARAMETER: version.reference, "prefix_version": version.number}
+
+
+class Labelled:
+    """Sends an answer with the version that it was made with: in two headers, in the `kv_transfer_params` of a JSON
+    body that has none, and in those of the last chunk of a stream, to which vLLM gives none."""
+
+    def __init__(self, send: Send, version: Version) -> None:
+        self._send = send
+        self._headers = [
+            (b"prefix-version", str(version.number).encode()),
+            (b"prefix-digest", version.digest.encode()),
+        ]
+        self._told = json.dumps(parameters_told(version), separators=(",", ":")).encode()
+        self._held: Message | None = None  # the head of a JSON answer, until its body is there
+        self._is_stream = False
+
+    async def __call__(self, message: Message) -> None:
+        """Pass on a message."""
+        if message["type"] == _START:
+            content_type = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
+            message = {**message, "headers": [*message["headers"], *self._headers]}
+            self._is_stream = content_type.startswith(b"text/event-stream")
+            if content_type.startswith(b"application/json"):
+                self._held = message
+                return
+        elif message["type"] == _BODY and self._held is not None:
+            start, self._held = self._held, None
+            if not message.get("more_body", False):
+                message = self._filled(start, message)
+            await self._send(start)
+        elif message["type"] == _BODY and self._is_stream:
+            message = self._marked(message)
+        await self._send(message)
+
+    def _filled(self, start: Message, message: Message) -> Message:
+        before, null, after = message.get("body", b"").rpartition(_NULL)
+        if not null:
+            return message
+        body = before + _KEY + self._told + after
+        start["headers"] = [
+            (name, str(len(body)).encode() if name.lower() == b"content-length" else value)
+            for name, value in start["headers"]
+        ]
+        return {**message, "body": body}
+
+    def _marked(self, message: Message) -> Message:
+        body = message.get("body", b"")
+        if not any(mark in body for mark in _LAST):
+            return message
+        return {**message, "body": b"\n".join(self._marked_line(line) for line in body.split(b"\n"))}
+
+    def _marked_line(self, line: bytes) -> bytes:
+        is_last = line.startswith(b"data: {") and line.endswith(b"}") and any(mark in line for mark in _LAST)
+        return line[:-1] + b"," + _KEY + self._told + b"}" if is_last and _KEY not in line else line
+
+
+async def send_json(send: Send, status: int, content: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    """Send a JSON answer."""
+    body = json.dumps(content, separators=(",", ":")).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": _START, "status": status, "headers": [*own, *headers]})
+    await send({"type": _BODY, "body": body})
+
+
+async def send_error(send: Send, error: PrefixServiceError, field: str) -> None:
+    """Send an error in vLLM's form; `field` is what the request has wrong."""
+    status = status_of(error)
+    told = {"message": error.message, "type": _TYPES[status], "param": field, "code": status}
+    retry = ((b"retry-after", str(error.retry_after).encode()),) if isinstance(error, Unavailable) else ()
+    await send_json(send, status, {"error": told}, retry)

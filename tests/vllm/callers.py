@@ -1,0 +1,167 @@
+"""Run by .venv-vllm's Python: asks vLLM's server through SDKs as they are. Imports nothing of the tests.
+
+Reads one line of JSON from stdin, `{"url", "key", "sdk", "rows": [[model, question, prompt]], "missing": model}`, and
+writes one: for each row what each call of the SDK answered, all rows under way together; for `openai` the models too.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+COUNT = 24  # tokens
+
+
+def main() -> None:
+    """Answer the one line."""
+    asked = json.loads(sys.stdin.readline())
+    make: Callable[[str, str], Any] = {"openai": OpenAI, "litellm": LiteLLM, "anthropic": Anthropic}[asked["sdk"]]
+    caller = make(asked["url"], asked["key"])
+    with ThreadPoolExecutor(len(asked["rows"])) as threads:
+        rows = list(threads.map(lambda row: caller.ask(*row), asked["rows"]))
+    json.dump({"rows": rows, "models": caller.models(), "missing": caller.missing(asked["missing"])}, sys.stdout)
+
+
+def _messages(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def _told(model: str, text: str, parameters: Any = None) -> dict[str, Any]:
+    return {"model": model, "text": text, "parameters": parameters}
+
+
+class OpenAI:
+    """The OpenAI SDK."""
+
+    def __init__(self, url: str, key: str) -> None:
+        import openai
+
+        self._sdk, self._client = openai, openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+        """Chat, completions and responses, each streamed too."""
+        options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT}
+        chats, completions = self._client.chat.completions, self._client.completions
+        chat = chats.create(messages=_messages(question), **options)
+        completion = completions.create(prompt=prompt, **options)
+        chunks = list(chats.create(messages=_messages(question), stream=True, **options))
+        usage = {"include_usage": True}
+        pieces = list(completions.create(prompt=prompt, stream=True, stream_options=usage, **options))
+        raw = chats.with_raw_response.create(messages=_messages(question), **options)
+        responded = self._client.responses.create(model=model, input=question, temperature=0, max_output_tokens=COUNT)
+        events = list(
+            self._client.responses.create(
+                model=model, input=question, temperature=0, max_output_tokens=COUNT, stream=True
+            )
+        )
+        done: Any = events[-1]
+        return {
+            "chat": _told(chat.model, chat.choices[0].message.content, _extra(chat)),
+            "completion": _told(completion.model, completion.choices[0].text, _extra(completion)),
+            "chat streamed": _told(
+                "|".join({chunk.model for chunk in chunks}),
+                "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices),
+                _extra(chunks[-1]),
+            ),
+            "completion streamed": _told(
+                "|".join({piece.model for piece in pieces}),
+                "".join(piece.choices[0].text for piece in pieces if piece.choices),
+                _extra(pieces[-1]),
+            ),
+            "response": _told(responded.model, responded.output_text, _extra(responded)),
+            "response streamed": _told(done.response.model, done.response.output_text, _extra(done.response)),
+            "headers": [raw.headers.get("prefix-version"), raw.headers.get("prefix-digest")],
+        }
+
+    def models(self) -> dict[str, Any]:
+        """The list, and each of it alone."""
+        listed = [model.model_dump() for model in self._client.models.list()]
+        alone = [self._client.models.retrieve(model["id"]).model_dump() for model in listed]
+        return {"listed": listed, "alone": alone}
+
+    def missing(self, model: str) -> str:
+        """What the SDK raises for a model that is not there."""
+        try:
+            self._client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Why?"}])
+        except self._sdk.NotFoundError as error:
+            return str(error)
+        return "nothing was raised"
+
+
+def _extra(answer: Any) -> Any:
+    return (answer.model_extra or {}).get("kv_transfer_params")
+
+
+class LiteLLM:
+    """LiteLLM, which puts a provider before the model's name and takes it off again."""
+
+    def __init__(self, url: str, key: str) -> None:
+        os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+        import litellm
+
+        self._sdk, self._options = litellm, {"api_base": f"{url}/v1", "api_key": key, "num_retries": 0}
+
+    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+        """Chat and completions, each streamed too."""
+        options: Any = {"model": f"hosted_vllm/{model}", "temperature": 0, "max_tokens": COUNT, **self._options}
+        chat = self._sdk.completion(messages=_messages(question), **options)
+        chunks = list(self._sdk.completion(messages=_messages(question), stream=True, **options))
+        completion = self._sdk.text_completion(prompt=prompt, **options)
+        return {
+            "chat": _told(chat.model, chat.choices[0].message.content),
+            "chat streamed": _told(
+                chunks[-1].model, "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            ),
+            "completion": _told(completion.model, completion.choices[0].text),
+        }
+
+    def models(self) -> None:
+        """LiteLLM has its own list."""
+
+    def missing(self, model: str) -> str:
+        """What LiteLLM raises for a model that is not there."""
+        try:
+            self._sdk.completion(model=f"hosted_vllm/{model}", messages=_messages("Why?"), **self._options)
+        except self._sdk.NotFoundError as error:
+            return str(error)
+        return "nothing was raised"
+
+
+class Anthropic:
+    """The Anthropic SDK."""
+
+    def __init__(self, url: str, key: str) -> None:
+        import anthropic
+
+        self._sdk = anthropic
+        self._client = anthropic.Anthropic(base_url=url, auth_token=key, max_retries=0)
+
+    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+        """Messages, streamed too."""
+        options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question)}
+        options["extra_body"] = {"temperature": 0}  # newer versions of the SDK have no argument for it
+        message = self._client.messages.create(**options)
+        events = list(self._client.messages.create(stream=True, **options))
+        first: Any = events[0]
+        texts = [getattr(getattr(event, "delta", None), "text", None) or "" for event in events]
+        return {
+            "message": _told(message.model, message.content[0].text, _extra(message)),
+            "message streamed": _told(first.message.model, "".join(texts), _extra(events[-1])),
+        }
+
+    def models(self) -> None:
+        """The list has OpenAI's form."""
+
+    def missing(self, model: str) -> str:
+        """What the SDK raises for a model that is not there."""
+        try:
+            self._client.messages.create(model=model, max_tokens=1, messages=[{"role": "user", "content": "Why?"}])
+        except self._sdk.NotFoundError as error:
+            return str(error)
+        return "nothing was raised"
+
+
+if __name__ == "__main__":
+    main()
