@@ -25,6 +25,7 @@ _LONG: Final = (
     "test_demo.py",
     "test_hardening_servers.py",
     "test_fuzz.py",
+    "test_snippets.py",
 )
 
 CORPUS = Path(__file__).parent / "data" / "corpus"

@@ -24,6 +24,7 @@ NOT_SETTINGS: Final = {
     "PREFIX_IMAGE": "the image that docker-compose.yml starts",
     "PREFIX_PUBLISH": "the address and port that docker-compose.yml publishes",
     "PREFIX_TEST_IMAGE": "whether the tests build the image",
+    "PREFIX_TEST_INSTALL": "whether the tests install the package in a fresh clone",
 }
 """Variables with the settings' prefix that are none of the service's: who reads them, and what for."""
 
@@ -159,8 +160,7 @@ def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str,
 
     What `NOT_SETTINGS` lists is known, and so are Kubernetes' service links.
     """
-    settings = [variable(name) for name in Settings.model_fields]
-    known = {*settings, *NOT_SETTINGS}
+    known = {variable(name) for name in Settings.model_fields} | NOT_SETTINGS.keys()
     unknown = sorted(
         name
         for name, value in environment
@@ -169,7 +169,13 @@ def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str,
         and not _LINK_NAME.fullmatch(name)
         and not _is_link(value)
     )
-    return [(name, next(iter(get_close_matches(name.upper(), settings, n=1)), None)) for name in unknown]
+    return [(name, _meant(name)) for name in unknown]
+
+
+def _meant(name: str) -> str | None:
+    """Returns the variable of the setting that a name resembles most, if one is near."""
+    near = get_close_matches(name[len(_PREFIX) :].lower(), Settings.model_fields, n=1, cutoff=0.7)
+    return variable(near[0]) if near else None
 
 
 def _is_link(value: object) -> bool:
