@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from prefix_service.settings import Settings, Size, variable
+from pydantic import BeforeValidator
+
+from prefix_service.settings import Settings, variable
 from prefix_service.system.sizes import written_bytes
 
 ROOT: Final = Path(__file__).parents[1]
@@ -16,7 +18,7 @@ def settings() -> str:
     """Returns the table of all settings, in the order of `Settings`."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = _written(field.default, is_size=Size.__metadata__[0] in field.metadata)
+        default = _written(field.default, is_size=any(isinstance(part, BeforeValidator) for part in field.metadata))
         rows.append(f"| `{variable(name)}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 
