@@ -1,5 +1,6 @@
 """A reader's shell: a checkout, a network of its own in which port 8080 is free, and the README's first request."""
 
+import contextlib
 import os
 import pty
 import select
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,14 +131,24 @@ def pasted(story: Story, text: str) -> Iterator[str]:
         _shown_until(controller, lambda shown: _PROMPT in shown)
         os.write(controller, text.encode())
         lines = text.count("\n")
-        yield _shown_until(controller, lambda shown: shown.count(_PROMPT) == lines)
+        shown = _shown_until(controller, lambda shown: shown.count(_PROMPT) == lines)
+        # A terminal is read on: its buffer is small, and a service that cannot write its log stands still.
+        threading.Thread(target=_drain, args=(controller,), daemon=True).start()
+        yield shown
     finally:
         os.write(controller, b"kill %1; wait; exit\n")
         try:
             shell.wait(timeout=60)
         finally:
             shell.kill()
+            shell.wait()
             os.close(controller)
+
+
+def _drain(controller: int) -> None:
+    with contextlib.suppress(OSError):  # the other end is closed
+        while os.read(controller, 65536):
+            pass
 
 
 def _shown_until(controller: int, holds: Callable[[str], bool]) -> str:
