@@ -26,6 +26,7 @@ _LONG: Final = (
     "test_walk.py",
     "test_hardening_servers.py",
     "test_fuzz.py",
+    "test_snippets.py",
 )
 
 CORPUS = Path(__file__).parent / "data" / "corpus"

@@ -1,34 +1,21 @@
 """The configuration: what the environment may say, and that all of it is documented."""
 
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from prefix_service.settings import Settings
-
-README = Path(__file__).parents[1] / "README.md"
-_ROW = re.compile(r"^\|\s*`(PREFIX_[A-Z_]+)`\s*\|\s*(?:`([^`]*)`|[^|`]*)\s*\|\s*(\S[^|]*)\|", re.MULTILINE)
-
-
-def _documented() -> dict[str, str]:
-    """The README's configuration table: `PREFIX_NAME` | `default`, or nothing in backquotes for none | what it is."""
-    return {name: default for name, default, _ in _ROW.findall(README.read_text())}
+from prefix_service.settings import NOT_SETTINGS, Settings, unknown_variables
+from tests.conftest import running_server
+from tests.processes import lines_of
+from tests.tables import TABLES, filled
 
 
-def _written(default: Any) -> str:
-    """A default as an environment variable would hold it; empty for none."""
-    if default is None:
-        return ""
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def test_every_setting_is_in_the_readme() -> None:
-    """The README's table has exactly the settings that there are, with their defaults."""
-    settings = {f"PREFIX_{name.upper()}": _written(field.default) for name, field in Settings.model_fields.items()}
-    assert _documented() == settings
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_pages_are_made_from_the_code(name: str) -> None:
+    """`python -m tests.tables` would change nothing."""
+    page, _ = TABLES[name]
+    assert page.read_text() == filled(name)
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -60,6 +47,78 @@ def test_values_out_of_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value:
     monkeypatch.setenv(f"PREFIX_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("4GB", 4_000_000_000), ("20GiB", 20 << 30), ("4096", 4096)])
+def test_sizes_take_units(monkeypatch: pytest.MonkeyPatch, text: str, nbytes: int) -> None:
+    """In the environment, on every budget and bound."""
+    for name in ("DEVICE_BYTES", "RENDERING_BYTES", "WORK_BYTES", "MAX_REQUEST_BYTES", "MAX_UPLOAD_BYTES"):
+        monkeypatch.setenv(f"PREFIX_{name}", text)
+    made = Settings()
+    sizes = (made.device_bytes, made.rendering_bytes, made.work_bytes, made.max_request_bytes, made.max_upload_bytes)
+    assert set(sizes) == {nbytes}
+
+
+@pytest.mark.parametrize("text", ["4 gigs", "4,5GB", "0GiB", "-4GB"])
+def test_what_is_no_size(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A size that cannot be read is refused; it is never read in part."""
+    monkeypatch.setenv("PREFIX_DEVICE_BYTES", text)
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+_LINKS = {
+    "PREFIX_PORT": "tcp://10.96.0.1:8080",  # of a Service named `prefix`: the name of a setting
+    "PREFIX_SERVICE_HOST": "10.96.0.1",
+    "PREFIX_SERVICE_PORT": "8080",
+    "PREFIX_PORT_8080_TCP": "tcp://10.96.0.1:8080",
+    "PREFIX_METRICS_PORT": "tcp://10.96.0.1:9000",  # of one named `prefix-metrics`
+    "PREFIX_SERVICE_SERVICE_HOST": "10.96.0.1",  # of one named `prefix-service`
+    "PREFIX_SERVICE_SERVICE_PORT": "8080",
+    "PREFIX_SERVICE_SERVICE_PORT_HTTP": "8080",
+    "PREFIX_SERVICE_PORT_8080_TCP": "tcp://10.96.0.1:8080",
+    "PREFIX_SERVICE_PORT_8080_TCP_PROTO": "tcp",
+    "PREFIX_SERVICE_PORT_8080_TCP_PORT": "8080",
+    "PREFIX_SERVICE_PORT_8080_TCP_ADDR": "10.96.0.1",
+}
+"""What Kubernetes writes into a container for Services whose names begin with `prefix`; PREFIX_SERVICE_PORT has two
+meanings, by whichever Service came last."""
+
+
+def test_unknown_variables_are_named_with_what_they_may_have_meant() -> None:
+    """A setting's misspelt name, in any case; known names and service links are none."""
+    known = {
+        "PREFIX_PORT": "8080",
+        "prefix_port": "8080",
+        "PREFIX": "x",
+        "PATH": "/bin",
+        **dict.fromkeys(NOT_SETTINGS, "x"),
+    }
+    assert unknown_variables({**known, **_LINKS, "PREFIX_SERVICE_PORT": "tcp://10.96.0.1:80"}.items()) == []
+    assert unknown_variables(_LINKS.items()) == []
+    wrong = {"PREFIX_DEVICE_BYTE": "4GB", "prefix_wokers": "2", "PREFIX_QUACK": "1", "PREFIX_UDS_PORT": "1"}
+    assert unknown_variables(wrong.items()) == [
+        ("PREFIX_DEVICE_BYTE", "PREFIX_DEVICE_BYTES"),
+        ("PREFIX_QUACK", None),
+        ("PREFIX_UDS_PORT", None),
+        ("prefix_wokers", "PREFIX_WORKERS"),
+    ]
+
+
+def test_service_links_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Service named `prefix` does not take the port away."""
+    for name, value in _LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert (Settings().port, Settings().metrics_port) == (8080, None)
+
+
+def test_serve_warns_of_a_variable_that_is_no_setting(tmp_path: Path) -> None:
+    """In the log, once, with the name; the service runs."""
+    environment = {"PREFIX_DEVICE_BYTE": "4GB", "PREFIX_SERVICE_PORT": "tcp://10.0.0.1:80"}
+    with running_server(tmp_path / "data", environment=environment) as server:
+        hint = "no setting has this name, so it changes nothing: did you mean PREFIX_DEVICE_BYTES?"
+        (line,) = lines_of(server.log, hint)
+        assert (line["level"], line["variable"]) == ("warning", "PREFIX_DEVICE_BYTE")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104 - it is refused

@@ -1,16 +1,53 @@
 """Every knob of the service, with its default; each is also an environment variable with the prefix `PREFIX_`."""
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefix_service.errors import InvalidInput
 from prefix_service.logs import LogLevel
+from prefix_service.system.sizes import EXAMPLES, parse_bytes
 
 _MIB = 1 << 20
 _GIB = 1 << 30
+_PREFIX: Final = "PREFIX_"
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+NOT_SETTINGS: Final = {
+    "PREFIX_URL": "where the client's commands and `PrefixClient` find the service",
+    "PREFIX_API_KEY": "the key that they send",
+    "PREFIX_IMAGE": "the image that docker-compose.yml starts",
+    "PREFIX_PUBLISH": "the address and port that docker-compose.yml publishes",
+    "PREFIX_TEST_IMAGE": "whether the tests build the image",
+    "PREFIX_TEST_INSTALL": "whether the tests install the package in a fresh clone",
+}
+"""Variables with the settings' prefix that are none of the service's: who reads them, and what for."""
+
+# Kubernetes writes these into every container for each Service of its namespace; here for those whose names begin with
+# `prefix`, as `prefix-service` does: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …
+_LINK_NAME: Final = re.compile(
+    r"PREFIX_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_LINK_VALUE: Final = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _bytes(value: object) -> object:
+    """Returns the bytes that a text names, and whatever else it is unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_bytes(value)
+    except InvalidInput as error:
+        raise ValueError(f"a size is written as in {EXAMPLES}") from error
+
+
+Size = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
+"""A number of bytes; in the environment with or without a unit."""
 
 
 class Settings(BaseSettings):
@@ -32,26 +69,27 @@ class Settings(BaseSettings):
         Path | None, Field(description="secret that keys are hashed with; made in the data folder when absent")
     ] = None
     device_bytes: Annotated[
-        int,
-        Field(gt=0, description="budget of each process for prefixes on the device, in bytes; a request may hold half"),
+        Size, Field(description="budget of each process for prefixes on the device; a request may hold half")
     ] = 4 * _GIB
     rendering_bytes: Annotated[
-        int,
-        Field(
-            gt=0,
-            description="budget of each process for prefixes in host memory as they travel, in bytes; a request may "
-            "hold half",
-        ),
+        Size,
+        Field(description="budget of each process for prefixes in host memory as they travel; a request may hold half"),
     ] = 2 * _GIB
     shared_dir: Annotated[
         Path | None,
         Field(description="folder in memory for files that workers on the Unix socket map instead of receiving"),
     ] = None
     work_bytes: Annotated[
-        int,
-        Field(gt=0, description="memory of work in progress of each process, in bytes; a request may take half"),
+        Size, Field(description="memory of work in progress of each process; a request may take half")
     ] = 4 * _GIB
-    max_in_flight: Annotated[int, Field(gt=0, description="requests that a process answers at a time")] = 2048
+    max_in_flight: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="requests that a process answers at a time; beside them a sixteenth as many on the public "
+            "pages, without a key",
+        ),
+    ] = 2048
     max_in_flight_tenant: Annotated[int, Field(gt=0, description="requests of one tenant among them")] = 512
     max_connections: Annotated[
         int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
@@ -63,7 +101,7 @@ class Settings(BaseSettings):
     usage_days: Annotated[int, Field(ge=1, le=36_500, description="days that usage by hour is kept")] = 90
     http_parser: Annotated[
         Literal["auto", "httptools", "h11"],
-        Field(description="auto: httptools on loopback and Unix sockets, h11 elsewhere"),
+        Field(description="httptools or h11; auto: httptools on loopback and Unix sockets, h11 elsewhere"),
     ] = "auto"
     receive_timeout: Annotated[
         float, Field(gt=0, description="seconds for a request's head, for its body, and for an upload without progress")
@@ -75,17 +113,24 @@ class Settings(BaseSettings):
     max_sequence_length: Annotated[
         int, Field(ge=1, description="longest row of an attention_mask in a request, in tokens")
     ] = 131_072
-    max_request_bytes: Annotated[
-        int, Field(gt=0, description="largest request body that is not an upload, in bytes")
-    ] = 64 * _MIB
-    max_upload_bytes: Annotated[int, Field(gt=0, description="largest weights file, in bytes")] = 2 * _GIB
+    max_request_bytes: Annotated[Size, Field(description="largest request body that is not an upload")] = 64 * _MIB
+    max_upload_bytes: Annotated[Size, Field(description="largest weights file")] = 2 * _GIB
 
-    log_level: Annotated[LogLevel, Field(description="debug, info, warning or error; health and metrics at debug")] = (
-        "info"
-    )
+    log_level: Annotated[
+        LogLevel,
+        Field(
+            description="lowest level that is logged: debug, info, warning or error; health and metrics are at debug"
+        ),
+    ] = "info"
     metrics_port: Annotated[
         int | None, Field(ge=1, le=65535, description="TCP port that serves /metrics without a key, on the same host")
     ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_service_links(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Leaves out what Kubernetes writes for a Service named `prefix`: PREFIX_PORT=tcp://10.0.0.1:8080."""
+        return {name: value for name, value in given.items() if not _is_link(value)}
 
     @model_validator(mode="after")
     def _dev_stays_at_home(self) -> Self:
@@ -104,3 +149,35 @@ class Settings(BaseSettings):
     def secret_file(self) -> Path:
         """Where the keys' secret is kept."""
         return self.key_secret_file or self.data_dir / "key.secret"
+
+
+def variable(name: str) -> str:
+    """Returns the environment variable of a setting."""
+    return _PREFIX + name.upper()
+
+
+def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str, str | None]]:
+    """Returns variables with the settings' prefix that nothing reads, each with the setting that it may have meant.
+
+    What `NOT_SETTINGS` lists is known, and so are Kubernetes' service links.
+    """
+    known = {variable(name) for name in Settings.model_fields} | NOT_SETTINGS.keys()
+    unknown = sorted(
+        name
+        for name, value in environment
+        if name.upper().startswith(_PREFIX)
+        and name.upper() not in known
+        and not _LINK_NAME.fullmatch(name)
+        and not _is_link(value)
+    )
+    return [(name, _meant(name)) for name in unknown]
+
+
+def _meant(name: str) -> str | None:
+    """Returns the variable of the setting that a name resembles most, if one is near."""
+    near = get_close_matches(name[len(_PREFIX) :].lower(), Settings.model_fields, n=1, cutoff=0.7)
+    return variable(near[0]) if near else None
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, str) and _LINK_VALUE.match(value) is not None

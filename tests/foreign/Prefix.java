@@ -2,8 +2,8 @@
  * Publishes an adapter and fetches its prefix. Needs a JDK of version 17 or later, and nothing else.
  *
  *     export PREFIX_URL=http://127.0.0.1:8080 PREFIX_API_KEY=pfx_…
- *     java Prefix.java acme/summarize@prod          # fetches what the reference names
- *     java Prefix.java acme/summarize folder        # first publishes the folder that PEFT's save_pretrained wrote
+ *     java Prefix.java acme/capitals@prod          # fetches what the reference names
+ *     java Prefix.java acme/capitals folder        # first publishes the folder that PEFT's save_pretrained wrote
  *
  * Prints each tensor's name, dtype, shape, first element and the SHA-256 of its bytes, as JSON. On an error it prints
  * the service's reason on standard error and ends with status 1.

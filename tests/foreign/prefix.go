@@ -1,8 +1,8 @@
 // Publishes an adapter and fetches its prefix. Needs Go 1.19 or later, and no module.
 //
 //	export PREFIX_URL=http://127.0.0.1:8080 PREFIX_API_KEY=pfx_…
-//	go run prefix.go acme/summarize@prod          # fetches what the reference names
-//	go run prefix.go acme/summarize folder        # first publishes the folder that PEFT's save_pretrained wrote
+//	go run prefix.go acme/capitals@prod          # fetches what the reference names
+//	go run prefix.go acme/capitals folder        # first publishes the folder that PEFT's save_pretrained wrote
 //
 // Prints each tensor's name, dtype, shape, first element and the SHA-256 of its bytes, as JSON. On an error it prints
 // the service's reason on standard error and ends with status 1.

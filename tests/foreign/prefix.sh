@@ -2,9 +2,9 @@
 # Publishes an adapter and fetches its prefix. Needs curl 7.76 or later, bash and the usual tools.
 #
 #     export PREFIX_URL=http://127.0.0.1:8080 PREFIX_API_KEY=pfx_…
-#     bash prefix.sh acme/summarize@prod               # fetches what the reference names
-#     bash prefix.sh acme/summarize folder             # first publishes the folder that PEFT's save_pretrained wrote
-#     bash prefix.sh acme/summarize folder --http2     # further arguments are options of curl
+#     bash prefix.sh acme/capitals@prod               # fetches what the reference names
+#     bash prefix.sh acme/capitals folder             # first publishes the folder that PEFT's save_pretrained wrote
+#     bash prefix.sh acme/capitals folder --http2     # further arguments are options of curl
 #
 # Prints each tensor's name, dtype, shape, first element and the SHA-256 of its bytes, as JSON. On an error it prints
 # the service's reason on standard error and ends with status 1.

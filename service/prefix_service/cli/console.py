@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from prefix_service.errors import InvalidInput
 from prefix_service.system.printable import printable, printable_lines
 
 console = Console()
@@ -202,20 +201,6 @@ def human_bytes(count: float) -> str:
 def human_time(moment: str) -> str:
     """A moment as the service sends it, in UTC and whole seconds; a narrow table breaks it at the blank."""
     return moment.removesuffix("Z").partition(".")[0].replace("T", " ")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes as a person writes them: `10GiB`, `500MB`, `4096`.
-
-    Raises:
-        InvalidInput: it is no size.
-    """
-    from pydantic import ByteSize, TypeAdapter, ValidationError  # takes longer than most commands
-
-    try:
-        return TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError as error:
-        raise InvalidInput(f"{text!r} is not a size: write it as in 10GiB, 500MB or 4096") from error
 
 
 def used_of(used: int, budget: int | None, shown: Callable[[int], str] = str) -> str:

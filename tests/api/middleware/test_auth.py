@@ -19,7 +19,15 @@ from tests.api.helpers import MEDIA_TYPE, head, problem, raw, upload
 from tests.conftest import PREFIX_SERVICE, Server, running_server
 
 HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
-PUBLIC = {*HEALTH, "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+PUBLIC = {
+    *HEALTH,
+    "/openapi.json",
+    "/docs",
+    "/docs/start.js",
+    "/docs/swagger-ui-bundle.js",
+    "/docs/swagger-ui.css",
+    "/docs/favicon-32x32.png",
+}
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
 """How the paths of Triton's extensions end that are refused to everybody who has a key."""
 OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v2", "/v2/repository/index", "/v2/models/stats"}

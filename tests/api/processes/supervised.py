@@ -41,7 +41,7 @@ def _end(_number: int, _frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     configure("info")
-    from tests.api import supervised  # by this name the workers find it
+    from tests.api.processes import supervised  # by this name the workers find it
 
     try:
         Supervisor(2, supervised.work, (Path(sys.argv[1]),), lambda: None, supervised.PATIENCE).run()

@@ -1,17 +1,24 @@
 """The OpenAPI document: committed, complete, and true of the running service."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
+from hashlib import sha256
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx
 import pytest
 
+from prefix_service.api.http.paths import REFERENCE_FILES
+from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
 from tests.conftest import PREFIX_SERVICE, Server
 
 COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
+SWAGGER_UI = Path(__file__).parents[3] / "service" / "prefix_service" / "api" / "swagger_ui"
 PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 METHODS = {"get", "put", "post", "delete", "head"}
 
@@ -95,3 +102,66 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 
     known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     assert set(references(document)) <= known
+
+
+class _Page(HTMLParser):
+    """What a page loads, and what a strict policy forbids inside it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.inside: list[str] = []
+        self._script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self._script = tag == "script"
+        self.loaded += [address for name in ("src", "href") if tag != "a" and (address := given.get(name))]
+        self.inside += [name for name in given if name == "style" or name.startswith("on")] + [tag] * (tag == "style")
+
+    def handle_data(self, data: str) -> None:
+        if self._script and data.strip():
+            self.inside.append(data)
+
+
+def test_the_reference_works_without_the_internet(server: Server) -> None:
+    """The page loads files of this service alone, under a policy that allows nothing else, and has no script or style
+    inside itself."""
+    with httpx.Client(base_url=server.url) as client:
+        answer = client.get("/docs")
+        page = _Page(answer.text)
+        assert page.inside == []
+        paths = {urljoin("/docs", address) for address in page.loaded}
+        assert paths == REFERENCE_FILES.keys() - {"/docs"}
+        for path in sorted({"/docs", *paths}):
+            file = client.get(path)
+            assert file.status_code == 200
+            assert file.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+            assert file.headers["x-content-type-options"] == "nosniff"
+            assert file.headers["content-type"] == REFERENCE_FILES[path][1]
+            assert file.content == (SWAGGER_UI / REFERENCE_FILES[path][0]).read_bytes()
+        (document,) = re.findall(r'url: "(.+)"', client.get("/docs/start.js").text)
+        assert client.get(urljoin("/docs", document)).json()["openapi"]
+
+
+def test_the_policy_is_strict() -> None:
+    """Nothing by default; scripts and styles from this service, and neither inside a page."""
+    policy = dict(rule.strip().split(" ", 1) for rule in CONTENT_SECURITY_POLICY.split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert "unsafe" not in CONTENT_SECURITY_POLICY
+    assert "http" not in CONTENT_SECURITY_POLICY
+
+
+def test_the_copies_of_swagger_ui_are_what_the_registry_has() -> None:
+    """Each file of the folder that is not ours is listed with its hash, with the package's version beside."""
+    readme = (SWAGGER_UI / "README.md").read_text()
+    listed = dict(re.findall(r"^\| `(.+)` \| `([0-9a-f]{64})` \|$", readme, re.MULTILINE))
+    ours = {"README.md", "page.html", "start.js"}
+    copies = {
+        file.name: sha256(file.read_bytes()).hexdigest() for file in SWAGGER_UI.iterdir() if file.name not in ours
+    }
+    assert copies == listed
+    assert "5.35.0 (Apache-2.0" in readme
+    assert "sha512-" in readme

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from prefix_service.cli.console import human_bytes, parse_bytes
-from prefix_service.errors import InvalidInput
+from prefix_service.cli.console import human_bytes
 from tests.cli.conftest import Run, run_command
 from tests.conftest import CORPUS, Server
 
@@ -87,21 +86,6 @@ def test_audit_is_a_table_of_who_did_what(run: Run, server: Server) -> None:
     customer = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.key("admin", "audited")}
     assert run_command("audit", "audited", environment=customer).returncode == 0
     assert "error (forbidden)" in run_command("audit", environment=customer).stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"), [("4096", 4096), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), ("10gib", 10 << 30)]
-)
-def test_sizes_as_a_person_writes_them(text: str, nbytes: int) -> None:
-    """Binary and decimal units, with or without a blank, in any case."""
-    assert parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "plenty", "-1", "7 parsecs"])
-def test_what_is_no_size(text: str) -> None:
-    """The words that were given are in the error."""
-    with pytest.raises(InvalidInput, match="is not a size"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize(

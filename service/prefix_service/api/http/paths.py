@@ -15,6 +15,15 @@ from prefix_service.prefix.references import (
 HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """The paths of the health routes, which need no key and are always answered."""
 
+REFERENCE_FILES: Final = {
+    "/docs": ("page.html", "text/html; charset=utf-8"),
+    "/docs/start.js": ("start.js", "text/javascript; charset=utf-8"),
+    "/docs/swagger-ui-bundle.js": ("swagger-ui-bundle.js", "text/javascript; charset=utf-8"),
+    "/docs/swagger-ui.css": ("swagger-ui.css", "text/css; charset=utf-8"),
+    "/docs/favicon-32x32.png": ("favicon-32x32.png", "image/png"),
+}
+"""The paths of the API reference, which need no key: each with its file in `api/swagger_ui/` and its media type."""
+
 TenantPath = Annotated[str, Path(description="the tenant", json_schema_extra={"pattern": NAME_PATTERN})]
 NamePath = Annotated[str, Path(description="the adapter", json_schema_extra={"pattern": NAME_PATTERN})]
 AliasPath = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefix_service.api.http.paths import HEALTH, TenantPath
+from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
@@ -17,7 +17,7 @@ from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
 """All that a key of scope `metrics` is for."""
-PUBLIC: Final = HEALTH | {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
+PUBLIC: Final = HEALTH | {"/openapi.json", *REFERENCE_FILES}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)

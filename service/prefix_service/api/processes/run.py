@@ -1,11 +1,13 @@
 """A running service: a data folder, served by one process or by several."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 
 from prefix_service.api.app import create_app
@@ -21,8 +23,10 @@ from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.library.shared_files import sweep
 from prefix_service.logs import configure
 from prefix_service.registry.registry import choose_device
-from prefix_service.settings import Settings
+from prefix_service.settings import Settings, unknown_variables
 from prefix_service.system.file_limit import raise_file_limit
+
+log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
 
 def run(settings: Settings) -> None:
@@ -35,6 +39,7 @@ def run(settings: Settings) -> None:
         Unavailable: no worker process could start.
     """
     configure(settings.log_level)
+    _warn_of_unknown_variables()
     raise_file_limit()
     device = choose_device(settings.device)
     if settings.shared_dir is not None:
@@ -50,6 +55,12 @@ def run(settings: Settings) -> None:
             inherited = None if lock is None else Inherited(lock)
             with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):
                 Supervisor(settings.workers, work, (settings, sockets, inherited), on_ready).run()
+
+
+def _warn_of_unknown_variables() -> None:
+    for name, meant in unknown_variables(os.environ.items()):
+        hint = "no setting has this name, so it changes nothing" + (f": did you mean {meant}?" if meant else "")
+        log.warning(hint, variable=name)
 
 
 def _check_shared(shared_dir: Path, uds: Path | None) -> None:

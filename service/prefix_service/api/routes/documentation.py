@@ -1,13 +1,13 @@
-"""The OpenAPI document: what FastAPI cannot see in the signatures of routes."""
+"""The OpenAPI document, with what FastAPI cannot see in the signatures of routes, and the page that shows it."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html, get_swagger_ui_oauth2_redirect_html
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -16,9 +16,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current
+from prefix_service.api.http.paths import REFERENCE_FILES
 from prefix_service.api.middleware.auth import PUBLIC
 
 PROBLEM_TYPE: Final = "application/problem+json"
+CONTENT_SECURITY_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What a browser may load for `/docs`: files of this service alone, no script or style inside the page. Swagger UI's
+style sheet has its pictures inside itself, as `data:` addresses."""
+
+_SWAGGER_UI: Final = Path(__file__).parents[1] / "swagger_ui"
 
 Document = dict[str, Any]
 
@@ -31,7 +40,13 @@ class Page(Response):
 
     def __init__(self, made: Response) -> None:
         self._etag = f'"{sha256(made.body).hexdigest()}"'
-        fields = {"ETag": self._etag, "Cache-Control": "no-cache", "Content-Type": made.headers["content-type"]}
+        fields = {
+            "ETag": self._etag,
+            "Cache-Control": "no-cache",
+            "Content-Type": made.headers["content-type"],
+            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+            "X-Content-Type-Options": "nosniff",
+        }
         super().__init__(made.body, headers=fields)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,15 +59,14 @@ class Page(Response):
 
 def pages(app: FastAPI) -> dict[str, Callable[[Request], Awaitable[Response]]]:
     """Returns the endpoints of the public pages by their paths: the document, and Swagger UI, which shows it."""
-    document, redirect = app.openapi_url or "", app.swagger_ui_oauth2_redirect_url
-    made: dict[str, Callable[[], Response]] = {
-        document: lambda: JSONResponse(app.openapi()),
-        "/docs": lambda: get_swagger_ui_html(
-            openapi_url=document, title=f"{app.title} - Swagger UI", oauth2_redirect_url=redirect
-        ),
-        "/docs/oauth2-redirect": get_swagger_ui_oauth2_redirect_html,
-    }
+    made: dict[str, Callable[[], Response]] = {"/openapi.json": lambda: JSONResponse(app.openapi())}
+    for path, (file, media_type) in REFERENCE_FILES.items():
+        made[path] = partial(_read, file, media_type)
     return {path: _made_once(make) for path, make in made.items()}
+
+
+def _read(file: str, media_type: str) -> Response:
+    return Response((_SWAGGER_UI / file).read_bytes(), media_type=media_type)
 
 
 def _made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:

@@ -8,7 +8,6 @@ import typer
 from prefix_service.cli.console import (
     human_bytes,
     human_time,
-    parse_bytes,
     print_fields,
     print_json,
     print_table,
@@ -17,6 +16,7 @@ from prefix_service.cli.console import (
 )
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect
 from prefix_service.errors import InvalidInput, NotFound
+from prefix_service.system.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient

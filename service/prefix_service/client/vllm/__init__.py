@@ -1,6 +1,6 @@
 """Prefixes in stock vLLM, without a patch: a KV connector, and a middleware for vLLM's OpenAI-compatible server.
 
-vLLM is given the names alone (README tells how), and imports them itself:
+vLLM is given the names alone (README.md beside this file says how), and imports them itself:
 
     kv_transfer_config = {
         "kv_connector": "PrefixConnector",

@@ -1,0 +1,155 @@
+"""The files to copy: each is read by the program that it is for, and names settings that exist."""
+
+import configparser
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from prefix_service.settings import Settings, variable
+from prefix_service.system.sizes import parse_bytes
+from tests.missing import not_tested
+from tests.pages.markdown import PACKAGE
+from tests.pages.story import Story, network
+
+FOLDER: Final = PACKAGE / "deploy"
+SETTINGS: Final = {variable(name) for name in Settings.model_fields}
+NGINX: Final = """
+daemon off;
+user root;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/site.conf;
+}}
+"""
+CASE: Final = "service/prefix_service/cli/demo/adapters/capitals-json"
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.iterdir()), ids=lambda file: file.name)
+def test_it_names_settings_that_exist(file: Path) -> None:
+    """Nothing in these files is a setting that the service would not read."""
+    others = {"PREFIX_URL", "PREFIX_API_KEY", "PREFIX_IMAGE", "PREFIX_PUBLISH", "PREFIX_SERVICE_PORT", "PREFIX_"}
+    assert set(re.findall(r"\bPREFIX_[A-Z_]*", file.read_text())) - others <= SETTINGS
+
+
+def test_the_unit_of_systemd(tmp_path: Path) -> None:
+    """systemd reads it without a complaint; it waits longer than the service takes to end."""
+    unit = (FOLDER / "prefix-service.service").read_text()
+    parsed = configparser.ConfigParser(strict=False, interpolation=None)
+    parsed.optionxform = str  # type: ignore[assignment,method-assign]
+    parsed.read_string(unit)
+    service = parsed["Service"]
+    assert service["ExecStart"] == "/opt/prefix-service/bin/prefix-service serve"
+    assert service["Environment"] == f"PREFIX_DATA_DIR=/var/lib/{service['StateDirectory']}"
+    assert int(service["TimeoutStopSec"]) > 30
+    if shutil.which("systemd-analyze") is None:
+        not_tested("systemd-analyze is missing: install systemd")
+    file = tmp_path / "prefix-service.service"
+    file.write_text(unit.replace("/opt/prefix-service/bin/prefix-service", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if file.name in line]) == (0, [])
+
+
+def _kubernetes() -> dict[str, dict[str, Any]]:
+    documents = list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+    return {document["kind"]: document for document in documents}
+
+
+def test_the_objects_of_kubernetes() -> None:
+    """One pod at a time on the volume, the image's user, the probes' paths, and budgets that fit the limit."""
+    found = _kubernetes()
+    deployment, service = found["Deployment"]["spec"], found["Service"]["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    assert service["selector"].items() <= deployment["template"]["metadata"]["labels"].items()
+    assert pod["enableServiceLinks"] is False
+    assert pod["terminationGracePeriodSeconds"] > 30
+    assert pod["securityContext"]["runAsUser"] == 10001
+    probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert probes == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
+    claim = found["PersistentVolumeClaim"]["metadata"]["name"]
+    assert {"name": "data", "persistentVolumeClaim": {"claimName": claim}} in pod["volumes"]
+    assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    limit = parse_bytes(container["resources"]["limits"]["memory"] + "B")
+    assert sum(parse_bytes(value) for value in environment.values()) + (1 << 30) < limit
+
+
+def test_the_scrape_of_prometheus() -> None:
+    """The port that the service has by default, with a key."""
+    (scrape,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert scrape["static_configs"] == [{"targets": [f"127.0.0.1:{Settings.model_fields['port'].default}"]}]
+    assert scrape["authorization"].keys() == {"credentials_file"}
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    """A service behind nginx with the file's configuration, on a network of its own; only its certificate is ours."""
+    if shutil.which("nginx", path="/usr/sbin:/usr/bin") is None or shutil.which("openssl") is None:
+        not_tested("nginx or openssl is missing: install nginx-light and openssl")
+    folder = tmp_path_factory.mktemp("nginx")
+    subject = ["-subj", "/CN=prefix.example.com", "-addext", "subjectAltName=DNS:prefix.example.com"]
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    subprocess.run([*new, *files, *subject], check=True, capture_output=True)
+    site = (FOLDER / "nginx.conf").read_text()
+    for path, file in re.findall(r"(/etc/ssl/\w+/prefix\.example\.com\.(\w+))", site):
+        site = site.replace(path, str(folder / ("cert.pem" if file == "pem" else "key.pem")))
+    (folder / "site.conf").write_text(site)
+    (folder / "proxy.conf").write_text(NGINX.format(folder=folder))
+    with network() as namespace:
+        story = Story(tmp_path_factory.mktemp("behind"), namespace, {})
+        environment = {**story.environment, "PATH": f"{story.environment['PATH']}:/usr/sbin"}
+        commands = (["prefix-service", "serve"], ["nginx", "-p", str(folder), "-c", str(folder / "proxy.conf")])
+        running = []
+        for command in commands:
+            program = shutil.which(command[0], path=environment["PATH"]) or command[0]
+            running.append(subprocess.Popen([*namespace, program, *command[1:]], cwd=story.folder, env=environment))
+        try:
+            story.sh(
+                f"curl -sf --retry 60 --retry-all-errors --retry-delay 1 --cacert {folder / 'cert.pem'} "
+                "--resolve prefix.example.com:443:127.0.0.1 https://prefix.example.com/readyz\n"
+                f"export CERTIFICATE={folder / 'cert.pem'} PREFIX_API_KEY=$(cat data/bootstrap.key)"
+            )
+            yield story
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait(timeout=60)
+
+
+def test_an_adapter_passes_nginx(behind: Story) -> None:
+    """An upload of more than nginx's own limit, and its prefix, over TLS, through the configuration as it is."""
+    (behind.folder / "large.py").write_text(
+        "import json, pathlib, torch\n"
+        "from safetensors.torch import save_file\n"
+        "folder = pathlib.Path('large'); folder.mkdir()\n"
+        "config = {'peft_type': 'PREFIX_TUNING', 'num_virtual_tokens': 64, 'num_layers': 4, 'num_attention_heads': 8,\n"
+        "          'token_dim': 1024, 'inference_mode': True}\n"
+        "(folder / 'adapter_config.json').write_text(json.dumps(config))\n"
+        "save_file({'prompt_embeddings': torch.randn(64, 8192)}, folder / 'adapter_model.safetensors')\n"
+    )
+    behind.python((behind.folder / "large.py").read_text())
+    assert (behind.folder / "large" / "adapter_model.safetensors").stat().st_size > 2 << 20
+    common = (
+        "curl -sSf --cacert $CERTIFICATE --resolve prefix.example.com:443:127.0.0.1 "
+        '-H "Authorization: Bearer $PREFIX_API_KEY" https://prefix.example.com/v1/tenants/acme/adapters/large'
+    )
+    form = " ".join(f"-F {name}=@large/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
+    behind.sh(f"{common}/versions {form}\n{common}@1/prefix?batch_size=4 -o prefix.safetensors")
+    assert (behind.folder / "prefix.safetensors").stat().st_size > 8 << 20
