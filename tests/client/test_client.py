@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path)
     empty, pickled = tmp_path / "empty", tmp_path / "pickled"
     for folder in (empty, pickled):
         folder.mkdir()
-    (pickled / "adapter_config.json").write_text("{}")
+    (pickled / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
     (pickled / "adapter_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(InvalidRequest, match=r"no folder .*nowhere"):
         client.publish("clients/none", tmp_path / "nowhere")

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from prefix_service.cli.commands import fetching
 from prefix_service.cli.commands.fetching import pull
-from prefix_service.client import management
-from prefix_service.client.flows.flows import Flow
+from prefix_service.client import PrefixClient
 from prefix_service.errors import InvalidResponse
 from tests.api.helpers import upload_directory
 from tests.cli.conftest import Run
@@ -91,12 +90,12 @@ def test_weights_come_in_pieces_and_are_verified(
     pull("clipull/pieces", tmp_path / "good", server.url, server.admin_key)
     for name in FILES:
         assert (tmp_path / "good" / name).read_bytes() == (LLAMA / name).read_bytes()
-    sound = management.parameters
+    sound = PrefixClient.parameters
 
-    def damaged(reference: str, first: int, stop: int) -> Flow[bytes]:
-        return bytes(stop - first) if first else bytes((yield from sound(reference, first, stop)))
+    def damaged(client: PrefixClient, reference: str, first: int, stop: int) -> bytes:
+        return bytes(stop - first) if first else bytes(sound(client, reference, first, stop))
 
-    monkeypatch.setattr(management, "parameters", damaged)
+    monkeypatch.setattr(PrefixClient, "parameters", damaged)
     with pytest.raises(InvalidResponse, match="the weights that came"):
         pull("clipull/pieces", tmp_path / "bad", server.url, server.admin_key)
     assert list((tmp_path / "bad").iterdir()) == []

@@ -402,7 +402,7 @@ async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monke
     source, asked = Source(ConnectorConfig.of({"url": "http://x"}), 0), 0
     answer: Any = ConnectionFailed("away")
 
-    async def run(_flow: Any) -> Any:
+    async def run(_ask: Any) -> Any:
         nonlocal asked
         asked += 1
         await asyncio.sleep(0)
@@ -410,7 +410,7 @@ async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monke
             raise answer
         return answer
 
-    monkeypatch.setattr(source, "run", run)
+    monkeypatch.setattr(source, "_call", run)
     results = await asyncio.gather(source.tenant(), source.tenant(), return_exceptions=True)
     assert list(results) == [answer, answer]
     assert asked == 1
@@ -422,7 +422,7 @@ async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monke
     assert asked == 3
     await source.close()
     old, answer = Source(ConnectorConfig.of({"url": "http://x"}), 0), NotFound("no such path")
-    monkeypatch.setattr(old, "run", run)
+    monkeypatch.setattr(old, "_call", run)
     assert await old.tenant() is None
     await old.close()
 

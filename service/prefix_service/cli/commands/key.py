@@ -209,8 +209,8 @@ def list_keys(
     if as_json:
         print_json({"items": found})
         return
-    columns = ["id", "scope", "name", "created (UTC)", "expires (UTC)", "last used (UTC)"]
-    print_table(f"Keys of {_whose(owner)}", columns, [_row(key) for key in found])
+    columns = ["id", "scope", "name", "created", "expires", "last used"]
+    print_table(f"Keys of {_whose(owner)}, times in UTC", columns, [_row(key) for key in found])
 
 
 @key_app.command("rotate")
