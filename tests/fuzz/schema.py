@@ -89,12 +89,21 @@ def _cursor(client: httpx.Client, path: str) -> str:
 
 _SETTINGS: Final = """
 [checks]
-negative_data_rejection.expected-statuses = [400, 401, 404, 405, 406, 412, 414, 415, 422, 429]
+negative_data_rejection.expected-statuses = [400, 401, 404, 405, 406, 412, 413, 414, 415, 422, 429]
 
 # A condition that does not hold is no fault of the request.
 [[operations]]
 include-path-regex = "/aliases/"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
+
+[[operations]]
+include-path-regex = "/(card|annotations)$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
+
+# A cursor belongs to the order and the search that gave it.
+[[operations]]
+include-path-regex = "/adapters$"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]
 
 # Layers, heads and ranks are those of the adapter; the rows of a mask have one length, and are the batch.
 [[operations]]

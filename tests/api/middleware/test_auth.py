@@ -52,7 +52,7 @@ class Call(NamedTuple):
     @property
     def scope(self) -> str:
         """The smallest scope that API.md asks for."""
-        if "/keys" in self.template or self.template.endswith("/audit") or self.template == "/v1/tenants":
+        if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"

@@ -40,7 +40,7 @@ def test_a_crowd_is_accepted_in_small_turns(loop: str) -> None:
                     await asyncio.sleep(0)
                     counts.append(made.qsize())
             assert max(after - before for before, after in itertools.pairwise(counts)) <= 4
-            acceptor.close()
+            await acceptor.close()
             await _crowd(listening, stack)
             await asyncio.sleep(0.05)
             assert made.qsize() == COUNT
@@ -63,7 +63,7 @@ def test_without_descriptors_it_waits_and_then_accepts(monkeypatch: pytest.Monke
             client.connect_ex(listening.getsockname())
             transport = await asyncio.wait_for(made.get(), 10)
             assert listening.refused == 1  # not at once again: the descriptor stays readable
-            acceptor.close()
+            await acceptor.close()
             transport.close()
 
     asyncio.run(run())

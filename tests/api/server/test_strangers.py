@@ -104,8 +104,8 @@ def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server)
     with ExitStack() as stack:
         calm = [stack.enter_context(connected(server, reading(server), "127.0.0.3")) for _ in range(2)]
         assert all(map(is_answered, calm))
-        flood = [stack.enter_context(connected(server, reading(server), "127.0.0.2")) for _ in range(MOST - 2)]
-        assert all(map(is_answered, flood))
+        for _ in range(MOST - 2):  # one by one: until its request is read, a connection is idle, and gives way
+            assert is_answered(stack.enter_context(connected(server, reading(server), "127.0.0.2")))
         assert soon(lambda: httpx.get(f"{server.url}/livez").status_code == 200)
         assert all(map(reads_on, calm))
 

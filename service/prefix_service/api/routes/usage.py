@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
 
 from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
@@ -18,6 +18,7 @@ from prefix_service.errors import InvalidRequest
 router = APIRouter(tags=["usage"])
 
 _PLACE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:00:00 [a-z0-9._-]+ [a-z0-9._-]* \d{1,9} [a-z0-9:-]*", re.ASCII)
+_DATE: Final = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _DIMENSIONS: Final[tuple[Dimension, ...]] = ("adapter", "version", "key")
 
 By = Annotated[
@@ -28,8 +29,25 @@ By = Annotated[
         json_schema_extra={"pattern": "^((adapter|version|key)(,(adapter|version|key)){0,2})?$"},
     ),
 ]
-Since = Annotated[datetime | SkipJsonSchema[None], Query(description="from the hour of this moment on")]
-Until = Annotated[datetime | SkipJsonSchema[None], Query(description="hours that begin before this moment")]
+
+
+def _written_as_a_date(value: object) -> object:
+    """pydantic would take a number for seconds since 1970."""
+    if isinstance(value, str) and not _DATE.match(value):
+        raise ValueError(f"a moment is written as 2026-11-26T05:00:00Z, got {value!r:.80}")
+    return value
+
+
+Since = Annotated[
+    datetime | SkipJsonSchema[None],
+    BeforeValidator(_written_as_a_date),
+    Query(description="from the hour of this moment on"),
+]
+Until = Annotated[
+    datetime | SkipJsonSchema[None],
+    BeforeValidator(_written_as_a_date),
+    Query(description="hours that begin before this moment"),
+]
 
 
 class UsageItem(BaseModel):

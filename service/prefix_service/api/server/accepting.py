@@ -32,11 +32,13 @@ class Acceptor:
             each.setblocking(False)
             self._listen(each)
 
-    def close(self) -> None:
-        """Accept no more."""
+    async def close(self) -> None:
+        """Accept no more; what was accepted is a connection when this returns, which the server knows and can end."""
         sockets, self._sockets = self._sockets, []
         for each in sockets:
             self._loop.remove_reader(each)
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _listen(self, listening: socket.socket) -> None:
         if listening in self._sockets:

@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish the requests under way, then close the app."""
         async with self._opened:
-            self._acceptor.close()
+            await self._acceptor.close()
             await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
