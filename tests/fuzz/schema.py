@@ -97,8 +97,18 @@ include-path-regex = "/aliases/"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
 
 [[operations]]
-include-path-regex = "/(card|annotations)$"
+include-name = "GET /v1/tenants/{tenant}/adapters/{ref}/card"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404]
+
+[[operations]]
+include-path-regex = "/annotations$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
+
+# Whatever comes as text/markdown is text.
+[[operations]]
+include-name = "PUT /v1/tenants/{tenant}/adapters/{ref}/card"
+checks.negative_data_rejection.expected-statuses = ["2xx", 400, 401, 404, 405, 406, 412, 413, 414, 415, 422, 429]
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
 
 # A cursor belongs to the order and the search that gave it.
 [[operations]]

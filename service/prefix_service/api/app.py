@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
@@ -118,6 +119,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=operation_id,
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
+        dependencies=[Depends(require_known_parameters)],
     )
     problems.install(app)
     app.include_router(prefixes.router)

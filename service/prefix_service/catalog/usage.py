@@ -1,4 +1,4 @@
-"""What was used, by hour: which versions were handed out, and to which keys."""
+"""Usage by hour: the versions that were handed out, and the keys that fetched them."""
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Use:
 
     @property
     def place(self) -> tuple[datetime, str, str, int, str]:
-        """What tells it from all others of a listing, which is in this order."""
+        """Returns the position in a listing, which is sorted by it: no other entry of the listing has the same."""
         return self.hour, self.tenant, self.adapter, self.version, self.key
 
     def add(self, other: "Use") -> None:

@@ -1,4 +1,4 @@
-"""What PEFT's `save_pretrained` names its files. Needs nothing."""
+"""The names of the files that PEFT's `save_pretrained` writes."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""What stands in paths, as the OpenAPI document tells it; the routes check it themselves, with this project's codes."""
+"""The parameters of paths, for the OpenAPI document. Routes check their values themselves, with our error codes."""
 
 from typing import Annotated, Final
 

@@ -1,4 +1,4 @@
-"""What an answer hands out, noted in its request's scope for whoever counts it when the request has ended."""
+"""Notes the versions that an answer hands out in its request's scope, where usage is counted when the request ends."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What is used, counted in memory at the end of each request, and written to the catalog in the background."""
+"""Counts usage in memory at the end of each request, and writes it to the catalog in the background."""
 
 import asyncio
 import contextlib

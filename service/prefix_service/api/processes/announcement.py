@@ -1,4 +1,4 @@
-"""What a service says once it listens: lines for a person on a terminal, a line of the log anywhere else."""
+"""Announces a service once it listens: a few lines for a person on a terminal, one line of the log anywhere else."""
 
 import shlex
 import sys

@@ -184,7 +184,7 @@ ANNOTATIONS_SCHEMA: Final[dict[str, Any]] = {
     "description": "texts by key: author, run, commit, metrics, …",
     "maxProperties": MOST_ANNOTATIONS,
     "propertyNames": {"pattern": KEY_PATTERN},
-    "additionalProperties": {"type": "string", "maxLength": MOST_VALUE},
+    "additionalProperties": {"type": "string", "maxLength": MOST_VALUE, "pattern": "^[^\\u0000]*$"},
     "examples": [{"run": "2026-11-26/3", "accuracy": "0.93"}],
 }
 
@@ -197,7 +197,7 @@ class DescribedVersion(RequestModel):
         default="",
         max_length=1 << 20,
         description="the model card in Markdown: up to 256 KiB of UTF-8",
-        json_schema_extra={"maxLength": MOST_CARD},
+        json_schema_extra={"maxLength": MOST_CARD, "pattern": "^[^\\u0000]*$"},
     )
     annotations: Annotated[JSONObject, Field(max_length=1 << 16), WithJsonSchema(ANNOTATIONS_SCHEMA)] = Field(
         default_factory=dict

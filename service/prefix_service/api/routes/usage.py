@@ -51,8 +51,8 @@ Until = Annotated[
 
 
 class UsageItem(BaseModel):
-    """What was used in an hour, named by its beginning. `adapter`, `version` and `key` are null where `by` does not
-    name them, and for what a tenant used beyond 16,384 pairs of version and key in an hour."""
+    """The usage of one hour, which is named by its beginning. `adapter`, `version` and `key` are null where `by` does
+    not name them, and for what a tenant used beyond 16,384 pairs of version and key in an hour."""
 
     hour: Moment
     tenant: str

@@ -34,7 +34,7 @@ Item = Mapping[str, Any]
 
 
 class Sort(StrEnum):
-    """What a listing of adapters is sorted by."""
+    """The order of a listing of adapters."""
 
     NAME = "name"
     CREATED = "-created"

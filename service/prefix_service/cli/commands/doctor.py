@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was found, and what to do where that is not good. A check that failed keeps this machine from working."""
+    """A finding, and advice where it is not good. `failed` means that this machine cannot fetch prefixes."""
 
     name: str
     state: Literal["ok", "warning", "failed"]
