@@ -142,11 +142,12 @@ class Guarded(asyncio.Protocol):
 
     def _parse_in_turn(self) -> None:
         if self._is_waiting:
-            self._lingering.hold(True)  # only now: most wait for less than it costs
+            self._lingering.hold(True)  # not for a first small piece: most wait for less than it costs
         elif not self._unparsed or self._owes_answers() or self._turns.take(self._caller, self._parse_on):
             self._parse_on()
         else:
             self._is_waiting = True
+            self._lingering.hold(len(self._unparsed) > PIECE)
 
     def _parse_on(self) -> None:
         self._is_waiting = False
