@@ -51,6 +51,7 @@ def supervised(tmp_path: Path) -> Iterator[Supervised]:
     yield running
     running.process.kill()
     running.process.wait()
+    sys.stdout.write(running.log.read_text())  # which pytest shows if the test failed
 
 
 def test_a_worker_is_replaced_whatever_another_does(supervised: Supervised) -> None:
@@ -64,7 +65,7 @@ def test_a_worker_is_replaced_whatever_another_does(supervised: Supervised) -> N
     reasons = {line["pid"]: line["reason"] for line in lines_of(supervised.log, "a worker died: another is started")}
     assert reasons == {
         killed: "killed by SIGKILL",
-        stopped: "no sign of life for 1 seconds (killed by SIGKILL)",
+        stopped: f"no sign of life for {PATIENCE.silence:g} seconds (killed by SIGKILL)",
     }
 
 
@@ -88,7 +89,7 @@ def test_a_replacement_that_never_becomes_ready_is_killed_and_tried_again(superv
     eventually(lambda: killed not in workers_of(supervised.process.pid))
     (supervised.folder / "slow").touch()  # the healthy one falls silent too
     (failure, *_) = eventually(supervised.failures)
-    assert failure["reason"] == "no sign of life for 2 seconds (killed by SIGKILL)"
+    assert failure["reason"] == f"no sign of life for {PATIENCE.start:g} seconds (killed by SIGKILL)"
     (supervised.folder / "slow").unlink()
     supervised.two_ready()
 
