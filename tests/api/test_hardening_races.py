@@ -1,4 +1,4 @@
-"""HARDENING.md 38 to 44, but for 42: many at once, through the real server."""
+"""Many requests at once, through the real server: uploads, loads, deletions, aliases, cancellations."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""HARDENING.md 30 to 34: no tenant learns anything of another."""
+"""No tenant learns anything of another."""
 
 import socket
 import time

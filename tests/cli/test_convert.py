@@ -165,7 +165,7 @@ def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
 @pytest.mark.parametrize("as_lists", [False, True], ids=["ParameterList", "list"])
-def test_09_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
+def test_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
     """By today's name and by the older one: one frozen and five trainable tokens are six, in that order."""
     state = cartridge(kind)
     torch.save({n: [p.detach() for p in v] for n, v in state.items()} if as_lists else state, tmp_path / "cache.pt")
@@ -186,14 +186,14 @@ def test_09_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, a
 
 
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
-def test_09_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
+def test_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
     """Its lists are empty then."""
     torch.save(cartridge(kind, frozen=0), tmp_path / "cache.pt")
     config = convert(tmp_path / "cache.pt").config
     assert (config["num_virtual_tokens"], config["num_frozen_tokens"]) == (5, 0)
 
 
-def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
     """Nothing of a cartridge is dropped: what is not known is an error that names it, and nothing is written."""
     torch.save({**cartridge("frozen"), "pinned_keys": [torch.zeros(1, 2, 3, 8)] * 3}, tmp_path / "cache.pt")
     done = run("convert", tmp_path / "cache.pt", tmp_path / "out")
@@ -217,14 +217,14 @@ def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None
         ({"trainable_keys": torch.zeros(3)}, "trainable_keys"),
     ],
 )
-def test_09_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Each contradiction has its words."""
     torch.save({**cartridge("frozen"), **change}, tmp_path / "cache.pt")
     with pytest.raises(InvalidCheckpoint, match=message):
         convert(tmp_path / "cache.pt")
 
 
-def test_09_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
+def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
     """A config that is given is not ignored."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     config = {**convert(tmp_path / "cache.pt").config, "revision": "main"}
@@ -235,7 +235,7 @@ def test_09_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
         convert(tmp_path / "cache.pt", config=tmp_path / "config.json")
 
 
-def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
+def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     """Of a training checkpoint: the base model, the optimizer's tensors, and objects that may hold more."""
     state = {
         "state_dict": {"lm_head.weight": torch.zeros(2), "prompt_encoder.default.embedding.weight": torch.ones(20, 96)},
@@ -251,7 +251,7 @@ def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     assert sorted(json.loads(as_json.stdout)["left_out"]) == names.split(", ")
 
 
-def test_90_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
+def test_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
     """Cycles, two tensors of one name, sparse and repeated tensors, and a folder in a file's place."""
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
     cycle: dict[str, Any] = {"a": 1}
@@ -283,7 +283,7 @@ def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> 
     assert "exists: choose an empty folder" in again.stderr
 
 
-def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     """torch.load does not compare a zip's checksums, and would return another number."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     with zipfile.ZipFile(tmp_path / "cache.pt") as archive:
@@ -303,7 +303,7 @@ def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
         (b"", "no file that torch.save wrote"),
     ],
 )
-def test_90_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     """Nobody is advised to open it with --unsafe."""
     (tmp_path / "cache.pt").write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):

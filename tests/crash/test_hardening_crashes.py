@@ -1,4 +1,4 @@
-"""HARDENING 42 and 45-47: kills and failing calls at every write of a change, and what order they come in."""
+"""A process that is killed, or a call that fails, at every write of a change; and the order of these writes."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""HARDENING 42, 45 and 47-49 on real servers: killed, on failing disks, with damaged and lost blobs."""
+"""Real servers that are killed, whose disks fail, whose blobs are damaged or lost: no acknowledged change is lost."""
 
 import json
 import random

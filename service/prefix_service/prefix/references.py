@@ -1,4 +1,4 @@
-"""Names and references of API.md: who owns what, and which version of it is meant."""
+"""Names and references: `tenant/adapter@version`, where a version is a number, `latest`, an alias or a digest."""
 
 import re
 from dataclasses import dataclass

@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """The smallest scope that API.md asks for."""
+        """The smallest scope that the route asks for."""
         if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
@@ -146,7 +146,7 @@ def _call(anyone: httpx.Client, call: Call, path: str, key: str) -> httpx.Respon
 
 
 def test_the_list_of_routes_is_not_empty() -> None:
-    """The enumeration finds what API.md names, so that the tests below mean something."""
+    """The enumeration finds the routes that exist, so that the tests below mean something."""
     assert len(GUARDED) >= 25
     assert Call("GET", "/v1/tenants/{tenant}/adapters/{ref}/prefix") in ROUTES
     assert {call.template for call in ROUTES} >= PUBLIC

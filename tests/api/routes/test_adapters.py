@@ -284,7 +284,7 @@ def test_residency_bodies(client: httpx.Client) -> None:
         ("/openapi.json", "GET, HEAD"),
     ],
 )
-def test_62_allow_names_every_method_of_the_path(client: httpx.Client, path: str, allowed: str) -> None:
+def test_allow_names_every_method_of_the_path(client: httpx.Client, path: str, allowed: str) -> None:
     """405 is a problem document, and its `Allow` holds the methods of all routes (RFC 9110, section 15.5.6)."""
     answer = client.patch(path)
     assert allowed in problem(answer, 405, "method-not-allowed")["detail"]

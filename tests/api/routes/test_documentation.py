@@ -76,7 +76,7 @@ def test_writes_have_bodies(document: dict[str, Any]) -> None:
 
 
 def test_prefix_options_are_documented(document: dict[str, Any]) -> None:
-    """All options of API.md, in the query and in the JSON body, and the headers that count."""
+    """All options, in the query and in the JSON body, and the headers that count."""
     path = document["paths"]["/v1/tenants/{tenant}/adapters/{ref}/prefix"]
     options = {"batch_size", "dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype", "expand"}
     for method in ("get", "head", "post"):
