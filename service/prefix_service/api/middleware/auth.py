@@ -51,15 +51,15 @@ class Authenticator:
 class AuthenticationMiddleware:
     """Puts the principal into the ASGI scope, or raises Unauthenticated."""
 
-    def __init__(self, app: ASGIApp, authenticator: Callable[[], Authenticator]) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
         self._app = app
         self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
         if scope["path"] not in PUBLIC:
-            authenticator, header = self._authenticator(), _header(scope, b"authorization")
-            principal = authenticator.remembered(header) or await authenticator.authenticate(header)
+            header = _header(scope, b"authorization")
+            principal = self._authenticator.remembered(header) or await self._authenticator.authenticate(header)
             if principal is DEV:
                 _require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant

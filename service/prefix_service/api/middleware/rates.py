@@ -9,9 +9,8 @@ from typing import Final
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-from prefix_service.api.http.problems import problem
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import AuditEntry, Principal
 from prefix_service.errors import InvalidReference, RateLimited
@@ -61,8 +60,8 @@ class RateLimits:
         self._known: dict[str, RateLimitItemPerSecond | None] = {}
         self._heard = 0
 
-    def lets_through(self, tenant: str) -> bool:
-        """Whether a tenant is known to have no limit."""
+    def is_unlimited(self, tenant: str) -> bool:
+        """Returns whether a tenant is known to have no limit."""
         return tenant in self._known and self._known[tenant] is None and self._are_known()
 
     async def charge(self, tenant: str) -> Allowance | None:
@@ -104,28 +103,6 @@ class RateLimits:
         return rate
 
 
-class RateLimitMiddleware:
-    """Answers 429 above a tenant's rate, and tells every caller who has one what is left of it."""
-
-    def __init__(self, app: ASGIApp, limits: Callable[[], RateLimits]) -> None:
-        self._app = app
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Charge whom the request is for."""
-        limits, tenant = self._limits(), charged(scope)
-        if tenant is None or limits.lets_through(tenant):
-            await self._app(scope, receive, send)
-            return
-        allowance = await limits.charge(tenant)
-        if allowance is None:
-            await self._app(scope, receive, send)
-        elif allowance.granted:
-            await self._app(scope, receive, _telling(allowance, send))
-        else:
-            await problem(allowance.refusal(tenant))(scope, receive, _telling(allowance, send))
-
-
 def charged(scope: Scope) -> str | None:
     """Returns the tenant that a request is charged to, if any.
 
@@ -150,12 +127,3 @@ def _well_formed(tenant: str) -> str | None:
         return check_name("tenant", tenant)
     except InvalidReference:
         return None
-
-
-def _telling(allowance: Allowance, send: Send) -> Send:
-    async def tell(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *allowance.headers]
-        await send(message)
-
-    return tell
