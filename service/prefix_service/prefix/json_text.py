@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from math import isfinite
 from typing import Any, Final, NoReturn
 
@@ -71,7 +72,7 @@ def _parse(
             parse_constant=parse_constant,
         )
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            _require_text(value)
     except (ValueError, RecursionError) as error:
         raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
     if not isinstance(value, dict):
@@ -94,10 +95,39 @@ def _require_few_values(data: bytes, what: str) -> None:
         raise InvalidConfig(f"{what} has {names} colons, and at most {_MOST_NAMES} are read: it names too much")
 
 
-def shown(value: Any) -> str:
-    """Returns a value as Python writes it, shortened to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shown(value: Any, most: int = 80) -> str:
+    """Returns a value as Python writes it, shortened to `most` characters; looks at little of it, whatever its size."""
+    text = repr(_beginning(value, most, 3))
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _beginning(value: Any, most: int, levels: int) -> Any:
+    if isinstance(value, str):
+        return value[: most + 1]
+    if isinstance(value, list):
+        return [_beginning(item, most // 2, levels - 1) for item in value[: most // 2]] if levels else ...
+    if isinstance(value, dict):
+        items = islice(value.items(), most // 4)
+        return (
+            {_beginning(key, most, 0): _beginning(item, most // 2, levels - 1) for key, item in items}
+            if levels
+            else ...
+        )
+    return value
+
+
+def _require_text(value: Any) -> None:
+    """Raises ValueError if a string holds half of a surrogate pair. In Python: one call of `json.dumps` would hold
+    Python's lock for all of it."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            key.encode()
+            _require_text(item)
+    elif isinstance(value, list):
+        for item in value:
+            _require_text(item)
 
 
 def _deeper_than(levels: int, value: dict[str, Any] | list[Any]) -> bool:

@@ -13,14 +13,22 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from prefix_service.errors import InvalidCheckpoint, UnsafeCheckpoint
+from prefix_service.prefix.json_text import shown
 
 MAX_HEADER_BYTES: Final = 8 << 20
 MAX_TENSORS: Final = 65_536
 _MAX_RANK: Final = 64  # torch's own limit
 _MAX_NAME: Final = 1 << 16
+_MOST_DIGITS: Final = 20  # of an unsigned number of 64 bits
+_SHORT: Final = 64 << 10  # bytes of a header that is parsed without a call into Python for each number
+
+# A tensor is an object with two lists and three members; ten commas are enough for a rank of six, and most have two.
+_MOST_CONTAINERS: Final = 3 * MAX_TENSORS + 2
+_MOST_COLONS: Final = 4 * MAX_TENSORS
+_MOST_COMMAS: Final = 10 * MAX_TENSORS
 _LENGTH: Final = struct.Struct("<Q")
 _PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
 
@@ -57,16 +65,18 @@ class Header:
     size: int
 
 
-def parse_header(data: memoryview, *, dtypes: frozenset[str], size: int | None = None) -> Header:
+def parse_header(
+    data: memoryview, *, dtypes: frozenset[str], size: int | None = None, longest: int = MAX_HEADER_BYTES
+) -> Header:
     """Returns the header at the beginning of `data`, of a file whose every tensor has one of these `dtypes`.
 
-    The file has `size` bytes (default: all of `data`).
+    The file has `size` bytes (default: all of `data`), its header at most `longest`.
 
     Raises:
         UnsafeCheckpoint: the bytes are a pickle or a zip archive.
         InvalidCheckpoint: anything else that is not a sound safetensors file of non-empty tensors of these `dtypes`.
     """
-    header = parse_checkpoint_header(data, size=size)
+    header = parse_checkpoint_header(data, size=size, longest=longest)
     for name, entry in header.tensors.items():
         require_dtype(name, entry, dtypes)
         if 0 in entry.shape:
@@ -74,17 +84,17 @@ def parse_header(data: memoryview, *, dtypes: frozenset[str], size: int | None =
     return header
 
 
-def parse_checkpoint_header(data: memoryview, *, size: int | None = None) -> Header:
+def parse_checkpoint_header(data: memoryview, *, size: int | None = None, longest: int = MAX_HEADER_BYTES) -> Header:
     """Returns the header at the beginning of `data`, of a file that may hold any tensors of the format.
 
-    The file has `size` bytes (default: all of `data`).
+    The file has `size` bytes (default: all of `data`), its header at most `longest`.
 
     Raises:
         UnsafeCheckpoint: the bytes are a pickle or a zip archive.
         InvalidCheckpoint: anything else that is not a sound safetensors file.
     """
     total = len(data) if size is None else size
-    length = header_length(data, total)
+    length = header_length(data, total, longest)
     if 8 + length > len(data):
         raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, and {len(data)} of the file are here")
     values = _header_json(bytes(data[8 : 8 + length]))
@@ -123,7 +133,7 @@ def shown_name(name: str) -> str:
     return text if len(text) <= 80 else text[:76] + "...'"
 
 
-def header_length(data: memoryview, total: int) -> int:
+def header_length(data: memoryview, total: int, longest: int = MAX_HEADER_BYTES) -> int:
     """Returns the length of the JSON header, from at least the first nine bytes of a file of `total` bytes.
 
     Raises:
@@ -139,21 +149,43 @@ def header_length(data: memoryview, total: int) -> int:
     if total < 8 or len(data) < 8:
         raise InvalidCheckpoint(f"the weights file has {total} bytes, too few for a safetensors header")
     (length,) = _LENGTH.unpack(data[:8])
-    if length > MAX_HEADER_BYTES:
-        raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, more than {MAX_HEADER_BYTES}")
+    if length > longest:
+        raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, more than {longest}")
     if 8 + length > total:
         raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, and the file has {total}")
     return int(length)
 
 
 def _header_json(header: bytes) -> dict[str, Any]:
+    # Counted before anything is made of the text: Python's lock is held while it is parsed.
+    containers = header.count(b"[") + header.count(b"{")
+    if containers > _MOST_CONTAINERS or header.count(b",") > _MOST_COMMAS or header.count(b":") > _MOST_COLONS:
+        raise InvalidCheckpoint(
+            f"the safetensors header has more lists, objects or members than {MAX_TENSORS} tensors have"
+        )
     try:
-        values = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        values = json.loads(
+            header.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=int if len(header) <= _SHORT else _integer,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
+        )
     except (ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"the safetensors header is not usable JSON: {error!s:.200}") from error
     if not isinstance(values, dict):
         raise InvalidCheckpoint("the safetensors header must be a JSON object")
     return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"{text[:_MOST_DIGITS]}… has {len(text)} digits")
+    return int(text)
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{shown(text)} is no integer")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,20 +197,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
     require_name(name)
-    shown = shown_name(name)
+    named = shown_name(name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InvalidCheckpoint(f"tensor {shown} must have exactly dtype, shape and data_offsets")
+        raise InvalidCheckpoint(f"tensor {named} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise InvalidCheckpoint(f"tensor {shown} has dtype {dtype!r:.40}, not one of {', '.join(_BITS)}")
+        raise InvalidCheckpoint(f"tensor {named} has dtype {shown(dtype, 40)}, not one of {', '.join(_BITS)}")
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
-        raise InvalidCheckpoint(f"tensor {shown} has shape {shape!r:.80}, not up to {_MAX_RANK} sizes")
+        raise InvalidCheckpoint(f"tensor {named} has shape {shown(shape)}, not up to {_MAX_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise InvalidCheckpoint(f"tensor {shown} has data_offsets {offsets!r:.80}, not two byte positions")
+        raise InvalidCheckpoint(f"tensor {named} has data_offsets {shown(offsets)}, not two byte positions")
     expected, rest = divmod(prod(shape) * _BITS[dtype], 8)
     if rest or offsets[1] - offsets[0] != expected:
         raise InvalidCheckpoint(
-            f"tensor {shown} of shape {shape} and dtype {dtype} needs {expected} bytes, "
+            f"tensor {named} of shape {shape} and dtype {dtype} needs {expected} bytes, "
             f"its offsets span {offsets[1] - offsets[0]}"
         )
     return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

@@ -1,7 +1,6 @@
 """Every failure as `application/problem+json` (RFC 9457): the one table from errors to HTTP statuses."""
 
 import json
-from itertools import islice
 from typing import Any, Final
 
 import structlog
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service import errors
 from prefix_service.logs import redacted
+from prefix_service.prefix.json_text import shown
 from prefix_service.registry.memory import exhausted
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
@@ -102,22 +102,6 @@ def _bounded(detail: str) -> str:
     if len(data) <= _MOST_DETAIL:
         return data.decode()
     return data[: _MOST_DETAIL - 3].decode("utf-8", "ignore") + "…"
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """Returns the first `most` characters that show a value; looks at little of it, whatever its size."""
-    return repr(_beginning(value, most, 3))[:most]
-
-
-def _beginning(value: Any, most: int, levels: int) -> Any:
-    if isinstance(value, str):
-        return value[:most]
-    if isinstance(value, list):
-        return [_beginning(item, most // 2, levels - 1) for item in value[: most // 3]] if levels else ...
-    if isinstance(value, dict):
-        items = islice(value.items(), most // 6)
-        return {key[:most]: _beginning(item, most // 2, levels - 1) for key, item in items} if levels else ...
-    return value
 
 
 def install(app: FastAPI) -> None:

@@ -32,6 +32,7 @@ from prefix_service.api.dependencies.json_bodies import (
 from prefix_service.api.dependencies.pagination import (
     NUMBER,
     Cursor,
+    HeldPage,
     Limit,
     Listing,
     answer_page,
@@ -217,6 +218,7 @@ def _target(tenant: str, name: str, by: Principal) -> Target:
 async def list_adapters(
     request: Request,
     tenant: Reading,
+    _memory: HeldPage,
     library: LibraryOf,
     limit: Limit = 100,
     cursor: Cursor = None,
@@ -271,6 +273,7 @@ async def inspect(request: Request, tenant: Reading, ref: RefPath, library: Libr
 async def list_versions(
     request: Request,
     tenant: Reading,
+    _memory: HeldPage,
     name: NamePath,
     library: LibraryOf,
     limit: Limit = 100,

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.middleware.auth import Administering, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
@@ -38,7 +38,12 @@ class AuditPage(BaseModel):
 
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    tenant: Administering,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """Every change of a tenant's resources, newest first."""
     return await _page(request, state, tenant, limit, cursor)
@@ -46,7 +51,12 @@ async def tenant_audit(
 
 @router.get("/v1/audit", response_model=AuditPage)
 async def audit(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformAdmin,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """Every change, newest first."""
     return await _page(request, state, None, limit, cursor)

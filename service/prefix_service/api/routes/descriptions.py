@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import orjson
 from anyio import to_thread
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import declared_bytes, payer, read_json, reserved
+from prefix_service.api.dependencies.json_bodies import declared_bytes, held, payer, read_json, reserved
 from prefix_service.api.http.negotiation import (
     is_current,
     is_expected,
@@ -29,7 +29,14 @@ from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
-from prefix_service.prefix.description import MOST_CARD, Description, check_annotations, decode_card
+from prefix_service.prefix.description import (
+    MOST_ANNOTATIONS,
+    MOST_CARD,
+    MOST_VALUE,
+    Description,
+    check_annotations,
+    decode_card,
+)
 from prefix_service.prefix.references import parse_reference
 
 router = APIRouter(tags=["adapters"])
@@ -37,6 +44,7 @@ router = APIRouter(tags=["adapters"])
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 _MARKDOWN: Final = "text/markdown"
 _JSON: Final = "application/json"
+_MOST_WRITTEN: Final = 6 * MOST_ANNOTATIONS * (MOST_VALUE + 64)  # JSON may write a byte of text as six
 _HEADERS: Final = response_headers(
     ETag="strong entity tag of card or annotations",
     Prefix_Version="the version's number",
@@ -55,6 +63,10 @@ _WRITE_REFUSALS: Final = refusals(
         507: "There is no space for it, or a quota is used up",
     }
 )
+
+_HeldCard = Annotated[None, held(MOST_CARD)]
+_HeldAnnotations = Annotated[None, held(_MOST_WRITTEN)]
+"""Memory for what is answered, until it has left."""
 
 _Part = Callable[[Description], bytes]
 """The body that shows a part of a description."""
@@ -92,7 +104,7 @@ _CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
 
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))
-async def get_card(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def get_card(request: Request, tenant: Reading, ref: RefPath, _memory: _HeldCard, library: LibraryOf) -> Response:
     """The model card of a version, in Markdown, exactly as it was stored; empty where there is none."""
     require_acceptable(request.headers, _MARKDOWN)
     return await _answer(request, library, tenant, ref, f"{_MARKDOWN}; charset=utf-8", _card)
@@ -114,7 +126,9 @@ async def put_card(request: Request, tenant: Writing, ref: RefPath, by: Actor, l
     dependencies=[Depends(require_json_acceptable)],
     **_documented(_JSON, ANNOTATIONS_SCHEMA),
 )
-async def get_annotations(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def get_annotations(
+    request: Request, tenant: Reading, ref: RefPath, _memory: _HeldAnnotations, library: LibraryOf
+) -> Response:
     """The annotations of a version: a JSON object of texts, empty where there are none."""
     return await _answer(request, library, tenant, ref, _JSON, _annotations)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
 from prefix_service.api.middleware.auth import Administering, Caller, PlatformAdmin
@@ -55,7 +55,12 @@ async def create_tenant_key(request: Request, tenant: Administering, by: Actor, 
 
 @router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
 async def list_tenant_keys(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    tenant: Administering,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """The keys of a tenant, oldest first, without their secrets."""
     return await _list(request, state, tenant, limit, cursor)
@@ -89,7 +94,12 @@ async def create_platform_key(request: Request, by: PlatformAdmin, state: StateO
 
 @router.get("/v1/keys", response_model=KeyPage)
 async def list_platform_keys(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformAdmin,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """The keys of the platform, oldest first, without their secrets."""
     return await _list(request, state, None, limit, cursor)

@@ -18,7 +18,7 @@ from prefix_service.api.state import LibraryOf, StateOf, state_of
 from prefix_service.errors import InvalidCheckpoint, InvalidRequest
 from prefix_service.library.plan import Plan, PrefixBody, PrefixRequest
 from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
-from prefix_service.prefix.json_text import MOST_VALUES
+from prefix_service.prefix.json_text import MOST_VALUES, json_memory
 from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
@@ -29,6 +29,7 @@ router = APIRouter(tags=["prefixes"])
 
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 
+_MOST_HEADER: Final = 64 << 10  # bytes of a mask's safetensors header, which describes one tensor
 _MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
 BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
 _HEADERS: Final = response_headers(
@@ -165,7 +166,8 @@ async def post_prefix(
 
     if media_type == MEDIA_TYPE:
         body = await read_body(request, state.settings.max_request_bytes)
-        plan = await computed(request, len(body), lambda: library.plan(version, options, _mask_from_tensors(body)))
+        nbytes = len(body) + json_memory(_MOST_HEADER)
+        plan = await computed(request, nbytes, lambda: library.plan(version, options, _mask_from_tensors(body)))
     elif options.model_fields_set:
         raise InvalidRequest("options come in the JSON body here, not in the query")
     else:
@@ -186,7 +188,7 @@ async def parameters(request: Request, tenant: Reading, ref: RefPath, library: L
 def _mask_from_tensors(body: bytearray) -> InputMask:
     view = memoryview(body)
     try:
-        header = parse_header(view, dtypes=_MASK_DTYPES)
+        header = parse_header(view, dtypes=_MASK_DTYPES, longest=_MOST_HEADER)
     except InvalidCheckpoint as error:
         raise InvalidRequest(f"the body is not a safetensors file with an attention_mask: {error}") from error
     entry = header.tensors.get("attention_mask")

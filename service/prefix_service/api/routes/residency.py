@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import has_body
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, Limit, decode_cursor, encode_cursor, json_page
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, decode_cursor, encode_cursor, json_page
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import PlatformReader, Reading, Writing
@@ -40,7 +40,12 @@ class Residency(BaseModel):
 
 @router.get("/v1/residency", response_model=Residency)
 async def overview(
-    request: Request, _caller: PlatformReader, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformReader,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """What is in memory, where and why, of the process that answers: the largest versions and tenants first, at most
     `limit` of each. A version whose bytes change between two pages may be on both, or on none."""

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prefix_service.api.dependencies.authority import Actor, Founder
 from prefix_service.api.dependencies.bodies import has_body
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.middleware.auth import PlatformAdmin, Reading
 from prefix_service.api.routes.documentation import json_body
@@ -19,7 +19,12 @@ router = APIRouter(tags=["tenants"])
 
 @router.get("/v1/tenants", response_model=TenantPage)
 async def list_tenants(
-    request: Request, _caller: PlatformAdmin, library: LibraryOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformAdmin,
+    _memory: HeldPage,
+    library: LibraryOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """Every tenant, in the order of their names."""
     listing = Listing(library.tenants.listed, lambda row: row.name, TenantItem.of)
