@@ -16,7 +16,7 @@ from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, ReadBytes, locate_prefix, read_rows, read_weights
 from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from prefix_service.prefix.kv import PrefixKV
@@ -49,7 +49,7 @@ class Encodings:
     def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
         self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
 
-    def encoding(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> Generator[None, None, PrefixKV]:
+    def encoding(self, config: PrefixConfig, file: LocatedPrefix, read: ReadBytes) -> Generator[None, None, PrefixKV]:
         """Returns the keys and values of a prefix in a weights file, in host memory; in a step for each block of rows,
         after one that reads an MLP's weights. Each step may run in another thread.
 
@@ -184,7 +184,7 @@ class Encodings:
             return self._blobs.open(version.weights)
 
     @contextlib.contextmanager
-    def _weights(self, version: Version) -> Iterator[tuple[PrefixFile, ReadBytes]]:
+    def _weights(self, version: Version) -> Iterator[tuple[LocatedPrefix, ReadBytes]]:
         with self.open_weights(version) as stored:
             read = partial(read_range, stored)
             yield locate_prefix(read, version.weights_bytes, version.prefix_config), read

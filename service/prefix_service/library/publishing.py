@@ -24,7 +24,7 @@ from prefix_service.errors import InvalidConfig
 from prefix_service.library.arrivals import Arrival, Arrivals
 from prefix_service.library.encodings import Encodings
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, header_nbytes, locate_prefix
 from prefix_service.prefix.compose import composed_config
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.description import EMPTY, Description
@@ -166,7 +166,7 @@ class Publisher:
         return existing
 
     def _storing(
-        self, draft: NewVersion, config: PrefixConfig, file: PrefixFile, weights: StagedBlob
+        self, draft: NewVersion, config: PrefixConfig, file: LocatedPrefix, weights: StagedBlob
     ) -> Generator[None, None, NewVersion]:
         kv = yield from self._encodings.encoding(config, file, weights.read)
         key_values = yield from self._encodings.storing(kv)

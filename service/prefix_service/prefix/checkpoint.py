@@ -117,7 +117,7 @@ BLOCK: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixFile:
+class LocatedPrefix:
     """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
 
     layout: Layout
@@ -171,7 +171,7 @@ def header_nbytes(read: ReadBytes, size: int) -> int:
     return header_length(read(0, min(size, 9)), size)
 
 
-def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFile:
+def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> LocatedPrefix:
     """Returns where the prefix stands in a safetensors file of `size` bytes, of which the header alone is read.
 
     Raises:
@@ -184,10 +184,10 @@ def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFil
     for name in match.tensors.values():
         require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
     check_shapes(match, config, lambda name: header.tensors[name].shape)
-    return PrefixFile(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
+    return LocatedPrefix(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
 
 
-def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
+def read_weights(file: LocatedPrefix, read: ReadBytes) -> PrefixWeights:
     """Returns the tensors of a prefix; nothing else of its file is read.
 
     Raises:
@@ -202,7 +202,7 @@ def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
     return PrefixWeights(file.layout.name, file.dtype, tensors)
 
 
-def read_rows(file: PrefixFile, read: ReadBytes) -> "Iterator[Tensor]":
+def read_rows(file: LocatedPrefix, read: ReadBytes) -> "Iterator[Tensor]":
     """Yields the rows `[n, L * 2 * token_dim]` of a prefix that no MLP makes, about 16 MiB at a time.
 
     Raises:

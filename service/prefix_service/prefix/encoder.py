@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - its customary name
 from torch import Tensor, nn
 
 from prefix_service.errors import InvalidCheckpoint
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, PrefixWeights
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, PrefixWeights
 from prefix_service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from prefix_service.prefix.kv import PrefixKV
 
@@ -221,7 +221,7 @@ def hidden_nbytes(config: PrefixConfig) -> int:
     return 4 * config.num_virtual_tokens * (hidden or 0)
 
 
-def encoding_nbytes(config: PrefixConfig, file: PrefixFile) -> int:
+def encoding_nbytes(config: PrefixConfig, file: LocatedPrefix) -> int:
     """Returns the most bytes of host memory that it takes to read a prefix and to encode it; its keys and values are
     among them."""
     width = config.prefix_embedding_dim or 0
