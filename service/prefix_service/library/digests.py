@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 from prefix_service.library.plan import Plan
 from prefix_service.prefix.wire.digests import Algorithm, Crc32c, Hasher, new_hasher
 from prefix_service.prefix.wire.extras import Piece
-from prefix_service.prefix.wire.message import chunks_of
+from prefix_service.prefix.wire.prefix_file import chunks_of
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission
 from prefix_service.system.shares import Shares
@@ -59,7 +59,7 @@ class BodyDigests:
         """Returns the digest of a plan's body: 32 bytes of SHA-256, or four of CRC-32C; None if it costs too much."""
         if (found := self.known(plan, algorithm)) is not None:
             return found
-        if algorithm == "sha-256" and not plan.is_one_rendering and plan.message.content_length > MOST_REPEATED:
+        if algorithm == "sha-256" and not plan.is_one_rendering and plan.file.content_length > MOST_REPEATED:
             return None
         key = plan.etag, algorithm
         if (computation := self._computing.get(key)) is None:
@@ -82,7 +82,7 @@ class BodyDigests:
     async def _compute(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
         tenant = plan.version.tenant
         hasher = new_hasher(algorithm)
-        pieces = plan.message.pieces(rendering)
+        pieces = plan.file.pieces(rendering)
         steps = _crc_steps(hasher, pieces) if isinstance(hasher, Crc32c) else _sha_steps(hasher, pieces)
         while await self._admission.run(tenant, partial(_step, steps)):
             pass
@@ -100,7 +100,7 @@ class BodyDigests:
         if algorithm != "sha-256" or not self._is_stored(plan) or self.known(plan, algorithm) is not None:
             yield None
             return
-        before, after = plan.message.around_values()
+        before, after = plan.file.around_values()
         tensor = _StoredTensor()
         with ThreadPoolExecutor(1, "body-digest") as thread:
             running: Future[bytes] = thread.submit(_hash_stored, before, tensor.pieces, after)
@@ -109,11 +109,11 @@ class BodyDigests:
             finally:
                 tensor.pieces.put(None)
         # An MLP's result is stored in float32 whatever its weights were: no part of such a body.
-        if len(before) + tensor.nbytes + len(after) == plan.message.content_length:
+        if len(before) + tensor.nbytes + len(after) == plan.file.content_length:
             self._remember(plan, algorithm, running.result())
 
     def _is_stored(self, plan: Plan) -> bool:
-        return plan.is_stored and plan.message.content_length - plan.message.rendering_nbytes <= _AROUND
+        return plan.is_stored and plan.file.content_length - plan.file.rendering_nbytes <= _AROUND
 
 
 def _step(steps: Iterator[object]) -> bool:

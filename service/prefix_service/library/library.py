@@ -185,11 +185,11 @@ class Library:
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
             OutOfSpace, Unavailable: the memory budget does not allow it now.
         """
-        version, form = plan.version, plan.message.form
+        version, form = plan.version, plan.file.form
         key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
-        place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
-        return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
+        place = None if self._shared_files is None else partial(self._shared_files.place, plan.file)
+        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, place)
 
     async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
         """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for

@@ -20,8 +20,8 @@ from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
 from prefix_service.prefix.wire.extras import AttentionMask, Extra, InputMask, PositionIds
-from prefix_service.prefix.wire.message import MASK_DTYPES, Message
-from prefix_service.prefix.wire.mixed_message import MixedMessage
+from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
@@ -87,27 +87,27 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A planned answer: its version, its message, and its strong entity tag (RFC 9110)."""
+    """A planned answer: its version, its file, and its strong entity tag (RFC 9110)."""
 
     version: Version
-    message: Message
+    file: PrefixFile
     etag: str
 
     @property
     def is_one_rendering(self) -> bool:
         """Whether keys and values are sent once."""
-        return self.message.form.rows == 1
+        return self.file.form.rows == 1
 
     @property
     def is_stored(self) -> bool:
         """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
-        identity, form = self.message.identity, self.message.form
+        identity, form = self.file.identity, self.file.form
         whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
         return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
 
     def renewed(self, version: Version) -> "Plan":
         """Return the plan of the same answer after the version's keys and values were encoded again."""
-        return replace(self, version=version, etag=_entity_tag(version, self.message))
+        return replace(self, version=version, etag=_entity_tag(version, self.file))
 
 
 def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, limits: Limits) -> Plan:
@@ -132,14 +132,14 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     extras: dict[str, Extra] = {"attention_mask": AttentionMask(form.batch_size, tokens, mask_dtype, mask)}
     if mask is not None and config.num_transformer_submodules == 1:
         extras["position_ids"] = PositionIds(tokens, mask)
-    message = Message(identity, form, extras)
-    return Plan(version, message, _entity_tag(version, message))
+    file = PrefixFile(identity, form, extras)
+    return Plan(version, file, _entity_tag(version, file))
 
 
-def _entity_tag(version: Version, message: Message) -> str:
+def _entity_tag(version: Version, file: PrefixFile) -> str:
     """Hash everything that the body depends on: stored bits, form, and the input's mask."""
-    tag = hashlib.sha256(version.key_values.encode() + message.header)
-    mask = message.extras["attention_mask"]
+    tag = hashlib.sha256(version.key_values.encode() + file.header)
+    mask = file.extras["attention_mask"]
     if isinstance(mask, AttentionMask) and mask.input is not None:
         tag.update(bytes_of(mask.input.flags))
     return f'"{tag.hexdigest()[:40]}"'
@@ -151,10 +151,10 @@ MixedVersions = Sequence[Sequence[tuple[str, Version]]]
 
 @dataclass(frozen=True, slots=True)
 class MixedPlan:
-    """A planned batch for many adapters: its message, and for each prefix in its rows the plan that its rendering is
+    """A planned batch for many adapters: its file, and for each prefix in its rows the plan that its rendering is
     made by; the same plan where it is the same version."""
 
-    message: MixedMessage
+    file: MixedPrefixFile
     rows: list[list[Plan]]
 
 
@@ -176,10 +176,10 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     versions = {_name(version): version for row in rows for _, version in row}
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
     planned = [[plans[_name(version)] for _, version in row] for row in rows]
-    form = replace(next(iter(plans.values())).message.form, batch_size=len(rows), layout=request.layout, expand=True)
-    message = MixedMessage(batch, form, _mixed_extras(batch, request, mask))
-    _ = message.content_length  # its header takes milliseconds: here, and not where it is sent
-    return MixedPlan(message, planned)
+    form = replace(next(iter(plans.values())).file.form, batch_size=len(rows), layout=request.layout, expand=True)
+    file = MixedPrefixFile(batch, form, _mixed_extras(batch, request, mask))
+    _ = file.content_length  # its header takes milliseconds: here, and not where it is sent
+    return MixedPlan(file, planned)
 
 
 def _check_mixed(request: MixedRequest, mask: InputMask | None, limits: Limits) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from prefix_service.errors import InvalidInput
-from prefix_service.prefix.wire.message import Message
-from prefix_service.prefix.wire.received import read_message
+from prefix_service.prefix.wire.prefix_file import PrefixFile
+from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.system.disk import translated
 
@@ -45,20 +45,20 @@ class SharedFiles:
         with translated(f"share files in {parent}"):
             self._folder, self._lock = _own_folder(parent.absolute())
 
-    def place(self, message: Message, rendering: Rendering) -> Rendering:
-        """What a message is made of in a file of its own, or as it is where there is no room for one."""
+    def place(self, file: PrefixFile, rendering: Rendering) -> Rendering:
+        """What a file is made of in a file of its own, or as it is where there is no room for one."""
         if len(self._files) >= self._most:
             return rendering
         path = self._folder / f"{secrets.token_hex(16)}.safetensors"
         try:
-            mapped = _written(path, message.canonical, rendering)
+            mapped = _written(path, file.canonical, rendering)
         except OSError as error:
             log.warning(
                 "a rendering is not shared: %s", os.strerror(error.errno or 0), extra={"folder": str(path.parent)}
             )
             _remove(path)
             return rendering
-        tensors = read_message(memoryview(mapped)).tensors
+        tensors = read_prefix_file(memoryview(mapped)).tensors
         scales = tensors.get("past_key_values_scale")
         placed = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
         self._files.add(path)
@@ -129,19 +129,19 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
             os.close(handle)
 
 
-def _written(path: Path, message: Message, rendering: Rendering) -> mmap.mmap:
-    """The message in a new file, mapped so that what is written to the mapping would not reach the file.
+def _written(path: Path, file: PrefixFile, rendering: Rendering) -> mmap.mmap:
+    """The file in a new file, mapped so that what is written to the mapping would not reach the file.
 
     It is filled by `write`, which says so when there is no room; by a mapping that would end the process (SIGBUS).
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o400)
     try:
-        for chunk in message.chunks(rendering):
+        for chunk in file.chunks(rendering):
             written = 0
             while written < len(chunk):
                 written += os.write(handle, chunk[written:])
         os.fchmod(handle, 0o440)
-        return mmap.mmap(handle, message.content_length, access=mmap.ACCESS_COPY)
+        return mmap.mmap(handle, file.content_length, access=mmap.ACCESS_COPY)
     finally:
         os.close(handle)
 

@@ -184,7 +184,9 @@ def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> LocatedPr
     for name in match.tensors.values():
         require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
     check_shapes(match, config, lambda name: header.tensors[name].shape)
-    return LocatedPrefix(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
+    return LocatedPrefix(
+        match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()}
+    )
 
 
 def read_weights(file: LocatedPrefix, read: ReadBytes) -> PrefixWeights:

@@ -102,13 +102,13 @@ class PrefixResponse(BytesResponse):
     """A planned prefix; its rendering stays pinned until the last byte left."""
 
     def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
-        super().__init__(plan.etag, plan.message.content_length, _about(plan.version, immutable=immutable))
+        super().__init__(plan.etag, plan.file.content_length, _about(plan.version, immutable=immutable))
         if varies:
             self._about.append((b"vary", b"Accept"))
         self.version = plan.version
         self._library, self._plan = library, plan
         self._immutable, self._varies = immutable, varies
-        self._served = (served(plan.version, plan.message.form.batch_size),)
+        self._served = (served(plan.version, plan.file.form.batch_size),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; with another entity tag if the version has to be encoded again. That is known before
@@ -127,7 +127,7 @@ class PrefixResponse(BytesResponse):
     @property
     def planned_nbytes(self) -> int:
         """An estimate of the memory that the plan takes."""
-        return self._plan.message.planned_nbytes
+        return self._plan.file.planned_nbytes
 
     @asynccontextmanager
     async def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
@@ -141,7 +141,7 @@ class PrefixResponse(BytesResponse):
             if algorithm is not None:
                 digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
                 fields += [] if digest is None else [repr_digest(algorithm, digest)]
-            yield Content(self._plan.message.chunks(rendering, start, stop) if start < stop else (), fields)
+            yield Content(self._plan.file.chunks(rendering, start, stop) if start < stop else (), fields)
 
 
 async def body_digest(

@@ -54,13 +54,13 @@ class MixedResponse(Response):
         scope[SERVED] = served_together(planned.version for row in self._plan.rows for planned in row)
         fields = [
             (b"content-type", MEDIA_TYPE.encode()),
-            (b"content-length", b"%d" % self._plan.message.content_length),
+            (b"content-length", b"%d" % self._plan.file.content_length),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),
         ]
         async with self._library.renderings(self._plan, partial(note_load, scope)) as renderings:
             await send({"type": "http.response.start", "status": 200, "headers": fields})
-            for chunk in self._plan.message.chunks(renderings):
+            for chunk in self._plan.file.chunks(renderings):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await asyncio.sleep(0)  # to put many short lines together takes milliseconds
             await send({"type": "http.response.body"})

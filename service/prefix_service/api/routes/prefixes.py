@@ -23,7 +23,7 @@ from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
 from prefix_service.prefix.wire.extras import InputMask
-from prefix_service.prefix.wire.message import MASK_DTYPES
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES
 
 router = APIRouter(tags=["prefixes"])
 

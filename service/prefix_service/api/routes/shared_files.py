@@ -26,7 +26,7 @@ _COMMON: Final[Fields] = [
 def shares_file(request: Request, settings: Settings, plan: Plan) -> bool:
     """Whether the answer may be a file's name: renderings lie in files, the file is this very message, and the caller
     is on the Unix socket, where nobody has an address."""
-    return settings.shared_dir is not None and request.client is None and plan.message.is_canonical
+    return settings.shared_dir is not None and request.client is None and plan.file.is_canonical
 
 
 class SharedFileResponse(PrefixResponse):

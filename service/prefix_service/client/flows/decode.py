@@ -11,7 +11,7 @@ from prefix_service.client.cache.memory import MemoryFile, file_of, own_copy
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.client.protocol import Buffer
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.wire.received import read_kv, read_message
+from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 
 
 def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Cached:
@@ -20,7 +20,7 @@ def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Ca
     Raises:
         InvalidResponse: it is none.
     """
-    received = read_message(body)
+    received = read_prefix_file(body)
     memory = body
 
     def decoded(size: int) -> memoryview:

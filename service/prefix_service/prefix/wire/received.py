@@ -22,13 +22,13 @@ _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a s
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message that was read: its metadata and its tensors, which share the memory that was read into."""
+    """A file that was read: its metadata and its tensors, which share the memory that was read into."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
-def read_message(data: bytearray | memoryview) -> Received:
+def read_prefix_file(data: bytearray | memoryview) -> Received:
     """Read a response of the service; nothing is copied.
 
     Raises:
@@ -45,7 +45,7 @@ def read_message(data: bytearray | memoryview) -> Received:
 
 
 def _read_header(start: memoryview, size: int) -> tuple[Mapping[str, TensorEntry], dict[str, Any]]:
-    """Tensors and metadata of a message of `size` bytes that begins with `start`."""
+    """Tensors and metadata of a file of `size` bytes that begins with `start`."""
     try:
         header = parse_header(start, dtypes=frozenset(DTYPES), size=size)
         metadata = json.loads(header.metadata.get("prefix", "null"))
@@ -69,9 +69,9 @@ def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
 
 
 def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = None) -> PrefixKV:
-    """The keys and values of a message in the layout `stacked` and one row, `[L', 2, H', N, D]`.
+    """The keys and values of a file in the layout `stacked` and one row, `[L', 2, H', N, D]`.
 
-    They share the memory of the message, except float8: it is decoded to float32 `value * scale`, in memory that
+    They share the memory of the file, except float8: it is decoded to float32 `value * scale`, in memory that
     `allocate` returns for a number of bytes (default: memory of torch).
 
     Raises:

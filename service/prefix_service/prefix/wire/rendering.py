@@ -45,7 +45,7 @@ class Rendering:
     @cached_property
     def _scales_bytes(self) -> memoryview:
         if self.scales is None:
-            raise AssertionError("a float8 message needs a float8 rendering")
+            raise AssertionError("a float8 file needs a float8 rendering")
         return bytes_of(self.scales)
 
 

@@ -13,7 +13,7 @@ from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.form import FORMAT, Form
 from prefix_service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
 from prefix_service.prefix.wire.extras import Extra
-from prefix_service.prefix.wire.message import CHUNK, JOINED, TensorSpec, chunks_of, write_header
+from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
 
 _BLOCK: Final = 1 << 20  # bytes of small runs that are joined
@@ -21,7 +21,7 @@ _RUNS: Final = 1024  # of them
 
 
 @dataclass(frozen=True)
-class MixedMessage:
+class MixedPrefixFile:
     """A response planned from sizes alone. `form.batch_size` is the number of rows; `extras` are the masks.
 
     Float8 values have scales as every other prefix, but each token its own, float32 `[B, H', N, 1]` (stacked:

@@ -48,7 +48,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slot(TensorSpec):
-    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
+    """One tensor of a file: a row of it lies at `index` in its source, and is sent `times` times."""
 
     source: _Source
     index: tuple[int, ...] = ()
@@ -82,7 +82,7 @@ def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> byt
 
 
 @dataclass(frozen=True)
-class Message:
+class PrefixFile:
     """A response planned from sizes alone: header and length are known before a tensor is touched."""
 
     identity: Identity
@@ -90,15 +90,15 @@ class Message:
     extras: Mapping[str, Extra]
 
     @property
-    def canonical(self) -> "Message":
-        """The message in which this project's client asks for the same rendering: one tensor, one row."""
+    def canonical(self) -> "PrefixFile":
+        """The file in which this project's client asks for the same rendering: one tensor, one row."""
         form = replace(self.form, batch_size=1, layout="stacked", expand=False)
         mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
-        return Message(self.identity, form, {"attention_mask": mask})
+        return PrefixFile(self.identity, form, {"attention_mask": mask})
 
     @property
     def is_canonical(self) -> bool:
-        """Whether this is that message: the header tells every form apart, and also a mask that was posted."""
+        """Whether this is that file: the header tells every form apart, and also a mask that was posted."""
         return self.header == self.canonical.header
 
     @cached_property
@@ -109,7 +109,7 @@ class Message:
 
     @cached_property
     def tensors(self) -> Mapping[str, Slot]:
-        """What the message holds, in the order of the file."""
+        """What the file holds, in the order of the file."""
         return {slot.name: slot for slot in self._slots}
 
     def _layer_slots(self) -> list[Slot]:
