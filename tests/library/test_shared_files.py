@@ -11,15 +11,15 @@ import torch
 
 from prefix_service.errors import InvalidInput
 from prefix_service.library.shared_files import SharedFiles, sweep
-from prefix_service.prefix.form import Form, Identity
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import Identity, Variant
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering, render
 
 IDENTITY = Identity("acme", "a", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", None, 5, 3, 2, 8)
 KV = PrefixKV.whole(torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0)))
-FILE = PrefixFile(IDENTITY, Form("float32", 4, (0, 3), (0, 2), "layers", expand=True), {})
+FILE = PrefixFile(IDENTITY, Variant("float32", 4, (0, 3), (0, 2), "layers", expand=True), {})
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_rendering_lies_in_its_file(shared: SharedFiles) -> None:
 
 def test_float8_with_its_scales(shared: SharedFiles) -> None:
     """Both lie there."""
-    file = PrefixFile(IDENTITY, Form("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
+    file = PrefixFile(IDENTITY, Variant("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
     private = render(KV, "float8_e4m3fn")
     rendering = shared.place(file, private)
     assert rendering.scales is not None

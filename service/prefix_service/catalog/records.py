@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Final, Literal
 
 from prefix_service.prefix.config import PrefixConfig, parse_read_fields
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 Scope = Literal["metrics", "read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("metrics", "read", "write", "admin")

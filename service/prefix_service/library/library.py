@@ -185,8 +185,8 @@ class Library:
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
             OutOfSpace, Unavailable: the memory budget does not allow it now.
         """
-        version, form = plan.version, plan.file.form
-        key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
+        version, variant = plan.version, plan.file.variant
+        key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
         place = None if self._shared_files is None else partial(self._shared_files.place, plan.file)
         return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, place)

@@ -14,11 +14,11 @@ from prefix_service.errors import InvalidRequest
 from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.config import PrefixConfig
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from prefix_service.prefix.kv import check_span
 from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.extras import AttentionMask, Extra, InputMask, PositionIds
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
@@ -96,14 +96,14 @@ class Plan:
     @property
     def is_one_rendering(self) -> bool:
         """Whether keys and values are sent once."""
-        return self.file.form.rows == 1
+        return self.file.variant.rows == 1
 
     @property
     def is_stored(self) -> bool:
         """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
-        identity, form = self.file.identity, self.file.form
-        whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
-        return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
+        identity, variant = self.file.identity, self.file.variant
+        whole = (variant.layers, variant.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
+        return self.is_one_rendering and whole and variant.dtype == self.version.weights_dtype
 
     def renewed(self, version: Version) -> "Plan":
         """Return the plan of the same answer after the version's keys and values were encoded again."""
@@ -118,7 +118,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     """
     config = version.prefix_config
     identity = _identity(version, config)
-    form = Form(
+    variant = Variant(
         dtype=request.dtype or version.weights_dtype,
         batch_size=_batch_size(request, mask, limits),
         layers=check_span("layers", _span(request.layers), identity.num_layers),
@@ -129,15 +129,15 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     mask_dtype = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
     tokens = identity.num_virtual_tokens
     mask_dtype = mask_dtype or (torch.int64 if mask is None else mask.dtype)
-    extras: dict[str, Extra] = {"attention_mask": AttentionMask(form.batch_size, tokens, mask_dtype, mask)}
+    extras: dict[str, Extra] = {"attention_mask": AttentionMask(variant.batch_size, tokens, mask_dtype, mask)}
     if mask is not None and config.num_transformer_submodules == 1:
         extras["position_ids"] = PositionIds(tokens, mask)
-    file = PrefixFile(identity, form, extras)
+    file = PrefixFile(identity, variant, extras)
     return Plan(version, file, _entity_tag(version, file))
 
 
 def _entity_tag(version: Version, file: PrefixFile) -> str:
-    """Hash everything that the body depends on: stored bits, form, and the input's mask."""
+    """Hash everything that the body depends on: stored bits, variant, and the input's mask."""
     tag = hashlib.sha256(version.key_values.encode() + file.header)
     mask = file.extras["attention_mask"]
     if isinstance(mask, AttentionMask) and mask.input is not None:
@@ -169,15 +169,15 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     asked = zip(rows, request.rows, strict=True)
     found = [Row(tuple(parts[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
     batch = MixedBatch.of(found, request.dtype)
-    # The form in which this project's client asks for one prefix: what is made for either serves the other.
+    # The variant in which this project's client asks for one prefix: what is made for either serves the other.
     options = request.model_dump(exclude={"rows", "mask_dtype"})
     options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
     single = PrefixRequest.model_validate(options)
     versions = {_name(version): version for row in rows for _, version in row}
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
     planned = [[plans[_name(version)] for _, version in row] for row in rows]
-    form = replace(next(iter(plans.values())).file.form, batch_size=len(rows), layout=request.layout, expand=True)
-    file = MixedPrefixFile(batch, form, _mixed_extras(batch, request, mask))
+    variant = replace(next(iter(plans.values())).file.variant, batch_size=len(rows), layout=request.layout, expand=True)
+    file = MixedPrefixFile(batch, variant, _mixed_extras(batch, request, mask))
     _ = file.content_length  # its header takes milliseconds: here, and not where it is sent
     return MixedPlan(file, planned)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import Identity, KVDtype
+from prefix_service.prefix.variant import Identity, KVDtype
 
 MOST_IN_A_ROW: Final = 32
 """Prefixes that one row may be made of."""

@@ -1,7 +1,7 @@
 """Which key/value heads a rank of a tensor-parallel model holds: numbers alone, without torch."""
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 Rank = tuple[int, int]
 """`(rank, size)`: one of `size` ranks, counted from 0."""

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.variant import KVDtype, Span
 
 
 class VersionKey(NamedTuple):

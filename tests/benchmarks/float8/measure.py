@@ -15,7 +15,7 @@ import prefix_service.cli.demo
 from prefix_service.cli.demo.model import find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
 from prefix_service.client.prefixes.float8 import Error
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 from tests.conftest import CORPUS
 
 DTYPES: Final[tuple[KVDtype, ...]] = ("bfloat16", "float8_e4m3fn")

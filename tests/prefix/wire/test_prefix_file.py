@@ -17,8 +17,8 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 from prefix_service.prefix.wire.received import Received, read_kv, read_prefix_file
@@ -37,23 +37,23 @@ def asked(
     expand: bool = True,
     layers: Span = (0, L),
     heads: Span = (0, H),
-) -> Form:
-    return Form(dtype, rows, layers, heads, layout, expand)
+) -> Variant:
+    return Variant(dtype, rows, layers, heads, layout, expand)
 
 
-def file_of(form: Form, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> PrefixFile:
-    return PrefixFile(identity, form, {"attention_mask": AttentionMask(form.batch_size, N, MASK_DTYPES[mask])})
+def file_of(variant: Variant, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> PrefixFile:
+    return PrefixFile(identity, variant, {"attention_mask": AttentionMask(variant.batch_size, N, MASK_DTYPES[mask])})
 
 
-def rendering_of(form: Form, kv: PrefixKV = WHOLE) -> Rendering:
-    return render(kv.sliced(form.layers, form.kv_heads), form.dtype)
+def rendering_of(variant: Variant, kv: PrefixKV = WHOLE) -> Rendering:
+    return render(kv.sliced(variant.layers, variant.kv_heads), variant.dtype)
 
 
 def body_of(file: PrefixFile, kv: PrefixKV = WHOLE, start: int = 0, stop: int | None = None) -> bytes:
-    return b"".join(file.chunks(rendering_of(file.form, kv), start, stop))
+    return b"".join(file.chunks(rendering_of(file.variant, kv), start, stop))
 
 
-forms = st.builds(
+variants = st.builds(
     asked,
     dtype=st.sampled_from(list(KV_DTYPES)),
     rows=st.integers(1, 3),
@@ -62,7 +62,7 @@ forms = st.builds(
     layers=st.sampled_from([(0, L), (1, 2), (1, 3)]),
     heads=st.sampled_from([(0, H), (1, 2)]),
 )
-messages = st.builds(file_of, forms, st.sampled_from(list(MASK_DTYPES)))
+files = st.builds(file_of, variants, st.sampled_from(list(MASK_DTYPES)))
 
 # A version of one layer, one head, one token of size 2: the key is [1, -2], the value [0.5, 3].
 TINY = PrefixKV.whole(torch.tensor([1.0, -2.0, 0.5, 3.0]).view(1, 2, 1, 1, 2))
@@ -86,8 +86,8 @@ GOLDEN = (
 
 def test_golden_bytes() -> None:
     """The exact bytes of a tiny answer: whoever changes one of them changes every ETag and digest in the world."""
-    form = Form("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
-    file = PrefixFile(TINY_IDENTITY, form, {"attention_mask": AttentionMask(2, 1, torch.int64)})
+    variant = Variant("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
+    file = PrefixFile(TINY_IDENTITY, variant, {"attention_mask": AttentionMask(2, 1, torch.int64)})
     assert body_of(file, TINY) == GOLDEN
 
 
@@ -101,17 +101,17 @@ def test_the_metadata_is_canonical_json(name: str) -> None:
     assert json.loads(text)["base_model_name_or_path"] == name
 
 
-def expected_tensors(form: Form, mask: Tensor) -> dict[str, Tensor]:
+def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
     """What the contract promises, from the rendering."""
-    rendering = rendering_of(form)
-    values = rendering.values.expand(form.rows, *rendering.values.shape)
+    rendering = rendering_of(variant)
+    values = rendering.values.expand(variant.rows, *rendering.values.shape)
     found = {"attention_mask": mask}
-    if form.layout == "stacked":
+    if variant.layout == "stacked":
         found["past_key_values"] = values
         if rendering.scales is not None:
             found["past_key_values_scale"] = rendering.scales[None]
         return found
-    for index, layer in enumerate(range(*form.layers)):
+    for index, layer in enumerate(range(*variant.layers)):
         for part, name in enumerate(("key", "value")):
             found[f"past_key_values.{layer}.{name}"] = values[:, index, part]
             if rendering.scales is not None:
@@ -120,12 +120,12 @@ def expected_tensors(form: Form, mask: Tensor) -> dict[str, Tensor]:
 
 
 @settings(deadline=None)
-@given(messages)
+@given(files)
 def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
-    """Names, shapes, dtypes and values, read by safetensors itself, in every form."""
+    """Names, shapes, dtypes and values, read by safetensors itself, in every variant."""
     body = body_of(file)
     assert len(body) == file.content_length
-    wanted = expected_tensors(file.form, file.extras["attention_mask"].rows(0, file.form.batch_size))
+    wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
     found = load(body)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -134,20 +134,20 @@ def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
 
 
 @settings(deadline=None)
-@given(messages)
+@given(files)
 def test_the_client_reads_it_too(file: PrefixFile) -> None:
     """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
     data = bytearray(body_of(file))
     received = read_prefix_file(data)
-    wanted = expected_tensors(file.form, file.extras["attention_mask"].rows(0, file.form.batch_size))
+    wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
     assert received.tensors.keys() == wanted.keys()
     assert all(torch.equal(received.tensors[name].float(), tensor.float()) for name, tensor in wanted.items())
-    assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": file.form.batch_size}.items()
-    assert received.metadata["layers"] == list(file.form.layers)
+    assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": file.variant.batch_size}.items()
+    assert received.metadata["layers"] == list(file.variant.layers)
 
 
 @settings(deadline=None)
-@given(messages)
+@given(files)
 def test_every_tensor_is_aligned(file: PrefixFile) -> None:
     """The data begins at a multiple of 64, and each tensor at one of its element's size: it can be mapped."""
     (length,) = struct.unpack("<Q", file.header[:8])
@@ -160,15 +160,15 @@ def test_every_tensor_is_aligned(file: PrefixFile) -> None:
 
 
 @settings(deadline=None)
-@given(messages)
+@given(files)
 def test_the_same_question_has_the_same_bytes(file: PrefixFile) -> None:
-    """Two messages planned apart agree, whatever order their tensors were named in."""
-    again = PrefixFile(replace(file.identity), replace(file.form), dict(file.extras))
+    """Two files planned apart agree, whatever order their tensors were named in."""
+    again = PrefixFile(replace(file.identity), replace(file.variant), dict(file.extras))
     assert body_of(again) == body_of(file)
 
 
 @settings(deadline=None, max_examples=200)
-@given(messages, st.data())
+@given(files, st.data())
 def test_a_range_is_that_slice_of_the_whole(file: PrefixFile, data: st.DataObject) -> None:
     """Every `start:stop` of the body, header included."""
     whole = body_of(file)
@@ -177,10 +177,10 @@ def test_a_range_is_that_slice_of_the_whole(file: PrefixFile, data: st.DataObjec
     assert body_of(file, WHOLE, start, stop) == whole[start:stop]
 
 
-@given(messages)
+@given(files)
 def test_a_tensor_alone_is_that_part_of_the_whole(file: PrefixFile) -> None:
     """The tensors in their order are all that stands behind the header; of each, its own bytes are told."""
-    rendering = rendering_of(file.form)
+    rendering = rendering_of(file.variant)
     bodies = {name: b"".join(file.chunks_of(name, rendering)) for name in file.tensors}
     assert file.header + b"".join(bodies.values()) == body_of(file)
     assert {name: len(body) for name, body in bodies.items()} == {
@@ -193,7 +193,7 @@ def test_chunks_are_small_enough_for_a_slow_reader() -> None:
     kv = PrefixKV.whole(torch.zeros(1, 2, 1, 5, 1 << 19))
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, head_dim=1 << 19)
     file = PrefixFile(identity, asked(layers=(0, 1), heads=(0, 1)), {})
-    sizes = [len(chunk) for chunk in file.chunks(rendering_of(file.form, kv), 3)]
+    sizes = [len(chunk) for chunk in file.chunks(rendering_of(file.variant, kv), 3)]
     assert max(sizes) == 8 << 20
     assert sum(sizes) == file.content_length - 3
 
@@ -203,7 +203,7 @@ def test_chunks_share_memory_with_the_rendering() -> None:
     kv = PrefixKV.whole(torch.randn(1, 2, 1, 1, 1 << 14))  # rows of 64 KiB
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, num_virtual_tokens=1, head_dim=1 << 14)
     file = file_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
-    rendering = rendering_of(file.form, kv)
+    rendering = rendering_of(file.variant, kv)
     chunks = list(file.chunks(rendering))[1:]  # behind header and mask
     before = bytes(chunks[0])
     rendering.values.neg_()
@@ -214,7 +214,7 @@ def test_chunks_share_memory_with_the_rendering() -> None:
 def test_short_rows_are_joined() -> None:
     """A thousand rows of 40 bytes are a few chunks, not a thousand."""
     file = file_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
-    chunks = list(file.chunks(rendering_of(file.form)))
+    chunks = list(file.chunks(rendering_of(file.variant)))
     assert b"".join(chunks) == body_of(file)
     assert len(chunks) < 5
 
@@ -223,8 +223,8 @@ def test_a_large_batch_takes_no_memory() -> None:
     """256 rows of 1.3 MB are sent from one."""
     kv = PrefixKV.whole(torch.zeros(4, 2, 8, 20, 256))
     identity = replace(IDENTITY, num_layers=4, num_kv_heads=8, num_virtual_tokens=20, head_dim=256)
-    form = asked(rows=256, layers=(0, 4), heads=(0, 8))
-    file, rendering = PrefixFile(identity, form, {}), rendering_of(form, kv)
+    variant = asked(rows=256, layers=(0, 4), heads=(0, 8))
+    file, rendering = PrefixFile(identity, variant, {}), rendering_of(variant, kv)
     tracemalloc.start()
     sent = sum(len(chunk) for chunk in file.chunks(rendering))
     _, peak = tracemalloc.get_traced_memory()
@@ -287,10 +287,10 @@ def test_float8_scales_belong_to_layer_and_head() -> None:
 @pytest.mark.parametrize("dtype", list(KV_DTYPES))
 def test_a_stacked_row_comes_back_as_a_prefix(dtype: KVDtype) -> None:
     """The value that was sent, with the model's numbers; float8 as float32."""
-    form = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
-    kv = read_kv(read_prefix_file(bytearray(body_of(file_of(form)))))
+    variant = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
+    kv = read_kv(read_prefix_file(bytearray(body_of(file_of(variant)))))
     assert (kv.layers, kv.kv_heads, kv.num_layers, kv.num_kv_heads) == ((1, 3), (1, 2), L, H)
-    wanted = rendering_of(form)
+    wanted = rendering_of(variant)
     values = wanted.values if wanted.scales is None else wanted.values.float() * wanted.scales
     assert torch.equal(kv.tensor, values)
 

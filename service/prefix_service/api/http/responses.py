@@ -19,7 +19,7 @@ from prefix_service.catalog.records import Version
 from prefix_service.library.encodings import EncodedAgain, unstable
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
-from prefix_service.prefix.form import MEDIA_TYPE
+from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, format_digest
 from prefix_service.prefix.wire.rendering import Rendering
 
@@ -108,7 +108,7 @@ class PrefixResponse(BytesResponse):
         self.version = plan.version
         self._library, self._plan = library, plan
         self._immutable, self._varies = immutable, varies
-        self._served = (served(plan.version, plan.file.form.batch_size),)
+        self._served = (served(plan.version, plan.file.variant.batch_size),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request; with another entity tag if the version has to be encoded again. That is known before

@@ -64,7 +64,7 @@ class TensorsResponse(Response):
         known = self._plan.file.tensors
         unknown = [name for name in self._binary if name not in known]
         if unknown:
-            _, last = self._plan.file.form.layers
+            _, last = self._plan.file.variant.layers
             extras = [name for name in known if not name.startswith("past_key_values")]
             raise InvalidRequest(
                 f"there is no output {', '.join(map(repr, unknown))!s:.200} here: there are {', '.join(extras)}, and "
@@ -86,7 +86,7 @@ class TensorsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        scope[SERVED] = (served(self._plan.version, self._plan.file.form.batch_size),)
+        scope[SERVED] = (served(self._plan.version, self._plan.file.variant.batch_size),)
         tenant, numbers = self._plan.version.tenant, self._numbers
         with self._measurement:
             async with (
@@ -96,7 +96,7 @@ class TensorsResponse(Response):
                 self._measurement.step()
                 async with self._admission.work(tenant, _PARSED * numbers) as work:
                     head = await work.run(partial(self._head, rendering))
-                self._measurement.succeeded(self._plan.file.form.batch_size)
+                self._measurement.succeeded(self._plan.file.variant.batch_size)
                 await self._send(scope, send, head, rendering)
 
     async def _send(self, scope: Scope, send: Send, head: bytes, rendering: Rendering) -> None:
@@ -126,7 +126,7 @@ class TensorsResponse(Response):
         told: dict[str, object] = {
             "model_name": f"{version.tenant}/{version.adapter}",
             "model_version": str(version.number),
-            "parameters": {"digest": version.digest, "dtype": self._plan.file.form.dtype},
+            "parameters": {"digest": version.digest, "dtype": self._plan.file.variant.dtype},
             "outputs": [self._output(self._plan.file.tensors[name], rendering) for name in self._binary],
         }
         if self._asked.id is not None:

@@ -60,9 +60,9 @@ from prefix_service.library.library import Library
 from prefix_service.library.publishing import Target, Upload
 from prefix_service.prefix.config import PrefixConfig, parse_config
 from prefix_service.prefix.description import Description, check_annotations, decode_card
-from prefix_service.prefix.form import MEDIA_TYPE
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
 from prefix_service.prefix.references import check_name, parse_qualified, parse_reference
+from prefix_service.prefix.variant import MEDIA_TYPE
 
 router = APIRouter(tags=["adapters"])
 

@@ -20,8 +20,8 @@ from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import InvalidReference, NotFound
 from prefix_service.library.library import Library
 from prefix_service.library.plan import MixedPlan, MixedRequest, require_few_rows
-from prefix_service.prefix.form import MEDIA_TYPE
 from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.extras import InputMask
 
 router = APIRouter(tags=["prefixes"])

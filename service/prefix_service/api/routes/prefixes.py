@@ -17,11 +17,11 @@ from prefix_service.api.routes.shared_files import SharedFileResponse, shares_fi
 from prefix_service.api.state import LibraryOf, StateOf, state_of
 from prefix_service.errors import InvalidCheckpoint, InvalidRequest
 from prefix_service.library.plan import Plan, PrefixBody, PrefixRequest
-from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from prefix_service.prefix.json_text import MOST_VALUES
 from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
+from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 from prefix_service.prefix.wire.extras import InputMask
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES
 

@@ -13,7 +13,7 @@ from prefix_service.api.http.responses import Fields, PrefixResponse, body_diges
 from prefix_service.api.http.served import note_load
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
-from prefix_service.prefix.form import SHARED_FILE_TYPE
+from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import format_digest
 from prefix_service.settings import Settings
 

@@ -16,7 +16,7 @@ from prefix_service.cli.console import errors_console, human_bytes, print_json, 
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from prefix_service.client.flows.flows import Flow, Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.protocol import Progress, Together
 from prefix_service.errors import PrefixServiceError
-from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank
+from prefix_service.prefix.variant import KVDtype, Span
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,9 +8,9 @@ from urllib.parse import unquote
 from prefix_service.client.options import PrefixOptions
 from prefix_service.client.protocol import Answer, Fetch, prefix_request
 from prefix_service.errors import InvalidRequest, InvalidResponse
-from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank, check_rank, kv_heads_of_rank
 from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.variant import KVDtype, Span
 
 _MISSING = "none"
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from prefix_service.client.flows import flows
 from prefix_service.client.flows.flows import Flow
-from prefix_service.prefix.form import Identity, KVDtype
+from prefix_service.prefix.variant import Identity, KVDtype
 from prefix_service.prefix.wire.metadata import read_dtype, read_identity
 
 

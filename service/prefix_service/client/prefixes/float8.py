@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import Identity
+from prefix_service.prefix.variant import Identity
 
 _SAME: Final = [field.name for field in fields(Identity)] + ["layers", "kv_heads"]
 

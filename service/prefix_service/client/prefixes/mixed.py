@@ -11,9 +11,9 @@ from torch import Tensor
 
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Identity
 from prefix_service.prefix.kv import position_ids
 from prefix_service.prefix.mixed import MixedBatch, Part, Row, mixed_mask
+from prefix_service.prefix.variant import Identity
 from prefix_service.prefix.wire.mixed_prefix_file import stacked
 
 if TYPE_CHECKING:

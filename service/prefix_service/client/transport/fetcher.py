@@ -13,7 +13,7 @@ from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import SHARED_FILE_TYPE
+from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
 
 _MOST_PROBLEM: Final = 1 << 20  # bytes of an error

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from prefix_service.client.protocol import Answer, Fetch, require_success
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
+from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 
 _MOST_TOLD: Final = 16 << 10  # bytes: a path has up to 4,096
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # nothing that a pipe or a link could do

@@ -1,23 +1,23 @@
-"""The metadata of an answer as values: which version it says it holds, and in which form. Without torch."""
+"""The metadata of an answer as values: which version it says it holds, and in which variant. Without torch."""
 
 from collections.abc import Mapping
 from typing import Any, Final, cast, get_args
 
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, Span
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, Span, Variant
 
 _DTYPES: Final = get_args(KVDtype)
 _LAYOUTS: Final = get_args(Layout)
 
 
-def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
+def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Variant]:
     """Read the metadata that every prefix of this service carries; keys beyond it are ignored.
 
     Raises:
         InvalidResponse: a value is missing, has another type, or lies outside its range.
     """
     identity = read_identity(metadata)
-    form = Form(
+    variant = Variant(
         dtype=read_dtype(metadata),
         batch_size=_size(metadata, "batch_size"),
         layers=_span(metadata, "layers", identity.num_layers),
@@ -25,7 +25,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
         layout=_one_of(metadata, "layout", _LAYOUTS),
         expand=_one_of(metadata, "expand", (True, False)),
     )
-    return identity, form
+    return identity, variant
 
 
 def read_identity(metadata: Mapping[str, Any]) -> Identity:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.form import FORMAT, Form
 from prefix_service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
+from prefix_service.prefix.variant import FORMAT, Variant
 from prefix_service.prefix.wire.extras import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
@@ -22,19 +22,19 @@ _RUNS: Final = 1024  # of them
 
 @dataclass(frozen=True)
 class MixedPrefixFile:
-    """A response planned from sizes alone. `form.batch_size` is the number of rows; `extras` are the masks.
+    """A response planned from sizes alone. `variant.batch_size` is the number of rows; `extras` are the masks.
 
     Float8 values have scales as every other prefix, but each token its own, float32 `[B, H', N, 1]` (stacked:
     `[B, L', 2, H', N, 1]`): the prefixes of a row keep theirs, and so every bit.
     """
 
     batch: MixedBatch
-    form: Form
+    variant: Variant
     extras: Mapping[str, Extra]
 
     @property
     def _heads(self) -> int:
-        return self.form.kv_heads[1] - self.form.kv_heads[0]
+        return self.variant.kv_heads[1] - self.variant.kv_heads[0]
 
     @cached_property
     def _specs(self) -> list[tuple[TensorSpec, range | None]]:
@@ -43,27 +43,27 @@ class MixedPrefixFile:
             (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
         ]
         rows, tokens, cells = len(self.batch.rows), self.batch.num_virtual_tokens, 2 * self._layers
-        parts = [("", KV_DTYPES[self.form.dtype], self.batch.first.identity.head_dim)]
-        if self.form.dtype == "float8_e4m3fn":
+        parts = [("", KV_DTYPES[self.variant.dtype], self.batch.first.identity.head_dim)]
+        if self.variant.dtype == "float8_e4m3fn":
             parts.append(("_scale", torch.float32, 1))
         for suffix, dtype, width in parts:
-            if self.form.layout == "stacked":
+            if self.variant.layout == "stacked":
                 shape: tuple[int, ...] = (rows, self._layers, 2, self._heads, tokens, width)
                 specs.append((TensorSpec(f"past_key_values{suffix}", dtype, shape), range(cells)))
                 continue
             for cell in range(cells):
-                name = f"past_key_values.{self.form.layers[0] + cell // 2}.{('key', 'value')[cell % 2]}{suffix}"
+                name = f"past_key_values.{self.variant.layers[0] + cell // 2}.{('key', 'value')[cell % 2]}{suffix}"
                 specs.append((TensorSpec(name, dtype, (rows, self._heads, tokens, width)), range(cell, cell + 1)))
         return sorted(specs, key=lambda spec: -spec[0].dtype.itemsize)
 
     @property
     def _layers(self) -> int:
-        return self.form.layers[1] - self.form.layers[0]
+        return self.variant.layers[1] - self.variant.layers[0]
 
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        identity, form = self.batch.first.identity, self.form
+        identity, variant = self.batch.first.identity, self.variant
         about = {
             "format": FORMAT,
             "rows": [row.told() for row in self.batch.rows],
@@ -71,12 +71,12 @@ class MixedPrefixFile:
             "num_layers": identity.num_layers,
             "num_kv_heads": identity.num_kv_heads,
             "head_dim": identity.head_dim,
-            "dtype": form.dtype,
-            "batch_size": form.batch_size,
-            "layers": form.layers,
-            "kv_heads": form.kv_heads,
-            "layout": form.layout,
-            "expand": form.expand,
+            "dtype": variant.dtype,
+            "batch_size": variant.batch_size,
+            "layers": variant.layers,
+            "kv_heads": variant.kv_heads,
+            "layout": variant.layout,
+            "expand": variant.expand,
         }
         return write_header(about, [spec for spec, _ in self._specs])
 

@@ -16,8 +16,8 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 
-from prefix_service.prefix.form import FORMAT, Form, Identity, MaskDtype
 from prefix_service.prefix.safetensors_tensors import NAMES
+from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
 from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Part, Rendering
 
@@ -86,25 +86,25 @@ class PrefixFile:
     """A response planned from sizes alone: header and length are known before a tensor is touched."""
 
     identity: Identity
-    form: Form
+    variant: Variant
     extras: Mapping[str, Extra]
 
     @property
     def canonical(self) -> "PrefixFile":
         """The file in which this project's client asks for the same rendering: one tensor, one row."""
-        form = replace(self.form, batch_size=1, layout="stacked", expand=False)
+        variant = replace(self.variant, batch_size=1, layout="stacked", expand=False)
         mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
-        return PrefixFile(self.identity, form, {"attention_mask": mask})
+        return PrefixFile(self.identity, variant, {"attention_mask": mask})
 
     @property
     def is_canonical(self) -> bool:
-        """Whether this is that file: the header tells every form apart, and also a mask that was posted."""
+        """Whether this is that file: the header tells every variant apart, and also a mask that was posted."""
         return self.header == self.canonical.header
 
     @cached_property
     def _slots(self) -> list[Slot]:
         extras = [Slot(name, extra.dtype, extra.shape, "extra") for name, extra in self.extras.items()]
-        slots = extras + (self._layer_slots() if self.form.layout == "layers" else self._stacked_slots())
+        slots = extras + (self._layer_slots() if self.variant.layout == "layers" else self._stacked_slots())
         return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
 
     @cached_property
@@ -113,23 +113,23 @@ class PrefixFile:
         return {slot.name: slot for slot in self._slots}
 
     def _layer_slots(self) -> list[Slot]:
-        form, heads = self.form, self.form.kv_heads[1] - self.form.kv_heads[0]
-        shape = (form.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        dtype, slots = KV_DTYPES[form.dtype], []
-        for index, layer in enumerate(range(*form.layers)):
+        variant, heads = self.variant, self.variant.kv_heads[1] - self.variant.kv_heads[0]
+        shape = (variant.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        dtype, slots = KV_DTYPES[variant.dtype], []
+        for index, layer in enumerate(range(*variant.layers)):
             for part, name in enumerate(("key", "value")):
                 full = f"past_key_values.{layer}.{name}"
-                slots.append(Slot(full, dtype, shape, "values", (index, part), form.rows))
-                if form.dtype == "float8_e4m3fn":
+                slots.append(Slot(full, dtype, shape, "values", (index, part), variant.rows))
+                if variant.dtype == "float8_e4m3fn":
                     slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
         return slots
 
     def _stacked_slots(self) -> list[Slot]:
-        form = self.form
-        layers, heads = form.layers[1] - form.layers[0], form.kv_heads[1] - form.kv_heads[0]
-        shape = (form.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [Slot("past_key_values", KV_DTYPES[form.dtype], shape, "values", (), form.rows)]
-        if form.dtype == "float8_e4m3fn":
+        variant = self.variant
+        layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
+        shape = (variant.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        slots = [Slot("past_key_values", KV_DTYPES[variant.dtype], shape, "values", (), variant.rows)]
+        if variant.dtype == "float8_e4m3fn":
             slots.append(Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
         return slots
 
@@ -141,7 +141,7 @@ class PrefixFile:
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.form)}, self._slots)
+        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}, self._slots)
 
     @cached_property
     def content_length(self) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint, InvalidResponse
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.form import FORMAT
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.safetensors_header import TensorEntry, parse_header
 from prefix_service.prefix.safetensors_tensors import DTYPES
+from prefix_service.prefix.variant import FORMAT
 from prefix_service.prefix.wire.metadata import read_metadata
 
 _REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
@@ -77,24 +77,25 @@ def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = N
     Raises:
         InvalidResponse: the metadata is not that of a prefix, or the tensors do not have its shapes and dtypes.
     """
-    identity, form = read_metadata(received.metadata)
-    if form.layout != "stacked" or form.rows != 1:
+    identity, variant = read_metadata(received.metadata)
+    if variant.layout != "stacked" or variant.rows != 1:
         raise InvalidResponse(
-            f"the answer has layout {form.layout} and {form.rows} rows, where layout stacked and one row was expected"
+            f"the answer has layout {variant.layout} and {variant.rows} rows, where layout stacked and one row was "
+            "expected"
         )
-    layers, heads = (last - first for first, last in (form.layers, form.kv_heads))
+    layers, heads = (last - first for first, last in (variant.layers, variant.kv_heads))
     shape = (1, layers, 2, heads, identity.num_virtual_tokens, identity.head_dim)
     expected = {
-        "past_key_values": (getattr(torch, form.dtype), shape),
-        "attention_mask": (torch.int64, (form.batch_size, identity.num_virtual_tokens)),
+        "past_key_values": (getattr(torch, variant.dtype), shape),
+        "attention_mask": (torch.int64, (variant.batch_size, identity.num_virtual_tokens)),
     }
-    if form.dtype == "float8_e4m3fn":
+    if variant.dtype == "float8_e4m3fn":
         expected["past_key_values_scale"] = (torch.float32, (*shape[:4], 1, 1))
     _require(received.tensors, expected)
     tensor = received.tensors["past_key_values"][0]
-    if form.dtype == "float8_e4m3fn":
+    if variant.dtype == "float8_e4m3fn":
         tensor = _decoded(tensor, received.tensors["past_key_values_scale"][0], allocate)
-    return PrefixKV(tensor, form.layers, form.kv_heads, identity.num_layers, identity.num_kv_heads)
+    return PrefixKV(tensor, variant.layers, variant.kv_heads, identity.num_layers, identity.num_kv_heads)
 
 
 def _require(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

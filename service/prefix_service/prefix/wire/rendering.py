@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import KVDtype
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
+from prefix_service.prefix.variant import KVDtype
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 Part = Literal["values", "scales"]

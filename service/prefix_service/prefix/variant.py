@@ -33,7 +33,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Variant:
     """The form in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
 
     dtype: KVDtype
