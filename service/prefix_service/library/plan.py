@@ -15,7 +15,7 @@ from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.kv import check_span
-from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
+from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, RowPrefix, Row
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
 from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
@@ -165,9 +165,9 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
         InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
     """
     _check_mixed(request, mask, limits)
-    parts = {ref: _part(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
+    prefixes = {ref: _row_prefix(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
     asked = zip(rows, request.rows, strict=True)
-    found = [Row(tuple(parts[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
+    found = [Row(tuple(prefixes[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
     batch = MixedBatch.of(found, request.dtype)
     # The variant in which this project's client asks for one prefix: what is made for either serves the other.
     options = request.model_dump(exclude={"rows", "mask_dtype"})
@@ -209,10 +209,10 @@ def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: InputMask | No
     return extras
 
 
-def _part(ref: str, version: Version) -> Part:
+def _row_prefix(ref: str, version: Version) -> RowPrefix:
     config = version.prefix_config
     is_encoder_decoder = config.num_transformer_submodules == 2
-    return Part(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
+    return RowPrefix(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
 
 
 def _name(version: Version) -> tuple[str, str, int, str]:

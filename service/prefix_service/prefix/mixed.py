@@ -30,7 +30,7 @@ Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RowPrefix:
     """A prefix in a row: how it was asked for, which one it is, and the dtype that it has unless another is asked."""
 
     ref: str
@@ -44,7 +44,7 @@ class Part:
         identity = self.identity
         return identity.num_layers, identity.num_kv_heads, identity.head_dim, self.is_encoder_decoder
 
-    def told(self) -> dict[str, Any]:
+    def as_metadata(self) -> dict[str, Any]:
         """As metadata."""
         about = {name: getattr(self.identity, name) for name in ("version", "digest", "num_virtual_tokens")}
         return {"ref": self.ref, **about}
@@ -59,17 +59,17 @@ class Part:
 class Row:
     """The prefixes of a row, in their order; none where it has no prefix. `is_list` tells how it was asked for."""
 
-    parts: tuple[Part, ...] = ()
+    prefixes: tuple[RowPrefix, ...] = ()
     is_list: bool = False
 
     @property
     def num_virtual_tokens(self) -> int:
         """Tokens of its prefixes together."""
-        return sum(part.identity.num_virtual_tokens for part in self.parts)
+        return sum(prefix.identity.num_virtual_tokens for prefix in self.prefixes)
 
-    def told(self) -> Any:
+    def as_metadata(self) -> Any:
         """As metadata: of a prefix `ref`, `version`, `digest` and `num_virtual_tokens`; a list; or None."""
-        told = [part.told() for part in self.parts]
+        told = [prefix.as_metadata() for prefix in self.prefixes]
         return told if self.is_list else told[0] if told else None
 
 
@@ -88,26 +88,26 @@ class MixedBatch:
             InvalidRequest: no row has a prefix; one differs from the first in layers, heads or head size; or stored
                 dtypes differ and no `dtype` was asked for.
         """
-        found = [(index, part) for index, row in enumerate(rows) for part in row.parts]
+        found = [(index, prefix) for index, row in enumerate(rows) for prefix in row.prefixes]
         if not found:
             raise InvalidRequest("no row has a prefix: ask for a batch only where one has")
         first_index, first = found[0]
-        for index, part in found:
-            if part.shape != first.shape:
+        for index, prefix in found:
+            if prefix.shape != first.shape:
                 raise InvalidRequest(
-                    f"row {index}: {part}, but row {first_index}: {first}; the rows of a batch share one base model"
+                    f"row {index}: {prefix}, but row {first_index}: {first}; the rows of a batch share one base model"
                 )
-            if dtype is None and part.dtype != first.dtype:
+            if dtype is None and prefix.dtype != first.dtype:
                 raise InvalidRequest(
-                    f"row {index}: {part.ref} is stored as {part.dtype}, but row {first_index}: {first.ref} as "
+                    f"row {index}: {prefix.ref} is stored as {prefix.dtype}, but row {first_index}: {first.ref} as "
                     f"{first.dtype}; say in dtype which one is wanted"
                 )
         return cls(tuple(rows), dtype or first.dtype)
 
     @cached_property
-    def first(self) -> Part:
+    def first(self) -> RowPrefix:
         """The first prefix; the others agree with it."""
-        return next(chain.from_iterable(row.parts for row in self.rows))
+        return next(chain.from_iterable(row.prefixes for row in self.rows))
 
     @cached_property
     def num_virtual_tokens(self) -> int:
@@ -122,25 +122,25 @@ class MixedBatch:
     def runs(self, sources: Sequence[Sequence["Source"]], heads: int, cells: range) -> Iterator[Bytes]:
         """The bytes of `cells` (a layer's keys are one, its values the next), row by row, head by head, in order.
 
-        `sources` has the tensor of each prefix, as `rows` has them; the runs are parts of these, and zeros.
+        `sources` has the tensor of each prefix, as `rows` has them; the runs are tensors of these, and zeros.
         """
         width = next(source.width for source in chain.from_iterable(sources))
-        for row, parts in zip(self.rows, sources, strict=True):
+        for row, tensors in zip(self.rows, sources, strict=True):
             padding = self.num_virtual_tokens - row.num_virtual_tokens
-            if len(parts) == 1 and not padding:
-                yield from parts[0].whole(cells, heads)
+            if len(tensors) == 1 and not padding:
+                yield from tensors[0].whole(cells, heads)
                 continue
-            if not parts:
+            if not tensors:
                 yield from _zeros(len(cells) * heads * padding * width)
                 continue
             first, last = cells.start * heads, cells.stop * heads
             for start, stop in _blocks(first, last, self.num_virtual_tokens * width):
                 if stop - start > 1:
-                    yield _joined(parts, start, stop, padding * width)
+                    yield _joined(tensors, start, stop, padding * width)
                     continue
                 yield from _zeros(padding * width)
-                for part in parts:
-                    yield part.line(start)
+                for tensor in tensors:
+                    yield tensor.line(start)
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
@@ -153,10 +153,10 @@ def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         yield at, min(at + together, stop)
 
 
-def _joined(parts: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
+def _joined(tensors: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
     """Lines `start:stop` of prefixes one behind the other, in memory of their own, each behind `padding` zeros."""
     zeros = torch.zeros(stop - start, padding, dtype=torch.uint8)
-    return bytes_of(torch.cat([zeros, *(part.lines(start, stop) for part in parts)], dim=1))
+    return bytes_of(torch.cat([zeros, *(tensor.lines(start, stop) for tensor in tensors)], dim=1))
 
 
 def mixed_mask(lengths: Tensor) -> Tensor:

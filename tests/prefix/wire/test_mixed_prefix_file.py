@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_service.prefix.mixed import MixedBatch, Part, Row
+from prefix_service.prefix.mixed import MixedBatch, RowPrefix, Row
 from prefix_service.prefix.variant import Identity, Layout, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
@@ -16,9 +16,9 @@ from prefix_service.prefix.wire.rendering import Rendering
 LENGTHS = (80_000, 30, 50_000)  # lines of 2.4 MiB, 960 bytes, 1.5 MiB
 
 
-def _part(tokens: int) -> Part:
+def _part(tokens: int) -> RowPrefix:
     identity = Identity("acme", f"a{tokens}", 1, "sha256:0", "CARTRIDGE", None, tokens, 1, 2, 8)
-    return Part(f"acme/a{tokens}", identity, "float32")
+    return RowPrefix(f"acme/a{tokens}", identity, "float32")
 
 
 @pytest.fixture(scope="module")

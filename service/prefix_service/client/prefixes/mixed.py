@@ -12,7 +12,7 @@ from torch import Tensor
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.kv import position_ids
-from prefix_service.prefix.mixed import MixedBatch, Part, Row, mixed_mask
+from prefix_service.prefix.mixed import MixedBatch, RowPrefix, Row, mixed_mask
 from prefix_service.prefix.variant import Identity
 from prefix_service.prefix.wire.mixed_prefix_file import stacked
 
@@ -147,8 +147,8 @@ def assemble(
     Raises:
         InvalidRequest: rows do not agree, or the mask has another number of them.
     """
-    part = partial(_part, prefixes)
-    batch = MixedBatch.of([Row(tuple(map(part, references)), is_list) for references, is_list in rows])
+    row_prefix = partial(_row_prefix, prefixes)
+    batch = MixedBatch.of([Row(tuple(map(row_prefix, references)), is_list) for references, is_list in rows])
     tensors = [[prefixes[reference].kv.tensor for reference in references] for references, _ in rows]
     layers, _, heads, _, head_dim = prefixes[batch.first.ref].kv.tensor.shape
     shape = (len(rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
@@ -165,7 +165,7 @@ def _shown(row: Any) -> str:
     return str(row["ref"]) if isinstance(row, Mapping) else " + ".join(map(_shown, row))
 
 
-def _part(prefixes: Mapping[str, Prefix], reference: str) -> Part:
+def _row_prefix(prefixes: Mapping[str, Prefix], reference: str) -> RowPrefix:
     prefix = prefixes[reference]
     identity = Identity(**{name: prefix.metadata[name] for name in _IDENTITY})
-    return Part(reference, identity, str(prefix.kv.tensor.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    return RowPrefix(reference, identity, str(prefix.kv.tensor.dtype).removeprefix("torch."))  # type: ignore[arg-type]

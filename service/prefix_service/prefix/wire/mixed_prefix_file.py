@@ -66,7 +66,7 @@ class MixedPrefixFile:
         identity, variant = self.batch.first.identity, self.variant
         about = {
             "format": FORMAT,
-            "rows": [row.told() for row in self.batch.rows],
+            "rows": [row.as_metadata() for row in self.batch.rows],
             "num_virtual_tokens": self.batch.num_virtual_tokens,
             "num_layers": identity.num_layers,
             "num_kv_heads": identity.num_kv_heads,

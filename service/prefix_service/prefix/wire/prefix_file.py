@@ -19,7 +19,7 @@ import torch
 from prefix_service.prefix.safetensors_tensors import NAMES
 from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
 from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
-from prefix_service.prefix.wire.rendering import KV_DTYPES, Part, Rendering
+from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
 
 _ALIGNMENT: Final = 64
 JOINED: Final = 1 << 16  # bytes: what is cheaper to copy once than to send by itself
@@ -29,7 +29,7 @@ CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loo
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
 
-_Source = Part | Literal["extra"]
+_SlotSource = BufferName | Literal["extra"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,15 @@ class TensorSpec:
 class Slot(TensorSpec):
     """One tensor of a file: a row of it lies at `index` in its source, and is sent `times` times."""
 
-    source: _Source
+    source: _SlotSource
     index: tuple[int, ...] = ()
     times: int = 1
 
 
-class _Span(NamedTuple):
+class _ByteRun(NamedTuple):
     """Bytes `start:stop` of a part of a rendering, sent `times` times."""
 
-    source: Part
+    source: BufferName
     start: int
     stop: int
     times: int
@@ -154,17 +154,17 @@ class PrefixFile:
         before, after = bytearray(), bytearray()
         found = before
         for part in self._parts:
-            if isinstance(part, _Span):
+            if isinstance(part, _ByteRun):
                 found = after
             else:
                 found += part if isinstance(part, bytes) else b"".join(chunks_of(part.pieces()))
         return bytes(before), bytes(after)
 
     @cached_property
-    def _parts(self) -> list[bytes | Extra | _Span]:
-        """The file in order: what is known without a rendering, what is made when it is sent, and spans of a rendering.
+    def _parts(self) -> list[bytes | Extra | _ByteRun]:
+        """The file in order: what is known without a rendering, what is made when it is sent, and runs of a rendering.
         Neighbours are joined where they can be."""
-        parts: list[bytes | Extra | _Span] = [self.header]
+        parts: list[bytes | Extra | _ByteRun] = [self.header]
         for slot in self._slots:
             last = parts[-1]
             if slot.source == "extra":
@@ -174,10 +174,10 @@ class PrefixFile:
                 else:
                     parts.append(extra)
                 continue
-            span = self._span_of(slot, slot.source)
-            if isinstance(last, _Span) and _adjoin(last, span):
-                span, parts = last._replace(stop=span.stop), parts[:-1]
-            parts.append(span)
+            run = self._run_of(slot, slot.source)
+            if isinstance(last, _ByteRun) and _adjoin(last, run):
+                run, parts = last._replace(stop=run.stop), parts[:-1]
+            parts.append(run)
         return parts
 
     @property
@@ -185,16 +185,16 @@ class PrefixFile:
         """An estimate of the memory that the plan takes, but for a mask that was posted."""
         return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
 
-    def _span_of(self, slot: Slot, source: Part) -> _Span:
+    def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
         # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
-        return _Span(source, start, start + row, slot.times)
+        return _ByteRun(source, start, start + row, slot.times)
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
         """Yields the bytes of the file in order; rows that are repeated come once, with their number."""
         for part in self._parts:
-            if isinstance(part, _Span):
+            if isinstance(part, _ByteRun):
                 yield part.piece(rendering)
             elif isinstance(part, bytes):
                 yield part, 1
@@ -213,7 +213,7 @@ class PrefixFile:
         slot = self.tensors[name]
         if slot.source == "extra":
             return chunks_of(self.extras[name].pieces())
-        return chunks_of([self._span_of(slot, slot.source).piece(rendering)])
+        return chunks_of([self._run_of(slot, slot.source).piece(rendering)])
 
 
 def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
@@ -250,6 +250,6 @@ def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
             yield row[: last - tail * size], 1
 
 
-def _adjoin(first: _Span, second: _Span) -> bool:
-    """Whether two spans that are sent once are one."""
+def _adjoin(first: _ByteRun, second: _ByteRun) -> bool:
+    """Whether two runs that are sent once are one."""
     return first.source == second.source and first.stop == second.start and first.times == second.times == 1

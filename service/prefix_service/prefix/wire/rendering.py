@@ -14,7 +14,7 @@ from prefix_service.prefix.streams import own_stream
 from prefix_service.prefix.variant import KVDtype
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
-Part = Literal["values", "scales"]
+BufferName = Literal["values", "scales"]
 """What a rendering has memory of."""
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
 
@@ -34,9 +34,9 @@ class Rendering:
         """Bytes in host memory."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def bytes_of(self, part: Part) -> memoryview:
+    def bytes_of(self, buffer: BufferName) -> memoryview:
         """The memory of `values` or `scales`."""
-        return self._values_bytes if part == "values" else self._scales_bytes
+        return self._values_bytes if buffer == "values" else self._scales_bytes
 
     @cached_property
     def _values_bytes(self) -> memoryview:
