@@ -119,7 +119,7 @@ class MixedBatch:
         """Virtual tokens of each row, int64 `[B, 1]`."""
         return torch.tensor([[row.num_virtual_tokens] for row in self.rows])
 
-    def runs(self, sources: Sequence[Sequence["Source"]], heads: int, cells: range) -> Iterator[Bytes]:
+    def byte_runs(self, sources: Sequence[Sequence["TensorBytes"]], heads: int, cells: range) -> Iterator[Bytes]:
         """The bytes of `cells` (a layer's keys are one, its values the next), row by row, head by head, in order.
 
         `sources` has the tensor of each prefix, as `rows` has them; the runs are tensors of these, and zeros.
@@ -128,7 +128,7 @@ class MixedBatch:
         for row, tensors in zip(self.rows, sources, strict=True):
             padding = self.num_virtual_tokens - row.num_virtual_tokens
             if len(tensors) == 1 and not padding:
-                yield from tensors[0].whole(cells, heads)
+                yield from tensors[0].cell_bytes(cells, heads)
                 continue
             if not tensors:
                 yield from _zeros(len(cells) * heads * padding * width)
@@ -153,10 +153,10 @@ def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         yield at, min(at + together, stop)
 
 
-def _joined(tensors: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
+def _joined(tensors: Sequence["TensorBytes"], start: int, stop: int, padding: int) -> Bytes:
     """Lines `start:stop` of prefixes one behind the other, in memory of their own, each behind `padding` zeros."""
     zeros = torch.zeros(stop - start, padding, dtype=torch.uint8)
-    return bytes_of(torch.cat([zeros, *(tensor.lines(start, stop) for tensor in tensors)], dim=1))
+    return bytes_of(torch.cat([zeros, *(tensor.stacked_heads(start, stop) for tensor in tensors)], dim=1))
 
 
 def mixed_mask(lengths: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def mixed_mask(lengths: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorBytes:
     """A tensor `[L', 2, H', n, X]` in memory; `width` is bytes of X."""
 
     data: memoryview
@@ -178,33 +178,33 @@ class Source:
         size = self.tokens * self.width
         return self.data[line * size : (line + 1) * size]
 
-    def lines(self, start: int, stop: int) -> Tensor:
+    def stacked_heads(self, start: int, stop: int) -> Tensor:
         """The tokens of several heads, uint8 `[lines, n * width]`."""
         size = self.tokens * self.width
         return torch.frombuffer(self.data, dtype=torch.uint8)[start * size : stop * size].view(stop - start, size)
 
-    def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
+    def cell_bytes(self, cells: range, heads: int) -> Iterator[Bytes]:
         """The lines of cells in one piece."""
         size = heads * self.tokens * self.width
         yield self.data[cells.start * size : cells.stop * size]
 
 
-class Repeated(Source):
+class RepeatedBytes(TensorBytes):
     """A tensor `[L', 2, H', 1, X]` of which each token has the same."""
 
     def line(self, line: int) -> Bytes:
-        """As `Source.line`."""
+        """As `TensorBytes.line`."""
         return bytes(self.data[line * self.width : (line + 1) * self.width]) * self.tokens
 
-    def lines(self, start: int, stop: int) -> Tensor:
-        """As `Source.lines`."""
+    def stacked_heads(self, start: int, stop: int) -> Tensor:
+        """As `TensorBytes.lines`."""
         once = torch.frombuffer(self.data, dtype=torch.uint8)[start * self.width : stop * self.width].view(
             stop - start, self.width
         )
         return once.repeat(1, self.tokens)
 
-    def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
-        """As `Source.whole`, some lines at a time."""
+    def cell_bytes(self, cells: range, heads: int) -> Iterator[Bytes]:
+        """As `TensorBytes.whole`, some lines at a time."""
         for start, stop in _blocks(cells.start * heads, cells.stop * heads, self.tokens * self.width):
             yield _joined([self], start, stop, 0) if stop - start > 1 else self.line(start)
 

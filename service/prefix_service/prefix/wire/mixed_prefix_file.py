@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.mixed import Bytes, MixedBatch, Repeated, Source
+from prefix_service.prefix.mixed import Bytes, MixedBatch, RepeatedBytes, TensorBytes
 from prefix_service.prefix.variant import FORMAT, Variant
 from prefix_service.prefix.wire.extras import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
@@ -113,7 +113,7 @@ class MixedPrefixFile:
                 yield from chunks_of(self.extras[spec.name].pieces())
             else:
                 sources = scales if spec.name.endswith("_scale") else values
-                yield from self.batch.runs(sources, self._heads, cells)
+                yield from self.batch.byte_runs(sources, self._heads, cells)
 
 
 def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memoryview) -> Tensor:
@@ -122,17 +122,17 @@ def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memo
     layers, _, heads, _, head_dim = next(chain.from_iterable(tensors)).shape
     sources = [[_values(Rendering(tensor.contiguous(), None)) for tensor in row] for row in tensors]
     at = 0
-    for run in batch.runs(sources, heads, range(2 * layers)):
+    for run in batch.byte_runs(sources, heads, range(2 * layers)):
         memory[at : at + len(run)] = run
         at += len(run)
     shape = (len(batch.rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
     return memory_of(memory).view(KV_DTYPES[batch.dtype]).view(shape)
 
 
-def _values(rendering: Rendering) -> Source:
+def _values(rendering: Rendering) -> TensorBytes:
     *_, tokens, head_dim = rendering.values.shape
-    return Source(rendering.bytes_of("values"), tokens, head_dim * rendering.values.itemsize)
+    return TensorBytes(rendering.bytes_of("values"), tokens, head_dim * rendering.values.itemsize)
 
 
-def _scales(rendering: Rendering) -> Source:
-    return Repeated(rendering.bytes_of("scales"), rendering.values.shape[3], torch.float32.itemsize)
+def _scales(rendering: Rendering) -> TensorBytes:
+    return RepeatedBytes(rendering.bytes_of("scales"), rendering.values.shape[3], torch.float32.itemsize)

@@ -29,7 +29,7 @@ CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loo
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
 
-_SlotSource = BufferName | Literal["extra"]
+SlotSource = BufferName | Literal["extra"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class TensorSpec:
 class Slot(TensorSpec):
     """One tensor of a file: a row of it lies at `index` in its source, and is sent `times` times."""
 
-    source: _SlotSource
+    source: SlotSource
     index: tuple[int, ...] = ()
     times: int = 1
 
