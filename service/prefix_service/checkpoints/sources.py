@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from prefix_service.checkpoints.names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
-from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
+from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
 from prefix_service.prefix.json_text import parse_config_json
 from prefix_service.prefix.safetensors_header import (
@@ -127,7 +127,7 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     card_path = folder / CARD_NAME
     with readable(card_path):
         card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
-    if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
+    if len(paths) == 1 and (not others or match.layout is CHECKPOINT_LAYOUTS[0]):
         with readable(paths[0]):
             return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
     from safetensors.torch import save

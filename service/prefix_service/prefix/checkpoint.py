@@ -36,7 +36,7 @@ _WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_chec
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """How one project names the tensors of a prefix encoder.
 
     `scope` is what may stand before a name; `roles` maps the rest of the name to this project's own; `linear` tells
@@ -60,22 +60,22 @@ def _roles(embedding: str, matrix: str, first: str, second: str, weight: str, bi
 _EMBEDDING_OR_MLP = (frozenset({"embedding"}), frozenset({"embedding", *_MLP}))
 _IN_PEFT_MODEL = re.compile(r"(?:(?:.+\.)?prompt_encoder\.[^.]+\.)?")
 
-LAYOUTS: Final = (
-    Layout(
+CHECKPOINT_LAYOUTS: Final = (
+    CheckpointLayout(
         "PEFT saved",
         (PrefixTuningConfig, CartridgeConfig),
         re.compile(""),
         {"prompt_embeddings": "prompt_embeddings"},
         (frozenset({"prompt_embeddings"}),),
     ),
-    Layout(
+    CheckpointLayout(
         "PEFT training state",
         (PrefixTuningConfig,),
         _IN_PEFT_MODEL,
         _roles("embedding.weight", "transform", "0", "2", "{}.weight", "{}.bias"),
         _EMBEDDING_OR_MLP,
     ),
-    Layout(
+    CheckpointLayout(
         "hf_peft_ex",
         (PrefixTuningConfig,),
         re.compile(r"(?:prefix_encoder\.)?"),
@@ -83,14 +83,14 @@ LAYOUTS: Final = (
         _EMBEDDING_OR_MLP,
         linear=False,
     ),
-    Layout(
+    CheckpointLayout(
         "P-tuning v2",
         (PrefixTuningConfig,),
         re.compile(r"(?:.+\.)?prefix_encoder\."),
         _roles("embedding.weight", "trans", "0", "2", "{}.weight", "{}.bias"),
         _EMBEDDING_OR_MLP,
     ),
-    Layout(
+    CheckpointLayout(
         "CARTRIDGE training state",
         (CartridgeConfig,),
         _IN_PEFT_MODEL,
@@ -104,7 +104,7 @@ LAYOUTS: Final = (
 class Match:
     """A prefix found in a checkpoint: its layout, where it stands, and which tensor plays which role."""
 
-    layout: Layout
+    layout: CheckpointLayout
     scope: str
     tensors: Mapping[str, str]
 
@@ -120,7 +120,7 @@ BLOCK: Final = 16 << 20
 class LocatedPrefix:
     """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
 
-    layout: Layout
+    layout: CheckpointLayout
     names: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
 
@@ -254,10 +254,10 @@ def find_prefix(names: Mapping[str, Shape]) -> Match:
     Raises:
         InvalidCheckpoint: none, more than one, or an incomplete one; the message lists what was found.
     """
-    matches = [match for layout in LAYOUTS for match in _matches(layout, names)]
+    matches = [match for layout in CHECKPOINT_LAYOUTS for match in _matches(layout, names)]
     if not matches:
         shown = shown_names(names)
-        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in LAYOUTS)
+        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in CHECKPOINT_LAYOUTS)
         raise InvalidCheckpoint(f"no prefix encoder among {len(names)} tensors ({shown}); known layouts: {known}")
     if len(matches) > 1:
         found = "; ".join(f"{m.layout.name} ({shown_names(m.tensors.values())})" for m in matches[:8])
@@ -282,7 +282,7 @@ def shown_names(names: Collection[str]) -> str:
     return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
-def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
+def _matches(layout: CheckpointLayout, names: Mapping[str, Shape]) -> list[Match]:
     scopes: dict[str, dict[str, str]] = {}
     for name in names:
         plain = _WRAPPERS.sub("", name)
@@ -331,7 +331,7 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
     for role, name in match.tensors.items():
         if found[role] != expected[role]:
             raise InvalidCheckpoint(
-                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_said(config)}"
+                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_sizes_of(config)}"
             )
 
 
@@ -352,7 +352,7 @@ def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[s
     return {"embedding": (tokens, inner), **dict(zip(_MLP, shapes, strict=True))}
 
 
-def _said(config: PrefixConfig) -> str:
+def _sizes_of(config: PrefixConfig) -> str:
     names = ["num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"]
     names += ["num_frozen_tokens"] if isinstance(config, CartridgeConfig) else ["encoder_hidden_size"]
     return ", ".join(f"{name}={getattr(config, name)}" for name in names)

@@ -140,7 +140,7 @@ class MixedBatch:
                     continue
                 yield from _zeros(padding * width)
                 for tensor in tensors:
-                    yield tensor.line(start)
+                    yield tensor.head_bytes(start)
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
@@ -173,7 +173,7 @@ class TensorBytes:
     tokens: int
     width: int
 
-    def line(self, line: int) -> Bytes:
+    def head_bytes(self, line: int) -> Bytes:
         """The tokens of one head: the lines are those of `[L' * 2 * H']`."""
         size = self.tokens * self.width
         return self.data[line * size : (line + 1) * size]
@@ -192,7 +192,7 @@ class TensorBytes:
 class RepeatedBytes(TensorBytes):
     """A tensor `[L', 2, H', 1, X]` of which each token has the same."""
 
-    def line(self, line: int) -> Bytes:
+    def head_bytes(self, line: int) -> Bytes:
         """As `TensorBytes.line`."""
         return bytes(self.data[line * self.width : (line + 1) * self.width]) * self.tokens
 
@@ -206,7 +206,7 @@ class RepeatedBytes(TensorBytes):
     def cell_bytes(self, cells: range, heads: int) -> Iterator[Bytes]:
         """As `TensorBytes.whole`, some lines at a time."""
         for start, stop in _blocks(cells.start * heads, cells.stop * heads, self.tokens * self.width):
-            yield _joined([self], start, stop, 0) if stop - start > 1 else self.line(start)
+            yield _joined([self], start, stop, 0) if stop - start > 1 else self.head_bytes(start)
 
 
 def _zeros(size: int) -> Iterator[Bytes]:
