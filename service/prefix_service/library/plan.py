@@ -15,7 +15,7 @@ from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.kv import check_span
-from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, RowPrefix, Row
+from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Row, RowPrefix
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
 from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant

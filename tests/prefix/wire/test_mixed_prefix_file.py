@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_service.prefix.mixed import MixedBatch, RowPrefix, Row
+from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix
 from prefix_service.prefix.variant import Identity, Layout, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile

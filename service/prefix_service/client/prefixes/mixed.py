@@ -12,7 +12,7 @@ from torch import Tensor
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.kv import position_ids
-from prefix_service.prefix.mixed import MixedBatch, RowPrefix, Row, mixed_mask
+from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix, mixed_mask
 from prefix_service.prefix.variant import Identity
 from prefix_service.prefix.wire.mixed_prefix_file import stacked
 

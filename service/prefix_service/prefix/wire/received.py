@@ -1,4 +1,4 @@
-"""What a client received: a safetensors file of this service, read in the memory that it arrived in."""
+"""Parses a safetensors file of this service in the memory in which a client received it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -17,22 +17,22 @@ from prefix_service.prefix.safetensors_tensors import DTYPES
 from prefix_service.prefix.variant import FORMAT
 from prefix_service.prefix.wire.metadata import read_metadata
 
-_REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
+_REMEMBERED: Final = 4096  # bytes of a header that is cached once parsed: twice the header of a stacked prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A file that was read: its metadata and its tensors, which share the memory that was read into."""
+    """A parsed prefix file: its metadata, and its tensors, which share the memory of the file."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
 def read_prefix_file(data: bytearray | memoryview) -> Received:
-    """Read a response of the service; nothing is copied.
+    """Parses a response of the service without a copy.
 
     Raises:
-        InvalidResponse: not a sound safetensors file, or not one of this service.
+        InvalidResponse: the data is not a sound safetensors file, or not one of this service.
     """
     view = memoryview(data)
     stop = 8 + int.from_bytes(view[:8], "little")
@@ -45,7 +45,11 @@ def read_prefix_file(data: bytearray | memoryview) -> Received:
 
 
 def _read_header(start: memoryview, size: int) -> tuple[Mapping[str, TensorEntry], dict[str, Any]]:
-    """Tensors and metadata of a file of `size` bytes that begins with `start`."""
+    """Returns tensors and metadata of a file of `size` bytes that begins with `start`.
+
+    Raises:
+        InvalidResponse: the file is not a prefix in a format that this client reads.
+    """
     try:
         header = parse_header(start, dtypes=frozenset(DTYPES), size=size)
         metadata = json.loads(header.metadata.get("prefix", "null"))
@@ -63,7 +67,9 @@ def _remembered(start: bytes, size: int) -> tuple[Mapping[str, TensorEntry], dic
 
 
 def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
-    """A view, but of what is not aligned to its dtype, which this service never sends: a copy."""
+    """Returns a tensor of the file as a view. A tensor that is not aligned to its dtype is copied; this service sends
+    none.
+    """
     dtype, part = DTYPES[entry.dtype], memory[entry.start : entry.stop]
     return (part.clone() if entry.start % dtype.itemsize else part).view(dtype).view(entry.shape)
 
