@@ -23,10 +23,10 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _REMOVED_TOGETHER: Final = 50
 _PIECE: Final = 1 << 20  # read, and hashed while it is in the processor's cache
 
-Memory = Callable[[int], memoryview]
+Allocate = Callable[[int], memoryview]
 """Where a blob is read into: so many writable bytes."""
 
-Beside = Callable[[memoryview], object]
+ChunkObserver = Callable[[memoryview], object]
 """Called with each piece of a blob in order, before any of it is verified."""
 
 
@@ -56,7 +56,7 @@ class BlobStore(Protocol):
     """What the library needs of a store of bytes; digests are `sha256:<64 hex>`."""
 
     def stage(self) -> StagedBlob: ...
-    def read(self, digest: str, memory: Memory = ..., beside: Beside | None = None) -> memoryview: ...
+    def read(self, digest: str, allocate: Allocate = ..., observer: ChunkObserver | None = None) -> memoryview: ...
     def open(self, digest: str) -> BinaryIO: ...
     def exists(self, digest: str) -> bool: ...
     def check(self) -> None: ...
@@ -195,7 +195,7 @@ class FolderBlobStore:
             fcntl.flock(handle, fcntl.LOCK_SH)  # until it is closed: no sweep takes it away
             return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
 
-    def read(self, digest: str, memory: Memory = host_memory, beside: Beside | None = None) -> memoryview:
+    def read(self, digest: str, allocate: Allocate = host_memory, observer: ChunkObserver | None = None) -> memoryview:
         """All bytes of a blob, verified, in new `memory`; `beside` is for who may work on them meanwhile in private.
 
         Raises:
@@ -207,10 +207,10 @@ class FolderBlobStore:
         found, length = hashlib.sha256(), 0
         with self._existing(digest) as file:
             with translated(f"read blob {digest}"):
-                data = memory(os.fstat(file.fileno()).st_size)
+                data = allocate(os.fstat(file.fileno()).st_size)
                 for piece in _pieces(file, data):
-                    if beside is not None:
-                        beside(piece)
+                    if observer is not None:
+                        observer(piece)
                     found.update(piece)
                     length += len(piece)
             if length != len(data) or _digest(found) != digest:
@@ -262,7 +262,7 @@ class FolderBlobStore:
 
     def _damaged(self, digest: str, file: BinaryIO) -> CorruptBlob:
         """Move a damaged file out of the way, unless the same content was committed again meanwhile."""
-        kept = self._put_aside(self.path(digest), file)
+        kept = self._quarantined(self.path(digest), file)
         log.error("blob damaged", extra={"digest": digest, "kept": kept})
         return CorruptBlob(
             f"the stored bytes of {digest} no longer match their digest; publish the same files again to mend the "
@@ -270,7 +270,7 @@ class FolderBlobStore:
             retry_after=60,
         )
 
-    def _put_aside(self, path: Path, file: BinaryIO) -> str:
+    def _quarantined(self, path: Path, file: BinaryIO) -> str:
         """Return where the damaged file is now; a disk that takes no change keeps it where it is."""
         aside = self._quarantine / path.name
         if not self._read_only:

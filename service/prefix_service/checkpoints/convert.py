@@ -58,7 +58,7 @@ def convert(
     base = None if base_config is None else _read_config(base_config)
     checkpoint = _opened(source, unsafe=unsafe)
     read = _cartridge if is_cartridge(checkpoint.shapes) else _prefix
-    conversion = read(checkpoint, config or _beside(source), base)
+    conversion = read(checkpoint, config or _config_next_to(source), base)
     load_weights(bytearray(save(dict(conversion.tensors))), parse_config(conversion.config))
     return conversion
 
@@ -111,8 +111,8 @@ def _cartridge(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] 
     values, flat = flat_cartridge(checkpoint.shapes, checkpoint.tensor)
     config = parse_config({"base_model_name_or_path": _name_of(base), **values})
     if path is not None:
-        told = parse_config(_read_config(path), from_file=True)
-        given = told if base is None else told.filled(base)
+        written = parse_config(_read_config(path), from_file=True)
+        given = written if base is None else written.filled(base)
         if contradictions := [
             n for n in values if n not in ("task_type", "inference_mode") and getattr(given, n, None) != values[n]
         ]:
@@ -141,7 +141,7 @@ def _find(source: Path) -> Path:
     return weights[0]
 
 
-def _beside(source: Path) -> Path | None:
+def _config_next_to(source: Path) -> Path | None:
     path = (source if source.is_dir() else source.parent) / CONFIG_NAME
     return path if path.exists() else None
 

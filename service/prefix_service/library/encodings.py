@@ -11,7 +11,7 @@ from typing import BinaryIO, Final, TypeVar
 import torch
 from torch import Tensor
 
-from prefix_service.blobs.folder import Beside, BlobStore, Memory, read_range
+from prefix_service.blobs.folder import ChunkObserver, BlobStore, Allocate, read_range
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
@@ -30,7 +30,7 @@ log = logging.getLogger("prefix_service")
 
 T = TypeVar("T")
 _KEY_VALUES: Final = "past_key_values"
-_UNWATCHED: Final = contextlib.nullcontext[Beside | None](None)
+_UNWATCHED: Final = contextlib.nullcontext[ChunkObserver | None](None)
 
 
 class EncodedAgain(Exception):
@@ -46,8 +46,8 @@ class Encodings:
     """Stored weights, and the keys and values that the encoder makes of them once in a version's life, on a device:
     a derived blob. Blocking; `memory` is what blobs are best read into for that device."""
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
-        self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
+    def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, allocate: Allocate) -> None:
+        self._catalog, self._blobs, self._device, self._allocate = catalog, blobs, device, allocate
 
     def encoding(self, config: PrefixConfig, file: LocatedPrefix, read: ReadBytes) -> Generator[None, None, PrefixKV]:
         """Returns the keys and values of a prefix in a weights file, in host memory; in a step for each block of rows,
@@ -84,7 +84,7 @@ class Encodings:
             staged.discard()
 
     def load(
-        self, version: Version, watching: contextlib.AbstractContextManager[Beside | None] = _UNWATCHED
+        self, version: Version, watching: contextlib.AbstractContextManager[ChunkObserver | None] = _UNWATCHED
     ) -> PrefixKV:
         """Read the stored keys and values; encode them again from the weights if their blob is lost or damaged.
         `watching` is entered for the read; the observer that it yields receives the chunks.
@@ -97,7 +97,7 @@ class Encodings:
         """
         try:
             with watching as observer:
-                data = self._blobs.read(version.key_values, self._memory, observer)
+                data = self._blobs.read(version.key_values, self._allocate, observer)
         except (NotFound, CorruptBlob):
             return self._encode_again(version)
         return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
