@@ -11,7 +11,7 @@ from typing import BinaryIO, Final, TypeVar
 import torch
 from torch import Tensor
 
-from prefix_service.blobs.folder import ChunkObserver, BlobStore, Allocate, read_range
+from prefix_service.blobs.folder import Allocate, BlobStore, ChunkObserver, read_range
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable

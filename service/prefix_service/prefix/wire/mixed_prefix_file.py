@@ -1,4 +1,4 @@
-"""A mixed batch as a safetensors file: its bytes are those of the renderings, sent where they lie."""
+"""A mixed batch as a safetensors file, sent from the memory of its renderings."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from prefix_service.prefix.wire.extras import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
 
-_BLOCK: Final = 1 << 20  # bytes of small runs that are joined
-_RUNS: Final = 1024  # of them
+_BLOCK: Final = 1 << 20  # bytes of short runs that are joined
+_RUNS: Final = 1024  # short runs that are joined
 
 
 @dataclass(frozen=True)
 class MixedPrefixFile:
-    """A response planned from sizes alone. `variant.batch_size` is the number of rows; `extras` are the masks.
+    """A response for a mixed batch, planned from sizes alone.
 
-    Float8 values have scales as every other prefix, but each token its own, float32 `[B, H', N, 1]` (stacked:
-    `[B, L', 2, H', N, 1]`): the prefixes of a row keep theirs, and so every bit.
+    `variant.batch_size` is the number of rows; `extras` are the masks. Float8 scales are one per token, float32 `[B,
+    H', N, 1]` (stacked: `[B, L', 2, H', N, 1]`), so that the prefixes of a row keep their own scales and all bits.
     """
 
     batch: MixedBatch
@@ -38,7 +38,7 @@ class MixedPrefixFile:
 
     @cached_property
     def _specs(self) -> list[tuple[TensorSpec, range | None]]:
-        """The tensors in their order, and of keys, values and scales the cells that they hold."""
+        """The tensors in the order of the file; keys, values and scales with the range of cells that they hold."""
         specs: list[tuple[TensorSpec, range | None]] = [
             (TensorSpec(name, extra.dtype, extra.shape), None) for name, extra in self.extras.items()
         ]
@@ -82,13 +82,14 @@ class MixedPrefixFile:
 
     @cached_property
     def content_length(self) -> int:
-        """Bytes of the whole file."""
+        """The size of the whole file in bytes."""
         return len(self.header) + sum(spec.nbytes for spec, _ in self._specs)
 
     def chunks(self, renderings: Sequence[Sequence[Rendering]]) -> Iterator[Bytes]:
-        """The file in order, in chunks of at most 8 MiB; `renderings` has that of each prefix, as the rows have them.
+        """Yields the file in order, in chunks of at most 8 MiB.
 
-        Runs of 64 KiB and more are sent where they lie, smaller ones are joined, at most a megabyte and 1024 at a time.
+        `renderings` has one rendering per prefix, nested as in the batch's rows. Runs of 64 KiB and more are not
+        copied; shorter ones are joined, at most a megabyte and 1024 runs at a time.
         """
         held: list[Bytes] = []
         size = 0
@@ -117,8 +118,11 @@ class MixedPrefixFile:
 
 
 def stacked(batch: MixedBatch, tensors: Sequence[Sequence[Tensor]], memory: memoryview) -> Tensor:
-    """Write a batch into memory of its size: `[B, L', 2, H', N, D]`, which shares it, from each prefix's
-    `[L', 2, H', n, D]`, as the rows have them."""
+    """Writes a batch into `memory` of its size, and returns it as a tensor `[B, L', 2, H', N, D]` that shares the
+    memory.
+
+    `tensors` has one tensor `[L', 2, H', n, D]` per prefix, nested as in the batch's rows.
+    """
     layers, _, heads, _, head_dim = next(chain.from_iterable(tensors)).shape
     sources = [[_values(Rendering(tensor.contiguous(), None)) for tensor in row] for row in tensors]
     at = 0

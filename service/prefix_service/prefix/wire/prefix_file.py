@@ -1,8 +1,8 @@
-"""A prefix as a safetensors file, with canonical bytes and without copies; `received` reads it.
+"""A prefix as a safetensors file, with canonical bytes and without copies; `received` parses it.
 
-The header is written here because the bytes stand behind an ETag and a digest, and safetensors' own writer orders
-metadata by a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the
-data begins at a multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
+The header is written here because an ETag and a digest cover the bytes, and safetensors' own writer orders metadata by
+a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the data begins at a
+multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
 """
 
 import json
@@ -22,9 +22,9 @@ from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
 from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
 
 _ALIGNMENT: Final = 64
-JOINED: Final = 1 << 16  # bytes: what is cheaper to copy once than to send by itself
+JOINED: Final = 1 << 16  # bytes, below which a copy is cheaper than a send of its own
 _BLOCK: Final = 1 << 18  # bytes of short rows that are joined
-CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loop copies what it cannot send at once
+CHUNK: Final = 8 << 20  # bytes, which the event loop copies at most for a slow reader
 
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
@@ -34,7 +34,7 @@ SlotSource = BufferName | Literal["extra"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a file, before it is there."""
+    """Name, dtype and shape of one tensor of a file, known before its values."""
 
     name: str
     dtype: torch.dtype
@@ -42,13 +42,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """The size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Slot(TensorSpec):
-    """One tensor of a file: a row of it lies at `index` in its source, and is sent `times` times."""
+    """One tensor of a file. `source` has one row of it, at `index`; the row is sent `times` times."""
 
     source: SlotSource
     index: tuple[int, ...] = ()
@@ -56,7 +56,7 @@ class Slot(TensorSpec):
 
 
 class _ByteRun(NamedTuple):
-    """Bytes `start:stop` of a part of a rendering, sent `times` times."""
+    """The bytes `start:stop` of a rendering's buffer, sent `times` times."""
 
     source: BufferName
     start: int
@@ -67,10 +67,10 @@ class _ByteRun(NamedTuple):
         return rendering.bytes_of(self.source)[self.start : self.stop], self.times
 
 
-def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
-    """Length and JSON header of a file that has these tensors one behind the other, padded; `about` is its metadata."""
-    # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null, and lists and objects of these.
-    prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
+    """Returns length and JSON header, padded, of a file with `metadata` and with these tensors in order."""
+    # RFC 8785 for the values that occur here: ASCII keys, strings, integers, booleans, null, lists and objects.
+    prefix = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
     position = 0
     for tensor in tensors:
@@ -83,7 +83,10 @@ def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> byt
 
 @dataclass(frozen=True)
 class PrefixFile:
-    """A response planned from sizes alone: header and length are known before a tensor is touched."""
+    """A response planned from sizes alone: header and length are known before a tensor is touched.
+
+    The tensors are those of `identity` in `variant`, and `extras` (masks and position ids) by name.
+    """
 
     identity: Identity
     variant: Variant
@@ -98,7 +101,9 @@ class PrefixFile:
 
     @property
     def is_canonical(self) -> bool:
-        """Whether this is that file: the header tells every variant apart, and also a mask that was posted."""
+        """Whether this is the canonical file. The headers differ for every other variant, and for a mask that was
+        posted.
+        """
         return self.header == self.canonical.header
 
     @cached_property
@@ -109,7 +114,7 @@ class PrefixFile:
 
     @cached_property
     def tensors(self) -> Mapping[str, Slot]:
-        """What the file holds, in the order of the file."""
+        """The tensors by name, in the order of the file."""
         return {slot.name: slot for slot in self._slots}
 
     def _layer_slots(self) -> list[Slot]:
@@ -135,7 +140,7 @@ class PrefixFile:
 
     @cached_property
     def rendering_nbytes(self) -> int:
-        """Bytes of the rendering that this is made of."""
+        """The size in bytes of the rendering that the file is made of."""
         return sum(slot.nbytes // slot.times for slot in self._slots if slot.source != "extra")
 
     @cached_property
@@ -145,12 +150,13 @@ class PrefixFile:
 
     @cached_property
     def content_length(self) -> int:
-        """Bytes of the whole file."""
+        """The size of the whole file in bytes."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
     def around_values(self) -> tuple[bytes, bytes]:
-        """Returns what stands in front of keys and values, and behind them, where they are sent once and without
-        scales."""
+        """Returns the bytes in front of keys and values and behind them, for a file that sends them once and without
+        scales.
+        """
         before, after = bytearray(), bytearray()
         found = before
         for part in self._parts:
@@ -162,8 +168,11 @@ class PrefixFile:
 
     @cached_property
     def _parts(self) -> list[bytes | Extra | _ByteRun]:
-        """The file in order: what is known without a rendering, what is made when it is sent, and runs of a rendering.
-        Neighbours are joined where they can be."""
+        """The file in order: bytes that need no rendering, extras that are made when they are sent, and runs of a
+        rendering.
+
+        Adjacent bytes are joined, and so are adjacent runs.
+        """
         parts: list[bytes | Extra | _ByteRun] = [self.header]
         for slot in self._slots:
             last = parts[-1]
@@ -182,17 +191,17 @@ class PrefixFile:
 
     @property
     def planned_nbytes(self) -> int:
-        """An estimate of the memory that the plan takes, but for a mask that was posted."""
+        """An estimate of the memory that the plan takes, in bytes, without a mask that was posted."""
         return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
 
     def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
-        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
+        # (layer, key or value) of (L', 2, …) in the order of memory; a tensor of all layers begins at 0
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
         return _ByteRun(source, start, start + row, slot.times)
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
-        """Yields the bytes of the file in order; rows that are repeated come once, with their number."""
+        """Yields the bytes of the file in order; a repeated row is one piece with its number of repetitions."""
         for part in self._parts:
             if isinstance(part, _ByteRun):
                 yield part.piece(rendering)
@@ -202,14 +211,14 @@ class PrefixFile:
                 yield from part.pieces()
 
     def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[Bytes]:
-        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are sent where they lie."""
+        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are not copied."""
         stop = self.content_length if stop is None else stop
         if (start, stop) == (0, self.content_length):
             return chunks_of(self.pieces(rendering))
         return chunks_of(_clipped(self.pieces(rendering), start, stop))
 
     def chunks_of(self, name: str, rendering: Rendering) -> Iterator[Bytes]:
-        """Yields the bytes of one tensor, in the same way."""
+        """Yields the bytes of one tensor in chunks of at most 8 MiB; long rows are not copied."""
         slot = self.tensors[name]
         if slot.source == "extra":
             return chunks_of(self.extras[name].pieces())
@@ -231,7 +240,7 @@ def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
 
 
 def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
-    """Yields the bytes `start:stop` of pieces."""
+    """Yields the pieces that hold the bytes `start:stop`."""
     position = 0
     for row, times in pieces:
         if position >= stop:
@@ -251,5 +260,5 @@ def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
 
 
 def _adjoin(first: _ByteRun, second: _ByteRun) -> bool:
-    """Whether two runs that are sent once are one."""
+    """Returns whether two runs are adjacent and sent once, so that they can be joined."""
     return first.source == second.source and first.stop == second.start and first.times == second.times == 1

@@ -15,7 +15,7 @@ from prefix_service.prefix.variant import KVDtype
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
 BufferName = Literal["values", "scales"]
-"""What a rendering has memory of."""
+"""The buffers of a rendering by name."""
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
 
 
@@ -29,7 +29,7 @@ class Rendering:
     values: Tensor
     scales: Tensor | None
     file: str | None = None
-    """The file in which they lie, where others on this host may map it."""
+    """The path of the file that holds the buffers, if other processes on this host can map it."""
 
     @property
     def nbytes(self) -> int:
