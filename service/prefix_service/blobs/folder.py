@@ -182,7 +182,7 @@ class FolderBlobStore:
             os.close(handle)
 
     def prepare(self, folder: Path) -> None:
-        """Creates a folder of blobs and makes it durable; a folder that exists could still be lost in a power failure."""
+        """Creates a folder of blobs durably; a folder that exists could still be lost in a power failure."""
         if folder not in self._flushed:
             folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self._root)

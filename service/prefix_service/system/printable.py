@@ -14,9 +14,7 @@ _IN_LINES: Final = re.compile(f"(?!\n)[{_HARMFUL}]")
 
 
 def printable(text: str) -> str:
-    """Returns text as one line: characters that could command or deceive a terminal, and line ends, become `\\u001b`
-    etc.
-    """
+    """Returns text as one line, with line ends and characters that could command or deceive a terminal escaped."""
     return text if text.isprintable() else _ANYWHERE.sub(_escaped, text)
 
 

@@ -21,7 +21,7 @@ _BLOCK: Final = 1 << 20  # bytes of rows that are made in one step
 
 @dataclass(frozen=True, slots=True)
 class InputMask:
-    """An input's attention mask: `flags`, uint8 `[B, S]` of zeros and ones, and the dtype in which the caller sent it."""
+    """An input's attention mask: `flags`, uint8 `[B, S]` of zeros and ones, and the dtype in which it was sent."""
 
     flags: Tensor
     dtype: torch.dtype
