@@ -124,9 +124,9 @@ class Rules(RuleBasedStateMachine):
             assert free + sum(entry.nbytes for entry in loose) < nbytes
 
     @rule(tenant=st.sampled_from("abc"))
-    def spare(self, tenant: str) -> None:
+    def evict_all_for(self, tenant: str) -> None:
         share = self.share(tenant)
-        victims = self.residency.spare(tenant)
+        victims = self.residency.evict_all_for(tenant)
         self.check_victims(tenant, victims, share)
         for victim in victims:
             del self.known[victim]
@@ -444,10 +444,10 @@ def test_memory_itself_is_exhausted() -> None:
         residency.admit(f"b{number}", 1, "b")
     for number in range(40):
         residency.lease(f"a{number}")
-    assert residency.spare("a") == []
+    assert residency.evict_all_for("a") == []
     residency.release(residency.entry("a0"))
-    assert residency.spare("a") == ["a0"]
-    assert sorted(residency.spare("b")) == [f"b{number}" for number in range(10)]
+    assert residency.evict_all_for("a") == ["a0"]
+    assert sorted(residency.evict_all_for("b")) == [f"b{number}" for number in range(10)]
 
 
 def test_what_proves_itself_while_room_is_made_may_leave() -> None:

@@ -107,16 +107,16 @@ class AdapterRegistry:
                 if not exhausted(error):
                     raise
                 on_device = of_device(error)
-            self._spare(key.tenant, on_device=on_device)
+            self._evict_all_for(key.tenant, on_device=on_device)
         where = f"device {self.device}" if on_device else "host"
         raise OutOfSpace(f"the {where} has no memory left for {key}: its budget is larger than what is there")
 
-    def _spare(self, tenant: str, *, on_device: bool) -> None:
-        self._prefixes.spare(tenant)
+    def _evict_all_for(self, tenant: str, *, on_device: bool) -> None:
+        self._prefixes.evict_all_for(tenant)
         if on_device:
             torch.cuda.empty_cache()
         else:
-            self._renderings.spare(tenant)
+            self._renderings.evict_all_for(tenant)
 
     def pin(self, key: VersionKey, *, pinned: bool) -> None:
         """Keep a resident version, or let it go again.

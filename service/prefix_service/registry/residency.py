@@ -90,7 +90,7 @@ class Residency(Generic[K]):
         self._count(entry, nbytes)
         return victims
 
-    def spare(self, tenant: str) -> list[K]:
+    def evict_all_for(self, tenant: str) -> list[K]:
         """The keys that may leave for a tenant, already removed: memory itself is exhausted, whatever the budget."""
         return self._evict(self._tenants.get(tenant) or Tenant(tenant), lambda: True)
 
@@ -122,35 +122,35 @@ class Residency(Generic[K]):
         """What leaves next for one of `owner`, whose equal part of the budget this is; still in its queue."""
         share = part // _GUARANTEED
 
-        def spared(tenant: Tenant[K]) -> bool:
+        def is_protected(tenant: Tenant[K]) -> bool:
             awake = self._admitted - tenant.seen <= self.budget
             return tenant is not owner and tenant.used <= share and awake
 
         found = None
         if owner.on_probation > _PROBATION * max(part, owner.used):
             found = self._leaving(owner)
-        found = found or self._next(spared)
+        found = found or self._next(is_protected)
         if found is None and owner.used <= share:
             found = self._next(lambda tenant: False)
         return found
 
-    def _next(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+    def _next(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         if self._on_probation > _PROBATION * self.budget:
-            return self._from_probation(spared) or self._from_main(spared)
+            return self._from_probation(is_protected) or self._from_main(is_protected)
         # What proves itself on the way out of probation goes to the main queue, and may leave from there.
-        return self._from_main(spared) or self._from_probation(spared) or self._from_main(spared)
+        return self._from_main(is_protected) or self._from_probation(is_protected) or self._from_main(is_protected)
 
-    def _from_main(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+    def _from_main(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         for _ in range(_ROUNDS * len(self._main)):
             key, entry = next(iter(self._main.items()))
-            if not (entry.leases or entry.credit or spared(entry.owner)):
+            if not (entry.leases or entry.credit or is_protected(entry.owner)):
                 return key, entry
             entry.credit = max(entry.credit - 1, 0)
             self._main.move_to_end(key)
         return None
 
-    def _from_probation(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
-        while (tenant := self._with_most(spared)) is not None:
+    def _from_probation(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        while (tenant := self._with_most(is_protected)) is not None:
             if (found := self._leaving(tenant)) is not None:
                 return found
         return None
@@ -164,7 +164,7 @@ class Residency(Generic[K]):
             self._enqueue(key, entry)
         return found
 
-    def _with_most(self, spared: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
+    def _with_most(self, is_protected: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
         """The tenant with the most bytes on probation that gives something."""
         found, passed = None, []
         while self._most and found is None:
@@ -172,7 +172,7 @@ class Residency(Generic[K]):
             tenant = self._tenants.get(name)
             if tenant is None or tenant.on_probation != -nbytes:
                 heapq.heappop(self._most)
-            elif spared(tenant) or tenant.first_on_probation() is None:
+            elif is_protected(tenant) or tenant.first_on_probation() is None:
                 passed.append(heapq.heappop(self._most))
             else:
                 found = tenant

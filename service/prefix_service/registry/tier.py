@@ -190,9 +190,9 @@ class Tier(Generic[K, V, G]):
             self._values[key] = value
         return value
 
-    def spare(self, tenant: str) -> None:
+    def evict_all_for(self, tenant: str) -> None:
         """Let go what may leave for a tenant: the memory itself is exhausted."""
-        self._free(self.residency.spare(tenant))
+        self._free(self.residency.evict_all_for(tenant))
 
     def _free(self, victims: list[K]) -> None:
         self._evictions += len(victims)
