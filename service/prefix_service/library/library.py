@@ -80,7 +80,7 @@ class Library:
             self.encodings,
             admission,
             limits.upload_bytes,
-            mended=lambda version: registry.forgive(_key(version)),
+            mended=lambda version: registry.clear_failures(_key(version)),
         )
         self._digests = BodyDigests(admission)
         self._shared_files = shared_files

@@ -140,10 +140,10 @@ class AdapterRegistry:
         self._prefixes.remove(key.whole)
         self._renderings.remove(key.whole)
 
-    def forgive(self, key: VersionKey) -> None:
+    def clear_failures(self, key: VersionKey) -> None:
         """Forget that a version could not be loaded: its bytes have just been put right."""
-        self._prefixes.forgive(key.whole)
-        self._renderings.forgive(key.whole)
+        self._prefixes.clear_failures(key.whole)
+        self._renderings.clear_failures(key.whole)
 
     def forget_where(self, matches: Callable[[VersionKey], bool]) -> None:
         """Unload all versions that match."""

@@ -215,13 +215,13 @@ class Tier(Generic[K, V, G]):
         self.residency.pin(key, pinned=pinned)
         self._room.announce()
 
-    def forgive(self, group: G) -> None:
+    def clear_failures(self, group: G) -> None:
         """Forget that loads failed: what was wrong has been put right."""
         self._failures.forget(lambda key: self._group(key) == group)
 
     def remove(self, group: G) -> None:
         """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
-        self.forgive(group)
+        self.clear_failures(group)
         for key in self._groups.pop(group, ()):
             self._values.pop(key, None)
             self._loads.pop(key, None)
