@@ -10,7 +10,7 @@ from prefix_service.errors import Overloaded, Unavailable
 from prefix_service.registry.failures import Failures
 from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.residency import Residency
-from prefix_service.registry.room import Room
+from prefix_service.registry.waiting_room import WaitingRoom
 from prefix_service.registry.snapshot import TierSnapshot
 from prefix_service.registry.tenants import Entry, K
 
@@ -38,7 +38,7 @@ class Tier(Generic[K, V, G]):
         self._group = group
         self._groups: dict[G, set[K]] = {}  # of what is resident
         self._name, self._place, self._patience = name, place, patience
-        self._room = Room()
+        self._waiting_room = WaitingRoom()
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -108,7 +108,7 @@ class Tier(Generic[K, V, G]):
     async def _begin(self, leases: Sequence["Lease[K, V, G]"]) -> None:
         """Begins leases now, or once there is room for all of them: until then they hold nothing."""
         until = time.monotonic() + self._patience
-        place = None
+        waiter = None
         try:
             while True:
                 for lease in leases:
@@ -117,14 +117,14 @@ class Tier(Generic[K, V, G]):
                 try:
                     self._take(leases)
                 except Unavailable:
-                    place = place or self._room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
-                    if not await place.may_try_before(until):
+                    waiter = waiter or self._waiting_room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
+                    if not await waiter.may_try_before(until):
                         raise
                 else:
                     return
         finally:
-            if place is not None:
-                self._room.leave(place)
+            if waiter is not None:
+                self._waiting_room.leave(waiter)
 
     def _take(self, leases: Sequence["Lease[K, V, G]"]) -> None:
         """Begins leases, and loads of what is not resident.
@@ -167,7 +167,7 @@ class Tier(Generic[K, V, G]):
 
     def _release(self, entry: Entry[K]) -> None:
         self.residency.release(entry)
-        self._room.announce()
+        self._waiting_room.announce()
 
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
@@ -213,7 +213,7 @@ class Tier(Generic[K, V, G]):
     def pin(self, key: K, *, pinned: bool) -> None:
         """Keep a resident key, or let it go again."""
         self.residency.pin(key, pinned=pinned)
-        self._room.announce()
+        self._waiting_room.announce()
 
     def clear_failures(self, group: G) -> None:
         """Forget that loads failed: what was wrong has been put right."""
@@ -226,7 +226,7 @@ class Tier(Generic[K, V, G]):
             self._values.pop(key, None)
             self._loads.pop(key, None)
             self.residency.remove(key)
-        self._room.announce()
+        self._waiting_room.announce()
 
     def remove_where(self, matches: Callable[[G], bool]) -> None:
         """The same for all groups that match."""

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Hashable
 
 
-class Place:
-    """A request's place in a queue. It keeps the place until it leaves."""
+class Waiter:
+    """A request's waiter in a queue. It keeps the waiter until it leaves."""
 
     __slots__ = ("_may_try", "queue")
 
@@ -30,31 +30,31 @@ class Place:
         self._may_try.set()
 
 
-class Room:
+class WaitingRoom:
     """Wakes the first request of each queue whenever bytes were freed, and the next one when the first has left.
 
     Hundreds of requests of one tenant that cannot have memory cost every release one try, not hundreds.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[Hashable, deque[Place]] = {}
+        self._queues: dict[Hashable, deque[Waiter]] = {}
 
-    def enter(self, queue: Hashable) -> Place:
-        """Returns a place at the end of a queue."""
-        place = Place(queue)
-        self._queues.setdefault(queue, deque()).append(place)
-        return place
+    def enter(self, queue: Hashable) -> Waiter:
+        """Returns a waiter at the end of a queue."""
+        waiter = Waiter(queue)
+        self._queues.setdefault(queue, deque()).append(waiter)
+        return waiter
 
-    def leave(self, place: Place) -> None:
-        """Gives a place up: the request has what it needs, or waits no longer."""
-        places = self._queues[place.queue]
-        places.remove(place)
-        if places:
-            places[0].wake()
+    def leave(self, waiter: Waiter) -> None:
+        """Gives a waiter up: the request has what it needs, or waits no longer."""
+        waiters = self._queues[waiter.queue]
+        waiters.remove(waiter)
+        if waiters:
+            waiters[0].wake()
         else:
-            del self._queues[place.queue]
+            del self._queues[waiter.queue]
 
     def announce(self) -> None:
         """Bytes were freed."""
-        for places in self._queues.values():
-            places[0].wake()
+        for waiters in self._queues.values():
+            waiters[0].wake()
