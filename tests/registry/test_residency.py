@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prefix_service.errors import OutOfSpace, Overloaded, Unavailable
 from prefix_service.registry.residency import Residency
-from prefix_service.registry.tenants import Entry
+from prefix_service.registry.accounts import Entry
 
 BUDGET = 24
 KEYS = [tenant + name for tenant in "abc" for name in "123456"]

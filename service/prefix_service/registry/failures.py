@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from prefix_service.errors import CorruptBlob, InvalidInput, PrefixServiceError, StorageFailed
-from prefix_service.registry.tenants import K
+from prefix_service.registry.accounts import K
 
 REMEMBERED_SECONDS: Final = 3.0
 _REMEMBERED_KEYS: Final = 1_000

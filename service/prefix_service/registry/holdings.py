@@ -3,7 +3,7 @@
 from typing import Final, Generic
 
 from prefix_service.errors import OutOfSpace, Overloaded
-from prefix_service.registry.tenants import Entry, K, Tenant
+from prefix_service.registry.accounts import Entry, K, Tenant
 
 _PART: Final = 2  # one request, and all pins together, may hold a half
 

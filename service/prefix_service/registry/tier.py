@@ -12,7 +12,7 @@ from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.residency import Residency
 from prefix_service.registry.waiting_room import WaitingRoom
 from prefix_service.registry.snapshot import TierSnapshot
-from prefix_service.registry.tenants import Entry, K
+from prefix_service.registry.accounts import Entry, K
 
 
 class Sized(Protocol):
