@@ -31,7 +31,7 @@ def shared(tmp_path: Path) -> Iterator[SharedFiles]:
 
 def placed(shared: SharedFiles) -> tuple[Rendering, Path]:
     """A rendering that lies in a file."""
-    rendering = shared.place(FILE, render(KV, "float32"))
+    rendering = shared.share(FILE, render(KV, "float32"))
     assert rendering.file is not None
     return rendering, Path(rendering.file)
 
@@ -49,7 +49,7 @@ def test_float8_with_its_scales(shared: SharedFiles) -> None:
     """Both lie there."""
     file = PrefixFile(IDENTITY, Variant("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
     private = render(KV, "float8_e4m3fn")
-    rendering = shared.place(file, private)
+    rendering = shared.share(file, private)
     assert rendering.scales is not None
     assert private.scales is not None
     assert torch.equal(rendering.scales, private.scales)
@@ -68,7 +68,7 @@ def test_a_file_goes_with_its_last_reader(shared: SharedFiles) -> None:
     """Not before; what is beyond the number of files a process may have stays in private memory until then."""
     rendering, file = placed(shared)
     reader, (kept, _) = rendering, placed(shared)
-    assert shared.place(FILE, render(KV, "float32")).file is None
+    assert shared.share(FILE, render(KV, "float32")).file is None
     del rendering
     assert file.exists()
     del reader
@@ -100,7 +100,7 @@ def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) ->
         thread.start()
     for _ in range(300):
         with contextlib.closing(SharedFiles(tmp_path)) as shared:
-            made.append(shared.place(FILE, render(KV, "float32")).file is not None)
+            made.append(shared.share(FILE, render(KV, "float32")).file is not None)
     ended.set()
     for thread in sweepers:
         thread.join()

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from prefix_service.errors import OutOfSpace, Overloaded, Unavailable
-from prefix_service.registry.residency import Residency
 from prefix_service.registry.accounts import Entry
+from prefix_service.registry.residency import Residency
 
 BUDGET = 24
 KEYS = [tenant + name for tenant in "abc" for name in "123456"]

@@ -288,7 +288,7 @@ class FolderBlobStore:
         )
 
     def _quarantined(self, path: Path, file: BinaryIO) -> str:
-        """Returns the path of the damaged file after moving it to the quarantine; a read-only disk keeps it in place."""
+        """Moves a damaged file to the quarantine, unless the disk is read-only; returns its path."""
         aside = self._quarantine / path.name
         if not self._read_only:
             with contextlib.suppress(OSError), self.locked(fcntl.LOCK_EX):

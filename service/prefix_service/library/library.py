@@ -188,8 +188,8 @@ class Library:
         version, variant = plan.version, plan.file.variant
         key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
-        place = None if self._shared_files is None else partial(self._shared_files.place, plan.file)
-        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, place)
+        share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
+        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
 
     async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
         """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for

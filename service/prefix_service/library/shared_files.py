@@ -45,7 +45,7 @@ class SharedFiles:
         with translated(f"share files in {parent}"):
             self._folder, self._lock = _own_folder(parent.absolute())
 
-    def place(self, file: PrefixFile, rendering: Rendering) -> Rendering:
+    def share(self, file: PrefixFile, rendering: Rendering) -> Rendering:
         """What a file is made of in a file of its own, or as it is where there is no room for one."""
         if len(self._files) >= self._most:
             return rendering
@@ -60,10 +60,10 @@ class SharedFiles:
             return rendering
         tensors = read_prefix_file(memoryview(mapped)).tensors
         scales = tensors.get("past_key_values_scale")
-        placed = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
+        shared = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
         self._files.add(path)
-        weakref.finalize(placed, self._forget, path)
-        return placed
+        weakref.finalize(shared, self._forget, path)
+        return shared
 
     def _forget(self, path: Path) -> None:
         self._files.discard(path)

@@ -58,7 +58,7 @@ class RowPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The prefixes of one row in their order; empty if the row has none. `is_list` is whether the caller sent a list."""
+    """The prefixes of one row in order; empty if it has none. `is_list` is whether the caller sent a list."""
 
     prefixes: tuple[RowPrefix, ...] = ()
     is_list: bool = False

@@ -68,7 +68,7 @@ class AdapterRegistry:
         nbytes: int,
         prefix_nbytes: int,
         load: Callable[[], PrefixKV],
-        place: Callable[[Rendering], Rendering] | None = None,
+        share: Callable[[Rendering], Rendering] | None = None,
     ) -> Lease[RenderingKey, Rendering, VersionKey]:
         """A rendering of `nbytes`, not evicted while the block runs; made from the prefix if need be, and kept where
         `place`, in the same thread, puts it.
@@ -81,7 +81,7 @@ class AdapterRegistry:
         async def rendered() -> Rendering:
             bring = self._on_device(version, load)
             async with self._prefixes.lease(version, version.tenant, prefix_nbytes, bring) as kv:
-                return await self._run(version, lambda: _render(kv, key, place))
+                return await self._run(version, lambda: _render(kv, key, share))
 
         return self._renderings.lease(key, version.tenant, nbytes, rendered)
 
@@ -171,10 +171,10 @@ def _copied(kv: PrefixKV, device: torch.device) -> PrefixKV:
     return replace(kv, tensor=tensor)
 
 
-def _render(kv: PrefixKV, key: RenderingKey, place: Callable[[Rendering], Rendering] | None) -> Rendering:
+def _render(kv: PrefixKV, key: RenderingKey, share: Callable[[Rendering], Rendering] | None) -> Rendering:
     with torch.inference_mode():
         rendering = render(kv.sliced(key.layers, key.kv_heads), key.dtype)
-        return rendering if place is None else place(rendering)
+        return rendering if share is None else share(rendering)
 
 
 def choose_device(name: str) -> torch.device:

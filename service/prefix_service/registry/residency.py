@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Final, Generic
 
 from prefix_service.errors import Unavailable
-from prefix_service.registry.holdings import Holdings
 from prefix_service.registry.accounts import Entry, K, Tenant
+from prefix_service.registry.holdings import Holdings
 
 _PROBATION: Final = 0.1
 _PROMOTED: Final = 2  # uses on probation that lead to the main queue

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, get_args
 
+from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.report import Reason, ResidentReport, ShareReport, TierName
-from prefix_service.registry.accounts import Entry, K
 
 Place: TypeAlias = tuple[int, VersionKey]
 """A version's place in the order of `Snapshot.resident`: its bytes, negative, and its key."""

@@ -1,4 +1,4 @@
-"""Masks and position ids of an answer. Their rows are made when they are sent, so memory does not grow with the batch."""
+"""Masks and position ids of an answer. Rows are made when they are sent: memory does not grow with the batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
