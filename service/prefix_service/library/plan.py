@@ -1,4 +1,6 @@
-"""An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
+"""Plans an answer before a tensor is touched: checks a request against a version, and computes length and entity
+tag.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
 
 
 class PrefixRequest(RequestModel):
-    """The options of one prefix, as a query has them; a default of None means what the version or the mask says."""
+    """The options of one prefix, as query parameters. None means the version's own value, or the mask's."""
 
     model_config = ConfigDict(frozen=True, strict=False)
 
@@ -59,7 +61,7 @@ class PrefixBody(PrefixRequest):
 QualifiedReference = Annotated[
     str, Field(min_length=1, max_length=300, json_schema_extra={"pattern": QUALIFIED_PATTERN})
 ]
-"""`tenant/reference`, which is parsed after the model was validated."""
+"""`tenant/reference`; the reference is parsed after the model was validated."""
 _References = Annotated[list[QualifiedReference], Field(min_length=1, max_length=MOST_IN_A_ROW, fail_fast=True)]
 _MOST_ROWS = 65536  # the largest PREFIX_MAX_BATCH_SIZE
 
@@ -78,7 +80,7 @@ class MixedRequest(PrefixBody):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what one request may ask for: rows, tokens a row, bytes of a weights file."""
+    """Bounds on one request: rows of a batch, tokens of a row, bytes of a weights file."""
 
     batch_size: int
     sequence_length: int
@@ -95,23 +97,23 @@ class Plan:
 
     @property
     def is_one_rendering(self) -> bool:
-        """Whether keys and values are sent once."""
+        """Whether keys and values are sent once, without repeated rows."""
         return self.file.variant.rows == 1
 
     @property
     def is_stored(self) -> bool:
-        """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
+        """Whether the body contains the version's stored keys and values unchanged, once and in one piece."""
         identity, variant = self.file.identity, self.file.variant
         whole = (variant.layers, variant.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
         return self.is_one_rendering and whole and variant.dtype == self.version.weights_dtype
 
     def renewed(self, version: Version) -> "Plan":
-        """Return the plan of the same answer after the version's keys and values were encoded again."""
+        """Returns the plan of the same answer for a version whose keys and values were encoded again."""
         return replace(self, version=version, etag=_entity_tag(version, self.file))
 
 
 def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, limits: Limits) -> Plan:
-    """Check a request against a version; `mask` is the input's.
+    """Checks a request against a version, and returns the plan of its answer; `mask` is the input's.
 
     Raises:
         InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -137,7 +139,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
 
 
 def _entity_tag(version: Version, file: PrefixFile) -> str:
-    """Hash everything that the body depends on: stored bits, variant, and the input's mask."""
+    """Returns the hash of everything that the body depends on: stored bits, variant, and the input's mask."""
     tag = hashlib.sha256(version.key_values.encode() + file.header)
     mask = file.extras["attention_mask"]
     if isinstance(mask, AttentionMask) and mask.input is not None:
@@ -146,30 +148,32 @@ def _entity_tag(version: Version, file: PrefixFile) -> str:
 
 
 MixedVersions = Sequence[Sequence[tuple[str, Version]]]
-"""The prefixes of each row: the reference as it was asked for, and what it means."""
+"""The prefixes of each row: the reference as the caller wrote it, and its version."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPlan:
-    """A planned batch for many adapters: its file, and for each prefix in its rows the plan that its rendering is
-    made by; the same plan where it is the same version."""
+    """A planned batch for many adapters.
+
+    `rows` has, for each prefix of a row, the plan that makes its rendering; prefixes of one version share a plan.
+    """
 
     file: MixedPrefixFile
     rows: list[list[Plan]]
 
 
 def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask | None, limits: Limits) -> MixedPlan:
-    """Check the rows of a request; `mask` is the input's.
+    """Checks the rows of a request, and returns the plan of their answer; `mask` is the input's.
 
     Raises:
-        InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+        InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
     """
     _check_mixed(request, mask, limits)
     prefixes = {ref: _row_prefix(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
     asked = zip(rows, request.rows, strict=True)
     found = [Row(tuple(prefixes[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
     batch = MixedBatch.of(found, request.dtype)
-    # The variant in which this project's client asks for one prefix: what is made for either serves the other.
+    # The variant in which this project's client asks for one prefix, so that both share renderings.
     options = request.model_dump(exclude={"rows", "mask_dtype"})
     options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
     single = PrefixRequest.model_validate(options)
@@ -178,7 +182,7 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     planned = [[plans[_name(version)] for _, version in row] for row in rows]
     variant = replace(next(iter(plans.values())).file.variant, batch_size=len(rows), layout=request.layout, expand=True)
     file = MixedPrefixFile(batch, variant, _mixed_extras(batch, request, mask))
-    _ = file.content_length  # its header takes milliseconds: here, and not where it is sent
+    _ = file.content_length  # writing the header takes milliseconds, so it is not left to the response
     return MixedPlan(file, planned)
 
 

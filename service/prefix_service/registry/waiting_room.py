@@ -1,4 +1,4 @@
-"""Requests that wait for memory, in a queue of each tenant."""
+"""Requests that wait for memory, in one queue per tenant."""
 
 import asyncio
 import time
@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 
 class Waiter:
-    """A request's waiter in a queue. It keeps the waiter until it leaves."""
+    """A waiting request. It keeps its position in the queue until it leaves."""
 
     __slots__ = ("_may_try", "queue")
 
@@ -16,7 +16,9 @@ class Waiter:
         self._may_try = asyncio.Event()
 
     async def may_try_before(self, until: float) -> bool:
-        """Waits until the request may look for memory again. Returns False if the time `until` came first."""
+        """Waits until the request may look for memory again; returns False if the time `until` (monotonic) came
+        first.
+        """
         self._may_try.clear()
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -26,27 +28,27 @@ class Waiter:
         return True
 
     def wake(self) -> None:
-        """Lets the request look again."""
+        """Lets the request look for memory again."""
         self._may_try.set()
 
 
 class WaitingRoom:
-    """Wakes the first request of each queue whenever bytes were freed, and the next one when the first has left.
+    """Wakes the first request of each queue whenever bytes are freed, and the next one when the first has left.
 
-    Hundreds of requests of one tenant that cannot have memory cost every release one try, not hundreds.
+    If hundreds of requests of one tenant cannot have memory, each release costs one attempt, not hundreds.
     """
 
     def __init__(self) -> None:
         self._queues: dict[Hashable, deque[Waiter]] = {}
 
     def enter(self, queue: Hashable) -> Waiter:
-        """Returns a waiter at the end of a queue."""
+        """Adds a request to the end of a queue, and returns it."""
         waiter = Waiter(queue)
         self._queues.setdefault(queue, deque()).append(waiter)
         return waiter
 
     def leave(self, waiter: Waiter) -> None:
-        """Gives a waiter up: the request has what it needs, or waits no longer."""
+        """Removes a request that has memory, or gives up; wakes the next one of its queue."""
         waiters = self._queues[waiter.queue]
         waiters.remove(waiter)
         if waiters:
@@ -55,6 +57,6 @@ class WaitingRoom:
             del self._queues[waiter.queue]
 
     def announce(self) -> None:
-        """Bytes were freed."""
+        """Wakes the first request of each queue, since bytes were freed."""
         for waiters in self._queues.values():
             waiters[0].wake()
