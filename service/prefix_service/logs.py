@@ -24,7 +24,7 @@ _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logg
 _KEY: Final = re.compile(r"pfx_\w+")
 
 
-about: ContextVar[dict[str, str]] = ContextVar("about")
+request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
 """What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
 
 
@@ -36,7 +36,7 @@ def redacted(text: str) -> str:
 def configure(level: LogLevel) -> None:
     """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library.
 
-    What `about` says comes with each. Other libraries are heard from warnings on.
+    What `request_context` says comes with each. Other libraries are heard from warnings on.
     """
     lowest = _NUMBERS[level]
     before: list[Processor] = [
@@ -149,7 +149,7 @@ def _harmless(_logger: Any, _method: str, line: Any) -> Any:
 
 
 def _with_context(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    return {**about.get({}), **event}
+    return {**request_context.get({}), **event}
 
 
 def _json(event: Any, **_options: Any) -> str:

@@ -12,7 +12,7 @@ from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
-from prefix_service.logs import about
+from prefix_service.logs import request_context
 from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
@@ -63,7 +63,7 @@ class AuthenticationMiddleware:
             if principal is DEV:
                 _require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
-            about.get()["key_id"] = principal.key_id
+            request_context.get()["key_id"] = principal.key_id
             # Here, before remembered answers and the routes that any key may ask.
             if principal.scope == "metrics" and scope["path"] not in _OF_METRICS_KEYS:
                 raise Forbidden("yours is a key of scope metrics, for GET /metrics and GET /v1/whoami alone")

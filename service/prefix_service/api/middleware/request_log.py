@@ -13,7 +13,7 @@ from prefix_service.api.http.problems import defect, problem
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
-from prefix_service.logs import LogLevel, RequestLog, about
+from prefix_service.logs import LogLevel, RequestLog, request_context
 
 UNROUTED: Final = "none"
 """The route of a request that was answered before it had one, or that has none."""
@@ -37,7 +37,7 @@ class RequestMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and tell of it when it ended."""
         request_id = _request_id(scope)
-        about.set({"request_id": request_id.decode()})
+        request_context.set({"request_id": request_id.decode()})
         outcome = _Outcome(send, request_id)
         started = time.perf_counter()
         self._metrics.in_flight += 1
@@ -64,7 +64,7 @@ class RequestMiddleware:
         if not self._log.tells(level):
             return
         fields = {
-            **about.get(),
+            **request_context.get(),
             "method": method,
             "route": route,
             "status": outcome.status,
