@@ -74,7 +74,7 @@ class _App(FastAPI):
         behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: state.answers)
         behind = RateLimitMiddleware(behind, lambda: state.rates)
         # Most tenants have no limit: what is known of them needs no look at the path.
-        behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
+        behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.is_unlimited(tenant))
         behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
         self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)

@@ -72,24 +72,24 @@ def _question(scope: Scope) -> _Question:
 
 
 class AnswersMiddleware:
-    """Sends remembered answers, after the key has been checked. With `let_through`, only to tenants for which it
+    """Sends remembered answers, after the key has been checked. With `is_unlimited`, only to tenants for which it
     returns True: those without a rate limit."""
 
     def __init__(
-        self, app: ASGIApp, answers: Callable[[], Answers], let_through: Callable[[str], bool] | None = None
+        self, app: ASGIApp, answers: Callable[[], Answers], is_unlimited: Callable[[str], bool] | None = None
     ) -> None:
         self._app = app
         self._answers = answers
-        self._let_through = let_through
+        self._is_unlimited = is_unlimited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or let the routes do it."""
         answer = self._answers().find(scope) if "principal" in scope else None
-        if answer is None or not self._is_let_through(scope["principal"], answer.tenant):
+        if answer is None or not self._is_allowed(scope["principal"], answer.tenant):
             await self._app(scope, receive, send)
         else:
             scope["tenant"], scope["route"] = answer.tenant, answer.route
             await answer.response(scope, receive, send)
 
-    def _is_let_through(self, caller: Principal, tenant: str) -> bool:
-        return self._let_through is None or self._let_through(caller.tenant or tenant)
+    def _is_allowed(self, caller: Principal, tenant: str) -> bool:
+        return self._is_unlimited is None or self._is_unlimited(caller.tenant or tenant)

@@ -61,7 +61,7 @@ class RateLimits:
         self._known: dict[str, RateLimitItemPerSecond | None] = {}
         self._heard = 0
 
-    def lets_through(self, tenant: str) -> bool:
+    def is_unlimited(self, tenant: str) -> bool:
         """Whether a tenant is known to have no limit."""
         return tenant in self._known and self._known[tenant] is None and self._are_known()
 
@@ -114,16 +114,16 @@ class RateLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Charge whom the request is for."""
         limits, tenant = self._limits(), charged(scope)
-        if tenant is None or limits.lets_through(tenant):
+        if tenant is None or limits.is_unlimited(tenant):
             await self._app(scope, receive, send)
             return
         allowance = await limits.charge(tenant)
         if allowance is None:
             await self._app(scope, receive, send)
         elif allowance.granted:
-            await self._app(scope, receive, _telling(allowance, send))
+            await self._app(scope, receive, _with_rate_headers(allowance, send))
         else:
-            await problem(allowance.refusal(tenant))(scope, receive, _telling(allowance, send))
+            await problem(allowance.refusal(tenant))(scope, receive, _with_rate_headers(allowance, send))
 
 
 def charged(scope: Scope) -> str | None:
@@ -152,10 +152,10 @@ def _well_formed(tenant: str) -> str | None:
         return None
 
 
-def _telling(allowance: Allowance, send: Send) -> Send:
-    async def tell(message: Message) -> None:
+def _with_rate_headers(allowance: Allowance, send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), *allowance.headers]
         await send(message)
 
-    return tell
+    return send_with_headers
