@@ -80,21 +80,21 @@ class RequestLog:
         self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
-    def tells(self, level: LogLevel) -> bool:
+    def is_enabled_for(self, level: LogLevel) -> bool:
         """Whether lines of this level are wanted."""
         return _NUMBERS[level] >= self._lowest
 
-    def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
+    def write(self, level: LogLevel, fields: dict[str, Any]) -> None:
         """Tell of a request."""
         if self._is_terminal:
             self._lines.msg(printable(redacted(_for_people(fields))))
         else:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
             if not self._pending:
-                asyncio.get_running_loop().call_soon(self._write)
+                asyncio.get_running_loop().call_soon(self._flush)
             self._pending.append(printable(redacted(_json(fields))))
 
-    def _write(self) -> None:
+    def _flush(self) -> None:
         self._lines.msg("\n".join(self._pending))
         self._pending.clear()
 

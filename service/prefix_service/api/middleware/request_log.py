@@ -52,16 +52,16 @@ class RequestMiddleware:
                 defect(error)  # in the middle of an answer, which ends here: all that is left is to tell of it
         finally:
             self._metrics.in_flight -= 1
-            self._tell(scope, outcome, time.perf_counter() - started)
+            self._record(scope, outcome, time.perf_counter() - started)
 
-    def _tell(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
+    def _record(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", UNROUTED)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
         self._usage.count(scope, outcome.status, sent)
         level = _level(route, outcome.status)
-        if not self._log.tells(level):
+        if not self._log.is_enabled_for(level):
             return
         fields = {
             **request_context.get(),
@@ -73,7 +73,7 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
-        self._log.line(level, fields)
+        self._log.write(level, fields)
 
 
 class _Outcome:
