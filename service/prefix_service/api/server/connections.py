@@ -91,7 +91,7 @@ class Guarded(asyncio.Protocol):
         try:
             victim = self._peers.open(self, self._caller)
         except Overloaded as error:
-            self._refuse(error, linger=self._peers.may_tell(self))
+            self._refuse(error, linger=self._peers.may_read_refusal(self))
         else:
             if victim is not None:
                 victim.give_way()

@@ -9,7 +9,7 @@ from prefix_service.errors import Overloaded
 
 C = TypeVar("C", bound=Hashable)
 
-_TOLD: Final = 64
+_MOST_REFUSED: Final = 64
 
 
 class Peers(Generic[C]):
@@ -55,9 +55,9 @@ class Peers(Generic[C]):
                 return next(iter(stalled))
         raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
 
-    def may_tell(self, connection: C) -> bool:
+    def may_read_refusal(self, connection: C) -> bool:
         """Returns whether a refused connection may stay for a moment to read why, as a few may. Close it either way."""
-        if len(self._refused) >= _TOLD:
+        if len(self._refused) >= _MOST_REFUSED:
             return False
         self._refused.add(connection)
         return True
