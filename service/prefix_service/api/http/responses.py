@@ -48,7 +48,7 @@ class BytesResponse(Response, ABC):
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
         self.background = None
         self._etag, self._length = etag, length
-        self._about = _raw({"ETag": etag, **headers})
+        self._entity_fields = _raw({"ETag": etag, **headers})
         self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
 
     @abstractmethod
@@ -63,12 +63,12 @@ class BytesResponse(Response, ABC):
         request = Headers(raw=scope["headers"])
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
-            await send({"type": "http.response.start", "status": 304, "headers": self._about})
+            await send({"type": "http.response.start", "status": 304, "headers": self._entity_fields})
             await send({"type": "http.response.body"})
             return
         found = requested_range(request, self._etag, self._length) if reading else None
         start, stop = found or (0, self._length)
-        fields = [*self._about, *self._common, (b"content-length", b"%d" % (stop - start))]
+        fields = [*self._entity_fields, *self._common, (b"content-length", b"%d" % (stop - start))]
         if found:
             scope[FIRST_BYTE] = start
             fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
@@ -102,9 +102,9 @@ class PrefixResponse(BytesResponse):
     """A planned prefix; its rendering stays pinned until the last byte left."""
 
     def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
-        super().__init__(plan.etag, plan.file.content_length, _about(plan.version, immutable=immutable))
+        super().__init__(plan.etag, plan.file.content_length, _version_headers(plan.version, immutable=immutable))
         if varies:
-            self._about.append((b"vary", b"Accept"))
+            self._entity_fields.append((b"vary", b"Accept"))
         self.version = plan.version
         self._library, self._plan = library, plan
         self._immutable, self._varies = immutable, varies
@@ -157,9 +157,9 @@ class ParametersResponse(BytesResponse):
     """The weights file of a version, byte for byte as it was uploaded."""
 
     def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
-        super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
+        super().__init__(f'"{version.weights}"', version.weights_bytes, _version_headers(version, immutable=immutable))
         self._library, self._version = library, version
-        self._about.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._entity_fields.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
         self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
 
     @asynccontextmanager
@@ -177,7 +177,7 @@ def _raw(headers: Mapping[str, str]) -> Fields:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
-def _about(version: Version, *, immutable: bool) -> dict[str, str]:
+def _version_headers(version: Version, *, immutable: bool) -> dict[str, str]:
     return {
         "Cache-Control": "private, max-age=31536000, immutable" if immutable else "private, no-cache",
         "Prefix-Version": str(version.number),

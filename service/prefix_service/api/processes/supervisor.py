@@ -33,7 +33,7 @@ _SPAWN: Final = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """How long the supervisor waits for what, in seconds.
 
     A worker gives a sign each second. Loads, hashes and page faults delay one by well below a second, a machine that
@@ -61,7 +61,7 @@ class _Worker:
     signs: socket.socket
     deadline: float
     is_ready: bool = False
-    is_heard: bool = True
+    is_open: bool = True
     reason: str = ""
 
     @property
@@ -77,7 +77,7 @@ class Supervisor:
         work: what each runs; sends `SIGN` on the socket `signs` once it is ready and each second from then on.
         arguments: what else it is called with; sockets are inherited.
         on_ready: called once, when the first worker is ready.
-        patience: how long to wait for what.
+        timeouts: how long to wait for what.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Supervisor:
         work: Callable[..., None],
         arguments: tuple[Any, ...],
         on_ready: Callable[[], None],
-        patience: Patience = Patience(),
+        timeouts: Timeouts = Timeouts(),
     ) -> None:
         self._count, self._work, self._arguments = count, work, arguments
-        self._on_ready, self._patience = on_ready, patience
+        self._on_ready, self._timeouts = on_ready, timeouts
         self._workers: list[_Worker] = []
         self._now = 0.0  # seconds that this process has run: while it or the machine is stopped, nobody is silent
         self._due: list[float] = []  # when a worker is started in the place of one that ended
@@ -120,21 +120,21 @@ class Supervisor:
     def _turn(self, signals: socket.socket) -> None:
         """Wait until something happens, and act on it."""
         sources: list[Any] = [signals, *(worker.process.sentinel for worker in self._workers)]
-        sources += [worker.signs for worker in self._workers if worker.is_heard]
+        sources += [worker.signs for worker in self._workers if worker.is_open]
         next_deadline = min([self._end, *self._due_now(), *(worker.deadline for worker in self._workers)])
-        timeout = min(max(next_deadline - self._now, 0), self._patience.turn)
+        timeout = min(max(next_deadline - self._now, 0), self._timeouts.turn)
         before = time.monotonic()
         happened = wait(sources, timeout)
-        self._now += min(time.monotonic() - before, self._patience.turn)
+        self._now += min(time.monotonic() - before, self._timeouts.turn)
         for worker in list(self._workers):
             if worker.signs in happened:
-                self._hear(worker)
+                self._receive_signs(worker)
             if worker.process.sentinel in happened:
-                self._bury(worker)
+                self._remove_ended(worker)
             elif worker.deadline <= self._now:
                 self._kill_silent(worker)
         if signals in happened:
-            self._asked_to_end(signals.recv(4096))
+            self._begin_end(signals.recv(4096))
         if self._end <= self._now:
             self._kill_all()
         for due in [due for due in self._due_now() if due <= self._now]:
@@ -159,20 +159,20 @@ class Supervisor:
             self._failed(None, os.strerror(error.errno or 0))
         else:
             mine.setblocking(False)
-            self._workers.append(_Worker(process, mine, self._now + self._patience.start))
+            self._workers.append(_Worker(process, mine, self._now + self._timeouts.start))
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive_signs(self, worker: _Worker) -> None:
         try:
-            heard = worker.signs.recv(1 << 16)
+            received = worker.signs.recv(1 << 16)
         except OSError:
-            heard = b""
-        if not heard:  # it ends: the process tells when
-            worker.is_heard = False
+            received = b""
+        if not received:  # it ends: the process tells when
+            worker.is_open = False
             return
         if worker.deadline < math.inf:  # not killed yet
-            worker.deadline = self._now + self._patience.silence
-        worker.reason += heard.replace(SIGN, b"").decode(errors="replace")
-        if SIGN in heard and not worker.is_ready:
+            worker.deadline = self._now + self._timeouts.silence
+        worker.reason += received.replace(SIGN, b"").decode(errors="replace")
+        if SIGN in received and not worker.is_ready:
             worker.is_ready, self._failures = True, 0
             log.info("a worker is ready", extra={"pid": worker.pid})
             if not self._was_ready:
@@ -180,12 +180,12 @@ class Supervisor:
                 self._on_ready()
 
     def _kill_silent(self, worker: _Worker) -> None:
-        silence = self._patience.silence if worker.is_ready else self._patience.start
+        silence = self._timeouts.silence if worker.is_ready else self._timeouts.start
         worker.reason = f"no sign of life for {silence:g} seconds"
         worker.deadline = math.inf
         worker.process.kill()
 
-    def _bury(self, worker: _Worker) -> None:
+    def _remove_ended(self, worker: _Worker) -> None:
         """Forget a worker that has ended, and say when another takes its place."""
         worker.process.join()
         worker.signs.close()
@@ -202,19 +202,19 @@ class Supervisor:
         worker.process.close()
 
     def _failed(self, pid: int | None, reason: str) -> None:
-        pause = min(self._patience.first_pause * 2 ** min(self._failures, 16), self._patience.longest_pause)
+        pause = min(self._timeouts.first_pause * 2 ** min(self._failures, 16), self._timeouts.longest_pause)
         self._failures += 1
         self._reason = reason
         self._due.append(self._now + pause)
         log.error("a worker could not start", extra={"pid": pid, "reason": reason, "again_in": pause})
 
-    def _asked_to_end(self, numbers: bytes) -> None:
+    def _begin_end(self, numbers: bytes) -> None:
         for number in numbers:  # no other signal has a handler here
             log.info("asked to end", extra={"signal": signal.Signals(number).name})
             if self._is_ending:
                 self._end = self._now
                 continue
-            self._is_ending, self._end = True, self._now + self._patience.end
+            self._is_ending, self._end = True, self._now + self._timeouts.end
             self._due.clear()
             for worker in self._workers:
                 worker.process.terminate()
