@@ -1,4 +1,4 @@
-"""Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
+"""Responses of bytes: conditions, ranges, and buffers that are sent one after another."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -26,23 +26,24 @@ from prefix_service.prefix.wire.rendering import Rendering
 _CHUNK: Final = 1 << 20
 
 DRAIN: Final = "drain"
-"""In the scope's state, where the server is ours: wait until nearly all that was sent has left."""
+"""Key in the scope's state, if the server is ours: a function that waits until nearly all output has left."""
 
 Fields = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
+    """Bytes of a body that are ready to be sent, and the header fields that depend on them."""
 
     chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
     fields: Fields = field(default_factory=list)
 
 
 class BytesResponse(Response, ABC):
-    """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure.
+    """A safetensors file with a known entity tag and length: answers 304, 206 or 200, with backpressure.
 
-    It keeps nothing of a request, and may answer many.
+    It keeps no state of a request, so one instance can answer many. `Response.__init__` is not called, since it would
+    encode a body.
     """
 
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
@@ -53,10 +54,10 @@ class BytesResponse(Response, ABC):
 
     @abstractmethod
     def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AbstractAsyncContextManager[Content]:
-        """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
+        """Yields the bytes `start:stop`; errors before the first byte are raised as PrefixServiceError."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answers a request."""
         await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +87,7 @@ class BytesResponse(Response, ABC):
 
 
 async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryview]) -> None:
-    """A whole body, piece by piece; when this returns, nearly all of it has left."""
+    """Sends a whole body, piece by piece; returns once nearly all of it has left."""
     last: bytes | memoryview | None = None
     for chunk in chunks:
         if last is not None:
@@ -99,7 +100,7 @@ async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryv
 
 
 class PrefixResponse(BytesResponse):
-    """A planned prefix; its rendering stays pinned until the last byte left."""
+    """A planned prefix; its rendering is leased until the last byte has left."""
 
     def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
         super().__init__(plan.etag, plan.file.content_length, _version_headers(plan.version, immutable=immutable))
@@ -111,8 +112,10 @@ class PrefixResponse(BytesResponse):
         self._served = (served(plan.version, plan.file.variant.batch_size),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request; with another entity tag if the version has to be encoded again. That is known before
-        anything leaves, since the tensors are read first."""
+        """Answers a request, with another entity tag if the version had to be encoded again.
+
+        That is known before anything is sent, since the tensors are read first.
+        """
         scope[SERVED] = self._served
         try:
             await self._answer(scope, receive, send)
@@ -126,12 +129,12 @@ class PrefixResponse(BytesResponse):
 
     @property
     def planned_nbytes(self) -> int:
-        """An estimate of the memory that the plan takes."""
+        """An estimate of the memory that the plan takes, in bytes."""
         return self._plan.file.planned_nbytes
 
     @asynccontextmanager
     async def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
+        # The digest of repeated rows costs more than sending them, so it is computed on request only.
         algorithm = wanted_digest(Headers(raw=scope["headers"])) or ("sha-256" if self._plan.is_one_rendering else None)
         if start == stop and algorithm is None:
             yield Content(())
@@ -147,7 +150,7 @@ class PrefixResponse(BytesResponse):
 async def body_digest(
     library: Library, plan: Plan, rendering: Rendering, algorithm: Algorithm, receive: Receive
 ) -> bytes | None:
-    """Returns the digest of a plan's body; None if it costs too much, or its client went away meanwhile."""
+    """Returns the digest of a plan's body; None if it costs too much, or the client has left."""
     if (found := library.known_digest(plan, algorithm)) is not None:
         return found
     return await while_connected(receive, library.body_digest(plan, rendering, algorithm))
@@ -164,7 +167,7 @@ class ParametersResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes all of it
+        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes the whole file
         file = await self._library.admission.run(self._version.tenant, look)
         try:
             file.seek(start)
@@ -186,7 +189,7 @@ def _version_headers(version: Version, *, immutable: bool) -> dict[str, str]:
 
 
 def repr_digest(algorithm: Algorithm, digest: bytes) -> tuple[bytes, bytes]:
-    """Return the header field of a body's digest (RFC 9530)."""
+    """Returns the header field of a body's digest (RFC 9530)."""
     return b"repr-digest", format_digest(algorithm, digest).encode()
 
 

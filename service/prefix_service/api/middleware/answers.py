@@ -1,4 +1,4 @@
-"""Answers that were planned once, and are given again without a route: the fast path of `GET …/prefix`."""
+"""Caches planned answers and sends them without a route: the fast path of `GET …/prefix`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class _Answer:
 
 
 class Answers:
-    """Answers that the route has given, keyed by all that an answer depends on: the raw path, query and `Accept`.
+    """Answers that the route has given, by everything that they depend on: the raw path, query and `Accept`.
 
-    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
-    questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
-    socket need not be part of it: a service listens there or on TCP, never both.
+    The caller's key and the version behind the reference are checked each time. The cache is bounded by bytes,
+    including those of the questions; a tenant that asks for much displaces its own oldest answers. Whether a caller is
+    on the Unix socket is not part of the key: a service listens either there or on TCP.
     """
 
     def __init__(self, library: Library) -> None:
@@ -42,21 +42,23 @@ class Answers:
 
     @property
     def nbytes(self) -> int:
-        """An estimate of the memory that all of it takes."""
+        """An estimate of the memory of all answers, in bytes."""
         return self._known.size
 
     def nbytes_of(self, tenant: str) -> int:
-        """An estimate of the memory that the answers of one tenant take."""
+        """Returns an estimate of the memory of one tenant's answers, in bytes."""
         return self._known.size_of(tenant)
 
     def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
-        """Keep what a route is about to answer."""
+        """Caches the answer that a route is about to send."""
         question = _question(scope)
         nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
         self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
 
     def find(self, scope: Scope) -> _Answer | None:
-        """The answer to a request, if it was given before, is still true, and the caller may have it."""
+        """Returns the cached answer to a request; None if there is none, it is outdated, or the caller may not see
+        it.
+        """
         if scope["method"] not in ("GET", "HEAD"):
             return None
         answer = self._known.get(_question(scope))
@@ -72,8 +74,7 @@ def _question(scope: Scope) -> _Question:
 
 
 class AnswersMiddleware:
-    """Sends remembered answers, after the key has been checked. With `is_unlimited`, only to tenants for which it
-    returns True: those without a rate limit."""
+    """Sends cached answers to authenticated callers. With `is_unlimited`, only for tenants without a rate limit."""
 
     def __init__(
         self, app: ASGIApp, answers: Callable[[], Answers], is_unlimited: Callable[[str], bool] | None = None
@@ -83,7 +84,7 @@ class AnswersMiddleware:
         self._is_unlimited = is_unlimited
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or let the routes do it."""
+        """Sends the cached answer, or passes the request on."""
         answer = self._answers().find(scope) if "principal" in scope else None
         if answer is None or not self._is_allowed(scope["principal"], answer.tenant):
             await self._app(scope, receive, send)

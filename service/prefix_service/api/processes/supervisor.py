@@ -1,13 +1,13 @@
-"""Keeps a number of worker processes alive: restarts those that died, and ends when it is asked to, or cannot start.
+"""Keeps a number of worker processes alive: restarts those that died; ends on a signal, or if no worker can start.
 
-Each worker gives signs of life on a socket of its own, from its event loop. The supervisor waits for these sockets, for
-the ends of processes and for signals, all at once, and never for one of them alone.
+Each worker sends signs of life from its event loop, on a socket of its own. The supervisor waits for these sockets, for
+the ends of processes and for signals, all in one call, and never for one of them alone.
 
-Why not one that exists: uvicorn's own asks its workers one after another whether they live, so that one that hangs
-hides the death of another for as long as it is waited for; it gives up, with status 0, if a replacement cannot start;
-its workers outlive it. gunicorn judges each worker by itself, but forks, which CUDA does not survive, and ends all
-workers if one cannot start; uvicorn's class for it is deprecated. hypercorn and granian bring HTTP servers of their
-own, which read requests differently from what is tested here. circus watches processes, not event loops.
+Existing supervisors do not suffice. uvicorn's own asks its workers one after another whether they are alive, so that a
+hanging worker hides the death of another; it gives up, with status 0, if a replacement cannot start; and its workers
+outlive it. gunicorn watches each worker separately, but forks, which CUDA does not survive, and ends all workers if one
+cannot start; uvicorn's class for it is deprecated. hypercorn and granian have HTTP servers of their own, which parse
+requests differently from what is tested here. circus watches processes, not event loops.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ _SPAWN: Final = multiprocessing.get_context("spawn")
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long the supervisor waits for what, in seconds.
+    """The time limits of the supervisor, in seconds.
 
-    A worker gives a sign each second. Loads, hashes and page faults delay one by well below a second, a machine that
-    swaps by several: a worker that gave none for 15 seconds serves nobody. A start may take minutes while others import
-    torch from the same slow disk.
+    A worker sends a sign each second. Loads, hashes and page faults delay a sign by well below a second, swapping by
+    several: a worker that was silent for 15 seconds serves nobody. A start can take minutes while other processes
+    import torch from the same slow disk.
     """
 
     start: float = 180
@@ -49,13 +49,13 @@ class Timeouts:
 
     @property
     def turn(self) -> float:
-        """The longest that the supervisor waits without a look at its own clock."""
+        """The longest time that the supervisor waits before it looks at its own clock."""
         return self.silence / 15
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """A running process. It is killed at `deadline`, a moment of the supervisor's clock, unless a sign comes."""
+    """A running process. It is killed at `deadline`, on the supervisor's clock, unless a sign comes."""
 
     process: SpawnProcess
     signs: socket.socket
@@ -70,14 +70,14 @@ class _Worker:
 
 
 class Supervisor:
-    """Starts `work(signs, pid of the supervisor, *arguments)` in `count` spawned processes, and again where one ends.
+    """Starts `work(signs, pid of the supervisor, *arguments)` in `count` spawned processes, and again if one ends.
 
     Args:
-        count: how many processes.
-        work: what each runs; sends `SIGN` on the socket `signs` once it is ready and each second from then on.
-        arguments: what else it is called with; sockets are inherited.
-        on_ready: called once, when the first worker is ready.
-        timeouts: how long to wait for what.
+        count: the number of processes.
+        work: runs in each process; sends `SIGN` on the socket `signs` once it is ready, and each second from then on.
+        arguments: further arguments of `work`; sockets are inherited.
+        on_ready: is called once, when the first worker is ready.
+        timeouts: the time limits.
     """
 
     def __init__(
@@ -91,16 +91,16 @@ class Supervisor:
         self._count, self._work, self._arguments = count, work, arguments
         self._on_ready, self._timeouts = on_ready, timeouts
         self._workers: list[_Worker] = []
-        self._now = 0.0  # seconds that this process has run: while it or the machine is stopped, nobody is silent
-        self._due: list[float] = []  # when a worker is started in the place of one that ended
-        self._failures = 0  # starts that failed since the last that succeeded
+        self._now = 0.0  # seconds that this process has run: no worker counts as silent while the machine is stopped
+        self._due: list[float] = []  # when the replacements of ended workers are started
+        self._failures = 0  # failed starts since the last successful one
         self._was_ready = False
         self._reason = ""  # of the last failed start
         self._end = math.inf  # when workers that have not ended are killed
         self._is_ending = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let the workers finish; a second signal kills them.
+        """Serves until SIGTERM or SIGINT, then lets the workers finish; a second signal kills them.
 
         Raises:
             Unavailable: no worker could start.
@@ -118,7 +118,7 @@ class Supervisor:
             raise Unavailable(f"no worker could start: {self._reason}")
 
     def _turn(self, signals: socket.socket) -> None:
-        """Wait until something happens, and act on it."""
+        """Waits until something happens, and reacts to it."""
         sources: list[Any] = [signals, *(worker.process.sentinel for worker in self._workers)]
         sources += [worker.signs for worker in self._workers if worker.is_open]
         next_deadline = min([self._end, *self._due_now(), *(worker.deadline for worker in self._workers)])
@@ -142,7 +142,7 @@ class Supervisor:
             self._start()
 
     def _due_now(self) -> list[float]:
-        """Returns when workers are started again; nothing is tried twice before anything worked."""
+        """Returns when workers are started again; before the first success, no start is repeated."""
         return self._due if self._was_ready else []
 
     def _start(self) -> None:
@@ -166,7 +166,7 @@ class Supervisor:
             received = worker.signs.recv(1 << 16)
         except OSError:
             received = b""
-        if not received:  # it ends: the process tells when
+        if not received:  # the worker is ending: its sentinel reports when
             worker.is_open = False
             return
         if worker.deadline < math.inf:  # not killed yet
@@ -186,7 +186,7 @@ class Supervisor:
         worker.process.kill()
 
     def _remove_ended(self, worker: _Worker) -> None:
-        """Forget a worker that has ended, and say when another takes its place."""
+        """Removes a worker that has ended, and schedules its replacement."""
         worker.process.join()
         worker.signs.close()
         self._workers.remove(worker)
@@ -227,7 +227,7 @@ class Supervisor:
 
 
 def _how(exitcode: int | None) -> str:
-    """Returns an exit code of multiprocessing in words."""
+    """Returns an exit code of multiprocessing as text."""
     if exitcode is None or exitcode >= 0:
         return f"exit status {exitcode}"
     return f"killed by {next((each.name for each in signal.Signals if each == -exitcode), f'signal {-exitcode}')}"
@@ -235,7 +235,7 @@ def _how(exitcode: int | None) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Yields a socket on which SIGTERM and SIGINT arrive, a byte each, so that one call waits for them and the rest."""
+    """Yields a socket on which SIGTERM and SIGINT arrive, one byte each, so that one call can wait for them too."""
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.setblocking(False)
