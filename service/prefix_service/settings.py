@@ -28,8 +28,8 @@ NOT_SETTINGS: Final = {
 }
 """Variables with the settings' prefix that the service does not read: who reads them, and what for."""
 
-# Kubernetes adds these variables to every container for each Service in its namespace; these match Services whose names
-# `prefix`, as `prefix-service` does: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …
+# Kubernetes adds these variables to every container for each Service in its namespace; these are of Services named
+# `prefix…`, such as `prefix-service`: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …
 _LINK_NAME: Final = re.compile(
     r"PREFIX_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
