@@ -50,7 +50,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return self._fetch(request, until, interrupt)
-            received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
+            received = self._lane.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -72,7 +72,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return await self._fetch_on_loop(request, until)
-            received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
+            received = await self._lane.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -95,9 +95,9 @@ class Fetcher:
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
         if self._connections > 1:
             try:
-                arrival = _Arrival(self._allocate, fetch.progress, is_verified=False)
-                pieces = Pieces(self._lane, fetch, until, interrupt, arrival.observer)
-                head, body = pieces.receive(arrival.place, self._connections)
+                received = _ReceivedBody(self._allocate, fetch.progress, is_verified=False)
+                pieces = Pieces(self._lane, fetch, until, interrupt, received.observer)
+                head, body = pieces.receive(received.allocate, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
                 pass  # whole, over one connection, it cannot be torn
@@ -106,23 +106,23 @@ class Fetcher:
     def _whole(
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
+        received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange
-        head, body = exchange(fetch, arrival.place, until, interrupt, headers=headers, observe=arrival.observe)
-        return Answer(head.status, head.headers, body, arrival.digest)
+        head, body = exchange(fetch, received.allocate, until, interrupt, headers=headers, observe=received.observe)
+        return Answer(head.status, head.headers, body, received.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
-        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
+        received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange_on_loop
-        head, body = await exchange(fetch, arrival.place, until, headers=headers, observe=arrival.observe)
-        return Answer(head.status, head.headers, body, arrival.digest)
+        head, body = await exchange(fetch, received.allocate, until, headers=headers, observe=received.observe)
+        return Answer(head.status, head.headers, body, received.digest)
 
     def close(self) -> None:
         """Close every connection."""
         self._lane.close()
 
 
-def place_json(head: Head) -> memoryview:
+def allocate_json(head: Head) -> memoryview:
     """Returns memory for an answer that is no tensors.
 
     Raises:
@@ -134,7 +134,7 @@ def place_json(head: Head) -> memoryview:
     return memoryview(bytearray(head.length))
 
 
-class _Arrival:
+class _ReceivedBody:
     """One body on its way: where it goes, its digest, in the algorithm that its head names, and who follows it. A body
     without a digest may be observed by several threads."""
 
@@ -146,10 +146,10 @@ class _Arrival:
         self._lock = threading.Lock()
         self._arrived = self._total = 0
 
-    def place(self, head: Head) -> memoryview:
+    def allocate(self, head: Head) -> memoryview:
         """Returns memory for the body of an answer with this head."""
         if head.status not in (200, 206):
-            return place_json(head)
+            return allocate_json(head)
         if self._is_verified and (algorithm := verifiable(head.headers)) is not None:
             self._algorithm, self._hasher = algorithm, new_hasher(algorithm)
         if head.headers.get("content-type") != SHARED_FILE_TYPE:  # the name of a file is no tensors

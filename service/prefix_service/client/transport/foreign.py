@@ -16,7 +16,7 @@ from prefix_service.client.protocol import Answer, Fetch, Request
 from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.dialling import time_left
-from prefix_service.client.transport.fetcher import MOST_JSON, place_json
+from prefix_service.client.transport.fetcher import MOST_JSON, allocate_json
 from prefix_service.client.transport.http1 import Head, declared_length
 from prefix_service.client.transport.link import MOST_UNDECLARED
 from prefix_service.errors import InvalidRequest, InvalidResponse
@@ -138,7 +138,7 @@ class _Body:
         declared = declared_length(self._headers)
         self._declared = declared or 0
         if not isinstance(request, Fetch):
-            place_json(Head(self._status, self._headers, declared or 0, keeps_alive=False))
+            allocate_json(Head(self._status, self._headers, declared or 0, keeps_alive=False))
         is_followed = isinstance(request, Fetch) and declared and self._status == 200
         self._progress = request.progress if is_followed else None
         self._most = MOST_UNDECLARED if isinstance(request, Fetch) else MOST_JSON

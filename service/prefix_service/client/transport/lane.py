@@ -18,7 +18,7 @@ from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.link import MOST_UNDECLARED, Link, Observer, Place, carry_out, carry_out_on_loop
+from prefix_service.client.transport.link import MOST_UNDECLARED, Link, Observer, AllocateBody, carry_out, carry_out_on_loop
 from prefix_service.system.forks import renew_in_child
 
 _MOST_IDLE: Final = 32
@@ -82,7 +82,7 @@ class Lane:
     def exchange(
         self,
         request: Request,
-        place: Place,
+        allocate: AllocateBody,
         until: float,
         interrupt: Interrupt,
         *,
@@ -103,7 +103,7 @@ class Lane:
             try:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
-                    received = carry_out(link.finish(begun, place, observe, most), link.socket, until)
+                    received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
             except BaseException:
                 link.socket.close()
                 raise
@@ -124,7 +124,7 @@ class Lane:
     async def exchange_on_loop(
         self,
         request: Request,
-        place: Place,
+        allocate: AllocateBody,
         until: float,
         *,
         headers: Mapping[str, str] | None = None,
@@ -141,7 +141,7 @@ class Lane:
         async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
-                received = await carry_out_on_loop(link.finish(begun, place, observe, most), link.socket, until)
+                received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
             except BaseException:
                 link.socket.close()
                 raise

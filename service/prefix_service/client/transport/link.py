@@ -24,7 +24,7 @@ _OBSERVED_AT_ONCE: Final = 256 << 10  # still in the processor's cache when the 
 MOST_UNDECLARED: Final = 1 << 30
 """Bytes that a body may have that does not declare its length."""
 
-Place = Callable[[Head], memoryview]
+AllocateBody = Callable[[Head], memoryview]
 """Where the body of an answer with this head goes: as many bytes as its length."""
 
 Observer = Callable[[memoryview], None]
@@ -86,7 +86,7 @@ class Link:
         return (yield from self._receive(memoryview(self._scratch)))
 
     def finish(
-        self, count: int, place: Place, observe: Observer | None, most: int = MOST_UNDECLARED
+        self, count: int, allocate: AllocateBody, observe: Observer | None, most: int = MOST_UNDECLARED
     ) -> Steps[tuple[Head, memoryview]]:
         """Receive the answer of which `begin` has received `count` bytes; its body goes where `place` says, and
         `observe` sees it as it comes. A body that does not declare its length may have `most` bytes.
@@ -100,8 +100,8 @@ class Link:
             count += yield from self._receive(scratch[count:])
         head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
         if head is None:
-            return (yield from self._carefully(bytes(scratch[:count]), place, observe, most))
-        body, arrived = place(head), count - stop - 4
+            return (yield from self._carefully(bytes(scratch[:count]), allocate, observe, most))
+        body, arrived = allocate(head), count - stop - 4
         if arrived > head.length:
             raise ConnectionError("the answer is longer than its Content-Length")
         body[:arrived] = scratch[stop + 4 : count]
@@ -165,7 +165,7 @@ class Link:
             self._least = least
 
     def _carefully(
-        self, begun: bytes, place: Place, observe: Observer | None, most: int
+        self, begun: bytes, allocate: AllocateBody, observe: Observer | None, most: int
     ) -> Steps[tuple[Head, memoryview]]:
         reading = read_carefully(begun, most)
         try:
@@ -176,7 +176,7 @@ class Link:
                 yield Wait.TURN
         except StopIteration as end:
             head, received = end.value
-        body = place(head)
+        body = allocate(head)
         body[:] = received
         if observe is not None:
             observe(body)

@@ -8,7 +8,7 @@ from typing import Final
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
 from prefix_service.client.transport.lane import Interrupt, Lane
-from prefix_service.client.transport.link import Observer, Place
+from prefix_service.client.transport.link import Observer, AllocateBody
 
 PIECE: Final = 32 << 20
 """Bytes of a range: what a body must exceed to come in several."""
@@ -92,21 +92,21 @@ class Pieces:
             self._failure = error
 
     def _piece(self, start: int) -> None:
-        place = self._memory[start : start + PIECE]
-        stop = start + len(place)
+        memory = self._memory[start : start + PIECE]
+        stop = start + len(memory)
 
         def at(head: Head) -> memoryview:
             if head.status != 206 or head.headers.get("etag") != self._etag:
                 raise Changed("another body")
-            if _content_range(head) != (start, stop, len(self._memory)) or head.length != len(place):
+            if _content_range(head) != (start, stop, len(self._memory)) or head.length != len(memory):
                 raise Changed("another range than the one that was asked for")
-            return place
+            return memory
 
         self._exchange(at, {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag})
 
-    def _exchange(self, place: Place, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
+    def _exchange(self, allocate: AllocateBody, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
         exchange = self._lane.exchange
-        return exchange(self._request, place, self._until, self._interrupt, headers=headers, observe=self._observe)
+        return exchange(self._request, allocate, self._until, self._interrupt, headers=headers, observe=self._observe)
 
 
 def _content_range(head: Head) -> tuple[int, int, int]:
