@@ -31,7 +31,7 @@ class PrefixOptions(TypedDict, total=False):
     materialise: bool
 
 
-def form(
+def prefix_options(
     *,
     batch_size: int = 1,
     dtype: KVDtype | None = None,

@@ -86,13 +86,13 @@ class DiskCache:
     def store(self, key: tuple[Any, ...], entry: Entry) -> None:
         """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
         path = self._path(key)
-        about = {
+        fields = {
             "name": path.name,
             "etag": entry.etag,
             "size": len(entry.body),
             "crc32c": digest_of("crc32c", entry.body).hex(),
         }
-        record = json.dumps(about).encode()
+        record = json.dumps(fields).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
         size = len(head) + len(entry.body)
         if size > self._budget or len(record) > _MAX_RECORD:
@@ -143,13 +143,13 @@ class DiskCache:
         entries, used = [], size
         for file in self._files():
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                about = file.stat()
-                if file.name.startswith(_TEMPORARY) and time.time() - about.st_mtime > _ABANDONED_AFTER:
+                found = file.stat()
+                if file.name.startswith(_TEMPORARY) and time.time() - found.st_mtime > _ABANDONED_AFTER:
                     _remove(file.path)
                     continue
-                used += about.st_size
+                used += found.st_size
                 if not file.name.startswith(_TEMPORARY):
-                    entries.append((about.st_mtime_ns, about.st_size, file.path))
+                    entries.append((found.st_mtime_ns, found.st_size, file.path))
         for _, freed, path in sorted(entries):
             if used <= self._budget:
                 return
@@ -173,9 +173,9 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
     if hashlib.sha256(record).digest() != seal:
         return None
     try:
-        about = json.loads(record)
-        size, etag, checksum = int(about["size"]), str(about["etag"]), str(about["crc32c"])
-        is_its_own = about["name"] == name
+        fields = json.loads(record)
+        size, etag, checksum = int(fields["size"]), str(fields["etag"]), str(fields["crc32c"])
+        is_its_own = fields["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
     if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:

@@ -69,7 +69,7 @@ def get(
         ConnectionFailed: the service did not answer before the deadline.
         InvalidResponse: the answer is damaged, answers another question, or is not one of the service.
     """
-    form = options.form(
+    chosen = options.prefix_options(
         batch_size=batch_size,
         dtype=dtype,
         layers=layers,
@@ -78,7 +78,7 @@ def get(
         pp=pp,
         materialise=materialise,
     )
-    return flows.get(self._reading, reference, form, options.callback("progress", progress))
+    return flows.get(self._reading, reference, chosen, options.callback("progress", progress))
 
 
 def get_many(
@@ -114,9 +114,9 @@ def get_many(
         InvalidRequest: rows do not agree in layers, heads, head size or dtype, or none has a prefix.
     """
     wanted = many.Wanted.of(rows, batch_size)
-    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     references = list(wanted.first_row)
-    fetched = yield Together([flows.shared(self._reading, reference, form) for reference in references], _AT_ONCE)
+    fetched = yield Together([flows.shared(self._reading, reference, chosen) for reference in references], _AT_ONCE)
     for reference, result in zip(references, fetched, strict=True):
         if isinstance(result, PrefixServiceError):
             raise many.of_row(wanted.first_row[reference], result) from result.__cause__
@@ -141,9 +141,10 @@ def prefetch(
     Raises:
         PrefixServiceError: the first, in the order of `references`, that failed, as `get`; the others are there.
     """
-    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     at_once = options.whole("concurrency", concurrency, 1)
-    fetches = [flows.get(self._reading, reference, form) for reference in dict.fromkeys(options.references(references))]
+    names = dict.fromkeys(options.references(references))
+    fetches = [flows.get(self._reading, reference, chosen) for reference in names]
     for result in (yield Together(fetches, at_once)):
         if isinstance(result, PrefixServiceError):
             raise result

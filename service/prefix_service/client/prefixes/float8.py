@@ -14,7 +14,7 @@ _SAME: Final = [field.name for field in fields(Identity)] + ["layers", "kv_heads
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
+class ErrorFigures:
     """How far values are off. Relative errors are those of the values that are not zero; one that float8 rounds to zero
     is off by 1."""
 
@@ -24,7 +24,7 @@ class Error:
     mean_relative: float
 
     @classmethod
-    def between(cls, exact: Tensor, found: Tensor) -> "Error":
+    def between(cls, exact: Tensor, found: Tensor) -> "ErrorFigures":
         """Of `found` against `exact`, two tensors of one shape; computed in float64."""
         exact, off = exact.double(), (found.double() - exact.double()).abs()
         relative = off[exact != 0] / exact[exact != 0].abs()
@@ -38,8 +38,8 @@ class Error:
 class Float8Error:
     """The errors of keys and of values, and the bytes of both with their scales, beside those of bfloat16."""
 
-    keys: Error
-    values: Error
+    keys: ErrorFigures
+    values: ErrorFigures
     nbytes: int
     bfloat16_nbytes: int
 
@@ -55,7 +55,7 @@ def float8_error(exact: Prefix, found: Prefix) -> Float8Error:
         told = ", ".join(f"{name} {exact.metadata[name]!r} and {found.metadata[name]!r}" for name in differing)
         raise InvalidResponse(f"two answers for one version differ: {told}")
     before, after = exact.kv.tensor, found.kv.tensor
-    keys, values = (Error.between(before[:, part], after[:, part]) for part in (0, 1))
+    keys, values = (ErrorFigures.between(before[:, part], after[:, part]) for part in (0, 1))
     count = before.numel()
     scales = before[..., 0, 0].numel()  # one float32 a layer, part and head
     return Float8Error(keys, values, nbytes=count + 4 * scales, bfloat16_nbytes=2 * count)

@@ -153,8 +153,8 @@ def assemble(
     layers, _, heads, _, head_dim = prefixes[batch.first.ref].kv.tensor.shape
     shape = (len(rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
     memory = allocate(prod(shape) * prefixes[batch.first.ref].kv.tensor.itemsize)
-    about = {"rows": [row.as_metadata() for row in batch.rows]}
-    mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, about)
+    metadata = {"rows": [row.as_metadata() for row in batch.rows]}
+    mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, metadata)
     return mixed if attention_mask is None else mixed.for_inputs(attention_mask)
 
 

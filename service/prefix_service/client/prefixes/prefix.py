@@ -31,12 +31,12 @@ class Prefix:
     """`[L', 2, B, H', N, D]`, where the rows have memory of their own."""
 
     def __repr__(self) -> str:
-        about, tensor = self.metadata, self.kv.tensor
+        metadata, tensor = self.metadata, self.kv.tensor
         layers, _, heads, tokens, size = tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         return (
-            f"<Prefix {about.get('tenant')}/{about.get('adapter')}@{about.get('version')}: {self.batch_size} x "
-            f"{tokens} tokens, {layers} layers, {heads} heads of {size}, {dtype} on {tensor.device}>"
+            f"<Prefix {metadata.get('tenant')}/{metadata.get('adapter')}@{metadata.get('version')}: "
+            f"{self.batch_size} x {tokens} tokens, {layers} layers, {heads} heads of {size}, {dtype} on {tensor.device}>"
         )
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import MODEL_MAPPING, Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
-from prefix_service.client.transformers.devices import place, unwrapped
+from prefix_service.client.transformers.devices import to_layer_devices, unwrapped
 from prefix_service.client.transformers.static_cache import empty_static_cache
 from prefix_service.errors import DimensionMismatch, InvalidRequest
 
@@ -65,7 +65,7 @@ def to_cache(
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
         raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
     if model is not None:
-        past_key_values = place(past_key_values, model, layers)
+        past_key_values = to_layer_devices(past_key_values, model, layers)
     tokens = past_key_values[0][0].shape[2]
     static = None if max_cache_len is None else empty_static_cache(decoder, tokens, max_cache_len)
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from prefix_service.errors import InvalidRequest
 
 
-def place(
+def to_layer_devices(
     past_key_values: Sequence[tuple[Tensor, Tensor]], model: PreTrainedModel, num_layers: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns the pairs of the first `num_layers` layers, each on the device where its layer computes, in the model's

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from prefix_service.client.transformers.arrival import Arrival
 from prefix_service.client.transformers.caches import Pairs, skips_layers, to_cache
+from prefix_service.client.transformers.continuation import ContinuationCheck
 from prefix_service.client.transformers.devices import decoder_of, unwrapped
 from prefix_service.client.transformers.padding import Model, follows_mask, moved, padding_shows
 from prefix_service.errors import InvalidRequest
@@ -208,11 +208,11 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
 
 def _from_cache(model: Model, cache: Cache, ids: Tensor, options: Options) -> Any:
     """`model.generate`, which must continue from `cache`."""
-    arrival = Arrival(model, cache)
+    check = ContinuationCheck(model, cache)
     if not _option(model, options, "prompt_lookup_num_tokens"):  # lookup asks the processors before the first forward
-        options = options | {"logits_processor": [arrival, *(options.get("logits_processor") or ())]}
+        options = options | {"logits_processor": [check, *(options.get("logits_processor") or ())]}
     output = model.generate(ids, past_key_values=cache, **options)
-    arrival.check()  # a `generate` of the model's own may drop the processors too
+    check.require()  # a `generate` of the model's own may drop the processors too
     return output
 
 

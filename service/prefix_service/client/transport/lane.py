@@ -18,7 +18,14 @@ from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.link import MOST_UNDECLARED, Link, Observer, AllocateBody, carry_out, carry_out_on_loop
+from prefix_service.client.transport.link import (
+    MOST_UNDECLARED,
+    AllocateBody,
+    Link,
+    Observer,
+    carry_out,
+    carry_out_on_loop,
+)
 from prefix_service.system.forks import renew_in_child
 
 _MOST_IDLE: Final = 32

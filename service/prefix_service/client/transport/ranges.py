@@ -8,7 +8,7 @@ from typing import Final
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
 from prefix_service.client.transport.lane import Interrupt, Lane
-from prefix_service.client.transport.link import Observer, AllocateBody
+from prefix_service.client.transport.link import AllocateBody, Observer
 
 PIECE: Final = 32 << 20
 """Bytes of a range: what a body must exceed to come in several."""

@@ -15,7 +15,7 @@ from prefix_service.client.protocol import Answer, Fetch, require_success
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 
-_MOST_TOLD: Final = 16 << 10  # bytes: a path has up to 4,096
+_MOST_ANSWER: Final = 16 << 10  # bytes: a path has up to 4,096
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # nothing that a pipe or a link could do
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | Non
     """
     if answer.headers.get("content-type") != SHARED_FILE_TYPE:
         return fetch.read(require_success(answer))
-    path, size, digest = _told(answer)
+    path, size, digest = _parse_file_name(answer)
     try:
         body = _mapped(path, size, {peer_uid, 0, os.geteuid()})
     except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or no path at all
@@ -52,11 +52,11 @@ def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | Non
         return None
 
 
-def _told(answer: Answer) -> tuple[str, int, str | None]:
+def _parse_file_name(answer: Answer) -> tuple[str, int, str | None]:
     """The file's path and size, and the digest of its content where that was asked for."""
-    told = answer.json() if len(answer.body) <= _MOST_TOLD else None
-    if isinstance(told, dict):
-        path, size, digest = told.get("file"), told.get("bytes"), told.get("repr_digest")
+    fields = answer.json() if len(answer.body) <= _MOST_ANSWER else None
+    if isinstance(fields, dict):
+        path, size, digest = fields.get("file"), fields.get("bytes"), fields.get("repr_digest")
         is_digest = digest is None or isinstance(digest, str)
         if isinstance(path, str) and path.startswith("/") and "\0" not in path and type(size) is int and is_digest:
             return path, size, digest

@@ -8,7 +8,7 @@ from transformers import Cache, LogitsProcessor
 from prefix_service.errors import InvalidRequest
 
 
-class Arrival(LogitsProcessor):
+class ContinuationCheck(LogitsProcessor):
     """Raises InvalidRequest after the first forward that did not extend the cache, before a token is chosen.
 
     Some models drop the cache: Phi-3 computes a long input again, without it, and BLIP-2's `generate` runs a model
@@ -22,10 +22,10 @@ class Arrival(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the scores as they are."""
-        self.check(input_ids.shape[1])
+        self.require(input_ids.shape[1])
         return scores
 
-    def check(self, tokens: int = 1) -> None:
+    def require(self, tokens: int = 1) -> None:
         """Raises InvalidRequest unless the cache has grown by `tokens`, or by one at least."""
         if int(self._cache.get_seq_length()) - self._start >= max(tokens, 1):
             return
