@@ -25,8 +25,9 @@ _KEY: Final = re.compile(r"pfx_\w+")
 
 
 request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
-"""Fields of every line that a request logs: the ids of the request and of its key. One mutable dictionary per
-request.
+"""Fields of every line that a request logs: the ids of the request and of its key.
+
+Each request has one dictionary, to which fields are added.
 """
 
 

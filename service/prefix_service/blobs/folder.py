@@ -276,8 +276,9 @@ class FolderBlobStore:
                 raise NotFound(f"there is no blob {digest}") from error
 
     def _damaged(self, digest: str, file: BinaryIO) -> CorruptBlob:
-        """Moves a damaged file to the quarantine, unless the content was committed again in the meantime; returns the
-        error.
+        """Moves a damaged file to the quarantine, unless the content was committed again in the meantime.
+
+        Returns the error.
         """
         kept = self._quarantined(self.path(digest), file)
         log.error("blob damaged", extra={"digest": digest, "kept": kept})
@@ -406,8 +407,9 @@ def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:
 
 
 def _remove_unless_written(path: Path, limit: float) -> bool:
-    """Removes a file that was last written before `limit`, unless a process is writing it; returns whether it is
-    removed.
+    """Removes a file that was last written before `limit`, unless a process is writing it.
+
+    Returns whether it is removed.
     """
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,8 +9,9 @@ from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, U
 
 
 class Arrivals:
-    """The versions that this process is publishing. Pure state: in the end, the catalog's transaction decides on
-    quotas.
+    """The versions that this process is publishing.
+
+    Pure state: in the end, the catalog's transaction decides on quotas.
     """
 
     def __init__(self) -> None:

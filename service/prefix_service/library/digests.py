@@ -135,8 +135,9 @@ def _sha_steps(hasher: Hasher, pieces: Iterable[Piece]) -> Iterator[None]:
 
 
 def _crc_steps(hasher: Crc32c, pieces: Iterable[Piece]) -> Iterator[None]:
-    """Hashes pieces, reading each row once however often it is repeated. A row takes one step, and one more per
-    megabyte.
+    """Hashes pieces, reading each row once however often it is repeated.
+
+    A row takes one step, and one more per megabyte.
     """
     for row, times in pieces:
         hasher.repeat(row, times)

@@ -203,8 +203,9 @@ class Encodings:
 
 
 def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Generator[None, None, T]:
-    """Runs each step of a generator in inference mode, on a stream of the thread that takes the step; both belong to
-    threads.
+    """Runs each step of a generator in inference mode, on a stream of the thread that takes the step.
+
+    Streams and inference mode belong to threads.
     """
     while True:
         with own_stream(device), torch.inference_mode():
@@ -228,8 +229,8 @@ def _pieces(kv: PrefixKV) -> tuple[bytes, memoryview]:
 
 @contextlib.contextmanager
 def _expected(digest: str) -> Iterator[None]:
-    """Raises CorruptBlob for a blob that is missing: the catalog names it, so this is damage and not a missing
-    resource.
+    """Raises CorruptBlob for a blob that is missing: the catalog names it,
+    so this is damage and not a missing resource.
     """
     try:
         yield

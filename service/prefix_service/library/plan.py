@@ -1,5 +1,5 @@
-"""Plans an answer before a tensor is touched: checks a request against a version, and computes length and entity
-tag.
+"""Plans an answer before a tensor is touched: checks a request against a
+version, and computes length and entity tag.
 """
 
 import hashlib

@@ -42,8 +42,9 @@ _FLAT: Final = "prompt_embeddings"  # the tensor's name in files that PEFT saves
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The adapter that a version is published to, and its publisher. `make_tenant` creates the tenant with the
-    version.
+    """The adapter that a version is published to, and its publisher.
+
+    `make_tenant` creates the tenant with the version.
     """
 
     tenant: str
@@ -236,8 +237,8 @@ class Publisher:
             yield from _writing(weights, rows.to(dtype))
 
     def _require_moderate(self, nbytes: int) -> None:
-        """Raises InvalidConfig if a size is too large, before it is allocated: a small config can describe a huge
-        prefix.
+        """Raises InvalidConfig if a size is too large, before it is allocated:
+        a small config can describe a huge prefix.
         """
         if nbytes > self._most:
             raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self._most}")
@@ -273,8 +274,8 @@ def _composed(sources: Sequence[tuple[str, Version]]) -> tuple[PrefixConfig, byt
 
 
 def _stored_dtype(version: Version) -> torch.dtype:
-    """Returns the dtype of a version's keys and values: float32 if an MLP computed them from weights in half
-    precision.
+    """Returns the dtype of a version's keys and values: float32 if an MLP
+    computed them from weights in half precision.
     """
     dtype = KV_DTYPES[version.weights_dtype]
     return dtype if version.key_values_bytes == _elements(version.prefix_config) * dtype.itemsize else torch.float32

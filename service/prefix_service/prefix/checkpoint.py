@@ -119,8 +119,9 @@ BLOCK: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class LocatedPrefix:
-    """A prefix located in a safetensors file: the position of each role's tensor. The tensors fit the config; none has
-    been read.
+    """A prefix located in a safetensors file: the position of each role's tensor.
+
+    The tensors fit the config; none has been read.
     """
 
     layout: CheckpointLayout

@@ -224,8 +224,9 @@ class CartridgeConfig(PromptLearningConfig):
 
     @property
     def trainable_parameters(self) -> int | None:
-        """The number of parameters that training changes, `(N - num_frozen_tokens)·L·2·d`; `None` until these are
-        known.
+        """The number of parameters that training changes, `(N - num_frozen_tokens)·L·2·d`.
+
+        It is `None` until these numbers are known.
         """
         width = self.prefix_embedding_dim
         return None if width is None else (self.num_virtual_tokens - self.num_frozen_tokens) * width

@@ -110,8 +110,8 @@ def require_dtype(name: str, entry: TensorEntry, dtypes: frozenset[str]) -> None
 
 
 def require_name(name: str) -> None:
-    """Raises InvalidCheckpoint if a tensor's name is empty, unprintable, longer than 64 Ki characters, or contains
-    `..`.
+    """Raises InvalidCheckpoint if a tensor's name is empty, unprintable,
+    longer than 64 Ki characters, or contains `..`.
     """
     # No file is ever named after a tensor, so "/" and "\\" are harmless (a module may be named so). Control characters
     # and ".." stay refused: no training framework writes them, and names are shown on terminals.

@@ -36,8 +36,9 @@ def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
 
 
 def header_of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """Returns length and header of a file with one tensor, whose bytes follow. The safetensors library writes the same
-    bytes.
+    """Returns length and header of a file with one tensor, whose bytes follow.
+
+    The safetensors library writes the same bytes.
     """
     nbytes = prod(shape) * dtype.itemsize
     fields = {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}}

@@ -171,8 +171,8 @@ class AdapterRegistry:
         return Snapshot(self._prefixes.snapshot(), self._renderings.snapshot())
 
     def versions(self) -> list[VersionKey]:
-        """Returns the keys of the versions whose prefixes are in memory, each once, whatever its keys and values
-        are.
+        """Returns the keys of the versions whose prefixes are in memory,
+        each once, whatever its keys and values are.
         """
         return list(dict.fromkeys(key.whole for key, _ in self._prefixes.residency.items()))
 

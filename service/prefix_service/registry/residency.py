@@ -166,8 +166,9 @@ class Residency(Generic[K]):
         return None
 
     def _leaving(self, tenant: Tenant[K]) -> tuple[K, Entry[K]] | None:
-        """Returns the next entry to evict from a tenant's probation; entries that proved themselves move to the main
-        queue.
+        """Returns the next entry to evict from a tenant's probation.
+
+        Entries that proved themselves move to the main queue.
         """
         while (found := tenant.first_on_probation()) is not None and found[1].credit >= _PROMOTED:
             key, entry = found

@@ -233,8 +233,9 @@ class Tier(Generic[K, V, G]):
         self._failures.forget(lambda key: self._group(key) == group)
 
     def remove(self, group: G) -> None:
-        """Removes the values, loads and failures of a group; a value that is being sent stays alive until its last byte
-        left.
+        """Removes the values, loads and failures of a group.
+
+        A value that is being sent stays alive until its last byte left.
         """
         self.clear_failures(group)
         for key in self._groups.pop(group, ()):

@@ -16,8 +16,9 @@ class Waiter:
         self._may_try = asyncio.Event()
 
     async def may_try_before(self, until: float) -> bool:
-        """Waits until the request may look for memory again; returns False if the time `until` (monotonic) came
-        first.
+        """Waits until the request may look for memory again.
+
+        Returns False if the time `until` (monotonic) came first.
         """
         self._may_try.clear()
         try:

@@ -16,8 +16,8 @@ class ProcessBound(Protocol):
     """An object with locks, threads or connections of the process that created it."""
 
     def renew(self) -> None:
-        """Replaces its locks, threads and connections, in a child that `fork()` has just made: no other thread runs
-        there.
+        """Replaces its locks, threads and connections, in a child that `fork()`
+        has just made: no other thread runs there.
         """
 
 

@@ -38,8 +38,9 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Unavailable: 503,
     errors.Internal: 500,
 }
-"""HTTP statuses by error class; the most specific class decides. Under `/v2`, 422 becomes 400, as its protocol
-requires.
+"""HTTP statuses by error class.
+
+The most specific class decides. Under `/v2`, 422 becomes 400, as its protocol requires.
 """
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -56,8 +56,9 @@ class Answers:
         self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
 
     def find(self, scope: Scope) -> _Answer | None:
-        """Returns the cached answer to a request; None if there is none, it is outdated, or the caller may not see
-        it.
+        """Returns the cached answer to a request.
+
+        Returns None if there is none, it is outdated, or the caller may not see it.
         """
         if scope["method"] not in ("GET", "HEAD"):
             return None

@@ -54,8 +54,8 @@ class KnownKeys:
         self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
     def recall(self, header: bytes) -> Principal | None:
-        """Returns the principal whose key was verified by this very `Authorization` header, if the key is still
-        valid.
+        """Returns the principal whose key was verified by this very
+        `Authorization` header, if the key is still valid.
         """
         stored = self._verified.get(hashlib.sha256(header).digest())
         if stored is None or self._keys.get(stored.principal.key_id) is not stored or not self._are_known():
@@ -96,8 +96,9 @@ class KnownKeys:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Writes the keys' last uses to the catalog, in a thread, while the block runs; at its end, the lookup threads
-        end too.
+        """Writes the keys' last uses to the catalog, in a thread, while the block runs.
+
+        At its end, the lookup threads end too.
         """
         try:
             with in_background("uses of keys", self._note) if self._notes_uses else contextlib.nullcontext():

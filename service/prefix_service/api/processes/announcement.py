@@ -16,8 +16,8 @@ log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service"
 
 
 def announce(settings: Settings, at: str, device: torch.device) -> None:
-    """Reports the address `at` which the service listens, the device that prefixes are kept on, and the first key's
-    file.
+    """Reports the address `at` which the service listens, the device that
+    prefixes are kept on, and the first key's file.
     """
     if sys.stderr.isatty():
         rows = _rows(settings, at, device)

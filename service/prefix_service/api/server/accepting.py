@@ -33,8 +33,8 @@ class Acceptor:
             self._listen(each)
 
     async def close(self) -> None:
-        """Stops accepting. When this returns, every accepted socket is a connection that the server knows and can
-        end.
+        """Stops accepting. When this returns, every accepted socket is a
+        connection that the server knows and can end.
         """
         sockets, self._sockets = self._sockets, []
         for each in sockets:

@@ -210,8 +210,9 @@ class Guarded(asyncio.Protocol):
         self._note_whether_idle()
 
     def shutdown(self) -> None:
-        """Closes the connection after the answers in progress; resets it if its reader has no key and does not keep
-        up.
+        """Closes the connection after the answers in progress.
+
+        Resets it if its reader has no key and does not keep up.
         """
         if self.transport.get_write_buffer_size() and not self._has_key:
             self.transport.abort()
@@ -243,8 +244,9 @@ class Guarded(asyncio.Protocol):
         return self._reader.left <= 0
 
     def _is_awaited_too_long(self) -> bool:
-        """Returns whether a head, or the rest of a body that was answered early, is late; uvicorn closes idle
-        connections.
+        """Returns whether a head, or the rest of a body that was answered early, is late.
+
+        uvicorn closes idle connections.
         """
         cycle = self.cycle
         if (cycle is not None and not cycle.response_complete) or self.timeout_keep_alive_task is not None:

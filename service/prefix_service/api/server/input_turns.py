@@ -63,8 +63,8 @@ class InputTurns:
             parse()
 
     def _adapt(self) -> None:
-        """Takes fewer connections after a long turn, and more after a short one, since the cost of a request is
-        unknown.
+        """Takes fewer connections after a long turn, and more after a short
+        one, since the cost of a request is unknown.
         """
         now = time.monotonic()
         if self._began is not None:

@@ -9,8 +9,9 @@ from typing import Final
 from prefix_service.api.server.gathering import GatheringTransport
 
 _LINGER: Final = 2.0
-"""Seconds in which a peer can read the last answer while it still sends; closing with unread input would reset the
-connection.
+"""Seconds in which a peer can read the last answer while it still sends.
+
+Closing with unread input would reset the connection.
 """
 
 _RESET: Final = struct.pack("ii", 1, 0)
@@ -69,8 +70,8 @@ class LingeringTransport(GatheringTransport):
         self._transport.abort()
 
     def linger(self) -> None:
-        """Closes the sending side, drops input for `_LINGER` seconds or until the peer closes, and closes the
-        connection.
+        """Closes the sending side, drops input for `_LINGER` seconds or until
+        the peer closes, and closes the connection.
         """
         self._is_lingering = True
         self.write_eof()

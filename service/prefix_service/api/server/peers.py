@@ -56,8 +56,9 @@ class Peers(Generic[C]):
         raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
 
     def may_read_refusal(self, connection: C) -> bool:
-        """Returns whether a refused connection may stay for a moment to read the reason, as a few may; close it in any
-        case.
+        """Returns whether a refused connection may stay for a moment to read the reason, as a few may.
+
+        Close it in any case.
         """
         if len(self._refused) >= _MOST_REFUSED:
             return False

@@ -33,8 +33,9 @@ _SMALL_PIECE = 256  # for the tiniest chunks, a millisecond of h11
 def protocol_class(
     parser: Literal["httptools", "h11"], deadlines: Deadlines, most: int = sys.maxsize
 ) -> type[asyncio.Protocol]:
-    """Returns a factory of connections for uvicorn's `http`, which it only calls; at most `most` per process are
-    open.
+    """Returns a factory of connections for uvicorn's `http`, which it only calls.
+
+    At most `most` per process are open.
     """
     peers: Peers[Guarded] = Peers(most)
     made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers, InputTurns())
@@ -144,8 +145,8 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
 
     @property
     def _piece(self) -> int:
-        """The size of the next piece: a body with a length is one event per piece, and its last piece has no request
-        behind it.
+        """The size of the next piece: a body with a length is one event per piece,
+        and its last piece has no request behind it.
         """
         return max(PIECE, self._body_left)
 
@@ -199,8 +200,8 @@ class H11Connection(Guarded, H11Protocol):
             self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
 
     def send_400_response(self, _message: str) -> None:
-        """Refuses a request. uvicorn calls this while it handles the parser's exception, and would answer in plain
-        text.
+        """Refuses a request. uvicorn calls this while it handles the parser's
+        exception, and would answer in plain text.
         """
         self._refuse(_reason(sys.exc_info()[1]))
 
@@ -234,8 +235,8 @@ async def _send_without_chunks(cycle: Any, message: Message) -> None:
 
 
 def _reason(found: BaseException | None) -> PrefixServiceError:
-    """Returns a parser's exception as an error of this project: the one that it was raised for, or one with its
-    text.
+    """Returns a parser's exception as an error of this project: the one
+    that it was raised for, or one with its text.
     """
     why: BaseException | None = found
     while why is not None:

@@ -1,4 +1,4 @@
-"""Where an answer becomes a prefix: once for the cache, and for each caller in memory of its own. Needs torch."""
+"""Turns an answer into a prefix: once for the cache, and then in memory of its own for each caller. Needs torch."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,10 +15,10 @@ from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 
 
 def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Cached:
-    """The prefix in a body, sharing its memory; float8 is decoded to float32, in memory that `allocate` returns.
+    """Returns the prefix in a body, whose memory it shares; float8 is decoded to float32, in memory from `allocate`.
 
     Raises:
-        InvalidResponse: it is none.
+        InvalidResponse: the body is not a prefix.
     """
     received = read_prefix_file(body)
     memory = body
@@ -33,14 +33,14 @@ def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Ca
 
 
 def _file_under(tensor: Tensor, memory: Buffer) -> MemoryFile | None:
-    """The file in which a tensor lies; what is not aligned in a body was copied out of it."""
+    """Returns the file that a tensor is in; None if the tensor was not aligned, and was copied out of the body."""
     file = file_of(memory)
     storages = [each.untyped_storage().data_ptr() for each in (tensor, memory_of(memoryview(memory)))]
     return file if storages[0] == storages[1] else None
 
 
 def own(cached: Cached, *, is_shared: bool, pinned: bool) -> Prefix:
-    """A prefix for one caller, who may write to it; `is_shared` tells whether a cache keeps the one that was decoded.
+    """Returns a prefix for one caller, who may write to it. `is_shared` is whether a cache keeps the decoded one.
 
     Raises:
         InvalidResponse: there is not enough memory.

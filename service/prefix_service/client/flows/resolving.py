@@ -1,4 +1,4 @@
-"""Which version a reference means now, without its tensors."""
+"""Resolves a reference to its version, without fetching tensors."""
 
 from dataclasses import asdict, dataclass
 

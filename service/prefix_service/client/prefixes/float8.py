@@ -1,4 +1,4 @@
-"""What float8 on the wire costs a prefix: its error, beside its bytes. Needs torch."""
+"""The error of a prefix that is sent as float8, and its size in bytes. Needs torch."""
 
 from dataclasses import dataclass, fields
 from typing import Final
@@ -15,8 +15,9 @@ _SAME: Final = [field.name for field in fields(Identity)] + ["layers", "kv_heads
 
 @dataclass(frozen=True, slots=True)
 class ErrorFigures:
-    """How far values are off. Relative errors are those of the values that are not zero; one that float8 rounds to zero
-    is off by 1."""
+    """The largest and mean error of values. Relative errors cover only values that are not zero; a value that float8
+    rounds to zero has a relative error of 1.
+    """
 
     max_absolute: float
     mean_absolute: float
@@ -25,7 +26,7 @@ class ErrorFigures:
 
     @classmethod
     def between(cls, exact: Tensor, found: Tensor) -> "ErrorFigures":
-        """Of `found` against `exact`, two tensors of one shape; computed in float64."""
+        """Returns the error of `found` relative to `exact`, two tensors of one shape; computed in float64."""
         exact, off = exact.double(), (found.double() - exact.double()).abs()
         relative = off[exact != 0] / exact[exact != 0].abs()
         if not relative.numel():
@@ -36,7 +37,7 @@ class ErrorFigures:
 
 @dataclass(frozen=True, slots=True)
 class Float8Error:
-    """The errors of keys and of values, and the bytes of both with their scales, beside those of bfloat16."""
+    """The errors of keys and of values, and the bytes of both: in float8 with their scales, and in bfloat16."""
 
     keys: ErrorFigures
     values: ErrorFigures
@@ -45,10 +46,10 @@ class Float8Error:
 
 
 def float8_error(exact: Prefix, found: Prefix) -> Float8Error:
-    """What a prefix lost that came as float8; `exact` is the same version in the dtype of the stored weights.
+    """Returns the error of a prefix that was sent as float8; `exact` is the same version in the stored dtype.
 
     Raises:
-        InvalidResponse: they are not the same version, layers and heads.
+        InvalidResponse: the two are not the same version, layers and heads.
     """
     differing = [name for name in _SAME if exact.metadata[name] != found.metadata[name]]
     if differing:
@@ -57,5 +58,5 @@ def float8_error(exact: Prefix, found: Prefix) -> Float8Error:
     before, after = exact.kv.tensor, found.kv.tensor
     keys, values = (ErrorFigures.between(before[:, part], after[:, part]) for part in (0, 1))
     count = before.numel()
-    scales = before[..., 0, 0].numel()  # one float32 a layer, part and head
+    scales = before[..., 0, 0].numel()  # one float32 per layer, keys or values, and head
     return Float8Error(keys, values, nbytes=count + 4 * scales, bfloat16_nbytes=2 * count)

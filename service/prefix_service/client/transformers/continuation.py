@@ -1,4 +1,4 @@
-"""Whether a model continues from the prefix that it was given."""
+"""Checks that a model continues from the prefix that it was given."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from prefix_service.errors import InvalidRequest
 
 
 class ContinuationCheck(LogitsProcessor):
-    """Raises InvalidRequest after the first forward that did not extend the cache, before a token is chosen.
+    """Raises InvalidRequest after the first forward pass that did not extend the cache, before a token is chosen.
 
-    Some models drop the cache: Phi-3 computes a long input again, without it, and BLIP-2's `generate` runs a model
-    inside of it. A cache that the forward received has grown by the tokens that `generate` knows. A logits processor
-    sees it: it belongs to one call, so that threads may share the model, and it runs outside of compiled code.
+    Some models drop the cache: Phi-3 computes a long input again without it, and BLIP-2's `generate` runs an inner
+    model. A cache that the forward pass received has grown by the tokens that `generate` knows. A logits processor can
+    see that: it belongs to one call, so that threads can share the model, and it runs outside of compiled code.
     """
 
     def __init__(self, model: Any, cache: Cache) -> None:
@@ -21,12 +21,16 @@ class ContinuationCheck(LogitsProcessor):
         self._start = int(cache.get_seq_length())
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Returns the scores as they are."""
+        """Checks the cache, and returns the scores unchanged.
+
+        Raises:
+            InvalidRequest: the cache has not grown.
+        """
         self.require(input_ids.shape[1])
         return scores
 
     def require(self, tokens: int = 1) -> None:
-        """Raises InvalidRequest unless the cache has grown by `tokens`, or by one at least."""
+        """Raises InvalidRequest unless the cache has grown by `tokens`, and at least by one."""
         if int(self._cache.get_seq_length()) - self._start >= max(tokens, 1):
             return
         limit = getattr(self._model.config, "original_max_position_embeddings", None)

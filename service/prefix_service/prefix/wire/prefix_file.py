@@ -101,8 +101,9 @@ class PrefixFile:
 
     @property
     def is_canonical(self) -> bool:
-        """Whether this is the canonical file. The headers differ for every other variant, and for a mask that was
-        posted.
+        """Whether this is the canonical file.
+
+        The headers differ for every other variant, and for a mask that was posted.
         """
         return self.header == self.canonical.header
 
@@ -154,8 +155,8 @@ class PrefixFile:
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
     def around_values(self) -> tuple[bytes, bytes]:
-        """Returns the bytes in front of keys and values and behind them, for a file that sends them once and without
-        scales.
+        """Returns the bytes in front of keys and values and behind them, for a
+        file that sends them once and without scales.
         """
         before, after = bytearray(), bytearray()
         found = before

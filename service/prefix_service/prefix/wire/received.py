@@ -67,8 +67,9 @@ def _remembered(start: bytes, size: int) -> tuple[Mapping[str, TensorEntry], dic
 
 
 def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
-    """Returns a tensor of the file as a view. A tensor that is not aligned to its dtype is copied; this service sends
-    none.
+    """Returns a tensor of the file as a view.
+
+    A tensor that is not aligned to its dtype is copied; this service sends none.
     """
     dtype, part = DTYPES[entry.dtype], memory[entry.start : entry.stop]
     return (part.clone() if entry.start % dtype.itemsize else part).view(dtype).view(entry.shape)
