@@ -26,7 +26,7 @@ NOT_SETTINGS: Final = {
     "PREFIX_TEST_IMAGE": "whether the tests build the image",
     "PREFIX_TEST_INSTALL": "whether the tests install the package in a fresh clone",
 }
-"""Variables with the settings' prefix that the service does not read: who reads them, and what for."""
+"""Variables with the settings' prefix that the service does not read, each with its reader and purpose."""
 
 # Kubernetes adds these variables to every container for each Service in its namespace; these are of Services named
 # `prefix…`, such as `prefix-service`: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …

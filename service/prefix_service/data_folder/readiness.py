@@ -1,4 +1,4 @@
-"""Whether the service can answer the next request. Many callers may ask often; it is checked at most once a second."""
+"""Checks whether the service can answer the next request, at most once a second however many callers ask."""
 
 import asyncio
 import logging

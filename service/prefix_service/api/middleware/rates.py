@@ -25,7 +25,7 @@ RateOf = Callable[[str], int | None]
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a tenant may still send: `remaining` of `quota` requests, and more in `seconds`."""
+    """The requests that a tenant may still send: `remaining` of `quota` requests, and more in `seconds`."""
 
     granted: bool
     quota: int

@@ -40,7 +40,7 @@ def _file_under(tensor: Tensor, memory: Buffer) -> MemoryFile | None:
 
 
 def own(cached: Cached, *, is_shared: bool, pinned: bool) -> Prefix:
-    """Returns a prefix for one caller, who may write to it. `is_shared` is whether a cache keeps the decoded one.
+    """Returns a prefix that one caller owns and may write to. `is_shared` is whether a cache keeps the decoded one.
 
     Raises:
         InvalidResponse: there is not enough memory.

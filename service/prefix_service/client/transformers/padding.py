@@ -1,4 +1,4 @@
-"""Whether a model counts padding, and the inputs of rows whose padding moves to the other side.
+"""Decides whether a model counts padding, and moves the padding of rows to the other side.
 
 Behind a prefix, padding on the left is between the prefix and the row: `[prefix][padding][tokens]`. The mask hides it,
 but some models count it: in positions, in the distance to the prefix, or in a window.

@@ -33,7 +33,7 @@ Observer = Callable[[memoryview], None]
 
 
 class Wait(Enum):
-    """What steps wait for: the socket to become readable, writable or either, or a turn of other work."""
+    """The reasons to wait: the socket must become readable, writable or either, or a turn of other work."""
 
     READABLE = auto()
     WRITABLE = auto()

@@ -62,7 +62,7 @@ def _read_header(start: memoryview, size: int) -> tuple[Mapping[str, TensorEntry
 
 @lru_cache(maxsize=256)
 def _remembered(start: bytes, size: int) -> tuple[Mapping[str, TensorEntry], dict[str, Any]]:
-    """The same of a header that is short: reading it takes longer than half a megabyte on the wire."""
+    """Parses a short header once, since parsing it takes longer than transferring half a megabyte."""
     return _read_header(memoryview(start), size)
 
 
@@ -76,10 +76,10 @@ def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
 
 
 def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = None) -> PrefixKV:
-    """The keys and values of a file in the layout `stacked` and one row, `[L', 2, H', N, D]`.
+    """Returns the keys and values of a file in the layout `stacked` with one row, `[L', 2, H', N, D]`.
 
-    They share the memory of the file, except float8: it is decoded to float32 `value * scale`, in memory that
-    `allocate` returns for a number of bytes (default: memory of torch).
+    They share the memory of the file, except float8, which is decoded to float32 as `value * scale`, in memory that
+    `allocate` returns for a number of bytes (default: torch's).
 
     Raises:
         InvalidResponse: the metadata is not that of a prefix, or the tensors do not have its shapes and dtypes.
