@@ -10,12 +10,12 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
-from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.checkpoints.pickles import read_pickle
-from prefix_service.checkpoints.sources import PICKLES, TensorFiles, readable, weight_files
+from prefix_service.checkpoints.sources import TensorFiles, readable, weight_files
 from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
 from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
 from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import parse_config_json
 
 
@@ -136,7 +136,7 @@ def _find(source: Path) -> Path:
     if not source.is_dir():
         raise InvalidCheckpoint(f"there is no {source}")
     with readable(source):
-        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if any(source.glob("*.safetensors")):
             return weight_files(source)[0]
     # Trainers leave their own pickles next to the weights.

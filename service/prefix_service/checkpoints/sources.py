@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO
 
-from prefix_service.checkpoints.names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import parse_config_json
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
@@ -25,8 +25,6 @@ from prefix_service.prefix.safetensors_header import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +155,10 @@ def weight_files(source: Path) -> list[Path]:
         own = source / WEIGHTS_NAME
         with readable(source):
             found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
-            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
     else:
         found = [source] if source.suffix == ".safetensors" else []
-        pickles = [source] if source.suffix in PICKLES else []
+        pickles = [source] if source.suffix in PICKLE_SUFFIXES else []
     if found:
         return found
     if pickles:

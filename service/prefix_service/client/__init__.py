@@ -22,7 +22,7 @@ _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": 
 
 
 def __getattr__(name: str) -> Any:
-    """Returns `Prefix` or `MixedPrefix`; they import torch, which takes seconds, so they are imported when asked for."""
+    """Returns `Prefix` or `MixedPrefix`; they import torch, which takes seconds, so they are imported on demand."""
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_NEED_TORCH[name]), name)

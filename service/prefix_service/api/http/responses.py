@@ -19,6 +19,7 @@ from prefix_service.catalog.records import Version
 from prefix_service.library.encodings import EncodedAgain, unstable
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
+from prefix_service.prefix.file_names import WEIGHTS_NAME
 from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, format_digest
 from prefix_service.prefix.wire.rendering import Rendering
@@ -163,7 +164,7 @@ class ParametersResponse(BytesResponse):
         super().__init__(f'"{version.weights}"', version.weights_bytes, _version_headers(version, immutable=immutable))
         self._library, self._version = library, version
         self._entity_fields.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
-        self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
+        self._common += _raw({"Content-Disposition": f'attachment; filename="{WEIGHTS_NAME}"'})
 
     @asynccontextmanager
     async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:

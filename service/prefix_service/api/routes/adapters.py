@@ -13,10 +13,7 @@ from prefix_service.api.dependencies.authority import Actor, Founder
 from prefix_service.api.dependencies.bodies import (
     ANNOTATIONS,
     BASE_CONFIG,
-    CARD,
-    CONFIG,
     MOST_HELD,
-    WEIGHTS,
     declared_weights,
     read_upload,
 )
@@ -60,6 +57,7 @@ from prefix_service.library.library import Library
 from prefix_service.library.publishing import Target, Upload
 from prefix_service.prefix.config import PrefixConfig, parse_config
 from prefix_service.prefix.description import Description, check_annotations, decode_card
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
 from prefix_service.prefix.references import check_name, parse_qualified, parse_reference
 from prefix_service.prefix.variant import MEDIA_TYPE
@@ -91,20 +89,23 @@ _UPLOAD: Final[dict[str, Any]] = {
                 "schema": {
                     "type": "object",
                     "properties": {
-                        CONFIG: _FILE,
+                        CONFIG_NAME: _FILE,
                         BASE_CONFIG: _FILE,
-                        CARD: {**_FILE, "description": "the model card, as PEFT writes it: up to 256 KiB of UTF-8"},
+                        CARD_NAME: {
+                            **_FILE,
+                            "description": "the model card, as PEFT writes it: up to 256 KiB of UTF-8",
+                        },
                         ANNOTATIONS: {**_FILE, "description": "a JSON object of up to 64 texts of up to 4 KiB"},
-                        WEIGHTS: _FILE,
+                        WEIGHTS_NAME: _FILE,
                     },
-                    "required": [CONFIG, WEIGHTS],
+                    "required": [CONFIG_NAME, WEIGHTS_NAME],
                 },
                 "encoding": {
-                    CONFIG: {"contentType": _JSON_FILE},
+                    CONFIG_NAME: {"contentType": _JSON_FILE},
                     BASE_CONFIG: {"contentType": _JSON_FILE},
-                    CARD: {"contentType": "text/markdown, application/octet-stream"},
+                    CARD_NAME: {"contentType": "text/markdown, application/octet-stream"},
                     ANNOTATIONS: {"contentType": _JSON_FILE},
-                    WEIGHTS: {"contentType": MEDIA_TYPE},
+                    WEIGHTS_NAME: {"contentType": MEDIA_TYPE},
                 },
             },
             "application/json": {
@@ -193,16 +194,16 @@ async def _receive(request: Request, upload: Upload, limit: int) -> tuple[Prefix
     the memory that they take."""
     async with reserved(request, declared_bytes(request, MOST_HELD)):
         parts = await read_upload(request, upload, limit)
-        memory = json_memory(sum(len(parts.get(name, b"")) for name in (CONFIG, BASE_CONFIG, ANNOTATIONS)))
+        memory = json_memory(sum(len(parts.get(name, b"")) for name in (CONFIG_NAME, BASE_CONFIG, ANNOTATIONS)))
         return await computed(request, memory, partial(_parsed_parts, parts))
 
 
 def _parsed_parts(parts: Mapping[str, bytes]) -> tuple[PrefixConfig, Description]:
-    config = parse_config(parse_config_json(parts[CONFIG], CONFIG), from_file=True)
+    config = parse_config(parse_config_json(parts[CONFIG_NAME], CONFIG_NAME), from_file=True)
     if (base := parts.get(BASE_CONFIG)) is not None:
         config = config.filled(parse_config_json(base, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
     annotations = json_object(parts.get(ANNOTATIONS, b"{}"), ANNOTATIONS)
-    return config, Description(decode_card(parts.get(CARD, b"")), check_annotations(annotations))
+    return config, Description(decode_card(parts.get(CARD_NAME, b"")), check_annotations(annotations))
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:

@@ -16,6 +16,7 @@ from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
@@ -171,14 +172,14 @@ def publish(
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
     """Publishes a version of `tenant/name`; returns its metadata, and whether it is new."""
     tenant, name = adapter_alone(adapter)
-    files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
+    files: dict[str, bytes | BinaryIO] = {CONFIG_NAME: config}
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     if card is not None:
-        files["README.md"] = card
+        files[CARD_NAME] = card
     if annotations:
         files["annotations"] = json_bytes("annotations", annotations)
-    files["adapter_model.safetensors"] = weights
+    files[WEIGHTS_NAME] = weights
     path = adapter_path(tenant, name, "versions")
     answer: Answer = yield Request("POST", path, files=files, progress=progress)
     return _published(tenant, name, answer)
