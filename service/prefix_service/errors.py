@@ -39,6 +39,41 @@ table from these classes to HTTP statuses; this module knows no HTTP.
 
 from typing import ClassVar, Self
 
+__all__ = [
+    "Conflict",
+    "ConnectionFailed",
+    "CorruptBlob",
+    "DimensionMismatch",
+    "Forbidden",
+    "HeaderFieldsTooLarge",
+    "Internal",
+    "InvalidCheckpoint",
+    "InvalidConfig",
+    "InvalidInput",
+    "InvalidReference",
+    "InvalidRequest",
+    "InvalidResponse",
+    "MalformedRequest",
+    "NotAcceptable",
+    "NotFound",
+    "OutOfSpace",
+    "Overloaded",
+    "PreconditionFailed",
+    "PrefixServiceError",
+    "QuotaExceeded",
+    "RangeNotSatisfiable",
+    "RateLimited",
+    "ReadOnly",
+    "RequestTimeout",
+    "StorageFailed",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "UnsafeCheckpoint",
+    "UnsupportedMediaType",
+    "UriTooLong",
+]
+
 
 class PrefixServiceError(Exception):
     """The root of all errors. `code` names the failure; `str(error)` says what was wrong, with which value, and what to

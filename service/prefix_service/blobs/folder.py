@@ -16,6 +16,7 @@ from typing import BinaryIO, Final, Protocol
 from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
 from prefix_service.system.host_memory import host_memory
+from prefix_service.system.locks import locked
 
 log = logging.getLogger("prefix_service")
 
@@ -174,12 +175,8 @@ class FolderBlobStore:
     @contextlib.contextmanager
     def locked(self, how: int) -> Iterator[None]:
         """Holds the store's lock: `fcntl.LOCK_SH` excludes removals, `fcntl.LOCK_EX` excludes commits too."""
-        handle = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, how)
+        with locked(self._root / "lock", how):
             yield
-        finally:
-            os.close(handle)
 
     def prepare(self, folder: Path) -> None:
         """Creates a folder of blobs durably; a folder that exists could still be lost in a power failure."""

@@ -24,6 +24,7 @@ from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.system.disk import translated
+from prefix_service.system.locks import locked
 
 _NAME: Final = "process-"
 _MOST: Final = 32_768  # each file is a mapping, and Linux gives a process 65,530
@@ -94,14 +95,11 @@ def sweep(parent: Path) -> None:
         if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
             raise InvalidInput(f"others may replace what lies in {parent}: choose a folder of the service's own")
         _require_own(parent.absolute())
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         for folder in parent.glob(f"{_NAME}*"):
-            with contextlib.suppress(OSError):  # another service's folder, or another process is removing it
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
-                finally:
-                    os.close(handle)
+            # It fails for another service's folder, or if another process is removing it.
+            with contextlib.suppress(OSError), locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB, flags):
+                shutil.rmtree(folder)
 
 
 def _require_own(folder: Path) -> None:

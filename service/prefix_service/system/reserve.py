@@ -1,12 +1,13 @@
 """A file that keeps disk space free for deletions, which need some space before they free any."""
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from prefix_service.system.locks import locked
 
 log = logging.getLogger("prefix_service")
 
@@ -47,9 +48,7 @@ class Reserve:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # the block itself reports what is wrong with the disk
                 if _free_bytes(self._path.parent) < self._nbytes:
-                    handle = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-                    stack.callback(os.close, handle)
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    handle = stack.enter_context(locked(self._path, flags=os.O_RDWR))
                     os.ftruncate(handle, 0)
                     stack.callback(_allocate, handle, self._nbytes)
             yield

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -12,6 +11,7 @@ from typing import Final
 
 from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.settings import Settings
+from prefix_service.system.locks import locked
 
 _BACKLOG: Final = 2048
 _MODE: Final = 0o660  # the Unix socket's owner and group may connect
@@ -116,12 +116,8 @@ def _unix(path: Path) -> socket.socket:
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Locks a folder while one service examines a socket and replaces it, so that two services cannot both succeed."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(folder, flags=os.O_RDONLY | os.O_DIRECTORY):
         yield
-    finally:
-        os.close(handle)
 
 
 def _remove_stale(path: Path) -> None:
