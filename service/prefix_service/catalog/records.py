@@ -116,6 +116,9 @@ class Version(NewVersion):
     number: int
     created: datetime
 
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
+
     @property
     def config(self) -> dict[str, Any]:
         """The adapter's config, dimensions filled: parsed each time, which takes milliseconds where it is long."""
@@ -141,6 +144,9 @@ class VersionName:
     adapter: str
     number: int
     digest: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

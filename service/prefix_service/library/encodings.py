@@ -30,7 +30,7 @@ log = logging.getLogger("prefix_service")
 
 T = TypeVar("T")
 _KEY_VALUES: Final = "past_key_values"
-_UNWATCHED: Final = contextlib.nullcontext[ChunkObserver | None](None)
+_UNOBSERVED: Final = contextlib.nullcontext[ChunkObserver | None](None)
 
 
 class EncodedAgain(Exception):
@@ -41,7 +41,7 @@ class EncodedAgain(Exception):
     """
 
     def __init__(self, version: Version) -> None:
-        super().__init__(f"{version.tenant}/{version.adapter}@{version.number} was encoded again")
+        super().__init__(f"{version} was encoded again")
         self.version = version
 
 
@@ -91,11 +91,11 @@ class Encodings:
             staged.discard()
 
     def load(
-        self, version: Version, watching: contextlib.AbstractContextManager[ChunkObserver | None] = _UNWATCHED
+        self, version: Version, observing: contextlib.AbstractContextManager[ChunkObserver | None] = _UNOBSERVED
     ) -> PrefixKV:
         """Returns the stored keys and values; encodes them again from the weights if their blob is lost or damaged.
 
-        `watching` is entered for the read; the observer that it yields receives the chunks.
+        `observing` is entered for the read; the observer that it yields receives the chunks.
 
         Raises:
             EncodedAgain: the new bits differ from the old ones, or another process has replaced the blob.
@@ -104,7 +104,7 @@ class Encodings:
             Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
         """
         try:
-            with watching as observer:
+            with observing as observer:
                 data = self._blobs.read(version.key_values, self._allocate, observer)
         except (NotFound, CorruptBlob):
             return self._encode_again(version)
@@ -127,7 +127,7 @@ class Encodings:
                 raise unstable(repeated) from repeated
 
     def _encode_again(self, version: Version) -> PrefixKV:
-        name = f"{version.tenant}/{version.adapter}@{version.number}"
+        name = str(version)
         current = self._catalog.resolve(version.tenant, parse_reference(f"{version.adapter}@{version.number}"))
         if current.key_values != version.key_values:
             raise EncodedAgain(current)

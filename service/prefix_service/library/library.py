@@ -250,7 +250,7 @@ class Library:
             OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         await self.load(version)
-        add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
+        add = partial(self.audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
         await to_thread.run_sync(add)
         loaded = await self.load(version)  # it may have been evicted while the audit was written
         self.registry.pin(_key(loaded), pinned=pinned)
@@ -274,7 +274,7 @@ class Library:
         Raises:
             Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
         """
-        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
+        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
         self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
@@ -320,10 +320,6 @@ class Library:
                 tenant, reference = parse_qualified(change.target)
                 number, digest = reference.version or 0, change.details["digest"]
                 self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-
-
-def _name(version: Version | VersionName) -> str:
-    return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
 def _key(version: Version) -> VersionKey:

@@ -177,9 +177,9 @@ def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask 
     options = request.model_dump(exclude={"rows", "mask_dtype"})
     options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
     single = PrefixRequest.model_validate(options)
-    versions = {_name(version): version for row in rows for _, version in row}
+    versions = {_key(version): version for row in rows for _, version in row}
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
-    planned = [[plans[_name(version)] for _, version in row] for row in rows]
+    planned = [[plans[_key(version)] for _, version in row] for row in rows]
     variant = replace(next(iter(plans.values())).file.variant, batch_size=len(rows), layout=request.layout, expand=True)
     file = MixedPrefixFile(batch, variant, _mixed_extras(batch, request, mask))
     _ = file.content_length  # writing the header takes milliseconds, so it is not left to the response
@@ -219,7 +219,7 @@ def _row_prefix(ref: str, version: Version) -> RowPrefix:
     return RowPrefix(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
 
 
-def _name(version: Version) -> tuple[str, str, int, str]:
+def _key(version: Version) -> tuple[str, str, int, str]:
     return version.tenant, version.adapter, version.number, version.digest
 
 
