@@ -299,8 +299,8 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b"just a text", "no file that torch.save wrote"),
-        (b"", "no file that torch.save wrote"),
+        (b"just a text", "was not written by torch.save"),
+        (b"", "was not written by torch.save"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -417,7 +417,7 @@ def test_what_could_not_make_enough_room_keeps_its_place() -> None:
         residency.admit(f"other{number}", 1, "other")
     for number in range(4, 9):
         residency.lease(f"k{number}")
-    with pytest.raises(Unavailable, match="no more can leave"):
+    with pytest.raises(Unavailable, match="no more can be evicted"):
         residency.admit("large", 9, "k", own=5)
     assert [residency.admit(f"next{nbytes}", nbytes, "k", own=5) for nbytes in (5, 1)] == [["k0"], ["k1"]]
 

@@ -107,7 +107,7 @@ def _check_file(path: Path) -> None:
             if start == _LFS_POINTER:
                 raise InvalidCheckpoint(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
             if not start.startswith(pickle.PROTO):
-                raise InvalidCheckpoint(f"{path} is no file that torch.save wrote")
+                raise InvalidCheckpoint(f"{path} was not written by torch.save")
             return
         # torch.load does not compare the checksums of a zip's members.
         with zipfile.ZipFile(path) as archive:

@@ -43,9 +43,9 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
     """
     source = catalog_file(settings.data_dir)
     if not source.exists():
-        raise NotFound(f"{settings.data_dir} is no data folder: it has no {source.name}")
+        raise NotFound(f"{settings.data_dir} is not a data folder: it has no {source.name}")
     if target.exists():
-        raise Conflict(f"{target} is there already: name a folder that is not")
+        raise Conflict(f"{target} exists: name a new folder")
     partial = target.with_name(f"{target.name}.partial")
     with translated(f"write the backup {target}"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -93,7 +93,7 @@ def _require_complete(settings: Settings) -> None:
         with translated(f"look for {path}"):
             if not path.exists():
                 raise NotFound(
-                    f"{settings.data_dir} is no data folder that can be served --read-only: {path} is missing"
+                    f"{settings.data_dir} is not a data folder that can be served --read-only: {path} is missing"
                 )
 
 
@@ -108,7 +108,7 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
     place = catalog_file(settings.data_dir)
     with translated(f"look for {place}"):
         if not place.exists():
-            raise NotFound(f"{settings.data_dir} is no data folder of a service: {place} is missing")
+            raise NotFound(f"{settings.data_dir} is not a data folder of a service: {place} is missing")
     database = Database(place)
     try:
         yield Keyring(database, settings.secret_file), Tenants(database)

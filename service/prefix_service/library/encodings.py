@@ -143,7 +143,7 @@ class Encodings:
             try:
                 finished(self.storing(kv))
             except (OutOfSpace, Unavailable, ReadOnly) as error:
-                log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
+                log.warning("keys and values are lost, and cannot be stored again: %s", error, extra={"version": name})
             return kv
         # An MLP can give other last bits on another processor.
         try:

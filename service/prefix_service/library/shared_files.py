@@ -93,7 +93,9 @@ def sweep(parent: Path) -> None:
             parent.chmod(0o711)  # whatever the umask: others can enter, but not list
         mode = parent.stat().st_mode
         if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
-            raise InvalidInput(f"others may replace what lies in {parent}: choose a folder of the service's own")
+            raise InvalidInput(
+                f"other users can replace the contents of {parent}: choose a folder of the service's own"
+            )
         _require_own(parent.absolute())
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         for folder in parent.glob(f"{_NAME}*"):

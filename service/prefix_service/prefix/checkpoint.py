@@ -341,7 +341,7 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
     for role, name in match.tensors.items():
         if found[role] != expected[role]:
             raise InvalidCheckpoint(
-                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_sizes_of(config)}"
+                f"{shown_names([name])} has shape {list(shape_of(name))}, the config requires {_sizes_of(config)}"
             )
 
 

@@ -184,7 +184,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             InvalidConfig: `encoder_hidden_size` is missing or 0.
         """
         if self.encoder_hidden_size is None:
-            raise InvalidConfig("encoder_hidden_size required when prefix_projection is true")
+            raise InvalidConfig("encoder_hidden_size is required when prefix_projection is true")
         if not self.encoder_hidden_size:
             raise InvalidConfig("encoder_hidden_size must be positive when prefix_projection is true, got 0")
 

@@ -86,7 +86,9 @@ def parse_checkpoint_header(data: memoryview, *, size: int | None = None) -> Hea
     total = len(data) if size is None else size
     length = header_length(data, total)
     if 8 + length > len(data):
-        raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, and {len(data)} of the file are here")
+        raise InvalidCheckpoint(
+            f"the safetensors header claims {length} bytes, and {len(data)} of the file have arrived"
+        )
     values = _header_json(bytes(data[8 : 8 + length]))
     metadata = values.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # some writers put null

@@ -33,8 +33,8 @@ class Holdings(Generic[K]):
         """
         if nbytes > self.most:
             raise OutOfSpace(
-                f"{nbytes} bytes are needed in memory, and one request may hold {self.most}: ask for less at once, or "
-                f"raise {self._setting}, of which that is a half"
+                f"{nbytes} bytes are needed in memory, and one request may hold {self.most}: ask for less, or "
+                f"raise {self._setting} (the limit is half of it)"
             )
 
     def require_lease(self, owner: Tenant[K], nbytes: int, *, held: bool, own: int) -> None:
@@ -61,8 +61,8 @@ class Holdings(Generic[K]):
         if owner.pinned + entry.nbytes > self.most - self.pinned - entry.nbytes:
             raise OutOfSpace(
                 f"tenant {owner.name!r} has pinned {owner.pinned} bytes, and {entry.nbytes} more would leave too "
-                f"little to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting}, of "
-                "which that is a half"
+                f"little to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting} "
+                "(the limit is half of it)"
             )
 
     def lease(self, entry: Entry[K], own: int) -> None:

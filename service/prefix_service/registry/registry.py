@@ -139,7 +139,7 @@ class AdapterRegistry:
         if key in self._prefixes.residency:
             self._prefixes.pin(key, pinned=pinned)
         elif pinned:
-            raise Unavailable(f"{key} has left memory meanwhile: load it again")
+            raise Unavailable(f"{key} was evicted: load it again")
 
     def state(self, key: VersionKey) -> dict[str, bool | str]:
         """Returns whether a version is resident and pinned, and on which device."""

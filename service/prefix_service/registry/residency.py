@@ -233,7 +233,7 @@ class Residency(Generic[K]):
     def _why_not(self, nbytes: int) -> str:
         pinned, held = self.holdings.pinned, self.holdings.held
         return (
-            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {pinned} are pinned, "
+            f"{nbytes} bytes are needed and no more can be evicted: of {self.budget} bytes {pinned} are pinned, "
             f"{held - pinned} in use, and the rest is not enough or guaranteed to other tenants"
         )
 

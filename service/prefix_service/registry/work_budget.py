@@ -67,7 +67,7 @@ class WorkBudget:
         if nbytes > self.budget // _PART:
             raise OutOfSpace(
                 f"this takes {nbytes} bytes of memory, and one request may take {self.budget // _PART}: send less, or "
-                "raise PREFIX_WORK_BYTES, of which that is a half"
+                "raise PREFIX_WORK_BYTES (the limit is half of it)"
             )
         job, owner = Job(tenant, nbytes), self._tenants.setdefault(tenant, _Tenant())
         if not owner.waiting and self._fits(owner, nbytes) and self._may_pass(owner, nbytes):

@@ -40,7 +40,7 @@ def _keep_going(name: str, work: Callable[[threading.Event], None], stop: thread
         except Exception:
             if time.monotonic() - began >= _LONGEST_PAUSE:
                 pause = first_pause
-            log.exception("work in the background failed, and begins again", extra={"work": name, "seconds": pause})
+            log.exception("background work failed, and is started again", extra={"work": name, "seconds": pause})
             if stop.wait(pause):
                 return
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -30,7 +30,7 @@ def parse_bytes(text: str) -> int:
         raise InvalidInput(f"{text!r} is not a size: write it as in {EXAMPLES}")
     nbytes = Fraction(found[1]) * unit
     if nbytes.denominator != 1:
-        raise InvalidInput(f"{text!r} is no whole number of bytes: write it as in {EXAMPLES}")
+        raise InvalidInput(f"{text!r} is not a whole number of bytes: write it as in {EXAMPLES}")
     return int(nbytes)
 
 

@@ -73,7 +73,7 @@ def require_media_type(headers: Headers, *allowed: str) -> str:
     """
     encoding = _joined(headers, "content-encoding") or "identity"
     if encoding != "identity":
-        raise UnsupportedMediaType(f"bodies are read as they are, not with Content-Encoding: {encoding:.40}")
+        raise UnsupportedMediaType(f"compressed bodies are not supported: send no Content-Encoding, got {encoding:.40}")
     found = _joined(headers, "content-type").partition(";")[0].strip()
     if found not in allowed or len(headers.getlist("content-type")) > 1:
         raise UnsupportedMediaType(f"the body must be {' or '.join(allowed)}, got {found or 'no Content-Type'!r:.80}")

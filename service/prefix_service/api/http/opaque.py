@@ -33,7 +33,7 @@ class OpaqueNumbers:
             InvalidRequest: the text was not made with this secret.
         """
         if (found := self._number(text)) is None:
-            raise InvalidRequest(f"{text!r:.80} is not one that a listing gave")
+            raise InvalidRequest(f"{text!r:.80} is not a value from a listing")
         return found
 
     def holds(self, text: str) -> bool:

@@ -178,7 +178,7 @@ async def _defect(_request: Request, error: Exception) -> Response:
 def defect(error: Exception) -> Response:
     """Returns the response to an unexpected exception, and logs it; the status is 507 if memory itself ran out."""
     if exhausted(error):
-        log.warning("a request found no memory", reason=str(error)[:200])
+        log.warning("a request ran out of memory", reason=str(error)[:200])
         return problem(errors.OutOfSpace("this machine has no memory left for the request: send less, or try again"))
     log.error("a request met a defect of the service", exc_info=error)
     return problem(errors.Internal("a defect of the service; its log says more"))

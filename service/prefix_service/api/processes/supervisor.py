@@ -195,7 +195,7 @@ class Supervisor:
         if self._is_ending:
             log.info("a worker has ended", extra={"pid": worker.pid, "reason": reason})
         elif worker.is_ready:
-            log.error("a worker died: another is started", extra={"pid": worker.pid, "reason": reason})
+            log.error("a worker died, and is replaced", extra={"pid": worker.pid, "reason": reason})
             self._due.append(self._now)
         else:
             self._failed(worker.pid, reason)

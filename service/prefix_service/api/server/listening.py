@@ -126,7 +126,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not is_socket:
-        raise Conflict(f"{path} is there and is no socket: remove it, or choose another path for the Unix socket")
+        raise Conflict(f"{path} exists and is not a socket: remove it, or choose another path for the Unix socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # if the backlog is full, a program listens
         if probe.connect_ex(str(path)) != errno.ECONNREFUSED:

@@ -108,7 +108,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Checks a head before a request is made of it; uvicorn parses the target, and does not check the fields."""
         if self._is_last:  # uvicorn would queue a request that is never answered
-            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
+            raise MalformedRequest("a request follows one that asked to close the connection")
         if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
             raise too_large()
         self.url = admit(self.parser.get_method(), self.url, version := self.parser.get_http_version(), self.headers)

@@ -247,7 +247,9 @@ def adapter_alone(text: str) -> tuple[str, str]:
     """
     tenant, parsed = parse_qualified(text)
     if parsed.explicit:
-        raise InvalidRequest(f"{tenant}/{parsed.adapter} alone is meant here, without @{parsed.selector}")
+        raise InvalidRequest(
+            f"name {tenant}/{parsed.adapter} without @{parsed.selector}: this call is about no version of it"
+        )
     return tenant, parsed.adapter
 
 

@@ -54,7 +54,7 @@ def put_alias(
         InvalidRequest: both conditions were given.
     """
     if create_only and if_match is not None:
-        raise InvalidRequest("an alias that is to be new points nowhere yet: ask for one condition, not both")
+        raise InvalidRequest("create_only and if_match exclude each other: pass one of them")
     headers = {"If-None-Match": "*"} if create_only else {}
     if if_match is not None:
         headers["If-Match"] = f'"{if_match}"'

@@ -90,7 +90,7 @@ class Question:
             wrong.append("dtype 'float8_e4m3fn' instead of that of the stored weights")
         wrong += _headers_that_differ(headers, metadata)
         if wrong:
-            raise InvalidResponse(f"the answer is not one to the question for {self}: it has {', '.join(wrong)}")
+            raise InvalidResponse(f"the answer is not about {self}: it has {', '.join(wrong)}")
 
     def require_current(self, etag: str, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         """Checks that a 304 is about the cached answer with this entity tag and metadata.
@@ -125,7 +125,7 @@ class Question:
         try:
             return kv_heads_of_rank(num_kv_heads, tp)
         except InvalidRequest as error:
-            raise InvalidResponse(f"the answer to the question for {self} cannot be: {error}") from error
+            raise InvalidResponse(f"the answer for {self} is impossible: {error}") from error
 
     def __str__(self) -> str:
         parts = {"dtype": self.dtype, "layers": self.layers, "kv_heads": self.kv_heads, "tp": self.tp}
@@ -152,7 +152,7 @@ def require_version(found: Any, tenant: str, reference: Reference, location: str
     if location is not None and not unquote(location).endswith(path):
         wrong.append(f"Location {location:.200} instead of …{path}")
     if wrong:
-        raise InvalidResponse(f"the answer is not one about {tenant}/{reference}: it has {', '.join(wrong)}")
+        raise InvalidResponse(f"the answer is not about {tenant}/{reference}: it has {', '.join(wrong)}")
     return found
 
 

@@ -20,7 +20,7 @@ def encoded(request: Request) -> tuple[Mapping[str, str], Iterator[bytes]]:
         content = request.content
         made = httpx.Request(request.method, "http://service", files=files, json=request.json, content=content)
     except (TypeError, ValueError, AttributeError, OSError) as error:
-        raise InvalidRequest(f"what was given cannot be sent: {error}") from error
+        raise InvalidRequest(f"the arguments cannot be sent: {error}") from error
     headers = {name: value for name, value in made.headers.items() if name != "host"}
     if "transfer-encoding" in headers:  # a file without a known length
         return headers, _chunks(_pieces(made.stream, None, None))

@@ -41,7 +41,9 @@ class Connection:
         if api_key is not None and not isinstance(api_key, str):
             raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise InvalidRequest("the API key has characters that no key has: a line break, or a letter beyond ASCII")
+            raise InvalidRequest(
+                "the API key has characters that a key cannot have: a line break, or a letter beyond ASCII"
+            )
         self._tls = None if self.url.scheme == "http" else _trusting(ca_file)
         renew_in_child(self)
 
