@@ -163,11 +163,11 @@ def _require(principal: Principal, scope: KeyScope) -> None:
         raise Forbidden(f"this needs a key of scope {scope}, and yours has {principal.scope}")
 
 
-Reading = Annotated[str, Depends(_tenant_with("read"))]
+ReadableTenant = Annotated[str, Depends(_tenant_with("read"))]
 """The path's tenant, which the caller may read."""
-Writing = Annotated[str, Depends(_tenant_with("write"))]
+WritableTenant = Annotated[str, Depends(_tenant_with("write"))]
 """The path's tenant, which the caller may change."""
-Administering = Annotated[str, Depends(_tenant_with("admin"))]
+AdministeredTenant = Annotated[str, Depends(_tenant_with("admin"))]
 """The path's tenant, whose keys the caller may manage."""
 Caller = Annotated[Principal, Depends(_caller)]
 """The caller's principal."""

@@ -38,7 +38,7 @@ from prefix_service.api.dependencies.pagination import (
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.http.presence import while_connected
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, response_headers
 from prefix_service.api.routes.schemas import (
     AdapterItem,
@@ -135,7 +135,9 @@ _UPLOAD: Final[dict[str, Any]] = {
         ),
     },
 )
-async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder, library: LibraryOf) -> Response:
+async def publish(
+    request: Request, tenant: WritableTenant, name: NamePath, by: Founder, library: LibraryOf
+) -> Response:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
     concatenation of others. A version that exists keeps its card and annotations."""
     check_name("adapter", name)
@@ -217,7 +219,7 @@ def _target(tenant: str, name: str, by: Principal) -> Target:
 @router.get("/v1/tenants/{tenant}/adapters", response_model=AdapterPage)
 async def list_adapters(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     library: LibraryOf,
     limit: Limit = 100,
     cursor: Cursor = None,
@@ -263,7 +265,7 @@ def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)
-async def inspect(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def inspect(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
     """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
     return await _answer(request, library, await library.resolve(tenant, parse_reference(ref)))
 
@@ -271,7 +273,7 @@ async def inspect(request: Request, tenant: Reading, ref: RefPath, library: Libr
 @router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
 async def list_versions(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     name: NamePath,
     library: LibraryOf,
     limit: Limit = 100,
@@ -290,7 +292,7 @@ async def list_versions(
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: Writing, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
+async def delete(tenant: WritableTenant, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
     await library.delete(tenant, parse_reference(ref), by)
 
