@@ -178,7 +178,7 @@ class Library:
 
     def rendering(
         self, plan: Plan, digest: Algorithm | None = None, on_load: OnLoad | None = None
-    ) -> Lease[RenderingKey, Rendering, VersionKey]:
+    ) -> Lease[RenderingKey, Rendering]:
         """Returns a lease of a plan's tensors, which are in host memory while its block runs.
 
         `digest` is the algorithm that the caller will pass to `body_digest`, if any: the digest can then be computed

@@ -46,10 +46,10 @@ class AdapterRegistry:
     ) -> None:
         self.device = device
         self.host_memory = memory_for(device)  # allocator of memory from which a copy to the device is fastest
-        self._prefixes: Tier[VersionKey, PrefixKV, VersionKey] = Tier(
+        self._prefixes: Tier[VersionKey, PrefixKV] = Tier(
             "device", str(device), device_bytes, patience, lambda key: key.whole
         )
-        self._renderings: Tier[RenderingKey, Rendering, VersionKey] = Tier(
+        self._renderings: Tier[RenderingKey, Rendering] = Tier(
             "host", "host", rendering_bytes, patience, lambda key: key.version.whole
         )
         self._turns = Turns(_LOADS)
@@ -72,7 +72,7 @@ class AdapterRegistry:
         prefix_nbytes: int,
         load: Callable[[], PrefixKV],
         share: Callable[[Rendering], Rendering] | None = None,
-    ) -> Lease[RenderingKey, Rendering, VersionKey]:
+    ) -> Lease[RenderingKey, Rendering]:
         """Returns a lease of a rendering of `nbytes`, which is not evicted while the lease's block runs.
 
         If it is missing, it is made from the prefix, and `share`, in the same thread, returns the rendering to keep.

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 from prefix_service.errors import Overloaded, Unavailable
 from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.failures import Failures
+from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.residency import Residency
 from prefix_service.registry.snapshot import TierSnapshot
@@ -25,10 +26,9 @@ class Sized(Protocol):
 _SETTINGS: Final[dict[TierName, str]] = {"device": "PREFIX_DEVICE_BYTES", "host": "PREFIX_RENDERING_BYTES"}
 
 V = TypeVar("V", bound=Sized)
-G = TypeVar("G", bound=Hashable)
 
 
-class Tier(Generic[K, V, G]):
+class Tier(Generic[K, V]):
     """A byte budget with the values under it.
 
     Each key is loaded once for all waiters, and a load outlives waiters that give up. Failed loads are remembered for a
@@ -36,10 +36,12 @@ class Tier(Generic[K, V, G]):
     leases to end. Each key belongs to a `group`; the keys of a group are removed together.
     """
 
-    def __init__(self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], G]) -> None:
+    def __init__(
+        self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], VersionKey]
+    ) -> None:
         self.residency: Residency[K] = Residency(budget, _SETTINGS[name])
         self._group = group
-        self._groups: dict[G, set[K]] = {}  # of resident keys
+        self._groups: dict[VersionKey, set[K]] = {}  # of resident keys
         self._name, self._place, self._patience = name, place, patience
         self._waiting_room = WaitingRoom()
         self._values: dict[K, V] = {}
@@ -58,7 +60,7 @@ class Tier(Generic[K, V, G]):
         async with self.lease(key, tenant, nbytes, load) as value:
             return value
 
-    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V, G]":
+    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V]":
         """Returns a lease of a tenant's `key`, whose value is not evicted until the lease's block ends.
 
         The block raises:
@@ -69,7 +71,7 @@ class Tier(Generic[K, V, G]):
         """
         return Lease(self, key, tenant, nbytes, load)
 
-    async def enter(self, lease: "Lease[K, V, G]") -> V:
+    async def enter(self, lease: "Lease[K, V]") -> V:
         """Begins a lease, and returns its value."""
         value = self._values.get(lease.key)
         if value is not None:
@@ -85,7 +87,7 @@ class Tier(Generic[K, V, G]):
         (value,) = await self.enter_all([lease])
         return value
 
-    async def enter_all(self, leases: Sequence["Lease[K, V, G]"]) -> list[V]:
+    async def enter_all(self, leases: Sequence["Lease[K, V]"]) -> list[V]:
         """Begins leases of different keys, all or none; missing values are loaded in parallel.
 
         Raises:
@@ -114,7 +116,7 @@ class Tier(Generic[K, V, G]):
                 self.leave(lease)
             raise
 
-    async def _begin(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+    async def _begin(self, leases: Sequence["Lease[K, V]"]) -> None:
         """Begins leases once there is room for all of them; until then they hold nothing."""
         until = time.monotonic() + self._patience
         waiter = None
@@ -135,14 +137,14 @@ class Tier(Generic[K, V, G]):
             if waiter is not None:
                 self._waiting_room.leave(waiter)
 
-    def _take(self, leases: Sequence["Lease[K, V, G]"]) -> None:
+    def _take(self, leases: Sequence["Lease[K, V]"]) -> None:
         """Begins leases, and loads of values that are not resident.
 
         Raises:
             OutOfSpace, Overloaded, Unavailable: there is no room for one of them; none has begun.
         """
-        taken: list[Lease[K, V, G]] = []
-        new: set[Lease[K, V, G]] = set()
+        taken: list[Lease[K, V]] = []
+        new: set[Lease[K, V]] = set()
         own: Counter[str] = Counter()
         try:
             for lease in leases:
@@ -169,7 +171,7 @@ class Tier(Generic[K, V, G]):
                 self._load(lease.key, self.residency.lease(lease.key), lease.load)
             )
 
-    def leave(self, lease: "Lease[K, V, G]") -> None:
+    def leave(self, lease: "Lease[K, V]") -> None:
         """Ends a lease."""
         self._readers -= 1
         self._release(lease.entry)
@@ -215,7 +217,7 @@ class Tier(Generic[K, V, G]):
         if not self._groups[group]:
             del self._groups[group]
 
-    def members(self, group: G) -> frozenset[K]:
+    def members(self, group: VersionKey) -> frozenset[K]:
         """Returns the keys of a group that are resident or being loaded."""
         return frozenset(self._groups.get(group, ()))
 
@@ -228,11 +230,11 @@ class Tier(Generic[K, V, G]):
         self.residency.pin(key, pinned=pinned)
         self._waiting_room.announce()
 
-    def clear_failures(self, group: G) -> None:
+    def clear_failures(self, group: VersionKey) -> None:
         """Forgets that loads of a group failed, because their cause was repaired."""
         self._failures.forget(lambda key: self._group(key) == group)
 
-    def remove(self, group: G) -> None:
+    def remove(self, group: VersionKey) -> None:
         """Removes the values, loads and failures of a group.
 
         A value that is being sent stays alive until its last byte left.
@@ -244,7 +246,7 @@ class Tier(Generic[K, V, G]):
             self.residency.remove(key)
         self._waiting_room.announce()
 
-    def remove_where(self, matches: Callable[[G], bool]) -> None:
+    def remove_where(self, matches: Callable[[VersionKey], bool]) -> None:
         """Removes the values, loads and failures of all groups that match."""
         self._failures.forget(lambda key: matches(self._group(key)))
         for group in [group for group in self._groups if matches(group)]:
@@ -277,7 +279,7 @@ class Tier(Generic[K, V, G]):
         return TierSnapshot(self._name, list(residency.items()), frozenset(self._loads), tenants, residency.share)
 
 
-class Lease(Generic[K, V, G]):
+class Lease(Generic[K, V]):
     """A lease as an async context manager; see `Tier.lease`. It is a class because a generator would cost more than all
     the rest of it.
     """
@@ -286,7 +288,7 @@ class Lease(Generic[K, V, G]):
 
     entry: Entry[K]
 
-    def __init__(self, tier: Tier[K, V, G], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+    def __init__(self, tier: Tier[K, V], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
         self.tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
 
     async def __aenter__(self) -> V:
@@ -296,12 +298,12 @@ class Lease(Generic[K, V, G]):
         self.tier.leave(self)
 
 
-class Leases(Generic[K, V, G]):
+class Leases(Generic[K, V]):
     """An async context manager of leases that begin and end together; yields their values in order. See
     `Tier.enter_all`.
     """
 
-    def __init__(self, leases: Sequence[Lease[K, V, G]]) -> None:
+    def __init__(self, leases: Sequence[Lease[K, V]]) -> None:
         self._leases = leases
 
     async def __aenter__(self) -> list[V]:
