@@ -17,12 +17,13 @@ from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
-from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
+from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
+from prefix_service.api.middleware.charging import ChargingMiddleware
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
-from prefix_service.api.middleware.rates import RateLimitMiddleware, RateLimits
+from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
@@ -65,18 +66,15 @@ _DESCRIPTION = (
 )
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
 
     def open(self, state: State) -> None:
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
-        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: state.answers)
-        behind = RateLimitMiddleware(behind, lambda: state.rates)
-        # Most tenants have no limit: what is known of them needs no look at the path.
-        behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.is_unlimited(tenant))
-        behind = InFlightMiddleware(behind, lambda: state.admission)
-        behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
+        behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
+        behind = InFlightMiddleware(behind, state.admission)
+        behind = AuthenticationMiddleware(behind, state.authenticator)
         self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,12 +91,12 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     """The ASGI app of one process; the data folder is opened when its lifespan begins."""
     metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: _App) -> AsyncIterator[None]:
+    async def lifespan(app: App) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
@@ -110,7 +108,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         finally:
             database.close()
 
-    app = _App(
+    app = App(
         title="prefix-service",
         version=version("prefix-service"),
         description=_DESCRIPTION,

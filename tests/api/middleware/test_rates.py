@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     with served(app) as url:
         limits = RateLimits(rate_of, lambda: found.are_known)
         found = Limited(url, rates, keys, lambda tenant: limits.hear([changed(tenant)]), asked)
-        app.state.prefix_service.rates = limits
+        app.open(replace(app.state.prefix_service, rates=limits))
         with found.client("platform") as admin:
             assert upload(admin, "acme", "a").status_code == 201
         yield found
@@ -275,7 +275,7 @@ def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
 
     app = create_app(settings)
     with served(app) as url:
-        app.state.prefix_service.rates = RateLimits(fails, lambda: True)
+        app.open(replace(app.state.prefix_service, rates=RateLimits(fails, lambda: True)))
         answer = httpx.get(url + ADAPTERS, headers={"Authorization": f"Bearer {key}"})
     problem(answer, 503, "storage-failed")
 

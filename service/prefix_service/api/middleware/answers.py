@@ -1,10 +1,9 @@
 """Caches planned answers and sends them without a route: the fast path of `GET …/prefix`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from prefix_service.api.http.responses import PrefixResponse
 from prefix_service.catalog.records import Principal
@@ -18,7 +17,9 @@ _Question = tuple[bytes, bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """A response that a route made, the reference it was asked for, and the route."""
+
     response: PrefixResponse
     reference: Reference
     route: object
@@ -38,7 +39,7 @@ class Answers:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._known: Shares[_Question, _Answer] = Shares(_MOST_BYTES)
+        self._known: Shares[_Question, Answer] = Shares(_MOST_BYTES)
 
     @property
     def nbytes(self) -> int:
@@ -53,45 +54,22 @@ class Answers:
         """Caches the answer that a route is about to send."""
         question = _question(scope)
         nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
-        self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
+        self._known.put(response.version.tenant, question, Answer(response, reference, scope["route"]), nbytes)
 
-    def find(self, scope: Scope) -> _Answer | None:
+    def find(self, scope: Scope) -> Answer | None:
         """Returns the cached answer to a request.
 
         Returns None if there is none, it is outdated, or the caller may not see it.
         """
-        if scope["method"] not in ("GET", "HEAD"):
+        principal: Principal | None = scope.get("principal")
+        if principal is None or scope["method"] not in ("GET", "HEAD"):
             return None
         answer = self._known.get(_question(scope))
         if answer is None or not self._library.is_current(answer.response.version, answer.reference):
             return None
-        principal: Principal = scope["principal"]
         return answer if principal.may_see(answer.tenant) else None
 
 
 def _question(scope: Scope) -> _Question:
     accept = b",".join([value for name, value in scope["headers"] if name == b"accept"])
     return scope["raw_path"], scope["query_string"], accept
-
-
-class AnswersMiddleware:
-    """Sends cached answers to authenticated callers. With `is_unlimited`, only for tenants without a rate limit."""
-
-    def __init__(
-        self, app: ASGIApp, answers: Callable[[], Answers], is_unlimited: Callable[[str], bool] | None = None
-    ) -> None:
-        self._app = app
-        self._answers = answers
-        self._is_unlimited = is_unlimited
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the cached answer, or passes the request on."""
-        answer = self._answers().find(scope) if "principal" in scope else None
-        if answer is None or not self._is_allowed(scope["principal"], answer.tenant):
-            await self._app(scope, receive, send)
-        else:
-            scope["tenant"], scope["route"] = answer.tenant, answer.route
-            await answer.response(scope, receive, send)
-
-    def _is_allowed(self, caller: Principal, tenant: str) -> bool:
-        return self._is_unlimited is None or self._is_unlimited(caller.tenant or tenant)

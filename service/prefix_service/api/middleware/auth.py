@@ -52,7 +52,7 @@ class Authenticator:
 class AuthenticationMiddleware:
     """Puts the principal into the ASGI scope, or raises Unauthenticated."""
 
-    def __init__(self, app: ASGIApp, authenticator: Callable[[], Authenticator]) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
         self._app = app
         self._authenticator = authenticator
 
@@ -65,8 +65,8 @@ class AuthenticationMiddleware:
             Overloaded, StorageFailed: this process does not know the key, and cannot look it up now.
         """
         if scope["path"] not in PUBLIC:
-            authenticator, header = self._authenticator(), _header(scope, b"authorization")
-            principal = authenticator.remembered(header) or await authenticator.authenticate(header)
+            header = _header(scope, b"authorization")
+            principal = self._authenticator.remembered(header) or await self._authenticator.authenticate(header)
             if principal is DEV:
                 _require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant

@@ -1,7 +1,5 @@
 """Bounds the requests in flight, after the key was checked and before any body is read."""
 
-from collections.abc import Callable
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.paths import HEALTH
@@ -19,7 +17,7 @@ class InFlightMiddleware:
     caller that leaves their answers unread takes no place of a tenant.
     """
 
-    def __init__(self, app: ASGIApp, admission: Callable[[], Admission]) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
         self._admission = admission
 
@@ -32,20 +30,19 @@ class InFlightMiddleware:
         if scope["path"] in HEALTH:
             await self._app(scope, receive, send)
             return
-        admission = self._admission()
         if scope["path"] in PUBLIC:
-            admission.begin_stranger()
+            self._admission.begin_stranger()
             try:
                 await self._app(scope, receive, send)
             finally:
-                admission.requests.end_stranger()
+                self._admission.requests.end_stranger()
             return
         tenant = charged(scope)
-        admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
+        self._admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
         try:
             await self._app(scope, receive, send)
         finally:
-            admission.requests.end(tenant)
+            self._admission.requests.end(tenant)
 
 
 def _is_of_operator(scope: Scope) -> bool:

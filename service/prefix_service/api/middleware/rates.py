@@ -9,9 +9,8 @@ from typing import Final
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
-from prefix_service.api.http.problems import problem
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import AuditEntry, Principal
 from prefix_service.errors import InvalidReference, RateLimited
@@ -104,28 +103,6 @@ class RateLimits:
         return rate
 
 
-class RateLimitMiddleware:
-    """Answers 429 above a tenant's rate, and adds the remaining requests to every answer for a tenant with a rate."""
-
-    def __init__(self, app: ASGIApp, limits: Callable[[], RateLimits]) -> None:
-        self._app = app
-        self._limits = limits
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Charges the tenant of a request, and passes the request on or refuses it."""
-        limits, tenant = self._limits(), charged(scope)
-        if tenant is None or limits.is_unlimited(tenant):
-            await self._app(scope, receive, send)
-            return
-        allowance = await limits.charge(tenant)
-        if allowance is None:
-            await self._app(scope, receive, send)
-        elif allowance.granted:
-            await self._app(scope, receive, _with_rate_headers(allowance, send))
-        else:
-            await problem(allowance.refusal(tenant))(scope, receive, _with_rate_headers(allowance, send))
-
-
 def charged(scope: Scope) -> str | None:
     """Returns the tenant that a request is charged to, if any.
 
@@ -150,12 +127,3 @@ def _well_formed(tenant: str) -> str | None:
         return check_name("tenant", tenant)
     except InvalidReference:
         return None
-
-
-def _with_rate_headers(allowance: Allowance, send: Send) -> Send:
-    async def send_with_headers(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), *allowance.headers]
-        await send(message)
-
-    return send_with_headers
