@@ -132,7 +132,7 @@ def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Pat
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     """Damaged files, files without a prefix, and folders with several checkpoints, each in words."""
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(InvalidCheckpoint, match=r"no file that torch\.save wrote"):
+    with pytest.raises(InvalidCheckpoint, match=r"was not written by torch\.save"):
         convert(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InvalidCheckpoint, match="holds a list"):

@@ -95,7 +95,7 @@ def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None
     (tmp_path / "copy.partial" / "half").touch()
     back_up(settings, tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy" / "half").exists()
-    with pytest.raises(Conflict, match="is there already"):
+    with pytest.raises(Conflict, match="copy exists"):
         back_up(settings, tmp_path / "copy", lambda _: None)
 
 
