@@ -14,7 +14,7 @@ from prefix_service.logs import redacted
 KEY = "pfx_0123456789abcdef_" + "5" * 48 + "_89abcdef"
 _BEGIN = """
 import logging, structlog, warnings
-from prefix_service.logs import about, configure
+from prefix_service.logs import configure, request_context
 configure({level!r})
 log = structlog.stdlib.get_logger("prefix_service")
 """
@@ -31,7 +31,7 @@ def _run(code: str, level: str = "info") -> list[dict[str, Any]]:
 def test_structlog_and_the_standard_library_write_the_same_form() -> None:
     """Lines of JSON with time, level and what is bound, from either."""
     lines = _run("""
-about.set({"request_id": "r1", "key_id": "k1"})
+request_context.set({"request_id": "r1", "key_id": "k1"})
 log.info("audit", action="create", tenant="acme")
 logging.getLogger("prefix_service").warning("the values of %s are lost", "acme/a@1")
 logging.getLogger("uvicorn.error").error("no")
@@ -97,7 +97,7 @@ def test_no_key_is_logged_wherever_it_is() -> None:
     """In an event, a value, a name, the context, an exception, or another library's arguments."""
     lines = _run(f"""
 key = {KEY!r}
-about.set({{"request_id": key}})
+request_context.set({{"request_id": key}})
 log.info(key, value=key, nested={{"deep": [key]}}, **{{key: 1}})
 logging.getLogger("uvicorn.error").error("%s", key)
 try:

@@ -1,4 +1,4 @@
-"""Structured logs: everything that a service says goes through one renderer, onto standard error."""
+"""Structured logs: one renderer writes every line of the service to standard error."""
 
 import asyncio
 import io
@@ -24,19 +24,22 @@ _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logg
 _KEY: Final = re.compile(r"pfx_\w+")
 
 
-about: ContextVar[dict[str, str]] = ContextVar("about")
-"""What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
+request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
+"""Fields of every line that a request logs: the ids of the request and of its key.
+
+Each request has one dictionary, to which fields are added.
+"""
 
 
 def redacted(text: str) -> str:
-    """The text without what looks like a key, whole or cut off."""
+    """Returns the text with everything that looks like a key, even a truncated one, replaced."""
     return _KEY.sub("pfx_***", text) if "pfx_" in text else text
 
 
 def configure(level: LogLevel) -> None:
-    """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library.
+    """Configures logging as JSON lines, or coloured ones on a terminal, for structlog and the standard library.
 
-    What `about` says comes with each. Other libraries are heard from warnings on.
+    Each line has the fields of `request_context`. Other libraries' loggers are set to warnings.
     """
     lowest = _NUMBERS[level]
     before: list[Processor] = [
@@ -45,7 +48,7 @@ def configure(level: LogLevel) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     after = _rendering(colours=sys.stderr.isatty())
-    # Not through the standard library: half the time for a line.
+    # Not through the standard library, which doubles the time for a line.
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
@@ -67,10 +70,10 @@ def configure(level: LogLevel) -> None:
 
 
 class RequestLog:
-    """The lines of requests, in the form of all others.
+    """Writes the log lines of requests, in the format of all other lines.
 
-    Not through structlog, which takes 10 µs a line. JSON is written once for each turn of the event loop; on a terminal
-    each line tells a person the time, status, method, route, duration and size of a request, and the code and id of an
+    JSON lines bypass structlog (10 µs each), and all lines of one event-loop turn are written together. A line on a
+    terminal has the time, status, method, route, duration and size of a request, and the code and request id of an
     error.
     """
 
@@ -80,21 +83,21 @@ class RequestLog:
         self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
-    def tells(self, level: LogLevel) -> bool:
-        """Whether lines of this level are wanted."""
+    def is_enabled_for(self, level: LogLevel) -> bool:
+        """Returns whether lines of this level are logged."""
         return _NUMBERS[level] >= self._lowest
 
-    def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
-        """Tell of a request."""
+    def write(self, level: LogLevel, fields: dict[str, Any]) -> None:
+        """Logs a request."""
         if self._is_terminal:
             self._lines.msg(printable(redacted(_for_people(fields))))
         else:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
             if not self._pending:
-                asyncio.get_running_loop().call_soon(self._write)
+                asyncio.get_running_loop().call_soon(self._flush)
             self._pending.append(printable(redacted(_json(fields))))
 
-    def _write(self) -> None:
+    def _flush(self) -> None:
         self._lines.msg("\n".join(self._pending))
         self._pending.clear()
 
@@ -109,14 +112,14 @@ def _for_people(fields: dict[str, Any]) -> str:
 
 
 class _Lines:
-    """What structlog writes to. A log whose disk is full, or whose reader is gone, must not fail what is logged."""
+    """The file that structlog writes to. A full disk or a closed pipe must not fail the code that logs."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
 
     def msg(self, line: str) -> None:
-        """Write a line, or not; standard error flushes by lines."""
-        try:  # noqa: SIM105 - a third of the time
+        """Writes a line; ignores errors. Standard error flushes after each line."""
+        try:  # noqa: SIM105 - a third of the time of contextlib.suppress
             self._file.write(line + "\n")
         except OSError:
             pass
@@ -132,8 +135,10 @@ def _rendering(*, colours: bool) -> list[Processor]:
 
 
 def _escape(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """Escape the texts of a line before it gets its colours; what is nested is shown by `repr`, which escapes too. The
-    event itself may have several lines, as uvicorn's tracebacks."""
+    """Escapes the texts of a line before it is coloured. Nested values are shown by `repr`, which escapes too.
+
+    The event itself may have several lines, such as uvicorn's tracebacks.
+    """
     shown = {printable(name): printable(value) if isinstance(value, str) else value for name, value in event.items()}
     return {**shown, "event": printable_lines(str(event.get("event", "")))}
 
@@ -149,7 +154,7 @@ def _harmless(_logger: Any, _method: str, line: Any) -> Any:
 
 
 def _with_context(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    return {**about.get({}), **event}
+    return {**request_context.get({}), **event}
 
 
 def _json(event: Any, **_options: Any) -> str:

@@ -23,7 +23,7 @@ from prefix_service.api.app import create_app
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog import changes
 from prefix_service.data_folder.opening import opened
-from prefix_service.prefix.form import SHARED_FILE_TYPE
+from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.settings import Settings
 from tests.api.apps import served
 from tests.api.helpers import (

@@ -136,7 +136,7 @@ def test_shape_that_does_not_match_its_bytes_or_overflows(refused: Refused, shap
 
 @pytest.mark.parametrize(("dtype", "size"), [("F16", BYTES), ("BF16", BYTES), ("F32", BYTES // 2), ("F32", 2 * BYTES)])
 def test_bytes_that_do_not_match_shape_and_dtype(refused: Refused, dtype: str, size: int) -> None:
-    """The shape that the config wants, over a byte range of another size, is refused too."""
+    """The shape that the config requires, over a byte range of another size, is refused too."""
     refused(_with_header({"prompt_embeddings": entry([3, 32], 0, size, dtype)}, b"\0" * size))
 
 

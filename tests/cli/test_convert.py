@@ -132,7 +132,7 @@ def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Pat
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     """Damaged files, files without a prefix, and folders with several checkpoints, each in words."""
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(InvalidCheckpoint, match=r"no file that torch\.save wrote"):
+    with pytest.raises(InvalidCheckpoint, match=r"was not written by torch\.save"):
         convert(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InvalidCheckpoint, match="holds a list"):
@@ -299,8 +299,8 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b"just a text", "no file that torch.save wrote"),
-        (b"", "no file that torch.save wrote"),
+        (b"just a text", "was not written by torch.save"),
+        (b"", "was not written by torch.save"),
     ],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:

@@ -95,13 +95,13 @@ def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None
     (tmp_path / "copy.partial" / "half").touch()
     back_up(settings, tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy" / "half").exists()
-    with pytest.raises(Conflict, match="is there already"):
+    with pytest.raises(Conflict, match="copy exists"):
         back_up(settings, tmp_path / "copy", lambda _: None)
 
 
 def test_a_folder_without_a_catalog(tmp_path: Path) -> None:
     """A mistyped folder is told, and not made."""
-    with pytest.raises(NotFound, match="is no data folder"):
+    with pytest.raises(NotFound, match="is not a data folder"):
         back_up(Settings(data_dir=tmp_path / "none"), tmp_path / "copy", lambda _: None)
     assert list(tmp_path.iterdir()) == []
 

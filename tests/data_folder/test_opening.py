@@ -137,7 +137,7 @@ def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
     folder = settings.data_dir
     for _ in range(2):
         with (
-            pytest.raises(NotFound, match=r"is no data folder of a service: .*catalog\.sqlite is missing"),
+            pytest.raises(NotFound, match=r"is not a data folder of a service: .*catalog\.sqlite is missing"),
             keys_of(settings),
         ):
             pass

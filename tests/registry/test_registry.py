@@ -336,7 +336,7 @@ async def test_what_one_tenant_pins_leaves_room_for_others() -> None:
 
 async def test_a_version_that_left_cannot_be_pinned() -> None:
     """Between a load and its pin another request may have evicted it: come again."""
-    with pytest.raises(Unavailable, match="left memory"):
+    with pytest.raises(Unavailable, match="was evicted"):
         registry_of().pin(version(), pinned=True)
     registry_of().pin(version(), pinned=False)
 

@@ -1,4 +1,4 @@
-"""What the composition root hands to the routes."""
+"""The collaborators that the composition root passes to the routes."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -42,7 +42,7 @@ class State:
 
 
 def state_of(request: Request) -> State:
-    """Those of the app that a request came to."""
+    """Returns the collaborators of the app that received this request."""
     state: State = request.app.state.prefix_service
     return state
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Final, Literal
 
 from prefix_service.prefix.config import PrefixConfig, parse_read_fields
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 Scope = Literal["metrics", "read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("metrics", "read", "write", "admin")
@@ -116,6 +116,9 @@ class Version(NewVersion):
     number: int
     created: datetime
 
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
+
     @property
     def config(self) -> dict[str, Any]:
         """The adapter's config, dimensions filled: parsed each time, which takes milliseconds where it is long."""
@@ -141,6 +144,9 @@ class VersionName:
     adapter: str
     number: int
     digest: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a worker installs: a client that turns an adapter's id into `past_key_values`.
+"""The client that a worker installs: it turns an adapter's id into `past_key_values`.
 
 from prefix_service.client import PrefixClient
 
@@ -22,7 +22,7 @@ _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": 
 
 
 def __getattr__(name: str) -> Any:
-    """`Prefix` and `MixedPrefix` bring torch, which takes seconds: only who asks for them waits."""
+    """Returns `Prefix` or `MixedPrefix`; they import torch, which takes seconds, so they are imported on demand."""
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_NEED_TORCH[name]), name)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank, check_rank
+from prefix_service.prefix.variant import KVDtype, Span
 
 _DTYPES: Final = get_args(KVDtype)
 _DEFAULT_URL: Final = "http://127.0.0.1:8080"
@@ -31,7 +31,7 @@ class PrefixOptions(TypedDict, total=False):
     materialise: bool
 
 
-def form(
+def prefix_options(
     *,
     batch_size: int = 1,
     dtype: KVDtype | None = None,

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from prefix_service import errors
 from prefix_service.errors import InvalidResponse, PrefixServiceError, TooLarge, Unavailable
-from prefix_service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.references import Reference, check_name
+from prefix_service.prefix.variant import MEDIA_TYPE, KVDtype, Span
 from prefix_service.prefix.wire.digests import Algorithm, digest_of, parse_digests
 
 Files = Mapping[str, bytes | BinaryIO]

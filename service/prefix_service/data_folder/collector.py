@@ -1,4 +1,4 @@
-"""Garbage collection: blobs that no version names any more go, while everything else goes on."""
+"""Garbage collection: removes blobs that no version names any more, while the service runs."""
 
 import contextlib
 import logging
@@ -21,13 +21,13 @@ log = logging.getLogger("prefix_service")
 
 _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
-_LOOK: Final = 0.5  # seconds between two looks for what was deleted
-_REST: Final = 0.05  # seconds, at least, that others can write between two slices
+_LOOK: Final = 0.5  # seconds between two checks for deletions
+_REST: Final = 0.05  # seconds, at least, in which others can write between two slices
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one collection freed: blobs, their bytes, and leftovers of unfinished uploads."""
+    """The result of a collection: the removed blobs, their bytes, and the removed leftovers of unfinished uploads."""
 
     blobs: int
     nbytes: int
@@ -36,8 +36,11 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A version whose blobs are not all there. Lost keys and values are made again when they are asked for; lost
-    weights come back when the same files are published again."""
+    """A version with missing blobs.
+
+    Missing keys and values are computed again when they are asked for; missing weights are restored by publishing the
+    same files again.
+    """
 
     version: str
     weights: bool
@@ -45,17 +48,20 @@ class Lost:
 
 
 class Collector:
-    """Blocking. A blob goes when no version names it, none did within the last `grace` seconds, and it was not
-    committed within them either, so whatever a running upload has just stored stays."""
+    """Removes blobs that no version names. Its methods block.
+
+    A blob is removed if no version has named it within the last `grace` seconds, and it was not committed within them
+    either, so the blobs of a running upload stay.
+    """
 
     def __init__(self, garbage: Garbage, blobs: BlobStore, grace: float) -> None:
         self._garbage, self._blobs, self._grace = garbage, blobs, grace
 
     def collect(self) -> Collected:
-        """Free what nobody needs.
+        """Removes leftovers of uploads, and blobs that no version names; returns how many.
 
         Raises:
-            StorageFailed: the disk or the catalog refused; what went before it is gone.
+            OutOfSpace, Unavailable, StorageFailed: the disk or the catalog refused; some blobs may be removed.
         """
         leftovers = self._blobs.sweep(older_than=self._grace)
         blobs = nbytes = 0
@@ -70,7 +76,7 @@ class Collector:
         return Collected(blobs, nbytes, leftovers)
 
     def reconcile(self) -> list[Lost]:
-        """The versions whose blobs are not there, each told in the log too.
+        """Returns the versions with missing blobs, and logs each of them.
 
         Raises:
             StorageFailed: the disk or the catalog refused.
@@ -92,8 +98,9 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`
-    and usage `usage_days`."""
+    """The work of the collector's thread: it removes deleted rows, frees blobs, and keeps the audit for `audit_days`
+    and usage for `usage_days`.
+    """
 
     def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> None:
         self._database, self._grace = database, grace
@@ -102,7 +109,7 @@ class Housekeeping:
         self._collector = Collector(self._garbage, blobs, grace)
 
     def work(self, stop: threading.Event) -> None:
-        """Goes on until `stop` is set."""
+        """Works until `stop` is set."""
         pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
         _logged(self._collector.reconcile)
         collected = time.monotonic()
@@ -120,8 +127,10 @@ class Housekeeping:
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
-    """Calls until there is nothing more, or `stop` is set. Between two calls others can write for as long as a call
-    took."""
+    """Calls `remove` until it returns False, or `stop` is set.
+
+    Between two calls, it pauses for as long as the call took, so that others can write.
+    """
     more = True
     while more:
         began = time.monotonic()
@@ -134,13 +143,13 @@ def _logged(call: Callable[[], object]) -> None:
     try:
         call()
     except PrefixServiceError as error:
-        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its words say it all
-    except Exception:  # the other tasks of the thread go on
+        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its message says everything
+    except Exception:  # the other tasks of the thread continue
         log.exception("garbage collection failed")
 
 
 @contextlib.contextmanager
 def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> Iterator[None]:
-    """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
+    """Looks for lost blobs once, then collects garbage repeatedly, in a thread, while the block runs."""
     with in_background("collector", Housekeeping(database, blobs, grace, audit_days, usage_days).work):
         yield

@@ -1,4 +1,4 @@
-"""The use cases: resolve, fetch, delete, load. The only place where the rooms meet; no HTTP here."""
+"""The use cases: resolve, plan, fetch, load and delete. The only module where the rooms meet; there is no HTTP here."""
 
 import contextlib
 import logging
@@ -51,7 +51,7 @@ OnLoad = Callable[[Version], object]
 
 
 class Library:
-    """What the service does, for callers that have been authorised already."""
+    """The service's use cases, for callers that are already authorised."""
 
     def __init__(
         self,
@@ -80,41 +80,41 @@ class Library:
             self.encodings,
             admission,
             limits.upload_bytes,
-            mended=lambda version: registry.forgive(_key(version)),
+            mended=lambda version: registry.clear_failures(_key(version)),
         )
         self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
     async def resolve(self, tenant: str, reference: Reference) -> Version:
-        """The version that a reference means now.
+        """Returns the version that a reference means now.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such version.
         """
         known = self._versions.get(tenant, reference)
         return await read_catalog(self._resolve, tenant, reference) if known is None else known
 
     def _resolve(self, tenant: str, reference: Reference) -> Version:
         version = self._versions.resolve(tenant, reference)
-        _ = version.prefix_config  # parsed here, where no event loop waits for it
+        _ = version.prefix_config  # parsed here, so that the event loop need not
         return version
 
     async def resolve_for(self, by: Principal, tenant: str, reference: Reference) -> Version:
-        """The same for a caller who may not see every tenant.
+        """Returns the version that a reference means now, for a caller that may not see every tenant.
 
         Raises:
-            NotFound: there is none, or it is another tenant's; in the same words.
+            NotFound: there is no such version, or it is another tenant's; the message is the same.
         """
         if not by.may_see(tenant):
             raise NotFound(f"there is no {tenant}/{reference}")
         return await self.resolve(tenant, reference)
 
     def is_current(self, version: Version, reference: Reference) -> bool:
-        """Whether a reference is known to mean this version still, without a look into the catalog."""
+        """Returns whether a reference is known to mean this version still, without reading the catalog."""
         return self._versions.get(version.tenant, reference) is version
 
     def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
-        """Everything of an answer but its tensors.
+        """Returns the plan of an answer: everything except its tensors.
 
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -122,22 +122,24 @@ class Library:
         return make_plan(version, request, mask, self.limits)
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
-        """Everything of an answer for many adapters but its tensors.
+        """Returns the plan of an answer for many adapters: everything except its tensors.
 
         Raises:
-            InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+            InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
         """
         return make_mixed_plan(rows, request, mask, self.limits)
 
     @contextlib.asynccontextmanager
     async def renderings(self, plan: MixedPlan, on_load: OnLoad | None = None) -> AsyncIterator[list[list[Rendering]]]:
-        """The renderings of every prefix in a plan's rows, together in host memory while the block runs; one of each
-        version. Nothing else of such an answer depends on the stored bits, so versions that are encoded again meanwhile
-        change no plan.
+        """Leases the renderings of every prefix in a plan's rows, in host memory while the block runs; one per version.
 
-        The block raises:
-            OutOfSpace: they do not fit the memory budget together.
-            CorruptBlob, StorageFailed, Unavailable: as for one.
+        Nothing else in such an answer depends on the stored bits, so the plan stays valid if a version is encoded
+        again.
+
+        Raises:
+            OutOfSpace: together they do not fit the memory budget.
+            CorruptBlob, StorageFailed: stored tensors cannot be read.
+            Unavailable, Overloaded: the memory budget does not allow it now.
         """
         plans = {planned.etag: planned for row in plan.rows for planned in row}
         async with contextlib.AsyncExitStack() as stack:
@@ -148,7 +150,7 @@ class Library:
     async def _entered(
         self, stack: contextlib.AsyncExitStack, plans: list[Plan], on_load: OnLoad | None
     ) -> list[Rendering]:
-        """Begin a lease of each plan, or of the plan that replaces it."""
+        """Enters a lease of each plan, or of the plan that replaces it after its version was encoded again."""
         renewed: set[Version] = set()
         while True:
             try:
@@ -162,11 +164,13 @@ class Library:
 
     @contextlib.asynccontextmanager
     async def current_rendering(self, plan: Plan, on_load: OnLoad | None = None) -> AsyncIterator[Rendering]:
-        """The tensors of an answer whose head does not depend on the stored bits: those of the plan, or of a version
-        that was encoded again meanwhile.
+        """Leases the tensors of an answer whose head does not depend on the stored bits.
 
-        The block raises:
-            CorruptBlob, StorageFailed, OutOfSpace, Unavailable: as `rendering`.
+        They are the plan's, or those of the version after it was encoded again.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored tensors cannot be read.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         async with contextlib.AsyncExitStack() as stack:
             (rendering,) = await self._entered(stack, [plan], on_load)
@@ -174,30 +178,33 @@ class Library:
 
     def rendering(
         self, plan: Plan, digest: Algorithm | None = None, on_load: OnLoad | None = None
-    ) -> Lease[RenderingKey, Rendering, VersionKey]:
-        """The tensors of a plan, in host memory while the block runs. `digest` names the algorithm that the caller will
-        pass to `body_digest`, if any: it can be computed while the tensors are read.
+    ) -> Lease[RenderingKey, Rendering]:
+        """Returns a lease of a plan's tensors, which are in host memory while its block runs.
 
-        If they are in no memory, `on_load` is called, in a thread, for the one caller for whom they are loaded.
+        `digest` is the algorithm that the caller will pass to `body_digest`, if any: the digest can then be computed
+        while the tensors are read. If the tensors are not in memory, `on_load` is called in a thread, for the one
+        caller whose lease loads them.
 
         The block raises:
             EncodedAgain: the stored tensors were lost, and others replaced them: plan again (`Plan.renewed`).
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
-            OutOfSpace, Unavailable: the memory budget does not allow it now.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
-        version, form = plan.version, plan.message.form
-        key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
+        version, variant = plan.version, plan.file.variant
+        key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
-        place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
-        return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
+        share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
+        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
 
     async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
-        """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for
-        the SHA-256 of a long body that repeats rows."""
+        """Returns the digest of the whole body (RFC 9530), computed once per entity tag and algorithm.
+
+        Returns None for the SHA-256 of a long body that repeats rows.
+        """
         return await self._digests.of(plan, rendering, algorithm)
 
     def known_digest(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
-        """Returns the digest of the whole body if it was computed before."""
+        """Returns the digest of the whole body if it was computed before, else None."""
         return self._digests.known(plan, algorithm)
 
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None, on_load: OnLoad | None) -> PrefixKV:
@@ -206,7 +213,12 @@ class Library:
         return self.encodings.load(version, self._digests.observing(plan, digest))
 
     async def load(self, version: Version) -> Version:
-        """Bring a version into memory now, and wait; return it, with other keys and values if it was encoded again."""
+        """Loads a version into memory; returns it, with other keys and values if it was encoded again.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored tensors cannot be read.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
+        """
         try:
             return await self._load_now(version)
         except EncodedAgain as again:
@@ -220,31 +232,34 @@ class Library:
         return version
 
     async def require_authority(self, by: Principal) -> None:
-        """Check once more who asks for a change, after its body has arrived and before anything is read or loaded for
-        it. The transaction that writes checks it again.
+        """Checks the caller's authority once more: after the body has arrived, and before anything is read or loaded
+        for it.
+
+        The transaction that writes checks it again.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more.
+            Unauthenticated, NotFound: `by` has lost its authority.
         """
         await read_catalog(prove, self._database, by)
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """Load a version because a caller wishes it; `pinned` keeps it in memory.
+        """Loads a version on request, records it in the audit log, and pins it if `pinned`.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more; nothing is pinned then.
+            Unauthenticated, NotFound: `by` has lost its authority; nothing is pinned.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         await self.load(version)
-        add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
+        add = partial(self.audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
         await to_thread.run_sync(add)
-        loaded = await self.load(version)  # it may have been evicted while the change was recorded
+        loaded = await self.load(version)  # it may have been evicted while the audit was written
         self.registry.pin(_key(loaded), pinned=pinned)
 
     async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
-        """Takes all versions of an adapter out of memory; the audit names the latest one, and those that were there.
+        """Evicts all versions of an adapter; the audit log names the latest version, and those that were in memory.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more, or there is no such adapter.
+            Unauthenticated, NotFound: `by` has lost its authority, or there is no such adapter.
         """
         latest = await self.resolve(tenant, Reference(adapter))
         present = [VersionName(*key[:4]) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
@@ -254,35 +269,37 @@ class Library:
                 await self.unload(version, by)
 
     async def unload(self, version: Version | VersionName, by: Principal) -> None:
-        """Take a version out of memory; the next request loads it again.
+        """Evicts a version; the next request loads it again.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more; the version stays in memory then.
+            Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
         """
-        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
+        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
         self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
-        """Whether a version is resident and pinned, and on which device."""
+        """Returns whether a version is resident and pinned, and on which device."""
         return self.registry.state(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     async def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
-        """Delete an adapter, or the version that a number or digest names; transfers under way complete.
+        """Deletes an adapter, or the version that a number or digest names. Transfers in progress complete.
 
         Raises:
-            InvalidRequest: another selector.
-            NotFound: there is no such thing.
-            Conflict: an alias points at the version.
+            InvalidRequest: the selector is an alias or `latest`.
+            NotFound: there is no such adapter or version.
+            Conflict: an alias points to the version.
+            Unauthenticated: `by` has lost its authority.
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
         await to_thread.run_sync(self.catalog.delete, tenant, reference, by)
 
     async def delete_tenant(self, tenant: str, by: Principal) -> None:
-        """Delete a tenant with all it has; transfers under way complete.
+        """Deletes a tenant with everything it has. Transfers in progress complete.
 
         Raises:
             NotFound: there is no such tenant.
+            Unauthenticated: `by` has lost its authority.
         """
         await to_thread.run_sync(self.tenants.delete, tenant, by)
 
@@ -303,10 +320,6 @@ class Library:
                 tenant, reference = parse_qualified(change.target)
                 number, digest = reference.version or 0, change.details["digest"]
                 self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-
-
-def _name(version: Version | VersionName) -> str:
-    return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
 def _key(version: Version) -> VersionKey:

@@ -1,4 +1,4 @@
-"""What people say of a version: its model card and its annotations, checked and bounded."""
+"""A version's model card and annotations, checked and bounded."""
 
 import re
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from prefix_service.errors import InvalidRequest, TooLarge
 from prefix_service.prefix.json_text import shown
 
 MOST_CARD: Final = 256 << 10
-"""Bytes of a model card in UTF-8."""
+"""The most bytes of a model card in UTF-8."""
 
 MOST_ANNOTATIONS: Final = 64
-"""Annotations of a version."""
+"""The most annotations of a version."""
 
 MOST_VALUE: Final = 4 << 10
-"""Bytes of an annotation's value in UTF-8."""
+"""The most bytes of an annotation's value in UTF-8."""
 
 KEY_PATTERN: Final = "^[A-Za-z0-9._/-]{1,63}$"
 _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
@@ -23,9 +23,9 @@ _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A version's model card in Markdown, and its annotations; empty where there are none.
+    """A version's model card in Markdown, and its annotations; both are empty by default.
 
-    It can be replaced, so the version's digest does not cover it.
+    The digest of a version does not cover its description, so the description can be replaced.
     """
 
     card: str = ""
@@ -33,7 +33,7 @@ class Description:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its texts in UTF-8, which count towards the tenant's quota."""
+        """The size of all its texts in UTF-8 bytes, which counts towards the tenant's quota."""
         return sum(len(text.encode()) for text in (self.card, *self.annotations, *self.annotations.values()))
 
 
@@ -44,8 +44,8 @@ def decode_card(data: bytes | bytearray) -> str:
     """Returns the text of a model card.
 
     Raises:
-        TooLarge: it has more than `MOST_CARD` bytes.
-        InvalidRequest: it is not UTF-8, or contains a NUL.
+        TooLarge: the card has more than `MOST_CARD` bytes.
+        InvalidRequest: the card is not UTF-8, or contains a NUL.
     """
     try:
         return check_card(data.decode())
@@ -59,7 +59,8 @@ def check_card(text: str) -> str:
     """Returns a model card unchanged.
 
     Raises:
-        TooLarge, InvalidRequest: as `decode_card`.
+        TooLarge: the card has more than `MOST_CARD` bytes of UTF-8.
+        InvalidRequest: the card contains a NUL.
     """
     if len(text) > MOST_CARD or (nbytes := len(text.encode())) > MOST_CARD:
         size = f"{len(text)} characters" if len(text) > MOST_CARD else f"{nbytes} bytes"
@@ -71,8 +72,9 @@ def check_annotations(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns annotations in the order of their keys.
 
     Raises:
-        InvalidRequest: there are too many, a key has other characters or more of them than it may have, or a value is
-            no text, is too long, or contains a NUL.
+        InvalidRequest: there are too many annotations, a key is malformed, or a value is not text, too long, or
+        contains a
+            NUL.
     """
     if len(values) > MOST_ANNOTATIONS:
         raise InvalidRequest(f"there are {len(values)} annotations, and a version may have {MOST_ANNOTATIONS}")
@@ -92,6 +94,6 @@ def _checked(key: str, value: Any) -> str:
 
 
 def _without_nul(what: str, text: str) -> str:
-    if "\0" in text:  # which no PostgreSQL text can hold
+    if "\0" in text:  # PostgreSQL's texts cannot hold one
         raise InvalidRequest(f"{what} contains a NUL at character {text.index(chr(0))}: send text alone")
     return text

@@ -1,4 +1,4 @@
-"""JSON from outside: counted before it is parsed, and parsed strictly."""
+"""Parses JSON from outside strictly, and counts its values before it is parsed."""
 
 import json
 import re
@@ -10,38 +10,42 @@ from typing import Any, Final, NoReturn
 from prefix_service.errors import InvalidConfig
 
 MAX_CONFIG_BYTES: Final = 64 << 10  # PEFT writes about one KiB
-MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # is not stored; a classifier's names of 21,000 labels have half a megabyte
+MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # it is not stored; the 21,000 label names of a classifier take half a megabyte
 
 MOST_VALUES: Final = 1 << 20
-"""Values that JSON may have: a mask has as many."""
+"""The most values in a JSON text; a mask has that many."""
 
 _MOST_CONTAINERS: Final = 1 << 17  # lists and objects
 _MOST_NAMES: Final = 1 << 16
-"""Names of members, at most as many as colons."""
+"""The most names of members: at most the number of colons."""
 
 _AT_ONCE: Final = 1 << 18
-"""Bytes of JSON that are parsed without a call into Python for each integer. `json.loads` holds Python's lock between
-such calls: for 60 ms of 2 MiB without them, for 40 ms at most of 4 MiB with them, which take four times as long."""
+"""The most bytes of JSON that are parsed without a call into Python for each integer.
+
+`json.loads` holds the GIL between such calls: without them for 60 ms for 2 MiB, with them for at most 40 ms for 4 MiB,
+at four times the cost.
+"""
 
 _MEMORY: Final = 40
-"""Bytes of memory that a byte of JSON may take while it is parsed: measured are 36, of lists in lists."""
+"""Bytes of memory that a byte of JSON can take while it is parsed; lists in lists take 36."""
 
 _MAX_DEPTH: Final = 32
-_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair; it is not a character without the other half
 
 
 def json_memory(nbytes: int) -> int:
-    """Returns the bytes of memory that parsing so many bytes of JSON takes."""
+    """Returns the bytes of memory that parsing `nbytes` bytes of JSON can take."""
     return _MEMORY * nbytes
 
 
 def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
+    """Returns the JSON object of a config file. It may hold infinities, since `json.dump` writes them.
 
-    `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
+    `parse_config` drops an infinity in a field that this service does not read, and refuses it in others.
 
     Raises:
-        InvalidConfig: as `parse_json`.
+        InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN or
+            lone surrogates. The message begins with `what`.
     """
     return _parse(data, what, limit, float, _refuse_nan)
 
@@ -50,8 +54,8 @@ def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
     """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
 
     Raises:
-        InvalidConfig: too many bytes, values or names, too deep, duplicate keys, NaN, infinities or lone surrogates;
-            names `what`.
+        InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN,
+            infinities or lone surrogates. The message begins with `what`.
     """
     return _parse(data, what, limit, _finite, _refuse_constant)
 
@@ -83,7 +87,9 @@ def _parse(
 
 
 def _require_few_values(data: bytes, what: str) -> None:
-    """Counts before anything is made of the text; what stands in strings counts too."""
+    """Raises InvalidConfig if the text has too many values or names. Counts characters before anything is parsed, so
+    those in strings count too.
+    """
     containers = data.count(b"[") + data.count(b"{")
     values = containers + data.count(b",")
     if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
@@ -134,7 +140,7 @@ def _deeper_than(levels: int, value: dict[str, Any] | list[Any]) -> bool:
     if levels < 0:
         return True
     children = value.values() if isinstance(value, dict) else value
-    if {dict, list}.isdisjoint(map(type, children)):  # a million numbers are not looked at in Python
+    if {dict, list}.isdisjoint(map(type, children)):  # so that Python does not visit the numbers of a mask one by one
         return False
     return any(_deeper_than(levels - 1, child) for child in children if isinstance(child, dict | list))
 

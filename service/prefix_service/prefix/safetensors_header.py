@@ -1,7 +1,7 @@
-"""A safetensors header, read and validated before anything that it describes is touched or allocated.
+"""Reads and validates a safetensors header before anything that it describes is touched or allocated.
 
-The format: 8 bytes little-endian length, a JSON header, tensor data (https://github.com/huggingface/safetensors).
-The library (0.8) accepts duplicate keys, hostile names and million-fold tensors; this module does not.
+The format: 8 bytes little-endian length, a JSON header, tensor data (https://github.com/huggingface/safetensors). The
+library (0.8) accepts duplicate keys, hostile names and millions of tensors; this module does not.
 
 A checkpoint may hold tensors that are not part of the prefix: a task head with its counters, flags and empty buffers.
 `parse_checkpoint_header` therefore accepts every dtype and size of the format and checks that the tensors tile the
@@ -30,7 +30,7 @@ _MOST_CONTAINERS: Final = 3 * MAX_TENSORS + 2
 _MOST_COLONS: Final = 4 * MAX_TENSORS
 _MOST_COMMAS: Final = 10 * MAX_TENSORS
 _LENGTH: Final = struct.Struct("<Q")
-_PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
+_PICKLES: Final = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare pickles
 
 # Trained weights are one of these; a key or value of another kind is a mistake or an attack.
 WEIGHT_DTYPES: Final = frozenset({"F32", "F16", "BF16"})
@@ -48,7 +48,7 @@ _BITS: Final[Mapping[str, int]] = (
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of the header: `start` and `stop` are byte offsets from the beginning of the file."""
+    """One tensor of a file; `start` and `stop` are byte offsets from the beginning of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A valid header: its tensors by name, its metadata, and the bytes of the file."""
+    """A valid header: the tensors by name, the metadata, and the size of the file in bytes."""
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -74,7 +74,7 @@ def parse_header(
 
     Raises:
         UnsafeCheckpoint: the bytes are a pickle or a zip archive.
-        InvalidCheckpoint: anything else that is not a sound safetensors file of non-empty tensors of these `dtypes`.
+        InvalidCheckpoint: the bytes are not a sound safetensors file of non-empty tensors of these `dtypes`.
     """
     header = parse_checkpoint_header(data, size=size, longest=longest)
     for name, entry in header.tensors.items():
@@ -91,12 +91,14 @@ def parse_checkpoint_header(data: memoryview, *, size: int | None = None, longes
 
     Raises:
         UnsafeCheckpoint: the bytes are a pickle or a zip archive.
-        InvalidCheckpoint: anything else that is not a sound safetensors file.
+        InvalidCheckpoint: the bytes are not a sound safetensors file.
     """
     total = len(data) if size is None else size
     length = header_length(data, total, longest)
     if 8 + length > len(data):
-        raise InvalidCheckpoint(f"the safetensors header claims {length} bytes, and {len(data)} of the file are here")
+        raise InvalidCheckpoint(
+            f"the safetensors header claims {length} bytes, and {len(data)} of the file have arrived"
+        )
     values = _header_json(bytes(data[8 : 8 + length]))
     metadata = values.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # some writers put null
@@ -120,7 +122,9 @@ def require_dtype(name: str, entry: TensorEntry, dtypes: frozenset[str]) -> None
 
 
 def require_name(name: str) -> None:
-    """Raises InvalidCheckpoint if a tensor's name is empty, longer than 64 Ki characters, unprintable, or has `..`."""
+    """Raises InvalidCheckpoint if a tensor's name is empty, unprintable,
+    longer than 64 Ki characters, or contains `..`.
+    """
     # No file is ever named after a tensor, so "/" and "\\" are harmless (a module may be named so). Control characters
     # and ".." stay refused: no training framework writes them, and names are shown on terminals.
     if not name or len(name) > _MAX_NAME or not name.isprintable() or ".." in name:
@@ -128,7 +132,7 @@ def require_name(name: str) -> None:
 
 
 def shown_name(name: str) -> str:
-    """Returns a tensor's name for a message: quoted, control characters escaped, at most 80 characters."""
+    """Returns a tensor's name for an error message: quoted, control characters escaped, at most 80 characters."""
     text = repr(name)
     return text if len(text) <= 80 else text[:76] + "...'"
 
@@ -138,9 +142,9 @@ def header_length(data: memoryview, total: int, longest: int = MAX_HEADER_BYTES)
 
     Raises:
         UnsafeCheckpoint: the bytes are a pickle or a zip archive.
-        InvalidCheckpoint: there is no length, or it is beyond the file or the limit.
+        InvalidCheckpoint: the length is missing, or exceeds the file or the limit.
     """
-    # A header of 640 bytes begins like a pickle too, but a pickle has no '{' behind eight bytes of length.
+    # A header of 640 bytes begins like a pickle, but no pickle has a '{' behind its first eight bytes.
     if bytes(data[:4]).startswith(_PICKLES) and bytes(data[8:9]) != b"{":
         raise UnsafeCheckpoint(
             "the weights are a pickle, which is never opened here: turn them into safetensors on your own machine "

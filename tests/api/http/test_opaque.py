@@ -49,7 +49,7 @@ def test_a_text_that_was_altered_is_refused(number: int, bit: int) -> None:
 @given(st.text(max_size=40))
 def test_what_is_no_text_of_it_is_refused(text: str) -> None:
     """In words."""
-    with pytest.raises(InvalidRequest, match="is not one that a listing gave"):
+    with pytest.raises(InvalidRequest, match="is not a value from a listing"):
         NUMBERS.number(text)
 
 

@@ -72,7 +72,7 @@ def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(
             eventually(lambda: set(workers_of(server.process.pid)) - {hanging, killed})
         ready_of(server, hanging, killed)
         assert all(answers(server) for _ in range(10))
-        reasons = [line["reason"] for line in lines_of(server.log, "a worker died: another is started")]
+        reasons = [line["reason"] for line in lines_of(server.log, "a worker died, and is replaced")]
         assert reasons == ["killed by SIGKILL", "no sign of life for 15 seconds (killed by SIGKILL)"]
 
 
@@ -179,7 +179,7 @@ def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: 
             (("--port", port), f"another program listens on 127.0.0.1:{port}"),
             (("--host", "192.0.2.1", "--port", port), f"cannot listen on 192.0.2.1:{port}: Cannot assign"),
             (("--host", "not a host"), "cannot listen on not a host: "),
-            (("--uds", str(file)), "is there and is no socket"),
+            (("--uds", str(file)), "exists and is not a socket"),
             (("--uds", str(tmp_path / ("long" * 50))), "cannot listen on"),
         ):
             refused = run_command("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)

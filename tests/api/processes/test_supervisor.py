@@ -62,7 +62,7 @@ def test_a_worker_is_replaced_whatever_another_does(supervised: Supervised) -> N
         os.kill(killed, signal.SIGKILL)
         eventually(lambda: set(workers_of(supervised.process.pid)) - {stopped, killed})
     supervised.two_ready(stopped, killed)
-    reasons = {line["pid"]: line["reason"] for line in lines_of(supervised.log, "a worker died: another is started")}
+    reasons = {line["pid"]: line["reason"] for line in lines_of(supervised.log, "a worker died, and is replaced")}
     assert reasons == {
         killed: "killed by SIGKILL",
         stopped: f"no sign of life for {PATIENCE.silence:g} seconds (killed by SIGKILL)",

@@ -227,7 +227,7 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
             environment={"PREFIX_SHARED_DIR": str(shared)},
         )
         assert refused.returncode == 1
-        assert f"others may replace what lies in {shared}" in " ".join(refused.stderr.split())
+        assert f"other users can replace the contents of {shared}" in " ".join(refused.stderr.split())
     shared.chmod(0o1777)
     with sharing_server(tmp_path):
         assert len(list(shared.iterdir())) == 1

@@ -257,7 +257,7 @@ def test_a_folder_is_worked_on_and_never_made(tmp_path: Path, command: tuple[str
     for folder in (new, empty):
         refused = run_command("key", *command, "--data-dir", folder)
         assert refused.returncode == 1
-        assert f"{folder} is no data folder of a service" in refused.stderr
+        assert f"{folder} is not a data folder of a service" in refused.stderr
     assert list(tmp_path.iterdir()) == [empty]
     assert list(empty.iterdir()) == []
     before = sorted(Path().iterdir())

@@ -116,7 +116,7 @@ def test_the_error_says_what_was_asked_and_what_came(proxy: Meddler, server: Ser
     with PrefixClient(proxy.url, server.admin_key) as client, pytest.raises(InvalidResponse) as raised:
         client.get("swap/a@1", layers=(0, 1), dtype="float16")
     assert str(raised.value) == (
-        "the answer is not one to the question for swap/a@1 (dtype=float16, layers=(0, 1)): "
+        "the answer is not about swap/a@1 (dtype=float16, layers=(0, 1)): "
         "it has tenant 'other' instead of 'swap', layers [1, 2] instead of [0, 1]"
     )
 
@@ -301,7 +301,7 @@ def test_a_shared_file_that_holds_something_else_is_not_used(
     (client, proxy), (server, _) = beside, sharing
     reference, form, asked, other = SWAPS[swap]
     proxy.swaps = {asked: other}
-    with pytest.raises(InvalidResponse, match="not one to the question for swap/a"):
+    with pytest.raises(InvalidResponse, match="the answer is not about swap/a"):
         client.get(reference, **form)
     assert proxy.swapped == 2
     proxy.only = b"shared-file+json"

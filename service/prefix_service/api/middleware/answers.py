@@ -1,4 +1,4 @@
-"""Answers that were planned once, and are given again without a route: the fast path of `GET …/prefix`."""
+"""Caches planned answers and sends them without a route: the fast path of `GET …/prefix`."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -30,11 +30,11 @@ class Answer:
 
 
 class Answers:
-    """Answers that the route has given, keyed by all that an answer depends on: the raw path, query and `Accept`.
+    """Answers that the route has given, by everything that they depend on: the raw path, query and `Accept`.
 
-    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
-    questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
-    socket need not be part of it: a service listens there or on TCP, never both.
+    The caller's key and the version behind the reference are checked each time. The cache is bounded by bytes,
+    including those of the questions; a tenant that asks for much displaces its own oldest answers. Whether a caller is
+    on the Unix socket is not part of the key: a service listens either there or on TCP.
     """
 
     def __init__(self, library: Library) -> None:
@@ -43,21 +43,24 @@ class Answers:
 
     @property
     def nbytes(self) -> int:
-        """An estimate of the memory that all of it takes."""
+        """An estimate of the memory of all answers, in bytes."""
         return self._known.size
 
     def nbytes_of(self, tenant: str) -> int:
-        """An estimate of the memory that the answers of one tenant take."""
+        """Returns an estimate of the memory of one tenant's answers, in bytes."""
         return self._known.size_of(tenant)
 
     def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
-        """Keep what a route is about to answer."""
+        """Caches the answer that a route is about to send."""
         question = _question(scope)
         nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
         self._known.put(response.version.tenant, question, Answer(response, reference, scope["route"]), nbytes)
 
     def find(self, scope: Scope) -> Answer | None:
-        """The answer to a request, if it was given before, is still true, and the caller may have it."""
+        """Returns the cached answer to a request.
+
+        Returns None if there is none, it is outdated, or the caller may not see it.
+        """
         principal: Principal | None = scope.get("principal")
         if principal is None or scope["method"] not in ("GET", "HEAD"):
             return None

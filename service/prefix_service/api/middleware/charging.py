@@ -1,4 +1,4 @@
-"""Charges each request to a tenant's rate, and sends the answer if a route has made it before."""
+"""Charges each request to a tenant's rate, and sends the cached answer if there is one."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -8,10 +8,10 @@ from prefix_service.api.middleware.rates import Allowance, RateLimits, charged
 
 
 class ChargingMiddleware:
-    """Answers 429 above a tenant's rate; otherwise sends a remembered answer, or passes the request on.
+    """Answers 429 above a tenant's rate; otherwise sends a cached answer, or passes the request on.
 
-    Every answer to a tenant with a limit has the fields `RateLimit` and `RateLimit-Policy`. The remembered answer names
-    its tenant, so that a request which has one, of a tenant without a limit, costs no look at its path.
+    Every answer to a tenant with a limit has the fields `RateLimit` and `RateLimit-Policy`. A cached answer names its
+    tenant, so for a tenant without a limit the path of the request is not parsed.
     """
 
     def __init__(self, app: ASGIApp, answers: Answers, rates: RateLimits) -> None:
@@ -19,7 +19,7 @@ class ChargingMiddleware:
         self._answers, self._rates = answers, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Charge, then answer."""
+        """Charges a request, and answers it or passes it on."""
         answer = self._answers.find(scope)
         tenant = charged(scope) if answer is None else scope["principal"].tenant or answer.tenant
         if tenant is not None and not self._rates.is_unlimited(tenant):

@@ -1,4 +1,4 @@
-"""Requests in flight: refused above a limit, after the key was checked and before any body is read."""
+"""Bounds the requests in flight, after the key was checked and before any body is read."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,11 +10,11 @@ from prefix_service.registry.admission import Admission
 
 
 class InFlightMiddleware:
-    """Counts every request but those of the health routes, until the last byte of its answer has left.
+    """Counts every request, except those of health routes, until the last byte of its answer has left.
 
-    A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
-    adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
-    key: whoever leaves their answers unread takes no place of a tenant.
+    A request counts for the tenant that its rate is charged to. Requests of platform admins that concern no tenant's
+    adapters, and scrapes of the metrics, have a few reserved places. So have the public routes, which need no key: a
+    caller that leaves their answers unread takes no place of a tenant.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -22,7 +22,7 @@ class InFlightMiddleware:
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on.
+        """Passes a request on.
 
         Raises:
             Overloaded: too many requests are in flight.

@@ -1,4 +1,4 @@
-"""Keys that this process knows: checked in memory, and looked up at a bounded rate where they are new."""
+"""Keys that this process knows: checked in memory, and looked up at a bounded rate if they are new."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ _STRANGERS: Final = RateLimitItemPerSecond(50)
 a second until its creation by another process is heard."""
 _LOOKUPS: Final = 4  # threads
 _PATIENCE: Final = 2.0  # seconds that a lookup may take
-_PAUSE: Final = 5.0  # seconds between two notes of what was used
+_PAUSE: Final = 5.0  # seconds between two writes of the keys' last uses
 
 
 class KnownKeys:
@@ -42,7 +42,7 @@ class KnownKeys:
 
     def __init__(self, keyring: Keyring, are_known: Callable[[], bool], *, notes_uses: bool = True) -> None:
         self._keyring, self._are_known, self._notes_uses = keyring, are_known, notes_uses
-        # None: this key exists, or did, and has not been looked up since.
+        # None: the key exists, or did, and has not been looked up since.
         self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
         self._missing: dict[str, None] = {}
         self._verified: dict[bytes, StoredKey] = {}
@@ -50,23 +50,26 @@ class KnownKeys:
         self._noted: dict[str, float] = {}
         self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
         self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
-        # Of its own, so that where the catalog hangs no more threads hang than these.
+        # An executor of its own: if the catalog hangs, no more threads than these hang with it.
         self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
     def recall(self, header: bytes) -> Principal | None:
-        """Returns whose key was verified by this very `Authorization` header, if the key is still good."""
+        """Returns the principal whose key was verified by this very
+        `Authorization` header, if the key is still valid.
+        """
         stored = self._verified.get(hashlib.sha256(header).digest())
         if stored is None or self._keys.get(stored.principal.key_id) is not stored or not self._are_known():
             return None
         return self._used(stored)
 
     async def verify(self, header: bytes, text: str) -> Principal:
-        """Returns whose key a text is, and recalls it by the `header` that it came in.
+        """Returns the principal of a key, and remembers it by the `header` that it came in.
 
         Raises:
-            Unauthenticated: it is malformed, unknown, expired or revoked.
-            Overloaded: its id is unknown here, and too many unknown ids have been looked up within a second.
-            StorageFailed: it must be looked up, and the catalog does not answer.
+            Unauthenticated: the key is malformed, unknown, expired or revoked.
+            Overloaded: this process does not know the key's id, and too many unknown ids were looked up within a
+            second.
+            StorageFailed: the key must be looked up, and the catalog does not answer.
         """
         key_id, found = self._keyring.parse(text)
         stored = await self._stored(key_id)
@@ -93,7 +96,10 @@ class KnownKeys:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
+        """Writes the keys' last uses to the catalog, in a thread, while the block runs.
+
+        At its end, the lookup threads end too.
+        """
         try:
             with in_background("uses of keys", self._note) if self._notes_uses else contextlib.nullcontext():
                 yield
@@ -121,7 +127,7 @@ class KnownKeys:
         return found
 
     def _used(self, stored: StoredKey) -> Principal | None:
-        """Returns the owner of a key that has not expired, and notes its use."""
+        """Returns the principal of a key that has not expired, and notes its use; None if it has expired."""
         now, key_id = time.monotonic(), stored.principal.key_id
         if now >= stored.ends:
             return None
@@ -129,7 +135,7 @@ class KnownKeys:
             _remember(self._noted, key_id, now, _MOST_KEYS)
             if self._notes_uses:
                 self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
-            if self._keys.get(key_id) is stored:  # of many keys, those that are used stay
+            if self._keys.get(key_id) is stored:  # recently used keys are dropped last
                 _remember(self._keys, key_id, stored, _MOST_KEYS)
         return stored.principal
 
@@ -137,7 +143,7 @@ class KnownKeys:
         while True:
             is_last = stop.wait(_PAUSE)
             if uses := dict(self._uses.get_nowait() for _ in range(self._uses.qsize())):
-                # A full disk must not make a sound key useless.
+                # A full disk must not make a valid key unusable.
                 with contextlib.suppress(OutOfSpace, StorageFailed):
                     self._keyring.note_uses(uses)
             if is_last:
@@ -145,7 +151,7 @@ class KnownKeys:
 
 
 def _remember(known: dict[K, V], key: K, value: V, most: int) -> None:
-    """Put an entry at the end of a dictionary, and drop the first where there are more than `most`."""
+    """Puts an entry at the end of a dictionary, and drops the first if there are more than `most`."""
     known.pop(key, None)
     known[key] = value
     if len(known) > most:

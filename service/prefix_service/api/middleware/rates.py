@@ -1,4 +1,4 @@
-"""Requests per second of each tenant: charged after the key was checked, before any body is read."""
+"""Limits the requests per second of each tenant, after the key was checked and before any body is read."""
 
 import math
 import time
@@ -19,12 +19,12 @@ from prefix_service.prefix.references import check_name
 _REMEMBERED_TENANTS: Final = 10_000
 
 RateOf = Callable[[str], int | None]
-"""A tenant's requests per second; None without a limit, and for a tenant that is missing. Blocking."""
+"""Returns a tenant's requests per second; None without a limit, and for a missing tenant. Blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a tenant may still do: `remaining` of `quota` requests, more in `seconds`."""
+    """The requests that a tenant may still send: `remaining` of `quota` requests, and more in `seconds`."""
 
     granted: bool
     quota: int
@@ -32,13 +32,13 @@ class Allowance:
     seconds: int
 
     def refusal(self, tenant: str) -> RateLimited:
-        """What is said to who asked once too often."""
+        """Returns the error for a caller above the rate."""
         detail = f"tenant {tenant!r} may send {self.quota} requests a second: slow down"
         return RateLimited(detail, self.seconds)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """As draft-ietf-httpapi-ratelimit-headers-10 writes it."""
+        """The header fields of draft-ietf-httpapi-ratelimit-headers-10."""
         return [
             (b"ratelimit-policy", b'"tenant";q=%d;w=1' % self.quota),
             (b"ratelimit", b'"tenant";r=%d;t=%d' % (self.remaining, self.seconds)),
@@ -46,11 +46,11 @@ class Allowance:
 
 
 class RateLimits:
-    """The rates of tenants, enforced in this process.
+    """The rate limits of tenants, enforced in this process.
 
-    Two windows, weighted (`limits`' sliding window counter): a tenant costs the same memory at any rate, as it would
-    with fixed windows, which let twice the rate through at their edges. Measured for 1,000 tenants at a rate of 100:
-    fixed 2.8 µs a request and 0.3 MiB, moving 4.0 and 7.1, sliding 5.1 and 0.3.
+    The algorithm is two weighted windows (`limits`' sliding window counter): a tenant costs the same memory at any
+    rate. It would with fixed windows, too, but these allow twice the rate at their edges. Measured for 1,000 tenants at
+    a rate of 100: fixed 2.8 µs a request and 0.3 MiB, moving 4.0 and 7.1, sliding 5.1 and 0.3.
     """
 
     def __init__(self, rate_of: RateOf, are_known: Callable[[], bool]) -> None:
@@ -65,7 +65,7 @@ class RateLimits:
         return tenant in self._known and self._known[tenant] is None and self._are_known()
 
     async def charge(self, tenant: str) -> Allowance | None:
-        """Count a request of a tenant; None where there is no limit."""
+        """Counts a request of a tenant; returns its allowance, or None without a limit."""
         rate = await self._rate(tenant)
         if rate is None:
             return None
@@ -74,10 +74,10 @@ class RateLimits:
         return Allowance(granted, rate.amount, left.remaining, max(math.ceil(left.reset_time - time.time()), 1))
 
     async def require(self, tenant: str) -> None:
-        """Count a request of a tenant.
+        """Counts a request of a tenant.
 
         Raises:
-            RateLimited: it is one too many.
+            RateLimited: the request exceeds the rate.
         """
         allowance = await self.charge(tenant)
         if allowance is not None and not allowance.granted:
@@ -106,8 +106,8 @@ class RateLimits:
 def charged(scope: Scope) -> str | None:
     """Returns the tenant that a request is charged to, if any.
 
-    A tenant's key charges its tenant, whatever it asks for; one of the platform the tenant whose adapters it asks for,
-    so that an operator always reaches the tenant itself and its keys.
+    A request with a tenant's key is charged to that tenant, whatever it asks for. A request with a key of the platform
+    is charged to the tenant whose adapters it asks for, so that operators always reach the tenant itself and its keys.
     """
     principal: Principal | None = scope.get("principal")
     if principal is None:

@@ -1,4 +1,4 @@
-"""What is told of every request: its id to the caller, its numbers to metrics and usage, one line to the log."""
+"""Request id, metrics, usage and one log line for every request."""
 
 import random
 import re
@@ -13,10 +13,10 @@ from prefix_service.api.http.problems import defect, problem
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
-from prefix_service.logs import LogLevel, RequestLog, about
+from prefix_service.logs import LogLevel, RequestLog, request_context
 
 UNROUTED: Final = "none"
-"""The route of a request that was answered before it had one, or that has none."""
+"""The route of a request that was answered before routing, or that no route matches."""
 
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -24,9 +24,9 @@ _QUIET: Final = HEALTH | {"/metrics"}
 
 
 class RequestMiddleware:
-    """The outermost: `X-Request-ID` is taken over when well-formed, else made, and comes back on every response.
+    """The outermost middleware: keeps a well-formed `X-Request-ID` or makes one, and returns it in every response.
 
-    Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
+    Of a caller's input, only that id is logged: route templates instead of paths, and no query, header or body.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
@@ -35,36 +35,36 @@ class RequestMiddleware:
         self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and tell of it when it ended."""
+        """Passes a request on, and records it when it has ended."""
         request_id = _request_id(scope)
-        about.set({"request_id": request_id.decode()})
+        request_context.set({"request_id": request_id.decode()})
         outcome = _Outcome(send, request_id)
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
             await self._app(scope, receive, outcome)
-        except Exception as error:  # noqa: BLE001 - the last one who can answer
-            # What the routes raise has been answered and logged; uvicorn would log it again.
+        except Exception as error:  # noqa: BLE001 - no outer layer could answer
+            # An error of a route has been answered and logged; uvicorn would log it again.
             if not outcome.status:
                 answer = problem(error) if isinstance(error, PrefixServiceError) else defect(error)
                 await answer(scope, receive, outcome)
             elif outcome.status < 500:
-                defect(error)  # in the middle of an answer, which ends here: all that is left is to tell of it
+                defect(error)  # in the middle of an answer, which ends here: it can only be logged
         finally:
             self._metrics.in_flight -= 1
-            self._tell(scope, outcome, time.perf_counter() - started)
+            self._record(scope, outcome, time.perf_counter() - started)
 
-    def _tell(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
+    def _record(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", UNROUTED)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
         self._usage.count(scope, outcome.status, sent)
         level = _level(route, outcome.status)
-        if not self._log.tells(level):
+        if not self._log.is_enabled_for(level):
             return
         fields = {
-            **about.get(),
+            **request_context.get(),
             "method": method,
             "route": route,
             "status": outcome.status,
@@ -73,11 +73,11 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
-        self._log.line(level, fields)
+        self._log.write(level, fields)
 
 
 class _Outcome:
-    """An answer as it passes: its status (0 until it begins) and bytes of its body."""
+    """The outcome of an answer: its status (0 until it begins), and the bytes of its body."""
 
     __slots__ = ("_header", "_send", "sent", "status")
 
@@ -87,7 +87,7 @@ class _Outcome:
         self._header = (b"x-request-id", request_id)
 
     def __call__(self, message: Message) -> Awaitable[None]:
-        """Note a message, and pass it on."""
+        """Notes a message, and passes it on."""
         if (body := message.get("body")) is not None:
             self.sent += len(body)
         elif message["type"] == "http.response.start":

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 
 from prefix_service.api.http.paths import NamePath, SelectorPath
 from prefix_service.api.metrics.inference_statistics import Duration, InferenceStatistics
-from prefix_service.api.middleware.auth import Caller, Reading
+from prefix_service.api.middleware.auth import Caller, ReadableTenant
 from prefix_service.api.open_inference.models import (
     MODEL,
     VERSION,
@@ -64,13 +64,15 @@ _LISTING: Final[dict[str, Any]] = {
 
 
 @router.get(f"{MODEL}/config")
-async def model_config(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelConfig:
+async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelConfig:
     """The configuration of a model's latest version."""
     return _configuration(library, await resolved(library, tenant, name))
 
 
 @router.get(f"{VERSION}/config")
-async def version_config(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelConfig:
+async def version_config(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
+) -> ModelConfig:
     """The configuration of one version."""
     return _configuration(library, await resolved(library, tenant, name, version))
 
@@ -82,14 +84,16 @@ async def all_statistics(caller: Caller, state: StateOf) -> StreamingResponse:
 
 
 @router.get(f"{MODEL}/stats", **_LISTING)
-async def model_statistics(tenant: Reading, name: NamePath, state: StateOf) -> StreamingResponse:
+async def model_statistics(tenant: ReadableTenant, name: NamePath, state: StateOf) -> StreamingResponse:
     """Counts of every version of a model, oldest first."""
     await resolved(state.library, tenant, name)  # 404 where there is no such adapter
     return await _counts(state, tenant, name)
 
 
 @router.get(f"{VERSION}/stats")
-async def version_statistics(tenant: Reading, name: NamePath, version: SelectorPath, state: StateOf) -> Statistics:
+async def version_statistics(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, state: StateOf
+) -> Statistics:
     """Counts of one version."""
     found = await resolved(state.library, tenant, name, version)
     return Statistics(model_stats=[ModelStatistics.model_validate(_counted(state.inference_statistics, found))])

@@ -55,7 +55,7 @@ def inputs_of_every_model() -> list[TensorMetadata]:
 
 def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
     """Returns the outputs that an inference may ask for, with -1 for what the request decides."""
-    tensors = library.plan(version, PrefixRequest(), InputMask.empty(1)).message.tensors
+    tensors = library.plan(version, PrefixRequest(), InputMask.empty(1)).file.tensors
     extras = {"attention_mask": [-1, -1], "position_ids": [-1, -1]}
     return [
         TensorMetadata(

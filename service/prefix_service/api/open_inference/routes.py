@@ -13,7 +13,7 @@ from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import read_body
 from prefix_service.api.dependencies.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
 from prefix_service.api.http.paths import NamePath, SelectorPath
-from prefix_service.api.middleware.auth import Caller, Reading, Writing
+from prefix_service.api.middleware.auth import Caller, ReadableTenant, WritableTenant
 from prefix_service.api.open_inference.extensions import EXTENSIONS
 from prefix_service.api.open_inference.models import (
     MODEL,
@@ -109,32 +109,36 @@ async def server_ready(state: StateOf) -> ServerReady:
 
 
 @router.get(MODEL)
-async def model_metadata(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelMetadata:
+async def model_metadata(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelMetadata:
     """The inputs and outputs of a model's latest version."""
     return await _metadata(library, await resolved(library, tenant, name))
 
 
 @router.get(VERSION)
-async def version_metadata(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelMetadata:
+async def version_metadata(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
+) -> ModelMetadata:
     """The inputs and outputs of one version."""
     return await _metadata(library, await resolved(library, tenant, name, version))
 
 
 @router.get(f"{MODEL}/ready")
-async def model_ready(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelReady:
+async def model_ready(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelReady:
     """Whether inference may be asked for: the model is published, and loaded when it is needed."""
     return ModelReady(name=name_of(await resolved(library, tenant, name)))
 
 
 @router.get(f"{VERSION}/ready")
-async def version_ready(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelReady:
+async def version_ready(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
+) -> ModelReady:
     """Whether inference may be asked for with one version."""
     return ModelReady(name=name_of(await resolved(library, tenant, name, version)))
 
 
 @router.post(f"{MODEL}/infer", **_INFERENCE)
 async def infer(
-    request: Request, tenant: Reading, name: NamePath, _memory: HeldBody, state: StateOf
+    request: Request, tenant: ReadableTenant, name: NamePath, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of a model's latest version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name))
@@ -142,7 +146,7 @@ async def infer(
 
 @router.post(f"{VERSION}/infer", **_INFERENCE)
 async def infer_version(
-    request: Request, tenant: Reading, name: NamePath, version: SelectorPath, _memory: HeldBody, state: StateOf
+    request: Request, tenant: ReadableTenant, name: NamePath, version: SelectorPath, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of one version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name, version))
@@ -162,7 +166,9 @@ async def repository_index(request: Request, caller: Caller, library: LibraryOf)
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
-async def repository_load(request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf) -> Response:
+async def repository_load(
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
+) -> Response:
     """Load a model's latest version into memory now, and wait; whether it is pinned stays as it is."""
     wanted = await _optional(request, LoadRequest)
     if wanted.parameters:
@@ -176,7 +182,7 @@ async def repository_load(request: Request, tenant: Writing, name: NamePath, by:
 
 @router.post(f"{_REPOSITORY}/unload", response_class=Response, openapi_extra=json_body(UnloadRequest, required=False))
 async def repository_unload(
-    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
 ) -> Response:
     """Take all versions of a model out of memory; the next inference loads what it needs again."""
     await _optional(request, UnloadRequest)

@@ -1,4 +1,4 @@
-"""Announces a service once it listens: a few lines for a person on a terminal, one line of the log anywhere else."""
+"""Announces a service once it listens: a few lines for a person on a terminal, else one line in the log."""
 
 import shlex
 import sys
@@ -16,7 +16,9 @@ log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service"
 
 
 def announce(settings: Settings, at: str, device: torch.device) -> None:
-    """Say that the service listens `at` an address, on which device prefixes are kept, and where the first key is."""
+    """Reports the address `at` which the service listens, the device that
+    prefixes are kept on, and the first key's file.
+    """
     if sys.stderr.isatty():
         rows = _rows(settings, at, device)
         lines = [f"prefix-service {version('prefix-service')} is ready", *(f"  {name:8}{text}" for name, text in rows)]
@@ -37,7 +39,7 @@ def announce(settings: Settings, at: str, device: torch.device) -> None:
 
 
 def _rows(settings: Settings, at: str, device: torch.device) -> list[tuple[str, str]]:
-    """Returns what a person needs next, in pairs of a word and a text."""
+    """Returns what a person needs next, as pairs of a label and a text."""
     here = at.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     rows = [("where", here if here == at else f"{here}, and every other address of this machine")]
     if settings.uds is None:

@@ -1,4 +1,4 @@
-"""A running service: a data folder, served by one process or by several."""
+"""Runs a service: a data folder, served by one process or by several."""
 
 import contextlib
 import os
@@ -30,11 +30,11 @@ log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service"
 
 
 def run(settings: Settings) -> None:
-    """Serve until a signal ends it; requests under way are finished first.
+    """Serves until a signal ends it; requests in progress are finished first.
 
     Raises:
         Conflict: another service runs on the data folder, or another program listens on the address or metrics port.
-        InvalidInput: the device is not there, or the address or the folder for shared files cannot be used.
+        InvalidInput: the machine lacks the device, or the address or the folder for shared files cannot be used.
         StorageFailed, OutOfSpace: the disk refused.
         Unavailable: no worker process could start.
     """
@@ -64,7 +64,12 @@ def _warn_of_unknown_variables() -> None:
 
 
 def _check_shared(shared_dir: Path, uds: Path | None) -> None:
-    """What each process finds out too, here in words."""
+    """Checks the folder for shared files before any process starts, so that the error is a plain message.
+
+    Raises:
+        InvalidInput: the service does not listen on a Unix socket, or others can replace the folder or its contents.
+        StorageFailed, OutOfSpace: the system refused.
+    """
     if uds is None:
         raise InvalidInput(f"files in {shared_dir} are for workers on a Unix socket: set PREFIX_UDS or --uds too")
     sweep(shared_dir)

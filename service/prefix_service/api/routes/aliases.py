@@ -9,7 +9,7 @@ from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
 from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
 from prefix_service.api.routes.schemas import Alias, AliasTarget
 from prefix_service.api.state import LibraryOf
@@ -41,7 +41,7 @@ _REFUSALS: Final = refusals(
 async def put_alias(
     request: Request,
     response: Response,
-    tenant: Writing,
+    tenant: WritableTenant,
     name: NamePath,
     alias: AliasPath,
     by: Actor,
@@ -65,7 +65,9 @@ async def put_alias(
 
 
 @router.get(_PATH)
-async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: AliasPath, library: LibraryOf) -> Alias:
+async def get_alias(
+    response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, library: LibraryOf
+) -> Alias:
     """Where an alias points."""
     _check(name, alias)
     aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
@@ -77,7 +79,7 @@ async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: 
 
 @router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)
 async def delete_alias(
-    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
 ) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
-from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import AuditEntry
@@ -39,7 +39,7 @@ class AuditPage(BaseModel):
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
     request: Request,
-    tenant: Administering,
+    tenant: AdministeredTenant,
     _memory: HeldPage,
     state: StateOf,
     limit: Limit = 100,

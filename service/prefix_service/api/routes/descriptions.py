@@ -21,7 +21,7 @@ from prefix_service.api.http.negotiation import (
     require_media_type,
 )
 from prefix_service.api.http.paths import RefPath
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
 from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA
 from prefix_service.api.state import LibraryOf
@@ -104,14 +104,16 @@ _CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
 
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))
-async def get_card(request: Request, tenant: Reading, ref: RefPath, _memory: _HeldCard, library: LibraryOf) -> Response:
+async def get_card(
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldCard, library: LibraryOf
+) -> Response:
     """The model card of a version, in Markdown, exactly as it was stored; empty where there is none."""
     require_acceptable(request.headers, _MARKDOWN)
     return await _answer(request, library, tenant, ref, f"{_MARKDOWN}; charset=utf-8", _card)
 
 
 @router.put(f"{_PATH}/card", **_documented_change(_MARKDOWN, _CARD_SCHEMA))
-async def put_card(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
+async def put_card(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
     """Replace the model card of a version: up to 256 KiB of UTF-8. With `If-Match` only if it is what the caller
     saw."""
     require_media_type(request.headers, _MARKDOWN)
@@ -127,14 +129,16 @@ async def put_card(request: Request, tenant: Writing, ref: RefPath, by: Actor, l
     **_documented(_JSON, ANNOTATIONS_SCHEMA),
 )
 async def get_annotations(
-    request: Request, tenant: Reading, ref: RefPath, _memory: _HeldAnnotations, library: LibraryOf
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldAnnotations, library: LibraryOf
 ) -> Response:
     """The annotations of a version: a JSON object of texts, empty where there are none."""
     return await _answer(request, library, tenant, ref, _JSON, _annotations)
 
 
 @router.put(f"{_PATH}/annotations", **_documented_change(_JSON, ANNOTATIONS_SCHEMA))
-async def put_annotations(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
+async def put_annotations(
+    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
+) -> Response:
     """Replace all annotations of a version: a JSON object of up to 64 texts of up to 4 KiB. With `If-Match` only if
     they are what the caller saw."""
     require_media_type(request.headers, _JSON)

@@ -14,7 +14,7 @@ from prefix_service.api.dependencies.json_bodies import read_model
 from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
-from prefix_service.api.middleware.auth import Administering, Caller, PlatformAdmin
+from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import (
     CreatedKey,
@@ -48,7 +48,7 @@ async def whoami(caller: Caller, state: StateOf) -> Identity:
 
 
 @router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewTenantKey))
-async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
+async def create_tenant_key(request: Request, tenant: AdministeredTenant, by: Actor, state: StateOf) -> CreatedKey:
     """Create another key of a tenant. Only this answer contains the key."""
     return await _create(request, state, tenant, by)
 
@@ -56,7 +56,7 @@ async def create_tenant_key(request: Request, tenant: Administering, by: Actor, 
 @router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
 async def list_tenant_keys(
     request: Request,
-    tenant: Administering,
+    tenant: AdministeredTenant,
     _memory: HeldPage,
     state: StateOf,
     limit: Limit = 100,
@@ -67,21 +67,21 @@ async def list_tenant_keys(
 
 
 @router.get("/v1/tenants/{tenant}/keys/{key_id}")
-async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
+async def get_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of a tenant, without its secret."""
     return _item(await read_catalog(state.keyring.get, tenant, key_id))
 
 
 @router.put("/v1/tenants/{tenant}/keys/{key_id}", openapi_extra=json_body(KeyEnd))
 async def shorten_tenant_key(
-    request: Request, tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf
+    request: Request, tenant: AdministeredTenant, key_id: KeyPath, by: Actor, state: StateOf
 ) -> KeyItem:
     """Give a key an end, or an earlier one than it has: with a second key this is a rotation."""
     return await _shorten(request, state, tenant, key_id, by)
 
 
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
-async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf) -> None:
+async def revoke_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, by: Actor, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, tenant, key_id, by)
 

@@ -11,19 +11,19 @@ from prefix_service.api.dependencies.masks import mask_from_json, mask_of_tensor
 from prefix_service.api.http.negotiation import lists, require_acceptable, require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.http.responses import ParametersResponse, PrefixResponse
-from prefix_service.api.middleware.auth import Reading
+from prefix_service.api.middleware.auth import ReadableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
 from prefix_service.api.routes.shared_files import SharedFileResponse, shares_file
 from prefix_service.api.state import LibraryOf, StateOf, state_of
 from prefix_service.errors import InvalidCheckpoint, InvalidRequest
 from prefix_service.library.plan import Plan, PrefixBody, PrefixRequest
-from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
 from prefix_service.prefix.json_text import MOST_VALUES, json_memory
 from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
+from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 from prefix_service.prefix.wire.extras import InputMask
-from prefix_service.prefix.wire.message import MASK_DTYPES
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES
 
 router = APIRouter(tags=["prefixes"])
 
@@ -117,7 +117,7 @@ HeldBody = Annotated[None, Depends(_held_body)]
 @router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
 async def get_prefix(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     ref: RefPath,
     state: StateOf,
     options: Annotated[PrefixRequest, Query()],
@@ -147,7 +147,7 @@ async def get_prefix(
 )
 async def post_prefix(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     ref: RefPath,
     _memory: HeldBody,
     state: StateOf,
@@ -177,7 +177,7 @@ async def post_prefix(
 
 @router.get(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
 @router.head(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
-async def parameters(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> ParametersResponse:
+async def parameters(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> ParametersResponse:
     """The weights file, byte for byte as it was uploaded."""
     require_acceptable(request.headers, MEDIA_TYPE)
     reference = parse_reference(ref)

@@ -12,7 +12,7 @@ from prefix_service.api.dependencies.json_bodies import read_model
 from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, decode_cursor, encode_cursor, json_page
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath
-from prefix_service.api.middleware.auth import PlatformReader, Reading, Writing
+from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import ResidencyRequest, ResidencyState
 from prefix_service.api.state import LibraryOf, StateOf
@@ -75,7 +75,7 @@ def _named(place: Place) -> str:
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
-async def load(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> ResidencyState:
+async def load(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
@@ -88,13 +88,13 @@ async def load(request: Request, tenant: Writing, ref: RefPath, by: Actor, libra
 
 
 @router.get(_PATH)
-async def residency(tenant: Reading, ref: RefPath, library: LibraryOf) -> ResidencyState:
+async def residency(tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> ResidencyState:
     """Whether a version is in memory."""
     version = await library.resolve(tenant, parse_reference(ref))
     return ResidencyState.model_validate(library.residency(version))
 
 
 @router.delete(_PATH, status_code=204)
-async def unload(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> None:
+async def unload(tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> None:
     """Take a version out of memory; the next request loads it again."""
     await library.unload(await library.resolve(tenant, parse_reference(ref)), by)

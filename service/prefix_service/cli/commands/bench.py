@@ -11,8 +11,8 @@ import typer
 
 from prefix_service.cli.console import human_bytes, print_json, print_table, working
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
-from prefix_service.prefix.form import KVDtype
 from prefix_service.prefix.references import parse_qualified
+from prefix_service.prefix.variant import KVDtype
 
 if TYPE_CHECKING:
     from prefix_service.client import Prefix, PrefixClient

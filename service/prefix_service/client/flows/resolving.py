@@ -1,10 +1,10 @@
-"""Which version a reference means now, without its tensors."""
+"""Resolves a reference to its version, without fetching tensors."""
 
 from dataclasses import asdict, dataclass
 
 from prefix_service.client.flows import flows
 from prefix_service.client.flows.flows import Flow
-from prefix_service.prefix.form import Identity, KVDtype
+from prefix_service.prefix.variant import Identity, KVDtype
 from prefix_service.prefix.wire.metadata import read_dtype, read_identity
 
 

@@ -15,7 +15,7 @@ from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.shelf import Load, Orders, Reports
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix

@@ -1,8 +1,8 @@
-"""A prefix as a safetensors file, with canonical bytes and without copies; `received` reads it.
+"""A prefix as a safetensors file, with canonical bytes and without copies; `received` parses it.
 
-The header is written here because the bytes stand behind an ETag and a digest, and safetensors' own writer orders
-metadata by a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the
-data begins at a multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
+The header is written here because an ETag and a digest cover the bytes, and safetensors' own writer orders metadata by
+a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the data begins at a
+multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
 """
 
 import json
@@ -16,25 +16,25 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 
 import torch
 
-from prefix_service.prefix.form import FORMAT, Form, Identity, MaskDtype
 from prefix_service.prefix.safetensors_tensors import NAMES
+from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
 from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
-from prefix_service.prefix.wire.rendering import KV_DTYPES, Part, Rendering
+from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
 
 _ALIGNMENT: Final = 64
-JOINED: Final = 1 << 16  # bytes: what is cheaper to copy once than to send by itself
+JOINED: Final = 1 << 16  # bytes, below which a copy is cheaper than a send of its own
 _BLOCK: Final = 1 << 18  # bytes of short rows that are joined
-CHUNK: Final = 8 << 20  # bytes: what a slow reader may hold where the event loop copies what it cannot send at once
+CHUNK: Final = 8 << 20  # bytes, which the event loop copies at most for a slow reader
 
 MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
 
 
-_Source = Part | Literal["extra"]
+SlotSource = BufferName | Literal["extra"]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a file, before it is there."""
+    """Name, dtype and shape of one tensor of a file, known before its values."""
 
     name: str
     dtype: torch.dtype
@@ -42,23 +42,23 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """The size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Slot(TensorSpec):
-    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
+    """One tensor of a file. `source` has one row of it, at `index`; the row is sent `times` times."""
 
-    source: _Source
+    source: SlotSource
     index: tuple[int, ...] = ()
     times: int = 1
 
 
-class _Span(NamedTuple):
-    """Bytes `start:stop` of a part of a rendering, sent `times` times."""
+class _ByteRun(NamedTuple):
+    """The bytes `start:stop` of a rendering's buffer, sent `times` times."""
 
-    source: Part
+    source: BufferName
     start: int
     stop: int
     times: int
@@ -67,10 +67,10 @@ class _Span(NamedTuple):
         return rendering.bytes_of(self.source)[self.start : self.stop], self.times
 
 
-def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
-    """Length and JSON header of a file that has these tensors one behind the other, padded; `about` is its metadata."""
-    # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null, and lists and objects of these.
-    prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
+    """Returns length and JSON header, padded, of a file with `metadata` and with these tensors in order."""
+    # RFC 8785 for the values that occur here: ASCII keys, strings, integers, booleans, null, lists and objects.
+    prefix = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
     position = 0
     for tensor in tensors:
@@ -82,89 +82,99 @@ def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> byt
 
 
 @dataclass(frozen=True)
-class Message:
-    """A response planned from sizes alone: header and length are known before a tensor is touched."""
+class PrefixFile:
+    """A response planned from sizes alone: header and length are known before a tensor is touched.
+
+    The tensors are those of `identity` in `variant`, and `extras` (masks and position ids) by name.
+    """
 
     identity: Identity
-    form: Form
+    variant: Variant
     extras: Mapping[str, Extra]
 
     @property
-    def canonical(self) -> "Message":
-        """The message in which this project's client asks for the same rendering: one tensor, one row."""
-        form = replace(self.form, batch_size=1, layout="stacked", expand=False)
+    def canonical(self) -> "PrefixFile":
+        """The file in which this project's client asks for the same rendering: one tensor, one row."""
+        variant = replace(self.variant, batch_size=1, layout="stacked", expand=False)
         mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
-        return Message(self.identity, form, {"attention_mask": mask})
+        return PrefixFile(self.identity, variant, {"attention_mask": mask})
 
     @property
     def is_canonical(self) -> bool:
-        """Whether this is that message: the header tells every form apart, and also a mask that was posted."""
+        """Whether this is the canonical file.
+
+        The headers differ for every other variant, and for a mask that was posted.
+        """
         return self.header == self.canonical.header
 
     @cached_property
     def _slots(self) -> list[Slot]:
         extras = [Slot(name, extra.dtype, extra.shape, "extra") for name, extra in self.extras.items()]
-        slots = extras + (self._layer_slots() if self.form.layout == "layers" else self._stacked_slots())
+        slots = extras + (self._layer_slots() if self.variant.layout == "layers" else self._stacked_slots())
         return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
 
     @cached_property
     def tensors(self) -> Mapping[str, Slot]:
-        """What the message holds, in the order of the file."""
+        """The tensors by name, in the order of the file."""
         return {slot.name: slot for slot in self._slots}
 
     def _layer_slots(self) -> list[Slot]:
-        form, heads = self.form, self.form.kv_heads[1] - self.form.kv_heads[0]
-        shape = (form.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        dtype, slots = KV_DTYPES[form.dtype], []
-        for index, layer in enumerate(range(*form.layers)):
+        variant, heads = self.variant, self.variant.kv_heads[1] - self.variant.kv_heads[0]
+        shape = (variant.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        dtype, slots = KV_DTYPES[variant.dtype], []
+        for index, layer in enumerate(range(*variant.layers)):
             for part, name in enumerate(("key", "value")):
                 full = f"past_key_values.{layer}.{name}"
-                slots.append(Slot(full, dtype, shape, "values", (index, part), form.rows))
-                if form.dtype == "float8_e4m3fn":
+                slots.append(Slot(full, dtype, shape, "values", (index, part), variant.rows))
+                if variant.dtype == "float8_e4m3fn":
                     slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
         return slots
 
     def _stacked_slots(self) -> list[Slot]:
-        form = self.form
-        layers, heads = form.layers[1] - form.layers[0], form.kv_heads[1] - form.kv_heads[0]
-        shape = (form.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [Slot("past_key_values", KV_DTYPES[form.dtype], shape, "values", (), form.rows)]
-        if form.dtype == "float8_e4m3fn":
+        variant = self.variant
+        layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
+        shape = (variant.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        slots = [Slot("past_key_values", KV_DTYPES[variant.dtype], shape, "values", (), variant.rows)]
+        if variant.dtype == "float8_e4m3fn":
             slots.append(Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
         return slots
 
     @cached_property
     def rendering_nbytes(self) -> int:
-        """Bytes of the rendering that this is made of."""
+        """The size in bytes of the rendering that the file is made of."""
         return sum(slot.nbytes // slot.times for slot in self._slots if slot.source != "extra")
 
     @cached_property
     def header(self) -> bytes:
         """Length and JSON header, padded."""
-        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.form)}, self._slots)
+        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}, self._slots)
 
     @cached_property
     def content_length(self) -> int:
-        """Bytes of the whole file."""
+        """The size of the whole file in bytes."""
         return len(self.header) + sum(slot.nbytes for slot in self._slots)
 
     def around_values(self) -> tuple[bytes, bytes]:
-        """Returns what stands in front of keys and values, and behind them, where they are sent once and without
-        scales."""
+        """Returns the bytes in front of keys and values and behind them, for a
+        file that sends them once and without scales.
+        """
         before, after = bytearray(), bytearray()
         found = before
         for part in self._parts:
-            if isinstance(part, _Span):
+            if isinstance(part, _ByteRun):
                 found = after
             else:
                 found += part if isinstance(part, bytes) else b"".join(chunks_of(part.pieces()))
         return bytes(before), bytes(after)
 
     @cached_property
-    def _parts(self) -> list[bytes | Extra | _Span]:
-        """The file in order: what is known without a rendering, what is made when it is sent, and spans of a rendering.
-        Neighbours are joined where they can be."""
-        parts: list[bytes | Extra | _Span] = [self.header]
+    def _parts(self) -> list[bytes | Extra | _ByteRun]:
+        """The file in order: bytes that need no rendering, extras that are made when they are sent, and runs of a
+        rendering.
+
+        Adjacent bytes are joined, and so are adjacent runs.
+        """
+        parts: list[bytes | Extra | _ByteRun] = [self.header]
         for slot in self._slots:
             last = parts[-1]
             if slot.source == "extra":
@@ -174,27 +184,27 @@ class Message:
                 else:
                     parts.append(extra)
                 continue
-            span = self._span_of(slot, slot.source)
-            if isinstance(last, _Span) and _adjoin(last, span):
-                span, parts = last._replace(stop=span.stop), parts[:-1]
-            parts.append(span)
+            run = self._run_of(slot, slot.source)
+            if isinstance(last, _ByteRun) and _adjoin(last, run):
+                run, parts = last._replace(stop=run.stop), parts[:-1]
+            parts.append(run)
         return parts
 
     @property
     def planned_nbytes(self) -> int:
-        """An estimate of the memory that the plan takes, but for a mask that was posted."""
+        """An estimate of the memory that the plan takes, in bytes, without a mask that was posted."""
         return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
 
-    def _span_of(self, slot: Slot, source: Part) -> _Span:
+    def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
-        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
+        # (layer, key or value) of (L', 2, …) in the order of memory; a tensor of all layers begins at 0
         start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
-        return _Span(source, start, start + row, slot.times)
+        return _ByteRun(source, start, start + row, slot.times)
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
-        """Yields the bytes of the file in order; rows that are repeated come once, with their number."""
+        """Yields the bytes of the file in order; a repeated row is one piece with its number of repetitions."""
         for part in self._parts:
-            if isinstance(part, _Span):
+            if isinstance(part, _ByteRun):
                 yield part.piece(rendering)
             elif isinstance(part, bytes):
                 yield part, 1
@@ -202,18 +212,18 @@ class Message:
                 yield from part.pieces()
 
     def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[Bytes]:
-        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are sent where they lie."""
+        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are not copied."""
         stop = self.content_length if stop is None else stop
         if (start, stop) == (0, self.content_length):
             return chunks_of(self.pieces(rendering))
         return chunks_of(_clipped(self.pieces(rendering), start, stop))
 
     def chunks_of(self, name: str, rendering: Rendering) -> Iterator[Bytes]:
-        """Yields the bytes of one tensor, in the same way."""
+        """Yields the bytes of one tensor in chunks of at most 8 MiB; long rows are not copied."""
         slot = self.tensors[name]
         if slot.source == "extra":
             return chunks_of(self.extras[name].pieces())
-        return chunks_of([self._span_of(slot, slot.source).piece(rendering)])
+        return chunks_of([self._run_of(slot, slot.source).piece(rendering)])
 
 
 def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
@@ -231,7 +241,7 @@ def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
 
 
 def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
-    """Yields the bytes `start:stop` of pieces."""
+    """Yields the pieces that hold the bytes `start:stop`."""
     position = 0
     for row, times in pieces:
         if position >= stop:
@@ -250,6 +260,6 @@ def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
             yield row[: last - tail * size], 1
 
 
-def _adjoin(first: _Span, second: _Span) -> bool:
-    """Whether two spans that are sent once are one."""
+def _adjoin(first: _ByteRun, second: _ByteRun) -> bool:
+    """Returns whether two runs are adjacent and sent once, so that they can be joined."""
     return first.source == second.source and first.stop == second.start and first.times == second.times == 1
