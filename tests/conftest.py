@@ -1,35 +1,31 @@
 """Real servers for every suite: started by `prefix-service serve`, in a process of their own."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
+import ssl
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import httpx
 import pytest
+from xdist.remote import Producer
 
+from tests.commands import PREFIX_SERVICE, run_command
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
-
-_LONG: Final = (
-    "test_hardening_crashes.py",
-    "tests/vllm/",
-    "test_demo.py",
-    "test_walk.py",
-    "test_hardening_servers.py",
-    "test_fuzz.py",
-    "test_snippets.py",
-)
+from tests.turns import FilesInTurn, longest_first
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
+_NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Without authorities: to read those of the system takes longer than most tests."""
 
 
 @dataclass
@@ -48,7 +44,7 @@ class Server:
         """An HTTP client with this key; by default the platform admin's, "" for none."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        transport = httpx.HTTPTransport(uds=None if self.uds is None else str(self.uds))
+        transport = httpx.HTTPTransport(verify=_NO_TLS, uds=None if self.uds is None else str(self.uds))
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60, transport=transport)
         self._clients.append(client)
         return client
@@ -56,18 +52,8 @@ class Server:
     def key(self, scope: str, tenant: str | None = None) -> str:
         """A new key, made by the command line on the running service's folder."""
         owner = ["--platform"] if tenant is None else ["--tenant", tenant]
-        command = [
-            *PREFIX_SERVICE,
-            "key",
-            "create",
-            *owner,
-            "--scope",
-            scope,
-            "--data-dir",
-            str(self.data_dir),
-            "--json",
-        ]
-        made = subprocess.run(command, check=True, capture_output=True, text=True)
+        made = run_command("key", "create", *owner, "--scope", scope, "--data-dir", self.data_dir, "--json")
+        assert made.returncode == 0, made.stderr
         text: str = json.loads(made.stdout)["key"]
         return text
 
@@ -77,13 +63,10 @@ class Server:
             client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=90)
 
 
-PREFIX_SERVICE = [sys.executable, "-m", "prefix_service.cli"]
-
-
-@contextmanager
+@contextlib.contextmanager
 def running_server(
     data_dir: Path, *options: str, environment: dict[str, str] | None = None, uds: Path | None = None
 ) -> Iterator[Server]:
@@ -109,16 +92,17 @@ def running_server(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens on. The system hands out higher ones: it is still free a moment later."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds: Path | None) -> None:
-    deadline = time.monotonic() + 60
-    transport = httpx.HTTPTransport(uds=None if uds is None else str(uds))
+    deadline = time.monotonic() + 180
+    transport = httpx.HTTPTransport(verify=_NO_TLS, uds=None if uds is None else str(uds))
     with httpx.Client(transport=transport) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -131,7 +115,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-    raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
+    raise RuntimeError(f"the server is not ready after three minutes:\n{log.read_text()}")
 
 
 def _is_listening(uds: Path) -> bool:
@@ -181,5 +165,9 @@ def publish(admin: httpx.Client) -> Publish:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that take minutes begin first, or the last of them would run alone."""
-    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONG))
+    longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesInTurn | None:
+    return FilesInTurn(config, log) if config.getoption("dist") == "loadfile" else None

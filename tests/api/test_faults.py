@@ -37,7 +37,8 @@ from tests.api.helpers import (
     versions_path,
     weights,
 )
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 from tests.mounts import fill, read_only, small_disk
 
 PROMPTLY = 3.0  # seconds: the bound of 2, and the time of a busy machine

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"

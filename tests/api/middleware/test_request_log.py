@@ -13,7 +13,8 @@ import pytest
 
 from prefix_service.blobs.folder import FolderBlobStore
 from tests.api.helpers import head, problem, raw, upload, weights
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 
 PREFIX = "/v1/tenants/acme/adapters/a/prefix"
 MADE = re.compile(r"[0-9a-f]{32}")

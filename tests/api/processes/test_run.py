@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.conftest import run_command
+from tests.commands import run_process
 from tests.conftest import Server, free_port, running_server
 from tests.processes import eventually, is_alive, lines_of, within, workers_of
 
@@ -100,7 +100,7 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
     """With the reason, and an exit status that is not 0; here the folder of the workers' numbers is gone."""
     environment = customized(tmp_path, _LOST)
     arguments = ("serve", "--data-dir", tmp_path / "data", "--port", free_port(), "--workers", "2")
-    failed = run_command(*map(str, arguments), environment=environment)
+    failed = run_process(*map(str, arguments), environment=environment)
     assert failed.returncode == 1
     assert "no worker could start" in failed.stderr
     assert "/nowhere" in failed.stderr
@@ -129,7 +129,7 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         server.process.wait()
         eventually(lambda: not is_alive(other))
         with socket.create_server(("127.0.0.1", 0)) as taken:  # it ends in any case
-            second = run_command("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
+            second = run_process("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
         assert second.returncode == 1
         assert "another prefix-service runs on the data folder" in second.stderr
         os.kill(stopped, signal.SIGCONT)
@@ -161,7 +161,7 @@ def test_a_stale_unix_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path,
     assert path.is_socket()
     with running_server(tmp_path / "data", *options, uds=path) as server:
         assert path.stat().st_mode & 0o777 == 0o660
-        other = run_command("serve", "--data-dir", tmp_path / "other", *options)
+        other = run_process("serve", "--data-dir", tmp_path / "other", *options)
         assert other.returncode == 1
         assert f"another program listens on {path}" in other.stderr
         assert server.client().get("/livez").status_code == 200
@@ -182,7 +182,7 @@ def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: 
             (("--uds", str(file)), "is there and is no socket"),
             (("--uds", str(tmp_path / ("long" * 50))), "cannot listen on"),
         ):
-            refused = run_command("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
+            refused = run_process("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
             assert refused.returncode == 1
             assert words in refused.stderr
 

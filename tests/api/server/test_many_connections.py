@@ -18,7 +18,8 @@ import pytest
 
 from tests import conftest
 from tests.api.helpers import RawAnswer, assert_alive, head, read_answer, upload, versions_path
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 
 MOST = 40
 FLOOD = 300

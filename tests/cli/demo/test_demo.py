@@ -15,7 +15,8 @@ from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
 from tests.cli.conftest import on_terminal
-from tests.conftest import PREFIX_SERVICE, Server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server
 from tests.missing import not_tested
 
 FOLDER = Path(prefix_service.cli.demo.__file__).parent
