@@ -39,7 +39,7 @@ def tenant(request: pytest.FixtureRequest, server: Server) -> str:
 
 def connect(server: Server) -> socket.socket:
     address = urlsplit(server.url)
-    return socket.create_connection((address.hostname, address.port), timeout=20)
+    return socket.create_connection((address.hostname, address.port), timeout=60)
 
 
 def begin(server: Server, one: socket.socket, tenant: str, **fields: str) -> None:

@@ -44,7 +44,7 @@ def on_terminal(
             until = None
     os.close(parent)
     plain = _STYLES.sub("", shown.decode()).replace("\r\n", "\n")
-    return process.wait(timeout=60), plain
+    return process.wait(timeout=90), plain
 
 
 def _read(terminal: int) -> bytes:

@@ -182,7 +182,7 @@ def test_serve_in_the_foreground(tmp_path: Path) -> None:
         try:
             story.sh("curl -sf --retry 60 --retry-connrefused --retry-delay 1 http://127.0.0.1:8080/readyz")
             serving.send_signal(signal.SIGTERM)
-            assert serving.wait(timeout=60) == 0
+            assert serving.wait(timeout=90) == 0
         finally:
             serving.kill()
     assert (tmp_path / "data" / "bootstrap.key").exists()

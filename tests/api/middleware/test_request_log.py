@@ -30,7 +30,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
     """What the log says of a request, once its own line is there."""
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while True:
         lines = [json.loads(line) for line in server.log.read_text().splitlines()]
         lines = [line for line in lines if line.get("request_id") == request_id]

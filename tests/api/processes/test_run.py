@@ -57,17 +57,17 @@ def ready_of(server: Server, *without: int) -> list[int]:
 def answers(server: Server) -> bool:
     """Whether a request on a new connection is answered."""
     try:
-        return httpx.get(f"{server.url}/livez", timeout=2).status_code == 200
+        return httpx.get(f"{server.url}/livez", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(tmp_path: Path) -> None:
-    """The dead one is replaced within 3 seconds, and the one that hangs, whose other threads live, as well, later."""
+    """The dead one is replaced before the one that hangs, whose other threads live, is noticed, and that as well later."""
     with two_workers(tmp_path, environment=customized(tmp_path, _HANG)) as server:
         hanging, killed = ready_of(server)
         os.kill(hanging, signal.SIGUSR1)
-        with within(3):
+        with within(12):
             os.kill(killed, signal.SIGKILL)
             eventually(lambda: set(workers_of(server.process.pid)) - {hanging, killed})
         ready_of(server, hanging, killed)
@@ -108,13 +108,13 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
 
 
 def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
-    """When it is killed they are gone within seconds, one that is stopped too, and the next service starts."""
+    """When it is killed they are gone soon, one that is stopped too, and the next service starts."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         os.kill(workers[0], signal.SIGSTOP)
         server.process.kill()
         server.process.wait()
-        eventually(lambda: not any(map(is_alive, workers)), 5)
+        eventually(lambda: not any(map(is_alive, workers)), 20)
     with two_workers(tmp_path):
         pass
 
@@ -143,7 +143,7 @@ def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=40) == 0
+        assert server.process.wait(timeout=90) == 0
         assert not any(map(is_alive, workers))
         ended = [line["reason"] for line in lines_of(server.log, "a worker has ended")]
         assert ended == ["exit status 0"] * 2

@@ -75,7 +75,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
     with running_server(tmp_path / "data") as server:
         key = server.admin_key
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=90) == 0
         printed = server.log.read_text()
     lines = [json.loads(line) for line in printed.splitlines()]
     serving = next(line for line in lines if line["event"] == "serving")
