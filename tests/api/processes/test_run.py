@@ -63,7 +63,7 @@ def answers(server: Server) -> bool:
 
 
 def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(tmp_path: Path) -> None:
-    """The dead one is replaced before the one that hangs, whose other threads live, is noticed, and that as well later."""
+    """The dead one at once; the one that hangs, whose other threads live, as well, later."""
     with two_workers(tmp_path, environment=customized(tmp_path, _HANG)) as server:
         hanging, killed = ready_of(server)
         os.kill(hanging, signal.SIGUSR1)
