@@ -9,7 +9,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ import pytest
 from xdist.remote import Producer
 
 from tests.commands import PREFIX_SERVICE, run_command
+from tests.forked import Forked
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.turns import FilesInTurn, longest_first
@@ -28,6 +29,9 @@ _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Without authorities: to read those of the system takes longer than most tests."""
 
 
+Process = subprocess.Popen[bytes] | Forked
+
+
 @dataclass
 class Server:
     """A running service: where it is, its data folder, and the platform admin's key."""
@@ -35,7 +39,7 @@ class Server:
     url: str
     data_dir: Path
     admin_key: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     uds: Path | None = None
     _clients: list[httpx.Client] = field(default_factory=list)
@@ -68,15 +72,18 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    data_dir: Path, *options: str, environment: dict[str, str] | None = None, uds: Path | None = None
+    data_dir: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    uds: Path | None = None,
+    program: Sequence[str] = PREFIX_SERVICE,
 ) -> Iterator[Server]:
     """`prefix-service serve`, ready, on a free port unless the options say another; stopped when the block ends."""
     port = options[options.index("--port") + 1] if "--port" in options else str(free_port())
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "serve.log"
-    command = [*PREFIX_SERVICE, "serve", "--port", port, "--data-dir", str(data_dir), *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+    arguments = ["serve", "--port", port, "--data-dir", str(data_dir), *options]
+    process = _started(program, arguments, log, environment or {})
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(url, process, log, uds)
@@ -91,6 +98,19 @@ def running_server(
         server.stop()
 
 
+_AT_IMPORT: Final = {"PYTHONPATH", "OMP_NUM_THREADS"}
+"""Variables that are read before a service runs."""
+
+
+def _started(program: Sequence[str], arguments: list[str], log: Path, more: dict[str, str]) -> Process:
+    environment = {**os.environ, **more}
+    is_alone = program == PREFIX_SERVICE and "--workers" not in arguments and not _AT_IMPORT & more.keys()
+    if is_alone and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
+        return Forked(arguments, log, environment)
+    with log.open("wb") as output:
+        return subprocess.Popen([*program, *arguments], stdout=output, stderr=output, env=environment)
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on. The system hands out higher ones: it is still free a moment later."""
     while True:
@@ -100,7 +120,7 @@ def free_port() -> int:
             return port
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds: Path | None) -> None:
+def _wait_until_ready(url: str, process: Process, log: Path, uds: Path | None) -> None:
     deadline = time.monotonic() + 180
     transport = httpx.HTTPTransport(verify=_NO_TLS, uds=None if uds is None else str(uds))
     with httpx.Client(transport=transport) as client:

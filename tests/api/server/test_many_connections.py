@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests import conftest
 from tests.api.helpers import RawAnswer, assert_alive, head, read_answer, upload, versions_path
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server, running_server
@@ -118,23 +117,21 @@ def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
         assert server.process.wait(timeout=90) == 0
 
 
-def with_files(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    """Lets servers of a test start with this limit of open files."""
-    monkeypatch.setattr(conftest, "PREFIX_SERVICE", ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *PREFIX_SERVICE])
+def with_files(limit: str) -> list[str]:
+    """The program with this limit of open files."""
+    return ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *PREFIX_SERVICE]
 
 
-def test_the_soft_limit_of_files_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_soft_limit_of_files_is_raised(tmp_path: Path) -> None:
     """To the hard one: a service that a shell starts may have 1,024 only."""
-    with_files(monkeypatch, "-S -n 300")
-    with running_server(tmp_path / "data") as server:
+    with running_server(tmp_path / "data", program=with_files("-S -n 300")) as server:
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         assert soft == min(hard, 1 << 20)
 
 
-def test_a_flood_leaves_files_for_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_leaves_files_for_work(tmp_path: Path) -> None:
     """Of idle connections without a key, more than the process may open files: uploads and cold reads go on."""
-    with_files(monkeypatch, "-n 400")
-    with running_server(tmp_path / "data") as server, ExitStack() as stack:
+    with running_server(tmp_path / "data", program=with_files("-n 400")) as server, ExitStack() as stack:
         started = next(
             line for line in map(json.loads, server.log.read_text().splitlines()) if line["event"] == "serving"
         )
