@@ -1,4 +1,4 @@
-"""`prefix-service …`, run to its end: in this process, or in one of its own, which imports for a second first."""
+"""`prefix-service …`, run to its end: in this process, or in one of its own, which imports for a second or two."""
 
 import io
 import os
@@ -14,7 +14,8 @@ from prefix_service.cli import main
 Finished = subprocess.CompletedProcess[str]
 
 PREFIX_SERVICE: Final = [sys.executable, "-m", "prefix_service.cli"]
-_WIDE: Final = {"COLUMNS": "200"}
+WIDE: Final = {"COLUMNS": "200"}
+"""Lines are not broken."""
 
 
 def run_command(*arguments: str | Path, environment: dict[str, str] | None = None) -> Finished:
@@ -25,7 +26,7 @@ def run_command(*arguments: str | Path, environment: dict[str, str] | None = Non
         Path(os.devnull).open() as nobody,
         patch.object(sys, "argv", typed),
         patch.object(sys, "stdin", nobody),
-        patch.dict(os.environ, {**_WIDE, **(environment or {})}),
+        patch.dict(os.environ, {**WIDE, **(environment or {})}),
         redirect_stdout(output),
         redirect_stderr(errors),
     ):
@@ -59,5 +60,5 @@ def run_process(
         stdin=stdin,
         capture_output=True,
         text=True,
-        env={**os.environ, **_WIDE, **(environment or {})},
+        env={**os.environ, **WIDE, **(environment or {})},
     )

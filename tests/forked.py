@@ -1,4 +1,4 @@
-"""Services that are forked from a process which has imported everything: a start costs no seconds of imports.
+"""`prefix-service …`, forked from a process that has imported everything: a start costs no seconds of imports.
 
 Tests alone use this; what measures a service starts a program of its own.
 """
@@ -8,22 +8,29 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from prefix_service.cli import main
+from tests.commands import WIDE, Finished
 
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["prefix_service.cli.app", "prefix_service.api.processes.run"])
 
 
 class Forked:
-    """`prefix-service …` in a forked process, with as much of `subprocess.Popen` as tests ask for."""
+    """A command in a forked process, with as much of `subprocess.Popen` as tests ask for."""
 
-    def __init__(self, arguments: Sequence[str], output: Path, environment: Mapping[str, str]) -> None:
-        output.write_bytes(b"")
-        there = (list(arguments), str(output), dict(environment), str(Path.cwd()))
+    def __init__(
+        self, arguments: Sequence[str], output: Path, environment: Mapping[str, str], errors: Path | None = None
+    ) -> None:
+        """`output` gets what it prints, and its errors too unless they have a file of their own."""
+        files = [str(output), str(errors or output)]
+        for file in files:
+            Path(file).write_bytes(b"")
+        there = (list(arguments), files, dict(environment), str(Path.cwd()))
         self._process = _CONTEXT.Process(target=_run, args=there)
         self._process.start()
         self.pid: int = self._process.pid or 0
@@ -58,13 +65,21 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(arguments: list[str], output: str, environment: dict[str, str], folder: str) -> None:
+def run_forked(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> Finished:
+    """Run a command to its end, with nobody at its keyboard."""
+    typed = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        status = Forked(typed, output, {**os.environ, **WIDE, **(environment or {})}, errors).wait()
+        return Finished(typed, status, output.read_text(), errors.read_text())
+
+
+def _run(arguments: list[str], files: list[str], environment: dict[str, str], folder: str) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    log = os.open(output, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(log, number)
-    os.close(log)
+    for number, file in enumerate(files, start=1):  # one file has one position
+        opened = number - 1 if file in files[: number - 1] else os.open(file, os.O_WRONLY)
+        os.dup2(opened, number)
     sys.argv = ["prefix-service", *arguments]
     main()

@@ -17,8 +17,8 @@ from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.registry.admission import AdmissionReport, Refusal
 from prefix_service.registry.report import TierReport
 from tests.api.helpers import problem, upload, weights
-from tests.commands import run_process
 from tests.conftest import Server, free_port, running_server
+from tests.forked import run_forked
 from tests.processes import workers_of
 
 PREFIX = "/v1/tenants/acme/adapters/a/prefix"
@@ -191,7 +191,7 @@ def test_a_port_of_their_own_needs_no_key(own: Server, port: int) -> None:
 def test_a_port_that_is_taken_is_told(tmp_path: Path, port: int) -> None:
     """In words, before anything is served."""
     arguments = ("serve", "--data-dir", tmp_path, "--port", str(free_port()))
-    refused = run_process(*arguments, environment={"PREFIX_METRICS_PORT": str(port)})
+    refused = run_forked(*arguments, environment={"PREFIX_METRICS_PORT": str(port)})
     assert refused.returncode == 1
     assert f"metrics cannot be served on 127.0.0.1:{port}" in refused.stderr
 

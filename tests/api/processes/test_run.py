@@ -13,6 +13,7 @@ import pytest
 
 from tests.commands import run_process
 from tests.conftest import Server, free_port, running_server
+from tests.forked import run_forked
 from tests.processes import eventually, is_alive, lines_of, within, workers_of
 
 _HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))\n"
@@ -129,7 +130,7 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         server.process.wait()
         eventually(lambda: not is_alive(other))
         with socket.create_server(("127.0.0.1", 0)) as taken:  # it ends in any case
-            second = run_process("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
+            second = run_forked("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
         assert second.returncode == 1
         assert "another prefix-service runs on the data folder" in second.stderr
         os.kill(stopped, signal.SIGCONT)
@@ -161,7 +162,7 @@ def test_a_stale_unix_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path,
     assert path.is_socket()
     with running_server(tmp_path / "data", *options, uds=path) as server:
         assert path.stat().st_mode & 0o777 == 0o660
-        other = run_process("serve", "--data-dir", tmp_path / "other", *options)
+        other = run_forked("serve", "--data-dir", tmp_path / "other", *options)
         assert other.returncode == 1
         assert f"another program listens on {path}" in other.stderr
         assert server.client().get("/livez").status_code == 200
@@ -182,7 +183,7 @@ def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: 
             (("--uds", str(file)), "is there and is no socket"),
             (("--uds", str(tmp_path / ("long" * 50))), "cannot listen on"),
         ):
-            refused = run_process("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
+            refused = run_forked("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
             assert refused.returncode == 1
             assert words in refused.stderr
 

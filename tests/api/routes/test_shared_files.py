@@ -18,8 +18,8 @@ from prefix_service.data_folder.opening import bootstrap_file, opened
 from prefix_service.settings import Settings
 from tests.api.apps import served
 from tests.api.helpers import CONFIG, MEDIA_TYPE, adapter_of, upload, upload_directory
-from tests.commands import run_process
 from tests.conftest import Server, running_server
+from tests.forked import run_forked
 from tests.missing import not_tested
 from tests.sharing import shared_dir, shared_files, sharing_server
 
@@ -207,7 +207,7 @@ def test_nobody_is_told_without_the_setting(tmp_path: Path) -> None:
 
 def test_it_needs_a_socket(tmp_path: Path) -> None:
     """Without one nobody could be told: said at the start."""
-    refused = run_process("serve", "--data-dir", tmp_path, environment={"PREFIX_SHARED_DIR": str(tmp_path / "shared")})
+    refused = run_forked("serve", "--data-dir", tmp_path, environment={"PREFIX_SHARED_DIR": str(tmp_path / "shared")})
     assert refused.returncode == 1
     assert "set PREFIX_UDS or --uds too" in refused.stderr
 
@@ -218,7 +218,7 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
     shared.mkdir()
     for mode in (0o777, 0o770):
         shared.chmod(mode)
-        refused = run_process(
+        refused = run_forked(
             "serve",
             "--uds",
             tmp_path / "s",
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     """Said in words at the start."""
     (tmp_path / "file").touch()
     environment = {"PREFIX_SHARED_DIR": str(tmp_path / "file" / "shared")}
-    refused = run_process("serve", "--uds", tmp_path / "s", "--data-dir", tmp_path / "d", environment=environment)
+    refused = run_forked("serve", "--uds", tmp_path / "s", "--data-dir", tmp_path / "d", environment=environment)
     assert refused.returncode == 1
     assert "cannot share files in" in refused.stderr
 
