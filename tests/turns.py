@@ -8,12 +8,18 @@ from xdist.scheduler import LoadFileScheduling
 _ONE_PROCESS: Final = "tests/vllm/"
 _LONG: Final = (
     _ONE_PROCESS,
-    "test_hardening_crashes.py",
+    "test_snippets.py",
     "test_demo.py",
-    "test_walk.py",
+    "processes/test_run.py",
+    "test_faults.py",
+    "test_hardening_crashes.py",
     "test_hardening_servers.py",
     "test_fuzz.py",
-    "test_snippets.py",
+    "test_chaos.py",
+    "test_deadlines.py",
+    "test_supervisor.py",
+    "client/test_answers.py",
+    "test_walk.py",
 )
 
 
