@@ -16,6 +16,7 @@ from typing import Final
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 
 from tests.commands import PREFIX_SERVICE, run_command
@@ -24,8 +25,13 @@ from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.turns import FilesInTurn, longest_first
 
+# Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more, and other examples each time.
+settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gate", settings.get_profile("thorough"), derandomize=True, max_examples=50)
+settings.load_profile("gate")
+
 CORPUS = Path(__file__).parent / "data" / "corpus"
-_NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Without authorities: to read those of the system takes longer than most tests."""
 
 
@@ -48,7 +54,7 @@ class Server:
         """An HTTP client with this key; by default the platform admin's, "" for none."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        transport = httpx.HTTPTransport(verify=_NO_TLS, uds=None if self.uds is None else str(self.uds))
+        transport = httpx.HTTPTransport(verify=NO_TLS, uds=None if self.uds is None else str(self.uds))
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60, transport=transport)
         self._clients.append(client)
         return client
@@ -122,7 +128,7 @@ def free_port() -> int:
 
 def _wait_until_ready(url: str, process: Process, log: Path, uds: Path | None) -> None:
     deadline = time.monotonic() + 180
-    transport = httpx.HTTPTransport(verify=_NO_TLS, uds=None if uds is None else str(uds))
+    transport = httpx.HTTPTransport(verify=NO_TLS, uds=None if uds is None else str(uds))
     with httpx.Client(transport=transport) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:

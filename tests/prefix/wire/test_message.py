@@ -167,7 +167,7 @@ def test_the_same_question_has_the_same_bytes(message: Message) -> None:
     assert body_of(again) == body_of(message)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=2 * settings().max_examples)
 @given(messages, st.data())
 def test_a_range_is_that_slice_of_the_whole(message: Message, data: st.DataObject) -> None:
     """Every `start:stop` of the body, header included."""
