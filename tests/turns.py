@@ -23,7 +23,7 @@ _LONG: Final = (
 )
 
 
-class FilesInTurn(LoadFileScheduling):
+class FilesInTurn(LoadFileScheduling):  # type: ignore[misc]  # without types
     """A file goes to the process that is free next; vLLM's go to one, which has a single vLLM of each kind running."""
 
     def _split_scope(self, nodeid: str) -> str:
