@@ -35,7 +35,7 @@ class Clock:
     """Of the windows: it stands still, so that a slow machine sends in one what should fall into one."""
 
     def __init__(self) -> None:
-        self._shown = float(math.ceil(time.time()))
+        self._shown = math.ceil(time.time()) + 0.5  # in the middle of a window
         self._runs_since: float | None = None
 
     def time(self) -> float:
