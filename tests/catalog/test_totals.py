@@ -116,4 +116,4 @@ class Totals(RuleBasedStateMachine):
 
 
 TestTotals = Totals.TestCase
-TestTotals.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestTotals.settings = settings(max_examples=20, stateful_step_count=30)

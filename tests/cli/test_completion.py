@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -78,4 +78,4 @@ def test_a_service_that_is_not_there_is_no_noise(url: str) -> None:
     began = time.monotonic()
     done = completed("prefix-service inspect acme/", PREFIX_URL=url)
     assert (done.stdout.split(), done.stderr) == ([], "")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40

@@ -97,7 +97,7 @@ def test_an_empty_table_has_its_head() -> None:
 def test_who_waits_sees_for_whom() -> None:
     """After two seconds, on a terminal; not before, not once the block has ended, and not in a pipe."""
     code = "import time\nwith waiting_for('http://a:8080'):\n    time.sleep({})\ntime.sleep(1.5)"
-    assert shown(80, code.format(1.0)) == []
+    assert shown(80, code.format(0.2)) == []
     assert shown(80, code.format(2.5)) == ["waiting for http://a:8080 …"]
     command = [sys.executable, "-c", _BEGIN + code.format(2.5)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -9,8 +9,8 @@ import pytest
 import typer.main
 
 from prefix_service.cli.app import app
-from tests.cli.conftest import run_command
 from tests.client.transport.test_transport import tls_in_front_of
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server, running_server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CORPUS, PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import CORPUS, Server, running_server
 from tests.missing import not_tested
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"

@@ -16,7 +16,7 @@ from prefix_service.data_folder.opening import opened
 from prefix_service.errors import Conflict, NotFound
 from prefix_service.settings import Settings
 from tests.api.helpers import upload, weights
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import Server, running_server
 
 

@@ -18,7 +18,8 @@ from prefix_service.data_folder.opening import bootstrap_file, catalog_file, key
 from prefix_service.errors import Conflict, NotFound, StorageFailed, Unauthenticated
 from prefix_service.settings import Settings
 from tests.api.helpers import upload
-from tests.conftest import PREFIX_SERVICE, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import running_server
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.api.helpers import upload, weights
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import running_server
 
 DATA = Path(__file__).parents[1] / "data"

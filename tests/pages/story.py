@@ -138,7 +138,7 @@ def pasted(story: Story, text: str) -> Iterator[str]:
     finally:
         os.write(controller, b"kill %1; wait; exit\n")
         try:
-            shell.wait(timeout=60)
+            shell.wait(timeout=90)
         finally:
             shell.kill()
             shell.wait()

@@ -210,7 +210,7 @@ class Rules(RuleBasedStateMachine):
 # Any sequence of calls: the budget holds, what is leased or pinned stays, no tenant takes what is another's share, and
 # none holds more than is left to the others.
 TestRules = Rules.TestCase
-TestRules.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestRules.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40)
 
 
 def full(budget: int = 10) -> Residency[str]:

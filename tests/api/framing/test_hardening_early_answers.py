@@ -54,7 +54,7 @@ def test_early_refusals_reach_direct_clients(server: Server, version: str) -> No
     """A client that sends all of its body before it reads gets the answer, and the end."""
     sent = f"POST {PATH} HTTP/{version}\r\nHost: a\r\nConnection: close\r\nContent-Length: {UPLOAD}\r\n\r\n"
     for _ in range(TIMES):
-        with socket.create_connection(address(server.url), timeout=10) as connection:
+        with socket.create_connection(address(server.url), timeout=60) as connection:
             connection.sendall(sent.encode())
             connection.sendall(b"x" * UPLOAD)
             received = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -64,7 +64,7 @@ def test_early_refusals_reach_direct_clients(server: Server, version: str) -> No
 def test_the_rest_is_not_awaited_for_long(server: Server) -> None:
     """A client that goes on sending is cut off a few seconds after its answer."""
     sent = f"POST {PATH} HTTP/1.0\r\nContent-Length: {1 << 40}\r\n\r\n"
-    with socket.create_connection(address(server.url), timeout=10) as connection:
+    with socket.create_connection(address(server.url), timeout=60) as connection:
         connection.sendall(sent.encode())
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             send_slowly(connection)

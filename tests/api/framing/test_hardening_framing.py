@@ -77,7 +77,7 @@ def test_http_1_0_gets_no_chunks(server: Server) -> None:
         (f"HEAD {path}", ""),
         (f"GET {path}", f"If-None-Match: {etag}\r\n"),
     ):
-        with socket.create_connection(address(server.url), timeout=10) as connection:
+        with socket.create_connection(address(server.url), timeout=60) as connection:
             connection.sendall(f"{line} HTTP/1.0\r\n{key}{fields}\r\n".encode())
             received = b"".join(iter(lambda: connection.recv(1 << 20), b""))
         fields_received, _, body = received.partition(b"\r\n\r\n")

@@ -81,7 +81,7 @@ def test_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: bool) 
 def attack(url: str, field: str, body: bytes, pause: float = 0) -> None:
     """Post a body behind `Upgrade`, and wait until the proxy has answered."""
     sent = f"POST {VICTIM}/prefix HTTP/1.1\r\nHost: a\r\n{field}{UPGRADE}Content-Type: application/json\r\n"
-    with socket.create_connection(address(url), timeout=10) as connection:
+    with socket.create_connection(address(url), timeout=60) as connection:
         connection.sendall(f"{sent}Content-Length: {len(body)}\r\n\r\n".encode())
         time.sleep(pause)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):

@@ -13,7 +13,8 @@ import pytest
 
 from prefix_service.blobs.folder import FolderBlobStore
 from tests.api.helpers import head, problem, raw, upload, weights
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 
 PREFIX = "/v1/tenants/acme/adapters/a/prefix"
 MADE = re.compile(r"[0-9a-f]{32}")
@@ -29,7 +30,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
     """What the log says of a request, once its own line is there."""
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while True:
         lines = [json.loads(line) for line in server.log.read_text().splitlines()]
         lines = [line for line in lines if line.get("request_id") == request_id]

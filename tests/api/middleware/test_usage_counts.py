@@ -219,7 +219,7 @@ def test_it_is_written_again_and_again(counts: UsageCounts, store: Store, monkey
         async with counts.running():
             for number in (1, 2):
                 counts.count(scope(), 200, 10)
-                await asyncio.wait_for(asyncio.to_thread(store.wait_for, number), 10)
+                await asyncio.wait_for(asyncio.to_thread(store.wait_for, number), 60)
 
     asyncio.run(run())
     assert len(store.added) == 2

@@ -15,7 +15,8 @@ import pytest
 
 from prefix_service.api.http.paths import REFERENCE_FILES
 from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
-from tests.conftest import PREFIX_SERVICE, Server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server
 
 COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
 SWAGGER_UI = Path(__file__).parents[3] / "service" / "prefix_service" / "api" / "swagger_ui"

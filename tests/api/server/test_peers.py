@@ -84,7 +84,7 @@ class Rules(RuleBasedStateMachine):
 
 # Any sequence of calls: no more than the most, and nobody who has a request in progress is closed.
 TestRules = Rules.TestCase
-TestRules.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestRules.settings = settings(stateful_step_count=40)
 
 
 def test_a_few_that_are_refused_may_stay_to_read_why() -> None:

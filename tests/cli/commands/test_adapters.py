@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from prefix_service.client import PrefixClient
-from tests.cli.conftest import Run, run_command
+from tests.cli.conftest import Run
 from tests.client.conftest import GPT2, LLAMA
 from tests.client.test_client import published
+from tests.commands import run_command
 from tests.conftest import Server
 
 

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.cli.conftest import Finished, Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import Finished, run_command
 from tests.conftest import Server
 
 AWAY = {"PREFIX_URL": "http://127.0.0.1:9", "PREFIX_API_KEY": ""}

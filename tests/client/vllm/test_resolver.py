@@ -135,7 +135,7 @@ async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server:
             task.cancel()
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": None})
-    assert took < 3  # one more of the other tenant's would have taken as long
+    assert took < 5  # six of the other tenant's would have taken as long
 
 
 async def test_while_the_service_does_not_answer_an_alias_means_what_it_meant(held: Holder) -> None:
@@ -201,7 +201,7 @@ def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> Non
     waiting = background.submit(asyncio.sleep(60))
     cancelled = background.submit(asyncio.sleep(60))
     cancelled.cancel()
-    assert background.submit(asyncio.sleep(0, "done")).result(5) == "done"
+    assert background.submit(asyncio.sleep(0, "done")).result(60) == "done"
     background.close(last)
     with pytest.raises(CancelledError):
-        waiting.result(5)
+        waiting.result(60)

@@ -91,7 +91,6 @@ def test_golden_bytes() -> None:
     assert body_of(file, TINY) == GOLDEN
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_the_metadata_is_canonical_json(name: str) -> None:
     """RFC 8785, whatever the base model is called."""
@@ -119,7 +118,6 @@ def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@settings(deadline=None)
 @given(files)
 def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
     """Names, shapes, dtypes and values, read by safetensors itself, in every variant."""
@@ -133,7 +131,6 @@ def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
         assert torch.equal(found[name].float(), tensor.float())
 
 
-@settings(deadline=None)
 @given(files)
 def test_the_client_reads_it_too(file: PrefixFile) -> None:
     """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
@@ -146,7 +143,6 @@ def test_the_client_reads_it_too(file: PrefixFile) -> None:
     assert received.metadata["layers"] == list(file.variant.layers)
 
 
-@settings(deadline=None)
 @given(files)
 def test_every_tensor_is_aligned(file: PrefixFile) -> None:
     """The data begins at a multiple of 64, and each tensor at one of its element's size: it can be mapped."""
@@ -159,7 +155,6 @@ def test_every_tensor_is_aligned(file: PrefixFile) -> None:
     assert all(field["data_offsets"][0] % sizes[field["dtype"]] == 0 for field in fields.values())
 
 
-@settings(deadline=None)
 @given(files)
 def test_the_same_question_has_the_same_bytes(file: PrefixFile) -> None:
     """Two files planned apart agree, whatever order their tensors were named in."""
@@ -258,7 +253,6 @@ def test_halves_are_rounded_to_nearest_even(dtype: KVDtype) -> None:
 tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N * D, max_size=N * D)
 
 
-@settings(deadline=None)
 @given(tensors, st.sampled_from([1.0, 1e-20, 1e-38, 1e-44, 1e30]))
 def test_float8_is_within_its_error(values: list[float], magnitude: float) -> None:
     """With the largest of a head at 448, a value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
