@@ -1,15 +1,16 @@
-"""What is told of every request: its id to the caller, its numbers to metrics and usage, one line to the log."""
+"""Every request: its id goes to the caller, its numbers to metrics and usage, and one line to the log."""
 
 import random
 import re
 import time
 from collections.abc import Awaitable
-from typing import Final
+from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
+from prefix_service.api.http.served import SERVED, Served, load_seconds
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
@@ -21,12 +22,14 @@ UNROUTED: Final = "none"
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET: Final = HEALTH | {"/metrics"}
+_MOST_NAMED: Final = 16  # versions of one answer; a batch may have hundreds
 
 
 class RequestMiddleware:
     """The outermost: `X-Request-ID` is taken over when well-formed, else made, and comes back on every response.
 
-    Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
+    Of what a caller sends, the log has that id alone: templates instead of paths, no query, no header, no body. An
+    adapter is named if the caller may read it and the answer is made of it.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
@@ -52,9 +55,10 @@ class RequestMiddleware:
                 defect(error)  # in the middle of an answer, which ends here: all that is left is to tell of it
         finally:
             self._metrics.in_flight -= 1
-            self._tell(scope, outcome, time.perf_counter() - started)
+            self._tell(scope, outcome, started, time.perf_counter())
 
-    def _tell(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
+    def _tell(self, scope: Scope, outcome: "_Outcome", started: float, ended: float) -> None:
+        seconds = ended - started
         route = getattr(scope.get("route"), "path", UNROUTED)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
@@ -73,16 +77,20 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
+        if parts := scope.get(SERVED):
+            fields |= _served(parts) | _times(scope, started, outcome.began or ended, ended)
         self._log.line(level, fields)
 
 
 class _Outcome:
-    """An answer as it passes: its status (0 until it begins) and bytes of its body."""
+    """An answer as it passes: its status and the moment of `time.perf_counter` when it began (both 0 until then), and
+    bytes of its body."""
 
-    __slots__ = ("_header", "_send", "sent", "status")
+    __slots__ = ("_header", "_send", "began", "sent", "status")
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self.status = self.sent = 0
+        self.began = 0.0
         self._send = send
         self._header = (b"x-request-id", request_id)
 
@@ -91,9 +99,29 @@ class _Outcome:
         if (body := message.get("body")) is not None:
             self.sent += len(body)
         elif message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.began = message["status"], time.perf_counter()
             message["headers"] = [*message.get("headers", ()), self._header]
         return self._send(message)
+
+
+def _served(parts: tuple[Served, ...]) -> dict[str, Any]:
+    """Returns the fields that name the versions which an answer is made of; the first few, if there are many."""
+    if len(parts) == 1:
+        return {"adapter": parts[0].adapter, "version": parts[0].version}
+    named = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
+    return {"versions": named, "num_versions": len(parts)}
+
+
+def _times(scope: Scope, started: float, began: float, ended: float) -> dict[str, Any]:
+    """Returns whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
+    loading; loading; and sending."""
+    load = load_seconds(scope)
+    return {
+        "cold": load is not None,
+        "wait_seconds": round(max(0.0, began - started - (load or 0.0)), 6),
+        "load_seconds": round(load or 0.0, 6),
+        "send_seconds": round(ended - began, 6),
+    }
 
 
 def _request_id(scope: Scope) -> bytes:

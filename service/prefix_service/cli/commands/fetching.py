@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.progress import Progress
 
-from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.checkpoints.names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.cli.console import errors_console, human_bytes, print_json, print_table, say
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
@@ -97,8 +97,10 @@ def pull(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Write the PEFT folder of a version again: its weights byte for byte, its config as PEFT writes it."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    """Write the PEFT folder of a version again: config and weights byte for byte as they were uploaded, and the model
+    card, if there is one. A version that was made of others, or published to an older service, has its config as PEFT
+    writes it."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
     with connect(url, api_key) as client:
@@ -115,27 +117,28 @@ def pull(
 
 
 def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
-    """Write the config and the weights of a version; after a failure neither is there.
+    """Write the files of a version, the weights last; after a failure these are not there.
 
     Raises:
         InvalidResponse: what came is not the weights file of this version.
         OSError: the disk refused.
     """
+    # By digest: an alias may move meanwhile.
+    reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
+    config, card = client.config_file(reference), client.card(reference)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{WEIGHTS_NAME}.partial"
     try:
-        _download(client, version, partial)
-        # As PEFT's save_pretrained does.
-        config = json.dumps(version["config"], indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(config)
+        _download(client, reference, version, partial)
+        (folder / CONFIG_NAME).write_bytes(config)
+        if card:
+            (folder / CARD_NAME).write_bytes(card.encode())
         partial.rename(folder / WEIGHTS_NAME)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) -> None:
-    # By digest: an alias may move meanwhile.
-    reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
+def _download(client: "PrefixClient", reference: str, version: Mapping[str, Any], file: Path) -> None:
     size, digest = version["size"]["weights"], hashlib.sha256()
     bar = Progress(console=errors_console, transient=True, disable=not errors_console.is_terminal)
     with file.open("wb") as opened, bar as progress:
