@@ -26,14 +26,14 @@ class Fingerprints:
     def get(self, version: str) -> Fingerprint | None:
         """Returns a fingerprint that was read less than a minute ago; None if there is none."""
         with self._lock:
-            until, found = self._known.get(version, (0.0, None))
-        return found if time.monotonic() < until else None
+            read_at, found = self._known.get(version, (0.0, None))
+        return found if time.monotonic() - read_at < _FRESH else None
 
     def put(self, version: str, fingerprint: Fingerprint) -> None:
         """Remember a fingerprint that was read now, instead of the one that was read first if there are many."""
         with self._lock:
             self._known.pop(version, None)
-            self._known[version] = time.monotonic() + _FRESH, fingerprint
+            self._known[version] = time.monotonic(), fingerprint
             if len(self._known) > _MOST:
                 del self._known[next(iter(self._known))]
 
