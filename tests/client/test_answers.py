@@ -196,7 +196,7 @@ def test_an_error_carries_the_id_of_its_request(kind: type[Any], told: bytes) ->
 def test_what_a_call_makes_of_an_answer_has_its_id(kind: type[Any], name: str) -> None:
     """Every call that finds an answer to be none says which request that was; those that look at nothing succeed."""
     nonsense = answer(b'{"items": [[]], "next": 1, "a": 2}', JSON, "X-Request-ID: r-1")
-    may_succeed = contextlib.nullcontext() if name in CONTENT_WITH_ANYTHING else pytest.raises(PrefixServiceError)
+    may_succeed: Any = contextlib.nullcontext() if name in CONTENT_WITH_ANYTHING else pytest.raises(PrefixServiceError)
     with hostile_server(says(nonsense)) as server, may_succeed as raised:
         called(kind(server.url, timeout=5), SMALL[name])
     assert raised is None or raised.value.request_id == "r-1"
