@@ -135,7 +135,8 @@ def test_a_folder_that_fails_leaves_the_others_alone(run: Run, folders: list[Pat
     ]
     assert done.stderr.startswith(f"{folders[1]}: error (invalid-checkpoint): ")
     told = json.loads(run("publish", *folders, "--tenant", "clibroken", "--json").stdout)
-    assert [(one["folder"], one["code"]) for one in told["failed"]] == [(str(folders[1]), "invalid-checkpoint")]
+    (failed,) = told["failed"]
+    assert (failed["folder"], failed["code"]) == (str(folders[1]), "invalid-checkpoint")
     assert len(told["items"]) == 2
 
 

@@ -39,13 +39,18 @@ def register(app: typer.Typer) -> None:
 def fetch(
     reference: Ref,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: only show.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a prefix as a worker would, and show or save its tensors and metadata (safetensors)."""
+    """Fetch a prefix as a worker would; show or save its tensors.
+
+    A file that is saved is safetensors, with the metadata that the service sends.
+    """
     if output is not None:
         check_output(output)
     import torch  # noqa: F401 - takes longer than the fetch that is timed
@@ -97,48 +102,57 @@ def pull(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Write the PEFT folder of a version again: config and weights byte for byte as they were uploaded, and the model
-    card, if there is one. A version that was made of others, or published to an older service, has its config as PEFT
-    writes it."""
+    """Write the PEFT folder of a version again.
+
+    Config and weights come byte for byte as they were uploaded, the model card as README.md; annotations are printed. A
+    version that was made of others, or published to an older service, has its config as PEFT writes it.
+    """
     for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
     with connect(url, api_key) as client:
         version = client.inspect(reference)
+        annotations = client.annotations(_by_digest(version))
         try:
             _write(client, version, folder)
         except OSError as error:
             raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
     if as_json:
-        print_json({**version, "folder": str(folder)})
+        print_json({**version, "annotations": annotations, "folder": str(folder)})
         return
     say(f"pulled {version['tenant']}/{version['adapter']}@{version['version']} to {folder}")
     say(f"digest {version['digest']}")
+    for key, text in annotations.items():
+        say(f"annotation {key}={text}")
+
+
+def _by_digest(version: Mapping[str, Any]) -> str:
+    """Returns a version's name that stays: an alias may move meanwhile."""
+    return f"{version['tenant']}/{version['adapter']}@{version['digest']}"
 
 
 def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
-    """Write the files of a version, the weights last; after a failure these are not there.
+    """Write the config, the model card if there is one, and the weights of a version; after a failure there are no
+    weights.
 
     Raises:
         InvalidResponse: what came is not the weights file of this version.
         OSError: the disk refused.
     """
-    # By digest: an alias may move meanwhile.
-    reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
-    config, card = client.config_file(reference), client.card(reference)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{WEIGHTS_NAME}.partial"
     try:
-        _download(client, reference, version, partial)
-        (folder / CONFIG_NAME).write_bytes(config)
-        if card:
+        _download(client, version, partial)
+        (folder / CONFIG_NAME).write_bytes(client.config_file(_by_digest(version)))
+        if card := client.card(_by_digest(version)):
             (folder / CARD_NAME).write_bytes(card.encode())
         partial.rename(folder / WEIGHTS_NAME)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _download(client: "PrefixClient", reference: str, version: Mapping[str, Any], file: Path) -> None:
+def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) -> None:
+    reference = _by_digest(version)
     size, digest = version["size"]["weights"], hashlib.sha256()
     bar = Progress(console=errors_console, transient=True, disable=not errors_console.is_terminal)
     with file.open("wb") as opened, bar as progress:
