@@ -68,7 +68,7 @@ adapters = sa.Table(
     sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("used", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("tenant_id", "name"),
-    sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.desc("used"), "name"),
+    sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
 )
 

@@ -18,7 +18,7 @@ def upgrade() -> None:
         "GROUP BY tenant_id, adapter) AS counted "
         "WHERE counted.tenant_id = adapters.tenant_id AND counted.adapter = adapters.name"
     )
-    op.create_index("ix_adapters_tenant_id_used_name", "adapters", ["tenant_id", sa.desc("used"), "name"])
+    op.create_index("ix_adapters_tenant_id_used_name", "adapters", ["tenant_id", sa.text("used DESC"), "name"])
     op.add_column("audit", sa.Column("key_name", sa.Text))
     op.execute("UPDATE audit SET key_name = keys.name FROM keys WHERE keys.id = audit.key_id")
     is_postgresql = op.get_bind().dialect.name == "postgresql"
