@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -67,6 +68,16 @@ def contents(place: Place) -> dict[str, list[tuple[object, ...]]]:
     return found
 
 
+def differences(connection: sa.Connection) -> list[Any]:
+    """What the migrations made and the code does not expect, or the other way round.
+
+    SQLite does not tell the directions of an index's columns: `test_plans` holds that one.
+    """
+    unread = "ix_adapters_tenant_id_used_name" if connection.dialect.name == "sqlite" else None
+    chosen = {"include_object": lambda _object, name, *_: name != unread}
+    return list(compare_metadata(MigrationContext.configure(connection, opts=chosen), metadata))
+
+
 @pytest.fixture
 def old(place: Place, tmp_path: Path) -> Place:
     """The old release's catalog; on PostgreSQL the same rows, in the tables that its migration makes."""
@@ -98,7 +109,7 @@ def _copy(source: Path, target: Place) -> None:
 def test_migrations_make_the_schema(database: Database) -> None:
     """What the migrations made and what the code expects are one."""
     with database.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert differences(connection) == []
 
 
 def test_a_migration_is_named_after_its_revision() -> None:
@@ -162,7 +173,7 @@ def test_an_older_catalog_comes_along(migrated: Database) -> None:
     """Every version with its digests, every alias, and every key."""
     told = json.loads((FOLDER_0001 / "told.json").read_text())
     with migrated.reading() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert differences(connection) == []
     catalog = Catalog(migrated)
     for name, digests in told["versions"].items():
         version = catalog.resolve(*parse_qualified(name))

@@ -123,12 +123,11 @@ def test_the_most_used_are_read_in_the_order_of_an_index(
     asked.clear()
     for after in (None, AdapterPlace(7, "a")):
         listings.adapters("acme", after=after, limit=9, order="-used")
-    steps = [step for step in plan(database, asked) if "adapters" in step and "used" in step]
-    assert [step.partition("(")[2] for step in steps] == [
+    pages = [one for one in asked if "adapters.used" in one[0] and "LIMIT" in one[0]]
+    steps = plan(database, pages)
+    assert [step.partition("(")[2] for step in steps if "ix_adapters_tenant_id_used_name" in step] == [
         "tenant_id=?)",
         "tenant_id=? AND used=? AND name>?)",
         "tenant_id=? AND used<?)",
     ]
-    pages = [one for one in asked if "adapters.used" in one[0] and "LIMIT" in one[0]]
-    assert len(pages) == 3
-    assert not [step for step in plan(database, pages) if "TEMP B-TREE" in step]
+    assert not [step for step in steps if "TEMP B-TREE" in step]
