@@ -37,6 +37,8 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
     for numbers in ([3], [3, 4]):
         with running_server(folder) as server:
             own = server.client(told["key"])
+            used = own.get("/v1/tenants/acme/adapters?sort=-used").json()["items"]
+            assert [(item["adapter"], item["used"]) for item in used] == [("summarize", 0 if numbers == [3] else 2)]
             for reference, version in told["versions"].items():
                 tenant, name = reference.split("/")
                 client = own if tenant == "acme" else server.client(_admin(folder))
@@ -56,8 +58,6 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
             assert own.put(base_model, json={"tokenizer": "kept"}).status_code == 204
             config = own.get("/v1/tenants/acme/adapters/summarize@1/config").content
             assert config == json.dumps(json.loads(config), indent=2, sort_keys=True).encode()
-            used = own.get("/v1/tenants/acme/adapters?sort=-used").json()["items"]
-            assert [(item["adapter"], item["used"]) for item in used] == [("summarize", 0)]
             tenant = own.get("/v1/tenants/acme").json()
             assert (tenant["adapters"], tenant["max_bytes"]) == (1, None)
 

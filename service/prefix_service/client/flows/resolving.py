@@ -6,8 +6,8 @@ from typing import Any
 
 from prefix_service.client.flows import flows
 from prefix_service.client.flows.flows import Flow, Reading
-from prefix_service.client.protocol import Answer, Request, adapter_path
-from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound
+from prefix_service.client.protocol import Answer, Request, Together, adapter_path
+from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, PrefixServiceError
 from prefix_service.prefix.fingerprint import NO_FINGERPRINT, Fingerprint
 from prefix_service.prefix.form import Identity, KVDtype
 from prefix_service.prefix.references import parse_qualified
@@ -41,10 +41,10 @@ def resolve(reading: Reading, reference: str) -> Flow[ResolvedVersion]:
     version = ResolvedVersion(**asdict(read_identity(found)), dtype=read_dtype(found))
     known = reading.fingerprints.get(version.reference)
     if known is None:
-        try:
-            known = yield from base_model(version.reference)
-        except NotFound:  # an older service, which keeps none
-            known = NO_FINGERPRINT
+        (read,) = yield Together([base_model(version.reference)], 1)
+        if isinstance(read, PrefixServiceError) and not isinstance(read, NotFound):
+            raise read
+        known = NO_FINGERPRINT if isinstance(read, NotFound) else read  # an older service keeps none
         reading.fingerprints.put(version.reference, known)
     return replace(version, base_model=known)
 
