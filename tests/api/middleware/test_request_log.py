@@ -139,6 +139,8 @@ def test_a_line_says_what_was_loaded(own: Server) -> None:
     mixed = _line(own, client.post("/v1/prefixes", json={"rows": ["acme/cold", None, "acme/colder@1", "acme/cold"]}))
     assert (mixed["versions"], mixed["num_versions"]) == (["acme/cold@1", "acme/colder@1"], 2)
     assert (mixed["cold"], mixed["load_seconds"] > 0, "adapter" in mixed) == (True, True, False)
+    alone = _line(own, client.post("/v1/prefixes", json={"rows": [["acme/cold", "acme/cold"]]}))
+    assert (alone["tenant"], alone["adapter"], alone["version"]) == ("acme", "cold", 1)
     body = {"inputs": [{"name": "batch_size", "datatype": "INT32", "shape": [1], "data": [1]}]}
     v2 = _line(own, client.post("/v2/models/acme%2Fcold/infer", json=body))
     assert (v2["status"], v2["adapter"], v2["version"], v2["cold"]) == (200, "cold", 1, False)

@@ -107,7 +107,7 @@ class _Outcome:
 def _served(parts: tuple[Served, ...]) -> dict[str, Any]:
     """Returns the fields that name the versions which an answer is made of; the first few, if there are many."""
     if len(parts) == 1:
-        return {"adapter": parts[0].adapter, "version": parts[0].version}
+        return {"tenant": parts[0].tenant, "adapter": parts[0].adapter, "version": parts[0].version}
     named = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
     return {"versions": named, "num_versions": len(parts)}
 
