@@ -52,5 +52,5 @@ def is_loaded(scope: Scope, part: Served) -> bool:
 
 def load_seconds(scope: Scope) -> float | None:
     """Returns how long the longest load for this request took, since loads run in parallel; None if there was none."""
-    loads: dict[tuple[str, str, int], float] = scope.get(_LOADED, {})
-    return max(list(loads.values()), default=None)
+    loads: dict[tuple[str, str, int], float] | None = scope.get(_LOADED)
+    return max(list(loads.values())) if loads else None

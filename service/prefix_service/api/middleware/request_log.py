@@ -78,7 +78,8 @@ class RequestMiddleware:
             "code": scope.get("problem"),
         }
         if parts := scope.get(SERVED):
-            fields |= _served(parts) | _times(scope, started, outcome.began or ended, ended)
+            _name(fields, parts)
+            _divide(fields, load_seconds(scope), started, outcome.began or ended, ended)
         self._log.line(level, fields)
 
 
@@ -104,24 +105,24 @@ class _Outcome:
         return self._send(message)
 
 
-def _served(parts: tuple[Served, ...]) -> dict[str, Any]:
-    """Returns the fields that name the versions which an answer is made of; the first few, if there are many."""
+def _name(fields: dict[str, Any], parts: tuple[Served, ...]) -> None:
+    """Add the versions which an answer is made of; the first few, if there are many."""
     if len(parts) == 1:
-        return {"tenant": parts[0].tenant, "adapter": parts[0].adapter, "version": parts[0].version}
-    named = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
-    return {"versions": named, "num_versions": len(parts)}
+        part = parts[0]
+        fields["tenant"], fields["adapter"], fields["version"] = part.tenant, part.adapter, part.version
+    else:
+        fields["versions"] = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
+        fields["num_versions"] = len(parts)
 
 
-def _times(scope: Scope, started: float, began: float, ended: float) -> dict[str, Any]:
-    """Returns whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
+def _divide(fields: dict[str, Any], load: float | None, started: float, began: float, ended: float) -> None:
+    """Add whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
     loading; loading; and sending."""
-    load = load_seconds(scope)
-    return {
-        "cold": load is not None,
-        "wait_seconds": round(max(0.0, began - started - (load or 0.0)), 6),
-        "load_seconds": round(load or 0.0, 6),
-        "send_seconds": round(ended - began, 6),
-    }
+    fields["cold"] = load is not None
+    loading = load or 0.0
+    fields["wait_seconds"] = round(max(0.0, began - started - loading), 6)
+    fields["load_seconds"] = round(loading, 6)
+    fields["send_seconds"] = round(ended - began, 6)
 
 
 def _request_id(scope: Scope) -> bytes:
