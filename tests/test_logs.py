@@ -133,6 +133,31 @@ except ValueError:
     assert "a local value" not in shown
 
 
+def test_a_terminal_gets_readable_lines_of_requests() -> None:
+    """What was asked and what came of it; which prefix, and where the time went; and the id of an error."""
+    parent, child = pty.openpty()
+    code = """
+from prefix_service.logs import RequestLog
+plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "bytes": 7, "code": None}
+times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
+requests = RequestLog()
+requests.line("info", dict(plain))
+requests.line("info", {**plain, **times, "adapter": "a", "version": 7})
+requests.line("info", {**plain, **times, "cold": False, "versions": ["acme/a@7", "acme/b@1"], "num_versions": 17})
+requests.line("info", {**plain, "status": 404, "code": "not-found", "request_id": "r1"})
+"""
+    subprocess.run([sys.executable, "-c", _BEGIN.format(level="info") + code], check=True, stderr=child)
+    os.close(child)
+    shown = [line.partition(" ")[2] for line in os.read(parent, 65536).decode().splitlines()]
+    os.close(parent)
+    assert shown == [
+        "200 GET /v1/x 12.3 ms 7 B",
+        "200 GET /v1/x 12.3 ms 7 B a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "404 GET /v1/x 12.3 ms 7 B not-found r1",
+    ]
+
+
 def test_a_log_that_cannot_be_written_fails_nothing() -> None:
     """What is logged has happened: a full disk under the log must not undo it."""
     code = (

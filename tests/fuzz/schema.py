@@ -101,7 +101,7 @@ include-name = "GET /v1/tenants/{tenant}/adapters/{ref}/card"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404]
 
 [[operations]]
-include-path-regex = "/annotations$"
+include-path-regex = "/(annotations|base-model|config)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
 
 # Whatever comes as text/markdown is text.

@@ -1,4 +1,4 @@
-"""Model cards and annotations of versions: read, stored with a new version, and replaced."""
+"""What versions have beside their digests (`Description`): read, stored with a new version, and replaced."""
 
 from collections.abc import Callable
 
@@ -66,7 +66,13 @@ class Descriptions:
 
 def store(connection: sa.Connection, version_id: int, description: Description) -> None:
     """Stores the description of a version, in place of any other."""
-    row = {"card": description.card, "annotations": dict(description.annotations), "bytes": description.nbytes}
+    row = {
+        "card": description.card,
+        "annotations": dict(description.annotations),
+        "fingerprint": description.fingerprint,
+        "config_file": description.config_file or None,
+        "bytes": description.nbytes,
+    }
     statement = insert(connection, descriptions).values(version_id=version_id, **row)
     connection.execute(statement.on_conflict_do_update(index_elements=["version_id"], set_=row))
 
@@ -89,6 +95,8 @@ def _find(connection: sa.Connection, version: Version) -> tuple[int, int, Descri
     found = connection.execute(query).one_or_none()
     if found is None:
         raise NotFound(f"there is no {version.tenant}/{version.adapter}@{version.number}")
-    own = sa.select(descriptions.c.card, descriptions.c.annotations).where(descriptions.c.version_id == found.id)
-    row = connection.execute(own).one_or_none()
-    return found.id, found.adapter_id, EMPTY if row is None else Description(row.card, row.annotations)
+    row = connection.execute(sa.select(descriptions).where(descriptions.c.version_id == found.id)).one_or_none()
+    if row is None:
+        return found.id, found.adapter_id, EMPTY
+    described = Description(row.card, row.annotations, row.fingerprint, row.config_file or b"")
+    return found.id, found.adapter_id, described

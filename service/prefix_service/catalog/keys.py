@@ -216,10 +216,10 @@ class Keyring:
         """
         with writing_for(self._database, by, frees=True) as connection:
             owner = _changed(connection, tenant)
+            record(connection, by, "key.revoked", tenant, key_id)  # first: a key that revokes itself has a name yet
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:
                 raise _missing(tenant, key_id)
-            record(connection, by, "key.revoked", tenant, key_id)
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
         return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())

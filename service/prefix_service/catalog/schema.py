@@ -55,7 +55,8 @@ keys = sa.Table(
     sa.Index(None, "tenant_id", "created", "id"),
 )
 
-# `versions` and `bytes` are running totals, too.
+# `versions` and `bytes` are running totals, too; `used` is one of the requests that usage has counted, also those whose
+# hours have been removed since.
 adapters = sa.Table(
     "adapters",
     metadata,
@@ -65,7 +66,9 @@ adapters = sa.Table(
     sa.Column("versions", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("used", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("tenant_id", "name"),
+    sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
 )
 
@@ -98,8 +101,9 @@ versions = sa.Table(
     sa.UniqueConstraint("adapter_id", "digest"),
 )
 
-# What people say of a version, in a table of its own: whoever fetches a prefix reads the version's row. `bytes` is the
-# size of its texts in UTF-8, which counts in the totals of adapter and tenant. Without a row all of it is empty.
+# What a version's digest does not cover, in a table of its own: whoever fetches a prefix reads the version's row.
+# `bytes` is the size of all of it, texts in UTF-8, which counts in the totals of adapter and tenant. Without a row all
+# of it is empty. `config_file` is NULL where no file was uploaded, or to an older release.
 descriptions = sa.Table(
     "descriptions",
     metadata,
@@ -107,6 +111,8 @@ descriptions = sa.Table(
     sa.Column("card", sa.Text, nullable=False),
     sa.Column("annotations", sa.JSON, nullable=False),
     sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False, server_default=""),
+    sa.Column("config_file", sa.LargeBinary),
 )
 
 aliases = sa.Table(
@@ -125,7 +131,8 @@ garbage = sa.Table(
     sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
 )
 
-# `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not.
+# `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not. `key_name` is
+# that of the key, which may have been revoked since; NULL without a key.
 audit = sa.Table(
     "audit",
     metadata,
@@ -138,6 +145,7 @@ audit = sa.Table(
     sa.Column("action", sa.Text, nullable=False),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),
+    sa.Column("key_name", sa.Text),
     sa.Index(None, "tenant_id", "id"),
 )
 

@@ -22,7 +22,7 @@ from prefix_service.cli.commands import (
     tenant,
     usage,
 )
-from prefix_service.cli.console import complain, print_error
+from prefix_service.cli.console import complain, error_line, print_error
 from prefix_service.cli.options import with_way
 from prefix_service.errors import PrefixServiceError
 
@@ -85,8 +85,7 @@ def run() -> None:
     try:
         app(prog_name="prefix-service")
     except PrefixServiceError as error:
-        request = "" if error.request_id is None else f" (request {error.request_id})"
-        complain(f"error ({error.code}): {error}{request}")
+        complain(error_line(error))
         if wants_json:
             print_error(error.code, str(error), error.request_id)
         sys.exit(1)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from prefix_service.errors import PrefixServiceError
 from prefix_service.system.printable import printable, printable_lines
 
 console = Console()
@@ -143,6 +144,12 @@ def _print_line(line: str = "", style: str = "") -> None:
 def say(line: str = "") -> None:
     """Write one line to standard output, never wrapped."""
     _print_line(printable(line))
+
+
+def error_line(error: PrefixServiceError) -> str:
+    """Returns an error as one line: its code, what was wrong, and the id of its request if there was one."""
+    request = "" if error.request_id is None else f" (request {error.request_id})"
+    return f"error ({error.code}): {error}{request}"
 
 
 def report(line: str, document: Mapping[str, Any], *, as_json: bool) -> None:

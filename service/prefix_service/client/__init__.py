@@ -10,13 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefix_service.client.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client.flows.management import ServiceInfo
 from prefix_service.client.flows.resolving import ResolvedVersion
+from prefix_service.prefix.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
 
-__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient", "ResolvedVersion"]
+__all__ = [
+    "AsyncPrefixClient",
+    "Fingerprint",
+    "MixedPrefix",
+    "Prefix",
+    "PrefixClient",
+    "ResolvedVersion",
+    "ServiceInfo",
+]
 
 _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": "prefix_service.client.prefixes.prefix"}
 

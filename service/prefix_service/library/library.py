@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
@@ -46,8 +47,8 @@ from prefix_service.registry.tier import Lease, Leases
 
 log = logging.getLogger("prefix_service")
 
-OnLoad = Callable[[Version], object]
-"""Is called with a version whose tensors are being loaded."""
+OnLoad = Callable[[Version, float], object]
+"""Is called with a version whose tensors were read, and the seconds that it took, also if it failed."""
 
 
 class Library:
@@ -208,9 +209,12 @@ class Library:
         return self._digests.known(plan, algorithm)
 
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None, on_load: OnLoad | None) -> PrefixKV:
-        if on_load is not None:
-            on_load(version)
-        return self.encodings.load(version, self._digests.observing(plan, digest))
+        began = time.perf_counter()
+        try:
+            return self.encodings.load(version, self._digests.observing(plan, digest))
+        finally:
+            if on_load is not None:
+                on_load(version, time.perf_counter() - began)
 
     async def load(self, version: Version) -> Version:
         """Loads a version into memory; returns it, with other keys and values if it was encoded again.

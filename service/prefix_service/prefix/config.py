@@ -7,6 +7,7 @@ PEFT checks few of its fields, and ignores some of them for trained weights. Fie
 therefore hold any JSON value; the sizes, flags and names that it reads have one type.
 """
 
+import json
 import re
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -279,6 +280,11 @@ def parse_read_fields(values: dict[str, Any]) -> PrefixConfig:
         InvalidConfig: `peft_type` is not supported, or a field is missing, malformed or out of bounds.
     """
     return parse_config({name: value for name, value in values.items() if name in _READ})
+
+
+def write_config(values: dict[str, Any]) -> bytes:
+    """Returns a config as PEFT's `save_pretrained` writes it."""
+    return json.dumps(values, indent=2, sort_keys=True).encode()
 
 
 def _is_storable(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""A version's model card and annotations, checked and bounded."""
+"""What is stored beside a version and not in its digest: the model card, annotations, the base model's fingerprint, and
+the uploaded config file. Checked and bounded."""
 
 import re
 from collections.abc import Mapping
@@ -23,18 +24,22 @@ _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A version's model card in Markdown, and its annotations; both are empty by default.
+    """What a version's digest does not cover; empty where there is none.
 
-    The digest of a version does not cover its description, so the description can be replaced.
+    The model card in Markdown, annotations and `fingerprint`, that of the base model as `check_fingerprint` writes it,
+    can be replaced. `config_file` has the bytes of `adapter_config.json` as it was uploaded, and stays.
     """
 
     card: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    config_file: bytes = b""
 
     @property
     def nbytes(self) -> int:
-        """The size of all its texts in UTF-8 bytes, which counts towards the tenant's quota."""
-        return sum(len(text.encode()) for text in (self.card, *self.annotations, *self.annotations.values()))
+        """The bytes of all of it, texts in UTF-8, which count towards the tenant's quota."""
+        texts = (self.card, self.fingerprint, *self.annotations, *self.annotations.values())
+        return sum(len(text.encode()) for text in texts) + len(self.config_file)
 
 
 EMPTY: Final = Description()

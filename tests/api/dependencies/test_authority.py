@@ -55,6 +55,7 @@ ROUTES: Final = (
     Route("put", "/v1/tenants/{tenant}/adapters/{ref}/residency", b'{"pinned": true}'),
     Route("put", "/v1/tenants/{tenant}/adapters/{ref}/card", b"# Card", "text/markdown"),
     Route("put", "/v1/tenants/{tenant}/adapters/{ref}/annotations", b'{"run": "17"}'),
+    Route("put", "/v1/tenants/{tenant}/adapters/{ref}/base-model", b'{"tokenizer": "17"}'),
     Route("post", "/v1/tenants/{tenant}/keys", b'{"scope": "admin"}'),
     Route("post", "/v1/keys", b'{"scope": "admin"}'),
     Route("put", "/v1/tenants/{tenant}/keys/{key_id}", b'{"expires": "2999-12-31T00:00:00Z"}'),

@@ -81,7 +81,7 @@ def test_requests_add_up(counts: UsageCounts, store: Store) -> None:
     counts.count(scope(), 200, 100)
     cold = scope()
     version: Any = type("Version", (), {"tenant": "acme", "adapter": "a", "number": 1})
-    note_load(cold, version)
+    note_load(cold, version, 0.5)
     counts.count(cold, 200, 100)
     counts.count(scope(by=PLATFORM), 200, 7)
     assert written(counts, store) == [

@@ -131,6 +131,8 @@ def test_list_searches_sorts_and_ends(run: Run) -> None:
     assert told(run, "clisort-a", "--search", "_") == ["clisort-a/s_all"]
     assert told(run, "clisort-a", "--limit", "1") == ["clisort-a/s_all"]
     assert told(run, "clisort-b", "--base-model", "bases/llama") == []
+    assert told(run, "clisort-b", "--sort", "-used") == ["clisort-b/big", "clisort-b/smaller"]
+    assert "requests" in run("list", "clisort-b", "--sort", "-used").stdout
     assert run("list", "clisort-a", "--sort", "bytes").returncode == 2
     assert run("list", "clisort-a", "--limit", "0").returncode == 2
 

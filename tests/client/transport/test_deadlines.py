@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client import AsyncPrefixClient, Fingerprint, PrefixClient
 from prefix_service.client.flows import management
 from prefix_service.client.transport import dialling
 from prefix_service.errors import ConnectionFailed, InvalidResponse, PrefixServiceError
@@ -69,6 +69,11 @@ CALLS: dict[str, Call] = {
     "annotations": lambda client: client.annotations("a/b"),
     "put_annotations": lambda client: client.put_annotations("a/b", {"run": "1"}),
     "usage": lambda client: client.usage("a"),
+    "list_page": lambda client: client.list_page("a"),
+    "base_model": lambda client: client.base_model("a/b"),
+    "put_base_model": lambda client: client.put_base_model("a/b", Fingerprint(tokenizer="x")),
+    "config_file": lambda client: client.config_file("a/b"),
+    "service": lambda client: client.service(),
 }
 
 

@@ -242,41 +242,31 @@ def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, mon
 class Listed:
     """A source with the listings of a service: its tenants, and so many adapters of each."""
 
-    def __init__(self, own: str | None, **tenants: int) -> None:
-        self.own, self.tenants, self.asked, self.away = own, tenants, 0, False
+    def __init__(self, own: str | None, **counts: int) -> None:
+        self.own, self.counts, self.asked, self.away = own, counts, 0, False
 
     async def tenant(self) -> str | None:
         """Whose key it is."""
         return self.own
 
-    async def run(self, make: Any) -> Any:
-        """Carry out a flow."""
-        flow = make()
-        request = next(flow)
-        try:
-            while True:
-                request = flow.send(self._answer(request))
-        except StopIteration as done:
-            return done.value
+    async def tenants(self) -> list[dict[str, Any]]:
+        """Every tenant, as the service lists it."""
+        self._ask()
+        return [{"tenant": name, "adapters": count} for name, count in self.counts.items()]
 
-    def _answer(self, request: Any) -> Any:
+    async def list_page(self, tenant: str, cursor: str | None, limit: int) -> tuple[list[dict[str, Any]], str | None]:
+        """A page of a tenant's adapters."""
+        self._ask()
+        if tenant not in self.counts:
+            raise NotFound(f"there is no tenant {tenant!r}")
+        first, count = int(cursor or 0), self.counts[tenant]
+        end = min(first + limit, count)
+        return [_item(tenant, number) for number in range(first, end)], str(end) if end < count else None
+
+    def _ask(self) -> None:
         self.asked += 1
         if self.away:
             raise ConnectionFailed("away")
-        if request.path == "/v1/tenants":
-            items: list[Any] = [{"name": name} for name in self.tenants]
-            page: dict[str, Any] = {"items": items, "next": None}
-        else:
-            tenant = request.path.split("/")[3]
-            if tenant not in self.tenants:
-                raise NotFound(f"there is no tenant {tenant!r}")
-            first, limit = int(request.params.get("cursor", 0)), int(request.params["limit"])
-            end = min(first + limit, self.tenants[tenant])
-            page = {
-                "items": [_item(tenant, number) for number in range(first, end)],
-                "next": str(end) if end < self.tenants[tenant] else None,
-            }
-        return Answer(200, {"content-type": "application/json"}, bytearray(json.dumps(page).encode()))
 
 
 def _item(tenant: str, number: int) -> dict[str, Any]:
@@ -358,7 +348,7 @@ async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatc
     cards = await made.cards()
     source.away = True
     assert await made.cards() == cards
-    source.away, source.tenants["acme"] = False, 3
+    source.away, source.counts["acme"] = False, 3
     assert len(await made.cards()) == 2
     monkeypatch.setitem(globals(), "_item", lambda tenant, number: {"adapter": "a", "latest": {"tenant": 1}})
     assert len(await made.cards()) == 2
@@ -375,7 +365,7 @@ async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
     """The answer of a service that hangs is not waited for."""
 
     class Hanging(Listed):
-        async def run(self, make: Any) -> Any:
+        async def list_page(self, *_asked: Any) -> Any:
             await asyncio.sleep(60)
 
     made = of(Hanging("acme"), None)

@@ -1,4 +1,4 @@
-"""Notes in the request's scope which versions an answer contains; usage is counted from it when the request ends."""
+"""Notes the versions that an answer hands out in its request's scope, for usage and the log when the request ends."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -40,11 +40,17 @@ def served_together(versions: Iterable[Version]) -> tuple[Served, ...]:
     return tuple(replace(one, prefix_tokens=count * one.prefix_tokens) for one, count in rows.items())
 
 
-def note_load(scope: Scope, version: Version) -> None:
-    """Notes that a version, which is not in memory, is loaded for this request. May be called in any thread."""
-    scope.setdefault(_LOADED, []).append((version.tenant, version.adapter, version.number))
+def note_load(scope: Scope, version: Version, seconds: float) -> None:
+    """Note that a version, which was in no memory, was read for this request. May be called in any thread."""
+    scope.setdefault(_LOADED, {})[version.tenant, version.adapter, version.number] = seconds
 
 
 def is_loaded(scope: Scope, part: Served) -> bool:
     """Returns whether a version was loaded for this request."""
     return (part.tenant, part.adapter, part.version) in scope.get(_LOADED, ())
+
+
+def load_seconds(scope: Scope) -> float | None:
+    """Returns how long the longest load for this request took, since loads run in parallel; None if there was none."""
+    loads: dict[tuple[str, str, int], float] | None = scope.get(_LOADED)
+    return max(list(loads.values())) if loads else None

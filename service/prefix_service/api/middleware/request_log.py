@@ -1,15 +1,16 @@
-"""Request id, metrics, usage and one log line for every request."""
+"""Every request: its id goes to the caller, its numbers to metrics and usage, and one line to the log."""
 
 import random
 import re
 import time
 from collections.abc import Awaitable
-from typing import Final
+from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
+from prefix_service.api.http.served import SERVED, Served, load_seconds
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
@@ -21,12 +22,14 @@ UNROUTED: Final = "none"
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET: Final = HEALTH | {"/metrics"}
+_MOST_NAMED: Final = 16  # versions of one answer; a batch may have hundreds
 
 
 class RequestMiddleware:
     """The outermost middleware: keeps a well-formed `X-Request-ID` or makes one, and returns it in every response.
 
-    Of a caller's input, only that id is logged: route templates instead of paths, and no query, header or body.
+    Of what a caller sends, the log has that id alone: templates instead of paths, no query, no header, no body. An
+    adapter is named if the caller may read it and the answer is made of it.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
@@ -52,9 +55,10 @@ class RequestMiddleware:
                 defect(error)  # in the middle of an answer, which ends here: it can only be logged
         finally:
             self._metrics.in_flight -= 1
-            self._record(scope, outcome, time.perf_counter() - started)
+            self._record(scope, outcome, started, time.perf_counter())
 
-    def _record(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
+    def _record(self, scope: Scope, outcome: "_Outcome", started: float, ended: float) -> None:
+        seconds = ended - started
         route = getattr(scope.get("route"), "path", UNROUTED)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
@@ -73,16 +77,21 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
+        if parts := scope.get(SERVED):
+            _name(fields, parts)
+            _divide(fields, load_seconds(scope), started, outcome.began or ended, ended)
         self._log.write(level, fields)
 
 
 class _Outcome:
-    """The outcome of an answer: its status (0 until it begins), and the bytes of its body."""
+    """An answer as it passes: its status and the moment of `time.perf_counter` when it began (both 0 until then), and
+    bytes of its body."""
 
-    __slots__ = ("_header", "_send", "sent", "status")
+    __slots__ = ("_header", "_send", "began", "sent", "status")
 
     def __init__(self, send: Send, request_id: bytes) -> None:
         self.status = self.sent = 0
+        self.began = 0.0
         self._send = send
         self._header = (b"x-request-id", request_id)
 
@@ -91,9 +100,29 @@ class _Outcome:
         if (body := message.get("body")) is not None:
             self.sent += len(body)
         elif message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.began = message["status"], time.perf_counter()
             message["headers"] = [*message.get("headers", ()), self._header]
         return self._send(message)
+
+
+def _name(fields: dict[str, Any], parts: tuple[Served, ...]) -> None:
+    """Add the versions which an answer is made of; the first few, if there are many."""
+    if len(parts) == 1:
+        part = parts[0]
+        fields["tenant"], fields["adapter"], fields["version"] = part.tenant, part.adapter, part.version
+    else:
+        fields["versions"] = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
+        fields["num_versions"] = len(parts)
+
+
+def _divide(fields: dict[str, Any], load: float | None, started: float, began: float, ended: float) -> None:
+    """Add whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
+    loading; loading; and sending."""
+    fields["cold"] = load is not None
+    loading = load or 0.0
+    fields["wait_seconds"] = round(max(0.0, began - started - loading), 6)
+    fields["load_seconds"] = round(loading, 6)
+    fields["send_seconds"] = round(ended - began, 6)
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -72,7 +72,8 @@ Search = Annotated[
 Sort = Annotated[
     AdapterOrder,
     Query(
-        description="`name`; `-created`: the latest publication first; `-bytes`: the most bytes of all versions first"
+        description="`name`; `-created`: the latest publication first; `-bytes`: the most bytes of all versions first; "
+        "`-used`: the most requests for prefixes first, as usage counts them within a minute"
     ),
 ]
 
@@ -206,7 +207,12 @@ def _parsed_parts(parts: Mapping[str, bytes]) -> tuple[PrefixConfig, Description
     if (base := parts.get(BASE_CONFIG)) is not None:
         config = config.filled(parse_config_json(base, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
     annotations = json_object(parts.get(ANNOTATIONS, b"{}"), ANNOTATIONS)
-    return config, Description(decode_card(parts.get(CARD_NAME, b"")), check_annotations(annotations))
+    description = Description(
+        card=decode_card(parts.get(CARD_NAME, b"")),
+        annotations=check_annotations(annotations),
+        config_file=parts[CONFIG_NAME],
+    )
+    return config, description
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:
@@ -229,7 +235,7 @@ async def list_adapters(
     base_model: Annotated[str | None, Query(max_length=1000)] = None,
     sort: Sort = "name",
 ) -> Response:
-    """The adapters of a tenant, sorted by name, by the moment of the latest publication, or by bytes."""
+    """The adapters of a tenant, sorted by name, by the moment of the latest publication, by bytes, or by use."""
     place = decode_cursor(cursor, lambda text: _place(text, sort))
     await read_catalog(library.tenants.require, tenant)
 
@@ -258,7 +264,7 @@ def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
         return None
     if sort == "name":
         return AdapterPlace(None, name)
-    if sort == "-bytes":
+    if sort in ("-bytes", "-used"):
         return AdapterPlace(int(key), name) if NUMBER(key) else None
     with contextlib.suppress(ValueError):
         moment = datetime.fromisoformat(key)

@@ -16,14 +16,16 @@ router = APIRouter(tags=["audit"])
 
 
 class AuditItem(BaseModel):
-    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what. The
-    id is opaque: neither order nor gaps of ids say what others do."""
+    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what.
+    `key_name` is what that key is called, or was before it was revoked; null if there was none. The id is opaque:
+    neither order nor gaps of ids say what others do."""
 
     id: str
     at: Moment
     tenant: str | None
     actor: str
     key_id: str
+    key_name: str | None
     action: str
     target: str
     details: dict[str, Any]

@@ -1,4 +1,5 @@
-"""Model cards and annotations: what people say of a version, replaced whole."""
+"""What stands beside a version: its model card, its annotations and the fingerprint of its base model, each replaced
+whole; and the config file that was uploaded."""
 
 import hashlib
 from collections.abc import Callable
@@ -23,12 +24,13 @@ from prefix_service.api.http.negotiation import (
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
-from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA
+from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
 from prefix_service.api.state import LibraryOf
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
+from prefix_service.prefix.config import write_config
 from prefix_service.prefix.description import (
     MOST_ANNOTATIONS,
     MOST_CARD,
@@ -37,6 +39,7 @@ from prefix_service.prefix.description import (
     check_annotations,
     decode_card,
 )
+from prefix_service.prefix.fingerprint import check_fingerprint
 from prefix_service.prefix.references import parse_reference
 
 router = APIRouter(tags=["adapters"])
@@ -46,7 +49,7 @@ _MARKDOWN: Final = "text/markdown"
 _JSON: Final = "application/json"
 _MOST_WRITTEN: Final = 6 * MOST_ANNOTATIONS * (MOST_VALUE + 64)  # JSON may write a byte of text as six
 _HEADERS: Final = response_headers(
-    ETag="strong entity tag of card or annotations",
+    ETag="strong entity tag of what is in the body",
     Prefix_Version="the version's number",
     Prefix_Digest="the version's digest, which does not cover them",
 )
@@ -68,17 +71,19 @@ _HeldCard = Annotated[None, held(MOST_CARD)]
 _HeldAnnotations = Annotated[None, held(_MOST_WRITTEN)]
 """Memory for what is answered, until it has left."""
 
-_Part = Callable[[Description], bytes]
-"""The body that shows a part of a description."""
+_Part = Callable[[Description, Version], bytes]
+"""The body that shows a part of a version's description."""
 
 
-def _documented(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _documented(
+    media_type: str, schema: dict[str, Any], found: str = "What the version has; empty where it has none"
+) -> dict[str, Any]:
     """Returns how a GET is described that answers with this media type."""
     content = {media_type: {"schema": schema}}
     return {
         "responses": {
             200: {
-                "description": "What the version has; empty where it has none",
+                "description": found,
                 "headers": _HEADERS,
                 "content": content,
             },
@@ -147,12 +152,55 @@ async def put_annotations(
     return await _change(request, library, by, (tenant, ref), "annotations", _annotations, change)
 
 
-def _card(description: Description) -> bytes:
+@router.get(
+    f"{_PATH}/base-model",
+    response_class=Response,
+    dependencies=[Depends(require_json_acceptable)],
+    **_documented(_JSON, FINGERPRINT_SCHEMA),
+)
+async def get_base_model(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+    """The fingerprint of a version's base model: what keys and values depend on, as far as it is known; an empty object
+    where nothing is."""
+    return await _answer(request, library, tenant, ref, _JSON, _fingerprint)
+
+
+@router.put(f"{_PATH}/base-model", **_documented_change(_JSON, FINGERPRINT_SCHEMA))
+async def put_base_model(
+    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
+) -> Response:
+    """Replace the fingerprint of a version's base model: up to 16 KiB of JSON. With `If-Match` only if it is what the
+    caller saw."""
+    require_media_type(request.headers, _JSON)
+    change = partial(replace, fingerprint=await read_json(request, check_fingerprint))
+    return await _change(request, library, by, (tenant, ref), "base-model", _fingerprint, change)
+
+
+@router.get(
+    f"{_PATH}/config",
+    response_class=Response,
+    dependencies=[Depends(require_json_acceptable)],
+    **_documented(_JSON, {"type": "object"}, "The file; or the config as PEFT writes it, where no file was uploaded"),
+)
+async def get_config(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+    """The `adapter_config.json` of a version, byte for byte as it was uploaded. Of a version that was made of JSON, or
+    uploaded to an older release, the config as PEFT writes it."""
+    return await _answer(request, library, tenant, ref, _JSON, _config_file)
+
+
+def _card(description: Description, _version: Version) -> bytes:
     return description.card.encode()
 
 
-def _annotations(description: Description) -> bytes:
+def _annotations(description: Description, _version: Version) -> bytes:
     return orjson.dumps(description.annotations, option=orjson.OPT_SORT_KEYS)
+
+
+def _fingerprint(description: Description, _version: Version) -> bytes:
+    return description.fingerprint.encode() or b"{}"
+
+
+def _config_file(description: Description, version: Version) -> bytes:
+    return description.config_file or write_config(version.config)
 
 
 async def _answer(request: Request, library: Library, tenant: str, ref: str, media_type: str, part: _Part) -> Response:
@@ -161,7 +209,7 @@ async def _answer(request: Request, library: Library, tenant: str, ref: str, med
     description = await read_catalog(library.descriptions.get, version)
 
     def write() -> Response:
-        body = part(description)
+        body = part(description, version)
         headers = _headers(version, body)
         if is_current(request.headers, headers["ETag"]):
             return Response(status_code=304, headers=headers)
@@ -185,12 +233,12 @@ async def _change(
     version = await library.resolve(tenant, parse_reference(ref))
 
     def checked(current: Description) -> Description:
-        if "if-match" in request.headers and not is_expected(request.headers, _etag(part(current))):
+        if "if-match" in request.headers and not is_expected(request.headers, _etag(part(current, version))):
             raise PreconditionFailed(f"the {what} of {tenant}/{ref} changed meanwhile: read it again, then change it")
         return change(current)
 
     def store() -> dict[str, str]:
-        return _headers(version, part(library.descriptions.change(version, by, what, checked)))
+        return _headers(version, part(library.descriptions.change(version, by, what, checked), version))
 
     return Response(status_code=204, headers=await to_thread.run_sync(store))
 

@@ -18,6 +18,7 @@ from prefix_service.prefix.description import (
     check_annotations,
     check_card,
 )
+from prefix_service.prefix.fingerprint import MOST_FINGERPRINT, MOST_TEXT, OBJECTS, TEXTS
 from prefix_service.prefix.mixed import MOST_IN_A_ROW
 
 Moment = Annotated[
@@ -128,12 +129,14 @@ def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
 
 
 class AdapterItem(BaseModel):
-    """An adapter in a listing: its newest version, the bytes of all versions, and all its aliases."""
+    """An adapter in a listing: its newest version, the bytes of all versions, how often they are used, and all its
+    aliases."""
 
     tenant: str
     adapter: str
     versions: int
     bytes: int = Field(description="of all versions, as they count towards the tenant's quota")
+    used: int = Field(description="requests for its prefixes since it was made, as usage counts them")
     aliases: dict[str, int]
     latest: VersionSummary
 
@@ -146,6 +149,7 @@ class AdapterItem(BaseModel):
             adapter=latest.adapter,
             versions=adapter.versions,
             bytes=adapter.bytes,
+            used=adapter.used,
             aliases=adapter.aliases,
             latest=latest,
         )
@@ -186,6 +190,18 @@ ANNOTATIONS_SCHEMA: Final[dict[str, Any]] = {
     "propertyNames": {"pattern": KEY_PATTERN},
     "additionalProperties": {"type": "string", "maxLength": MOST_VALUE, "pattern": "^[^\\u0000]*$"},
     "examples": [{"run": "2026-11-26/3", "accuracy": "0.93"}],
+}
+
+
+FINGERPRINT_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": f"the fingerprint of a base model: up to {MOST_FINGERPRINT >> 10} KiB of JSON, of what is known",
+    "properties": {
+        **{name: {"type": "string", "minLength": 1, "maxLength": MOST_TEXT} for name in TEXTS},
+        **{name: {"type": "object"} for name in OBJECTS},
+    },
+    "additionalProperties": False,
+    "examples": [{"architecture": "LlamaForCausalLM", "sizes": {"hidden_size": 4096}, "rope": {"rope_theta": 500000}}],
 }
 
 

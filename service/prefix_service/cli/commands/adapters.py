@@ -39,6 +39,7 @@ class Sort(StrEnum):
     NAME = "name"
     CREATED = "-created"
     BYTES = "-bytes"
+    USED = "-used"
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +57,7 @@ def list_adapters(
     search: Annotated[str | None, typer.Option(help="Only adapters whose names hold this.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
     sort: Annotated[
-        Sort, typer.Option(help="By name, the latest publication first, or the most bytes first.")
+        Sort, typer.Option(help="By name, or the latest publication, the most bytes, or the most used first.")
     ] = Sort.NAME,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many, the first.")] = None,
     url: Url = DEFAULT_URL,
@@ -76,8 +77,12 @@ def list_adapters(
         print_json({"items": items})
         return
     columns = ["adapter", "latest", "tokens", "dtype", "size", "created (UTC)", "aliases", "base model"]
-    title = "Adapters of all tenants" if tenant is None else f"Adapters of {tenant}"
-    print_table(title, columns, [_listed(item, with_tenant=every_tenant) for item in items])
+    rows = [_listed(item, with_tenant=every_tenant) for item in items]
+    if sort is Sort.USED:
+        columns.insert(1, "requests")
+        for row, item in zip(rows, items, strict=True):
+            row.insert(1, item["used"])
+    print_table("Adapters of all tenants" if tenant is None else f"Adapters of {tenant}", columns, rows)
 
 
 def _adapters(client: "PrefixClient", tenant: str, asked: Mapping[str, str | None], limit: int | None) -> list[Item]:
@@ -93,7 +98,7 @@ def _of_all_tenants(
         name = item["tenant"], item["adapter"]
         if sort is Sort.CREATED:
             return -datetime.fromisoformat(item["latest"]["created"]).timestamp(), *name
-        return (-item["bytes"], *name) if sort is Sort.BYTES else name
+        return name if sort is Sort.NAME else (-item[sort.value.removeprefix("-")], *name)
 
     listings = []
     for tenant in client.tenants():
@@ -138,7 +143,7 @@ def _version(item: Mapping[str, Any]) -> list[object]:
     return [item["version"], created, item["num_virtual_tokens"], item["dtype"], size, aliases, item["digest"]]
 
 
-_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8"})
+_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "base_model", "float8"})
 
 
 def inspect(
@@ -154,6 +159,7 @@ def inspect(
         same = f"{found['tenant']}/{found['adapter']}@{found['version']}"
         found["annotations"] = client.annotations(same)
         found["card"] = client.card(same)
+        found["base_model"] = client.base_model(same).known()
         if float8:
             found["float8"] = asdict(client.float8_error(reference))
     if as_json:
@@ -163,6 +169,7 @@ def inspect(
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
     shown |= {f"annotation: {key}": value for key, value in found["annotations"].items()}
+    shown |= {f"base model: {name}": _written(value) for name, value in found["base_model"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
     if float8:
         shown |= _float8(found["float8"])

@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import typer
 
@@ -28,10 +27,6 @@ from prefix_service.errors import (
     Unauthenticated,
 )
 from prefix_service.system.disk import LEAST_FREE_BYTES
-
-if TYPE_CHECKING:
-    from prefix_service.client.flows.flows import Flow
-    from prefix_service.client.protocol import Answer
 
 _LITTLE_SPACE: Final = 1 << 30
 _CLOCK: Final = 30.0  # seconds that two clocks may differ
@@ -86,25 +81,17 @@ def _of_service(url: str, api_key: str | None) -> Iterator[Check]:
     try:
         with connect(url, api_key, shows_progress=True) as client:
             took = (time.perf_counter() - began) * 1000
-            answer = client._transport.run(_asked("/openapi.json"))  # no method returns the Date field
-            now = time.time()
-            yield _versions(str(answer.json_object().get("info", {}).get("version")))
+            service, now = client.service(), datetime.now(UTC)
+            yield _versions(service.version)
             yield Check("service", "ok", f"{url} is ready, and answered in {took:.0f} ms")
             try:
                 yield _key(client.whoami(), has_key=api_key is not None)
             except PrefixServiceError as error:
                 yield _no_key(error, api_key)
-            yield _clock(answer.headers.get("date", ""), now)
+            yield _clock(service.time, now)
     except PrefixServiceError as error:
         yield _versions(None)
         yield Check("service", "failed", str(error), _what_to_do(error))
-
-
-def _asked(path: str) -> "Flow[Answer]":
-    from prefix_service.client.protocol import Request
-
-    answer: Answer = yield Request("GET", path)
-    return answer
 
 
 def _what_to_do(error: PrefixServiceError) -> str:
@@ -160,12 +147,11 @@ def _no_key(error: PrefixServiceError, api_key: str | None) -> Check:
     return Check("key", "failed", str(error), _what_to_do(error))
 
 
-def _clock(date: str, now: float) -> Check:
-    """Compare this machine's clock with the date of an answer, which has whole seconds."""
-    try:
-        ahead = now - parsedate_to_datetime(date).timestamp()
-    except ValueError:
+def _clock(of_service: datetime | None, now: datetime) -> Check:
+    """Compare this machine's clock with that of the service."""
+    if of_service is None:
         return Check("clock", "warning", "not checked: the service sent no date")
+    ahead = (now - of_service).total_seconds()
     if abs(ahead) <= _CLOCK:
         return Check("clock", "ok", f"within {max(1, round(abs(ahead)))} s of the service's")
     where = "ahead of" if ahead > 0 else "behind"

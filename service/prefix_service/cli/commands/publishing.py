@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, wrap_file
 
 from prefix_service.cli.completion import complete_adapter
-from prefix_service.cli.console import complain, errors_console, human_bytes, note, print_json, say
+from prefix_service.cli.console import complain, error_line, errors_console, human_bytes, note, print_json, say
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import (
     Conflict,
@@ -228,7 +228,12 @@ def _tell_outcomes(outcomes: Sequence[_Outcome], *, as_json: bool) -> None:
             {
                 "items": [{**version, "created_now": is_new} for version, is_new in versions],
                 "failed": [
-                    {"folder": str(outcome.folder), "code": error.code, "error": str(error)}
+                    {
+                        "folder": str(outcome.folder),
+                        "code": error.code,
+                        "error": str(error),
+                        "request_id": error.request_id,
+                    }
                     for outcome, error in failed
                 ],
                 "not_tried": [str(outcome.folder) for outcome in left],
@@ -248,7 +253,7 @@ def _tell_outcomes(outcomes: Sequence[_Outcome], *, as_json: bool) -> None:
         for tenant in dict.fromkeys(version["tenant"] for version, _ in versions if version.get("tenant_created")):
             _tell_new_tenant(tenant)
     for outcome, error in failed:
-        complain(f"{outcome.folder}: error ({error.code}): {error}")
+        complain(f"{outcome.folder}: {error_line(error)}")
     if failed:
         raise typer.Exit(1)
 

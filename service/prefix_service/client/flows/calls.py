@@ -12,6 +12,7 @@ from prefix_service.client.flows.flows import Flow, Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.protocol import Progress, Together
 from prefix_service.errors import PrefixServiceError
+from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.variant import KVDtype, Span
 
@@ -159,14 +160,37 @@ def prefetch(
 
 
 def resolve(self: Caller, reference: str) -> Flow[ResolvedVersion]:
-    """Returns the version that a reference means now, and the dimensions of its prefix. No tensor is sent.
+    """Returns which version a reference means now, the dimensions of its prefix, and the fingerprint of its base model.
+    No tensor travels. The fingerprint, or that there is none, is remembered for a minute.
 
     Raises:
         NotFound, Unauthenticated, …: the service reported the error.
         ConnectionFailed: the service did not answer before the deadline.
         InvalidResponse: the answer does not describe that version.
     """
-    return resolving.resolve(reference)
+    return resolving.resolve(self._reading, reference)
+
+
+def base_model(self: Caller, reference: str) -> Flow[Fingerprint]:
+    """Returns the fingerprint of a version's base model, as it is now: without a field if none was given.
+
+    Raises:
+        NotFound, Unauthenticated, …: the service reported it.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is no fingerprint.
+    """
+    return resolving.base_model(reference)
+
+
+def put_base_model(self: Caller, reference: str, fingerprint: Fingerprint) -> Flow[None]:
+    """Replace the fingerprint of a version's base model.
+
+    Raises:
+        InvalidRequest: a field has another type.
+        NotFound, TooLarge, …: the service reported it; nothing was changed.
+        ConnectionFailed: the service did not answer before the deadline.
+    """
+    return resolving.put_base_model(self._reading, reference, options.fingerprint("fingerprint", fingerprint))
 
 
 def publish(
@@ -285,9 +309,10 @@ def list_adapters(
     Args:
         tenant: the tenant's name.
         base_model: only adapters whose latest version is for this base model.
-        search: only adapters whose names contain this text.
-        sort: `name` (the default), `-created` (the latest publication first) or `-bytes` (the largest first).
-        limit: the most adapters to return; by default all.
+        search: only adapters whose names have this part.
+        sort: `name` (the default), `-created` (the latest publication first), `-bytes` (the largest first) or `-used`
+            (the most requests first).
+        limit: at most so many; by default all.
 
     Raises:
         InvalidRequest: an option has an invalid value.
@@ -297,6 +322,26 @@ def list_adapters(
     """
     most = None if limit is None else options.whole("limit", limit, 1)
     return listing.adapters(tenant, {"base_model": base_model, "search": search, "sort": sort}, most)
+
+
+def list_page(
+    self: Caller, tenant: str, *, cursor: str | None = None, limit: int = 100
+) -> Flow[tuple[list[listing.Item], str | None]]:
+    """Returns some adapters of a tenant, in the order of their names, and the cursor of the next page: None if this is
+    the last one. `list` reads all pages in one call.
+
+    Args:
+        tenant: whose adapters.
+        cursor: that of the page, from the page before; by default the first page.
+        limit: at most so many adapters, 1,000 or fewer.
+
+    Raises:
+        InvalidRequest: an option has a value that it cannot have.
+        NotFound, …: the service reported it.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is not a page.
+    """
+    return listing.adapters_page(tenant, cursor, options.whole("limit", limit, 1))
 
 
 def is_ready(self: Caller) -> Flow[bool]:

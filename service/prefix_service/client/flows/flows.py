@@ -5,13 +5,14 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
+from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How prefixes are read: the caches, the memory for cached prefixes, and the verification.
+    """How prefixes are read: what is kept of them and of their base models, memory for those that are kept, and what is
+    verified.
 
     `is_service_known` is whether entries on disk certainly belong to this service. Without a key, it cannot be
     distinguished from an earlier service at the same address, so even immutable versions are revalidated.
@@ -46,6 +48,7 @@ class Reading:
     pinned: bool
     verify_digest: bool
     is_service_known: bool
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
 
 def get(reading: Reading, reference: str, options: PrefixOptions, progress: Progress | None = None) -> "Flow[Prefix]":

@@ -7,7 +7,9 @@ reported as ConnectionFailed, since the first attempt may have made the conditio
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from prefix_service.client.flows import listing
@@ -18,6 +20,15 @@ from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, Pre
 from prefix_service.prefix.references import check_alias, parse_qualified
 
 Found = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """The release of a service, and the time of its clock in whole seconds when it answered; None if it sent none."""
+
+    version: str
+    time: datetime | None
+
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 _LATEST: Final = 1000  # entries of the audit log
@@ -226,6 +237,28 @@ def annotations(reference: str) -> Flow[dict[str, str]]:
 def put_annotations(reference: str, annotations: Mapping[str, str]) -> Flow[None]:
     """Replaces all annotations of a version."""
     yield Request("PUT", adapter_path(*parse_qualified(reference), "annotations"), json=dict(annotations))
+
+
+def config_file(reference: str) -> Flow[bytes]:
+    """The `adapter_config.json` of a version, byte for byte as it was uploaded; of one that was not uploaded, or to an
+    older service, the config as PEFT writes it."""
+    answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "config"))
+    answer.json_object()
+    return bytes(answer.body)
+
+
+def service() -> Flow[ServiceInfo]:
+    """Which release of prefix-service answers, and the time of its clock. It needs no key."""
+    answer: Answer = yield Request("GET", "/openapi.json")
+    info = answer.json_object().get("info")
+    release = info.get("version") if isinstance(info, dict) else None
+    if not isinstance(release, str):
+        raise InvalidResponse(f"the service should tell its version, got {release!r:.100}")
+    try:
+        moment = parsedate_to_datetime(answer.headers.get("date", "")).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return ServiceInfo(release, None)
+    return ServiceInfo(release, moment)
 
 
 def usage(

@@ -91,6 +91,16 @@ def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
     return results, waiting
 
 
+def _next_step(flow: Flow[Any], result: Any) -> Step:
+    """Returns the step that a flow takes next. An error that it finds in an answer carries the id of that request."""
+    try:
+        return flow.send(result)
+    except PrefixServiceError as error:
+        if isinstance(result, Answer):
+            error.met_by(result.request_id)
+        raise
+
+
 class Transport:
     """Carries out flows in the calling thread.
 
@@ -121,7 +131,7 @@ class Transport:
     def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
         try:
             while True:
-                step = flow.send(self._carry_out(step, until))
+                step = _next_step(flow, self._carry_out(step, until))
         except StopIteration as end:
             result: T = end.value
             return result
@@ -203,7 +213,7 @@ class AsyncTransport:
     async def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
         try:
             while True:
-                step = flow.send(await self._carry_out(step, until))
+                step = _next_step(flow, await self._carry_out(step, until))
         except StopIteration as end:
             result: T = end.value
             return result
