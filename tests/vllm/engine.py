@@ -7,6 +7,7 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
+- `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
 Writes a line of JSON for each, on the descriptor in argv[1].
@@ -36,6 +37,8 @@ def main() -> None:
             _say(answers, _open_hooks())
         elif "connect" in asked:
             _say(answers, _connect(llm, asked["connect"]))
+        elif "loaded" in asked:
+            _say(answers, _digest_loaded(llm, asked["loaded"]))
         elif "forget" in asked:
             _say(answers, _forget(llm, asked["forget"]))
         else:
@@ -141,6 +144,35 @@ def _open_hooks() -> dict[str, list[str]]:
     own = [(name, hook) for name, hook in found if not name.startswith("__")]
     hooks = {name for name, hook in own if of_requests & set(inspect.signature(hook).parameters)}
     return {"open": sorted(hooks - set(vars(_Unseeing))), "closed": sorted(hooks & set(vars(_Unseeing)))}
+
+
+def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Load into a cache that was set to zero, and read each layer's blocks of the request back."""
+    import hashlib
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    half = get_kv_transfer_group().half
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    llm.reset_prefix_cache()
+    for layer in half._layers.values():
+        layer.kv_cache.zero_()
+    digest, tokens, write = hashlib.sha256(), [], half._write
+
+    def write_and_read(load: Any, prefixes: Any) -> None:
+        write(load, prefixes)
+        tokens.append(load.end - load.start)
+        for layer in half._layers.values():
+            axis = list(layer.kv_cache.shape).index(blocks)
+            for block in load.block_ids:
+                digest.update(layer.kv_cache.select(axis, block).contiguous().numpy().tobytes())
+
+    half._write = write_and_read
+    try:
+        _run(llm, [job], 1)
+    finally:
+        half._write = write
+    return {"digest": digest.hexdigest(), "tokens": tokens}
 
 
 class _Unsalted:

@@ -38,6 +38,31 @@ def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(askin
     assert first[2]["params"] is None
 
 
+def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
+    """What PEFT says of the joined prefixes, beside other requests, again from the prefix cache; another order is
+    another prefix; and a version that is published as the concatenation has the same bits in the cache."""
+    lists = [["a", "c"], ["c", "a"], ["a", "d", "a"], ["b"]]
+    lengths = [84, 84, 85, 20]
+    rows = [(names, prompt) for names in lists for prompt in ("short", "long")]
+    jobs = [asking.job(None, prompt, adapter=[f"acme/{name}" for name in names]) for names, prompt in rows]
+    for known in (0, 90 // 32 * 32):
+        outputs = asking.engine.run([*jobs, *(asking.job(*row) for row in MIXED)])["outputs"]
+        for (names, prompt), output in zip(rows, outputs, strict=False):
+            asking.check(output, asking.reference.join(*names), prompt)
+        for row, output in zip(MIXED, outputs[len(rows) :], strict=True):
+            asking.check(output, *row)
+        cached = [output["cached"] for output in outputs[1 : len(rows) : 2]]
+        assert cached == [(length + known) // 32 * 32 if known else length for length in lengths]
+    told = outputs[0]["params"]
+    assert [one.partition("@sha256:")[0] for one in told["prefix_adapter"]] == ["acme/a", "acme/c"]
+    assert told["prefix_version"] == [1, 1]
+    with PrefixClient(asking.server.url, asking.server.admin_key) as client:
+        client.compose("acme/composed", ["acme/a@1", "acme/c@1"])
+    bits = [asking.engine.ask({"loaded": job}) for job in (asking.job("composed", "short"), jobs[0], jobs[2])]
+    assert [one["tokens"] for one in bits] == [[84], [84], [84]]
+    assert bits[0]["digest"] == bits[1]["digest"] != bits[2]["digest"]
+
+
 def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
     """A plain prompt of placeholders meets an adapter's blocks only when the salt is taken away, in this engine."""
     forged = {"prompt": [0] * 64 + asking.reference.prompts["short"]}

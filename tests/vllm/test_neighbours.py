@@ -103,6 +103,13 @@ def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> I
             yield Serving(vllm, service, held, key_file, reference)
 
 
+def test_a_key_of_the_platform_without_patterns_names_no_model(serving: Serving) -> None:
+    """Neither in the list nor as `model`; `prefix_adapter` names one still."""
+    assert [card["id"] for card in serving.vllm.get("/v1/models").json()["data"]] == ["model"]
+    assert serving.vllm.post(_PATH, json={**serving.body(None), "model": "acme/a"}).status_code == 404
+    serving.check(serving.ask("acme/a"), "a")
+
+
 def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:
     """Six of them would need more blocks than there are; a plain request is answered while none of them has a byte."""
     names = [f"large-{number}" for number in range(6)]
