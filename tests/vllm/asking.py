@@ -1,5 +1,6 @@
 """An engine of vLLM that is held to what PEFT says."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,27 @@ class Asking:
         for row, output in zip(rows, outputs, strict=True):
             self.check(output, *row, count=count)
         return outputs
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's metrics of adapters, without the labels that all metrics have."""
+        lines = self.engine.ask({"metrics": True})["lines"]
+        values = {}
+        for line in lines:
+            name, value = line.rsplit(" ", 1)
+            values[re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(
+                value
+            )
+        return values
+
+    def loaded(self) -> dict[str, list[str]]:
+        """The adapters that the metrics have as loaded, by level."""
+        found: dict[str, list[str]] = {"cpu": [], "gpu": []}
+        for name, value in self.metrics().items():
+            match = re.fullmatch(r'vllm:prefix_adapter_loaded\{adapter_name="(.*)",level="(.*)"\}', name)
+            if match:
+                assert value == 1
+                found[match[2]].append(match[1])
+        return {level: sorted(names) for level, names in found.items()}
 
     def check(self, output: dict[str, Any], adapter: str | None, prompt: str, *, count: int = TOKENS_SAID) -> None:
         """The tokens of PEFT's `generate`, and the log probability of each."""

@@ -14,7 +14,7 @@ import httpx
 from tests.conftest import free_port
 
 ROOT: Final = Path(__file__).parents[2]
-PYTHON: Final = ROOT / ".venv-vllm" / "bin" / "python"
+PYTHON: Final = ROOT / os.environ.get("VLLM_ENVIRONMENT", ".venv-vllm") / "bin" / "python"
 _ENVIRONMENT: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",

@@ -7,6 +7,7 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
+- `{"metrics": true}`: the lines of its metrics that are ours
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
@@ -37,6 +38,8 @@ def main() -> None:
             _say(answers, _open_hooks())
         elif "connect" in asked:
             _say(answers, _connect(llm, asked["connect"]))
+        elif "metrics" in asked:
+            _say(answers, _metrics())
         elif "loaded" in asked:
             _say(answers, _digest_loaded(llm, asked["loaded"]))
         elif "forget" in asked:
@@ -144,6 +147,13 @@ def _open_hooks() -> dict[str, list[str]]:
     own = [(name, hook) for name, hook in found if not name.startswith("__")]
     hooks = {name for name, hook in own if of_requests & set(inspect.signature(hook).parameters)}
     return {"open": sorted(hooks - set(vars(_Unseeing))), "closed": sorted(hooks & set(vars(_Unseeing)))}
+
+
+def _metrics() -> dict[str, list[str]]:
+    import prometheus_client
+
+    lines = prometheus_client.generate_latest().decode().splitlines()
+    return {"lines": [line for line in lines if line.startswith("vllm:prefix_adapter_")]}
 
 
 def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,26 @@ def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
     _wait_for_fetches(asking.server, fetched + 1)
 
 
+def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
+    """Those in host memory until they are forgotten; how long loads and waits took, how many bytes, what failed."""
+    assert asking.engine.ask({"forget": "all"}) == {"reset": True}
+    asking.run((None, "short"))
+    assert asking.loaded() == {"cpu": [], "gpu": []}
+    before = asking.metrics()
+    asking.run(("a@1", "short"), ("a", "long"), ("c", "short"), (None, "tiny"))
+    asking.engine.run([asking.job(None, "short", adapter=["acme/a", "acme/d"]), asking.job("nosuch", "short")])
+    after = asking.metrics()
+    assert asking.loaded() == {"cpu": ["acme/a", "acme/a,acme/d", "acme/c"], "gpu": []}
+
+    def more(name: str) -> float:
+        return after[f"vllm:prefix_adapter_{name}"] - before[f"vllm:prefix_adapter_{name}"]
+
+    token = 2 * 4 * 2 * 64 * 4  # keys and values of a token: layers, heads, their size, float32
+    assert more("load_bytes_total") == (20 + 64 + 20 + 45) * token
+    assert (more("load_seconds_count"), more("wait_seconds_count"), more("failures_total")) == (3, 4, 1)
+    assert 0 < more("load_seconds_sum") < more("wait_seconds_sum") + 1e-6
+
+
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
     """While it is away, versions that were loaded are served; who asks for the latest waits until it is back."""
     server = asking.server

@@ -56,6 +56,7 @@ def test_partners_store_and_serve_plain_requests_and_nothing_of_an_adapter(
         outputs = partnered.run(*_ROWS)
         assert [output["cached"] for output in outputs] == [20, 20, 64, 45, 32]  # plain ones from a partner
     assert partnered.engine.run([forged])["outputs"][0]["tokens"] == said
+    assert partnered.loaded() == {"cpu": ["acme/a", "acme/b", "acme/d"], "gpu": []}
 
 
 def test_partners_that_see_adapters_serve_one_for_another(partnered: Asking, stores: tuple[Path, Path]) -> None:
