@@ -8,6 +8,8 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
 - `{"metrics": true}`: the lines of its metrics that are ours
+- `{"series": [names, …], "shared": …}`: the series of what is loaded after each list in turn, with or without files
+  that several servers share
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
@@ -40,6 +42,8 @@ def main() -> None:
             _say(answers, _connect(llm, asked["connect"]))
         elif "metrics" in asked:
             _say(answers, _metrics())
+        elif "series" in asked:
+            _say(answers, _series(llm, asked["series"], asked["shared"]))
         elif "loaded" in asked:
             _say(answers, _digest_loaded(llm, asked["loaded"]))
         elif "forget" in asked:
@@ -154,6 +158,30 @@ def _metrics() -> dict[str, list[str]]:
 
     lines = prometheus_client.generate_latest().decode().splitlines()
     return {"lines": [line for line in lines if line.startswith("vllm:prefix_adapter_")]}
+
+
+def _series(llm: Any, readings: list[list[str]], shared: bool) -> list[list[float]]:
+    import functools
+
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+    from prefix_service.client.vllm.metrics import PrefixMetrics
+
+    registry = CollectorRegistry()
+    kinds = {kind: functools.partial(kind, registry=registry) for kind in (Gauge, Counter, Histogram)}
+    if shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/"
+    try:
+        made = PrefixMetrics(llm.llm_engine.vllm_config, kinds, ["engine"], {0: ["0"]})
+    finally:
+        os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    values = []
+    for names in readings:
+        counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
+        made.observe({**counted, "loaded": [[name, "cpu"] for name in names]})
+        samples = [sample for metric in registry.collect() for sample in metric.samples]
+        values.append([sample.value for sample in samples if sample.name == "vllm:prefix_adapter_loaded"])
+    return values
 
 
 def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -203,6 +203,20 @@ def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
     assert 0 < more("load_seconds_sum") < more("wait_seconds_sum") + 1e-6
 
 
+def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
+    """They leave with the adapter; where servers share files, which keep all, they stay at 0, and are 1,000 at most,
+    however many adapters come and go."""
+    readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
+
+    def series(*, shared: bool) -> Any:
+        return asking.engine.ask({"series": readings, "shared": shared})
+
+    alone, files = series(shared=False), series(shared=True)
+    assert alone[:3] == [[1, 1], [1], [1]]
+    assert [sorted(values) for values in files[:3]] == [[1, 1], [0, 1], [0, 1]]
+    assert (len(alone[3]), len(files[3]), sum(files[3])) == (1000, 1000, 998)
+
+
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
     """While it is away, versions that were loaded are served; who asks for the latest waits until it is back."""
     server = asking.server

@@ -124,9 +124,9 @@ class Permissions:
         """
         if named.field == DEFAULT:
             return
-        has_patterns = self._patterns is not None or named.field != MODEL or bool(await self.patterns())
+        has_models = named.field != MODEL or bool(await self.patterns())
         for reference in named.references:
-            if not has_patterns or not self._allow(reference):
+            if not has_models or not self._allow(reference):
                 raise NotFound(f"there is no {reference}")
 
     def _allow(self, reference: str) -> bool:
