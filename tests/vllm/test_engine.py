@@ -105,7 +105,10 @@ def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
     refused = {
         "there is no acme/nosuch": asking.job("nosuch", "short"),
         "adapter 'No Name' is not a name": asking.job("No Name", "short"),
-        "must be text such as tenant/adapter@prod, got 7": {**asking.job(None, "short"), "adapter": 7},
+        "must be text such as tenant/adapter@prod, or a list of such texts, got 7": {
+            **asking.job(None, "short"),
+            "adapter": 7,
+        },
         "it was trained for another model": asking.job("other-model", "short"),
         "no room for an answer": {**asking.job("a", "short"), "prompt": [7] * 1010},
         "cannot have prompt_logprobs": asking.job("a", "short", options={"prompt_logprobs": 1}),
