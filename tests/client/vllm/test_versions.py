@@ -49,7 +49,7 @@ def test_a_vllm_that_has_what_is_touched_is_taken(package: Path, caplog: pytest.
 @pytest.mark.parametrize(
     ("file", "before", "after", "lacks"),
     [
-        ("v1/request.py", "block_hashes: int", "hashes: int", "Request.block_hashes (vllm/v1/request.py)"),
+        ("v1/request.py", "    block_hashes: int", "    hashes: int", "Request.block_hashes (vllm/v1/request.py)"),
         (BASE, "def get_transfer_results", "def get_results", f"KVConnectorBase_V1.get_transfer_results (vllm/{BASE})"),
         (BASE, "(self, request, block_ids)", "(self, request)", "the parameter block_ids of KVConnectorBase_V1."),
         (BASE, "class KVConnectorMetadata", "class Metadata", f"KVConnectorMetadata (vllm/{BASE})"),
@@ -71,8 +71,8 @@ def test_a_vllm_that_lacks_something_is_refused_by_its_name(
 def test_fields_are_found_wherever_a_class_has_them(package: Path) -> None:
     """Annotated, assigned in the class or in a method, or as a property; a method with keywords and async ones."""
     for after in ("block_hashes = 0", "def set(self): self.block_hashes = 0", "def block_hashes(self): ..."):
-        change(package, "v1/request.py", "block_hashes: int", after)
+        change(package, "v1/request.py", "    block_hashes: int", f"    {after}")
         assert missing(package) == []
-        change(package, "v1/request.py", after, "block_hashes: int")
+        change(package, "v1/request.py", f"    {after}", "    block_hashes: int")
     change(package, BASE, "def request_finished(self, request,", "async def request_finished(self, request, *,")
     assert missing(package) == []
