@@ -67,7 +67,7 @@ def _train_lora(loaded: LanguageModel, folder: Path) -> dict[str, tuple[list[int
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     tuned = peft.get_peft_model(loaded.model, config)
-    tuned.save_pretrained(str(folder))
+    tuned.save_pretrained(str(folder), save_embedding_layers=False)
     prompts = [str(one["prompt"]) for one in _BY_LORA]
     made = LanguageModel(tuned, loaded.tokenizer)
     answers = [made.answer([prompt])[0][:24] for prompt in prompts]
