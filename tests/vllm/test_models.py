@@ -70,7 +70,7 @@ def _train_lora(loaded: LanguageModel, folder: Path) -> dict[str, tuple[list[int
     tuned.save_pretrained(str(folder), save_embedding_layers=False)
     prompts = [str(one["prompt"]) for one in _BY_LORA]
     made = LanguageModel(tuned, loaded.tokenizer)
-    answers = [made.answer([prompt])[0][:24] for prompt in prompts]
+    answers = [ids[:24] for ids in made.answer(prompts)]
     return {prompt: (ids, made.text(ids)) for prompt, ids in zip(prompts, answers, strict=True)}
 
 
