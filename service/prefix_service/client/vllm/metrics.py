@@ -22,7 +22,7 @@ class PrefixStats(KVConnectorStats):  # type: ignore[misc] # vLLM is not install
 
     def reset(self) -> None:
         """Forget it."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: "PrefixStats") -> "PrefixStats":
         """Returns this and what was counted later."""
