@@ -7,7 +7,7 @@ from typing import Final
 from prefix_service.client.vllm.probe import missing
 
 TRIED: Final = ("0.30", "0.31", "0.32")
-"""The versions of which tests/vllm passes, the oldest first."""
+"""The versions that answered as PEFT does under load, the oldest first."""
 
 _RANGE: Final = f"{TRIED[0]} to {TRIED[-1]}"
 
