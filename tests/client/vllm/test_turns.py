@@ -104,8 +104,9 @@ def test_a_failure_reaches_those_who_wait_and_nobody_later() -> None:
 
 
 def test_what_is_forgotten_is_fetched_again() -> None:
-    """What is in use stays for those who use it, and goes after them."""
-    shelf = Shelf(10, 1, Tally())
+    """What is in use stays for those who use it, and goes after them; it is reported as loaded as long."""
+    tally = Tally()
+    shelf = Shelf(10, 1, tally)
     kept, used = shelf.want("r1", "acme", ("a",), 2), shelf.want("r2", "acme", ("b",), 2)
     shelf.take_orders([])
     shelf.take_reports(Reports({kept.number: 1, used.number: 1}))
@@ -115,6 +116,9 @@ def test_what_is_forgotten_is_fetched_again() -> None:
     assert shelf.want("r3", "acme", ("b",), 2) is not used
     shelf.leave("r2", used)
     assert shelf.take_orders([]).drops == [used.number]
+    counted = tally.take()
+    assert counted is not None
+    assert counted["loaded"] == []
 
 
 def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
