@@ -72,7 +72,7 @@ class Catalogue:
         """
         try:
             parse_qualified(name)
-            await self._permissions.require(Named(name, MODEL))
+            await self._permissions.require(Named((name,), MODEL))
             async with self._inspections:
                 version = await self._source.inspect(name)
         except (InvalidReference, NotFound) as error:
