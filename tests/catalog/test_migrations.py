@@ -188,6 +188,34 @@ def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     assert catalog.add_version("gamma", "a", content("x"), BY, make_tenant=True)[0].number == 1
 
 
+def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Content) -> None:
+    """Of the latest move alone: an alias that was made again, and a tenant of a name that another had, have no past."""
+    database = Database(place)
+    catalog, tenants = Catalog(database), Tenants(database)
+    for tenant in ("acme", "again"):
+        for text in ("x", "y"):
+            catalog.add_version(tenant, "a", content(text), BY, make_tenant=True)
+        for number in (1, 2):
+            catalog.put_alias(tenant, "a", "prod", number, BY)
+        if tenant == "again":
+            tenants.delete(tenant, BY)
+            catalog.add_version(tenant, "a", content("x"), BY, make_tenant=True)
+            catalog.add_version(tenant, "a", content("y"), BY)
+            catalog.put_alias(tenant, "a", "prod", 4, BY)
+    catalog.put_alias("acme", "a", "gone", 1, BY)
+    catalog.put_alias("acme", "a", "gone", 2, BY)
+    catalog.delete_alias("acme", "a", "gone", BY)
+    catalog.put_alias("acme", "a", "gone", 1, BY)
+    database.close()
+    execute(place, "ALTER TABLE aliases DROP COLUMN previous", "UPDATE alembic_version SET version_num = '0004'")
+    database = Database(place)
+    catalog = Catalog(database)
+    assert catalog.alias("acme", "a", "prod") == (2, 1)
+    assert catalog.alias("acme", "a", "gone") == (1, None)
+    assert catalog.alias("again", "a", "prod") == (4, None)
+    database.close()
+
+
 @on_sqlite
 def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) -> None:
     """Of a folder with several tenants: bytes of weights, keys, values and manifests; nobody is deleted."""

@@ -246,6 +246,12 @@ class Alias(BaseModel):
     version: int
 
 
+class AliasState(Alias):
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if it never pointed elsewhere."""
+
+    previous: int | None
+
+
 class ResidencyRequest(RequestModel):
     """Whether the version stays until it is unloaded."""
 

@@ -7,7 +7,7 @@ import typer
 from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import print_json, print_table, report, say, working
 from prefix_service.cli.options import DEFAULT_URL, AdapterName, ApiKey, Json, Url, connect
-from prefix_service.errors import Forbidden, InvalidRequest
+from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.references import check_alias, parse_qualified
 
 alias_app = typer.Typer(help="Point names at versions: workers that read TENANT/ADAPTER@ALIAS follow.")
@@ -51,19 +51,13 @@ def roll_back(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Point an alias back at the version that it named before; once more undoes it. Needs a key of scope admin."""
+    """Point an alias back at the version that it named before. Once more undoes it."""
     tenant, reference = parse_qualified(name)
     if not reference.explicit or reference.immutable:
         raise InvalidRequest(f"{name} names no alias: write it as {tenant}/{reference.adapter}@prod")
     alias, adapter = check_alias(reference.selector), f"{tenant}/{reference.adapter}"
     with connect(url, api_key) as client, working(f"moving {name}"):
-        try:
-            version, before = client.rollback(adapter, alias)
-        except Forbidden as error:
-            raise Forbidden(
-                f"{error}: which version {name} named before is in the audit log. Without it, name the version with "
-                f"`alias set {adapter} {alias} VERSION`"
-            ) from error
+        version, before = client.rollback(adapter, alias)
     if as_json:
         print_json({"alias": alias, "version": version, "before": before})
         return
