@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.cli import _OF_SERVER
+from prefix_service.cli.app import OF_SERVER
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import opened
 from prefix_service.settings import Settings
@@ -92,7 +92,7 @@ def test_commands_on_a_folder_do_without_torch(folder: Path, tmp_path: Path, com
 
 
 def without_server() -> str:
-    return _WITHOUT_SERVER.replace("SERVER", repr(set(_OF_SERVER - {"anyio"})))  # anyio comes with httpx too
+    return _WITHOUT_SERVER.replace("SERVER", repr(set(OF_SERVER - {"anyio"})))  # anyio comes with httpx too
 
 
 # What the others remove is gone.
@@ -121,5 +121,5 @@ def _required(extra: str | None) -> Iterator[str]:
 
 def test_the_extra_is_what_pyproject_says() -> None:
     """And the command line itself needs none of it."""
-    assert set(_required("server")) == _OF_SERVER
+    assert set(_required("server")) == OF_SERVER
     assert {"typer", "rich"} <= set(_required(None))

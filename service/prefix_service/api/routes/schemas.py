@@ -247,7 +247,7 @@ class Alias(BaseModel):
 
 
 class AliasState(Alias):
-    """An alias of an adapter; `previous` is the version that it pointed at before, null if it never pointed elsewhere."""
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if there was none."""
 
     previous: int | None
 

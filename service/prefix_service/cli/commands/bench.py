@@ -39,17 +39,24 @@ class Measured:
 
 def bench(
     reference: Ref,
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long each row is measured.")] = 2.0,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Threads of the row with many at a time.")] = 8,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long each row is measured.")
+    ] = 2.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Threads of the row with many at a time.")
+    ] = 8,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this service from this machine: latency and bytes a second of fetching one adapter.
+    """Measure how fast this service is from this machine.
 
-    A fetch brings the whole prefix. "Unchanged" asks whether the cached prefix is current, as a worker does before each
-    batch; a version or a digest is never asked for again, so it has no such row.
+    That is the latency, and the bytes a second, of fetching one adapter. A fetch brings the whole prefix. "Unchanged"
+    asks whether the cached prefix is current, as a worker does before each batch; a version or a digest is never asked
+    for again, so it has no such row.
     """
     kind = cast("KVDtype | None", dtype)  # the client checks it
     rows: list[Measured] = []

@@ -60,7 +60,7 @@ class Check:
 
 
 def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Look for what keeps this machine from working with its service, and say what to do.
+    """Find what is wrong here or with the service, and what to do.
 
     Checks versions, settings, the service's address, the key, the clock, the disk, permissions and the device, also
     while the service is away. Exit status 1 if a check failed; a warning is none.

@@ -190,7 +190,7 @@ def publish_folder(
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":
     """Open the weights of an adapter's folder, and read its config and the base model's."""
-    from prefix_service.checkpoints.sources import prepare_upload  # imports torch
+    from prefix_service.checkpoints.sources import prepare_upload
 
     if not folder.exists():
         raise InvalidRequest(f"there is no folder {folder} to publish")

@@ -276,8 +276,8 @@ def rollback(adapter: str, alias: str) -> Flow[tuple[int, int]]:
     current = _number(found.get("version"))
     if found.get("previous") is None:
         raise NotFound(
-            f"the service knows of no version that {adapter}@{alias} named before {current}: point it at a version by its "
-            "number"
+            f"the service knows of no version that {adapter}@{alias} named before {current}: point it at a version by "
+            "its number"
         )
     before = _number(found["previous"])
     yield from put_alias(adapter, alias, before, if_match=current)
