@@ -100,6 +100,17 @@ def _with_json_last(parameters: list[inspect.Parameter]) -> list[inspect.Paramet
     return sorted(keyword, key=lambda it: it.name == "as_json")
 
 
+def chosen_socket() -> Path | None:
+    """Returns the Unix socket that the command was given."""
+    socket: Path | None = _way.get().get("uds")
+    return socket
+
+
+def address(url: str) -> str:
+    """Returns what a person is told of where the service is."""
+    return url if (socket := chosen_socket()) is None else f"unix:{socket}"
+
+
 @contextlib.contextmanager
 def connect(
     url: str, api_key: str | None, *, shows_progress: bool = False, cache_bytes: int = 1 << 30
@@ -116,9 +127,9 @@ def connect(
     from prefix_service.client import PrefixClient
 
     way = _way.get()
-    with waiting_for(url), PrefixClient(url, timeout=_PATIENCE, **way) as probe:
+    with waiting_for(address(url)), PrefixClient(url, timeout=_PATIENCE, **way) as probe:
         probe.is_ready()
-    said = contextlib.nullcontext() if shows_progress else waiting_for(url)
+    said = contextlib.nullcontext() if shows_progress else waiting_for(address(url))
     with said, PrefixClient(url, api_key, cache_bytes=cache_bytes, **way) as client:
         yield client
 

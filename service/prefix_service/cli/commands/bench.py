@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 import typer
 
 from prefix_service.cli.console import human_bytes, print_json, print_table, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect
 from prefix_service.prefix.form import KVDtype
 from prefix_service.prefix.references import parse_qualified
 
@@ -76,11 +76,11 @@ def bench(
             client.get(reference, dtype=kind)
             rows += [_measured("unchanged (304)", lambda: client.get(reference, dtype=kind), seconds, 1, 0)]
     if as_json:
-        found = {"version": prefix.version, "bytes": nbytes, "url": url, "rows": [asdict(row) for row in rows]}
+        found = {"version": prefix.version, "bytes": nbytes, "url": address(url), "rows": [asdict(row) for row in rows]}
         print_json(found)
         return
     columns = ["what", "requests", "p50", "p99", "requests/s", "bytes/s"]
-    title = f"{reference} = version {prefix.version}, {human_bytes(nbytes)}, from {url}"
+    title = f"{reference} = version {prefix.version}, {human_bytes(nbytes)}, from {address(url)}"
     print_table(title, columns, [_shown(row) for row in rows])
 
 
