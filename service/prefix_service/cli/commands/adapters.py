@@ -83,7 +83,12 @@ def list_adapters(
         return
     columns = ["adapter", "latest", "tokens", "dtype", "size", "created (UTC)", "aliases", "base model"]
     title = "Adapters of all tenants" if tenant is None else f"Adapters of {tenant}"
-    print_table(title, columns, [_listed(item, with_tenant=every_tenant) for item in items])
+    rows = [_listed(item, with_tenant=every_tenant) for item in items]
+    base_models = {row[-1] for row in rows}
+    if len(base_models) == 1 and None not in base_models:  # a long name in every row leaves no room for the others
+        title += f", all for {base_models.pop()}"
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(title, columns, rows)
 
 
 def _adapters(client: "PrefixClient", tenant: str, asked: Mapping[str, str | None], limit: int | None) -> list[Item]:
@@ -159,7 +164,7 @@ def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_NOTE else f"{text[: _LONGEST_NOTE - 1]}…"
 
 
-_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8"})
+_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8", "created"})
 
 
 def inspect(
@@ -184,6 +189,7 @@ def inspect(
         print_json(found)
         return
     shown = {name: value for name, value in found.items() if name not in _SHOWN_APART}
+    shown["created (UTC)"] = human_time(found["created"])
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
     shown |= {f"annotation: {key}": value for key, value in found["annotations"].items()}
@@ -241,7 +247,10 @@ def diff(
         say(f"{names[0]} and {names[1]} have the same content: {about[0]['digest']}")
         if fixed[0] == fixed[1]:
             return
-    rows: list[list[object]] = [[name, *map(_written, pair)] for name, pair in changed.items()]
+    # Two digests in a row have room on no terminal, and `versions` shows them.
+    rows: list[list[object]] = [
+        [name, *map(_written, pair)] for name, pair in changed.items() if name not in ("digest", "weights")
+    ]
     print_table(f"{names[0]} and {names[1]}", ["what differs", *names], rows)
     if reason is not None:
         say(reason)
@@ -259,7 +268,8 @@ def _comparable(version: Item, annotations: Mapping[str, str]) -> dict[str, Any]
     sizes = {f"bytes of {name}": count for name, count in version["size"].items()}
     config = {f"config: {name}": value for name, value in sorted(version["config"].items())}
     noted = {f"annotation: {key}": text for key, text in annotations.items()}
-    return {name: version[name] for name in ("created", "digest", "weights", "dtype")} | sizes | config | noted
+    fixed = {name: version[name] for name in ("created", "digest", "weights", "dtype")}
+    return fixed | sizes | config | noted
 
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -59,7 +59,7 @@ def publish(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE... [TENANT/ADAPTER]",
+            metavar="SOURCE TENANT/ADAPTER",
             help="An adapter's folder or a full training checkpoint, and what to publish it as; or with --tenant any "
             "number of folders.",
         ),
@@ -284,7 +284,7 @@ def compose(
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="TENANT/ADAPTER[@…]...",
+            metavar="TENANT/ADAPTER[@…]",
             help="The prefixes, in the order of their tokens.",
             autocompletion=complete_adapter,
         ),

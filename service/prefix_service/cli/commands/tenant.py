@@ -83,11 +83,12 @@ def remove_tenant(
     name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
     """Delete a tenant with its keys, adapters and versions."""
-    with connect(url, api_key) as client:
-        if not yes:
+    if not yes:
+        with connect(url, api_key) as client:
             has = client.tenant(name)
-            what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
-            confirm(f"delete tenant {name} with {what}", yes=yes)
+        what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
+        confirm(f"delete tenant {name} with {what}", yes=yes)
+    with connect(url, api_key) as client:
         client.delete_tenant(name)
     report(f"deleted tenant {name}", {"deleted": name}, as_json=as_json)
 

@@ -45,7 +45,8 @@ def usage(
     if as_json:
         print_json({"items": items})
         return
-    named = [name for name in ("tenant", "adapter", "version", "key") if any(item[name] for item in items)]
+    kinds = ("tenant", "adapter", "version", "key") if tenant is None else ("adapter", "version", "key")
+    named = [name for name in kinds if any(item[name] for item in items)]
     columns = ["hour (UTC)", *named, "requests", "sent", "cold loads", "prefix tokens"]
     print_table(f"Usage of {tenant or 'all tenants'}", columns, [_line(item, named) for item in items])
 
