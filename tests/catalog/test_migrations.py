@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 
 from prefix_service.catalog import migrations
 from prefix_service.catalog.catalog import Catalog
@@ -207,13 +208,25 @@ def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Conte
     catalog.delete_alias("acme", "a", "gone", BY)
     catalog.put_alias("acme", "a", "gone", 1, BY)
     database.close()
-    execute(place, "ALTER TABLE aliases DROP COLUMN previous", "UPDATE alembic_version SET version_num = '0004'")
+    execute(place, "ALTER TABLE aliases DROP COLUMN previous")
+    engine = plain(place)
+    with engine.begin() as connection, Operations.context(MigrationContext.configure(connection)):
+        _script("0008").module.upgrade()
+    engine.dispose()
     database = Database(place)
     catalog = Catalog(database)
     assert catalog.alias("acme", "a", "prod") == (2, 1)
     assert catalog.alias("acme", "a", "gone") == (1, None)
     assert catalog.alias("again", "a", "prod") == (4, None)
     database.close()
+
+
+def _script(revision: str) -> Script:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    found = ScriptDirectory.from_config(config).get_revision(revision)
+    assert found is not None
+    return found
 
 
 @on_sqlite
