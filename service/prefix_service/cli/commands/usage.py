@@ -25,9 +25,14 @@ def usage(
         str, typer.Option("--by", metavar="adapter,version,key", help="What is counted apart; '' for the sums alone.")
     ] = "adapter",
     since: Annotated[
-        datetime | None, typer.Option(help="From the hour of this moment (UTC) on; by default a day ago.")
+        datetime | None,
+        typer.Option(
+            metavar="MOMENT", help="From the hour of 2027-01-31 or 2027-01-31T12:00:00 (UTC) on; else of a day ago."
+        ),
     ] = None,
-    until: Annotated[datetime | None, typer.Option(help="Hours that begin before this moment (UTC).")] = None,
+    until: Annotated[
+        datetime | None, typer.Option(metavar="MOMENT", help="Hours that begin before this moment (UTC).")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many lines.")] = 1000,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
