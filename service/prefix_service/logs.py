@@ -35,9 +35,6 @@ def _tell_dropped(count: int) -> None:
 _writer: Final = LineWriter(_STANDARD_ERROR, _tell_dropped)
 write_line: Final = _writer.write
 """Write a line to standard error behind those of the log; it never waits for who reads them."""
-flush: Final = _writer.flush
-"""Wait until the log is written, for seconds at most."""
-
 
 _for_people = False
 
@@ -89,7 +86,13 @@ def configure(level: LogLevel, *, as_json: bool = False) -> None:
     logging.getLogger().setLevel(max(lowest, logging.WARNING))
     logging.getLogger("prefix_service").setLevel(lowest)
     logging.captureWarnings(capture=True)
-    atexit.register(flush)
+    atexit.register(_writer.flush)
+
+
+def finish() -> None:
+    """Wait until the log is written, for seconds at most, as the end of the process does otherwise."""
+    atexit.unregister(_writer.flush)
+    _writer.flush()
 
 
 class RequestLog:

@@ -21,7 +21,7 @@ from prefix_service.api.server.serving import Server, end_in_order_on
 from prefix_service.data_folder.opening import opened
 from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.library.shared_files import sweep
-from prefix_service.logs import configure, flush
+from prefix_service.logs import configure, finish
 from prefix_service.registry.registry import choose_device
 from prefix_service.settings import Settings, unknown_variables
 from prefix_service.system.file_limit import raise_file_limit
@@ -42,7 +42,7 @@ def run(settings: Settings, *, as_json: bool = False) -> None:
     try:
         _serve(settings, as_json=as_json)
     finally:
-        flush()
+        finish()
 
 
 def _serve(settings: Settings, *, as_json: bool) -> None:
