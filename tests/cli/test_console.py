@@ -86,7 +86,7 @@ def test_fields_on_80_columns() -> None:
 def test_a_head_is_folded_as_its_column_is() -> None:
     """So that each name stands above its cells."""
     rows = '[["2026-11-26 04:07:15", "a-name-of-thirty-characters-00", 123456]]'
-    lines = shown(56, f'print_table("t", ["created (UTC)", "name", "prefix tokens"], {rows})')
+    lines = shown(50, f'print_table("t", ["created (UTC)", "name", "prefix tokens"], {rows})')
     assert lines[1:] == [
         "created     name                            prefix",
         "(UTC)                                       tokens",

@@ -107,17 +107,15 @@ for number in range(3000):
 
 def test_at_the_end_of_a_process_every_line_is_written() -> None:
     """However slowly they are read: a process that ends waits for its reader."""
-    process = subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = process.stderr.read().splitlines()
-    assert process.wait(60) == 0
+    with subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 0
     assert len(lines) == 3000
     assert '"line 2999"' in lines[-1]
 
 
 def test_a_process_ends_though_nobody_reads() -> None:
     """After seconds, not never."""
-    process = subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE)
-    assert process.wait(60) == 0
-    assert process.stderr is not None
-    process.stderr.close()
+    with subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 0
