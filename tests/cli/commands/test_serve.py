@@ -139,12 +139,13 @@ def test_a_terminal_that_is_not_read_stops_nobody(tmp_path: Path) -> None:
             shown += os.read(controller, 65536).decode()
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(timeout=60) == 0
+        assert serving.stdout.read() == ""
     finally:
         serving.kill()
+        serving.stdout.close()
         os.close(controller)
     lines = [json.loads(line) for line in shown.splitlines() if line.endswith("}")]
     assert [line["request_id"] for line in lines if line["event"] == "request"] == ids
-    assert serving.stdout.read() == ""
 
 
 def _answers(client: httpx.Client) -> bool:
