@@ -22,8 +22,9 @@ def announce(settings: Settings, at: str, device: torch.device, *, as_json: bool
     standard error, and with `as_json` as a JSON document on standard output too."""
     key = bootstrap_file(settings.data_dir)
     if as_json:
-        found = {"version": version("prefix-service"), "at": at, "data_dir": str(settings.data_dir)}
-        found |= {"device": str(device), "key_file": str(key) if key.exists() and not settings.dev else None}
+        key_file = str(key) if key.exists() and not settings.dev else None
+        where = {"at": at, "data_dir": str(settings.data_dir), "device": str(device), "key_file": key_file}
+        found = {"version": version("prefix-service"), **where}
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         sys.stdout.flush()
     if for_people():
