@@ -20,9 +20,9 @@ def complete_adapter(context: typer.Context, incomplete: str) -> list[str]:
     from prefix_service.client import PrefixClient
 
     given = context.params
-    way = {name: given.get(name) for name in ("uds", "ca_file")}
+    uds, ca_file = given.get("uds"), given.get("ca_file")
     try:
-        with PrefixClient(given["url"], given.get("api_key"), timeout=_SECONDS, **way) as client:
+        with PrefixClient(given["url"], given.get("api_key"), timeout=_SECONDS, uds=uds, ca_file=ca_file) as client:
             return _completed(client, incomplete)
     except PrefixServiceError:
         return []

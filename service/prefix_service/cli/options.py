@@ -73,7 +73,9 @@ def unfolded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command an option for each field of its parameters that are dataclasses, which keep what commands share in
     one place."""
     signature = inspect.signature(command, eval_str=True)
-    shared = {name: it.annotation for name, it in signature.parameters.items() if is_dataclass(it.annotation)}
+    shared: dict[str, type[Any]] = {
+        name: it.annotation for name, it in signature.parameters.items() if is_dataclass(it.annotation)
+    }
 
     @wraps(command)
     def call(**given: Any) -> Any:

@@ -228,7 +228,7 @@ def diff(
         # By digest: an alias may move meanwhile.
         fixed = [f"{it['tenant']}/{it['adapter']}@{it['digest']}" for it in about]
         one, other = map(client.get, fixed)
-        annotations, cards = [list(map(call, fixed)) for call in (client.annotations, client.card)]
+        annotations, cards = list(map(client.annotations, fixed)), list(map(client.card, fixed))
     names = [f"{it['tenant']}/{it['adapter']}@{it['version']}" for it in about]
     layers: list[LayerDifference] | None = None
     reason: str | None = None
@@ -256,8 +256,8 @@ def diff(
         say(reason)
     elif layers is not None and not is_same:
         _show_layers(layers)
-    lines = [card.splitlines() for card in cards]
-    if differing := list(difflib.unified_diff(*lines, f"card of {names[0]}", f"card of {names[1]}", lineterm="")):
+    before, after = (card.splitlines() for card in cards)
+    if differing := list(difflib.unified_diff(before, after, *(f"card of {name}" for name in names), lineterm="")):
         say()
         say_lines("\n".join(differing))
 
