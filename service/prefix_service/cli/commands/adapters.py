@@ -257,7 +257,9 @@ def diff(
     elif layers is not None and not is_same:
         _show_layers(layers)
     before, after = (card.splitlines() for card in cards)
-    if differing := list(difflib.unified_diff(before, after, *(f"card of {name}" for name in names), lineterm="")):
+    if differing := list(
+        difflib.unified_diff(before, after, f"card of {names[0]}", f"card of {names[1]}", lineterm="")
+    ):
         say()
         say_lines("\n".join(differing))
 
