@@ -73,7 +73,7 @@ def unfolded(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command an option for each field of its parameters that are dataclasses, which keep what commands share in
     one place."""
     signature = inspect.signature(command, eval_str=True)
-    shared: dict[str, type[Any]] = {
+    shared: dict[str, Any] = {
         name: it.annotation for name, it in signature.parameters.items() if is_dataclass(it.annotation)
     }
 
