@@ -1,6 +1,6 @@
-"""Structured logs: one renderer writes every line of the service to standard error."""
+"""Structured logs: everything that a service says goes through one renderer and one thread, onto standard error."""
 
-import asyncio
+import atexit
 import io
 import json
 import logging
@@ -16,19 +16,30 @@ from structlog.dev import plain_traceback
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, ExcInfo, Processor
 
+from prefix_service.system.line_writer import LineWriter
 from prefix_service.system.printable import printable, printable_lines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _KEY: Final = re.compile(r"pfx_\w+")
+_STANDARD_ERROR: Final = 2
 
+
+def _tell_dropped(count: int) -> None:
+    logging.getLogger("prefix_service").warning(
+        "lines of the log were dropped: standard error was not read", extra={"lines": count}
+    )
+
+
+_writer: Final = LineWriter(_STANDARD_ERROR, _tell_dropped)
+write_line: Final = _writer.write
+"""Write a line to standard error behind those of the log; it never waits for who reads them."""
+
+_for_people = False
 
 request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
-"""Fields of every line that a request logs: the ids of the request and of its key.
-
-Each request has one dictionary, to which fields are added.
-"""
+"""What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
 
 
 def redacted(text: str) -> str:
@@ -36,27 +47,35 @@ def redacted(text: str) -> str:
     return _KEY.sub("pfx_***", text) if "pfx_" in text else text
 
 
-def configure(level: LogLevel) -> None:
-    """Configures logging as JSON lines, or coloured ones on a terminal, for structlog and the standard library.
+def for_people() -> bool:
+    """Whether lines are for a person at a terminal; they are JSON everywhere else."""
+    return _for_people
+
+
+def configure(level: LogLevel, *, as_json: bool = False) -> None:
+    """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library. `as_json`
+    wants JSON on a terminal too.
 
     Each line has the fields of `request_context`. Other libraries' loggers are set to warnings.
     """
+    global _for_people
+    _for_people = sys.stderr.isatty() and not as_json
     lowest = _NUMBERS[level]
     before: list[Processor] = [
         _with_context,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    after = _rendering(colours=sys.stderr.isatty())
-    # Not through the standard library, which doubles the time for a line.
+    after = _rendering(colours=_for_people)
+    # Not through the standard library: half the time for a line.
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
-        logger_factory=lambda *_: _Lines(sys.stderr),
+        logger_factory=lambda *_: _Lines,
         cache_logger_on_first_use=True,
     )
     logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[*before, add_logger_name, ExtraAdder()],
@@ -67,20 +86,24 @@ def configure(level: LogLevel) -> None:
     logging.getLogger().setLevel(max(lowest, logging.WARNING))
     logging.getLogger("prefix_service").setLevel(lowest)
     logging.captureWarnings(capture=True)
+    atexit.register(_writer.flush)
+
+
+def finish() -> None:
+    """Wait until the log is written, for seconds at most, as the end of the process does otherwise."""
+    atexit.unregister(_writer.flush)
+    _writer.flush()
 
 
 class RequestLog:
     """Writes the log lines of requests, in the format of all other lines.
 
-    Not through structlog, which takes 10 µs a line. JSON is written once for each turn of the event loop; on a terminal
-    each line tells a person the time, status, method, route, duration and size of a request; of prefixes, which they
-    are and where the time went; and the code and id of an error.
+    Not through structlog, which takes 10 µs a line. On a terminal each line tells a person the time, status, method,
+    route, duration and size of a request; of prefixes, which they are and where the time went; and the code and id of
+    an error.
     """
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._lines = _Lines(sys.stderr)
-        self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
     def is_enabled_for(self, level: LogLevel) -> bool:
@@ -88,21 +111,16 @@ class RequestLog:
         return _NUMBERS[level] >= self._lowest
 
     def write(self, level: LogLevel, fields: dict[str, Any]) -> None:
-        """Logs a request."""
-        if self._is_terminal:
-            self._lines.msg(printable(redacted(_for_people(fields))))
+        """Tell of a request."""
+        if _for_people:
+            text = _readable(fields)
         else:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
-            if not self._pending:
-                asyncio.get_running_loop().call_soon(self._flush)
-            self._pending.append(printable(redacted(_json(fields))))
-
-    def _flush(self) -> None:
-        self._lines.msg("\n".join(self._pending))
-        self._pending.clear()
+            text = _json(fields)
+        write_line(printable(redacted(text)))
 
 
-def _for_people(fields: dict[str, Any]) -> str:
+def _readable(fields: dict[str, Any]) -> str:
     now = datetime.now().astimezone().strftime("%H:%M:%S")
     took, size = f"{fields['seconds'] * 1000:.1f} ms", f"{fields['bytes']} B"
     words = [now, fields["status"], fields["method"], fields["route"], took, size]
@@ -123,19 +141,17 @@ def _served_for_people(fields: dict[str, Any]) -> list[str]:
 
 
 class _Lines:
-    """The file that structlog writes to. A full disk or a closed pipe must not fail the code that logs."""
+    """What structlog writes to."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    msg = debug = info = warning = error = staticmethod(write_line)
 
-    def msg(self, line: str) -> None:
-        """Writes a line; ignores errors. Standard error flushes after each line."""
-        try:  # noqa: SIM105 - a third of the time of contextlib.suppress
-            self._file.write(line + "\n")
-        except OSError:
-            pass
 
-    debug = info = warning = error = msg
+class _Handler(logging.Handler):
+    """What the standard library's loggers write to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        write_line(self.format(record))
 
 
 def _rendering(*, colours: bool) -> list[Processor]:

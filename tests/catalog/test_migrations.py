@@ -16,8 +16,9 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 
 from prefix_service.catalog import migrations
 from prefix_service.catalog.audit import AuditLog
@@ -195,6 +196,46 @@ def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     )
     assert catalog.add_version("acme", "summarize", content("x"), BY)[0].number == 3
     assert catalog.add_version("gamma", "a", content("x"), BY, make_tenant=True)[0].number == 1
+
+
+def test_where_aliases_pointed_comes_from_the_audit(place: Place, content: Content) -> None:
+    """Of the latest move alone: an alias that was made again, and a tenant of a name that another had, have no past."""
+    database = Database(place)
+    catalog, tenants = Catalog(database), Tenants(database)
+    for tenant in ("acme", "again"):
+        for text in ("x", "y"):
+            catalog.add_version(tenant, "a", content(text), BY, make_tenant=True)
+        for number in (1, 2):
+            catalog.put_alias(tenant, "a", "prod", number, BY)
+        if tenant == "again":
+            tenants.delete(tenant, BY)
+            catalog.add_version(tenant, "a", content("x"), BY, make_tenant=True)
+            catalog.add_version(tenant, "a", content("y"), BY)
+            catalog.put_alias(tenant, "a", "prod", 4, BY)
+    catalog.put_alias("acme", "a", "gone", 1, BY)
+    catalog.put_alias("acme", "a", "gone", 2, BY)
+    catalog.delete_alias("acme", "a", "gone", BY)
+    catalog.put_alias("acme", "a", "gone", 1, BY)
+    database.close()
+    execute(place, "ALTER TABLE aliases DROP COLUMN previous")
+    engine = plain(place)
+    with engine.begin() as connection, Operations.context(MigrationContext.configure(connection)):
+        _script("0008").module.upgrade()
+    engine.dispose()
+    database = Database(place)
+    catalog = Catalog(database)
+    assert catalog.alias("acme", "a", "prod") == (2, 1)
+    assert catalog.alias("acme", "a", "gone") == (1, None)
+    assert catalog.alias("again", "a", "prod") == (4, None)
+    database.close()
+
+
+def _script(revision: str) -> Script:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    found = ScriptDirectory.from_config(config).get_revision(revision)
+    assert found is not None
+    return found
 
 
 @on_sqlite

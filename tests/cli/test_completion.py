@@ -62,10 +62,13 @@ def test_names_are_offered(environment: dict[str, str], words: str, offered: lis
 
 
 def test_a_tenants_key_completes_its_own_adapters(server: Server, environment: dict[str, str]) -> None:
-    """Others are not there for it, and the list of tenants is not its to see."""
+    """Without a word of its tenant; others are not there for it."""
     reader = {**environment, "PREFIX_API_KEY": server.key("read", "clitab-a")}
     assert completed("prefix-service inspect clitab-a/capi", **reader).stdout.split() == ["clitab-a/capitals"]
-    for words in ("prefix-service inspect clitab-b/", "prefix-service inspect clitab-"):
+    own = ["clitab-a/capitals", "clitab-a/caps", "clitab-a/my-cap"]
+    for words in ("prefix-service inspect ", "prefix-service inspect clitab-"):
+        assert completed(words, **reader).stdout.split() == own
+    for words in ("prefix-service inspect clitab-b/", "prefix-service inspect clitab-b"):
         done = completed(words, **reader)
         assert (done.stdout.split(), done.stderr) == ([], "")
 

@@ -1,5 +1,6 @@
 """`convert`: pickles and foreign layouts become a safe folder, as strictly as works."""
 
+import itertools
 import json
 import pickle
 import zipfile
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
 from prefix_service.checkpoints.convert import convert, write
+from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import PrefixClient
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, StorageFailed, UnsafeCheckpoint
 from tests.cli.conftest import Run
@@ -70,6 +72,21 @@ class Harmful:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (self.path,))
+
+
+def test_what_is_cut_out_is_the_file_that_safetensors_writes(tmp_path: Path) -> None:
+    """Byte for byte, whatever the dtypes: the same prefix is the same version, however it was cut."""
+    source = VARIANTS / "peft_full-accelerate-gpt2-proj"
+    tensors = load_file(source / "model.safetensors")
+    for name, dtype in zip(sorted(tensors), itertools.cycle([torch.float32, torch.bfloat16, torch.float16])):
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    upload = prepare_upload(tmp_path)
+    assert upload.cut_from is not None
+    cut = upload.weights.read()
+    assert len({str(tensor.dtype) for tensor in load(cut).values()}) == 3
+    assert cut == save({name: tensors[name] for name in load(cut)})
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(run: Run, tmp_path: Path) -> None:

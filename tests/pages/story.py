@@ -132,7 +132,7 @@ def pasted(story: Story, text: str) -> Iterator[str]:
         os.write(controller, text.encode())
         lines = text.count("\n")
         shown = _shown_until(controller, lambda shown: shown.count(_PROMPT) == lines)
-        # A terminal is read on: its buffer is small, and a service that cannot write its log stands still.
+        # A terminal is read on: its buffer is small, and the shell could not say that it ends.
         threading.Thread(target=_drain, args=(controller,), daemon=True).start()
         yield shown
     finally:

@@ -158,6 +158,20 @@ class Catalog:
             adapter_id = find_adapter(connection, tenant, adapter)
             return aliases_of(connection, [adapter_id])[adapter_id]
 
+    def alias(self, tenant: str, adapter: str, alias: str) -> tuple[int, int | None]:
+        """Returns the number of the version that an alias points at, and of the one that it pointed at before, if any.
+
+        Raises:
+            NotFound: there is no such adapter or alias.
+        """
+        with self._database.reading() as connection:
+            adapter_id = find_adapter(connection, tenant, adapter)
+            query = sa.select(aliases.c.number, aliases.c.previous)
+            found = connection.execute(query.where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)).first()
+        if found is None:
+            raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
+        return found.number, found.previous
+
     def put_alias(
         self, tenant: str, adapter: str, alias: str, number: int, by: Principal, expected: int | None = -1
     ) -> bool:
@@ -176,11 +190,10 @@ class Catalog:
             current = _require_target(connection, adapter_id, alias, expected)
             if current is None:
                 _require_room_for_alias(connection, adapter_id, f"{tenant}/{adapter}")
-            values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
-            connection.execute(
-                values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
-            )
             if current != number:
+                moved = {"number": number, "previous": current}
+                values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, **moved)
+                connection.execute(values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_=moved))
                 target = f"{tenant}/{adapter}@{alias}"
                 record(connection, by, "alias.moved", tenant, target, version=number, before=current)
             return current is None

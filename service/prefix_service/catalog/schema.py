@@ -115,12 +115,14 @@ descriptions = sa.Table(
     sa.Column("config_file", sa.LargeBinary),
 )
 
+# `previous` is the version that the alias named before `number`, for whoever moves it back; null if there is none.
 aliases = sa.Table(
     "aliases",
     metadata,
     sa.Column("adapter_id", sa.ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("name", Name, primary_key=True),
     sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("previous", sa.Integer),
 )
 
 # Blobs that a deletion let go, and since when: their bytes stay for the grace period.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
 from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
@@ -17,6 +17,7 @@ from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
     Header,
     TensorEntry,
+    header_bytes,
     header_length,
     parse_checkpoint_header,
     require_dtype,
@@ -25,6 +26,9 @@ from prefix_service.prefix.safetensors_header import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ORDER: Final = ("F32", "BF16", "F16")
+"""The order in which the safetensors library writes tensors of these dtypes, each by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,15 @@ class TensorFiles:
         """
         from prefix_service.prefix.safetensors_tensors import tensor_at
 
+        entry, data = self.data(name)
+        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+
+    def data(self, name: str) -> tuple[TensorEntry, bytearray]:
+        """Returns the entry of one tensor of the prefix, and its bytes.
+
+        Raises:
+            InvalidCheckpoint: as `tensor` does.
+        """
         path, entry = self._entries[name]
         require_dtype(name, entry, WEIGHT_DTYPES)
         with readable(path), path.open("rb") as file:
@@ -81,7 +94,7 @@ class TensorFiles:
             data = bytearray(file.read(entry.stop - entry.start))
         if len(data) != entry.stop - entry.start:
             raise InvalidCheckpoint(f"{path} ends inside of {shown_name(name)}")
-        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+        return entry, data
 
 
 def _header(path: Path) -> Header:
@@ -118,7 +131,7 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     folder = source if source.is_dir() else source.parent
     config_path = config or folder / CONFIG_NAME
     if not config_path.is_file():
-        raise InvalidConfig(f"there is no {config_path}: name the adapter's config with --config")
+        raise InvalidConfig(f"there is no {config_path}, the adapter's config, which PEFT writes beside the weights")
     with readable(config_path):
         config_json = config_path.read_bytes()
     config_type_of(parse_config_json(config_json, str(config_path)))
@@ -132,16 +145,20 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     if len(paths) == 1 and (not others or match.layout is CHECKPOINT_LAYOUTS[0]):
         with readable(paths[0]):
             return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
-    from safetensors.torch import save
-
-    weights = save(cut(files, match))
+    weights = _cut(files, match)
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
     return Upload(config_json, io.BytesIO(weights), len(weights), what, card)
 
 
-def cut(files: TensorFiles, match: Match) -> "dict[str, Tensor]":
-    """Returns the tensors of a prefix alone, by their names in the checkpoint."""
-    return {name: files.tensor(name) for name in match.tensors.values()}
+def _cut(files: TensorFiles, match: Match) -> bytes:
+    """Returns a safetensors file of the tensors of a prefix alone, by their names in the checkpoint.
+
+    The safetensors library, which needs torch, would write the same bytes.
+    """
+    read = {name: files.data(name) for name in match.tensors.values()}
+    order = sorted(read, key=lambda name: (_ORDER.index(read[name][0].dtype), name))
+    header = header_bytes({name: read[name][0] for name in order})
+    return b"".join([header, *(read[name][1] for name in order)])
 
 
 def weight_files(source: Path) -> list[Path]:

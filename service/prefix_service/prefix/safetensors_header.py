@@ -65,6 +65,19 @@ class Header:
     size: int
 
 
+def header_bytes(tensors: Mapping[str, TensorEntry]) -> bytes:
+    """Returns length and header of a file whose tensors follow, in this order and without gaps; the offsets of the
+    entries do not count. The safetensors library writes the same bytes."""
+    fields, first = {}, 0
+    for name, entry in tensors.items():
+        last = first + entry.stop - entry.start
+        fields[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [first, last]}
+        first = last
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return _LENGTH.pack(len(text)) + text
+
+
 def parse_header(
     data: memoryview, *, dtypes: frozenset[str], size: int | None = None, longest: int = MAX_HEADER_BYTES
 ) -> Header:

@@ -3,15 +3,13 @@
 `safetensors_header` is a module of its own so that code that only reads headers does not import torch.
 """
 
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Final
 
 import torch
 
-from prefix_service.prefix.safetensors_header import TensorEntry
+from prefix_service.prefix.safetensors_header import TensorEntry, header_bytes
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F32": torch.float32,
@@ -36,12 +34,6 @@ def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
 
 
 def header_of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """Returns length and header of a file with one tensor, whose bytes follow.
-
-    The safetensors library writes the same bytes.
-    """
-    nbytes = prod(shape) * dtype.itemsize
-    fields = {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    """Returns length and header of a file with one tensor, whose bytes follow; the safetensors library writes the
+    same bytes."""
+    return header_bytes({name: TensorEntry(NAMES[dtype], tuple(shape), 0, prod(shape) * dtype.itemsize)})

@@ -176,7 +176,7 @@ def test_alias_is_made_moved_and_forgotten(client: httpx.Client, alias: str) -> 
     assert client.get(f"{ADAPTERS}/aliased@prod/prefix").headers["prefix-version"] == str(old)
     assert client.put(alias, json={"version": new}).status_code == 200
     assert client.get(f"{ADAPTERS}/aliased@prod/prefix").headers["prefix-version"] == str(new)
-    assert client.get(alias).json() == {"alias": "prod", "version": new}
+    assert client.get(alias).json() == {"alias": "prod", "version": new, "previous": old}
     assert client.delete(alias).status_code == 204
     problem(client.get(alias), 404, "not-found")
     problem(client.delete(alias), 404, "not-found")

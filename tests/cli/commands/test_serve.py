@@ -1,8 +1,11 @@
 """`serve` and `openapi`: what who runs the service types."""
 
 import json
+import os
+import pty
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -113,6 +116,38 @@ def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:
     pattern = r"\d\d:\d\d:\d\d 401 GET none [\d.]+ ms \d+ B unauthenticated the-last-one"
     assert re.fullmatch(pattern, line)
     assert not any(line.startswith("{") for line in lines)
+
+
+def test_a_terminal_that_is_not_read_stops_nobody(tmp_path: Path) -> None:
+    """As one that is paused (Ctrl+S, tmux): requests are answered, and once it is read again the log is whole. With
+    --json it is lines of JSON there too, and standard output says where the service listens."""
+    controller, terminal = pty.openpty()
+    command = [*PREFIX_SERVICE, "serve", "--json", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    assert serving.stdout is not None
+    document = ""
+    while not document.endswith("}\n"):
+        document += serving.stdout.readline()
+    found = json.loads(document)
+    assert found["key_file"] == str(tmp_path / "data" / "bootstrap.key")
+    ids = [f"{number:0128}" for number in range(800)]  # with their lines far more than a terminal's 64 KiB
+    try:
+        with httpx.Client(base_url=found["at"], timeout=60) as client:
+            for request_id in ids:
+                assert client.get("/v1/tenants/nobody", headers={"X-Request-ID": request_id}).status_code == 401
+        shown = ""
+        while ids[-1] not in shown:
+            shown += os.read(controller, 65536).decode()
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(timeout=60) == 0
+        assert serving.stdout.read() == ""
+    finally:
+        serving.kill()
+        serving.stdout.close()
+        os.close(controller)
+    lines = [json.loads(line) for line in shown.splitlines() if line.endswith("}")]
+    assert [line["request_id"] for line in lines if line["event"] == "request"] == ids
 
 
 def _answers(client: httpx.Client) -> bool:

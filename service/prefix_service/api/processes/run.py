@@ -21,7 +21,7 @@ from prefix_service.api.server.serving import Server, end_in_order_on
 from prefix_service.data_folder.opening import opened
 from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.library.shared_files import sweep
-from prefix_service.logs import configure
+from prefix_service.logs import configure, finish
 from prefix_service.registry.registry import choose_device
 from prefix_service.settings import Settings, unknown_variables
 from prefix_service.system.file_limit import raise_file_limit
@@ -29,8 +29,8 @@ from prefix_service.system.file_limit import raise_file_limit
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
 
-def run(settings: Settings) -> None:
-    """Serves until a signal ends it; requests in progress are finished first.
+def run(settings: Settings, *, as_json: bool = False) -> None:
+    """Serve until a signal ends it; requests under way are finished first. `as_json` logs JSON on a terminal too.
 
     Raises:
         Conflict: another service runs on the data folder, or another program listens on the address or metrics port.
@@ -38,7 +38,14 @@ def run(settings: Settings) -> None:
         StorageFailed, OutOfSpace: the disk refused.
         Unavailable: no worker process could start.
     """
-    configure(settings.log_level)
+    configure(settings.log_level, as_json=as_json)
+    try:
+        _serve(settings, as_json=as_json)
+    finally:
+        finish()
+
+
+def _serve(settings: Settings, *, as_json: bool) -> None:
     _warn_of_unknown_variables()
     raise_file_limit()
     device = choose_device(settings.device)
@@ -46,7 +53,7 @@ def run(settings: Settings) -> None:
         _check_shared(settings.shared_dir, settings.uds)
     end_in_order_on(signal.SIGTERM, signal.SIGINT)
     with opened(settings) as lock, listening(settings) as sockets:
-        on_ready = partial(announce, settings, address(sockets), device)
+        on_ready = partial(announce, settings, address(sockets), device, as_json=as_json)
         if settings.workers == 1:
             metrics = Metrics()
             with _metrics_port(settings, metrics.exposed):
@@ -54,7 +61,7 @@ def run(settings: Settings) -> None:
         else:
             inherited = None if lock is None else Inherited(lock)
             with shared_folder() as folder, _metrics_port(settings, whole_service(folder)):
-                Supervisor(settings.workers, work, (settings, sockets, inherited), on_ready).run()
+                Supervisor(settings.workers, work, (settings, sockets, inherited, as_json), on_ready).run()
 
 
 def _warn_of_unknown_variables() -> None:

@@ -47,6 +47,7 @@ def work(
     settings: Settings,
     sockets: list[socket.socket],
     _lock: Inherited | None,
+    as_json: bool = False,
 ) -> None:
     """Serves on `sockets` until a signal, or the end of the process `started_by`.
 
@@ -56,10 +57,11 @@ def work(
         settings: the service's settings.
         sockets: listening sockets, shared with the other workers.
         _lock: the data folder's lock, which thereby holds until the last worker has ended.
+        as_json: whether to log JSON on a terminal too.
     """
     die_with(started_by)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process; the supervisor decides
-    configure(settings.log_level)
+    configure(settings.log_level, as_json=as_json)
     try:
         _serve(supervisor, settings, sockets)
     except (PrefixServiceError, OSError) as error:

@@ -11,10 +11,10 @@ from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
-from prefix_service.api.routes.schemas import Alias, AliasTarget
+from prefix_service.api.routes.schemas import Alias, AliasState, AliasTarget
 from prefix_service.api.state import LibraryOf
 from prefix_service.catalog.reads import read_catalog
-from prefix_service.errors import NotFound, PreconditionFailed
+from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
 from prefix_service.prefix.references import Reference, check_alias, check_name
 
@@ -67,14 +67,12 @@ async def put_alias(
 @router.get(_PATH)
 async def get_alias(
     response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, library: LibraryOf
-) -> Alias:
-    """Where an alias points."""
+) -> AliasState:
+    """Where an alias points, and where it pointed before: that is where a rollback moves it."""
     _check(name, alias)
-    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
-    if alias not in aliases:
-        raise NotFound(f"{tenant}/{name} has no alias {alias!r}")
-    response.headers["ETag"] = _etag(aliases[alias])
-    return Alias(alias=alias, version=aliases[alias])
+    number, previous = await read_catalog(library.catalog.alias, tenant, name, alias)
+    response.headers["ETag"] = _etag(number)
+    return AliasState(alias=alias, version=number, previous=previous)
 
 
 @router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)

@@ -262,6 +262,12 @@ class Alias(BaseModel):
     version: int
 
 
+class AliasState(Alias):
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if there was none."""
+
+    previous: int | None
+
+
 class ResidencyRequest(RequestModel):
     """Whether the version stays until it is unloaded."""
 

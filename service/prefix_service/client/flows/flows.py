@@ -203,13 +203,8 @@ def publish_folder(
 
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":
-    """Returns the upload of an adapter's folder, with its weights open, and the bytes of the base model's config.
-
-    Raises:
-        InvalidRequest: there is no such folder, or the base model's config cannot be read.
-        InvalidConfig, InvalidCheckpoint, UnsafeCheckpoint: the folder lacks a file, or a file is not acceptable.
-    """
-    from prefix_service.checkpoints.sources import prepare_upload  # imports torch
+    """Open the weights of an adapter's folder, and read its config and the base model's."""
+    from prefix_service.checkpoints.sources import prepare_upload
 
     if not folder.exists():
         raise InvalidRequest(f"there is no folder {folder} to publish")

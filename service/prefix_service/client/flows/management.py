@@ -16,7 +16,7 @@ from prefix_service.client.flows import listing
 from prefix_service.client.flows.flows import Flow, adapter_alone
 from prefix_service.client.flows.listing import Item, pages
 from prefix_service.client.protocol import Answer, Buffer, Request, adapter_path, tenant_path
-from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, PreconditionFailed
+from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound
 from prefix_service.prefix.references import check_alias, parse_qualified
 
 Found = Mapping[str, Any]
@@ -31,7 +31,6 @@ class ServiceInfo:
 
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
-_LATEST: Final = 1000  # entries of the audit log
 
 
 def aliases(adapter: str) -> Flow[dict[str, int]]:
@@ -303,50 +302,24 @@ def parameters(reference: str, first: int, stop: int) -> Flow[Buffer]:
 
 
 def rollback(adapter: str, alias: str) -> Flow[tuple[int, int]]:
-    """Points an alias to the version that it named before; returns that version's number, and the previous one.
-
-    The audit log has that information, so a key of scope `admin` is needed. A second call undoes the first.
+    """Point an alias at the version that it named before. Returns that version's number, and the one that it named
+    until now. A second call undoes the first.
 
     Raises:
-        NotFound: the audit log has no earlier version, or that version was deleted.
-        PreconditionFailed: the alias was moved in the meantime.
+        NotFound: the alias named no other version before, or that version is gone.
+        PreconditionFailed: somebody moved the alias meanwhile.
     """
-    tenant, name = adapter_alone(adapter)
     answer: Answer = yield Request("GET", _alias_path(adapter, alias))
-    current = _number(answer.json_object().get("version"))
-    moved = yield from _last_move(tenant, f"{tenant}/{name}@{alias}")
-    if moved is None:
+    found = answer.json_object()
+    current = _number(found.get("version"))
+    if found.get("previous") is None:
         raise NotFound(
-            f"the audit log no longer says what {adapter}@{alias} named before version {current}: name the version "
-            f"with `alias set {adapter} {alias} VERSION`"
+            f"the service knows of no version that {adapter}@{alias} named before {current}: point it at a version by "
+            "its number"
         )
-    if _number(moved.get("version")) != current:
-        raise PreconditionFailed(
-            f"{adapter}@{alias} was moved meanwhile: look at `alias list {adapter}`, and try again"
-        )
-    if moved.get("before") is None:
-        raise NotFound(f"{adapter}@{alias} has named version {current} since it was made, and nothing before")
-    before = _number(moved["before"])
+    before = _number(found["previous"])
     yield from put_alias(adapter, alias, before, if_match=current)
     return before, current
-
-
-def _last_move(tenant: str, target: str) -> Flow[Found | None]:
-    """Returns the details of the latest move of an alias; None if the audit log has none.
-
-    It is usually among the latest changes, so the others are read only if it is not.
-    """
-    for limit in (_LATEST, None):
-        entries = yield from pages(tenant_path(tenant, "audit"), limit=limit)
-        for entry in entries:
-            if entry.get("action") == "alias.moved" and entry.get("target") == target:
-                details = entry.get("details")
-                if not isinstance(details, dict):
-                    raise InvalidResponse(f"a move of an alias should have details, got {entry!r:.200}")
-                return details
-        if len(entries) < _LATEST:
-            break
-    return None
 
 
 def _number(value: Any) -> int:
