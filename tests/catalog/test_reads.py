@@ -115,7 +115,7 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
     monkeypatch.setattr(reads, "DEADLINE", 0.2)
     release = threading.Event()
     began = time.monotonic()
-    asked = [asyncio.create_task(read_catalog(release.wait, 10)) for _ in range(2 * reads._THREADS)]
+    asked = [asyncio.create_task(read_catalog(release.wait, 10)) for _ in range(2 * reads._READS)]
     await asyncio.sleep(0)
     assert await to_thread.run_sync(lambda: 7) == 7
     for outcome in await asyncio.gather(*asked, return_exceptions=True):

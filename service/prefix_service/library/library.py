@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
-from anyio import to_thread
 
 from prefix_service.blobs.folder import BlobStore
 from prefix_service.catalog.audit import AuditLog
@@ -15,7 +14,7 @@ from prefix_service.catalog.changes import Changes
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import AuditEntry, Principal, Version, VersionName
 from prefix_service.catalog.remembered import RememberedVersions
 from prefix_service.catalog.tenants import Tenants
@@ -236,7 +235,7 @@ class Library:
         """
         await self.load(version)
         add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
-        await to_thread.run_sync(add)
+        await write_catalog(add)
         loaded = await self.load(version)  # it may have been evicted while the change was recorded
         self.registry.pin(_key(loaded), pinned=pinned)
 
@@ -259,7 +258,7 @@ class Library:
         Raises:
             Unauthenticated, NotFound: `by` has no authority any more; the version stays in memory then.
         """
-        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
+        await write_catalog(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
         self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
@@ -276,7 +275,7 @@ class Library:
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        await to_thread.run_sync(self.catalog.delete, tenant, reference, by)
+        await write_catalog(self.catalog.delete, tenant, reference, by)
 
     async def delete_tenant(self, tenant: str, by: Principal) -> None:
         """Delete a tenant with all it has; transfers under way complete.
@@ -284,7 +283,7 @@ class Library:
         Raises:
             NotFound: there is no such tenant.
         """
-        await to_thread.run_sync(self.tenants.delete, tenant, by)
+        await write_catalog(self.tenants.delete, tenant, by)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """Forget what was deleted or encoded again, here or by another process: it leaves memory. Uploads that have

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final, Literal, TypeVar, cast, get_args
 
 from prefix_service.errors import OutOfSpace, Overloaded, PrefixServiceError
-from prefix_service.registry.turns import Turns, in_thread
+from prefix_service.system.turns import Turns, in_thread
 from prefix_service.registry.work_budget import Job, WorkBudget
 
 T = TypeVar("T")
