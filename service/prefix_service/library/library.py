@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
-
 from prefix_service.blobs.folder import BlobStore
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.authority import prove
@@ -113,7 +112,7 @@ class Library:
         return self._versions.get(version.tenant, reference) is version
 
     def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
-        """Everything of an answer but its tensors.
+        """Everything of an answer but its tensors. It takes milliseconds where there are many layers: blocking.
 
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -121,7 +120,7 @@ class Library:
         return make_plan(version, request, mask, self.limits)
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
-        """Everything of an answer for many adapters but its tensors.
+        """Everything of an answer for many adapters but its tensors. Blocking.
 
         Raises:
             InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.

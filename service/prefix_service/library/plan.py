@@ -133,6 +133,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     if mask is not None and config.num_transformer_submodules == 1:
         extras["position_ids"] = PositionIds(tokens, mask)
     message = Message(identity, form, extras)
+    _ = message.content_length, message.rendering_nbytes, message.planned_nbytes  # here, and not on the event loop
     return Plan(version, message, _entity_tag(version, message))
 
 

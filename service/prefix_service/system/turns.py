@@ -18,8 +18,8 @@ class Turns:
     """Threads for `places` calls in parallel, of their own: what waits here does not keep SQL or files waiting.
 
     A place that becomes free goes to the next tenant that waits, not to the next call: five hundred loads of one
-    tenant delay the one load of another by one at most, for each place. A tenant takes `most` places at most, by default
-    all but the last, unless there is only one, so a long call of one tenant does not delay another's.
+    tenant delay the one load of another by one at most, for each place. A tenant takes `most` places at most: by
+    default all but the last, unless there is only one, so a long call of one tenant does not delay another's.
     """
 
     def __init__(self, places: int, most: int | None = None) -> None:

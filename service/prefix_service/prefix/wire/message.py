@@ -76,7 +76,7 @@ def write_header(about: Mapping[str, Any], tensors: Iterable[TensorSpec | Slot])
     prefix = json.dumps(about, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     members = [json.dumps({"__metadata__": {"prefix": prefix}}, separators=(",", ":"), ensure_ascii=False)[1:-1]]
     position = 0
-    # Thousands of tensors, of very few shapes: what is the same for many is written once, which takes a tenth of the time.
+    # Thousands of tensors of very few shapes: what is the same for many is written once.
     known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, int]] = {}
     for tensor in tensors:
         kind = tensor.dtype, tensor.shape
