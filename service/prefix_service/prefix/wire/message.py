@@ -47,14 +47,14 @@ class TensorSpec:
 
 
 class Slot(NamedTuple):
-    """One tensor of a message: a row of it lies at `index` in its source, and is sent `times` times."""
+    """One tensor of a message: a row of it lies at `place` in its source, and is sent `times` times."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     nbytes: int
     source: _Source
-    index: tuple[int, ...] = ()
+    place: tuple[int, ...] = ()
     times: int = 1
 
 
@@ -202,7 +202,7 @@ class Message:
     def _span_of(self, slot: Slot, source: Part) -> _Span:
         row = slot.nbytes // slot.times
         # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
-        start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
+        start = row * (2 * slot.place[0] + slot.place[1]) if slot.place else 0
         return _Span(source, start, start + row, slot.times)
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:
