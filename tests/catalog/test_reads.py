@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +18,10 @@ from prefix_service.catalog import access as module
 from prefix_service.catalog import reads
 from prefix_service.catalog.access import Patience
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, ReadOnly, StorageFailed
+from prefix_service.system.turns import ASKING
 from tests.catalog.conftest import BY
 
 HURRIED = Patience(reads=0.2, writes=0.2, turn=1)
@@ -111,7 +112,7 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
     """Its callers get an error after the deadline, more of them than there are threads for reads."""
     monkeypatch.setattr(reads, "DEADLINE", 0.2)
     release = threading.Event()
-    asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * reads._THREADS)]
+    asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * reads._READS)]
     await asyncio.sleep(0)
     assert await to_thread.run_sync(lambda: 7) == 7
     for outcome in await asyncio.gather(*asked, return_exceptions=True):
@@ -120,6 +121,26 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
     assert not release.is_set()
     release.set()
     assert await read_catalog(int, "3") == 3
+
+
+@pytest.mark.parametrize("ask", [read_catalog, write_catalog])
+async def test_a_tenant_that_asks_for_much_keeps_no_other_waiting(
+    ask: Callable[..., Awaitable[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred calls of one wait in its turn, on a part of the threads; another's call and an operator's go on."""
+    monkeypatch.setattr(reads, "DEADLINE", 60)
+    release = threading.Event()
+
+    async def asked_by(tenant: str, call: Callable[[], object]) -> object:
+        ASKING.set(tenant)
+        return await ask(call)
+
+    many = [asyncio.create_task(asked_by("many", lambda: release.wait(60))) for _ in range(100)]
+    await asyncio.sleep(0)
+    for tenant in ("other", ""):
+        assert await asyncio.wait_for(asyncio.create_task(asked_by(tenant, lambda: 7)), 30) == 7
+    release.set()
+    assert await asyncio.gather(*many) == [True] * 100
 
 
 def test_a_read_only_catalog_is_read_while_another_process_writes(tenants: Tenants, path: Path) -> None:

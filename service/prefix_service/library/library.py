@@ -6,8 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 
-from anyio import to_thread
-
 from prefix_service.blobs.folder import BlobStore
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.authority import prove
@@ -16,7 +14,7 @@ from prefix_service.catalog.changes import Changes
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import AuditEntry, Principal, Version, VersionName
 from prefix_service.catalog.remembered import RememberedVersions
 from prefix_service.catalog.tenants import Tenants
@@ -115,7 +113,7 @@ class Library:
         return self._versions.get(version.tenant, reference) is version
 
     def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
-        """Returns the plan of an answer: everything except its tensors.
+        """Everything of an answer but its tensors. It takes milliseconds where there are many layers: blocking.
 
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -123,7 +121,7 @@ class Library:
         return make_plan(version, request, mask, self.limits)
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
-        """Returns the plan of an answer for many adapters: everything except its tensors.
+        """Everything of an answer for many adapters but its tensors. Blocking.
 
         Raises:
             InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
@@ -255,8 +253,8 @@ class Library:
         """
         await self.load(version)
         add = partial(self.audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
-        await to_thread.run_sync(add)
-        loaded = await self.load(version)  # it may have been evicted while the audit was written
+        await write_catalog(add)
+        loaded = await self.load(version)  # it may have been evicted while the change was recorded
         self.registry.pin(_key(loaded), pinned=pinned)
 
     async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
@@ -278,7 +276,7 @@ class Library:
         Raises:
             Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
         """
-        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
+        await write_catalog(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
         self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
@@ -296,7 +294,7 @@ class Library:
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        await to_thread.run_sync(self.catalog.delete, tenant, reference, by)
+        await write_catalog(self.catalog.delete, tenant, reference, by)
 
     async def delete_tenant(self, tenant: str, by: Principal) -> None:
         """Deletes a tenant with everything it has. Transfers in progress complete.
@@ -305,7 +303,7 @@ class Library:
             NotFound: there is no such tenant.
             Unauthenticated: `by` has lost its authority.
         """
-        await to_thread.run_sync(self.tenants.delete, tenant, by)
+        await write_catalog(self.tenants.delete, tenant, by)
 
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """Forget what was deleted or encoded again, here or by another process: it leaves memory. Uploads that have

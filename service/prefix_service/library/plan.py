@@ -135,6 +135,7 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     if mask is not None and config.num_transformer_submodules == 1:
         extras["position_ids"] = PositionIds(tokens, mask)
     file = PrefixFile(identity, variant, extras)
+    _ = file.content_length, file.rendering_nbytes, file.planned_nbytes  # here, and not on the event loop
     return Plan(version, file, _entity_tag(version, file))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prefix_service.blobs.folder import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import AuditEntry, NewVersion, Principal, Version
 from prefix_service.errors import InvalidConfig
 from prefix_service.library.arrivals import Arrival, Arrivals
@@ -33,7 +33,7 @@ from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 from prefix_service.prefix.safetensors_tensors import header_of
 from prefix_service.prefix.wire.rendering import KV_DTYPES
 from prefix_service.registry.admission import Admission
-from prefix_service.registry.turns import in_thread
+from prefix_service.system.turns import in_thread
 
 _PARSED: Final = 32  # bytes of memory that parsing takes per byte of a header, at most (measured: 27)
 _LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
@@ -158,7 +158,7 @@ class Publisher:
             description=description,
             make_tenant=target.make_tenant,
         )
-        version, is_new = await in_thread(add)
+        version, is_new = await write_catalog(add)
         if not is_new:
             self._mended(version)
         return version, is_new

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Final, Literal, TypeVar, cast, get_args
 
 from prefix_service.errors import OutOfSpace, Overloaded, PrefixServiceError
-from prefix_service.registry.turns import Turns, in_thread
 from prefix_service.registry.work_budget import Job, WorkBudget
+from prefix_service.system.turns import Turns, in_thread
 
 T = TypeVar("T")
 

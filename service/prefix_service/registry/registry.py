@@ -17,7 +17,7 @@ from prefix_service.registry.memory import exhausted, memory_for, of_device
 from prefix_service.registry.report import TierReport
 from prefix_service.registry.snapshot import Snapshot
 from prefix_service.registry.tier import Lease, Tier
-from prefix_service.registry.turns import Turns
+from prefix_service.system.turns import Turns
 
 log = logging.getLogger("prefix_service")
 

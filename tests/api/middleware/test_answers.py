@@ -1,5 +1,6 @@
 """`api.middleware.answers`: what was answered once is answered again, to whom it may be, as long as it is true."""
 
+import asyncio
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 from prefix_service.api.app import create_app
 from prefix_service.api.middleware import answers as module
 from prefix_service.data_folder.opening import opened
+from prefix_service.library import library
+from prefix_service.library.plan import Plan, make_plan
 from prefix_service.settings import Settings
 from tests.api.apps import served
 from tests.api.helpers import CONFIG, MEDIA_TYPE, about_of, problem, upload, weights
@@ -125,6 +128,23 @@ def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         for size in [*range(1, 60), 1]:
             assert client.get(PATH, params={"batch_size": size}).status_code == 200
         assert 0 < app.state.prefix_service.answers.nbytes <= 100_000
+
+
+@pytest.mark.parametrize("path", [f"{PATH}?batch_size=3", f"/v2/models/{TENANT}/a", f"/v2/models/{TENANT}/a/config"])
+def test_nothing_is_planned_on_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """A plan takes as long as an adapter has layers; meanwhile nobody else would be answered."""
+    on_loop: list[bool] = []
+
+    def plan(*arguments: Any) -> Plan:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return make_plan(*arguments)
+
+    monkeypatch.setattr(library, "make_plan", plan)
+    settings = Settings(data_dir=tmp_path / "data", dev=True)
+    with opened(settings), served(create_app(settings)) as url, httpx.Client(base_url=url) as client:
+        assert upload(client, TENANT, "a").status_code == 201
+        assert client.get(path).status_code == 200
+    assert on_loop == [False]
 
 
 def test_an_answer_counts_all_that_it_holds(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.middleware.rates import charged
 from prefix_service.catalog.records import Principal
 from prefix_service.registry.admission import Admission
+from prefix_service.system.turns import ASKING
 
 
 class InFlightMiddleware:
     """Counts every request, except those of health routes, until the last byte of its answer has left.
 
-    A request counts for the tenant that its rate is charged to. Requests of platform admins that concern no tenant's
-    adapters, and scrapes of the metrics, have a few reserved places. So have the public routes, which need no key: a
-    caller that leaves their answers unread takes no place of a tenant.
+    A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
+    adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
+    key: whoever leaves their answers unread takes no place of a tenant. What a request reads and writes in the catalog
+    waits in its tenant's turn; platform admins have a turn of their own.
     """
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
@@ -39,6 +41,7 @@ class InFlightMiddleware:
             return
         tenant = charged(scope)
         self._admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
+        ASKING.set("" if tenant is None or _is_of_admin(scope) else tenant)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -49,4 +52,9 @@ def _is_of_operator(scope: Scope) -> bool:
     principal: Principal | None = scope.get("principal")
     if principal is None or principal.tenant is not None:
         return False
-    return scope["path"] == "/metrics" or (principal.has("admin") and scope["path"] != "/v1/prefixes")
+    return scope["path"] == "/metrics" or (_is_of_admin(scope) and scope["path"] != "/v1/prefixes")
+
+
+def _is_of_admin(scope: Scope) -> bool:
+    principal: Principal | None = scope.get("principal")
+    return principal is not None and principal.tenant is None and principal.has("admin")

@@ -16,7 +16,7 @@ from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, is_loaded
 from prefix_service.catalog.records import AuditEntry, Principal
 from prefix_service.catalog.usage import OF_PLATFORM, UsageStore, Use
 from prefix_service.errors import PrefixServiceError
-from prefix_service.registry.turns import in_thread
+from prefix_service.system.turns import in_thread
 
 log = logging.getLogger("prefix_service")
 

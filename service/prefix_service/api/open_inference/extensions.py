@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from prefix_service.api.http.paths import NamePath, SelectorPath
 from prefix_service.api.metrics.inference_statistics import Duration, InferenceStatistics
@@ -24,6 +24,7 @@ from prefix_service.api.open_inference.models import (
     outputs_of,
     platform_of,
     resolved,
+    told,
 )
 from prefix_service.api.open_inference.schemas import (
     ConfiguredInput,
@@ -63,18 +64,18 @@ _LISTING: Final[dict[str, Any]] = {
 }
 
 
-@router.get(f"{MODEL}/config")
-async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelConfig:
+@router.get(f"{MODEL}/config", response_model=ModelConfig)
+async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
     """The configuration of a model's latest version."""
-    return _configuration(library, await resolved(library, tenant, name))
+    version = await resolved(library, tenant, name)
+    return await told(library, tenant, partial(_configuration, library, version))
 
 
-@router.get(f"{VERSION}/config")
-async def version_config(
-    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
-) -> ModelConfig:
+@router.get(f"{VERSION}/config", response_model=ModelConfig)
+async def version_config(tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf) -> Response:
     """The configuration of one version."""
-    return _configuration(library, await resolved(library, tenant, name, version))
+    found = await resolved(library, tenant, name, version)
+    return await told(library, tenant, partial(_configuration, library, found))
 
 
 @router.get("/models/stats", **_LISTING)

@@ -36,7 +36,8 @@ _TEXT, _PARSED = 25, 100  # bytes of a number as text, and of memory that writin
 class TensorsResponse(Response):
     """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left.
 
-    By default these are all that have elements: without an input mask, `position_ids` has none.
+    By default these are all that have elements: without an input mask, `position_ids` has none. There are some for
+    each layer: it is made in a thread.
     """
 
     def __init__(
@@ -58,6 +59,9 @@ class TensorsResponse(Response):
             wanted = {name: None for name, tensor in plan.file.tensors.items() if tensor.nbytes}
         self._binary = {name: by_default if own is None else own for name, own in wanted.items()}
         self._require_known()
+        tensors = plan.file.tensors
+        self._numbers = sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
+        self._binary_nbytes = sum(tensors[name].nbytes for name, is_binary in self._binary.items() if is_binary)
         self._require_moderate()
 
     def _require_known(self) -> None:
@@ -70,11 +74,6 @@ class TensorsResponse(Response):
                 f"there is no output {', '.join(map(repr, unknown))!s:.200} here: there are {', '.join(extras)}, and "
                 f"past_key_values.0.key to past_key_values.{last - 1}.value"
             )
-
-    @property
-    def _numbers(self) -> int:
-        tensors = self._plan.file.tensors
-        return sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
 
     def _require_moderate(self) -> None:
         numbers = self._numbers
@@ -106,10 +105,9 @@ class TensorsResponse(Response):
         await send_chunks(scope, send, chain([head], tensors))
 
     def _fields(self, head: bytes) -> list[tuple[bytes, bytes]]:
-        version, tensors = self._plan.version, self._plan.file.tensors
-        length = len(head) + sum(tensors[name].nbytes for name, is_binary in self._binary.items() if is_binary)
+        version = self._plan.version
         headers = {
-            "content-length": str(length),
+            "content-length": str(len(head) + self._binary_nbytes),
             "content-type": "application/json",
             "cache-control": "no-store",
             "prefix-version": str(version.number),

@@ -26,6 +26,7 @@ from prefix_service.api.open_inference.models import (
     outputs_of,
     platform_of,
     resolved,
+    told,
     written,
 )
 from prefix_service.api.open_inference.requests import JSON_LENGTH, memory_of_parsing, most_inflated, parse_inference
@@ -49,7 +50,6 @@ from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.errors import InvalidRequest
 from prefix_service.library.library import Library
-from prefix_service.library.plan import Plan
 from prefix_service.prefix.references import check_name
 from prefix_service.registry.admission import PLATFORM
 
@@ -108,16 +108,16 @@ async def server_ready(state: StateOf) -> ServerReady:
     return ServerReady()
 
 
-@router.get(MODEL)
-async def model_metadata(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelMetadata:
+@router.get(MODEL, response_model=ModelMetadata)
+async def model_metadata(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
     """The inputs and outputs of a model's latest version."""
     return await _metadata(library, await resolved(library, tenant, name))
 
 
-@router.get(VERSION)
+@router.get(VERSION, response_model=ModelMetadata)
 async def version_metadata(
     tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
-) -> ModelMetadata:
+) -> Response:
     """The inputs and outputs of one version."""
     return await _metadata(library, await resolved(library, tenant, name, version))
 
@@ -207,25 +207,30 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
         body = await read_body(request, limit)
         measurement.arrived()
 
-        def planned() -> tuple[InferenceRequest, Plan]:
+        def planned() -> TensorsResponse:
             inference = parse_inference(body, request.headers, limit)
-            return inference.asked, library.plan(version, inference.options, inference.mask)
+            plan = library.plan(version, inference.options, inference.mask)
+            return TensorsResponse(state.admission, library, plan, inference.asked, measurement)
 
         memory = memory_of_parsing(request.headers, len(body), limit)
-        asked, plan = await computed(request, memory, planned)
+        response = await computed(request, memory, planned)
         measurement.step()
-        return TensorsResponse(state.admission, library, plan, asked, measurement)
+        return response
 
 
-async def _metadata(library: Library, version: Version) -> ModelMetadata:
+async def _metadata(library: Library, version: Version) -> Response:
     numbers = await read_catalog(library.listings.numbers, version.tenant, version.adapter, PAGE)
-    return ModelMetadata(
-        name=name_of(version),
-        versions=[str(number) for number in numbers],
-        platform=platform_of(version),
-        inputs=inputs_of_every_model(),
-        outputs=outputs_of(library, version),
-    )
+
+    def make() -> ModelMetadata:
+        return ModelMetadata(
+            name=name_of(version),
+            versions=[str(number) for number in numbers],
+            platform=platform_of(version),
+            inputs=inputs_of_every_model(),
+            outputs=outputs_of(library, version),
+        )
+
+    return await told(library, version.tenant, make)
 
 
 def _all(library: Library, tenant: str | None) -> AsyncIterator[bytes]:

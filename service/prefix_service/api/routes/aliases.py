@@ -2,7 +2,6 @@
 
 from typing import Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
@@ -13,7 +12,7 @@ from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
 from prefix_service.api.routes.schemas import Alias, AliasState, AliasTarget
 from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
 from prefix_service.prefix.references import Reference, check_alias, check_name
@@ -58,7 +57,7 @@ async def put_alias(
         reference = Reference(name, str(target.version), explicit=True)
         await library.load(await library.resolve(tenant, reference))
     put = library.catalog.put_alias
-    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, by, expected)
+    is_new = await write_catalog(put, tenant, name, alias, target.version, by, expected)
     response.status_code = 201 if is_new else 200
     response.headers["ETag"] = _etag(target.version)
     return Alias(alias=alias, version=target.version)
@@ -82,7 +81,7 @@ async def delete_alias(
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
     expected = await _expected(request, library, tenant, name, alias)
-    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, by, expected)
+    await write_catalog(library.catalog.delete_alias, tenant, name, alias, by, expected)
 
 
 async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Annotated, Any, Final
 
 import orjson
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
@@ -26,7 +25,7 @@ from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
 from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
 from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
@@ -240,7 +239,7 @@ async def _change(
     def store() -> dict[str, str]:
         return _headers(version, part(library.descriptions.change(version, by, what, checked), version))
 
-    return Response(status_code=204, headers=await to_thread.run_sync(store))
+    return Response(status_code=204, headers=await write_catalog(store))
 
 
 def _headers(version: Version, body: bytes) -> dict[str, str]:

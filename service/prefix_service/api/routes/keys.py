@@ -6,7 +6,6 @@ from datetime import datetime
 from functools import partial
 from typing import Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
@@ -26,7 +25,7 @@ from prefix_service.api.routes.schemas import (
     NewTenantKey,
 )
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Key, Principal
 from prefix_service.errors import NotFound, Unauthenticated
 
@@ -128,14 +127,14 @@ async def _create(request: Request, state: State, tenant: str | None, by: Princi
     model: type[NewPlatformKey] | type[NewTenantKey] = NewPlatformKey if tenant is None else NewTenantKey
     wanted = await read_model(request, model)
     create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
-    key, text = await to_thread.run_sync(create)
+    key, text = await write_catalog(create)
     return CreatedKey(**_item(key).model_dump(), key=text)
 
 
 async def _shorten(request: Request, state: State, tenant: str | None, key_id: str, by: Principal) -> KeyItem:
     require_media_type(request.headers, "application/json")
     wanted = await read_model(request, KeyEnd)
-    return _item(await to_thread.run_sync(state.keyring.shorten, tenant, key_id, wanted.expires, by))
+    return _item(await write_catalog(state.keyring.shorten, tenant, key_id, wanted.expires, by))
 
 
 async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
@@ -157,7 +156,7 @@ def _is_place(text: str) -> bool:
 
 
 async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
-    await to_thread.run_sync(state.keyring.revoke, tenant, key_id, by)
+    await write_catalog(state.keyring.revoke, tenant, key_id, by)
 
 
 def _item(key: Key) -> KeyItem:

@@ -1,12 +1,20 @@
 """The main job: `GET`, `HEAD` and `POST …/prefix`."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import computed, declared_bytes, read_mask_json, reserved, validated
+from prefix_service.api.dependencies.json_bodies import (
+    computed,
+    declared_bytes,
+    payer,
+    read_mask_json,
+    reserved,
+    validated,
+)
 from prefix_service.api.dependencies.masks import mask_from_json, mask_of_tensor
 from prefix_service.api.http.negotiation import lists, require_acceptable, require_media_type
 from prefix_service.api.http.paths import RefPath
@@ -127,7 +135,7 @@ async def get_prefix(
     reference = parse_reference(ref)
     library = state.library
     version = await library.resolve(tenant, reference)
-    plan = library.plan(version, options)
+    plan = await state.admission.run(payer(request), partial(library.plan, version, options))
     response: PrefixResponse
     if shares_file(request, state.settings, plan):
         kind = SharedFileResponse if lists(request.headers, SHARED_FILE_TYPE) else PrefixResponse

@@ -1,6 +1,5 @@
 """Tenants and their quotas."""
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor, Founder
@@ -12,7 +11,7 @@ from prefix_service.api.middleware.auth import PlatformAdmin, ReadableTenant
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import TenantItem, TenantPage, TenantQuotas
 from prefix_service.api.state import LibraryOf, StateOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 
 router = APIRouter(tags=["tenants"])
 
@@ -45,7 +44,7 @@ async def put_tenant(
         require_media_type(request.headers, "application/json")
         quotas = (await read_model(request, TenantQuotas)).quotas()
     tenants = state.library.tenants
-    is_new = await to_thread.run_sync(tenants.put, tenant, by, quotas)
+    is_new = await write_catalog(tenants.put, tenant, by, quotas)
     response.status_code = 201 if is_new else 200
     return TenantItem.of(await read_catalog(tenants.get, tenant))
 

@@ -46,12 +46,15 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Slot(TensorSpec):
-    """One tensor of a file. `source` has one row of it, at `index`; the row is sent `times` times."""
+class Slot(NamedTuple):
+    """One tensor of a message: a row of it lies at `row_index` in its source, and is sent `times` times."""
 
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
     source: SlotSource
-    index: tuple[int, ...] = ()
+    row_index: tuple[int, ...] = ()
     times: int = 1
 
 
@@ -67,16 +70,23 @@ class _ByteRun(NamedTuple):
         return rendering.bytes_of(self.source)[self.start : self.stop], self.times
 
 
-def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> bytes:
+def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec | Slot]) -> bytes:
     """Returns length and JSON header, padded, of a file with `metadata` and with these tensors in order."""
-    # RFC 8785 for the values that occur here: ASCII keys, strings, integers, booleans, null, lists and objects.
+    # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null, and lists and objects of these.
     prefix = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    fields: dict[str, Any] = {"__metadata__": {"prefix": prefix}}
+    members = [json.dumps({"__metadata__": {"prefix": prefix}}, separators=(",", ":"), ensure_ascii=False)[1:-1]]
     position = 0
+    # Thousands of tensors of very few shapes: what is the same for many is written once.
+    known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, int]] = {}
     for tensor in tensors:
-        offsets = [position, position := position + tensor.nbytes]
-        fields[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        kind = tensor.dtype, tensor.shape
+        if kind not in known:
+            shape = ",".join(map(str, tensor.shape))
+            known[kind] = f'"dtype":"{NAMES[tensor.dtype]}","shape":[{shape}]', tensor.nbytes
+        told, nbytes = known[kind]
+        members.append(f'"{tensor.name}":{{{told},"data_offsets":[{position},{position + nbytes}]}}')
+        position += nbytes
+    text = f"{{{','.join(members)}}}".encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
@@ -109,9 +119,10 @@ class PrefixFile:
 
     @cached_property
     def _slots(self) -> list[Slot]:
-        extras = [Slot(name, extra.dtype, extra.shape, "extra") for name, extra in self.extras.items()]
+        extras = [Slot(name, extra.dtype, extra.shape, extra.nbytes, "extra") for name, extra in self.extras.items()]
         slots = extras + (self._layer_slots() if self.variant.layout == "layers" else self._stacked_slots())
-        return sorted(slots, key=lambda slot: -slot.dtype.itemsize)
+        widths = {dtype: dtype.itemsize for dtype in {slot.dtype for slot in slots}}
+        return sorted(slots, key=lambda slot: -widths[slot.dtype])
 
     @cached_property
     def tensors(self) -> Mapping[str, Slot]:
@@ -122,21 +133,23 @@ class PrefixFile:
         variant, heads = self.variant, self.variant.kv_heads[1] - self.variant.kv_heads[0]
         shape = (variant.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
         dtype, slots = KV_DTYPES[variant.dtype], []
-        for index, layer in enumerate(range(*variant.layers)):
+        nbytes = prod(shape) * dtype.itemsize
+        for number, layer in enumerate(range(*variant.layers)):
             for part, name in enumerate(("key", "value")):
-                full = f"past_key_values.{layer}.{name}"
-                slots.append(Slot(full, dtype, shape, "values", (index, part), variant.rows))
+                full, index = f"past_key_values.{layer}.{name}", (number, part)
+                slots.append(Slot(full, dtype, shape, nbytes, "values", index, variant.rows))
                 if variant.dtype == "float8_e4m3fn":
-                    slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), "scales", (index, part)))
+                    slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), 4 * heads, "scales", index))
         return slots
 
     def _stacked_slots(self) -> list[Slot]:
-        variant = self.variant
+        variant, dtype = self.variant, KV_DTYPES[self.variant.dtype]
         layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
         shape = (variant.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
-        slots = [Slot("past_key_values", KV_DTYPES[variant.dtype], shape, "values", (), variant.rows)]
+        slots = [Slot("past_key_values", dtype, shape, prod(shape) * dtype.itemsize, "values", (), variant.rows)]
         if variant.dtype == "float8_e4m3fn":
-            slots.append(Slot("past_key_values_scale", torch.float32, (1, layers, 2, heads, 1, 1), "scales"))
+            scales, nbytes = (1, layers, 2, heads, 1, 1), 4 * 2 * layers * heads
+            slots.append(Slot("past_key_values_scale", torch.float32, scales, nbytes, "scales"))
         return slots
 
     @cached_property
@@ -186,8 +199,9 @@ class PrefixFile:
                 continue
             run = self._run_of(slot, slot.source)
             if isinstance(last, _ByteRun) and _adjoin(last, run):
-                run, parts = last._replace(stop=run.stop), parts[:-1]
-            parts.append(run)
+                parts[-1] = _ByteRun(last.source, last.start, run.stop, 1)
+            else:
+                parts.append(run)
         return parts
 
     @property
@@ -197,8 +211,8 @@ class PrefixFile:
 
     def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
         row = slot.nbytes // slot.times
-        # (layer, key or value) of (L', 2, …) in the order of memory; a tensor of all layers begins at 0
-        start = row * (2 * slot.index[0] + slot.index[1]) if slot.index else 0
+        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
+        start = row * (2 * slot.row_index[0] + slot.row_index[1]) if slot.row_index else 0
         return _ByteRun(source, start, start + row, slot.times)
 
     def pieces(self, rendering: Rendering) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""`registry.turns`: a few threads, tenants in turn."""
+"""`system.turns`: a few threads, tenants in turn."""
 
 import asyncio
 import threading
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from anyio import to_thread
 
-from prefix_service.registry.turns import Turns
+from prefix_service.system.turns import Turns
 
 
 @pytest.fixture

@@ -1,37 +1,41 @@
-"""Threads for a few calls at a time; tenants take turns."""
+"""Who may go on in a thread now: a few at a time, tenants in turn."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import Final, TypeVar
 
 from anyio import CancelScope, CapacityLimiter, to_thread
 
 T = TypeVar("T")
 
+ASKING: Final = ContextVar("prefix_service tenant in whose turn a request reads and writes the catalog", default="")
+"""No tenant's name is empty: that is the turn of the platform's operators, and of what nobody asked for."""
+
 
 class Turns:
     """Threads of its own for `places` calls in parallel, so that waiting calls do not delay SQL or files.
 
-    A free place goes to the next tenant that waits, not to the next call: five hundred loads of one tenant delay the
-    single load of another by at most one load per place. A tenant never takes the last place, unless there is only one,
-    so a long call of one tenant does not delay another's.
+    A place that becomes free goes to the next tenant that waits, not to the next call: five hundred loads of one
+    tenant delay the one load of another by one at most, for each place. A tenant takes `most` places at most: by
+    default all but the last, unless there is only one, so a long call of one tenant does not delay another's.
     """
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places
-        self._most = max(places - 1, 1)  # calls of one tenant
+        self._most = max(places - 1, 1) if most is None else most  # calls of one tenant
         self._threads = CapacityLimiter(places)
         self._running: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
-    async def run(self, tenant: str, call: Callable[[], T]) -> T:
-        """Runs `call` in a thread once it is the tenant's turn; returns its result.
-
-        The turn ends with the call, even if the caller is cancelled before.
-        """
+    async def run(self, tenant: str, call: Callable[[], T], *, abandons: bool = False) -> T:
+        """Call in a thread, once it is the tenant's turn. The turn ends with the call, even if the caller is cancelled
+        before; with `abandons` it ends then, and the thread goes on with what nobody waits for."""
         await self._begin(tenant)
         try:
+            if abandons:
+                return await to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=True)
             return await in_thread(call, self._threads)
         finally:
             self._end(tenant)
