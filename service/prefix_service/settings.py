@@ -98,6 +98,9 @@ class Settings(BaseSettings):
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
     audit_days: Annotated[int, Field(ge=1, le=36_500, description="days that the audit keeps a change")] = 365
+    changes_days: Annotated[
+        int, Field(ge=1, le=36_500, description="days that changes are kept for processes and watchers that were away")
+    ] = 7
     usage_days: Annotated[int, Field(ge=1, le=36_500, description="days that usage by hour is kept")] = 90
     http_parser: Annotated[
         Literal["auto", "httptools", "h11"],

@@ -45,10 +45,10 @@ from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
-from prefix_service.catalog.changes import Listener, tell
+from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.feed import Listener, call
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import AuditEntry
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
@@ -104,7 +104,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
             with _shared_files(settings) as shared_files:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.changes.followed(), state.known_keys.running():
+                with state.library.feed.followed(), state.known_keys.running():
                     async with metrics.sampled(), state.usage_counts.running():
                         yield
         finally:
@@ -135,13 +135,14 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
 
 
 def _on_this_loop(listener: Listener) -> Listener:
-    """Before anything that its thread hands to the loop afterwards: a caller finds its own change heard."""
+    """Schedules the listener before the writing thread's own result, so that a caller always sees the effect of its own
+    change."""
     loop = asyncio.get_running_loop()
 
-    def hear(changes: Sequence[AuditEntry]) -> None:
-        loop.call_soon_threadsafe(tell, listener, changes)
+    def on_changes(changes: Sequence[Change]) -> None:
+        loop.call_soon_threadsafe(call, listener, changes)
 
-    return hear
+    return on_changes
 
 
 def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[SharedFiles | None]:
@@ -164,16 +165,16 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
-    changes = library.changes
-    known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
+    feed = library.feed
+    known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
     authenticator = Authenticator(None if settings.dev else known_keys)
-    rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
+    rates = RateLimits(library.tenants.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage = UsageStore(database)
     usage_counts = UsageCounts(None if settings.read_only else usage)
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear, usage_counts.hear):
-        changes.listen(_on_this_loop(hear))
+    for listening in (library, known_keys, rates, statistics, usage_counts):
+        feed.listen(_on_this_loop(listening.on_changes))
     return State(
         settings=settings,
         library=library,

@@ -15,7 +15,8 @@ import pytest
 
 from prefix_service.api.app import create_app
 from prefix_service.api.middleware.rates import RateLimits
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry
+from prefix_service.catalog.changes import QuotasChanged
+from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.errors import PrefixServiceError, RateLimited, StorageFailed
@@ -69,16 +70,11 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
 
     with served(app) as url:
         limits = RateLimits(rate_of, lambda: found.are_known)
-        found = Limited(url, rates, keys, lambda tenant: limits.hear([changed(tenant)]), asked)
+        found = Limited(url, rates, keys, lambda tenant: limits.on_changes([QuotasChanged(tenant)]), asked)
         app.state.prefix_service.rates = limits
         with found.client("platform") as admin:
             assert upload(admin, "acme", "a").status_code == 201
         yield found
-
-
-def changed(tenant: str) -> AuditEntry:
-    """What the audit log says of a tenant that got another rate."""
-    return AuditEntry(1, datetime.now(UTC), tenant, "platform", "k", "tenant.changed", tenant, {})
 
 
 def _burst(client: httpx.Client, path: str, times: int) -> list[httpx.Response]:
