@@ -13,6 +13,7 @@ PrefixServiceError
 ├── Forbidden                   the key's scope is too small
 │   └── ReadOnly                the service changes nothing, whoever asks
 ├── Conflict                    the state of the resource forbids it
+├── Gone                        it was there, and is no longer kept
 ├── PreconditionFailed          If-Match or If-None-Match did not hold
 ├── TooLarge                    more bytes than the configured limit
 ├── RequestTimeout              a request did not arrive in time
@@ -132,6 +133,12 @@ class Conflict(PrefixServiceError):
     """The resource's present state forbids the change."""
 
     code = "conflict"
+
+
+class Gone(PrefixServiceError):
+    """It was there, and is no longer kept."""
+
+    code = "gone"
 
 
 class PreconditionFailed(PrefixServiceError):

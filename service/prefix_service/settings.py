@@ -94,6 +94,13 @@ class Settings(BaseSettings):
     max_connections: Annotated[
         int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
     ] = 8192
+    max_watchers: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="callers of a process that follow changes, beside its requests; a quarter may be of one tenant",
+        ),
+    ] = 4096
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

@@ -15,6 +15,7 @@ from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
@@ -24,6 +25,7 @@ from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
 from prefix_service.api.middleware.rates import RateLimitMiddleware, RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
+from prefix_service.api.middleware.revisions import RevisionMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
@@ -31,6 +33,7 @@ from prefix_service.api.routes import (
     adapters,
     aliases,
     audit,
+    changes,
     descriptions,
     keys,
     mixed,
@@ -55,6 +58,7 @@ from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
@@ -76,8 +80,9 @@ class _App(FastAPI):
         # Most tenants have no limit: what is known of them needs no look at the path.
         behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
         behind = InFlightMiddleware(behind, lambda: state.admission)
+        behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.library.catalog_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -125,6 +130,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
+    app.include_router(changes.router)
     app.include_router(ops.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
@@ -132,6 +138,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
+
+
+def end_watching(app: FastAPI) -> None:
+    """End the answers of an app that wait for changes: nobody waits for them at its end."""
+    app.state.prefix_service.watchers.end()
 
 
 def _on_this_loop(listener: Listener) -> Listener:
@@ -173,7 +184,9 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     usage = UsageStore(database)
     usage_counts = UsageCounts(None if settings.read_only else usage)
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for listening in (library, known_keys, rates, statistics, usage_counts):
+    watchers = Watchers(database, settings.max_watchers)
+    # Watchers last: when they wake, a revoked key is known to be.
+    for listening in (library, known_keys, rates, statistics, usage_counts, watchers):
         feed.listen(_on_this_loop(listening.on_changes))
     return State(
         settings=settings,
@@ -190,4 +203,6 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         usage_counts=usage_counts,
         usage=usage,
         readiness=readiness,
+        revisions=Revisions(keyring.derived),
+        watchers=watchers,
     )

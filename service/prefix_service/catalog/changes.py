@@ -15,7 +15,9 @@ from typing import Any, ClassVar, Final
 
 import sqlalchemy as sa
 
+from prefix_service.catalog.records import Principal
 from prefix_service.catalog.schema import catalog, changes, tenants
+from prefix_service.errors import Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,17 @@ class StoredChange:
     change: Change
 
 
+@dataclass(frozen=True, slots=True)
+class SeenChanges:
+    """Changes that one caller may see, and the revision up to which they are complete."""
+
+    revision: int
+    changes: list[StoredChange]
+
+
+_OF_ADMINS: Final = [kind for kind, found in KINDS.items() if issubclass(found, KeyChange | QuotasChanged)]
+
+
 def announce(connection: sa.Connection, change: TenantChange | KeyChange | AdapterChange) -> None:
     """Store a change at the end of a write transaction; its tenant is the one that has the name now."""
     owner = sa.select(tenants.c.id).where(tenants.c.name == change.tenant)
@@ -219,12 +232,40 @@ def revision_of(connection: sa.Connection) -> int:
     return found
 
 
+def catalog_id(connection: sa.Connection) -> str:
+    """Returns the random id of the catalog, which it keeps for ever, in backups too."""
+    found: str = connection.execute(sa.select(catalog.c.id)).scalar_one()
+    return found
+
+
 def changes_after(connection: sa.Connection, revision: int, limit: int) -> tuple[int, list[StoredChange]]:
     """Returns the catalog's revision, and up to `limit` of the changes after another one, oldest first."""
     later = catalog.outerjoin(changes, changes.c.revision > sa.literal(revision, sa.BigInteger))
     query = sa.select(catalog.c.revision.label("latest"), changes).select_from(later)
     rows = connection.execute(query.order_by(changes.c.revision).limit(limit)).all()
     return rows[0].latest, [stored_change(row) for row in rows if row.kind is not None]
+
+
+def seen_changes(connection: sa.Connection, by: Principal, since: int | None, limit: int) -> SeenChanges:
+    """Returns up to `limit` changes after a revision, oldest first, that a caller may see: those of its own tenant, or
+    for the platform of all. Changes of keys and quotas are for admins. None for the present revision and no changes.
+
+    Raises:
+        Gone: some of the changes since then are no longer kept, or they are another catalog's.
+    """
+    latest = revision_of(connection)
+    if since is None or since == latest:
+        return SeenChanges(latest, [])
+    oldest = connection.scalar(sa.select(sa.func.min(changes.c.revision)))
+    if since > latest or oldest is None or since + 1 < oldest:
+        raise Gone("changes since this revision are no longer kept: read everything again, then follow from now on")
+    query = sa.select(changes).where(changes.c.revision > since).order_by(changes.c.revision).limit(limit)
+    if by.tenant is not None:
+        query = query.where(changes.c.tenant_id == by.tenant_id)
+    if not by.has("admin"):
+        query = query.where(changes.c.kind.not_in(_OF_ADMINS))
+    found = [stored_change(row) for row in connection.execute(query)]
+    return SeenChanges(found[-1].revision if len(found) == limit else latest, found)
 
 
 def stored_change(row: sa.Row[Any]) -> StoredChange:

@@ -61,8 +61,9 @@ class Database:
     @contextlib.contextmanager
     def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
         """A transaction that writes, durable when the block ends, with the changes that were announced in it; then what
-        was given to `afterwards` is called, and what was given to `after_writes`. `by` is who was given the transaction (`authority.writing_for`); without it
-        nothing can be recorded in the audit. One that `frees` space may use the reserve while the disk is full.
+        was given to `afterwards` is called, and what was given to `after_writes`. `by` is who was given the transaction
+        (`authority.writing_for`); without it nothing can be recorded in the audit. One that `frees` space may use the
+        reserve while the disk is full.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.

@@ -18,6 +18,7 @@ from prefix_service.catalog.changes import (
     TenantDeleted,
     VersionDeleted,
     VersionEncoded,
+    catalog_id,
 )
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
@@ -75,6 +76,8 @@ class Library:
         self.descriptions = Descriptions(database)
         self.listings = Listings(database)
         self.feed = ChangeFeed(database)
+        with database.reading() as connection:
+            self.catalog_id = catalog_id(connection)
         self._versions = RememberedVersions(self.catalog, self.feed)
         self.tenants = Tenants(database)
         self.audit = AuditLog(database)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefix_service.api.http.paths import HEALTH
+from prefix_service.api.http.paths import HEALTH, WATCHED
 from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.middleware.rates import charged
 from prefix_service.catalog.records import Principal
@@ -12,7 +12,8 @@ from prefix_service.registry.admission import Admission
 
 
 class InFlightMiddleware:
-    """Counts every request but those of the health routes, until the last byte of its answer has left.
+    """Counts every request until the last byte of its answer has left, but not those of the health routes, nor those
+    that wait for changes, which have a bound of their own.
 
     A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
     adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
@@ -29,7 +30,7 @@ class InFlightMiddleware:
         Raises:
             Overloaded: too many requests are in flight.
         """
-        if scope["path"] in HEALTH:
+        if scope["path"] in HEALTH or scope["path"] == WATCHED:
             await self._app(scope, receive, send)
             return
         admission = self._admission()

@@ -42,8 +42,9 @@ _PAUSE: Final = 5.0  # seconds between two notes of what was used
 
 
 class KnownKeys:
-    """The keys that were used or created last, by id. `on_changes` keeps them up to date. They are trusted while `are_known`
-    returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False for a read-only catalog.
+    """The keys that were used or created last, by id. `on_changes` keeps them up to date. They are trusted while
+    `are_known` returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False where the
+    catalog is read-only.
 
     Belongs to the event loop, `running` aside.
     """
@@ -82,6 +83,11 @@ class KnownKeys:
             raise Unauthenticated("the key is unknown, expired or revoked")
         _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
         return principal
+
+    def ends(self, key_id: str) -> float:
+        """Returns the moment of `time.monotonic` when a key ends that was verified just now."""
+        stored = self._keys.get(key_id)
+        return math.inf if stored is None else stored.ends
 
     def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""

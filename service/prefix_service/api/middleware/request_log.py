@@ -24,13 +24,15 @@ _QUIET: Final = HEALTH | {"/metrics"}
 
 
 class RequestMiddleware:
-    """The outermost: `X-Request-ID` is taken over when well-formed, else made, and comes back on every response.
+    """The outermost: `X-Request-ID` is taken over when well-formed, else made, and comes back on every response,
+    beside the id of the catalog in `Prefix-Catalog`.
 
     Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, catalog_id: str) -> None:
         self._app = app
+        self._catalog = b"prefix-catalog", catalog_id.encode()
         self._metrics, self._usage = metrics, usage
         self._log = RequestLog()
 
@@ -38,7 +40,7 @@ class RequestMiddleware:
         """Pass a request on, and tell of it when it ended."""
         request_id = _request_id(scope)
         about.set({"request_id": request_id.decode()})
-        outcome = _Outcome(send, request_id)
+        outcome = _Outcome(send, [self._catalog, (b"x-request-id", request_id)])
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
@@ -77,14 +79,13 @@ class RequestMiddleware:
 
 
 class _Outcome:
-    """An answer as it passes: its status (0 until it begins) and bytes of its body."""
+    """An answer as it passes, with more headers: its status (0 until it begins) and bytes of its body."""
 
-    __slots__ = ("_header", "_send", "sent", "status")
+    __slots__ = ("_headers", "_send", "sent", "status")
 
-    def __init__(self, send: Send, request_id: bytes) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = self.sent = 0
-        self._send = send
-        self._header = (b"x-request-id", request_id)
+        self._send, self._headers = send, headers
 
     def __call__(self, message: Message) -> Awaitable[None]:
         """Note a message, and pass it on."""
@@ -92,7 +93,7 @@ class _Outcome:
             self.sent += len(body)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), self._header]
+            message["headers"] = [*message.get("headers", ()), *self._headers]
         return self._send(message)
 
 

@@ -26,12 +26,15 @@ operation of torch; Python's own 5 ms, ten times in an answer, are a neighbour's
 
 
 class Server(uvicorn.Server):
-    """Serves an app on sockets that listen already; `on_ready` is called on the event loop once the app is open.
+    """Serves an app on sockets that listen already; `on_ready` is called on the event loop once the app is open,
+    `on_end` when the server is asked to end, before it waits for the requests under way.
 
     The server opens the app itself. uvicorn would log a traceback where the app cannot open, and hide the reason.
     """
 
-    def __init__(self, settings: Settings, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, app: FastAPI, on_ready: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=connection_class(settings),
@@ -45,7 +48,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=GRACE,
         )
         super().__init__(config)
-        self._app, self._on_ready = app, on_ready
+        self._app, self._on_ready, self._on_end = app, on_ready, on_end
         self._opened = contextlib.AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -67,6 +70,7 @@ class Server(uvicorn.Server):
         """Finish the requests under way, then close the app."""
         async with self._opened:
             await self._acceptor.close()
+            self._on_end()
             await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
