@@ -96,6 +96,7 @@ class Lane:
         Raises:
             OSError: no answer, or not all of it; TimeoutError if it did not come in time; NotConnected if nothing of
                 the request was sent.
+            InvalidResponse: another catalog answered than before.
         """
         message, body = self._message(request, headers)
 
@@ -104,6 +105,7 @@ class Lane:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
                     received = carry_out(link.finish(begun, place, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
@@ -134,7 +136,7 @@ class Lane:
         """Exchange a GET on the running event loop; a new connection is made in a thread.
 
         Raises:
-            OSError: as `exchange`.
+            OSError, InvalidResponse: as `exchange`.
         """
         message, _ = self._message(request, headers)
 
@@ -142,6 +144,7 @@ class Lane:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
                 received = await carry_out_on_loop(link.finish(begun, place, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
