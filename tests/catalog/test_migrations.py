@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from alembic.script import ScriptDirectory
 
 from prefix_service.catalog import migrations
 from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import Change, VersionPublished, catalog_id, revision_of
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import Principal
@@ -186,6 +189,22 @@ def test_an_older_catalog_goes_on(migrated: Database, content: Content) -> None:
     )
     assert catalog.add_version("acme", "summarize", content("x"), BY)[0].number == 3
     assert catalog.add_version("gamma", "a", content("x"), BY, make_tenant=True)[0].number == 1
+
+
+def test_an_older_catalog_gets_an_id_and_a_first_revision(migrated: Database, old: Place, content: Content) -> None:
+    """Once: it keeps them when it is opened again, and nobody follows what was before."""
+    with migrated.reading() as connection:
+        found = catalog_id(connection)
+        assert re.fullmatch(r"[0-9a-f]{32}", found)
+        assert revision_of(connection) == 0
+    feed, heard = ChangeFeed(migrated), list[Change]()
+    feed.listen(heard.extend)
+    version, _ = Catalog(migrated).add_version("acme", "summarize", content("x"), BY)
+    assert heard == [VersionPublished("acme", "summarize", version.number, version.digest)]
+    again = Database(old)
+    with again.reading() as connection:
+        assert (catalog_id(connection), revision_of(connection)) == (found, 1)
+    again.close()
 
 
 @on_sqlite

@@ -11,8 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from prefix_service.catalog.changes import catalog_id, changes_after
+from prefix_service.catalog.database import Database
 from prefix_service.data_folder.backup import back_up
-from prefix_service.data_folder.opening import opened
+from prefix_service.data_folder.opening import catalog_file, opened
 from prefix_service.errors import Conflict, NotFound
 from prefix_service.settings import Settings
 from tests.api.helpers import upload, weights
@@ -87,6 +89,19 @@ def test_secrets_stay_private_and_the_first_key_stays_behind(settings: Settings,
     elsewhere = settings.model_copy(update={"key_secret_file": settings.secret_file})
     back_up(elsewhere, tmp_path / "second", lambda _: None)
     assert not (tmp_path / "second" / "key.secret").exists()
+
+
+def test_a_backup_is_the_same_catalog(settings: Settings, tmp_path: Path) -> None:
+    """By its id, which clients know it by; its changes are there, too."""
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    found = []
+    for folder in (settings.data_dir, tmp_path / "copy"):
+        database = Database(catalog_file(folder))
+        with database.reading() as connection:
+            found.append((catalog_id(connection), changes_after(connection, 0, 9)))
+        database.close()
+    assert found[0] == found[1]
+    assert found[0][1][0] == 1
 
 
 def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:

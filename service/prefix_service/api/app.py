@@ -79,8 +79,8 @@ class _App(FastAPI):
         behind = RateLimitMiddleware(behind, lambda: state.rates)
         # Most tenants have no limit: what is known of them needs no look at the path.
         behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
-        behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
+        behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
         self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.library.catalog_id)
 

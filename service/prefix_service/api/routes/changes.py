@@ -64,8 +64,7 @@ class ChangesPage(BaseModel):
     WATCHED,
     response_model=ChangesPage,
     openapi_extra=request_headers(
-        Accept="`text/event-stream` for a stream of events, of which each has one item as JSON and its revision as id",
-        Last_Event_ID="the id of the last event that was received; a browser sends it, and it precedes `since`",
+        Last_Event_ID="of a stream: the id of the last event that was received; it precedes `since`"
     ),
     responses={
         200: {"content": {_EVENT_STREAM: {"schema": {"type": "string"}}}},
@@ -75,7 +74,7 @@ class ChangesPage(BaseModel):
 async def changes(request: Request, caller: Caller, state: StateOf, since: Since = None) -> Response:
     """What changed since a revision, for the eyes of the key that asks: of its tenant, or of all for a key of the
     platform. Changes of keys and quotas need a key of scope admin. If there are none yet, the answer waits for up to 30
-    seconds."""
+    seconds. With `Accept: text/event-stream` it is a stream of events, of which each has one item as JSON."""
     is_stream = lists(request.headers, _EVENT_STREAM)
     if not is_stream:
         require_json_acceptable(request)
