@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from prefix_service.prefix.references import parse_reference
 from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
+from tests.api.helpers import CONFIG
 from tests.catalog.conftest import BY
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ TENANTS = ("acme", "beta")
 REFERENCES = ("a", "a@1", "a@2", "a@3", "a@prod", "b", "b@1", "b@prod")
 MOST_KEYS = 8
 NBYTES = 16
+MANIFEST = f'{{"config":{json.dumps(CONFIG)}}}'
 
 tenants, adapters = st.sampled_from(TENANTS), st.sampled_from("ab")
 numbers = st.integers(1, 3)
@@ -141,7 +144,7 @@ class Following(RuleBasedStateMachine):
     def publish(self, tenant: str, adapter: str, word: str) -> None:
         """The tenant may come into being with it, and the content may be known."""
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"
-        new = NewVersion(digest, '{"config":{}}', None, digest, 10, "float32", digest, NBYTES)
+        new = NewVersion(digest, MANIFEST, None, digest, 10, "float32", digest, NBYTES)
         self._catalog.add_version(tenant, adapter, new, BY, make_tenant=True)
 
     @rule(tenant=tenants, adapter=adapters, number=numbers)
