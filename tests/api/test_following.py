@@ -32,7 +32,8 @@ from prefix_service.catalog.records import NewVersion, Quotas, Version
 from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PrefixServiceError, Unauthenticated
-from prefix_service.library.library import Library, Limits
+from prefix_service.library.library import Library
+from prefix_service.library.plan import Limits
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference

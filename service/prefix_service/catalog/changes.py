@@ -8,7 +8,7 @@ The audit is written beside this, for people; no code reads it to find out what 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Final
@@ -165,25 +165,23 @@ class AnnotationsChanged(VersionChange):
     kind = "annotations-changed"
 
 
-KINDS: Final[Mapping[str, type[Change]]] = {
-    found.kind: found
-    for found in (
-        TenantCreated,
-        QuotasChanged,
-        TenantDeleted,
-        KeyCreated,
-        KeyShortened,
-        KeyRevoked,
-        AdapterDeleted,
-        AliasMoved,
-        AliasDeleted,
-        VersionPublished,
-        VersionEncoded,
-        VersionDeleted,
-        CardChanged,
-        AnnotationsChanged,
-    )
-}
+_STORED: Final[tuple[type[Change], ...]] = (
+    TenantCreated,
+    QuotasChanged,
+    TenantDeleted,
+    KeyCreated,
+    KeyShortened,
+    KeyRevoked,
+    AdapterDeleted,
+    AliasMoved,
+    AliasDeleted,
+    VersionPublished,
+    VersionEncoded,
+    VersionDeleted,
+    CardChanged,
+    AnnotationsChanged,
+)
+KINDS: Final[Mapping[str, type[Change]]] = {found.kind: found for found in _STORED}
 """The types of stored changes."""
 
 
@@ -270,6 +268,6 @@ def seen_changes(connection: sa.Connection, by: Principal, since: int | None, li
 
 def stored_change(row: sa.Row[Any]) -> StoredChange:
     """Returns the change in a row of `changes`."""
-    kind = KINDS[row.kind]
-    values = {field.name: row._mapping[field.name] for field in dataclasses.fields(kind)}
-    return StoredChange(row.revision, row.at, kind(**values))
+    make: Callable[..., Change] = KINDS[row.kind]
+    names = (field.name for field in dataclasses.fields(KINDS[row.kind]))
+    return StoredChange(row.revision, row.at, make(**{name: row._mapping[name] for name in names}))

@@ -75,7 +75,7 @@ class ChangeFeed:
             if latest != self._revision:
                 # Revisions have no gaps. A smaller one: an older copy of the catalog was put in its place.
                 is_complete = len(found) == latest - self._revision <= _MOST
-                changes = [stored.change for stored in found] if is_complete else [EverythingChanged()]
+                changes: list[Change] = [stored.change for stored in found] if is_complete else [EverythingChanged()]
                 self._revision = latest
                 for listener in self._listeners:
                     call(listener, changes)

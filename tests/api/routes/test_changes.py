@@ -52,7 +52,8 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     limits = {"PREFIX_MAX_WATCHERS": str(MOST)}
     with running_server(tmp_path_factory.mktemp("changes") / "data", environment=limits) as server:
-        admin, clients = server.client(), {}
+        admin = server.client()
+        clients: dict[str, httpx.Client] = {}
         for tenant in ("acme", "beta"):
             assert upload(admin, tenant, "a").status_code == 201
             for scope in ("read", "admin"):
