@@ -1,6 +1,7 @@
 """`library.watching`: when waiting for changes ends, and what it costs the catalog."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,38 @@ async def test_many_that_wait_look_once(
     assert looks.count("beta") == 1
     watchers.end()
     assert (await asyncio.wait_for(sleeper, LONG)).changes == []
+
+
+async def test_a_look_that_began_before_a_change_is_not_shared_after_it(
+    watchers: Watchers, database: Database, feed: ChangeFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes after the change would sleep over it: its wake-up was before."""
+    has_looked, goes_on = threading.Event(), threading.Event()
+    read = watchers._read
+
+    def slow(by: Principal, since: int | None) -> SeenChanges:
+        seen = read(by, since)
+        if not has_looked.is_set():
+            has_looked.set()
+            goes_on.wait(LONG)
+        return seen
+
+    monkeypatch.setattr(watchers, "_read", slow)
+    acme, since = of(database, "acme"), feed.revision
+
+    async def watch() -> SeenChanges:
+        with watchers.begin(acme, for_ever) as watcher:
+            return await watcher.next(since, LONG)
+
+    early = asyncio.create_task(watch())
+    try:
+        assert await asyncio.to_thread(has_looked.wait, LONG)
+        Tenants(database).delete("acme", BY)
+        late = await asyncio.wait_for(watch(), LONG)
+    finally:
+        goes_on.set()
+        await asyncio.gather(early, return_exceptions=True)
+    assert [stored.change.kind for stored in late.changes] == ["tenant-deleted"]
 
 
 async def test_shares(database: Database) -> None:

@@ -76,6 +76,7 @@ class Watchers:
 
     def on_changes(self, changes: Sequence[Change]) -> None:
         """Wake the watchers of the platform, and those of the tenants that the changes belong to."""
+        self._reads.clear()  # looks that began before these changes, which a later caller must not share
         for change in changes:
             match change:
                 case TenantChange() | KeyChange() | AdapterChange():
@@ -108,7 +109,8 @@ class Watchers:
         return await asyncio.shield(task)
 
     def _end_read(self, view: _View, task: asyncio.Task[SeenChanges]) -> None:
-        del self._reads[view]
+        if self._reads.get(view) is task:
+            del self._reads[view]
         if not task.cancelled():
             task.exception()  # it is raised to the callers that are still there, if any
 
