@@ -210,7 +210,6 @@ def test_a_write_says_its_revision(watched: Watched) -> None:
     client = watched.clients["acme admin"]
     moved = client.put(f"{path}/aliases/dev", json={"version": 1})
     revision = moved.headers["prefix-revision"]
-    assert watched.page("acme admin", revision)["items"] == []
     assert client.delete(f"{path}/aliases/dev").headers["prefix-revision"]
     assert kinds(watched.page("acme read", revision)) == ["alias-deleted"]
     silent = [
