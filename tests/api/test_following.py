@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from limits import RateLimitItemPerSecond
 
 from prefix_service.api.middleware import known_keys
@@ -121,7 +121,8 @@ def _or_none(error: type[PrefixServiceError], ask: Callable[[], T]) -> T | None:
 
 
 class Following(RuleBasedStateMachine):
-    """One process changes the catalog, another remembers what it has asked for, and reads the feed now and then."""
+    """One process changes the catalog. Another remembers everything that is there, and reads the feed after each
+    change, or after some that it has missed."""
 
     def __init__(self, template: Path) -> None:
         super().__init__()
@@ -134,6 +135,17 @@ class Following(RuleBasedStateMachine):
         self._texts: list[str] = []
         self._loop = asyncio.Runner()
         self._follower = Follower(folder, self._loop)
+        self._missed = 0
+
+    @initialize()
+    def begin(self) -> None:
+        """Two tenants with two versions of an adapter, an alias and a key each; one has a rate."""
+        for tenant in TENANTS:
+            for word in "xy":
+                self.publish(tenant, "a", word)
+            self.move(tenant, "a", 1)
+            self.make_key(tenant)
+        self.limit("acme", 1)
 
     def teardown(self) -> None:
         self._follower.close()
@@ -228,9 +240,21 @@ class Following(RuleBasedStateMachine):
             latest = sa.select(changes.c.revision).order_by(changes.c.revision.desc()).limit(kept)
             connection.execute(sa.delete(changes).where(changes.c.revision.not_in(latest)))
 
-    @rule()
-    def ask(self) -> None:
-        """Remember everything that is there."""
+    @rule(changes=st.integers(1, 4))
+    def fall_behind(self, changes: int) -> None:
+        """Read nothing for so many changes."""
+        self._missed = changes
+
+    @invariant()
+    def follow(self) -> None:
+        """Whoever reads the feed and asks again remembers everything, and nothing that is untrue."""
+        if self._missed:
+            self._missed -= 1
+            return
+        self._read_on()
+        self._ask()
+
+    def _ask(self) -> None:
         for tenant in TENANTS:
             self._follower.rate_of(tenant)
             for reference in REFERENCES:
@@ -239,9 +263,7 @@ class Following(RuleBasedStateMachine):
         for text in self._texts:
             self._follower.owner_of(text)
 
-    @rule()
-    def read_on(self) -> None:
-        """Then everything that is remembered is as a process would find it that starts now."""
+    def _read_on(self) -> None:
         self._follower.read_on()
         for tenant in TENANTS:
             assert self._follower.rate_of(tenant) == self._tenants.requests_per_second(tenant)

@@ -70,7 +70,7 @@ async def test_waiting_ends_with_the_key(watchers: Watchers, database: Database,
         return moments.pop()
 
     with watchers.begin(of(database, "acme"), admit) as watcher, pytest.raises(Unauthenticated):
-        await watcher.next(feed.revision, LONG)
+        await asyncio.wait_for(watcher.next(feed.revision, 20 * LONG), LONG)
 
 
 async def test_many_that_wait_look_once(
