@@ -50,8 +50,8 @@ MOST_KEYS = 8
 NBYTES = 16
 MANIFEST = f'{{"config":{json.dumps(CONFIG)}}}'
 
-tenants, adapters = st.sampled_from(TENANTS), st.sampled_from("ab")
-numbers = st.integers(1, 3)
+tenants, adapters = st.sampled_from(TENANTS), st.sampled_from("aaab")
+numbers = st.sampled_from([1, 2, 2, 3])
 
 
 class Follower:
