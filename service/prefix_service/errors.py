@@ -13,6 +13,7 @@ PrefixServiceError
 ├── Forbidden                   the key's scope is too small
 │   └── ReadOnly                the service does not accept changes from anybody
 ├── Conflict                    the state of the resource forbids the request
+├── Gone                        the resource existed, and is no longer kept
 ├── PreconditionFailed          If-Match or If-None-Match did not hold
 ├── TooLarge                    more bytes than the configured limit
 ├── RequestTimeout              a request did not arrive in time
@@ -45,6 +46,7 @@ __all__ = [
     "CorruptBlob",
     "DimensionMismatch",
     "Forbidden",
+    "Gone",
     "HeaderFieldsTooLarge",
     "Internal",
     "InvalidCheckpoint",
@@ -168,6 +170,12 @@ class Conflict(PrefixServiceError):
     """The present state of the resource forbids the change."""
 
     code = "conflict"
+
+
+class Gone(PrefixServiceError):
+    """It was there, and is no longer kept."""
+
+    code = "gone"
 
 
 class PreconditionFailed(PrefixServiceError):

@@ -94,10 +94,20 @@ class Settings(BaseSettings):
     max_connections: Annotated[
         int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
     ] = 8192
+    max_watchers: Annotated[
+        int,
+        Field(
+            gt=0,
+            description="callers of a process that follow changes, beside its requests; a quarter may be of one tenant",
+        ),
+    ] = 4096
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
     audit_days: Annotated[int, Field(ge=1, le=36_500, description="days that the audit keeps a change")] = 365
+    changes_days: Annotated[
+        int, Field(ge=1, le=36_500, description="days that changes are kept for processes and watchers that were away")
+    ] = 7
     usage_days: Annotated[int, Field(ge=1, le=36_500, description="days that usage by hour is kept")] = 90
     http_parser: Annotated[
         Literal["auto", "httptools", "h11"],

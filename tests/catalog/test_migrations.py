@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from alembic.script import Script, ScriptDirectory
 from prefix_service.catalog import migrations
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import Change, VersionPublished, catalog_id, revision_of
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import Principal
@@ -238,6 +241,22 @@ def _script(revision: str) -> Script:
     return found
 
 
+def test_an_older_catalog_gets_an_id_and_a_first_revision(migrated: Database, old: Place, content: Content) -> None:
+    """Once: it keeps them when it is opened again, and nobody follows what was before."""
+    with migrated.reading() as connection:
+        found = catalog_id(connection)
+        assert re.fullmatch(r"[0-9a-f]{32}", found)
+        assert revision_of(connection) == 0
+    feed, heard = ChangeFeed(migrated), list[Change]()
+    feed.listen(heard.extend)
+    version, _ = Catalog(migrated).add_version("acme", "summarize", content("x"), BY)
+    assert heard == [VersionPublished("acme", "summarize", version.number, version.digest)]
+    again = Database(old)
+    with again.reading() as connection:
+        assert (catalog_id(connection), revision_of(connection)) == (found, 1)
+    again.close()
+
+
 @on_sqlite
 def test_totals_are_counted_from_what_was_there(place: Place, tmp_path: Path) -> None:
     """Of a folder with several tenants: bytes of weights, keys, values and manifests; nobody is deleted."""
@@ -318,7 +337,7 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("obstacle", ["garbage", "audit", "descriptions", "usage"])
+@pytest.mark.parametrize("obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes"])
 def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> None:
     """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""
     execute(old, f"CREATE TABLE {obstacle} (x integer primary key)")

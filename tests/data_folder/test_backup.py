@@ -15,6 +15,7 @@ import pytest
 
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import catalog_id, changes_after
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
@@ -115,6 +116,19 @@ def test_what_stands_beside_versions_is_in_the_copy(settings: Settings, tmp_path
         assert Descriptions(copied).get(item.latest) == described
         assert item.used == 3
         assert {entry.key_name for entry in AuditLog(copied).listed("acme", before=None, limit=9)} == {"mine"}
+
+
+def test_a_backup_is_the_same_catalog(settings: Settings, tmp_path: Path) -> None:
+    """By its id, which clients know it by; its changes are there, too."""
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    found = []
+    for folder in (settings.data_dir, tmp_path / "copy"):
+        database = Database(catalog_file(folder))
+        with database.reading() as connection:
+            found.append((catalog_id(connection), changes_after(connection, 0, 9)))
+        database.close()
+    assert found[0] == found[1]
+    assert found[0][1][0] == 1
 
 
 def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:

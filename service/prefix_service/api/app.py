@@ -15,6 +15,7 @@ from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
@@ -25,6 +26,7 @@ from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
+from prefix_service.api.middleware.revisions import RevisionMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
@@ -32,6 +34,7 @@ from prefix_service.api.routes import (
     adapters,
     aliases,
     audit,
+    changes,
     descriptions,
     keys,
     mixed,
@@ -46,16 +49,17 @@ from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
-from prefix_service.catalog.changes import Listener, tell
+from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.feed import Listener, call
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import AuditEntry
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
@@ -73,9 +77,10 @@ class App(FastAPI):
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
         behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
+        behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.library.catalog_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -102,7 +107,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
             with _shared_files(settings) as shared_files:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.changes.followed(), state.known_keys.running():
+                with state.library.feed.followed(), state.known_keys.running():
                     async with metrics.sampled(), state.usage_counts.running():
                         yield
         finally:
@@ -123,6 +128,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
+    app.include_router(changes.router)
     app.include_router(ops.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
@@ -132,14 +138,20 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     return app
 
 
+def end_watching(app: FastAPI) -> None:
+    """End the answers of an app that wait for changes: nobody waits for them at its end."""
+    app.state.prefix_service.watchers.end()
+
+
 def _on_this_loop(listener: Listener) -> Listener:
-    """Before anything that its thread hands to the loop afterwards: a caller finds its own change heard."""
+    """Schedules the listener before the writing thread's own result, so that a caller always sees the effect of its own
+    change."""
     loop = asyncio.get_running_loop()
 
-    def hear(changes: Sequence[AuditEntry]) -> None:
-        loop.call_soon_threadsafe(tell, listener, changes)
+    def on_changes(changes: Sequence[Change]) -> None:
+        loop.call_soon_threadsafe(call, listener, changes)
 
-    return hear
+    return on_changes
 
 
 def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[SharedFiles | None]:
@@ -162,16 +174,18 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
-    changes = library.changes
-    known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
+    feed = library.feed
+    known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
     authenticator = Authenticator(None if settings.dev else known_keys)
-    rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
+    rates = RateLimits(library.tenants.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage = UsageStore(database)
     usage_counts = UsageCounts(None if settings.read_only else usage)
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear, usage_counts.hear):
-        changes.listen(_on_this_loop(hear))
+    watchers = Watchers(database, settings.max_watchers)
+    # Watchers last: when they wake, a revoked key is known to be.
+    for listening in (library, known_keys, rates, statistics, usage_counts, watchers):
+        feed.listen(_on_this_loop(listening.on_changes))
     return State(
         settings=settings,
         library=library,
@@ -187,4 +201,6 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         usage_counts=usage_counts,
         usage=usage,
         readiness=readiness,
+        revisions=Revisions(keyring.derived),
+        watchers=watchers,
     )

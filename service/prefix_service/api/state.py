@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
@@ -17,6 +18,7 @@ from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
+from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
 
@@ -39,6 +41,8 @@ class State:
     usage_counts: UsageCounts
     usage: UsageStore
     readiness: Readiness
+    revisions: Revisions
+    watchers: Watchers
 
 
 def state_of(request: Request) -> State:

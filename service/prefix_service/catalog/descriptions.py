@@ -6,6 +6,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.changes import AnnotationsChanged, BaseModelChanged, CardChanged, announce
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.rows import OWNED, PRESENT, missing
@@ -61,6 +62,13 @@ class Descriptions:
             store(connection, version_id, after)
             target = f"{version.tenant}/{version.adapter}@{version.number}"
             record(connection, by, f"{what}.changed", version.tenant, target, bytes=after.nbytes)
+            names = version.tenant, version.adapter, version.number, version.digest
+            if after.card != before.card:
+                announce(connection, CardChanged(*names))
+            if after.annotations != before.annotations:
+                announce(connection, AnnotationsChanged(*names))
+            if after.fingerprint != before.fingerprint:
+                announce(connection, BaseModelChanged(*names))
             return after
 
 

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.changes import KeyCreated, KeyRevoked, KeyShortened, announce
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.records import Key, Principal, Scope
 from prefix_service.catalog.schema import keys, tenants
@@ -92,6 +93,7 @@ class Keyring:
             row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": ends}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
+            announce(connection, KeyCreated(tenant, key_id))
             return self._key(connection, key_id), text
 
     def parse(self, text: str) -> tuple[str, str]:
@@ -205,6 +207,7 @@ class Keyring:
             if row.expires != ends:
                 connection.execute(sa.update(keys).where(keys.c.id == key_id).values(expires=ends))
                 record(connection, by, "key.changed", tenant, key_id, expires=_shown(ends))
+                announce(connection, KeyShortened(tenant, key_id))
             return self._key(connection, key_id)
 
     def revoke(self, tenant: str | None, key_id: str, by: Principal) -> None:
@@ -220,6 +223,7 @@ class Keyring:
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:
                 raise _missing(tenant, key_id)
+            announce(connection, KeyRevoked(tenant, key_id))
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
         return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())

@@ -18,6 +18,9 @@ Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 # As SQLite's own clock writes it, without fractions: texts of the same moment must be equal.
 _Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")  # type: ignore[no-untyped-call]
 
+# SQLite counts its rows by this key itself, without another index.
+Revision = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def _being_removed() -> sa.Index:
     """Finds the rows that were deleted, of which the collector removes what hangs on them."""
@@ -149,6 +152,32 @@ audit = sa.Table(
     sa.Column("details", sa.JSON, nullable=False),
     sa.Column("key_name", sa.Text),
     sa.Index(None, "tenant_id", "id"),
+)
+
+# One row: the random id of this catalog, which a backup keeps, and the revision of its latest change.
+catalog = sa.Table(
+    "catalog",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+)
+
+# What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row
+# outlives its tenant. The columns behind it are what the types of changes have; a type leaves the others empty.
+changes = sa.Table(
+    "changes",
+    metadata,
+    sa.Column("revision", Revision, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("tenant_id", sa.Integer),
+    sa.Column("tenant", sa.Text),
+    sa.Column("key_id", sa.Text),
+    sa.Column("adapter", sa.Text),
+    sa.Column("alias", sa.Text),
+    sa.Column("version", sa.Integer),
+    sa.Column("digest", sa.Text),
+    sa.Index(None, "tenant_id", "revision"),
 )
 
 # By hour, named by its beginning. Adapter "", version 0 and key "" are what a tenant used beyond the rows that one hour

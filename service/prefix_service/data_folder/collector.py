@@ -13,7 +13,7 @@ from prefix_service.blobs.folder import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.retention import expire_audit, expire_usage
+from prefix_service.catalog.retention import Retention, expire_audit, expire_changes, expire_usage
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -98,13 +98,11 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """The work of the collector's thread: it removes deleted rows, frees blobs, and keeps the audit for `audit_days`
-    and usage for `usage_days`.
-    """
+    """What the collector's thread does: it removes what was deleted, frees blobs, and removes what is older than
+    `retention` says."""
 
-    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> None:
-        self._database, self._grace = database, grace
-        self._audit_days, self._usage_days = audit_days, usage_days
+    def __init__(self, database: Database, blobs: BlobStore, grace: float, retention: Retention) -> None:
+        self._database, self._grace, self._retention = database, grace, retention
         self._garbage, self._deletions = Garbage(database), Deletions(database)
         self._collector = Collector(self._garbage, blobs, grace)
 
@@ -122,8 +120,9 @@ class Housekeeping:
     def _collect(self, stop: threading.Event) -> None:
         self._collector.collect()
         in_slices(lambda: self._garbage.forget(self._grace), stop)
-        in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
-        in_slices(lambda: expire_usage(self._database, self._usage_days), stop)
+        in_slices(lambda: expire_audit(self._database, self._retention.audit), stop)
+        in_slices(lambda: expire_changes(self._database, self._retention.changes), stop)
+        in_slices(lambda: expire_usage(self._database, self._retention.usage), stop)
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
@@ -149,7 +148,7 @@ def _logged(call: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> Iterator[None]:
-    """Looks for lost blobs once, then collects garbage repeatedly, in a thread, while the block runs."""
-    with in_background("collector", Housekeeping(database, blobs, grace, audit_days, usage_days).work):
+def collecting(database: Database, blobs: BlobStore, grace: float, retention: Retention) -> Iterator[None]:
+    """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
+    with in_background("collector", Housekeeping(database, blobs, grace, retention).work):
         yield

@@ -11,6 +11,7 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import collecting
 from prefix_service.errors import Conflict, NotFound, StorageFailed
@@ -139,7 +140,8 @@ def _prepared(settings: Settings) -> Iterator[None]:
     Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
     database = Database(catalog_file(settings.data_dir))
     try:
-        with collecting(database, blobs, settings.garbage_grace, settings.audit_days, settings.usage_days):
+        retention = Retention(settings.audit_days, settings.changes_days, settings.usage_days)
+        with collecting(database, blobs, settings.garbage_grace, retention):
             yield
     finally:
         database.close()

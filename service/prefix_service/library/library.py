@@ -10,12 +10,21 @@ from prefix_service.blobs.folder import BlobStore
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.authority import prove
 from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.changes import (
+    AdapterDeleted,
+    Change,
+    EverythingChanged,
+    TenantDeleted,
+    VersionDeleted,
+    VersionEncoded,
+    catalog_id,
+)
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import AuditEntry, Principal, Version, VersionName
+from prefix_service.catalog.records import Principal, Version, VersionName
 from prefix_service.catalog.remembered import RememberedVersions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import InvalidRequest, NotFound
@@ -34,7 +43,7 @@ from prefix_service.library.plan import (
 from prefix_service.library.publishing import Publisher
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.references import Reference
 from prefix_service.prefix.wire.digests import Algorithm
 from prefix_service.prefix.wire.extras import InputMask
 from prefix_service.prefix.wire.rendering import Rendering
@@ -65,8 +74,10 @@ class Library:
         self.catalog = Catalog(database)
         self.descriptions = Descriptions(database)
         self.listings = Listings(database)
-        self.changes = Changes(database)
-        self._versions = RememberedVersions(self.catalog, self.changes)
+        self.feed = ChangeFeed(database)
+        with database.reading() as connection:
+            self.catalog_id = catalog_id(connection)
+        self._versions = RememberedVersions(self.catalog, self.feed)
         self.tenants = Tenants(database)
         self.audit = AuditLog(database)
         self.limits = limits
@@ -305,23 +316,23 @@ class Library:
         """
         await write_catalog(self.tenants.delete, tenant, by)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Forget what was deleted or encoded again, here or by another process: it leaves memory. Uploads that have
-        lost their key or tenant end."""
-        self.publisher.hear(changes)
-        tenants = {change.target for change in changes if change.action == "tenant.deleted"}
-        adapters = {tuple(change.target.split("/")) for change in changes if change.action == "adapter.deleted"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Take what was deleted or encoded again out of memory, whichever process did it, and end uploads that have
+        lost their key or tenant."""
+        self.publisher.on_changes(changes)
+        tenants, adapters = set[str](), set[tuple[str, str]]()
+        for change in changes:
+            match change:
+                case TenantDeleted(tenant):
+                    tenants.add(tenant)
+                case AdapterDeleted(tenant, adapter):
+                    adapters.add((tenant, adapter))
+                case VersionDeleted() | VersionEncoded():
+                    self.registry.forget(VersionKey(change.tenant, change.adapter, change.version, change.digest))
+                case EverythingChanged():
+                    self.registry.forget_where(lambda _: True)
         if tenants or adapters:
             self.registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
-        for change in changes:
-            if change.action == "version.deleted":
-                tenant, reference = parse_qualified(change.target)
-                for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
-                    self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-            elif change.action == "version.encoded":
-                tenant, reference = parse_qualified(change.target)
-                number, digest = reference.version or 0, change.details["digest"]
-                self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
 
 
 def _key(version: Version) -> VersionKey:

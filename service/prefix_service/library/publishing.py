@@ -18,8 +18,9 @@ from torch import Tensor
 
 from prefix_service.blobs.folder import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
 from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import AuditEntry, NewVersion, Principal, Version
+from prefix_service.catalog.records import NewVersion, Principal, Version
 from prefix_service.errors import InvalidConfig
 from prefix_service.library.arrivals import Arrival, Arrivals
 from prefix_service.library.encodings import Encodings
@@ -99,10 +100,11 @@ class Publisher:
             finally:
                 await in_thread(weights.discard)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted."""
-        gone = {change.target for change in changes if change.action == "tenant.deleted"}
-        revoked = {change.target for change in changes if change.action == "key.revoked"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted. An upload that this misses is
+        refused by the transaction that would publish it."""
+        gone = {change.tenant for change in changes if isinstance(change, TenantDeleted)}
+        revoked = {change.key_id for change in changes if isinstance(change, KeyRevoked)}
         if gone or revoked:
             self._arrivals.refuse(gone, revoked)
 

@@ -55,6 +55,13 @@ class Shares(Generic[K, V]):
         for key in list(self._of.get(tenant, ())):
             self.pop(key)
 
+    def clear(self) -> None:
+        """Forgets all values."""
+        self._known.clear()
+        self._of.clear()
+        self._sizes.clear()
+        self.size = 0
+
     def size_of(self, tenant: str) -> int:
         """Returns the size of a tenant's values."""
         return self._sizes.get(tenant, 0)

@@ -30,7 +30,7 @@ PUBLIC = {
 }
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
 """How the paths of Triton's extensions end that are refused to everybody who has a key."""
-OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v2", "/v2/repository/index", "/v2/models/stats"}
+OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v1/changes", "/v2", "/v2/repository/index", "/v2/models/stats"}
 OF_METRICS = {"/metrics", "/v1/whoami"}
 """What a key of scope `metrics` is for."""
 MINE, OTHER = "auth-mine", "auth-other"

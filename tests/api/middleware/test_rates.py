@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -19,7 +18,8 @@ from limits.storage import memory
 from prefix_service.api.app import create_app
 from prefix_service.api.middleware import rates as rates_module
 from prefix_service.api.middleware.rates import RateLimits
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry
+from prefix_service.catalog.changes import QuotasChanged
+from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.errors import PrefixServiceError, RateLimited, StorageFailed
@@ -100,16 +100,11 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
         for module in (memory, strategies, rates_module):
             patch.setattr(module, "time", clock)
         limits = RateLimits(rate_of, lambda: found.are_known)
-        found = Limited(url, clock, rates, keys, lambda tenant: limits.hear([changed(tenant)]), asked)
+        found = Limited(url, clock, rates, keys, lambda tenant: limits.on_changes([QuotasChanged(tenant)]), asked)
         app.open(replace(app.state.prefix_service, rates=limits))
         with found.client("platform") as admin:
             assert upload(admin, "acme", "a").status_code == 201
         yield found
-
-
-def changed(tenant: str) -> AuditEntry:
-    """What the audit log says of a tenant that got another rate."""
-    return AuditEntry(1, datetime.now(UTC), tenant, "platform", "k", "tenant.changed", tenant, {})
 
 
 def _burst(client: httpx.Client, path: str, times: int) -> list[httpx.Response]:

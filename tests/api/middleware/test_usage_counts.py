@@ -11,6 +11,7 @@ import pytest
 from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, note_load
 from prefix_service.api.middleware import usage_counts
 from prefix_service.api.middleware.usage_counts import UsageCounts
+from prefix_service.catalog.changes import TenantDeleted
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.catalog.tenants import Tenants
@@ -237,9 +238,8 @@ def test_a_deleted_tenant(database: Database) -> None:
     tenants, store = Tenants(database), UsageStore(database)
     counts = UsageCounts(store)
     tenants.put("acme", COMMAND_LINE)
-    change: Any = type("Change", (), {"action": "tenant.deleted", "target": "acme"})
     counts.count(scope(), 200, 10)
-    counts.hear([change])
+    counts.on_changes([TenantDeleted("acme")])
     counts.count(scope(), 200, 10)
     asyncio.run(counts.write())
     (use,) = store.listed("acme", ALL, limit=9)

@@ -15,6 +15,9 @@ from prefix_service.prefix.references import (
 HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """The paths of the health routes, which need no key and are never refused."""
 
+WATCHED: Final = "/v1/changes"
+"""The path whose requests wait for changes."""
+
 REFERENCE_FILES: Final = {
     "/docs": ("page.html", "text/html; charset=utf-8"),
     "/docs/start.js": ("start.js", "text/javascript; charset=utf-8"),

@@ -24,6 +24,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.Conflict: 409,
+    errors.Gone: 410,
     errors.PreconditionFailed: 412,
     errors.TooLarge: 413,
     errors.RequestTimeout: 408,

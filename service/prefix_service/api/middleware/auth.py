@@ -1,5 +1,6 @@
 """Authentication: denies by default. Every route except the public ones needs a key, checked before a body is read."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Final
@@ -9,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
 from prefix_service.api.middleware.known_keys import KnownKeys
+from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
@@ -47,6 +49,10 @@ class Authenticator:
         if self._keys is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
         return await self._keys.verify(header, key.strip())
+
+    def ends(self, caller: Principal) -> float:
+        """Returns the moment of `time.monotonic` when the key of a caller ends that was authenticated just now."""
+        return math.inf if self._keys is None else self._keys.ends(caller.key_id)
 
 
 class AuthenticationMiddleware:
@@ -150,11 +156,10 @@ def _require_writable(request: Request, scope: KeyScope) -> None:
     Raises:
         ReadOnly: the service is read-only.
     """
-    if (
-        scope in ("write", "admin")
-        and request.method not in ("GET", "HEAD")
-        and request.app.state.prefix_service.settings.read_only
-    ):
+    if scope not in ("write", "admin") or request.method in ("GET", "HEAD"):
+        return
+    request.scope[WRITES] = True
+    if request.app.state.prefix_service.settings.read_only:
         raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
 
 

@@ -2,7 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefix_service.api.http.paths import HEALTH
+from prefix_service.api.http.paths import HEALTH, WATCHED
 from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.middleware.rates import charged
 from prefix_service.catalog.records import Principal
@@ -11,7 +11,8 @@ from prefix_service.system.turns import ASKING
 
 
 class InFlightMiddleware:
-    """Counts every request, except those of health routes, until the last byte of its answer has left.
+    """Counts every request, until the last byte of its answer has left, except those of health routes, and
+    those that wait for changes, which have a bound of their own.
 
     A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
     adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
@@ -29,7 +30,7 @@ class InFlightMiddleware:
         Raises:
             Overloaded: too many requests are in flight.
         """
-        if scope["path"] in HEALTH:
+        if scope["path"] in HEALTH or scope["path"] == WATCHED:
             await self._app(scope, receive, send)
             return
         if scope["path"] in PUBLIC:

@@ -16,8 +16,16 @@ from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from prefix_service.catalog.changes import (
+    Change,
+    EverythingChanged,
+    KeyCreated,
+    KeyRevoked,
+    KeyShortened,
+    TenantDeleted,
+)
 from prefix_service.catalog.keys import USE_GRANULARITY, Keyring, StoredKey
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.records import Principal
 from prefix_service.errors import OutOfSpace, Overloaded, StorageFailed, Unauthenticated
 from prefix_service.system.background import in_background
 
@@ -34,8 +42,9 @@ _PAUSE: Final = 5.0  # seconds between two writes of the keys' last uses
 
 
 class KnownKeys:
-    """The keys that were used or created last, by id. `hear` keeps them up to date. They are trusted while `are_known`
-    returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False for a read-only catalog.
+    """The keys that were used or created last, by id. `on_changes` keeps them up to date. They are trusted while
+    `are_known` returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False where the
+    catalog is read-only.
 
     Belongs to the event loop, `running` aside.
     """
@@ -46,7 +55,7 @@ class KnownKeys:
         self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
         self._missing: dict[str, None] = {}
         self._verified: dict[bytes, StoredKey] = {}
-        self._heard = 0
+        self._changes = 0
         self._noted: dict[str, float] = {}
         self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
         self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
@@ -78,21 +87,30 @@ class KnownKeys:
         _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
         return principal
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
+    def ends(self, key_id: str) -> float:
+        """Returns the moment of `time.monotonic` when a key ends that was verified just now."""
+        stored = self._keys.get(key_id)
+        return math.inf if stored is None else stored.ends
+
+    def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""
         for change in changes:
-            if change.action == "tenant.deleted":
-                gone = [known.principal for known in self._keys.values() if known is not None]
-                self._keys |= {one.key_id: None for one in gone if one.tenant == change.target}
-            elif change.action == "key.revoked":
-                self._keys.pop(change.target, None)
-                _remember(self._missing, change.target, None, _MOST_MISSING)
-            elif change.action in ("key.created", "key.changed"):
-                _remember(self._keys, change.target, None, _MOST_KEYS)
-                self._missing.pop(change.target, None)
-            else:
-                continue
-            self._heard += 1
+            match change:
+                case TenantDeleted(tenant):
+                    gone = [known.principal for known in self._keys.values() if known is not None]
+                    self._keys |= {one.key_id: None for one in gone if one.tenant == tenant}
+                case KeyRevoked(_, key_id):
+                    self._keys.pop(key_id, None)
+                    _remember(self._missing, key_id, None, _MOST_MISSING)
+                case KeyCreated(_, key_id) | KeyShortened(_, key_id):
+                    _remember(self._keys, key_id, None, _MOST_KEYS)
+                    self._missing.pop(key_id, None)
+                case EverythingChanged():
+                    self._keys = dict.fromkeys(self._keys)
+                    self._missing.clear()
+                case _:
+                    continue
+            self._changes += 1
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -112,13 +130,13 @@ class KnownKeys:
             return known
         if key_id not in self._keys and not self._strangers.hit(_STRANGERS, "unknown ids"):
             raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
-        heard = self._heard
+        changes = self._changes
         try:
             async with asyncio.timeout(_PATIENCE):
                 found = await asyncio.get_running_loop().run_in_executor(self._threads, self._keyring.find, key_id)
         except TimeoutError as error:
             raise StorageFailed(f"the catalog has not answered within {_PATIENCE:g} seconds: try again") from error
-        if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
+        if changes == self._changes:  # else it may have been read before a change that came meanwhile
             if found is not None:
                 _remember(self._keys, key_id, found, _MOST_KEYS)
             else:

@@ -11,8 +11,9 @@ from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import Scope
 
+from prefix_service.catalog.changes import Change, EverythingChanged, TenantChange
 from prefix_service.catalog.reads import read_catalog
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.records import Principal
 from prefix_service.errors import InvalidReference, RateLimited
 from prefix_service.prefix.references import check_name
 
@@ -58,7 +59,7 @@ class RateLimits:
         self._rate_of, self._are_known = rate_of, are_known
         self._windows = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._known: dict[str, RateLimitItemPerSecond | None] = {}
-        self._heard = 0
+        self._changes = 0
 
     def is_unlimited(self, tenant: str) -> bool:
         """Returns whether a tenant is known to have no limit."""
@@ -83,20 +84,25 @@ class RateLimits:
         if allowance is not None and not allowance.granted:
             raise allowance.refusal(tenant)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """A rate that was changed holds now."""
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Forget the rates of tenants that changed."""
         for change in changes:
-            if change.action.startswith("tenant."):
-                self._heard += 1
-                self._known.pop(change.target, None)
+            match change:
+                case TenantChange(tenant):
+                    self._known.pop(tenant, None)
+                case EverythingChanged():
+                    self._known.clear()
+                case _:
+                    continue
+            self._changes += 1
 
     async def _rate(self, tenant: str) -> RateLimitItemPerSecond | None:
         if tenant in self._known and self._are_known():
             return self._known[tenant]
-        heard = self._heard
+        changes = self._changes
         found = await read_catalog(self._rate_of, tenant)
         rate = None if found is None else RateLimitItemPerSecond(found)
-        if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
+        if changes == self._changes:  # else it may have been read before a change that came meanwhile
             self._known[tenant] = rate
             if len(self._known) > _REMEMBERED_TENANTS:
                 del self._known[next(iter(self._known))]

@@ -26,14 +26,16 @@ _MOST_NAMED: Final = 16  # versions of one answer; a batch may have hundreds
 
 
 class RequestMiddleware:
-    """The outermost middleware: keeps a well-formed `X-Request-ID` or makes one, and returns it in every response.
+    """The outermost middleware: keeps a well-formed `X-Request-ID` or makes one, and returns it in every response,
+    with the id of the catalog in `Prefix-Catalog`.
 
     Of what a caller sends, the log has that id alone: templates instead of paths, no query, no header, no body. An
     adapter is named if the caller may read it and the answer is made of it.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, catalog_id: str) -> None:
         self._app = app
+        self._catalog = b"prefix-catalog", catalog_id.encode()
         self._metrics, self._usage = metrics, usage
         self._log = RequestLog()
 
@@ -41,7 +43,7 @@ class RequestMiddleware:
         """Passes a request on, and records it when it has ended."""
         request_id = _request_id(scope)
         request_context.set({"request_id": request_id.decode()})
-        outcome = _Outcome(send, request_id)
+        outcome = _Outcome(send, [self._catalog, (b"x-request-id", request_id)])
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
@@ -87,13 +89,12 @@ class _Outcome:
     """An answer as it passes: its status and the moment of `time.perf_counter` when it began (both 0 until then), and
     bytes of its body."""
 
-    __slots__ = ("_header", "_send", "began", "sent", "status")
+    __slots__ = ("_headers", "_send", "began", "sent", "status")
 
-    def __init__(self, send: Send, request_id: bytes) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = self.sent = 0
         self.began = 0.0
-        self._send = send
-        self._header = (b"x-request-id", request_id)
+        self._send, self._headers = send, headers
 
     def __call__(self, message: Message) -> Awaitable[None]:
         """Notes a message, and passes it on."""
@@ -101,7 +102,7 @@ class _Outcome:
             self.sent += len(body)
         elif message["type"] == "http.response.start":
             self.status, self.began = message["status"], time.perf_counter()
-            message["headers"] = [*message.get("headers", ()), self._header]
+            message["headers"] = [*message.get("headers", ()), *self._headers]
         return self._send(message)
 
 

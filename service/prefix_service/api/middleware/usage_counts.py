@@ -13,7 +13,8 @@ from typing import Final
 from starlette.types import Scope
 
 from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, is_loaded
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.changes import Change, TenantDeleted
+from prefix_service.catalog.records import Principal
 from prefix_service.catalog.usage import OF_PLATFORM, UsageStore, Use
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.turns import in_thread
@@ -87,9 +88,10 @@ class UsageCounts:
         use = self._counts[key] = Use(self._hour, tenant, adapter, version, named)
         return use
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Forget what tenants used that were deleted: a namesake did not."""
-        gone = {change.target for change in changes if change.action == "tenant.deleted"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Forget what tenants used that were deleted: a namesake did not. What nobody else has is kept where changes
+        were missed."""
+        gone = {change.tenant for change in changes if isinstance(change, TenantDeleted)}
         if gone:
             self._counts = {key: use for key, use in self._counts.items() if use.tenant not in gone}
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, Final
 
@@ -84,7 +85,7 @@ def die_with(parent: int) -> None:
 
 
 def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.socket]) -> None:
-    from prefix_service.api.app import create_app
+    from prefix_service.api.app import create_app, end_watching
     from prefix_service.api.metrics.metrics import Metrics
     from prefix_service.api.metrics.worker_metrics import take_place
     from prefix_service.api.server.serving import Server, end_in_order_on
@@ -106,5 +107,6 @@ def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.s
         loop.remove_reader(supervisor)
         server.should_exit = True
 
-    server = Server(settings, create_app(settings, Metrics(take_place())), begin)
+    app = create_app(settings, Metrics(take_place()))
+    server = Server(settings, app, begin, partial(end_watching, app))
     server.run(sockets)

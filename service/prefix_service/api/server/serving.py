@@ -27,12 +27,15 @@ torch. With CPython's default of 5 ms, ten waits per answer would add 50 ms to a
 
 
 class Server(uvicorn.Server):
-    """Serves an app on listening sockets; calls `on_ready` on the event loop once the app is open.
+    """Serves an app on listening sockets; calls `on_ready` on the event loop once the app is open, and
+    `on_end` when the server is asked to end, before it waits for the requests in progress.
 
     The server opens the app itself: if that fails, uvicorn would log a traceback and hide the reason.
     """
 
-    def __init__(self, settings: Settings, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, app: FastAPI, on_ready: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=connection_class(settings),
@@ -46,7 +49,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=GRACE,
         )
         super().__init__(config)
-        self._app, self._on_ready = app, on_ready
+        self._app, self._on_ready, self._on_end = app, on_ready, on_end
         self._opened = contextlib.AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -68,6 +71,7 @@ class Server(uvicorn.Server):
         """Finishes the requests in progress, then closes the app."""
         async with self._opened:
             await self._acceptor.close()
+            self._on_end()
             await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:

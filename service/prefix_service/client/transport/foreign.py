@@ -28,7 +28,7 @@ class Foreign:
     """Sends requests over a blocking transport."""
 
     def __init__(self, connection: Connection, transport: httpx.BaseTransport) -> None:
-        self._address = connection.address
+        self._connection = connection
         self._http = httpx.Client(**_options(connection), transport=transport)
         self._home = _Home()
 
@@ -38,7 +38,7 @@ class Foreign:
         Raises:
             ConnectionFailed: there is no answer before the time `until` of `time.monotonic`.
             InvalidRequest: another process has used the transport.
-            InvalidResponse: the answer is too long.
+            InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(None)
         headers, content = _headers_and_content(request)
@@ -48,9 +48,11 @@ class Foreign:
                 for piece in response.iter_raw():
                     body.add(piece)
                     time_left(until)
-                return body.answer()
+                answer = body.answer()
         except _FAILURES as error:
-            raise connection_failed(error, self._address) from error
+            raise connection_failed(error, self._connection.address) from error
+        self._connection.require_same_catalog(answer.headers)
+        return answer
 
     def close(self) -> None:
         """Closes every connection."""
@@ -61,7 +63,7 @@ class AsyncForeign:
     """Sends requests over an asynchronous transport."""
 
     def __init__(self, connection: Connection, transport: httpx.AsyncBaseTransport) -> None:
-        self._address = connection.address
+        self._connection = connection
         self._http = httpx.AsyncClient(**_options(connection), transport=transport)
         self._home = _Home()
 
@@ -71,7 +73,7 @@ class AsyncForeign:
         Raises:
             ConnectionFailed: there is no answer before the time `until` of `time.monotonic`.
             InvalidRequest: another process or event loop has used the transport.
-            InvalidResponse: the answer is too long.
+            InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(asyncio.get_running_loop())
         headers, content = _headers_and_content(request)
@@ -84,9 +86,11 @@ class AsyncForeign:
                 body = _Body(response, request)
                 async for piece in response.aiter_raw():
                     body.add(piece)
-                return body.answer()
+                answer = body.answer()
         except _FAILURES as error:
-            raise connection_failed(error, self._address) from error
+            raise connection_failed(error, self._connection.address) from error
+        self._connection.require_same_catalog(answer.headers)
+        return answer
 
     async def close(self) -> None:
         """Closes every connection."""

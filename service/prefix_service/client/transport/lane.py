@@ -111,8 +111,8 @@ class Lane:
 
         Raises:
             OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
-            part of
-                the request was sent.
+                part of the request was sent.
+            InvalidResponse: another catalog answered than before.
         """
         message, body = self._message(request, headers)
 
@@ -121,6 +121,7 @@ class Lane:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
                     received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
@@ -152,8 +153,7 @@ class Lane:
 
         Raises:
             OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
-            part of
-                the request was sent.
+                part of the request was sent.
         """
         message, _ = self._message(request, headers)
 
@@ -161,6 +161,7 @@ class Lane:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
                 received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
