@@ -18,7 +18,7 @@ from prefix_service.prefix.description import (
     check_annotations,
     check_card,
 )
-from prefix_service.prefix.fingerprint import MOST_FINGERPRINT, MOST_TEXT, OBJECTS, TEXTS
+from prefix_service.prefix.fingerprint import MOST_FINGERPRINT, MOST_MEMBERS, MOST_TEXT, OBJECTS, TEXTS
 from prefix_service.prefix.mixed import MOST_IN_A_ROW
 
 Moment = Annotated[
@@ -198,7 +198,7 @@ FINGERPRINT_SCHEMA: Final[dict[str, Any]] = {
     "description": f"the fingerprint of a base model: up to {MOST_FINGERPRINT >> 10} KiB of JSON, of what is known",
     "properties": {
         **{name: {"type": "string", "minLength": 1, "maxLength": MOST_TEXT} for name in TEXTS},
-        **{name: {"type": "object"} for name in OBJECTS},
+        **{name: {"type": "object", "maxProperties": MOST_MEMBERS} for name in OBJECTS},
     },
     "additionalProperties": False,
     "examples": [{"architecture": "LlamaForCausalLM", "sizes": {"hidden_size": 4096}, "rope": {"rope_theta": 500000}}],
