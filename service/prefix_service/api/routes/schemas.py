@@ -1,4 +1,4 @@
-"""What the JSON routes send and take, as pydantic models; the OpenAPI document is made of these."""
+"""Pydantic models of the JSON that routes send and accept; the OpenAPI document is generated from them."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -95,7 +95,7 @@ class VersionDetail(VersionSummary):
 
     @classmethod
     def about(cls, version: Version, aliases: dict[str, int], residency: dict[str, bool | str]) -> "VersionDetail":
-        """From the catalog's row, the adapter's aliases, and what the registry tells."""
+        """Returns the detail of a version, with its adapter's aliases and its state in the registry."""
         config = version.prefix_config
         return cls(
             **_summary(version, aliases),
@@ -206,7 +206,7 @@ FINGERPRINT_SCHEMA: Final[dict[str, Any]] = {
 
 
 class DescribedVersion(RequestModel):
-    """What every version published as JSON may bring along."""
+    """The description that a version published as JSON can have."""
 
     # The bounds are those of the whole body: `description` looks at them once more, in bytes and with better words.
     card: str = Field(
@@ -278,7 +278,7 @@ _Quota = Annotated[int | None, Field(ge=0, lt=1 << 63), INTEGRAL]
 
 
 class TenantQuotas(RequestModel):
-    """What a tenant may have: adapters, bytes of all their versions, and requests in a second; null is no limit."""
+    """The limits of a tenant: adapters, bytes of all their versions, and requests per second; null means no limit."""
 
     max_adapters: _Quota = None
     max_bytes: _Quota = None
@@ -363,7 +363,7 @@ class KeyItem(BaseModel):
 
 
 class CreatedKey(KeyItem):
-    """A new key: this answer alone tells it."""
+    """A new key with its text, which no later answer contains."""
 
     key: str
 
