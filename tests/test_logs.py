@@ -141,10 +141,10 @@ from prefix_service.logs import RequestLog
 plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "bytes": 7, "code": None}
 times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
 requests = RequestLog()
-requests.line("info", dict(plain))
-requests.line("info", {**plain, **times, "adapter": "a", "version": 7})
-requests.line("info", {**plain, **times, "cold": False, "versions": ["acme/a@7", "acme/b@1"], "num_versions": 17})
-requests.line("info", {**plain, "status": 404, "code": "not-found", "request_id": "r1"})
+requests.write("info", dict(plain))
+requests.write("info", {**plain, **times, "adapter": "a", "version": 7})
+requests.write("info", {**plain, **times, "cold": False, "versions": ["acme/a@7", "acme/b@1"], "num_versions": 17})
+requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id": "r1"})
 """
     subprocess.run([sys.executable, "-c", _BEGIN.format(level="info") + code], check=True, stderr=child)
     os.close(child)

@@ -22,7 +22,7 @@ from tests.crash.folder import serving
 from tests.crash.operations import CASES, publish, start
 from tests.crash.trial import KILL, Verdict, attempted_twice
 
-KILLS, FAILURES = 100, 60  # `python -m tests.crash` makes thousands
+KILLS, FAILURES = 240, 120  # `python -m tests.crash` makes thousands
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,8 @@ def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path
             assert hashlib.sha256(prefix.content).hexdigest() == version["body"]
             assert hashlib.sha256(parameters.content).hexdigest() == version["parameters"]
         for alias, known in was["aliases"].items():
-            assert admin.get(f"/v1/tenants/acme/adapters/summarize/aliases/{alias}").json() == known
+            found = admin.get(f"/v1/tenants/acme/adapters/summarize/aliases/{alias}").json()
+            assert known.items() <= found.items()
         assert [_without_use(key) for key in admin.get("/v1/keys").json()["items"]] == [
             _without_use(key) for key in was["platform_keys"]
         ]

@@ -45,6 +45,7 @@ def test_it_is_read_again() -> None:
         ({"tokenizer": "x" * 257}, "tokenizer must be a text"),
         ({"weights_index": 7}, "weights_index must be a text"),
         ({"sizes": [32]}, r"sizes must be a JSON object, got \[32\]"),
+        ({"rope": dict.fromkeys(map(str, range(257)), 1)}, "rope has 257 members, and may have 256"),
         ({"rope": None}, "rope must be a JSON object"),
         ({"norms": "rms"}, "norms must be a JSON object"),
     ],

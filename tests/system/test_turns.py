@@ -18,32 +18,34 @@ def anyio_backend() -> str:
 
 
 class Gate:
-    """Calls that note their name when they run, and wait to be let go one by one."""
+    """Calls that note their name when they run, and wait to be let go in the order in which they began."""
 
     def __init__(self) -> None:
         self.order: list[str] = []
         self.running = 0
         self.most = 0
         self.started = threading.Semaphore(0)
-        self._lock = threading.Lock()
-        self._go = threading.Semaphore(0)
+        self._opened = 0
+        self._changed = threading.Condition()
 
     def call(self, name: str) -> Callable[[], str]:
         def run() -> str:
-            with self._lock:
+            with self._changed:
+                place = len(self.order)
                 self.order.append(name)
                 self.running += 1
                 self.most = max(self.most, self.running)
-            self.started.release()
-            assert self._go.acquire(timeout=60)
-            with self._lock:
+                self.started.release()
+                assert self._changed.wait_for(lambda: self._opened > place, timeout=60)
                 self.running -= 1
             return name
 
         return run
 
     def open(self, times: int) -> None:
-        self._go.release(times)
+        with self._changed:
+            self._opened += times
+            self._changed.notify_all()
 
 
 async def begun(turns: Turns, gate: Gate, tenant: str, names: list[str]) -> list[asyncio.Task[str]]:

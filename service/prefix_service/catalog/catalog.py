@@ -139,8 +139,8 @@ class Catalog:
         return found
 
     def replace_key_values(self, version: Version, digest: str) -> Version:
-        """Name another blob for a version's keys and values, unless the named one was replaced meanwhile; return the
-        version as it is then.
+        """Makes `digest` the blob of a version's keys and values, unless another call has replaced that blob since
+        `version` was read; returns the version as the catalog has it now.
 
         Raises:
             NotFound: the version was deleted meanwhile.

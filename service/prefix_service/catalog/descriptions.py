@@ -1,4 +1,4 @@
-"""What versions have beside their digests (`Description`): read, stored with a new version, and replaced."""
+"""Reads, stores and replaces the descriptions of versions, which their digests do not cover."""
 
 from collections.abc import Callable
 

@@ -11,6 +11,9 @@ from prefix_service.prefix.json_text import shown
 MOST_FINGERPRINT: Final = 16 << 10
 """Bytes of a fingerprint, written as `check_fingerprint` writes it."""
 
+MOST_MEMBERS: Final = 256
+"""Members of one of its objects."""
+
 MOST_TEXT: Final = 256
 """Characters of one of its texts."""
 
@@ -39,7 +42,7 @@ class Fingerprint:
         """Returns a fingerprint from its JSON object; fields beyond it are ignored, as those of a later release.
 
         Raises:
-            InvalidRequest: a field has another type, or a text is empty or too long.
+            InvalidRequest: a field has another type, a text is empty or too long, or an object has too many members.
         """
         return cls(**{name: _checked(name, values[name]) for name in (*TEXTS, *OBJECTS) if name in values})
 
@@ -72,6 +75,8 @@ def _checked(name: str, value: Any) -> Any:
     if name in OBJECTS:
         if not isinstance(value, dict):
             raise InvalidRequest(f"{name} must be a JSON object, got {shown(value)}: leave it out if it is not known")
+        if len(value) > MOST_MEMBERS:
+            raise InvalidRequest(f"{name} has {len(value)} members, and may have {MOST_MEMBERS}: leave out details")
     elif not isinstance(value, str) or not 0 < len(value) <= MOST_TEXT:
         raise InvalidRequest(
             f"{name} must be a text of 1 to {MOST_TEXT} characters, got {shown(value)}: leave it out if it is not known"

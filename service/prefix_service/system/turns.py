@@ -1,4 +1,4 @@
-"""Who may go on in a thread now: a few at a time, tenants in turn."""
+"""Threads for a few calls at a time; tenants take turns."""
 
 import asyncio
 from collections import Counter, OrderedDict, deque
@@ -11,7 +11,7 @@ from anyio import CancelScope, CapacityLimiter, to_thread
 T = TypeVar("T")
 
 ASKING: Final = ContextVar("prefix_service tenant in whose turn a request reads and writes the catalog", default="")
-"""No tenant's name is empty: that is the turn of the platform's operators, and of what nobody asked for."""
+"""The empty text, which is no tenant's name, is the turn of platform admins and of background work."""
 
 
 class Turns:
@@ -30,8 +30,11 @@ class Turns:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     async def run(self, tenant: str, call: Callable[[], T], *, abandons: bool = False) -> T:
-        """Call in a thread, once it is the tenant's turn. The turn ends with the call, even if the caller is cancelled
-        before; with `abandons` it ends then, and the thread goes on with what nobody waits for."""
+        """Runs `call` in a thread once it is the tenant's turn; returns its result.
+
+        The turn ends with the call, even if the caller is cancelled before. With `abandons` the turn ends with the
+        cancellation, and the thread finishes a call that nobody waits for.
+        """
         await self._begin(tenant)
         try:
             if abandons:

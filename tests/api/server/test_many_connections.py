@@ -115,6 +115,7 @@ def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
             stack.enter_context(connected(server, b"GET /" * (number % 2)))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=90) == 0
+        assert "timeout graceful shutdown exceeded" not in server.log.read_text()
 
 
 def with_files(limit: str) -> list[str]:

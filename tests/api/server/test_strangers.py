@@ -118,6 +118,7 @@ def test_the_end_does_not_wait_for_who_reads_no_public_page(tmp_path: Path, pars
             assert is_answered(stack.enter_context(connected(server, PAGES, "127.0.0.2")))
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=90) == 0
+        assert "timeout graceful shutdown exceeded" not in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 
 

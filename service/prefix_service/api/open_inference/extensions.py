@@ -19,12 +19,12 @@ from prefix_service.api.open_inference.models import (
     VERSION,
     every_version,
     inputs_of_every_model,
+    json_in_turn,
     json_list,
     name_of,
     outputs_of,
     platform_of,
     resolved,
-    told,
 )
 from prefix_service.api.open_inference.schemas import (
     ConfiguredInput,
@@ -68,14 +68,14 @@ _LISTING: Final[dict[str, Any]] = {
 async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
     """The configuration of a model's latest version."""
     version = await resolved(library, tenant, name)
-    return await told(library, tenant, partial(_configuration, library, version))
+    return await json_in_turn(library, tenant, partial(_configuration, library, version))
 
 
 @router.get(f"{VERSION}/config", response_model=ModelConfig)
 async def version_config(tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf) -> Response:
     """The configuration of one version."""
     found = await resolved(library, tenant, name, version)
-    return await told(library, tenant, partial(_configuration, library, found))
+    return await json_in_turn(library, tenant, partial(_configuration, library, found))
 
 
 @router.get("/models/stats", **_LISTING)

@@ -68,7 +68,7 @@ def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
     ]
 
 
-async def told(library: Library, tenant: str, make: Callable[[], BaseModel]) -> Response:
+async def json_in_turn(library: Library, tenant: str, make: Callable[[], BaseModel]) -> Response:
     """Returns a model as JSON, made in a thread in its tenant's turn: what is said of each layer takes milliseconds."""
     text = await library.admission.run(tenant, lambda: make().model_dump_json())
     return Response(text, media_type="application/json")

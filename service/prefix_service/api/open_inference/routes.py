@@ -21,12 +21,12 @@ from prefix_service.api.open_inference.models import (
     VERSION,
     every_version,
     inputs_of_every_model,
+    json_in_turn,
     json_list,
     name_of,
     outputs_of,
     platform_of,
     resolved,
-    told,
     written,
 )
 from prefix_service.api.open_inference.requests import JSON_LENGTH, memory_of_parsing, most_inflated, parse_inference
@@ -230,7 +230,7 @@ async def _metadata(library: Library, version: Version) -> Response:
             outputs=outputs_of(library, version),
         )
 
-    return await told(library, version.tenant, make)
+    return await json_in_turn(library, version.tenant, make)
 
 
 def _all(library: Library, tenant: str | None) -> AsyncIterator[bytes]:

@@ -1,5 +1,5 @@
-"""What stands beside a version: its model card, its annotations and the fingerprint of its base model, each replaced
-whole; and the config file that was uploaded."""
+"""Routes for the model card, the annotations and the base model's fingerprint of a version, each of which a `PUT`
+replaces as a whole; and for the uploaded config file."""
 
 import hashlib
 from collections.abc import Callable

@@ -29,8 +29,8 @@ _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
 
 
 class Residency(BaseModel):
-    """What this process has in memory: its budgets, the tenants that have the most in each of them, and a page of the
-    versions, the largest first. `next` is the cursor of the following page, or null."""
+    """The memory of this process: its budgets, the tenants with the most bytes in each of them, and a page of the
+    resident versions, the largest first. `next` is the cursor of the following page, or null."""
 
     tiers: list[TierReport]
     tenants: list[ShareReport]
@@ -47,7 +47,7 @@ async def overview(
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Response:
-    """What is in memory, where and why, of the process that answers: the largest versions and tenants first, at most
+    """Return what the answering process has in memory, where and why: the largest versions and tenants first, at most
     `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
     place = _place(decode_cursor(cursor, _PLACE.fullmatch))
     registry = state.library.registry

@@ -47,7 +47,7 @@ class TensorSpec:
 
 
 class Slot(NamedTuple):
-    """One tensor of a message: a row of it lies at `row_index` in its source, and is sent `times` times."""
+    """One tensor of a file. `source` has one row of it, at `row_index`; the row is sent `times` times."""
 
     name: str
     dtype: torch.dtype
@@ -76,15 +76,15 @@ def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec | Slo
     prefix = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     members = [json.dumps({"__metadata__": {"prefix": prefix}}, separators=(",", ":"), ensure_ascii=False)[1:-1]]
     position = 0
-    # Thousands of tensors of very few shapes: what is the same for many is written once.
+    # A file may have thousands of tensors of very few shapes: the text of each shape is written once.
     known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, int]] = {}
     for tensor in tensors:
         kind = tensor.dtype, tensor.shape
         if kind not in known:
             shape = ",".join(map(str, tensor.shape))
             known[kind] = f'"dtype":"{NAMES[tensor.dtype]}","shape":[{shape}]', tensor.nbytes
-        told, nbytes = known[kind]
-        members.append(f'"{tensor.name}":{{{told},"data_offsets":[{position},{position + nbytes}]}}')
+        fields, nbytes = known[kind]
+        members.append(f'"{tensor.name}":{{{fields},"data_offsets":[{position},{position + nbytes}]}}')
         position += nbytes
     text = f"{{{','.join(members)}}}".encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
