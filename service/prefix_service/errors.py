@@ -173,7 +173,7 @@ class Conflict(PrefixServiceError):
 
 
 class Gone(PrefixServiceError):
-    """It was there, and is no longer kept."""
+    """The resource existed, and is no longer kept."""
 
     code = "gone"
 

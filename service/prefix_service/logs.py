@@ -141,13 +141,13 @@ def _served_for_people(fields: dict[str, Any]) -> list[str]:
 
 
 class _Lines:
-    """What structlog writes to."""
+    """The logger that structlog writes to."""
 
     msg = debug = info = warning = error = staticmethod(write_line)
 
 
 class _Handler(logging.Handler):
-    """What the standard library's loggers write to."""
+    """The handler of the standard library's loggers."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""

@@ -165,7 +165,7 @@ def _require_known(found: str | None, known: set[str], place: Path | str) -> Non
 
 
 def _revision(connection: sa.Connection) -> str | None:
-    """Where Alembic notes the schema's revision; none in an empty database."""
+    """Returns the schema's revision from Alembic's table; None for an empty database."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()

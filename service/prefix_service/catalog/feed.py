@@ -59,7 +59,7 @@ class ChangeFeed:
 
     @property
     def are_known(self) -> bool:
-        """Whether the catalog could be read lately: what is remembered of it may be relied on."""
+        """Whether the catalog was read within the last 30 seconds, so that caches of it can be relied on."""
         return time.monotonic() - self._read_at < _STALE
 
     def catch_up(self) -> None:

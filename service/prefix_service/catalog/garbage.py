@@ -23,7 +23,7 @@ class Garbage:
         self._database = database
 
     def wanted(self, digests: Collection[str], grace: float) -> set[str]:
-        """Of these blobs, those that must stay: a version names them, or one did within the last `grace` seconds."""
+        """Returns those of the blobs that must stay: a version names them, or did within the last `grace` seconds."""
         with self._database.reading() as connection:
             lately = garbage.c.since > now(connection) - timedelta(seconds=grace)
             queries = (

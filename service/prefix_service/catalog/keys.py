@@ -168,7 +168,7 @@ class Keyring:
             return [Key(*row) for row in connection.execute(query)]
 
     def get(self, tenant: str | None, key_id: str) -> Key:
-        """One key.
+        """Returns one key.
 
         Raises:
             NotFound: this owner has no such key, or there is no such owner.

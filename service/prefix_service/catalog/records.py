@@ -1,4 +1,4 @@
-"""What the catalog tells: immutable rows."""
+"""The rows that the catalog returns. They are immutable."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ DEV: Final = Principal("dev", None, "admin", has_key=False)
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """What a tenant may have, and ask for in a second; None is no limit."""
+    """Limits on what a tenant stores, and on its requests in a second; None is no limit."""
 
     max_adapters: int | None = None
     max_bytes: int | None = None
@@ -72,8 +72,8 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a tenant's quota of bytes leaves: `left` of `quota`, None without a quota; and the bytes of the largest
-    version of an adapter, which may be published again."""
+    """The room that a tenant's quota of bytes leaves: `left` of `quota`, None without a quota; and the bytes of the
+    largest version of an adapter, which may be published again."""
 
     left: int | None = None
     quota: int = 0
@@ -82,7 +82,7 @@ class Room:
 
 @dataclass(frozen=True)
 class NewVersion:
-    """What publishing puts into the catalog: the manifest, and what was derived from it.
+    """A version to be added to the catalog: its manifest, and values derived from it.
 
     `weights` and `key_values` are blob digests, sizes are bytes, `weights_dtype` is the dtype of the stored weights.
     """
@@ -103,7 +103,7 @@ class NewVersion:
 
     @property
     def nbytes(self) -> int:
-        """What counts towards its tenant's quota, whoever else has the same bytes."""
+        """The bytes that count towards the tenant's quota, also if other tenants store the same content."""
         return self.weights_bytes + self.key_values_bytes + self.manifest_bytes
 
 
@@ -127,7 +127,7 @@ class Version(NewVersion):
 
     @cached_property
     def prefix_config(self) -> PrefixConfig:
-        """What of the config the service reads, parsed once."""
+        """The fields of the config that the service reads, parsed once."""
         return parse_read_fields(self.config)
 
     @property
@@ -167,7 +167,7 @@ AdapterOrder = Literal["name", "-created", "-bytes", "-used"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlace:
-    """Where an adapter stands in a listing. `key` is what the listing is sorted by before the name: None by name, the
+    """The position of an adapter in a listing. The listing is sorted by `key` before the name: None by name, the
     moment of the newest version with `-created`, the bytes of all versions with `-bytes`, requests with `-used`."""
 
     key: datetime | int | None

@@ -1,4 +1,4 @@
-"""What references mean, remembered in this process until their adapter changes."""
+"""The versions that references mean, remembered in this process until their adapter changes."""
 
 import threading
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How long the audit, changes and usage are kept."""
+"""Removal of audit entries, changes and usage that are older than the settings allow."""
 
 from dataclasses import dataclass
 from datetime import timedelta

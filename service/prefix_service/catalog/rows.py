@@ -1,4 +1,4 @@
-"""What questions to the catalog share: the rows of versions, and how adapters and aliases are found by their names."""
+"""Parts that several queries share: the rows of versions, and finding adapters and aliases by name."""
 
 from collections.abc import Sequence
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""How the command line speaks: tables for people, JSON where something may read it."""
+"""Output of the command line: tables for people, JSON for programs."""
 
 import contextlib
 import json
@@ -224,5 +224,5 @@ def human_time(moment: str) -> str:
 
 
 def used_of(used: int, budget: int | None, shown: Callable[[int], str] = str) -> str:
-    """What is used, beside its budget if it has one."""
+    """Returns the used amount as text, with its budget if there is one."""
     return shown(used) if budget is None else f"{shown(used)} of {shown(budget)}"

@@ -1,4 +1,4 @@
-"""What commands on a service share: options, the client, and a question before what cannot be undone."""
+"""Shared by commands on a service: options, the client, and a question before what cannot be undone."""
 
 import contextlib
 import inspect

@@ -45,7 +45,7 @@ class Request:
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether carrying it out twice has the effect of once (RFC 9110, section 9.2.2).
+        """Whether carrying the request out twice has the same effect as once (RFC 9110, section 9.2.2).
 
         A change under a condition is not idempotent: the first may make the condition false. Neither is a POST, since a
         composition resolves its references again, except an upload, whose content names its version.
@@ -108,7 +108,7 @@ class Fetch(Request):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What blocks and is no request: a disk, a large copy. For asyncio it is done in a worker thread."""
+    """A blocking step that is no request: a read from disk, a large copy. With asyncio a worker thread does it."""
 
     run: Callable[[], Any]
 

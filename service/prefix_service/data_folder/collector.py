@@ -98,8 +98,8 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """What the collector's thread does: it removes what was deleted, frees blobs, and removes what is older than
-    `retention` says."""
+    """The work of the collector's thread: removes deleted rows, frees blobs, and removes entries that are older than
+    `retention` allows."""
 
     def __init__(self, database: Database, blobs: BlobStore, grace: float, retention: Retention) -> None:
         self._database, self._grace, self._retention = database, grace, retention

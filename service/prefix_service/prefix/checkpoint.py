@@ -37,7 +37,7 @@ _WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_chec
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLayout:
-    """How one project names the tensors of a prefix encoder.
+    """The tensor names that one project uses for a prefix encoder.
 
     `scope` matches the part of a name in front of the tensor's own; `roles` maps the rest to the role names of this
     project; `complete` lists the sets of roles that make a whole encoder. If `linear`, matrices are `[out, in]` as in

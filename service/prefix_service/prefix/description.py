@@ -1,5 +1,5 @@
-"""What is stored beside a version and not in its digest: the model card, annotations, the base model's fingerprint, and
-the uploaded config file. Checked and bounded."""
+"""The description of a version, which its digest does not cover: the model card, annotations, the base model's
+fingerprint, and the uploaded config file. Checked and bounded."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a version's digest does not cover; empty where there is none.
+    """The part of a version that its digest does not cover; empty by default.
 
     The model card in Markdown, annotations and `fingerprint`, that of the base model as `check_fingerprint` writes it,
     can be replaced. `config_file` has the bytes of `adapter_config.json` as it was uploaded, and stays.

@@ -23,7 +23,7 @@ OBJECTS: Final = ("sizes", "rope", "norms")
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What the keys and values of a prefix depend on in its base model; None where that is not known.
+    """The properties of a base model that the keys and values of a prefix depend on; None where one is not known.
 
     `architecture` is the model's class. `sizes`, `rope` and `norms` are settings of its config, by their names:
     dimensions, rotary embedding, normalisation. `tokenizer` and `weights_index` are hashes, of the tokenizer and of the

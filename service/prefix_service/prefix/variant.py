@@ -47,5 +47,5 @@ class Variant:
 
     @property
     def rows(self) -> int:
-        """How many times each key and value is sent: `batch_size` if `expand`, else once."""
+        """The number of times that each key and value is sent: `batch_size` if `expand`, else 1."""
         return self.batch_size if self.expand else 1

@@ -1,4 +1,4 @@
-"""How much of a byte budget may be held: leased or pinned, so that it cannot be evicted. Pure state."""
+"""Limits on the part of a byte budget that is held: leased or pinned, so that it cannot be evicted. Pure state."""
 
 from typing import Final, Generic
 

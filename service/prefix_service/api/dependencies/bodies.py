@@ -38,7 +38,7 @@ thread has taken yet."""
 
 
 def has_body(headers: Headers) -> bool:
-    """Whether a request carries a body, as its headers tell."""
+    """Returns whether a request carries a body according to its headers."""
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 

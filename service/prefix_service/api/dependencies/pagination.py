@@ -51,8 +51,8 @@ def is_name(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Listing(Generic[Row]):
-    """How a listing is read and written. `load` returns up to so many rows behind a place, which is empty for the
-    first page, `place` names a row's place, and `item` is what the listing shows of a row."""
+    """Functions that read and write one listing. `load` returns up to so many rows behind a place, which is empty for
+    the first page; `place` returns the place of a row, and `item` the row as the listing shows it."""
 
     load: Callable[[str, int], Sequence[Row]]
     place: Callable[[Row], str]

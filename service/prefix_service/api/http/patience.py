@@ -1,4 +1,4 @@
-"""How long a peer may keep the service waiting."""
+"""Time limits for peers that keep the service waiting."""
 
 from typing import Final
 

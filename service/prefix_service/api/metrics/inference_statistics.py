@@ -19,7 +19,7 @@ VERSIONS_PER_TENANT: Final = 1024
 
 @dataclass(slots=True)
 class Duration:
-    """How many requests took part in something, and their nanoseconds together."""
+    """The number of requests that took part in one stage, and the sum of their nanoseconds."""
 
     count: int = 0
     ns: int = 0

@@ -21,7 +21,7 @@ _SAMPLING_SECONDS: Final = 1.0
 
 
 class Metrics:
-    """What one process counts. With a `place` among several workers, `exposed` holds the numbers of all of them.
+    """The metrics of one process. With a `place` among several workers, `exposed` holds the numbers of all of them.
 
     The tiers of the registry count for themselves; they are sampled, so that no request pays for it.
     """

@@ -25,7 +25,7 @@ class Place:
     lock: BinaryIO
 
     def leave(self) -> None:
-        """What describes this moment ends with the process; what was counted stays."""
+        """Remove the process's gauges; its counters stay."""
         mark_process_dead(self.number, str(self.folder))  # type: ignore[no-untyped-call]
 
 
@@ -38,7 +38,7 @@ def shared_folder() -> Iterator[Path]:
 
 
 def take_place() -> Place:
-    """For a worker, before it makes its metrics: the lowest place that no living worker has.
+    """Returns the lowest place that no living worker has. A worker calls it before it makes its metrics.
 
     One that is started for another that died goes on with its counts, so files do not pile up as they would by
     process id, and no count ever falls.

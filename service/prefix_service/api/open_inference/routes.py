@@ -124,7 +124,7 @@ async def version_metadata(
 
 @router.get(f"{MODEL}/ready")
 async def model_ready(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelReady:
-    """Whether inference may be asked for: the model is published, and loaded when it is needed."""
+    """Whether inference can be asked for: the model is published, and loaded when it is needed."""
     return ModelReady(name=name_of(await resolved(library, tenant, name)))
 
 
@@ -132,7 +132,7 @@ async def model_ready(tenant: ReadableTenant, name: NamePath, library: LibraryOf
 async def version_ready(
     tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
 ) -> ModelReady:
-    """Whether inference may be asked for with one version."""
+    """Whether inference can be asked for with one version."""
     return ModelReady(name=name_of(await resolved(library, tenant, name, version)))
 
 

@@ -22,7 +22,7 @@ _Text = Annotated[str, Field(max_length=1024)]
 
 
 class InputParameters(RequestModel):
-    """How the elements of an input come."""
+    """The encoding of an input's elements."""
 
     binary_data_size: Annotated[StrictInt, Field(ge=0, lt=1 << 63), INTEGRAL] | None = Field(
         default=None, description="bytes behind the JSON that are its own"
@@ -40,7 +40,7 @@ class InferenceInput(RequestModel):
 
 
 class OutputParameters(RequestModel):
-    """How the elements of an output are to come."""
+    """The encoding of an output's elements."""
 
     binary_data: StrictBool | None = Field(default=None, description="behind the JSON; default binary_data_output")
 
@@ -180,7 +180,7 @@ class ModelConfig(BaseModel):
 
 
 class DurationStatistics(BaseModel):
-    """How many requests, and their nanoseconds together."""
+    """The number of requests, and the sum of their nanoseconds."""
 
     count: int
     ns: int

@@ -290,7 +290,7 @@ class Guarded(asyncio.Protocol):
 
     @property
     def _is_in_body(self) -> bool:
-        """Whether the newest request has more to come."""
+        """Returns whether more of the newest request's body is expected."""
         raise NotImplementedError
 
     def _owes_answers(self) -> bool:

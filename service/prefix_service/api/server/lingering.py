@@ -1,4 +1,4 @@
-"""How connections end: without a reset that loses the last answer, or with one that leaves nothing behind."""
+"""Closing connections: without a reset that loses the last answer, or with one that leaves nothing behind."""
 
 import asyncio
 import socket

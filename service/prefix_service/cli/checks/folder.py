@@ -1,4 +1,4 @@
-"""What keeps a service from working on the data folder of this machine, which others may share."""
+"""Checks of this machine's data folder: problems that would keep a service from working on it."""
 
 import contextlib
 import shutil
@@ -60,7 +60,7 @@ def _file_system(folder: Path) -> str:
 
 
 def _permissions(folder: Path, uid: int) -> Check:
-    """Whether a user may run a service on the folder, and whether others may read what is secret in it."""
+    """Checks that the user can run a service on the folder, and that others cannot read its secrets."""
     found = folder.stat()
     if found.st_uid != uid:
         whose = f"{folder} belongs to user {found.st_uid}, and this is user {uid}"
@@ -85,7 +85,7 @@ def _permissions(folder: Path, uid: int) -> Check:
 
 
 def _schema(folder: Path) -> Check:
-    """Whether this release can serve what an older or newer one left."""
+    """Checks that this release can serve a folder that an older or newer one wrote."""
     catalog = folder / "catalog.sqlite"
     if not catalog.exists():
         return Check("catalog", "ok", "none yet: the first start makes it")

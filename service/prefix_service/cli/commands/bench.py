@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One row: how many requests, their latencies in seconds, and what all of them together achieved a second."""
+    """One row: the number of requests, their latencies in seconds, and the rate of all of them together."""
 
     what: str
     requests: int

@@ -147,7 +147,7 @@ def _publish_source(
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What became of a folder: a version, and whether it is new; or an error; or neither, if its turn never came."""
+    """The result for one folder: a version, and whether it is new; or an error; or neither, if it was never tried."""
 
     folder: Path
     adapter: str

@@ -151,7 +151,7 @@ def _parsed(quota: str, text: str) -> int | None:
 
 
 def _quotas(client: "PrefixClient", name: str) -> dict[str, int | None]:
-    """What a tenant may have now; nothing of one that does not exist yet."""
+    """Returns the present quotas of a tenant; none if it does not exist yet."""
     try:
         item = client.tenant(name)
     except NotFound:

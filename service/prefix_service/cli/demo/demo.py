@@ -1,4 +1,4 @@
-"""What the demo does, in the order of a worker's life, and what it shows of it."""
+"""The demo's steps, in the order of a worker's life, and their output."""
 
 import contextlib
 import json
@@ -68,7 +68,7 @@ def run_demo(console: Console, *, stay: bool, as_json: bool = False) -> bool:
 
 
 def _telling(*, as_json: bool) -> contextlib.AbstractContextManager[object]:
-    """Where the block's sentences and tables go: standard output has a JSON document alone."""
+    """Send the block's sentences and tables to standard error if standard output is for a JSON document alone."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 

@@ -15,7 +15,7 @@ from prefix_service.errors import ConnectionFailed, NotFound, Unavailable
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Where the demo's service is, and its platform admin's key."""
+    """The address of the demo's service, and its platform admin's key."""
 
     url: str
     api_key: str

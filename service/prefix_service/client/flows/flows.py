@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How prefixes are read: what is kept of them and of their base models, memory for those that are kept, and what is
-    verified.
+    """Options and caches for reading prefixes: the caches of prefixes and of base models, the memory that they may use,
+    and which digests are verified.
 
     `is_service_known` is whether entries on disk certainly belong to this service. Without a key, it cannot be
     distinguished from an earlier service at the same address, so even immutable versions are revalidated.

@@ -1,4 +1,4 @@
-"""Where an alias pointed before."""
+"""The previous version of each alias."""
 
 import sqlalchemy as sa
 from alembic import op
