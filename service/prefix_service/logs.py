@@ -39,7 +39,7 @@ write_line: Final = _writer.write
 _for_people = False
 
 request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
-"""What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
+"""The fields of every line of a request: its id, its key's id. One dictionary for each request, which grows."""
 
 
 def redacted(text: str) -> str:
@@ -98,7 +98,7 @@ def finish() -> None:
 class RequestLog:
     """Writes the log lines of requests, in the format of all other lines.
 
-    Not through structlog, which takes 10 µs a line. On a terminal each line tells a person the time, status, method,
+    Not through structlog, which takes 10 µs a line. On a terminal each line shows the time, status, method,
     route, duration and size of a request; of prefixes, which they are and where the time went; and the code and id of
     an error.
     """

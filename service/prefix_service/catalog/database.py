@@ -1,4 +1,4 @@
-"""The catalog's database: how it is opened, migrated, and how its failures are told."""
+"""The catalog's database: opening, migration, transactions, and translation of its failures."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -71,7 +71,7 @@ class Keyring:
     def create(
         self, tenant: str | None, scope: Scope, name: str, by: Principal, expires: datetime | None = None
     ) -> tuple[Key, str]:
-        """A new key, and the text that its owner keeps; it is not told again. A naive `expires` is in UTC.
+        """Returns a new key, and its text, which is not stored: its owner keeps it. A naive `expires` is in UTC.
 
         Raises:
             InvalidRequest: `expires` is not in the future, or a tenant's key would have the scope `metrics`.

@@ -44,7 +44,7 @@ class RememberedVersions:
         before = self._forgotten
         version = self._catalog.resolve(tenant, reference)
         with self._lock:
-            if before == self._forgotten:  # else it may have been read before a change that was heard meanwhile
+            if before == self._forgotten:  # else it may have been read before a change that arrived meanwhile
                 self._remember(tenant, reference, version)
         return version
 

@@ -109,7 +109,7 @@ def chosen_socket() -> Path | None:
 
 
 def address(url: str) -> str:
-    """Returns what a person is told of where the service is."""
+    """Returns the service's address for messages."""
     return url if (socket := chosen_socket()) is None else f"unix:{socket}"
 
 

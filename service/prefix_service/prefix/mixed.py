@@ -72,8 +72,8 @@ class Row:
         """Returns the row as metadata: a prefix with `ref`, `version`, `digest` and `num_virtual_tokens`, a list of
         them, or None.
         """
-        told = [prefix.as_metadata() for prefix in self.prefixes]
-        return told if self.is_list else told[0] if told else None
+        documents = [prefix.as_metadata() for prefix in self.prefixes]
+        return documents if self.is_list else documents[0] if documents else None
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ V = TypeVar("V")
 _MOST_KEYS: Final = 65_536
 _MOST_MISSING: Final = 4096
 _STRANGERS: Final = RateLimitItemPerSecond(50)
-"""Lookups of ids that this process has never heard of. A wrong key has such an id, a right one only for the quarter of
-a second until its creation by another process is heard."""
+"""Lookups of ids that this process does not know. A wrong key has such an id; a right one only for the quarter of a
+second until the change feed reports that another process created it."""
 _LOOKUPS: Final = 4  # threads
 _PATIENCE: Final = 2.0  # seconds that a lookup may take
 _PAUSE: Final = 5.0  # seconds between two writes of the keys' last uses

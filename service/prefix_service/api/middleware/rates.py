@@ -55,7 +55,7 @@ class RateLimits:
     """
 
     def __init__(self, rate_of: RateOf, are_known: Callable[[], bool]) -> None:
-        """`are_known` says whether changes of rates are heard: a rate is remembered as long as they are."""
+        """`are_known` returns whether changes of rates arrive: rates are remembered as long as they do."""
         self._rate_of, self._are_known = rate_of, are_known
         self._windows = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._known: dict[str, RateLimitItemPerSecond | None] = {}

@@ -39,11 +39,11 @@ class RevisionMiddleware:
             if name == _MIN:
                 await self._reach(self._revisions.revision(caller, value.decode("latin-1")))
         if scope["method"] not in ("GET", "HEAD"):
-            send = self._telling(scope, caller, send)
+            send = self._with_revision(scope, caller, send)
         await self._app(scope, receive, send)
 
     async def _reach(self, revision: int) -> None:
-        """A write is committed before its revision is told, so one look has to find it."""
+        """The writer received the revision after its commit, so one look into the catalog must find it."""
         if self._feed.revision < revision:
             try:
                 with anyio.fail_after(_PATIENCE):
@@ -53,8 +53,8 @@ class RevisionMiddleware:
         if self._feed.revision < revision:
             raise _too_early()
 
-    def _telling(self, scope: Scope, caller: Principal, send: Send) -> Send:
-        async def tell(message: Message) -> None:
+    def _with_revision(self, scope: Scope, caller: Principal, send: Send) -> Send:
+        async def send_with_revision(message: Message) -> None:
             # A writer's own change is known before its answer begins, unless the catalog went away in between.
             if (
                 message["type"] == "http.response.start"
@@ -66,7 +66,7 @@ class RevisionMiddleware:
                 message["headers"] = [*message.get("headers", ()), (b"prefix-revision", text.encode())]
             await send(message)
 
-        return tell
+        return send_with_revision
 
 
 def _too_early() -> Unavailable:

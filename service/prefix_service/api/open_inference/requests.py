@@ -18,7 +18,7 @@ from prefix_service.prefix.json_text import json_memory, shown
 from prefix_service.prefix.wire.extras import InputMask
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
-"""The header field that tells how many bytes of a body are JSON; the rest are tensors."""
+"""The header field with the number of bytes of a body that are JSON; the rest are tensors."""
 
 INPUTS: Final[dict[InputName, tuple[str, torch.dtype, tuple[int, ...]]]] = {
     "batch_size": ("INT32", torch.int32, (1,)),
@@ -86,7 +86,7 @@ def _decompressed(body: bytearray, encoding: str, limit: int) -> bytes | bytearr
         return body
     if encoding not in ("gzip", "deflate"):
         raise UnsupportedMediaType(f"bodies come as they are, or with gzip or deflate, not {encoding!r:.40}")
-    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, as its first bytes tell
+    inflate = zlib.decompressobj(zlib.MAX_WBITS | 32)  # either, according to its first bytes
     try:
         found = inflate.decompress(body, limit + 1)
     except zlib.error as error:
@@ -101,15 +101,15 @@ def _decompressed(body: bytearray, encoding: str, limit: int) -> bytes | bytearr
     return found
 
 
-def _json_length(told: Sequence[str], size: int) -> int:
-    if not told:
+def _json_length(values: Sequence[str], size: int) -> int:
+    if not values:
         return size
     # int() takes more than decimal digits, and refuses very many of them.
-    if len(told) > 1 or not told[0].isascii() or not told[0].isdigit() or len(told[0]) > 18:
-        raise InvalidRequest(f"{JSON_LENGTH} must be a number of bytes, got {', '.join(told)!r:.80}")
-    if not 0 < int(told[0]) <= size:
-        raise InvalidRequest(f"{JSON_LENGTH} is {told[0]}, and the body has {size} bytes")
-    return int(told[0])
+    if len(values) > 1 or not values[0].isascii() or not values[0].isdigit() or len(values[0]) > 18:
+        raise InvalidRequest(f"{JSON_LENGTH} must be a number of bytes, got {', '.join(values)!r:.80}")
+    if not 0 < int(values[0]) <= size:
+        raise InvalidRequest(f"{JSON_LENGTH} is {values[0]}, and the body has {size} bytes")
+    return int(values[0])
 
 
 def _inputs(inputs: Sequence[InferenceInput], binary: memoryview) -> tuple[int | None, InputMask | None]:
@@ -160,7 +160,7 @@ def _piece(item: InferenceInput, piece: memoryview, size: int) -> bytearray:
     if len(piece) < size:
         raise InvalidRequest(
             f"input {item.name} has {size} bytes of binary data, and {len(piece)} are left behind the JSON, whose "
-            f"length {JSON_LENGTH} tells"
+            f"length is {JSON_LENGTH}"
         )
     return bytearray(piece)
 

@@ -121,15 +121,15 @@ class TensorsResponse(Response):
     def _head(self, rendering: Rendering) -> bytes:
         """The JSON of the answer; its shape is that of `inference_v2_schemas.InferenceResponse`."""
         version = self._plan.version
-        told: dict[str, object] = {
+        document: dict[str, object] = {
             "model_name": f"{version.tenant}/{version.adapter}",
             "model_version": str(version.number),
             "parameters": {"digest": version.digest, "dtype": self._plan.file.variant.dtype},
             "outputs": [self._output(self._plan.file.tensors[name], rendering) for name in self._binary],
         }
         if self._asked.id is not None:
-            told["id"] = self._asked.id
-        return orjson.dumps(told)
+            document["id"] = self._asked.id
+        return orjson.dumps(document)
 
     def _output(self, tensor: Slot, rendering: Rendering) -> dict[str, object]:
         about: dict[str, object] = {

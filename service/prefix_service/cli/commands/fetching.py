@@ -27,7 +27,7 @@ _PIECE: Final = 32 << 20  # bytes of weights that are in memory together
 
 
 _OS_ERROR: Final = re.compile(r"\(os error ([0-9]+)\)")
-"""How safetensors tells what the operating system said."""
+"""The text in which safetensors reports the operating system's error."""
 
 
 def register(app: typer.Typer) -> None:
@@ -84,11 +84,11 @@ def _save(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], output: 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    told = {**metadata, "dtype": str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")}
+    described = {**metadata, "dtype": str(tensors["past_key_values.0.key"].dtype).removeprefix("torch.")}
     with written(output) as aside:
         try:
             whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, aside, {"prefix": json.dumps(told)})
+            save_file(whole, aside, {"prefix": json.dumps(described)})
         except SafetensorError as error:
             if (number := _OS_ERROR.search(str(error))) is not None:
                 raise OSError(int(number[1]), str(error)) from error

@@ -42,10 +42,10 @@ class _Fetched:
 
 def run_demo(console: Console, *, stay: bool, as_json: bool = False) -> bool:
     """Run the demo; whether every answer was PEFT's (True without the model, which leaves the answers out). `as_json`
-    prints what it found as a JSON document, and tells the story on standard error."""
+    prints the results as a JSON document, and the steps on standard error."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prefix-service-demo-"))
-        with _telling(as_json=as_json):
+        with _output(as_json=as_json):
             say("1 of 4: start a service of its own, in a folder that is deleted in the end")
             with console.status("starting the service"):
                 service = stack.enter_context(embedded_service(Path(folder)))
@@ -62,12 +62,12 @@ def run_demo(console: Console, *, stay: bool, as_json: bool = False) -> bool:
         if as_json:
             there = {"url": service.url, "api_key": service.api_key} if stay else {}
             print_json({**there, "adapters": [_described(*it) for it in fetched.items()], "answers": answers})
-        with _telling(as_json=as_json):
+        with _output(as_json=as_json):
             _stay(service) if stay else _say_what_next()
     return answers is None or answers["equal"] == answers["total"]
 
 
-def _telling(*, as_json: bool) -> contextlib.AbstractContextManager[object]:
+def _output(*, as_json: bool) -> contextlib.AbstractContextManager[object]:
     """Send the block's sentences and tables to standard error if standard output is for a JSON document alone."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 

@@ -252,7 +252,7 @@ def service() -> Flow[ServiceInfo]:
     info = answer.json_object().get("info")
     release = info.get("version") if isinstance(info, dict) else None
     if not isinstance(release, str):
-        raise InvalidResponse(f"the service should tell its version, got {release!r:.100}")
+        raise InvalidResponse(f"the service should send its version, got {release!r:.100}")
     try:
         moment = parsedate_to_datetime(answer.headers.get("date", "")).astimezone(UTC)
     except (ValueError, OverflowError):

@@ -53,8 +53,8 @@ def float8_error(exact: Prefix, found: Prefix) -> Float8Error:
     """
     differing = [name for name in _SAME if exact.metadata[name] != found.metadata[name]]
     if differing:
-        told = ", ".join(f"{name} {exact.metadata[name]!r} and {found.metadata[name]!r}" for name in differing)
-        raise InvalidResponse(f"two answers for one version differ: {told}")
+        listed = ", ".join(f"{name} {exact.metadata[name]!r} and {found.metadata[name]!r}" for name in differing)
+        raise InvalidResponse(f"two answers for one version differ: {listed}")
     before, after = exact.kv.tensor, found.kv.tensor
     keys, values = (ErrorFigures.between(before[:, part], after[:, part]) for part in (0, 1))
     count = before.numel()

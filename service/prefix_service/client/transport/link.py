@@ -1,7 +1,7 @@
 """A sans-I/O exchange over one connection: it yields what it must wait for, so that a thread and an event loop can
 drive the same code.
 
-`SO_RCVLOWAT` (socket(7)) tells the kernel how many bytes must arrive before it wakes the receiver, and gives it that
+`SO_RCVLOWAT` (socket(7)) sets how many bytes must arrive before the kernel wakes the receiver, and gives it that
 much room.
 """
 
