@@ -133,7 +133,7 @@ FRAMING: dict[str, tuple[bytes, dict[str, str], str]] = {
     "huge shape": (*framed({"inputs": [binary({**MASK, "shape": [1 << 40, 1 << 40]}, 48)]}, bytes(48)), "needs"),
     "data twice": (*framed({"inputs": [{**binary(ROWS, 4), "data": [2]}]}, INT32), "send one of them"),
     "data never": (*framed({"inputs": [ROWS]}), "neither data nor binary_data_size"),
-    "no length": (framed({"inputs": [binary(ROWS, 4)]})[0], {}, "0 are left behind the JSON, whose length Inference-"),
+    "no length": (framed({"inputs": [binary(ROWS, 4)]})[0], {}, "0 are left behind the JSON, whose length is I"),
     "negative rows": (*framed({"inputs": [binary(ROWS, 4)]}, b"\xff" * 4), "batch_size"),
     "flags of three": (*framed({"inputs": [binary(MASK, 48)]}, bytes([3]) * 48), "other than 0 and 1"),
 }  # fmt: skip
