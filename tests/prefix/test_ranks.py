@@ -12,8 +12,8 @@ from prefix_service.prefix.ranks import kv_heads_of_rank
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_heads_are_placed_as_the_weights_are(heads: int, size: int) -> None:
-    """Each rank gets an equal run of heads; with more ranks than heads, neighbouring ranks share a head; sizes that do not
-    divide are refused, never rounded.
+    """Each rank gets an equal run of heads; with more ranks than heads, neighbouring ranks share a head; sizes that do
+    not divide are refused, never rounded.
     """
     if heads % size and size % heads:
         with pytest.raises(InvalidRequest, match=rf"{heads} key/value heads .*{size} ranks"):

@@ -46,8 +46,8 @@ class Budgets(RuleBasedStateMachine):
         return any(job.tenant == tenant for job in self.running)
 
     def fits(self, job: Job) -> bool:
-        """Returns whether the free bytes suffice for a job: for a tenant that runs nothing the job's own bytes, for another as
-        many as it would hold afterwards. A large job leaves out the bytes that are reserved for small ones.
+        """Returns whether the free bytes suffice for a job: for a tenant that runs nothing the job's own bytes, for
+        another as many as it would hold afterwards. A large job leaves out the bytes that are reserved for small ones.
         """
         left = self.free - job.nbytes - (RESERVED if job.nbytes > SMALL else 0)
         return left >= (self.held(job.tenant) + job.nbytes if self.runs(job.tenant) else 0)
@@ -57,9 +57,7 @@ class Budgets(RuleBasedStateMachine):
         return self.fits(job) and not (self.runs(job.tenant) and starved and self.held(job.tenant) + job.nbytes > SMALL)
 
     def check_admitted(self, admitted: list[Job]) -> None:
-        """Checks that each admitted job was first in its tenant's queue and could begin, and no tenant before it
-        could.
-        """
+        """Checks that each admitted job was first in its queue and could begin, and no tenant before it could."""
         for job in admitted:
             assert job.is_admitted
             assert job is self.waiting[job.tenant][0]

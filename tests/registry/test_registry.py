@@ -154,8 +154,8 @@ async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
 
 
 async def test_a_storm_on_a_broken_version_loads_it_once() -> None:
-    """For a moment all requests get the same error immediately, for prefix or rendering, and nothing is evicted for them;
-    a version that was put right is loaded again.
+    """For a moment all requests get the same error immediately, for prefix or rendering, and nothing is evicted for
+    them; a version that was put right is loaded again.
     """
     registry, load = registry_of(2 * SIZE), Loader(error=CorruptBlob("bit rot", 60))
     for number in (2, 3):

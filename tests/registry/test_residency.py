@@ -69,8 +69,8 @@ class Rules(RuleBasedStateMachine):
         return tenant != requester and self.used(tenant, gone) <= share and awake
 
     def check_victims(self, tenant: str, victims: list[str], share: int) -> None:
-        """Checks each victim in order: it was not held, and nobody within the share lost it to a tenant above the share, or
-        while anything else could be evicted.
+        """Checks each victim in order: it was not held, and nobody within the share lost it to a tenant above the
+        share, or while anything else could be evicted.
         """
         loose = {key for key, entry in self.known.items() if not entry.held}
         assert set(victims) <= loose
@@ -85,8 +85,8 @@ class Rules(RuleBasedStateMachine):
         return BUDGET // (2 * len({entry.tenant for entry in self.all} | {tenant}))
 
     def may_lease(self, tenant: str, nbytes: int, *, held: bool, own: int) -> bool:
-        """Returns whether a tenant may lease: as much as would then stay free, or one request's need if it leases nothing
-        else and that is free.
+        """Returns whether a tenant may lease: as much as would then stay free, or one request's need if it leases
+        nothing else and that is free.
         """
         free = BUDGET - self.held - (0 if held else nbytes)
         return free >= 0 if self.leased(tenant) <= own else self.leased(tenant) + nbytes <= free
@@ -118,9 +118,7 @@ class Rules(RuleBasedStateMachine):
             self.seen[tenant] = self.admitted
 
     def check_refusal(self, tenant: str, nbytes: int, free: int, share: int) -> None:
-        """Checks that evicting all of its own would not suffice, nor evicting everything while it is within its
-        share.
-        """
+        """Checks that evicting its own would not suffice, nor, while it is within its share, evicting everything."""
         loose = [entry for entry in self.known.values() if not entry.held]
         own = sum(entry.nbytes for entry in loose if entry.tenant == tenant)
         assert free + own < nbytes
@@ -286,9 +284,7 @@ def test_what_is_held_stays(how: str) -> None:
 
 
 def test_a_tenants_scan_takes_a_tenth_of_its_share() -> None:
-    """A scan displaces a tenth of its tenant's share, and then only itself, although another tenant fills the
-    budget.
-    """
+    """A scan displaces a tenth of its share, and then only itself, although another tenant fills the budget."""
     residency = filled(1000, "hot", 1000)
     for number in range(5000):
         residency.admit(f"cold{number}", 1, "scanner")
@@ -297,8 +293,8 @@ def test_a_tenants_scan_takes_a_tenth_of_its_share() -> None:
 
 
 def test_what_is_used_takes_the_place_of_what_is_not() -> None:
-    """Beyond the guaranteed shares memory goes to the tenant that uses it: a second tenant that reads again gets all that
-    it needs from a first one that does not.
+    """Beyond the guaranteed shares memory goes to the tenant that uses it: a second tenant that reads again gets all
+    that it needs from a first one that does not.
     """
     residency = filled(100, "first", 100)
     for number in [*range(48)] * 3 + [*range(48, 60)] * 20:
