@@ -25,7 +25,7 @@ def main(
     examples: Annotated[int, typer.Option(min=1, help="Of each operation and phase, for schema.")] = 50,
     seed: Annotated[int, typer.Option(help="Other seeds find other things.")] = 1,
 ) -> None:
-    """Fuzz, and show what was answered and what was found."""
+    """Fuzzes, and shows which statuses were answered and which faults were found."""
     if unknown := set(only or ()) - set(KINDS):
         raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(KINDS)}")
     is_sound = True
