@@ -228,9 +228,7 @@ def flipped(path: Path) -> None:
     ids=["bit", "shorter", "longer", "empty"],
 )
 def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
-    """The store puts damaged bytes into quarantine and never returns them; committing the content again heals
-    the blob.
-    """
+    """The store quarantines damaged bytes and never returns them; committing the content again heals the blob."""
     digest = staged(folder).commit()
     damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
     bad = folder.path(digest).read_bytes()

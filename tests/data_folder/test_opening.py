@@ -147,9 +147,7 @@ def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
 
 
 def test_replicas_share_the_keys_secret(settings: Settings, tmp_path: Path) -> None:
-    """A replica with the same secret file accepts a key that the first service made, and one with another
-    refuses it.
-    """
+    """A replica with the same secret file accepts a key that the first service made; one with another does not."""
     shared = settings.model_copy(update={"key_secret_file": tmp_path / "shared.secret"})
     start(shared)
     text = bootstrap_file(shared.data_dir).read_text().strip()

@@ -63,9 +63,7 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
 
 
 def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path) -> None:
-    """A later release serves the same bytes, entity tags, digests and ids to the same keys, and reuses no deleted
-    number.
-    """
+    """A later release serves the same bytes, tags, digests and ids to the same keys, and reuses no deleted number."""
     folder = Path(shutil.copytree(WITH_AUDIT, tmp_path / "data"))
     was: dict[str, Any] = json.loads((WITH_AUDIT / "told.json").read_text())
     manifests = _manifest_bytes(folder)

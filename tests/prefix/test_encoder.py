@@ -131,7 +131,7 @@ def test_fresh_weights_are_drawn_as_pefts() -> None:
 
 @pytest.mark.parametrize(("peft_type", "options"), [("PREFIX_TUNING", {}), ("PREFIX_TUNING", MLP), ("CARTRIDGE", {})])
 def test_zero_weights_give_zero_keys_and_values(peft_type: str, options: dict[str, Any]) -> None:
-    """"zero" weights encode to zeros, as in PEFT; an MLP's entrance stays random, so that it can be trained."""
+    """Weights of zero encode to zeros, as in PEFT; an MLP's entrance stays random, so that it can be trained."""
     encoder = PrefixEncoder.fresh(config(peft_type, **options), "zero", 0, CPU)
     assert not encoder.encode().tensor.any()
     assert not options or encoder.trainable_parameters()["transform.w1"].any()
