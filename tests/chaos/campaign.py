@@ -24,9 +24,7 @@ _BACK: Final = 3.0  # seconds within which another worker is started
 
 @dataclass(slots=True)
 class Row:
-    """The observations of a fault, over all its repetitions. Times are seconds, the longest of each; None stands for
-    never.
-    """
+    """The observations of a fault over all repetitions. Times are seconds, the longest of each; None means never."""
 
     fault: Fault
     times: int = 0
@@ -133,9 +131,7 @@ class Campaign:
                 self.truth.lost.append(f"{path}/parameters: {file.status_code} {file.text[:200]!r}")
 
     def run(self, faults: Sequence[Fault], seconds: float, told: Callable[[str], None]) -> list[Row]:
-        """Lets all faults happen, again and again until the time is over; calls `told` with the name of each before it
-        begins.
-        """
+        """Lets all faults happen, again and again until the time is over; calls `told` with the name of each."""
         rows = {fault.name: Row(fault) for fault in faults}
         deadline = time.monotonic() + seconds
         first = True

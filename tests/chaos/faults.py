@@ -166,9 +166,7 @@ def _damage(path: Path) -> None:
 
 
 def _lost_blobs(harm: Callable[[Path], None]) -> Callable[[Work], AbstractContextManager[None]]:
-    """Harms the keys and values of some versions and the weights of others; publishing the same files again
-    mends them.
-    """
+    """Harms keys and values of some versions and weights of others; publishing the same files mends them."""
 
     @contextmanager
     def lost(work: Work) -> Iterator[None]:

@@ -34,9 +34,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts the service and returns before it is ready. Processes that still run on the folder must end within
-        seconds.
-        """
+        """Starts the service and returns before it is ready; processes on the folder must end within seconds."""
         arguments = ["serve", "--port", str(self.port), "--data-dir", str(self.data_dir), "--workers", "2"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -126,9 +124,7 @@ def own_file_system(place: Path, megabytes: int = 64) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Makes a folder read-only until the block ends, by a second mount over it, even for processes with files open
-    there.
-    """
+    """Makes a folder read-only by a second mount until the block ends, even for files that are open."""
     for arguments in (("--bind", str(folder), str(folder)), ("-o", "remount,bind,ro", str(folder))):
         if (refused := _run("mount", *arguments)) is not None:
             raise OSError(f"cannot make {folder} read-only: {refused}")

@@ -18,8 +18,8 @@ _CHOSEN: Final = (
 
 
 def test_a_service_in_use_survives_faults() -> None:
-    """A service survives a killed worker, a full disk, damaged and missing blobs, a locked catalog and a killed supervisor:
-    whatever was acknowledged is there afterwards, and every answer was right.
+    """A service survives a killed worker, a full disk, damaged and missing blobs, a locked catalog and a killed
+    supervisor. Whatever was acknowledged is there afterwards, and every answer was right.
     """
     with campaign() as running:
         for name in _CHOSEN:

@@ -85,9 +85,7 @@ class Truth:
         return random.choice(found) if found else None
 
     def check_prefix(self, adapter: Adapter, version: int | None, digest: str) -> None:
-        """Compares a prefix that was read with the published one of this version, or of any of the adapter's
-        versions.
-        """
+        """Compares a prefix that was read with the published one, of this version or of any of the adapter."""
         with self.lock:
             expected = None if version is None else adapter.versions.get(version)
             right = digest in adapter.attempted if expected is None else digest == expected.key_values

@@ -24,9 +24,7 @@ _MOST_VERSIONS: Final = 6
 
 @dataclass
 class Seen:
-    """Callers' observations since the last fault began. Appending and counting are atomic under the
-    interpreter's lock.
-    """
+    """Callers' observations since the last fault began. The interpreter's lock makes its changes atomic."""
 
     errors: Counter[str] = field(default_factory=Counter)
     reads: list[float] = field(default_factory=list)  # when requests that succeeded were sent

@@ -27,9 +27,7 @@ class Child:
         self._answers = connection.makefile("rb")
 
     def change(self) -> str | None:
-        """Asks for the change, and returns `done`, an error's code, the traceback of a defect, or None if it was
-        killed.
-        """
+        """Makes the change; returns `done`, an error's code, a defect's traceback, or None if it was killed."""
         answer: str | None = self._ask(_CHANGE)
         return answer
 

@@ -118,9 +118,7 @@ def _first_key_works(service: Service) -> bool:
 
 
 def leftovers(service: Service) -> list[str]:
-    """Returns the files that the blob folder has too much or lacks, compared with the catalog; none after a
-    collection.
-    """
+    """Returns the files that the blob folder lacks or has too much, by the catalog; none after a collection."""
     root = blob_folder(service.data_dir)
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
     digests = {digest for _, *pair in Garbage(service.database).named() for digest in pair}

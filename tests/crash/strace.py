@@ -1,6 +1,4 @@
-"""Runs strace on a process of ours, to see which calls change files, and to make one of them fail or kill the
-process.
-"""
+"""Runs strace on a process of ours, to see which calls change files, and to make one fail or kill."""
 
 import os
 import re

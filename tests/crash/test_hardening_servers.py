@@ -141,9 +141,7 @@ def blobs_of(data_dir: Path, reference: str) -> tuple[Path, Path]:
 
 
 def test_hardening_48_bit_rot_of_keys_and_values_heals(server: Server) -> None:
-    """The service quarantines damaged keys and values, and serves the same bytes, made from sound weights, in that
-    request.
-    """
+    """The service quarantines damaged keys and values, and makes the same bytes again within the request."""
     client, base = server.client(), "/v1/tenants/rot/adapters"
     upload(client, "rot", "a", file=weights(481))
     upload(client, "rot", "b", file=weights(482))
@@ -158,9 +156,7 @@ def test_hardening_48_bit_rot_of_keys_and_values_heals(server: Server) -> None:
 
 
 def test_hardening_48_bit_rot_of_weights_heals_by_publishing_again(server: Server) -> None:
-    """Damaged weights are quarantined and answered with 503, for their version alone; uploading them again heals the
-    version.
-    """
+    """Damaged weights are quarantined and answered with 503, for one version; uploading them again heals it."""
     client, base = server.client(), "/v1/tenants/rotten/adapters"
     upload(client, "rotten", "a", file=(sent := weights(483)))
     upload(client, "rotten", "b", file=(other := weights(484)))
