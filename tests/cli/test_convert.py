@@ -120,9 +120,7 @@ def test_a_training_frameworks_wrapping_is_looked_through(tmp_path: Path, wrappe
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_checkpoint_without_a_config_takes_one_from_its_tensors(tmp_path: Path, projected: bool) -> None:
-    """P-tuning v2 writes only the base model's config.json, from which and the tensors `convert` makes the
-    adapter's.
-    """
+    """`convert` makes the config of a P-tuning v2 checkpoint from the base model's config.json and the tensors."""
     tensors = {"transformer.prefix_encoder.embedding.weight": torch.ones(7, 32 if projected else 3 * 2 * 32)}
     if projected:
         tensors |= {
@@ -171,9 +169,7 @@ LAYERS, HEADS, SIZE = 3, 2, 8
 
 
 def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
-    """Returns a file as the trainer saves it, its frozen lists named `kind`, in `ParameterList`s as its cache
-    has them.
-    """
+    """Returns a file as the trainer saves it, its frozen lists named `kind`, as `ParameterList`s."""
     torch.manual_seed(1)
     return {
         f"{name}_{part}": nn.ParameterList(

@@ -1,6 +1,4 @@
-"""Commands that need no tensors do not import torch, which takes seconds, and say so if the extra `server` is
-missing.
-"""
+"""Commands without tensors do not import torch, which takes seconds; others say if the extra `server` is missing."""
 
 import os
 import subprocess

@@ -43,9 +43,7 @@ def told(run: Run, *arguments: str | Path) -> Any:
 
 
 def test_versions_show_annotations(run: Run, adapter: str) -> None:
-    """`versions` prints whole annotations for a script, and shortens them in a table, which has the column if
-    needed.
-    """
+    """`versions` prints annotations whole for a script, and cut in a table, which has the column only if needed."""
     items = told(run, "versions", adapter)["items"]
     assert [item["annotations"] for item in items] == [{"note": NOTE, "run": number} for number in ("18", "17")]
     shown = run("versions", adapter).stdout
