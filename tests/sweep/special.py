@@ -1,4 +1,4 @@
-"""What single architectures want beside the general sizes of `tests.sweep.shrinking`."""
+"""What single architectures need in addition to the general sizes of `tests.sweep.shrinking`."""
 
 from collections.abc import Mapping
 from typing import Any, Final

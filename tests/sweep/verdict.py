@@ -1,4 +1,6 @@
-"""One architecture, tried: each row against that row alone and against PEFT, padded on the left and on the right."""
+"""Tries one architecture: each row is compared with that row alone and with PEFT, padded on the left and on the
+right.
+"""
 
 import copy
 import warnings
@@ -35,7 +37,7 @@ Fetch = Callable[[Path, str], Prefix]
 
 @dataclass
 class Verdict:
-    """What was found of one architecture."""
+    """The findings on one architecture."""
 
     architecture: Architecture
     outcome: str = EQUAL
@@ -60,13 +62,13 @@ class Verdict:
 
     @property
     def largest(self) -> float:
-        """The largest difference that is not one of base."""
+        """Returns the largest difference from rows alone and from PEFT."""
         return max([*self.rows.values(), *self.peft.values()], default=float("nan"))
 
 
 @torch.no_grad()
 def try_out(architecture: Architecture, fetch: Fetch, folder: Path) -> Verdict:
-    """Compares one architecture with PEFT; never raises for what the architecture does."""
+    """Compares one architecture with PEFT; never raises what the architecture raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tiny configs, and of PEFT's calls
         try:
@@ -90,7 +92,7 @@ def try_out(architecture: Architecture, fetch: Fetch, folder: Path) -> Verdict:
 
 @dataclass(frozen=True)
 class _Oracle:
-    """What PEFT answers to each row alone."""
+    """PEFT's answers to each row alone."""
 
     logits: list[Tensor]
     tokens: Tensor
@@ -113,7 +115,7 @@ class _Oracle:
 
     @property
     def agrees(self) -> bool:
-        """Whether PEFT finds the same tokens either way."""
+        """Returns whether PEFT finds the same tokens by `generate` and by forward."""
         return torch.equal(self.tokens, self.trained)
 
 
@@ -125,7 +127,7 @@ class _Comparison:
     rows: Sequence[Batch]
 
     def made(self) -> Verdict:
-        """The verdict, with everything compared."""
+        """Compares everything, and returns the verdict."""
         verdict, model = self.verdict, self.client.model
         base = [_real(model, base_logits(model, row), row)[0] for row in self.rows]
         if _difference(base, self.oracle.logits) < 1e-3:
@@ -154,7 +156,7 @@ class _Comparison:
     def _tried(
         self, name: str, answer: Callable[[Batch], Tensor], batches: Sequence[Batch], real: bool = True
     ) -> list[Tensor]:
-        """The answers for each row; none where the client or the model raises."""
+        """Returns the answers for each row, or none if the client or the model raises."""
         try:
             answers = [(answer(batch), batch) for batch in batches]
         except Exception as error:  # noqa: BLE001 - as above
@@ -163,7 +165,7 @@ class _Comparison:
         return [row for each, batch in answers for row in (_real(self.client.model, each, batch) if real else each)]
 
     def _faults(self) -> list[str]:
-        """The checks that fail, each with how."""
+        """Returns the checks that fail, each with how."""
         verdict = self.verdict
         wrong = [
             *(f"forward {side}" for side in SIDES if not max(verdict.rows[side], verdict.peft[side]) < TOLERANCE),
@@ -174,7 +176,7 @@ class _Comparison:
         return [*single, *(f"{call} refused" for call in refused)]
 
     def _manner(self, name: str) -> str:
-        """How a check fails: with an error of the client's, or by what PEFT does with such rows too."""
+        """Returns how a check fails: by a refusal of the client, or as PEFT does with such rows too."""
         if self.verdict.errors.get(name, "").startswith("refused"):
             return " refused"
         call, side = name.split()
@@ -186,8 +188,9 @@ def _same(tokens: Sequence[Tensor], wanted: Tensor) -> bool:
 
 
 def _real(model: Any, logits: Tensor, batch: Batch) -> list[Tensor]:
-    """Of each row, the logits of its real tokens, or of its decoder's, and of words alone: some models give an image's
-    tokens the least number there is."""
+    """Returns for each row the logits of its real tokens, or of its decoder's, and of words alone: some models give an
+    image's tokens the least number there is.
+    """
     logits = logits[..., :WORDS]
     if model.config.is_encoder_decoder:
         return list(logits)
@@ -195,7 +198,7 @@ def _real(model: Any, logits: Tensor, batch: Batch) -> list[Tensor]:
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of logits, over the largest logit; nan where there are none."""
+    """Returns the largest difference of logits over the largest logit, or nan without logits."""
     if not found or not wanted:
         return float("nan")
     scale = max(float(each.abs().max()) for each in wanted)
