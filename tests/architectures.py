@@ -79,9 +79,7 @@ class Architecture:
 
     @property
     def accepts_position_ids(self) -> bool:
-        """Returns whether the model takes positions: BLOOM and MPT have none, and BART and encoder-decoders count their
-        cache.
-        """
+        """Returns whether the model takes positions: BLOOM and MPT have none, BART and encoder-decoders count."""
         return self.task == "CAUSAL_LM" and self.name not in ("bloom", "mpt", "bart-decoder")
 
 

@@ -29,9 +29,7 @@ def binaries() -> Path | None:
 
 
 class PostgreSQL:
-    """A server on a Unix socket in a temporary folder. As servers commonly do, it sorts by a language, and has a time
-    zone of its own.
-    """
+    """A server on a Unix socket in a temporary folder, with a language's sort order and a time zone of its own."""
 
     def __init__(self, bin_: Path) -> None:
         self._bin = bin_

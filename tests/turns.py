@@ -24,9 +24,7 @@ _LONG: Final = (
 
 
 class FilesInTurn(LoadFileScheduling):  # type: ignore[misc]  # without types
-    """Gives a file to the process that is free next, and vLLM's files to one, which has a single vLLM of each kind
-    running.
-    """
+    """Gives a file to the process that is free next, and all of vLLM's files to one that runs a vLLM of each kind."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _ONE_PROCESS if nodeid.startswith(_ONE_PROCESS) else super()._split_scope(nodeid)

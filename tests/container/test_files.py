@@ -1,6 +1,4 @@
-"""The container is made from a Dockerfile, its context, constraints.txt and docker-compose.yml, which are
-checked here.
-"""
+"""Checks the files that make the container: Dockerfile, its context, constraints.txt and docker-compose.yml."""
 
 import re
 import shutil

@@ -57,8 +57,8 @@ class Peft:
     model: Any
 
     def logits(self, batch: Batch) -> Tensor:
-        """Returns the logits by PEFT's forward, as the adapter was trained, `[B, S, V]`; if the model takes positions,
-        they do not count padding.
+        """Returns the logits by PEFT's forward, as the adapter was trained, `[B, S, V]`; positions do not count
+        padding.
         """
         _forget(self.model)
         base = self.model.get_base_model()
@@ -119,9 +119,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _positions_along_axes(model: Any, batch: Batch) -> Tensor | None:
-    """Returns positions along time, height and width, `[3, B, S]`, if the model places an image's tokens on such
-    axes.
-    """
+    """Returns positions along time, height and width, `[3, B, S]`, if the model places images on such axes."""
     compute = getattr(getattr(model, "model", None), "get_rope_index", None)
     if compute is None or not batch.images:
         return None

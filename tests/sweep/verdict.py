@@ -1,6 +1,4 @@
-"""Tries one architecture: each row is compared with that row alone and with PEFT, padded on the left and on the
-right.
-"""
+"""Compares each row of an architecture with that row alone and with PEFT, padded on the left and on the right."""
 
 import copy
 import warnings
