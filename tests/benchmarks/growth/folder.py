@@ -1,4 +1,4 @@
-"""A data folder with many adapters, whose rows and small blobs are written straight into it."""
+"""Writes rows and small blobs of many adapters straight into a data folder."""
 
 import hashlib
 import os
@@ -20,8 +20,9 @@ _LONG_AGO: Final = 1_000_000_000  # when the blobs were written, so that no grac
 
 
 def fill(data_dir: Path, count: int) -> None:
-    """Gives `BIG`, which has one adapter that was published over HTTP, so many more, each with two blobs of its own.
-    No service runs meanwhile."""
+    """Gives `BIG`, which has one adapter that was published over HTTP, so many more, each with two blobs of its own. No
+    service may run meanwhile.
+    """
     blobs = blob_folder(data_dir)
     for number in range(256):
         (blobs / f"{number:02x}").mkdir(exist_ok=True)

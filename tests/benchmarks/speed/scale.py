@@ -1,4 +1,4 @@
-"""How latency, throughput and memory grow with adapters and with concurrent workers."""
+"""Measures how latency, throughput and memory grow with adapters and with concurrent workers."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Loads = dict[int, list[Load]]
 
 
 def measure(*, quick: bool) -> Outcome:
-    """The same server, while adapters are added."""
+    """Measures the same server while adapters are added."""
     counts, rounds, seconds = ((20, 100), 1, 0.3) if quick else ((100, 1_000, 10_000), 3, 1.5)
     connections = (1, 16, 256) if quick else (1, 4, 16, 64, 256)
     found: dict[int, Loads] = {}
