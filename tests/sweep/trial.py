@@ -57,9 +57,7 @@ class Peft:
     model: Any
 
     def logits(self, batch: Batch) -> Tensor:
-        """Returns the logits by PEFT's forward, as the adapter was trained, `[B, S, V]`; positions do not count
-        padding.
-        """
+        """Returns the logits by PEFT's forward, as in training, `[B, S, V]`; positions do not count padding."""
         _forget(self.model)
         base = self.model.get_base_model()
         inputs = _inputs(base, batch)

@@ -1,4 +1,4 @@
-"""Measures throughput and latency of 1,000 adapters that fit into memory, asked for by Zipf's law over 16 connections.
+"""Measures throughput and latency of 1,000 adapters in memory, asked for by Zipf's law over 16 connections.
 
 Two ways: in a closed loop each connection asks again when it has its answer, which two cores cannot do without
 queueing; in an open one requests fall due at random at a quarter of that rate, whatever the answers do. Beside ours,

@@ -58,9 +58,7 @@ def python_peer(app: str, files: Path) -> Iterator[Running]:
 
 @contextmanager
 def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
-    """Runs nginx with `sendfile` on the files in `root`, with one worker process; yields None if it is not
-    installed.
-    """
+    """Runs nginx with `sendfile` on the files in `root`, with one worker; yields None if it is not installed."""
     program = nginx_program()
     if program is None:
         warn_missing("nginx", "nginx-light")

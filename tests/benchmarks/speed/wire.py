@@ -1,4 +1,4 @@
-"""Measures bytes on loopback: ours against servers that send the same bytes, with one client that reads into one buffer.
+"""Measures bytes on loopback: ours against servers that send the same bytes, read by one client into one buffer.
 
 Each round a connection that is kept is used for some tens of MB; the layout is `layers`, as it is by default.
 """

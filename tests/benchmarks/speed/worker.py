@@ -1,6 +1,4 @@
-"""Measures from an adapter's name to keys and values for eight rows: every layer's tensors are there, and an element of
-the last was read.
-"""
+"""Measures from an adapter's name to keys and values of eight rows, of which an element of the last was read."""
 
 import ctypes
 import statistics

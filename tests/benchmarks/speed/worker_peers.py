@@ -1,6 +1,4 @@
-"""Gets the same keys and values without our client: by PEFT from its own disk, or by a download and safetensors' own
-loader.
-"""
+"""Gets the same keys and values without our client: by PEFT from its disk, or by a download and safetensors."""
 
 import http.client
 import socket
