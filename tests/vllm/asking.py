@@ -70,9 +70,7 @@ class Asking:
 def started(
     reference: Reference, folder: Path, partners: Sequence[dict[str, Any]] = (), **options: Any
 ) -> Iterator[Asking]:
-    """Yields a service, and an engine that uses it, with partners around its connector: the first before, others after
-    it.
-    """
+    """Yields an engine on a service, with partners around its connector: the first before it, others after it."""
     with serving_adapters(reference, folder) as server:
         transfer = transfer_config(server.url, timeout=30)
         if partners:

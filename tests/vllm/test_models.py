@@ -49,9 +49,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Yields a service with the demo's adapters, one that vLLM's callers may not name, and thousands of another
-    tenant.
-    """
+    """Yields a service with the demo's adapters, one that callers may not name, and thousands of another tenant."""
     data = tmp_path_factory.mktemp("models-service") / "data"
     with running_server(data) as server:
         publish(server, f"{BIG}/first", _FOLDER / "adapters" / "sentiment")

@@ -110,9 +110,7 @@ def test_a_tenant_at_its_limit(server: Server, keys: dict[str, str]) -> None:
 
 
 def test_a_process_at_its_limit(server: Server, keys: dict[str, str]) -> None:
-    """A full process refuses tenants and platform keys that ask for prefixes, and serves operators, scrapes and
-    health.
-    """
+    """A full process refuses tenants and platform keys that ask for prefixes, but no operators, scrapes and probes."""
     calm, admin = server.client(keys["calm"]), server.client()
     reader = server.client(admin.post("/v1/keys", json={"scope": "read"}).json()["key"])
     with uploading(server, "acme", keys["acme"], 3), uploading(server, "beta", keys["beta"], 3):

@@ -1,6 +1,4 @@
-"""`api.middleware.known_keys` checks keys in memory, and asks the catalog once for each, and seldom for unknown
-ones.
-"""
+"""`api.middleware.known_keys` checks keys in memory, and asks the catalog once for each, seldom for wrong ones."""
 
 import threading
 import zlib
@@ -287,9 +285,7 @@ async def test_uses_are_noted_beside_the_requests(catalog: Catalog) -> None:
 
 
 def test_many_wrong_keys_leave_known_ones_alone(tmp_path: Path) -> None:
-    """Many wrong keys get 401, then 503 `overloaded` with Retry-After; known keys are served meanwhile, and revoked
-    ones refused.
-    """
+    """Many wrong keys get 401, then 503 `overloaded`; known ones are served, and revoked ones get 401."""
     with running_server(tmp_path / "data") as server:
         admin, anyone = server.client(), server.client("")
         revoked = admin.post("/v1/keys", json={"scope": "read"}).json()

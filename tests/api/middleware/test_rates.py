@@ -172,9 +172,7 @@ def test_models_are_adapters(limited: Limited) -> None:
 
 
 def test_a_platforms_key_charges_the_tenant_whose_adapters_it_asks_for(limited: Limited) -> None:
-    """A platform's key charges a tenant only for its adapters, so an operator always reaches the tenant and its
-    keys.
-    """
+    """A platform's key charges a tenant for its adapters alone, so operators always reach a tenant and its keys."""
     limited.set("acme", 2)
     with limited.client("platform") as client:
         assert [client.get(path).status_code for path in [ADAPTERS, f"{ADAPTERS}/b/prefix", ADAPTERS]] == [
@@ -312,9 +310,7 @@ def test_it_is_an_unavailability_of_its_own_status() -> None:
 
 
 def test_a_tenants_quota_is_its_rate(server: Server, admin: httpx.Client) -> None:
-    """A real service takes the rate from the catalog; a change takes effect with its answer, and never locks operators
-    out.
-    """
+    """A real service takes the rate from the catalog; a change works immediately, and never locks operators out."""
     admin.put("/v1/tenants/rated", json={"requests_per_second": 2})
     own = server.client(admin.post("/v1/tenants/rated/keys", json={"scope": "read"}).json()["key"])
     answers = [own.get("/v1/tenants/rated") for _ in range(40)]

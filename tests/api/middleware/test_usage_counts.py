@@ -132,9 +132,7 @@ def test_an_answer_with_several_versions(counts: UsageCounts, store: Store) -> N
 def test_a_tenant_with_more_than_is_counted_apart(
     counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uses above a tenant's bound are counted for the tenant alone, for the rest of the hour; others have their own
-    bound.
-    """
+    """Uses above a tenant's bound are counted for the tenant alone, for the rest of the hour; others are not."""
     monkeypatch.setattr(usage_counts, "MOST_OF_TENANT", 2)
     for number in (1, 2, 3, 4, 3, 1):
         counts.count(scope(Served("acme", "a", number, 1)), 200, 10)

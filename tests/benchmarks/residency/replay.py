@@ -50,7 +50,7 @@ def ours(trace: Trace, budget: int) -> Ints:
 
 
 def peer(name: str, trace: Trace, budget: int) -> Ints | None:
-    """Returns the hits of a policy of libcachesim; None if it does not end, as with objects near the size of the budget.
+    """Returns the hits of a policy of libcachesim; None if it does not end, as with objects as large as the budget.
 
     It runs in a process of its own, which can be ended, and whose millions of warnings are dropped.
     """
