@@ -168,9 +168,7 @@ def _third_from_last(client: httpx.Client, back: int) -> int:
 
 
 def test_alias_is_made_moved_and_forgotten(client: httpx.Client, alias: str) -> None:
-    """PUT answers 201 for a new alias and 200 for a move, which readers see immediately; deleting it keeps the
-    version.
-    """
+    """PUT answers 201 for a new alias and 200 for a move, which readers see at once; its deletion keeps the version."""
     old, new = _third_from_last(client, 2), _third_from_last(client, 1)
     answer = client.put(alias, json={"version": old})
     assert (answer.status_code, answer.json()) == (201, {"alias": "prod", "version": old})

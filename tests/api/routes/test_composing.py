@@ -73,9 +73,7 @@ def _weights(client: httpx.Client, name: str) -> dict[str, torch.Tensor]:
 # This is PEFT's warning, for a base model whose name is that of another machine's folder.
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_it_is_what_peft_composes(client: httpx.Client, other: Path, tmp_path: Path) -> None:
-    """The service stores PEFT's weights, bit for bit, and PEFT's config; PEFT loads them, and computes what the service
-    serves.
-    """
+    """The service stores PEFT's weights and config, bit for bit; PEFT loads them, and computes what is served."""
     peft.compose_cartridge_adapters([CARTRIDGE, other], output_path=tmp_path / "theirs")
     answer = _compose(client, "both", f"{TENANT}/cartridge@1", "composing-too/other")
     assert answer.status_code == 201, answer.text

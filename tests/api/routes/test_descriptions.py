@@ -1,6 +1,4 @@
-"""Model card, annotations, base model and config file are published with a version, read, and replaced under
-conditions.
-"""
+"""Model card, annotations, base model and config file are published with a version, read, and replaced."""
 
 import itertools
 import json

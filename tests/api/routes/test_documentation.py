@@ -127,9 +127,7 @@ class _Page(HTMLParser):
 
 
 def test_the_reference_works_without_the_internet(server: Server) -> None:
-    """The page loads only files of this service, under a policy that allows nothing else, and has no inline script or
-    style.
-    """
+    """The page loads only this service's files, under a policy that allows no others, and has no inline script."""
     with httpx.Client(base_url=server.url) as client:
         answer = client.get("/docs")
         page = _Page(answer.text)

@@ -36,9 +36,7 @@ def told(admin: httpx.Client, tenant: str) -> dict[str, Any]:
 
 
 def test_a_tenant_is_made_and_told(admin: httpx.Client) -> None:
-    """PUT answers 201 once, then 200; a tenant made without a body has no limits, and an existing one keeps its
-    quotas.
-    """
+    """PUT answers 201 once, then 200; without a body a new tenant has no limits, and an existing one keeps its own."""
     first = put(admin, "tenants-made", max_adapters=3, max_bytes=1 << 40, requests_per_second=100)
     assert first.status_code == 201
     quotas = {"max_adapters": 3, "max_bytes": 1 << 40, "requests_per_second": 100}
@@ -92,9 +90,7 @@ def test_bodies_that_are_no_object(admin: httpx.Client, content: bytes) -> None:
 
 
 def test_usage_is_told(admin: httpx.Client, tenant: str) -> None:
-    """Usage counts adapters, and bytes of all versions, even if others have the same content; a deletion gives both
-    back immediately.
-    """
+    """Usage counts adapters and all versions' bytes, whoever else has them; a deletion gives both back immediately."""
     for name in ("a", "b"):
         assert upload(admin, tenant, name).status_code == 201
     assert upload(admin, tenant, "a", file=weights(1)).status_code == 201
@@ -159,9 +155,7 @@ def test_quotas_are_the_platforms(admin: httpx.Client, server: Server, tenant: s
 
 
 def test_a_tenant_goes_with_all_it_has(admin: httpx.Client, server: Server, tenant: str) -> None:
-    """Deleting a tenant deletes its adapters, versions, aliases and keys; a namesake starts empty, but reuses no
-    number.
-    """
+    """A deleted tenant loses adapters, versions, aliases and keys; a namesake starts empty, but reuses no number."""
     upload(admin, tenant, "a")
     admin.put(f"/v1/tenants/{tenant}/adapters/a/aliases/prod", json={"version": 1})
     key = admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": "read"}).json()["key"]
