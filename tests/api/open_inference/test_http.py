@@ -94,9 +94,7 @@ def test_a_mask_is_flat_or_nested(client: httpx.Client, data: list[Any]) -> None
 
 
 def test_binary_outputs_follow_in_order(client: httpx.Client) -> None:
-    """The JSON has the size of each output, and the headers the JSON's length and the version; the body has nothing
-    else.
-    """
+    """The JSON has each output's size, and the headers the JSON's length and the version; nothing else is sent."""
     names = ["past_key_values.1.value", "attention_mask", "past_key_values.0.key"]
     asked = {"inputs": [{**ROWS, "data": [3]}], "outputs": [{"name": name} for name in names]}
     answer = client.post(INFER, json={**asked, "parameters": {"binary_data_output": True}})

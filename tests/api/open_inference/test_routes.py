@@ -82,9 +82,7 @@ def test_the_server_tells_of_itself(worker: Keyed) -> None:
 
 
 def test_a_model_tells_of_itself(worker: Keyed) -> None:
-    """Metadata has the versions, oldest first, -1 where a request decides a size, and outputs as inference
-    orders them.
-    """
+    """Metadata has versions, oldest first, -1 where a request decides a size, and outputs in inference's order."""
     metadata = worker.get_model_metadata(LLAMA)
     assert (metadata["name"], metadata["platform"]) == (LLAMA, "peft_prefix_tuning")
     assert metadata["inputs"] == [

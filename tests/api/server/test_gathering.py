@@ -1,6 +1,4 @@
-"""`api.server.gathering` sends writes in their order, many at a time, and holds what an answer sends until it
-has left.
-"""
+"""`api.server.gathering` sends writes in order, many at a time, and holds an answer's memory until it has left."""
 
 import asyncio
 import contextlib

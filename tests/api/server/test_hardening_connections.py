@@ -133,9 +133,7 @@ def test_heads_are_bounded(server: Server, fields: bytes) -> None:
 
 
 def test_refusal_reaches_who_still_sends(server: Server) -> None:
-    """The service reads and drops what follows a refusal for a while, because a reset would lose some peers the
-    answer.
-    """
+    """The service reads what follows a refusal for a while, because a reset would lose some peers the answer."""
     before = peak_memory(server)
     with connected(server) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nX-Large: " + b"a" * 32 * MIB)

@@ -99,9 +99,7 @@ def test_connections_that_read_no_public_page_give_way(server: Server) -> None:
 
 
 def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server) -> None:
-    """An address with more than half of all connections loses those that have stood still longest, and its neighbour
-    loses none.
-    """
+    """An address with more than half of all connections loses the longest stalled, and its neighbour none."""
     with ExitStack() as stack:
         calm = [stack.enter_context(connected(server, reading(server), "127.0.0.3")) for _ in range(2)]
         assert all(map(is_answered, calm))
