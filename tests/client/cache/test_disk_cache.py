@@ -139,9 +139,7 @@ def test_other_callers_and_services_find_nothing(server: Server, adapter: str, t
 
 
 def test_without_a_key_versions_are_revalidated(tmp_path: Path) -> None:
-    """Without a key a version is revalidated, because an earlier `--dev` service at the address may have had
-    another.
-    """
+    """Without a key versions are revalidated, because an earlier `--dev` service at the address may have had others."""
     cache = tmp_path / "cache"
     with running_server(tmp_path / "one", "--dev") as first:
         port = first.url.rpartition(":")[2]

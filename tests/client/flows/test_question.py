@@ -1,6 +1,4 @@
-"""The client compares each answer with its question, whatever its way; one that answers another question raises, and is
-never cached.
-"""
+"""The client compares each answer with its question on every way, and neither returns nor caches a wrong one."""
 
 import asyncio
 import io

@@ -44,9 +44,7 @@ def adapters(server: Server) -> None:
 
 
 def test_two_ranks_fetch_half_each(connect: Callable[..., Any], server: Server) -> None:
-    """On the socket each rank's answer has half the bytes, besides its head and the mask, and together they are the
-    whole.
-    """
+    """Each of two ranks receives half the bytes, besides its head and the mask, and together they are the whole."""
     with counting_proxy(server.url) as proxy:
         client = connect(proxy.url)
         whole = client.get("ranks/eight").kv.tensor

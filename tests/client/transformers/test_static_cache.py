@@ -29,7 +29,7 @@ from tests.client.conftest import Pairs, Peft
 pytestmark = [
     # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # This is PEFT's warning, for an adapter saved without a base model's name, and for Gemma 4's layers without a prefix.
+    # This is PEFT's warning, for an adapter without a base model's name, and for Gemma 4's layers without a prefix.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning"),
     # This is transformers' warning, for a call that leaves the number of new tokens to it.

@@ -103,9 +103,7 @@ def _mllama() -> Any:
 
 
 def test_a_mask_of_cross_attention_is_refused(pairs: Pairs) -> None:
-    """A mask of cross-attention is refused, because the prefix fills Mllama's cross-attention layers too, as in
-    PEFT.
-    """
+    """The prefix fills Mllama's cross-attention layers too, as in PEFT, which then do not fit their mask."""
     inputs = {"pixel_values": torch.zeros(1, 1, 1, 3, 8, 8), "cross_attention_mask": torch.ones(1, 4, 1, 1)}
     with pytest.raises(InvalidRequest, match="cross_attention_mask cannot be served behind a prefix"):
         generate(_mllama(), pairs("llava"), torch.ones(1, 4).long(), **inputs)

@@ -476,9 +476,7 @@ async def _labelled(content_type: str, *bodies: bytes) -> tuple[dict[bytes, byte
 
 
 async def test_the_last_chunk_of_each_kind_of_stream_has_the_version() -> None:
-    """The last chunks of chat, completions, usage and messages have the version, and no others, even if they look
-    alike.
-    """
+    """The last chunks of chat, completions, usage and messages have the version; similar texts stay as they are."""
     last = [
         b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n',
         b'data: {"choices":[],"usage":{"total_tokens":3}}\n\n',
