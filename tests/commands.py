@@ -15,7 +15,7 @@ Finished = subprocess.CompletedProcess[str]
 
 PREFIX_SERVICE: Final = [sys.executable, "-m", "prefix_service.cli"]
 WIDE: Final = {"COLUMNS": "200"}
-"""Lines are not broken."""
+"""An environment in which lines are not broken."""
 
 
 def run_command(*arguments: str | Path, environment: dict[str, str] | None = None) -> Finished:

@@ -32,7 +32,7 @@ settings.load_profile("gate")
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Without authorities: to read those of the system takes longer than most tests."""
+"""A context without authorities, because reading the system's takes longer than most tests."""
 
 
 Process = subprocess.Popen[bytes] | Forked

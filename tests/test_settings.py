@@ -81,7 +81,7 @@ _LINKS = {
     "PREFIX_SERVICE_PORT_8080_TCP_PORT": "8080",
     "PREFIX_SERVICE_PORT_8080_TCP_ADDR": "10.96.0.1",
 }
-"""What Kubernetes writes into a container for Services whose names begin with `prefix`; PREFIX_SERVICE_PORT has two
+"""The variables that Kubernetes sets for Services whose names begin with `prefix`; PREFIX_SERVICE_PORT has two
 meanings, by whichever Service came last."""
 
 

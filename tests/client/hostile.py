@@ -17,7 +17,7 @@ from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.rendering import Rendering
 
 Script = Callable[[socket.socket], None]
-"""What is done with one connection."""
+"""Serves one connection."""
 
 
 def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
@@ -79,9 +79,7 @@ def says(*answers: bytes) -> Script:
 
 @contextlib.contextmanager
 def hostile_server(*scripts: Script, uds: bool = False) -> Iterator[Hostile]:
-    """Yields a server with a script for each connection, over TCP or a Unix socket; the last script serves all further
-    ones.
-    """
+    """Yields a server with a script for each connection, over TCP or a Unix socket; the last one serves all others."""
     with contextlib.ExitStack() as stack:
         if uds:
             path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/s"

@@ -34,9 +34,7 @@ class Meddler:
 
 @contextlib.contextmanager
 def meddling_proxy(url: str, uds: str | Path | None = None, listen: Path | None = None) -> Iterator[Meddler]:
-    """Yields a proxy to the server at `url`, or at the Unix socket `uds`; it listens on the socket `listen`, or
-    on TCP.
-    """
+    """Yields a proxy to the server at `url`, or at the Unix socket `uds`; it listens on `listen`, or on TCP."""
     target = urlsplit(url)
     with contextlib.ExitStack() as stack:
         if listen is None:

@@ -1,6 +1,4 @@
-"""A data set whose items are read from the service, as a training job's workers do, and adapters that can be told
-apart.
-"""
+"""A data set whose items are read from the service, as by a training job's workers, and numbered adapters."""
 
 import asyncio
 import io

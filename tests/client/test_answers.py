@@ -138,7 +138,7 @@ CONTENT_WITH_ANYTHING = {
     *("is_ready", "whoami", "key", "create_key", "shorten_key", "load", "tenant", "put_tenant", "put_alias"),
     *("put_alias once", "card", "put_card", "put_annotations", "put_base_model", "base_model", "config_file"),
 }
-"""Calls that return whatever object comes, or look at none."""
+"""Calls that return any object, or ignore the content."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,9 +181,7 @@ IDENTIFIED: Final = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("told", IDENTIFIED.values(), ids=IDENTIFIED)
 def test_an_error_carries_the_id_of_its_request(kind: type[Any], told: bytes) -> None:
-    """An error of the service or of the client has the request's id, which a traceback shows and the message
-    does not.
-    """
+    """Errors of service and client have the request's id, which a traceback shows and the message does not."""
     for name in ("get", "inspect"):
         with hostile_server(says(told)) as server, pytest.raises(PrefixServiceError) as raised:
             called(kind(server.url, timeout=60), CALLS[name])

@@ -21,7 +21,7 @@ from tests.conftest import CORPUS
 from tests.crash.folder import Service, serving, settings_of
 
 CASES: Final = ("gpt2-n20-proj", "llama-n20-emb", "opt-n20-emb", "llama-cartridge-n20-f1", "t5-n20-emb")
-"""What is uploaded, from the corpus; the first has an MLP."""
+"""The cases of the corpus that are uploaded; the first has an MLP."""
 _OTHERS: Final = ("gemma2-n20-emb", "llama-n20-emb-bf16base")  # what is there before
 _PIECE: Final = 5000  # bytes of an upload that are written at once
 

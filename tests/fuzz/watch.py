@@ -13,7 +13,7 @@ from tests.conftest import Server
 
 DOCUMENTED: Final = frozenset({100, 200, 201, 204, 206, 304, 400, 405, *STATUSES.values()}) - {500}
 MOST_SECONDS: Final = 1.0
-"""Of processor time, for one request of a few kilobytes."""
+"""The most processor time for one request of a few kilobytes."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from prefix_service.api.http.problems import STATUSES
 from tests.pages.markdown import PACKAGE, PAGES, README, ROOT, anchors, links, snippets
 
 OF_CLIENT: Final = {errors.DimensionMismatch, errors.InvalidResponse, errors.ConnectionFailed}
-"""What no service answers: the client alone raises them."""
+"""The errors that only the client raises."""
 API: Final = PACKAGE / "api" / "README.md"
 HEADINGS: Final = [
     "Run it",

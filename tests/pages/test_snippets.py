@@ -25,7 +25,7 @@ MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VLLM: Final = PACKAGE / "client" / "vllm" / "README.md"
 DEPLOY: Final = PACKAGE / "deploy" / "README.md"
 LANGUAGES: Final = {"sh", "python", "json", "text"}
-"""`text` is what nobody types here: pictures, and commands of container engines and systemd."""
+"""Languages of fences; `text` marks what nobody types here: pictures, and commands of engines and systemd."""
 NEEDS: Final = {"node": "nodejs", "go": "golang-go", "java": "openjdk-17-jdk-headless", "curl": "curl"}
 
 _INSTALL, _GATE, _FIRST, _WORKER, _VLLM, _WHEEL = (found for found in snippets(README) if found.language != "text")

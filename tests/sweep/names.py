@@ -14,7 +14,7 @@ MAPPINGS: Final[Mapping[str, Mapping[str, str]]] = {
     "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "decoder": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""By kind, transformers' model types and the class of each. A class in several is of the first kind that has it."""
+"""transformers' model types and their classes by kind. A class in several is of the first kind that has it."""
 WITH_IMAGE: Final = "image"
 
 

@@ -18,10 +18,10 @@ HEADS = 4
 HEAD_SIZE = WIDTH // HEADS
 LAYERS = 4
 WINDOW = 8
-"""Longer than the prefix of 6, shorter than prefix and prompt."""
+"""A window longer than the prefix of 6, and shorter than prefix and prompt."""
 POSITIONS = 128
 IMAGE = 8
-"""Pixels along an edge."""
+"""The pixels along an edge of an image."""
 PATCH = 4
 
 _SIZES: dict[str, Any] = {
@@ -66,7 +66,7 @@ _LIMITS = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "num_kv_sh
 _NOT_WORDS = ("image", "video", "audio", "vision", "boi", "eoi")
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers")
 _ENDLESS = ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id")
-"""Rows are compared token by token, so none may end early."""
+"""Tokens that would end a row early, which is compared token by token."""
 
 
 def tiny(model_class: Any, architecture: Architecture) -> Any:

@@ -20,7 +20,7 @@ from tests.sweep.names import WITH_IMAGE, Architecture
 from tests.sweep.trial import WORDS, Client, Peft, base_logits
 
 TOLERANCE: Final = 1e-5
-"""Of the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches change the order of sums over at
+"""The tolerated difference, over the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches change the order of sums over at
 most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most, measured). A wrong position, mask or
 layer costs 1e-3 and more."""
 SIDES: Final = ("alone", "left", "right")
@@ -45,15 +45,15 @@ class Verdict:
     """
     reason: str = ""
     rows: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from the row alone, over the largest logit; nan where there are no logits."""
+    """The largest difference from the row alone by side, over the largest logit; nan without logits."""
     peft: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from PEFT's row alone, likewise."""
+    """The largest difference from PEFT's row alone by side, over the largest logit."""
     base: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from the row alone of the model without a prefix, likewise."""
+    """The largest difference from the row alone without a prefix by side, over the largest logit."""
     tokens: dict[str, bool] = field(default_factory=dict)
-    """By side, whether the greedy tokens are PEFT's."""
+    """Whether the greedy tokens are PEFT's, by side."""
     as_peft: dict[str, bool] = field(default_factory=dict)
-    """Of rows padded on the left, whether `forward` and `generate` answer what PEFT answers to that batch."""
+    """Whether `forward` and `generate` answer a left-padded batch as PEFT does."""
     errors: dict[str, str] = field(default_factory=dict)
     peft_agrees: bool = True
     """Whether PEFT's `generate` and PEFT's forward find the same tokens."""

@@ -13,7 +13,7 @@ from tests.vllm.reference import Reference
 
 TOKENS_SAID: Final = 24
 Adapter = str | list[str] | None
-"""What a request names: one adapter, several in a list, or none."""
+"""The adapters that a request names: one, several in a list, or none."""
 _CLOSE: Final = 5e-5  # of log probabilities, float32
 
 

@@ -14,7 +14,7 @@ _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Without a system prompt, as the adapters were trained."""
+"""A chat template without a system prompt, as the adapters were trained."""
 
 
 def smollm2(factory: pytest.TempPathFactory) -> Path:

@@ -29,10 +29,10 @@ PUBLIC = {
     "/docs/favicon-32x32.png",
 }
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
-"""How the paths of Triton's extensions end that are refused to everybody who has a key."""
+"""Endings of the paths of Triton's extensions that are refused with every key."""
 OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v1/changes", "/v2", "/v2/repository/index", "/v2/models/stats"}
 OF_METRICS = {"/metrics", "/v1/whoami"}
-"""What a key of scope `metrics` is for."""
+"""The paths that a key of scope `metrics` can read."""
 MINE, OTHER = "auth-mine", "auth-other"
 SCOPES = ("read", "write", "admin")
 

@@ -16,10 +16,10 @@ from tests.api.framing.conftest import PARSERS
 
 COUNT = 6000
 QUEUED = 200
-"""Requests that may be queued: those of 4 KiB."""
+"""The most requests that may be queued: those of 4 KiB."""
 CHUNKS = 40_000
 CHUNKS_IN_A_TURN = CHUNKS // 4
-"""Those of 4 KiB, and of the piece before, which had fewer than 500 events."""
+"""The most chunks of a turn: those of 4 KiB, and of the piece before, which had fewer than 500 events."""
 
 Parser = Literal["httptools", "h11"]
 

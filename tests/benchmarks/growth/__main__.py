@@ -23,7 +23,7 @@ RESULTS: Final = HERE / "results.json"
 SIZES: Final = [1_000, 10_000, 100_000]
 
 Found = dict[str, dict[str, dict[str, float]]]
-"""By size and by step, the fields of `Noticed`."""
+"""The fields of `Noticed` by size and by step."""
 
 
 def grids(found: Found) -> dict[str, Grid]:

@@ -13,7 +13,7 @@ from prefix_service.catalog.schema import adapters, audit, numbers, tenants, ver
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 
 BIG: Final = "big"
-"""The tenant that has them."""
+"""The tenant that has the many adapters."""
 
 _TOGETHER: Final = 5000  # rows of an insertion
 _LONG_AGO: Final = 1_000_000_000  # when the blobs were written, so that no grace period keeps them

@@ -11,7 +11,7 @@ from typing import Final, Self
 
 Address = tuple[str, int]
 Framing = Callable[[bytearray, int], tuple[int, int]]
-"""From a buffer's first bytes: the status of an answer, and its length in bytes, head included."""
+"""Returns the status of an answer and its length in bytes, head included, from a buffer's first bytes."""
 
 _BUFFER: Final = 1 << 20
 

@@ -17,7 +17,7 @@ from tests.benchmarks.tables import Grid
 SHAPE: Final = Shape(head_dim=4)  # Llama-3-8B's layers and heads, scaled down to 80 KiB: 10,000 fit by default
 
 Loads = dict[int, list[Load]]
-"""By connections, a load for each round."""
+"""The loads of each round, by the number of connections."""
 
 
 def measure(*, quick: bool) -> Outcome:

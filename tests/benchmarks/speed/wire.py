@@ -74,7 +74,7 @@ def _path(batch: int) -> str:
 
 
 Ask = Callable[[int], int]
-"""Reads the answer for a batch; its length."""
+"""Reads the answer for a batch, and returns its length."""
 
 
 def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[str, Ask]:
