@@ -89,10 +89,10 @@ def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path
             revoked = name.endswith("revoked")
             assert listed == (401 if revoked else 404 if name.startswith("beta") else 200), name
         for tenant in was["tenants"]:
-            # Manifests count since then.
+            # Since that release manifests count too.
             counted = tenant | {"bytes": tenant["bytes"] + manifests.get(tenant["tenant"], 0)}
             assert counted.items() <= admin.get(f"/v1/tenants/{tenant['tenant']}").json().items()
-        # Then, ids of entries were numbers, and keys had no names.
+        # In that release ids of entries were numbers, and keys had no names.
         entries = admin.get("/v1/audit").json()["items"]
         assert [_without_id(entry) for entry in entries] == [_without_id(entry) for entry in was["audit"]]
         assert {(entry["key_id"] == "command-line", entry["key_name"]) for entry in entries} == {

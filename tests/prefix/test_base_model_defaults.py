@@ -53,7 +53,7 @@ NOT_IN_THE_TABLE = {
 }
 TABLE: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
 
-# Of google/gemma-3-4b-it's own config.json: the numbers that it has, and those that it leaves to transformers.
+# google/gemma-3-4b-it's own config.json has these numbers, and leaves others to transformers.
 GEMMA_3_4B: dict[str, Any] = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 255999,

@@ -78,7 +78,7 @@ def checkpointed(tensors: Tensors) -> Tensors:
     return {n.replace("transform.", "transform._checkpoint_wrapped_module."): t for n, t in peft_state(tensors).items()}
 
 
-# Where training frameworks leave a prompt encoder, and which layout that is.
+# The places in which training frameworks leave a prompt encoder, and the layout of each.
 PLACES: dict[str, tuple[str, Renamed]] = {
     "encoder": ("PEFT training state", peft_state),
     "accelerate": ("PEFT training state", under("prompt_encoder.default.")),

@@ -207,7 +207,7 @@ def test_a_model_that_it_does_not_fit(mixed_of: Callable[[str], MixedPrefix]) ->
         mixed_of("llama").to_cache(base("gemma3").config)
 
 
-# --- What get_many gives ---
+# --- get_many ---
 
 FORMS: list[dict[str, Any]] = [
     {},

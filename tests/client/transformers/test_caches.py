@@ -322,7 +322,7 @@ def test_rows_with_their_own_prefixes_have_the_logits_of_each_row_alone(pairs: P
         torch.testing.assert_close(output.logits[step][1], without[0], rtol=0, atol=5e-5)
 
 
-# --- What generate refuses ---
+# --- Refusals of generate ---
 
 
 @pytest.mark.parametrize(

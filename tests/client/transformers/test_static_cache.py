@@ -195,7 +195,7 @@ def test_generate_compiles_once_for_all_adapters(mask: Tensor, graphs: Any) -> N
     assert made == [1, 0, 0, 0]
 
 
-# --- What is refused ---
+# --- Refusals ---
 
 
 def test_an_architecture_without_a_static_cache_is_refused(pairs: Pairs) -> None:
