@@ -20,9 +20,9 @@ from tests.sweep.names import WITH_IMAGE, Architecture
 from tests.sweep.trial import WORDS, Client, Peft, base_logits
 
 TOLERANCE: Final = 1e-5
-"""The tolerated difference, over the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches change
-the order of sums over at most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most, measured).
-A wrong position, mask or layer costs 1e-3 and more."""
+"""The tolerated difference, over the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches
+change the order of sums over at most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most,
+measured). A wrong position, mask or layer costs 1e-3 and more."""
 SIDES: Final = ("alone", "left", "right")
 CALLS: Final = ("forward", "generate")
 EQUAL: Final = "equal"
