@@ -255,7 +255,7 @@ def test_a_rate_is_remembered_and_forgotten(limited: Limited) -> None:
 
 
 def test_the_client_comes_back_when_told(limited: Limited) -> None:
-    """Both clients wait as `Retry-After` says, and raise if their deadline is nearer."""
+    """The client waits as `Retry-After` says, and raises if its deadline is nearer."""
     limited.set("acme", 3)
     with PrefixClient(limited.url, api_key=limited.keys["acme"]) as client, limited.client("acme") as other:
         statuses = {answer.status_code for answer in _burst(other, ADAPTERS, 6)}

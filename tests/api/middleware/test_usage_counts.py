@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_written_later(counts: UsageCounts, store: Sto
 def test_what_waits_is_bounded(
     counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Counts above the bound are lost, and the log says how many."""
+    """Waiting counts are dropped once they exceed the bound, and the log says how many requests they had."""
     monkeypatch.setattr(usage_counts, "MOST", 3)
     store.error = StorageFailed("locked")
     for number in range(1, 6):

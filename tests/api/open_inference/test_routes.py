@@ -184,7 +184,7 @@ def test_versions_differ(worker: Keyed, client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_requests_may_be_compressed(worker: Keyed, client: httpx.Client, algorithm: str) -> None:
-    """A request can be compressed, and answers are not, because tensors do not shrink."""
+    """tritonclient can compress a request, and ask for a compressed answer."""
     found = worker.infer(
         LLAMA,
         [masked(MASK)],

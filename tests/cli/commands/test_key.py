@@ -116,7 +116,7 @@ def test_a_key_ends_when_it_was_said_to(keys: Keys) -> None:
 
 @pytest.mark.parametrize("owner", [("--platform",), ("--tenant", "keys-rotating"), ()])
 def test_a_rotation_is_a_second_key_and_an_end_for_the_first(keys: Keys, owner: tuple[str, ...]) -> None:
-    """`rotate` makes a second key of the same owner, scope and name; both work until the first ends."""
+    """`rotate` makes a second key of the same owner, scope and name, and gives the first an end."""
     first = told(keys, "create", "--scope", "write", "--name", "fleet", *(owner or ("--platform",)))
     rotated = keys("rotate", first["id"], "--overlap", "2d", *owner)
     assert rotated.returncode == 0, rotated.stderr

@@ -20,7 +20,7 @@ from tests.processes import eventually
 
 
 def test_version_and_help() -> None:
-    """The version is one line, and every command has a help."""
+    """The version is one line, and each of these commands has a help."""
     assert run_command("--version").stdout == "prefix-service 0.1.0\n"
     worker = ("publish", "fetch", "list", "inspect", "alias", "rm", "convert")
     operators = (
