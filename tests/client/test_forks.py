@@ -138,7 +138,7 @@ def _read(_: int) -> list[tuple[int, list[float]]]:
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_a_data_loader_reads_what_it_asks_for(method: str, numbered: Server) -> None:
-    """Four of torch's workers read by a client that was used before, while the parent reads too."""
+    """torch's workers read by a client that was used before, while the parent reads too."""
     wrong, stop = list[Any](), threading.Event()
     with PrefixClient(numbered.url, numbered.admin_key, cache_bytes=0) as client:
         reads = Reads(client, "forks")

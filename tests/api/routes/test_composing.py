@@ -111,8 +111,8 @@ def test_it_is_what_peft_composes(client: httpx.Client, other: Path, tmp_path: P
     ids="+".join,
 )
 def test_it_is_the_row_of_a_mixed_batch(client: httpx.Client, names: tuple[str, ...]) -> None:
-    """A composed version has the keys and values of a concatenation, bit for bit, even of MLPs, which do not run again;
-    its dtype is that of its parts, or float32 if they differ.
+    """A composed version has the keys and values of a concatenation, bit for bit, even of MLPs. Its dtype is that of
+    its parts, or float32 if they differ.
     """
     name = "-".join(names)
     references = [f"{TENANT}/{part}@1" for part in names]

@@ -115,7 +115,7 @@ def test_what_is_damaged_is_fetched_again(damage: str, server: Server, adapter: 
 
 
 def test_a_body_is_never_paired_with_another_ones_tag(server: Server, adapter: str, tmp_path: Path) -> None:
-    """An entry under another's name is ignored; body and tag are in one file, replaced in one step."""
+    """An entry under another entry's name is ignored; body and tag are in one file."""
     get(server, tmp_path, f"{adapter}@1")
     (first,) = files(tmp_path)
     with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
@@ -288,7 +288,7 @@ for turn in range(15):
 
 
 def test_threads_and_processes_share_a_folder(server: Server, tmp_path: Path) -> None:
-    """With room for two of three, each thread and process gets what it asked for, and the bound holds in the end."""
+    """With room for two of three, each thread and process gets what it asked for, and no unfinished file is left."""
     with PrefixClient(server.url, server.admin_key) as client:
         for name in ("one", "two", "three"):
             published(client, f"diskshared/{name}")
