@@ -1,4 +1,4 @@
-"""Help fits a screen of 80 columns: every command in one whole line, every option with its default and variable."""
+"""Help fits a screen of 80 columns, with every command in a whole line and every option's default and variable."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -142,7 +142,7 @@ def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path
         time.sleep(2)
 
         class Racing(Garbage):
-            """A publish comes right behind the question."""
+            """A collection during which a version is published, right after it has asked the catalog."""
 
             def wanted(self, digests: Collection[str], grace: float) -> set[str]:
                 found = super().wanted(digests, grace)

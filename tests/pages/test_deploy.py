@@ -98,7 +98,7 @@ def test_the_scrape_of_prometheus() -> None:
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Yields a service behind nginx, which has the file's configuration, and a certificate of ours."""
+    """Yields a service that nginx serves with the file's configuration, and a certificate of ours."""
     if shutil.which("nginx", path="/usr/sbin:/usr/bin") is None or shutil.which("openssl") is None:
         not_tested("nginx or openssl is missing: install nginx-light and openssl")
     folder = tmp_path_factory.mktemp("nginx")

@@ -79,7 +79,7 @@ def test_another_selector_is_an_alias(name: str, alias: str) -> None:
 
 @given(names, names, st.none() | versions.map(str) | digests | aliases)
 def test_a_reference_is_written_as_it_was_read(tenant: str, name: str, selector: str | None) -> None:
-    """`str` is the inverse of parsing, also behind a tenant."""
+    """`str` is the inverse of parsing, also with a tenant."""
     text = name if selector is None else f"{name}@{selector}"
     assert str(parse_reference(text)) == text
     assert parse_qualified(f"{tenant}/{text}") == (tenant, parse_reference(text))

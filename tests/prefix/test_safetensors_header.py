@@ -201,7 +201,7 @@ def test_a_checkpoint_may_hold_every_dtype_of_the_format() -> None:
     ids=["overlap", "alias", "hole", "truncated", "trailing"],
 )
 def test_tensors_that_do_not_tile_the_file(second: list[int], size: int, message: str) -> None:
-    """Every byte behind the header belongs to exactly one tensor."""
+    """Every byte after the header must belong to exactly one tensor."""
     with pytest.raises(InvalidCheckpoint, match=message):
         parse(file_of({"a": tensor(), "b": tensor(data_offsets=second)}, b"\0" * size))
 

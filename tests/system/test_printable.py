@@ -59,7 +59,7 @@ SAYINGS = [
 
 @pytest.mark.parametrize(("call", "is_terminal"), SAYINGS)
 def test_all_that_the_command_line_says(call: str, is_terminal: bool) -> None:
-    """The command line escapes whatever it prints, on a terminal and in a pipe."""
+    """The command line escapes everything that it prints, on a terminal and in a pipe."""
     code = f"from prefix_service.cli import console, options; text = {HOSTILE!r}\n{call}"
     shown = _on_terminal(code) if is_terminal else _in_a_pipe(code)
     assert "52;c;ZXZpbA==" in shown

@@ -1,4 +1,4 @@
-"""Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
+"""Runs one `LLM()` for lines of JSON. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
 Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
 

@@ -1,4 +1,4 @@
-"""Every request gets an id, which its caller is told, and one line in the log."""
+"""Every request gets an id, which its answer has, and one line in the log."""
 
 import json
 import re

@@ -32,7 +32,7 @@ class Watched:
     clients: dict[str, httpx.Client]
 
     def now(self, whose: str) -> str:
-        """Returns the present revision, as the owner of a key is told it."""
+        """Returns the present revision, in the text that the owner of a key gets."""
         return str(self.page(whose)["revision"])
 
     def page(self, whose: str, since: str | None = None) -> dict[str, Any]:

@@ -104,8 +104,8 @@ def by_tenants(tenants: int, *, in_blocks: bool) -> Trace:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Tenant 0 asks for `adapters` by Zipf 0.9, in every second request of the latter half beside tenant 1, which asks
-    for each of its own `repeats` times in a row. All prefixes have one byte: a budget counts them.
+    """Tenant 0 asks for `adapters` by Zipf 0.9, in the latter half in every second request, and tenant 1 then asks for
+    each of its own `repeats` times in a row. All prefixes have one byte: a budget counts them.
     """
 
     adapters: int

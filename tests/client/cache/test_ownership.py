@@ -161,7 +161,7 @@ def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
 @sizes
 def test_a_shared_file_is_mapped_for_each_call(shared: Server, kind: str, size: str) -> None:
-    """Each call maps a shared file anew, also a second call and a revalidation."""
+    """Each call maps a shared file again, also a second call and a revalidation."""
 
     async def fetch() -> list[Tensor]:
         found = []
