@@ -40,7 +40,7 @@ _GPT2 = _COMMON | {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 96, "
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model to build from a seed, and what PEFT's config needs beside the number of virtual tokens."""
+    """A model to build from a seed, and the options of PEFT's config in addition to the number of virtual tokens."""
 
     name: str
     model: str
@@ -52,7 +52,7 @@ class Architecture:
     num_virtual_tokens: int = NUM_VIRTUAL_TOKENS
 
     def build(self) -> Any:
-        """The base model: float32, frozen, in evaluation; the same weights each time."""
+        """Returns the base model: float32, frozen, in evaluation, with the same weights each time."""
         family, _, name = self.model.partition(":")
         config = getattr(transformers, f"{family}Config")(**self.config)
         torch.manual_seed(11)
@@ -63,7 +63,7 @@ class Architecture:
         return model.eval().requires_grad_(False)
 
     def save_adapter(self, folder: Path) -> Path:
-        """An adapter with random weights in `folder`, as PEFT's `save_pretrained` writes it."""
+        """Saves an adapter with random weights in `folder`, as PEFT's `save_pretrained` writes it."""
         config_type = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig}[self.method]
         options = {"num_virtual_tokens": self.num_virtual_tokens, "task_type": self.task, **self.adapter}
         model = peft.get_peft_model(self.build(), config_type(**options))
@@ -74,12 +74,12 @@ class Architecture:
         return folder
 
     def peft(self, folder: Path) -> Any:
-        """PEFT's own model, with the adapter from `folder`."""
+        """Returns PEFT's own model with the adapter from `folder`."""
         return peft.PeftModel.from_pretrained(self.build(), folder).eval()
 
     @property
     def accepts_position_ids(self) -> bool:
-        """BLOOM and MPT know no positions; BART and encoder-decoder models count from their cache."""
+        """Returns whether the model takes positions: BLOOM and MPT have none, BART and encoder-decoders count."""
         return self.task == "CAUSAL_LM" and self.name not in ("bloom", "mpt", "bart-decoder")
 
 
@@ -147,7 +147,7 @@ DECODERS = [
     ),
 ]
 
-# They count slots of the cache, or see a window of them, in an attention of their own.
+# These count slots of the cache, or see a window of them, in an attention of their own.
 SLOT_COUNTING = [
     Architecture(
         "mpt",
@@ -208,7 +208,7 @@ NAMED = {architecture.name: architecture for architecture in _ALL}
 base = cache(lambda name: NAMED[name].build())
 """The base model of that name, built once."""
 
-# Three rows of tokens, and the masks that pad them on the right and on the left.
+# The three rows of tokens, and the masks that pad them on the right and on the left.
 LENGTHS = (7, 4, 5)
 RIGHT = torch.tensor([[1] * length + [0] * (max(LENGTHS) - length) for length in LENGTHS])
 LEFT = RIGHT.flip(1)
@@ -217,7 +217,7 @@ ROWS = [TOKENS[row : row + 1, :length] for row, length in enumerate(LENGTHS)]
 
 
 def padded(mask: Tensor) -> Tensor:
-    """The rows' tokens where the mask is 1, pad ids elsewhere, `[3, 7]`."""
+    """Returns the rows' tokens where the mask is 1 and pad ids elsewhere, `[3, 7]`."""
     ids = torch.zeros_like(mask)
     for row, tokens in enumerate(ROWS):
         ids[row, mask[row] == 1] = tokens[0]

@@ -1,4 +1,4 @@
-"""`prefix-service …`, run to its end: in this process, or in one of its own, which imports for a second or two."""
+"""Runs `prefix-service …` to its end, in this process or in one of its own, which imports for a second or two."""
 
 import io
 import os
@@ -15,11 +15,11 @@ Finished = subprocess.CompletedProcess[str]
 
 PREFIX_SERVICE: Final = [sys.executable, "-m", "prefix_service.cli"]
 WIDE: Final = {"COLUMNS": "200"}
-"""Lines are not broken."""
+"""An environment in which lines are not broken."""
 
 
 def run_command(*arguments: str | Path, environment: dict[str, str] | None = None) -> Finished:
-    """Run a command in this process, with nobody at its keyboard: what it prints, and its exit status."""
+    """Runs a command in this process without a keyboard; returns what it prints, and its exit status."""
     typed = ["prefix-service", *(str(argument) for argument in arguments)]
     output, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
     with (
@@ -53,7 +53,7 @@ def _written(stream: io.TextIOWrapper) -> str:
 def run_process(
     *arguments: str | Path, environment: dict[str, str] | None = None, stdin: int = subprocess.DEVNULL
 ) -> Finished:
-    """Run a command in a process of its own: one that serves, or for which the process, or a keyboard, matters."""
+    """Runs a command in a process of its own: one that serves, or for which the process, or a keyboard, matters."""
     return subprocess.run(
         [*PREFIX_SERVICE, *(str(argument) for argument in arguments)],
         check=False,

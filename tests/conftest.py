@@ -1,4 +1,4 @@
-"""Real servers for every suite: started by `prefix-service serve`, in a process of their own."""
+"""Starts real servers for every suite by `prefix-service serve`, in processes of their own."""
 
 import contextlib
 import json
@@ -25,14 +25,14 @@ from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
 from tests.turns import FilesInTurn, longest_first
 
-# Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more, and other examples each time.
+# Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more examples, and others each time.
 settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("gate", settings.get_profile("thorough"), derandomize=True, max_examples=50)
 settings.load_profile("gate")
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
 NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Without authorities: to read those of the system takes longer than most tests."""
+"""A context without authorities, because reading the system's takes longer than most tests."""
 
 
 Process = subprocess.Popen[bytes] | Forked
@@ -40,7 +40,7 @@ Process = subprocess.Popen[bytes] | Forked
 
 @dataclass
 class Server:
-    """A running service: where it is, its data folder, and the platform admin's key."""
+    """A running service: its URL, its data folder, and the platform admin's key."""
 
     url: str
     data_dir: Path
@@ -51,7 +51,7 @@ class Server:
     _clients: list[httpx.Client] = field(default_factory=list)
 
     def client(self, key: str | None = None) -> httpx.Client:
-        """An HTTP client with this key; by default the platform admin's, "" for none."""
+        """Returns an HTTP client with this key, by default the platform admin's; "" stands for no key."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         transport = httpx.HTTPTransport(verify=NO_TLS, uds=None if self.uds is None else str(self.uds))
@@ -60,7 +60,7 @@ class Server:
         return client
 
     def key(self, scope: str, tenant: str | None = None) -> str:
-        """A new key, made by the command line on the running service's folder."""
+        """Returns a new key, made by the command line on the running service's folder."""
         owner = ["--platform"] if tenant is None else ["--tenant", tenant]
         made = run_command("key", "create", *owner, "--scope", scope, "--data-dir", self.data_dir, "--json")
         assert made.returncode == 0, made.stderr
@@ -68,7 +68,7 @@ class Server:
         return text
 
     def stop(self) -> None:
-        """Ask it to end, and wait."""
+        """Asks the service to end, and waits."""
         for client in self._clients:
             client.close()
         if self.process.poll() is None:
@@ -84,7 +84,7 @@ def running_server(
     uds: Path | None = None,
     program: Sequence[str] = PREFIX_SERVICE,
 ) -> Iterator[Server]:
-    """`prefix-service serve`, ready, on a free port unless the options say another; stopped when the block ends."""
+    """Runs `prefix-service serve`, ready, on a free port unless the options name one, until the block ends."""
     port = options[options.index("--port") + 1] if "--port" in options else str(free_port())
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "serve.log"
@@ -118,7 +118,7 @@ def _started(program: Sequence[str], arguments: list[str], log: Path, more: dict
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on. The system hands out higher ones: it is still free a moment later."""
+    """Returns a TCP port that nobody listens on. The system assigns higher ones, so it is still free a moment later."""
     while True:
         port = secrets.choice(range(10_000, 32_768))
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -151,20 +151,20 @@ def _is_listening(uds: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One service for all tests that need nothing special of it; each uses tenants of its own."""
+    """Yields one service for all tests that need no other settings; each test uses tenants of its own."""
     with running_server(tmp_path_factory.mktemp("server") / "data") as running:
         yield running
 
 
 @pytest.fixture
 def admin(server: Server) -> httpx.Client:
-    """An HTTP client with the platform admin's key."""
+    """Returns an HTTP client with the platform admin's key."""
     return server.client()
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQL]:
-    """A PostgreSQL server of these tests; only CI must have one."""
+    """Yields a PostgreSQL server of these tests, which only CI must have."""
     bin_ = binaries()
     if bin_ is None:
         not_tested("PostgreSQL is not installed")
@@ -178,7 +178,7 @@ Publish = Callable[..., httpx.Response]
 
 @pytest.fixture
 def publish(admin: httpx.Client) -> Publish:
-    """Upload an adapter directory as the platform admin: `publish(tenant, name, directory)`."""
+    """Returns a function that uploads an adapter as the platform admin: `publish(tenant, name, directory)`."""
 
     def upload(tenant: str, name: str, directory: Path) -> httpx.Response:
         files = {

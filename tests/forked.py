@@ -1,6 +1,6 @@
-"""`prefix-service …`, forked from a process that has imported everything: a start costs no seconds of imports.
+"""Forks `prefix-service …` from a process that has imported everything, so that a start costs no seconds of imports.
 
-Tests alone use this; what measures a service starts a program of its own.
+Tests alone use this; measurements start a program of their own.
 """
 
 import multiprocessing
@@ -21,12 +21,12 @@ _CONTEXT.set_forkserver_preload(["prefix_service.cli.app", "prefix_service.api.p
 
 
 class Forked:
-    """A command in a forked process, with as much of `subprocess.Popen` as tests ask for."""
+    """A command in a forked process, with the part of `subprocess.Popen` that tests need."""
 
     def __init__(
         self, arguments: Sequence[str], output: Path, environment: Mapping[str, str], errors: Path | None = None
     ) -> None:
-        """`output` gets what it prints, and its errors too unless they have a file of their own."""
+        """Starts the command; `output` gets what it prints, and its errors too unless they have a file of their own."""
         files = [str(output), str(errors or output)]
         for file in files:
             Path(file).write_bytes(b"")
@@ -37,15 +37,15 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """Its exit status, or minus the signal that ended it; None before its end was noticed."""
+        """Returns the exit status, or minus the signal that ended it; None before its end was noticed."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same, of this moment."""
+        """Returns the exit status at this moment, as `returncode` does."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status, once it has ended.
+        """Waits for the command's end, and returns its exit status.
 
         Raises:
             subprocess.TimeoutExpired: it has not ended within so many seconds.
@@ -56,17 +56,17 @@ class Forked:
         return status
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Sends a signal, unless the command has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kills the command."""
         self.send_signal(signal.SIGKILL)
 
 
 def run_forked(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> Finished:
-    """Run a command to its end, with nobody at its keyboard."""
+    """Runs a command to its end without a keyboard."""
     typed = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"

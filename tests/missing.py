@@ -1,4 +1,4 @@
-"""What a test needs and a machine may lack."""
+"""Skips tests whose programs a machine lacks."""
 
 import os
 from typing import NoReturn
@@ -7,6 +7,6 @@ import pytest
 
 
 def not_tested(reason: str) -> NoReturn:
-    """Skip this test loudly; in CI, where everything can be had, it fails."""
+    """Skips this test loudly; in CI, where everything is available, it fails."""
     (pytest.fail if "CI" in os.environ else pytest.skip)(f"NOT TESTED: {reason}")
     raise AssertionError("unreachable")

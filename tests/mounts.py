@@ -1,4 +1,4 @@
-"""File systems of a test's own: small ones that fill up, and read-only views. Only root may mount."""
+"""Mounts file systems for a test: small ones that fill up, and read-only views. Only root may mount."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tests.missing import not_tested
 
 @contextmanager
 def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
-    """A disk of so many bytes in memory."""
+    """Mounts a disk of so many bytes in memory until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder))
     try:
@@ -21,7 +21,7 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """The folder can be read and not changed; files that are open for writing stay so."""
+    """Makes a folder read-only until the block ends, except for files that are open for writing."""
     _mount("--bind", str(folder), str(folder))
     try:
         _mount("-o", "remount,bind,ro", str(folder))
@@ -31,7 +31,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def fill(folder: Path, leave: int = 0) -> Path:
-    """Write a file until the disk has no byte left, then shorten it by as many as shall be left; return the file."""
+    """Fills the disk with a file, shortens the file by the bytes to leave, and returns it."""
     path = folder / "filler"
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 4096):

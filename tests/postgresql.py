@@ -1,4 +1,4 @@
-"""A PostgreSQL server that the tests start themselves, and fresh databases on it."""
+"""Starts a PostgreSQL server for the tests, and makes fresh databases on it."""
 
 import contextlib
 import getpass
@@ -20,7 +20,7 @@ _SUPERUSER: Final = "postgres"
 
 
 def binaries() -> Path | None:
-    """The folder of `initdb` and `postgres`: where PATH says, else the newest that Debian keeps off it."""
+    """Returns the folder of `initdb` and `postgres`: from PATH, else the newest that Debian installs outside of it."""
     on_path = shutil.which("initdb")
     if on_path is not None:
         return Path(on_path).resolve().parent
@@ -29,12 +29,11 @@ def binaries() -> Path | None:
 
 
 class PostgreSQL:
-    """A server on a Unix socket in a temporary folder. As servers commonly do, it sorts by a language, and keeps a time
-    zone of its own."""
+    """A server on a Unix socket in a temporary folder, with a language's sort order and a time zone of its own."""
 
     def __init__(self, bin_: Path) -> None:
         self._bin = bin_
-        # Not pytest's folder: that is the owner's alone, and PostgreSQL refuses to run as root.
+        # This is not pytest's folder, which is the owner's alone: PostgreSQL refuses to run as root.
         self._folder = Path(tempfile.mkdtemp(prefix="prefix-pg-"))
         self._user = _SUPERUSER if os.getuid() == 0 else getpass.getuser()
         shutil.chown(self._folder, self._user)
@@ -45,7 +44,7 @@ class PostgreSQL:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Starts the server, and waits until it answers."""
         socket = ("-k", str(self._folder), "-c", "listen_addresses=")
         settings = ("fsync=off", "max_connections=200", "timezone=Asia/Tokyo", "deadlock_timeout=50ms")
         options = (*(word for setting in settings for word in ("-c", setting)), *socket)
@@ -60,7 +59,7 @@ class PostgreSQL:
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
-        """Stopped, every session broken off, until the block ends."""
+        """Stops the server, which breaks off every session, until the block ends."""
         self._stop()
         try:
             yield
@@ -68,26 +67,26 @@ class PostgreSQL:
             self.start()
 
     def remove(self) -> None:
-        """Stop it, and take its folder away."""
+        """Stops the server, and removes its folder."""
         self._stop()
         shutil.rmtree(self._folder)
 
     def url(self, database: str) -> str:
-        """Where a database is."""
+        """Returns the URL of a database."""
         return f"postgresql+psycopg://{_SUPERUSER}@/{database}?host={self._folder}"
 
     def new_database(self, template: str = "template0") -> str:
-        """The name of a new database, a copy of another one."""
+        """Makes a database as a copy of another one, and returns its name."""
         name = f"test_{next(self._count)}"
         self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return name
 
     def drop(self, database: str) -> None:
-        """Take a database away, whoever is still connected."""
+        """Drops a database, whoever is still connected."""
         self.execute(f"DROP DATABASE {database} WITH (FORCE)")
 
     def execute(self, statement: str, database: str = "postgres") -> None:
-        """Run a statement, as the superuser."""
+        """Runs a statement as the superuser."""
         with self._connect(database) as connection:
             connection.execute(statement.encode())
 
@@ -106,7 +105,7 @@ class PostgreSQL:
         return True
 
     def _command(self, name: str, *options: str) -> list[str]:
-        # It ends with these tests, also when they are killed.
+        # The server ends with these tests, even if they are killed.
         setpriv = ["setpriv", "--pdeathsig=INT"]
         if self._user != getpass.getuser():
             setpriv += [f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"]

@@ -1,4 +1,4 @@
-"""Processes of a service that tests kill and stop, and the lines of its log."""
+"""Finds the processes of a service that tests kill and stop, and the lines of its log."""
 
 import json
 import time
@@ -25,10 +25,10 @@ def is_alive(pid: int) -> bool:
 
 
 def eventually(found: Callable[[], T], seconds: float = 60) -> T:
-    """Returns what a function finds, once it finds something.
+    """Returns the first true result of a function.
 
     Raises:
-        AssertionError: it found nothing for so long.
+        AssertionError: it had none for so many seconds.
     """
     deadline = time.monotonic() + seconds
     while not (it := found()):
@@ -38,7 +38,7 @@ def eventually(found: Callable[[], T], seconds: float = 60) -> T:
 
 
 def lines_of(log: Path, event: str) -> list[dict[str, Any]]:
-    """Returns the lines of a log that tell of an event."""
+    """Returns the lines of a log that have this event."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
     return [line for line in lines if line["event"] == event]
 

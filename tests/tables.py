@@ -1,4 +1,4 @@
-"""`python -m tests.tables`: writes the tables of the pages that are made from code. A test compares them."""
+"""`python -m tests.tables` writes the tables of the pages that are made from code. A test compares them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def settings() -> str:
 
 
 def _written(default: Any, *, is_size: bool) -> str:
-    """A default as an environment variable would hold it."""
+    """Returns a default as an environment variable would hold it."""
     if default is None:
         return "none"
     if isinstance(default, bool):
@@ -50,7 +50,7 @@ def filled(name: str) -> str:
 
 
 def main() -> None:
-    """Write every table into its page."""
+    """Writes every table into its page."""
     for name, (page, _) in TABLES.items():
         page.write_text(filled(name))
 

@@ -1,4 +1,4 @@
-"""`errors`: one documented class for each failure, with a stable code, in the drawn tree, with a status."""
+"""`errors` has one documented class for each failure, with a stable code, in the drawn tree, with a status."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ EVERY = [cls for cls, _ in TREE]
 
 
 def test_the_docstring_draws_the_tree() -> None:
-    """Every class, in its place, in the order of the file, and no other; each with a word on what it means."""
+    """The module's docstring draws exactly the classes of the file, in order, each with what it means."""
     drawn = re.findall(r"^([│ ├└─]*)(\w+)(?: {2,}(\S.*))?$", inspect.getdoc(errors) or "", re.MULTILINE)
     lines = [(name, len(branch) // 4, words) for branch, name, words in drawn if branch or name == "PrefixServiceError"]
     assert [line[:2] for line in lines] == [(cls.__name__, depth) for cls, depth in TREE]
@@ -32,20 +32,20 @@ def test_the_docstring_draws_the_tree() -> None:
 
 
 def test_no_error_is_defined_elsewhere() -> None:
-    """The tree is in one file."""
+    """Every error of the tree is defined in one file."""
     assert {cls for cls, _ in below(PrefixServiceError)} == set(EVERY)
     assert {cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, Exception)} == set(EVERY)
 
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_each_has_a_code_of_its_own(cls: type[PrefixServiceError]) -> None:
-    """Lower-case words with hyphens, that no other class has."""
+    """A code is lower-case words with hyphens, and no other class has it."""
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", cls.__dict__["code"])
     assert [other for other in EVERY if other.code == cls.code] == [cls]
 
 
 def test_codes_are_stable() -> None:
-    """A client may branch on them: none is ever renamed or removed."""
+    """No code is ever renamed or removed, because clients branch on them."""
     assert {cls.code for cls in EVERY} >= {
         "invalid-input",
         "invalid-reference",
@@ -75,7 +75,7 @@ def test_codes_are_stable() -> None:
 
 @pytest.mark.parametrize("cls", EVERY)
 def test_each_is_documented_and_says_its_message(cls: type[PrefixServiceError]) -> None:
-    """One sentence at least, and `str` is the message."""
+    """Each class has at least a sentence, and `str` is the message."""
     assert cls.__doc__
     assert cls.__doc__.rstrip().endswith(".")
     assert str(cls("what was wrong")) == cls("what was wrong").message == "what was wrong"
@@ -83,18 +83,18 @@ def test_each_is_documented_and_says_its_message(cls: type[PrefixServiceError]) 
 
 @pytest.mark.parametrize("cls", [cls for cls in EVERY if cls not in CLIENT_ONLY | {PrefixServiceError}])
 def test_each_has_a_status(cls: type[PrefixServiceError]) -> None:
-    """From the one table of the API, of an HTTP error."""
+    """The API's table gives each class the status of an HTTP error."""
     assert 400 <= status_of(cls("")) <= 599
 
 
 @pytest.mark.parametrize("cls", sorted(CLIENT_ONLY, key=str))
 def test_the_clients_own_have_none(cls: type[PrefixServiceError]) -> None:
-    """They say that there was no proper answer, so they are none."""
+    """The client's own errors have no status, because they mean that there was no proper answer."""
     assert not any(known in cls.__mro__ for known in STATUSES)
 
 
 def test_the_table_holds_nothing_else() -> None:
-    """No class that is unknown, and no status twice."""
+    """The table has no unknown class, and no status twice."""
     assert set(STATUSES) <= set(EVERY)
     assert len(set(STATUSES.values())) == len(STATUSES)
 

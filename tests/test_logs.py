@@ -1,4 +1,4 @@
-"""`logs`: one form for every line, whoever writes it, and no key in any."""
+"""`logs` writes every line in one form, whoever logs it, and no key in any."""
 
 import json
 import os
@@ -21,7 +21,7 @@ log = structlog.stdlib.get_logger("prefix_service")
 
 
 def _run(code: str, level: str = "info") -> list[dict[str, Any]]:
-    """The lines that a process of its own logs, which prints nothing else."""
+    """Returns the lines that a process of its own logs, which prints nothing else."""
     command = [sys.executable, "-c", _BEGIN.format(level=level) + code]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == ""
@@ -29,7 +29,7 @@ def _run(code: str, level: str = "info") -> list[dict[str, Any]]:
 
 
 def test_structlog_and_the_standard_library_write_the_same_form() -> None:
-    """Lines of JSON with time, level and what is bound, from either."""
+    """Both write lines of JSON with time, level and the bound values."""
     lines = _run("""
 request_context.set({"request_id": "r1", "key_id": "k1"})
 log.info("audit", action="create", tenant="acme")
@@ -50,7 +50,7 @@ warnings.warn("old")
 
 
 def test_levels() -> None:
-    """Less than the level is not heard; other libraries are heard from warnings on, also at debug."""
+    """Lines below the level are dropped; other libraries are logged from warnings on, at debug too."""
     code = """
 for name in ("prefix_service", "sqlalchemy.engine", "alembic"):
     logging.getLogger(name).debug(name)
@@ -70,7 +70,7 @@ log.debug("mine")
 
 
 def test_a_traceback_is_one_line() -> None:
-    """An exception stays with its event, whoever logs it."""
+    """An exception stays in the line of its event, whoever logs it."""
     lines = _run("""
 try:
     1 / 0
@@ -86,7 +86,7 @@ except ZeroDivisionError as error:
 
 @pytest.mark.parametrize("length", [4, 5, 12, 30, 60, len(KEY)])
 def test_keys_are_redacted_whole_or_cut_off(length: int) -> None:
-    """Messages cut what they quote; what is left of a key is no one's business either."""
+    """A key that a message has cut off is redacted like a whole one."""
     text = redacted(f"got '{KEY[:length]}', twice {KEY[:length]}")
     expected = "pfx_***" if length > 4 else "pfx_"
     assert text == f"got '{expected}', twice {expected}"
@@ -94,7 +94,7 @@ def test_keys_are_redacted_whole_or_cut_off(length: int) -> None:
 
 
 def test_no_key_is_logged_wherever_it_is() -> None:
-    """In an event, a value, a name, the context, an exception, or another library's arguments."""
+    """A key is redacted in an event, a value, a name, the context, an exception, or another library's arguments."""
     lines = _run(f"""
 key = {KEY!r}
 request_context.set({{"request_id": key}})
@@ -111,7 +111,7 @@ except ValueError:
 
 
 def test_a_terminal_gets_lines_for_people() -> None:
-    """Not JSON, still without keys; tracebacks do not show the values of variables."""
+    """A terminal gets no JSON, no keys, and tracebacks without the values of variables."""
     parent, child = pty.openpty()
     code = f"""
 secret = {KEY!r}
@@ -134,7 +134,7 @@ except ValueError:
 
 
 def test_a_terminal_gets_readable_lines_of_requests() -> None:
-    """What was asked and what came of it; which prefix, and where the time went; and the id of an error."""
+    """A line has the request and its outcome, the prefix, where the time went, and the id of an error."""
     parent, child = pty.openpty()
     code = """
 from prefix_service.logs import RequestLog
@@ -159,7 +159,7 @@ requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id
 
 
 def test_a_log_that_cannot_be_written_fails_nothing() -> None:
-    """What is logged has happened: a full disk under the log must not undo it."""
+    """A full disk under the log does not undo what was logged."""
     code = (
         _BEGIN.format(level="info")
         + """

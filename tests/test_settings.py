@@ -1,4 +1,4 @@
-"""The configuration: what the environment may say, and that all of it is documented."""
+"""The environment configures the service, and every setting is documented."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def test_the_tables_of_the_pages_are_made_from_the_code(name: str) -> None:
 
 
 def test_every_setting_says_what_it_is() -> None:
-    """A setting has a description."""
+    """Every setting has a description."""
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
 def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Not at import: each Settings sees the environment of its own moment."""
+    """Each Settings has the environment of the moment in which it was made, not of the import."""
     monkeypatch.setenv("PREFIX_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("PREFIX_MAX_BATCH_SIZE", "7")
     assert (Settings().data_dir, Settings().max_batch_size) == (tmp_path, 7)
@@ -33,7 +33,7 @@ def test_the_environment_is_read_when_settings_are_made(monkeypatch: pytest.Monk
 
 
 def test_settings_do_not_change() -> None:
-    """Read once, then frozen."""
+    """Settings are frozen once they are made."""
     with pytest.raises(ValidationError):
         Settings().port = 1  # type: ignore[misc]
 
@@ -43,7 +43,7 @@ def test_settings_do_not_change() -> None:
     [("PORT", "-1"), ("PORT", "65536"), ("WORKERS", "0"), ("MAX_BATCH_SIZE", "0"), ("DEVICE_BYTES", "x"), ("DEV", "2")],
 )
 def test_values_out_of_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A value that makes no sense is refused."""
+    """A value out of its bounds is refused."""
     monkeypatch.setenv(f"PREFIX_{name}", value)
     with pytest.raises(ValidationError):
         Settings()
@@ -51,7 +51,7 @@ def test_values_out_of_bounds(monkeypatch: pytest.MonkeyPatch, name: str, value:
 
 @pytest.mark.parametrize(("text", "nbytes"), [("4GB", 4_000_000_000), ("20GiB", 20 << 30), ("4096", 4096)])
 def test_sizes_take_units(monkeypatch: pytest.MonkeyPatch, text: str, nbytes: int) -> None:
-    """In the environment, on every budget and bound."""
+    """Every budget and bound takes a size with a unit from the environment."""
     for name in ("DEVICE_BYTES", "RENDERING_BYTES", "WORK_BYTES", "MAX_REQUEST_BYTES", "MAX_UPLOAD_BYTES"):
         monkeypatch.setenv(f"PREFIX_{name}", text)
     made = Settings()
@@ -61,7 +61,7 @@ def test_sizes_take_units(monkeypatch: pytest.MonkeyPatch, text: str, nbytes: in
 
 @pytest.mark.parametrize("text", ["4 gigs", "4,5GB", "0GiB", "-4GB"])
 def test_what_is_no_size(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A size that cannot be read is refused; it is never read in part."""
+    """A size that cannot be read is refused, never read in part."""
     monkeypatch.setenv("PREFIX_DEVICE_BYTES", text)
     with pytest.raises(ValidationError):
         Settings()
@@ -81,12 +81,12 @@ _LINKS = {
     "PREFIX_SERVICE_PORT_8080_TCP_PORT": "8080",
     "PREFIX_SERVICE_PORT_8080_TCP_ADDR": "10.96.0.1",
 }
-"""What Kubernetes writes into a container for Services whose names begin with `prefix`; PREFIX_SERVICE_PORT has two
+"""The variables that Kubernetes sets for Services whose names begin with `prefix`; PREFIX_SERVICE_PORT has two
 meanings, by whichever Service came last."""
 
 
 def test_unknown_variables_are_named_with_what_they_may_have_meant() -> None:
-    """A setting's misspelt name, in any case; known names and service links are none."""
+    """A misspelt setting is reported, in any case of letters; known names and service links are not."""
     known = {
         "PREFIX_PORT": "8080",
         "prefix_port": "8080",
@@ -106,14 +106,14 @@ def test_unknown_variables_are_named_with_what_they_may_have_meant() -> None:
 
 
 def test_service_links_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Service named `prefix` does not take the port away."""
+    """The links of a Kubernetes Service named `prefix` do not change the port."""
     for name, value in _LINKS.items():
         monkeypatch.setenv(name, value)
     assert (Settings().port, Settings().metrics_port) == (8080, None)
 
 
 def test_serve_warns_of_a_variable_that_is_no_setting(tmp_path: Path) -> None:
-    """In the log, once, with the name; the service runs."""
+    """The service runs, and its log warns once of the variable by name."""
     environment = {"PREFIX_DEVICE_BYTE": "4GB", "PREFIX_SERVICE_PORT": "tcp://10.0.0.1:80"}
     with running_server(tmp_path / "data", environment=environment) as server:
         hint = "no setting has this name, so it changes nothing: did you mean PREFIX_DEVICE_BYTES?"
@@ -123,7 +123,7 @@ def test_serve_warns_of_a_variable_that_is_no_setting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])  # noqa: S104 - it is refused
 def test_dev_mode_stays_on_loopback(host: str) -> None:
-    """Without keys the service listens on loopback, or on a Unix socket."""
+    """Without keys the service listens only on loopback or on a Unix socket."""
     with pytest.raises(ValidationError, match="loopback"):
         Settings(dev=True, host=host)
     for loopback in ("127.0.0.1", "::1", "localhost"):
@@ -132,13 +132,13 @@ def test_dev_mode_stays_on_loopback(host: str) -> None:
 
 
 def test_the_secret_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
-    """Replicas share a secret by a file; one machine alone makes its own."""
+    """A service has its own secret in the data folder; replicas share one by a file."""
     assert Settings(data_dir=tmp_path).secret_file == tmp_path / "key.secret"
     assert Settings(data_dir=tmp_path, key_secret_file=tmp_path / "s").secret_file == tmp_path / "s"
 
 
 def test_the_parser_is_the_fast_one_where_only_this_machine_comes_in() -> None:
-    """Unless one is chosen."""
+    """The fast parser serves loopback and Unix sockets, and h11 other hosts, unless one is chosen."""
     assert {Settings(host=host).parser for host in ("127.0.0.1", "::1", "localhost")} == {"httptools"}
     assert {Settings(host=host).parser for host in ("0.0.0.0", "::", "192.0.2.1")} == {"h11"}  # noqa: S104
     assert Settings(host="192.0.2.1", uds=Path("socket")).parser == "httptools"

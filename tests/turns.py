@@ -1,4 +1,4 @@
-"""Which test runs when, and in which of pytest-xdist's processes."""
+"""Decides which test runs when, and in which of pytest-xdist's processes."""
 
 from typing import Final
 
@@ -24,12 +24,12 @@ _LONG: Final = (
 
 
 class FilesInTurn(LoadFileScheduling):  # type: ignore[misc]  # without types
-    """A file goes to the process that is free next; vLLM's go to one, which has a single vLLM of each kind running."""
+    """Gives a file to the process that is free next, and all of vLLM's files to one that runs a vLLM of each kind."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _ONE_PROCESS if nodeid.startswith(_ONE_PROCESS) else super()._split_scope(nodeid)
 
 
 def longest_first(items: list[pytest.Item]) -> None:
-    """Files that take minutes begin first, or the last of them would run alone."""
+    """Moves files that take minutes to the front, or the last of them would run alone."""
     items.sort(key=lambda item: next((rank for rank, name in enumerate(_LONG) if name in item.nodeid), len(_LONG)))

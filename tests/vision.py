@@ -61,7 +61,7 @@ def _ids(width: int, image_tokens: int) -> dict[str, Tensor]:
 
 
 def _patches() -> dict[str, Tensor]:
-    """Images as Qwen's processors give them: 4 x 4 patches each, of which four make a token."""
+    """Returns images as Qwen's processors give them: 4 x 4 patches each, of which four make a token."""
     ids = _ids(12, 4)
     pixels = torch.randn(32, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(6))
     types = (ids["input_ids"] == _IMAGE).int()

@@ -1,5 +1,4 @@
-"""What the hosting benchmarks share: many adapters of many tenants, published for real, and what each must come back
-as."""
+"""Publishes many adapters of many tenants for the hosting benchmarks, and knows what each must come back as."""
 
 import hashlib
 import json
@@ -28,12 +27,12 @@ class Shape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
+        """Returns the bytes of its keys and values."""
         return 2 * self.layers * self.heads * self.head_dim * self.tokens * 2
 
     @property
     def config(self) -> bytes:
-        """As PEFT's `adapter_config.json`."""
+        """Returns PEFT's `adapter_config.json`."""
         values = {
             "peft_type": self.peft_type,
             "task_type": "CAUSAL_LM",
@@ -47,7 +46,7 @@ class Shape:
         return json.dumps(values).encode()
 
     def weights(self, seed: int) -> tuple[bytes, str]:
-        """A trained adapter's file, and the SHA-256 of the keys and values `[1, L, 2, H, N, D]` that follow from it."""
+        """Returns a trained adapter's file, and the SHA-256 of its keys and values `[1, L, 2, H, N, D]`."""
         size = self.layers * 2 * self.heads * self.head_dim
         flat = torch.randn((self.tokens, size), generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
         # (tokens, layers*2*heads*dim) -> (layers, 2, heads, tokens, dim)
@@ -57,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """One published adapter."""
+    """A published adapter."""
 
     tenant: str
     adapter: str
@@ -66,11 +65,11 @@ class Hosted:
 
     @property
     def path(self) -> str:
-        """Its prefix, version 1, in one tensor, which is then the file's end but for the mask."""
+        """Returns the path of its prefix, version 1, in one tensor, which ends the file but for the mask."""
         return f"/v1/tenants/{self.tenant}/adapters/{self.adapter}@1/prefix?layout=stacked"
 
     def is_right(self, body: bytes) -> bool:
-        """Whether these are its keys and values."""
+        """Returns whether the body has its keys and values."""
         length = 8 + int.from_bytes(body[:8], "little")
         entry = json.loads(body[8:length])["past_key_values"]["data_offsets"]
         return hashlib.sha256(memoryview(body)[length + entry[0] : length + entry[1]]).hexdigest() == self.digest
@@ -84,7 +83,7 @@ def publish_all(
     progress: Callable[[], None],
     uds: Path | None = None,
 ) -> list[Hosted]:
-    """Publish `(tenant, adapter, shape)` through the API, each with weights of its own; in the order of `wanted`."""
+    """Publishes `(tenant, adapter, shape)` through the API, each with weights of its own; in the order of `wanted`."""
 
     def publish(clients: list[httpx.Client], number: int) -> Hosted:
         tenant, adapter, shape = wanted[number]
@@ -109,8 +108,9 @@ def publish_all(
 
 
 def zipf(count: int, skew: float, seed: int) -> Iterator[int]:
-    """Numbers below `count` without end, the k-th most popular with weight `1 / k ** skew`; which is which is
-    shuffled by the count alone, so that every worker has the same favourites."""
+    """Yields numbers below `count` without end, the k-th most popular with weight `1 / k ** skew`. The order of
+    popularity depends on the count alone, so that every worker has the same favourites.
+    """
     order = list(range(count))
     random.Random(count).shuffle(order)  # noqa: S311 - a benchmark's draw
     weights = [1 / (rank + 1) ** skew for rank in range(count)]
@@ -120,6 +120,6 @@ def zipf(count: int, skew: float, seed: int) -> Iterator[int]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which a share of the values lies."""
+    """Returns the value below which a share of the values lies."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

@@ -1,4 +1,4 @@
-"""Thousands of adapters of many tenants, served under budgets that hold a few percent of them.
+"""Serves thousands of adapters of many tenants under budgets that hold a few percent of them.
 
     python -m tests.benchmarks.hosting                                       # 10,000 adapters of 200 tenants
     python -m tests.benchmarks.hosting --adapters 300 --tenants 20 --seconds 5
@@ -38,7 +38,7 @@ SHAPES = [Shape(head_dim=8, tokens=tokens) for tokens in (20, 20, 20, 20, 10, 40
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything."""
+    """The sizes of everything."""
 
     adapters: int = 10_000
     tenants: int = 200
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Outcome:
-    """What was seen; latencies are in seconds."""
+    """The observations; latencies are in seconds."""
 
     published_per_second: float = 0
     total_bytes: int = 0
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def run(plan: Plan, folder: Path, console: Console) -> Outcome:
-    """All of it."""
+    """Runs the whole benchmark."""
     wanted = [
         (f"tenant-{number % plan.tenants:03}", f"adapter-{number:05}", SHAPES[number % len(SHAPES)])
         for number in range(plan.adapters)
@@ -133,7 +133,7 @@ def _device(server: Server) -> dict[str, Any]:
 
 @contextmanager
 def _beside(work: Any, *arguments: Any) -> Iterator[None]:
-    """Run `work(stop, *arguments)` in a thread until the block ends."""
+    """Runs `work(stop, *arguments)` in a thread until the block ends."""
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(stop, *arguments))
     thread.start()
@@ -153,7 +153,7 @@ def _watch(stop: threading.Event, server: Server, outcome: Outcome) -> None:
 
 
 def _probe(stop: threading.Event, server: Server, outcome: Outcome, hosted: list[Hosted]) -> None:
-    """One adapter at a time, beside the workers: cold, and at once again."""
+    """Reads one adapter at a time while the workers read: cold, and again immediately."""
     client = server.client()
     for number in zipf(len(hosted), 0, seed=-1):
         if stop.wait(0.1):
@@ -169,7 +169,7 @@ def _probe(stop: threading.Event, server: Server, outcome: Outcome, hosted: list
 
 
 def _fetch(url: str, key: str, hosted: list[Hosted], plan: Plan, seed: int) -> tuple[Counter[int], int, list[float]]:
-    """A worker: fetches without a cache of its own until the time is over."""
+    """Fetches as a worker without a cache of its own, until the time is over."""
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
     wrong = 0
@@ -187,7 +187,7 @@ def _fetch(url: str, key: str, hosted: list[Hosted], plan: Plan, seed: int) -> t
 
 
 def show(plan: Plan, outcome: Outcome) -> None:
-    """The table."""
+    """Prints the table."""
 
     def milliseconds(values: list[float]) -> str:
         shares = [(0.5, "median"), (0.99, "p99")]
@@ -212,7 +212,7 @@ def show(plan: Plan, outcome: Outcome) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in asdict(Plan()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)

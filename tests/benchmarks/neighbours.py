@@ -1,4 +1,4 @@
-"""Two tenants on one service, one of which reads thousands of cold adapters, each once: what does the other notice?
+"""Measures what a tenant notices while another one reads thousands of cold adapters, each once.
 
     python -m tests.benchmarks.neighbours
 
@@ -33,7 +33,7 @@ PHASES = ("alone", "beside a reader", "beside a scan")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything: adapters of both tenants, those that the budget holds, requests a second."""
+    """The sizes of everything: adapters of both tenants, those that the budget holds, requests a second."""
 
     quiet: int = 1000
     scanned: int = 5000
@@ -46,23 +46,23 @@ class Plan:
 
 @dataclass(slots=True)
 class Phase:
-    """What the quiet tenant saw in one phase, over all rounds."""
+    """The quiet tenant's observations in one phase, over all rounds."""
 
     hit_ratios: list[float] = field(default_factory=list)
     latencies: list[list[float]] = field(default_factory=list)
 
     @property
     def hit_ratio(self) -> float:
-        """The median of the rounds."""
+        """Returns the median of the rounds."""
         return statistics.median(self.hit_ratios)
 
     def latency(self, share: float) -> float:
-        """The median of the rounds' percentiles, in seconds."""
+        """Returns the median of the rounds' percentiles, in seconds."""
         return statistics.median(percentile(one, share) for one in self.latencies)
 
 
 def run(plan: Plan, folder: Path, console: Console) -> dict[str, Phase]:
-    """All phases."""
+    """Runs all phases."""
     wanted = [("quiet", f"q-{number:04}", SHAPE) for number in range(plan.quiet)]
     wanted += [("noisy", f"n-{number:04}", SHAPE) for number in range(plan.scanned + 1)]
     budget = str(plan.held * SHAPE.nbytes)
@@ -107,7 +107,7 @@ def _loads(server: Server) -> int:
 
 
 def _paced(rate: float, seconds: float) -> Iterator[None]:
-    """Ticks at a steady rate; a tick that is late is not made up for."""
+    """Yields at a steady rate, and does not make up for a late tick."""
     began = time.monotonic()
     for number in range(int(rate * seconds)):
         time.sleep(max(began + number / rate - time.monotonic(), 0))
@@ -129,7 +129,7 @@ def _quiet(url: str, key: str, seconds: float, hosted: list[Hosted], rate: int, 
 
 
 def _noisy(url: str, key: str, seconds: float, hosted: list[Hosted], rate: int) -> int:
-    """Read one after another, again from the start if there are too few; how many had to be loaded for it."""
+    """Reads adapters one after another, from the start again if there are too few; returns how many were loaded."""
     asked = 0
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
         for _, one in zip(_paced(rate, seconds), itertools.cycle(hosted), strict=False):
@@ -139,7 +139,7 @@ def _noisy(url: str, key: str, seconds: float, hosted: list[Hosted], rate: int) 
 
 
 def show(plan: Plan, phases: dict[str, Phase]) -> None:
-    """The table."""
+    """Prints the table."""
     alone, reader = phases[PHASES[0]], phases[PHASES[1]]
     rows: list[list[object]] = []
     for name, phase in phases.items():
@@ -163,7 +163,7 @@ def show(plan: Plan, phases: dict[str, Phase]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in asdict(Plan()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

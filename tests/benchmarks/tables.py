@@ -1,4 +1,4 @@
-"""What a benchmark prints, and what its page shows."""
+"""Makes the tables that a benchmark prints, and that its page shows."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ class Grid:
     rows: list[list[str]]
 
     def rich(self) -> Table:
-        """For the terminal."""
+        """Returns the table for the terminal."""
         table = Table(*self.head, title=self.title, title_justify="left")
         for row in self.rows:
             table.add_row(*row)
         return table
 
     def markdown(self) -> str:
-        """For the page."""
+        """Returns the table for the page."""
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""`blobs.folder`: the contract of a store of bytes, and how the folder keeps it when the disk does not."""
+"""`blobs.folder` keeps the contract of a blob store, even when the disk fails."""
 
 import fcntl
 import hashlib
@@ -37,7 +37,7 @@ def folder(root: Path) -> FolderBlobStore:
 
 @pytest.fixture(params=["folder"])
 def store(request: pytest.FixtureRequest) -> BlobStore:
-    """Every implementation, for the contract."""
+    """Returns a store of every implementation, for the contract."""
     made: BlobStore = request.getfixturevalue(request.param)
     return made
 
@@ -63,7 +63,7 @@ def opened(store: FolderBlobStore, digest: str) -> bytes:
 
 @pytest.mark.parametrize("data", [DATA * 10, DATA, b"", b"x"], ids=["large", "many", "none", "one"])
 def test_bytes_come_back(store: BlobStore, data: bytes) -> None:
-    """Whole, writable for tensors that share them, and as a file."""
+    """`read` returns the whole blob, writable for tensors that share it, and `open` a file."""
     digest = staged(store, data).commit()
     assert digest == digest_of(data)
     assert store.read(digest) == data
@@ -73,7 +73,7 @@ def test_bytes_come_back(store: BlobStore, data: bytes) -> None:
 
 
 def test_a_blob_is_written_in_pieces(store: BlobStore) -> None:
-    """Size and digest count what has come so far, and it can be read back before it is committed."""
+    """A staged blob's size, digest and bytes are those written so far, before it is committed."""
     blob = store.stage()
     for piece in (b"ab", bytearray(b"c"), memoryview(b"de")):
         blob.write(piece)
@@ -84,7 +84,7 @@ def test_a_blob_is_written_in_pieces(store: BlobStore) -> None:
 
 
 def test_a_blob_is_read_where_it_is_told(store: BlobStore) -> None:
-    """Into the memory that is given, in pieces that another may work on before they are verified."""
+    """`read` fills the given memory, and yields each piece to an observer before it is verified."""
     digest = staged(store, DATA * 10).commit()
     given: list[bytearray] = []
     pieces: list[bytes] = []
@@ -100,7 +100,7 @@ def test_a_blob_is_read_where_it_is_told(store: BlobStore) -> None:
 
 
 def test_nothing_is_visible_before_it_is_committed(store: BlobStore) -> None:
-    """Nor after it was discarded; discarding is harmless twice, and after a commit."""
+    """Staged and discarded blobs cannot be read; discarding twice, or after a commit, does nothing."""
     blob = staged(store)
     for _ in range(2):
         with pytest.raises(NotFound):
@@ -113,7 +113,7 @@ def test_nothing_is_visible_before_it_is_committed(store: BlobStore) -> None:
 
 
 def test_the_same_bytes_are_one_blob(store: BlobStore) -> None:
-    """Also when many commit them at once while others read."""
+    """Committing the same bytes in many threads, while others read them, makes one readable blob."""
     digest = staged(store).commit()
 
     def again(_: int) -> memoryview:
@@ -126,14 +126,14 @@ def test_the_same_bytes_are_one_blob(store: BlobStore) -> None:
 
 @pytest.mark.parametrize("digest", [digest_of(b"?"), "", "sha256:", "sha256:../../etc/passwd", "sha256:" + "A" * 64])
 def test_what_is_not_there(store: BlobStore, digest: str) -> None:
-    """An unknown digest, and what is none: never a path of its own."""
+    """An unknown digest, or text that is none, raises NotFound and is never used as a path."""
     for call in (store.read, store.open):
         with pytest.raises(NotFound):
             call(digest)
 
 
 def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> None:
-    """One file by its digest; a discarded blob leaves none."""
+    """The folder has one file for each blob, named by its digest, and none for a discarded one."""
     digest = staged(folder).commit()
     staged(folder).discard()
     assert blobs_in(root) == [folder.path(digest)]
@@ -141,12 +141,12 @@ def test_a_folder_holds_nothing_else(folder: FolderBlobStore, root: Path) -> Non
 
 
 def test_a_second_store_sees_the_first_ones_blobs(folder: FolderBlobStore, root: Path) -> None:
-    """Nothing is remembered in the process."""
+    """A store on the same folder reads what another store has committed."""
     assert FolderBlobStore(root).read(staged(folder).commit()) == DATA
 
 
 def abandoned(root: Path, seconds_ago: float = 0) -> Path:
-    """What a process that was killed in an upload leaves."""
+    """Returns the file that a process left when it was killed in an upload."""
     path = root / "staging" / f"left-{seconds_ago}"
     path.write_bytes(b"half")
     moment = path.stat().st_mtime - seconds_ago
@@ -155,7 +155,7 @@ def abandoned(root: Path, seconds_ago: float = 0) -> Path:
 
 
 def test_a_sweep_removes_what_a_crash_left(folder: FolderBlobStore, root: Path) -> None:
-    """Unfinished uploads of the dead, old enough; no blob, and no upload that somebody writes."""
+    """A sweep removes old uploads of dead processes, and neither a blob nor a running upload."""
     digest = staged(folder).commit()
     old, new, running = abandoned(root, 100), abandoned(root, 10), staged(folder)
     assert FolderBlobStore(root).sweep(older_than=60) == 1
@@ -166,7 +166,7 @@ def test_a_sweep_removes_what_a_crash_left(folder: FolderBlobStore, root: Path) 
 
 
 def aged(folder: FolderBlobStore, data: bytes, seconds: float) -> str:
-    """A blob that was committed so long ago."""
+    """Returns the digest of a blob that was committed so long ago."""
     digest = staged(folder, data).commit()
     path = folder.path(digest)
     moment = path.stat().st_mtime - seconds
@@ -175,7 +175,7 @@ def aged(folder: FolderBlobStore, data: bytes, seconds: float) -> str:
 
 
 def test_a_listing_tells_sizes_and_ages(folder: FolderBlobStore) -> None:
-    """Every blob, and nothing that is staged."""
+    """`listed` yields the size and age of every blob, and nothing that is staged."""
     digests = {aged(folder, b"old", 1000): 3, aged(folder, b"newer", 10): 5}
     unfinished = staged(folder, b"unfinished")
     found = {blob.digest: blob for blob in folder.listed()}
@@ -186,7 +186,7 @@ def test_a_listing_tells_sizes_and_ages(folder: FolderBlobStore) -> None:
 
 
 def test_removal_spares_what_was_committed_again(folder: FolderBlobStore) -> None:
-    """Age counts from the last commit, also of the same bytes, so what a running upload stored stays."""
+    """A blob's age counts from its last commit, so `remove` spares one that an upload has stored again."""
     old, again = aged(folder, b"old", 1000), aged(folder, b"again", 1000)
     staged(folder, b"again").commit()
     assert folder.remove([old, again], older_than=60) == {old}
@@ -203,7 +203,7 @@ def test_an_upload_that_began_long_ago_is_new_when_it_is_committed(folder: Folde
 
 
 def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
-    """Under the lock a rename and a removal never overlap: the old blob is looked at again once the new one is in."""
+    """`remove` waits for the lock that a commit holds, and then spares the blob that was renewed."""
     digest = aged(folder, DATA, 1000)
     with ThreadPoolExecutor(1) as pool:
         with folder.locked(fcntl.LOCK_SH):
@@ -228,8 +228,7 @@ def flipped(path: Path) -> None:
     ids=["bit", "shorter", "longer", "empty"],
 )
 def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callable[..., object]) -> None:
-    """Whatever happened to the file, damaged bytes are never handed out: they are put aside for who wants to look, and
-    the same content put again heals the blob."""
+    """The store quarantines damaged bytes and never returns them; committing the content again heals the blob."""
     digest = staged(folder).commit()
     damage(folder.path(digest), *([b""] if damage is Path.write_bytes else []))
     bad = folder.path(digest).read_bytes()
@@ -245,21 +244,21 @@ def test_bit_rot_is_found(folder: FolderBlobStore, read: Broken, damage: Callabl
 
 @pytest.mark.parametrize("read", [FolderBlobStore.read, opened], ids=["read", "open"])
 def test_a_folder_in_a_blobs_place(folder: FolderBlobStore, read: Broken) -> None:
-    """What the system refuses is StorageFailed."""
+    """An error of the system raises StorageFailed."""
     folder.path(digest_of(DATA)).mkdir(parents=True)
     with pytest.raises(StorageFailed, match=f"cannot read blob {digest_of(DATA)}: Is a directory"):
         read(folder, digest_of(DATA))
 
 
 def test_a_place_that_cannot_hold_blobs(tmp_path: Path) -> None:
-    """Said at once, not at the first upload."""
+    """The store refuses an unusable folder when it is made, not at the first upload."""
     (tmp_path / "file").touch()
     with pytest.raises(StorageFailed, match="cannot make the blob folder: Not a directory"):
         FolderBlobStore(tmp_path / "file" / "blobs")
 
 
 def test_a_blob_is_durable_before_it_is_visible(folder: FolderBlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is flushed, then renamed, then its folder is flushed: after a crash it is whole or absent."""
+    """A commit flushes the file, renames it and flushes its folder: after a crash the blob is whole or absent."""
     calls: list[str] = []
     sync, replace = os.fsync, Path.replace
 
@@ -285,7 +284,7 @@ def upload(blob: StagedBlob, size: int) -> None:
 
 
 def fill(store: FolderBlobStore, root: Path) -> None:
-    """An upload that the disk has no room for; nothing of it may stay."""
+    """Uploads more than the disk has room for, and checks that nothing of it stays."""
     before = files_in(root)
     blob = store.stage()
     with pytest.raises(OutOfSpace, match=r"No space left on device|File too large"):
@@ -296,7 +295,7 @@ def fill(store: FolderBlobStore, root: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """Yields the mount point of a file system of 1 MiB."""
     place = tmp_path / "tiny"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
@@ -307,7 +306,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_out_of_space(tiny_disk: Path) -> None:
-    """A real one: what was there stays readable, and what fits is taken again afterwards."""
+    """On a full file system earlier blobs stay readable, and a blob that fits is stored afterwards."""
     root = tiny_disk / "blobs"
     store = FolderBlobStore(root)
     digest = staged(store, b"small").commit()
@@ -327,13 +326,13 @@ def largest_file(nbytes: int) -> Iterator[None]:
 
 
 def test_a_file_size_limit_is_out_of_space(folder: FolderBlobStore, root: Path) -> None:
-    """The system's limit on one file, which any user can be under."""
+    """The system's limit on a file's size raises OutOfSpace, and any user can run this test."""
     with largest_file(1 << 20):
         fill(folder, root)
 
 
 def test_a_store_whose_folder_vanished(folder: FolderBlobStore, root: Path) -> None:
-    """An upload fails as a failure of the storage, not as something that the caller looked for in vain."""
+    """Staging in a folder that is gone raises StorageFailed, not NotFound."""
     (root / "staging").rmdir()
     with pytest.raises(StorageFailed):
         folder.stage()

@@ -1,4 +1,6 @@
-"""Chaos: `python -m tests.chaos --minutes 10`. Root, or a user who may mount, sees every fault."""
+"""`python -m tests.chaos --minutes 10` lets one fault after another happen to a service in use. Root, or a user who may
+mount, sees every fault.
+"""
 
 import signal
 import sys
@@ -23,8 +25,9 @@ def main(
         list[str] | None, typer.Option(help="A fault's name, as the table has it; may be repeated.")
     ] = None,
 ) -> None:
-    """Use a service with two workers while one fault after another happens to it. Exit status 1 if an answer had wrong
-    bytes, an acknowledged change was lost, work did not go on, or a worker was not replaced in time."""
+    """Uses a service with two workers while one fault after another happens to it. Exits with status 1 if an answer had
+    wrong bytes, an acknowledged change was lost, work did not go on, or a worker was not replaced in time.
+    """
     names = [fault.name for fault in FAULTS]
     if unknown := set(only or ()) - set(names):
         sys.exit(f"no such fault: {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
@@ -51,7 +54,7 @@ def main(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Returns the rows, within 80 columns; times are seconds, the longest of each fault."""
+    """Returns the rows within 80 columns; times are seconds, the longest of each fault."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column("fault")
     for name in (
@@ -74,7 +77,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def errors(rows: Sequence[Row]) -> Table:
-    """Returns what callers met instead of answers, within 80 columns; or why a fault was skipped."""
+    """Returns the errors that callers met, within 80 columns, or why a fault was skipped."""
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=80)
     made.add_column("fault", no_wrap=True)
     made.add_column("errors by kind", ratio=1)

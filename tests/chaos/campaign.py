@@ -1,4 +1,4 @@
-"""One fault after another on a service that is in use, and what was seen of each."""
+"""Lets one fault after another happen to a service that is in use, and records what was seen of each."""
 
 import tempfile
 import time
@@ -24,7 +24,7 @@ _BACK: Final = 3.0  # seconds within which another worker is started
 
 @dataclass(slots=True)
 class Row:
-    """What was seen of a fault, of all its repetitions. Times are seconds, the longest of each; None: never."""
+    """The observations of a fault over all repetitions. Times are seconds, the longest of each; None means never."""
 
     fault: Fault
     times: int = 0
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def failure(self) -> str:
-        """Why the service did not survive this, or ""."""
+        """Returns why the service did not survive this fault, or ""."""
         if self.wrong or self.lost:
             return f"{self.fault.name}: {self.wrong} wrong answers, {self.lost} acknowledged changes lost"
         if self.goes_on is None:
@@ -57,7 +57,7 @@ class Campaign:
         self.why_no_mounts = why_no_mounts
 
     def suffer(self, fault: Fault, row: Row) -> None:
-        """Let the fault happen once, and add what was seen to its row."""
+        """Lets the fault happen once, and adds what was seen to its row."""
         if fault.needs and self.why_no_mounts is not None:
             row.skipped = f"needs a mount: {self.why_no_mounts}"
             return
@@ -95,7 +95,7 @@ class Campaign:
 
     @staticmethod
     def _goes_on(seen: Seen, mended: float) -> float | None:
-        """Returns how long after the fault a read and a write were sent that succeeded."""
+        """Returns how long after the fault the first successful read and write were sent."""
         deadline = now() + _LONGEST
         while now() < deadline:
             read = next((sent for sent in list(seen.reads) if sent >= mended), None)
@@ -106,7 +106,7 @@ class Campaign:
         return None
 
     def _replay(self) -> None:
-        """Compare everything that was acknowledged with what the service says now."""
+        """Compares everything that was acknowledged with the service's present answers."""
         with self.work.quiet(), self.service.client(timeout=30) as client:
             for adapter in self.truth.adapters():
                 for version in adapter.versions:
@@ -131,7 +131,7 @@ class Campaign:
                 self.truth.lost.append(f"{path}/parameters: {file.status_code} {file.text[:200]!r}")
 
     def run(self, faults: Sequence[Fault], seconds: float, told: Callable[[str], None]) -> list[Row]:
-        """Let all faults happen, again and again until the time is over. `told` is called with what happens now."""
+        """Lets all faults happen, again and again until the time is over; calls `told` with the name of each."""
         rows = {fault.name: Row(fault) for fault in faults}
         deadline = time.monotonic() + seconds
         first = True
@@ -146,7 +146,7 @@ class Campaign:
         return list(rows.values())
 
     def finish(self) -> None:
-        """End the service in order, start it again, and replay the journal from the disk."""
+        """Stops the service in order, starts it again, and compares it with the journal."""
         with self.work.quiet():
             status = self.service.stop()
             if status != 0:
@@ -158,7 +158,7 @@ class Campaign:
 
 @contextmanager
 def campaign() -> Iterator[Campaign]:
-    """A service with two workers in use, which ends with the block."""
+    """Yields a service in use with two workers, which ends with the block."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as place, own_file_system(Path(place) / "disk") as refused:
         service, truth = Service(Path(place) / "disk" / "data", Path(place) / "serve.log"), Truth()
         try:
@@ -172,8 +172,9 @@ def campaign() -> Iterator[Campaign]:
 
 
 def _settled(client: httpx.Client, path: str, is_expected: Callable[[httpx.Response], bool]) -> httpx.Response:
-    """Returns the expected answer, or the last after half a minute: a process hears of changes by another within a
-    second, and a load that failed is not tried again for three."""
+    """Returns the expected answer, or the last one after half a minute: a process hears of another's changes within a
+    second, and does not repeat a failed load for three.
+    """
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -196,7 +197,7 @@ def _is_version(version: int, answer: httpx.Response) -> bool:
 
 
 def _truthful(fault: Fault, seen: Seen, began: float, ended: float) -> float | None:
-    """Returns how long `/readyz` did not say 503 although the fault was there; 0 where it may say 200."""
+    """Returns how long `/readyz` did not answer 503 during the fault; 0 if it may answer 200."""
     if not fault.unready:
         return 0
     during = [sent for sent, said in seen.readiness if began <= sent < ended and said.startswith("503")]

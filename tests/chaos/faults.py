@@ -1,4 +1,4 @@
-"""What is done to a service, one fault after another. Each is a block: it begins the fault, and its end mends it."""
+"""The faults of a service, each a block that begins the fault and mends it at its end."""
 
 import contextlib
 import os
@@ -27,13 +27,13 @@ _SPARED: Final = 3  # versions whose blobs a fault takes
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault, and what is expected of the service meanwhile.
+    """A fault, and what is expected of the service while it lasts.
 
     Args:
-        name: names it, on the command line too.
+        name: the fault's name, on the command line too.
         begin: returns the block of the fault.
         seconds: how long it lasts.
-        unready: whether `/readyz` must say 503 while it lasts.
+        unready: whether `/readyz` must answer 503 while it lasts.
         needs: what the machine must allow: nothing, mounts, or a file system of the data folder's own.
         replaces: whether a worker must be replaced, after so many seconds and 3.
     """
@@ -105,7 +105,7 @@ def _no_blobs(work: Work) -> Iterator[None]:
 
 
 def _merge(made: Path, aside: Path) -> None:
-    """Keep what a service stored meanwhile in a folder that it made itself: it may have acknowledged it."""
+    """Keeps what a service stored meanwhile in a folder that it made itself, because it may have acknowledged it."""
     for path in sorted(made.rglob("*"), reverse=True) if made.exists() else ():
         target = aside / path.relative_to(made)
         if path.is_dir():
@@ -166,7 +166,7 @@ def _damage(path: Path) -> None:
 
 
 def _lost_blobs(harm: Callable[[Path], None]) -> Callable[[Work], AbstractContextManager[None]]:
-    """Harm the keys and values of some versions and the weights of others; publishing the same files again mends it."""
+    """Harms keys and values of some versions and weights of others; publishing the same files mends them."""
 
     @contextmanager
     def lost(work: Work) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The service under chaos: two workers on a data folder, killed and started again on the same port."""
+"""Runs the service under chaos: two workers on a data folder, killed and started again on the same port."""
 
 import contextlib
 import json
@@ -18,14 +18,14 @@ from tests.processes import eventually, lines_of, workers_of
 
 _ENVIRONMENT = {
     "PREFIX_GARBAGE_GRACE": "5",
-    # So little that many reads are cold.
+    # This is so little that many reads are cold.
     "PREFIX_DEVICE_BYTES": str(2 << 20),
     "PREFIX_RENDERING_BYTES": str(2 << 20),
 }
 
 
 class Service:
-    """A service on `data_dir`; its log is beside, on another file system where the folder has its own."""
+    """A service on `data_dir`, with its log next to it, on another file system if the folder has its own."""
 
     def __init__(self, data_dir: Path, log: Path) -> None:
         self.data_dir, self.log = data_dir, log
@@ -34,7 +34,7 @@ class Service:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and return before it is ready. What runs on the folder still must end within seconds."""
+        """Starts the service and returns before it is ready; processes on the folder must end within seconds."""
         arguments = ["serve", "--port", str(self.port), "--data-dir", str(self.data_dir), "--workers", "2"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -42,7 +42,7 @@ class Service:
             )
 
     def wait_until_ready(self, seconds: float = 120) -> None:
-        """Return once both workers are ready.
+        """Waits until both workers are ready.
 
         Raises:
             AssertionError: they are not within `seconds`, or the service ended.
@@ -69,7 +69,7 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The supervisor."""
+        """Returns the supervisor's process id."""
         assert self._process is not None
         return self._process.pid
 
@@ -82,27 +82,27 @@ class Service:
 
     @property
     def key(self) -> str:
-        """The platform admin's key."""
+        """Returns the platform admin's key."""
         return (self.data_dir / "bootstrap.key").read_text().strip()
 
     def client(self, timeout: float = 5) -> httpx.Client:
-        """An HTTP client with that key."""
+        """Returns an HTTP client with that key."""
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=timeout)
 
     def kill(self) -> None:
-        """End the supervisor without warning."""
+        """Kills the supervisor without warning."""
         os.kill(self.pid, signal.SIGKILL)
         assert self._process is not None
         self._process.wait()
 
     def stop(self) -> int:
-        """End it in order. Returns the exit status."""
+        """Stops the service in order, and returns its exit status."""
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout=60)
 
     def end(self) -> None:
-        """End it, whatever state it is in."""
+        """Ends the service, whatever state it is in."""
         if self._process is not None and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGCONT)
@@ -112,7 +112,7 @@ class Service:
 
 @contextlib.contextmanager
 def own_file_system(place: Path, megabytes: int = 64) -> Iterator[str | None]:
-    """Mount a small file system on `place` while the block runs; yields why not, where that is not allowed."""
+    """Mounts a small file system on `place` until the block ends; yields why it could not, or None."""
     place.mkdir()
     mounted = _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "chaos", str(place))
     try:
@@ -124,7 +124,7 @@ def own_file_system(place: Path, megabytes: int = 64) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Let a folder be read-only while the block runs, also for who has files open there: a second mount covers it."""
+    """Makes a folder read-only by a second mount until the block ends, even for files that are open."""
     for arguments in (("--bind", str(folder), str(folder)), ("-o", "remount,bind,ro", str(folder))):
         if (refused := _run("mount", *arguments)) is not None:
             raise OSError(f"cannot make {folder} read-only: {refused}")
@@ -135,13 +135,13 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def _run(*command: str) -> str | None:
-    """Run a command. Returns what it said, if it failed."""
+    """Runs a command, and returns its error output if it failed."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return None if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}")
 
 
 def code_of(answer: httpx.Response) -> str:
-    """Returns status and code of an answer that failed, as `503 storage-failed`."""
+    """Returns status and code of a failed answer, as `503 storage-failed`."""
     try:
         return f"{answer.status_code} {answer.json()['code']}"
     except (json.JSONDecodeError, KeyError, TypeError):
@@ -149,5 +149,5 @@ def code_of(answer: httpx.Response) -> str:
 
 
 def now() -> float:
-    """Seconds since the epoch, as the log has them."""
+    """Returns the seconds since the epoch, as the log has them."""
     return time.time()

@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.chaos`: life, right bytes and nothing lost; times are for the command to judge."""
+"""Runs `python -m tests.chaos` in short: it checks bytes and losses, and leaves times to the command."""
 
 from dataclasses import replace
 from typing import Final
@@ -18,8 +18,9 @@ _CHOSEN: Final = (
 
 
 def test_a_service_in_use_survives_faults() -> None:
-    """A worker killed, the disk full, blobs damaged and away, the catalog locked, and in the end the supervisor killed:
-    whatever was acknowledged is there afterwards, and every answer was right."""
+    """A service survives a killed worker, a full disk, damaged and missing blobs, a locked catalog and a killed
+    supervisor. Whatever was acknowledged is there afterwards, and every answer was right.
+    """
     with campaign() as running:
         for name in _CHOSEN:
             fault = next(fault for fault in FAULTS if fault.name == name)

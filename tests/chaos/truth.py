@@ -1,4 +1,4 @@
-"""What a service under chaos has acknowledged, and what each answer must therefore be."""
+"""Records what a service under chaos has acknowledged, and decides what each answer must therefore be."""
 
 import hashlib
 import threading
@@ -14,8 +14,9 @@ SHAPE: Final = Shape(layers=4, heads=2, head_dim=32, tokens=16)
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one upload holds: the weights file, its SHA-256, and the SHA-256 of the keys and values that follow from it,
-    computed by an encoder that is not the service's."""
+    """The content of an upload: the weights file, its SHA-256, and the SHA-256 of the keys and values that follow from
+    it, computed by an encoder that is not the service's.
+    """
 
     seed: int
     weights: str
@@ -23,7 +24,7 @@ class Content:
 
     @property
     def file(self) -> bytes:
-        """The weights file, made again."""
+        """Makes the weights file again."""
         return SHAPE.weights(self.seed)[0]
 
 
@@ -35,7 +36,7 @@ def content(seed: int) -> Content:
 
 @dataclass(slots=True)
 class Adapter:
-    """One adapter, which a single owner changes."""
+    """An adapter that a single owner changes."""
 
     tenant: str
     name: str
@@ -47,18 +48,18 @@ class Adapter:
 
     @property
     def path(self) -> str:
-        """Its path in the API."""
+        """Returns the adapter's path in the API."""
         return f"/v1/tenants/{self.tenant}/adapters/{self.name}"
 
     @property
     def deletable(self) -> list[int]:
-        """Versions that no alias names and no fault uses; the newest stays."""
+        """Returns the versions, except the newest, that no alias names and no fault uses."""
         kept = {*self.aliases.values(), *self.spared, max(self.versions, default=0)}
         return [version for version in self.versions if version not in kept and version not in self.leaving]
 
 
 class Truth:
-    """The journal of acknowledged changes, and counts of answers that contradict it. Safe to share between threads."""
+    """The journal of acknowledged changes, and the answers that contradict it. Threads can share it."""
 
     def __init__(self, tenants: int = 2, adapters: int = 3) -> None:
         self.lock = threading.RLock()
@@ -68,12 +69,12 @@ class Truth:
         self.lost: list[str] = []
 
     def adapters(self) -> Iterator[Adapter]:
-        """Every adapter of every owner."""
+        """Yields every adapter of every owner."""
         for owned in self.owned:
             yield from owned
 
     def anything(self, random: Random) -> tuple[Adapter, int] | None:
-        """Returns a version that is acknowledged and stays for the time being, if there is one."""
+        """Returns an acknowledged version that is not being deleted, if there is one."""
         with self.lock:
             found = [
                 (adapter, version)
@@ -84,7 +85,7 @@ class Truth:
         return random.choice(found) if found else None
 
     def check_prefix(self, adapter: Adapter, version: int | None, digest: str) -> None:
-        """Compare a prefix that was read with what was published: as this version, or as any of the adapter."""
+        """Compares a prefix that was read with the published one, of this version or of any of the adapter."""
         with self.lock:
             expected = None if version is None else adapter.versions.get(version)
             right = digest in adapter.attempted if expected is None else digest == expected.key_values
@@ -92,12 +93,12 @@ class Truth:
             self.wrong.append(f"{adapter.path}@{version}: keys and values {digest}")
 
     def check_parameters(self, adapter: Adapter, version: int, file: bytes) -> None:
-        """Compare a weights file that was read with the one that was published."""
+        """Compares a weights file that was read with the published one."""
         if hashlib.sha256(file).hexdigest() != adapter.versions[version].weights:
             self.wrong.append(f"{adapter.path}@{version}: parameters")
 
     def check_missing(self, adapter: Adapter, version: int, why: str) -> None:
-        """Count an acknowledged version that the service denies, unless its deletion was asked for."""
+        """Counts an acknowledged version that the service denies, unless its deletion was asked for."""
         with self.lock:
             if version in adapter.versions and version not in adapter.leaving:
                 self.lost.append(f"{adapter.path}@{version}: {why}")

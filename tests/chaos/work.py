@@ -1,4 +1,4 @@
-"""Those who use a service while it suffers: owners that publish, move aliases and delete, readers, and a prober."""
+"""Callers of a service under chaos: owners that publish, move aliases and delete, readers, and a prober."""
 
 import hashlib
 import threading
@@ -24,7 +24,7 @@ _MOST_VERSIONS: Final = 6
 
 @dataclass
 class Seen:
-    """What callers saw since the last fault began. Appending and counting are atomic under the interpreter's lock."""
+    """Callers' observations since the last fault began. The interpreter's lock makes its changes atomic."""
 
     errors: Counter[str] = field(default_factory=Counter)
     reads: list[float] = field(default_factory=list)  # when requests that succeeded were sent
@@ -33,7 +33,7 @@ class Seen:
 
 
 class Work:
-    """Callers in threads. `seen` is what they saw; a campaign puts a new one there for each fault."""
+    """Callers in threads. `seen` has their observations; a campaign puts a new one there for each fault."""
 
     def __init__(self, service: Service, truth: Truth) -> None:
         self.service, self.truth = service, truth
@@ -47,7 +47,7 @@ class Work:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """All of them, while the block runs."""
+        """Runs all callers until the block ends."""
         owners = [lambda number=number: self._own(number) for number in range(len(self.truth.owned))]
         loops: list[Callable[[], None]] = [*owners, self._read_raw, self._read_raw, self._read_by_client, self._probe]
         threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
@@ -63,7 +63,7 @@ class Work:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Nothing is changed while the block runs: every change that was begun is acknowledged."""
+        """Holds changes back until the block ends, once every change that was begun has been acknowledged."""
         self._may_write.clear()
         try:
             for lock in self._writing:
@@ -75,7 +75,7 @@ class Work:
             self._may_write.set()
 
     def _own(self, number: int) -> None:
-        """Change the adapters of one owner. A change is sent until it is acknowledged."""
+        """Changes the adapters of one owner, and sends each change until it is acknowledged."""
         random = Random(number)  # noqa: S311 - the same changes each time
         with self.service.client() as client:
             while not self._stop.wait(_BETWEEN):
@@ -118,7 +118,7 @@ class Work:
         self._until_acknowledged(lambda: client.delete(f"{adapter.path}@{version}"), 204, 404)
 
     def _until_acknowledged(self, send: Callable[[], httpx.Response], *statuses: int) -> httpx.Response | None:
-        """Send a change until it is acknowledged. Returns None where the work ends before."""
+        """Sends a change until it is acknowledged; returns None if the work ends before."""
         while not self._stop.is_set():
             started = now()
             answer = self._answer(send)
@@ -141,7 +141,7 @@ class Work:
         return None
 
     def _read_raw(self) -> None:
-        """Read versions, aliases and weights files, half of the time on a connection of its own."""
+        """Reads versions, aliases and weights files, half of the time on a new connection."""
         random = Random(threading.get_ident())  # noqa: S311 - any order will do
         client = self.service.client()
         while not self._stop.wait(_BETWEEN):
@@ -179,7 +179,7 @@ class Work:
             self.seen.errors[code_of(answer)] += 1
 
     def _read_by_client(self) -> None:
-        """Read as a worker does."""
+        """Reads as a worker does."""
         random = Random(0)  # noqa: S311 - any order will do
         with PrefixClient(self.service.url, self.service.key, timeout=10, cache_bytes=1 << 18) as client:
             while not self._stop.wait(_BETWEEN):
@@ -200,7 +200,7 @@ class Work:
                     self.truth.check_prefix(adapter, version, digest.hexdigest())
 
     def _probe(self) -> None:
-        """Ask `/readyz`, on a new connection each time."""
+        """Asks `/readyz`, on a new connection each time."""
         while not self._stop.wait(0.1):
             started = now()
             try:
@@ -211,7 +211,7 @@ class Work:
 
 
 def key_values_of(body: bytes) -> str:
-    """Returns the SHA-256 of the keys and values in a stacked safetensors body; "" for what is none."""
+    """Returns the SHA-256 of the keys and values in a stacked safetensors body, or "" for a body without."""
     import json
 
     with suppress(ValueError, KeyError):

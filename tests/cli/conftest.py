@@ -20,7 +20,7 @@ Run = Callable[..., Finished]
 def on_terminal(
     columns: int, command: Sequence[str | Path], environment: dict[str, str] | None = None, until: str | None = None
 ) -> tuple[int, str]:
-    """Run a command on a terminal of so many columns. Returns its exit status and what it shows, without styles.
+    """Runs a command on a terminal of so many columns. Returns its exit status and what it shows, without styles.
 
     Once it has shown `until`, it is sent Ctrl+C.
     """
@@ -59,7 +59,7 @@ _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 @pytest.fixture
 def run(server: Server) -> Run:
-    """Run a command with the running service's URL and admin key in the environment; `typed` on a terminal."""
+    """Returns a function that runs a command with the service's URL and admin key; `typed` on a terminal."""
 
     def run_with_server(*arguments: str | Path, typed: str | None = None) -> Finished:
         environment = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.admin_key}

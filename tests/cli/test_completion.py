@@ -1,4 +1,4 @@
-"""Completion of adapters' names, as a shell asks for it: quick, and silent where the service does not answer."""
+"""Completion offers adapters' names as a shell asks for them, and nothing if the service does not answer."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ _PROGRAM = "import sys; sys.argv = ['prefix-service']; from prefix_service.cli i
 
 
 def completed(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What bash is offered for the last of these words."""
+    """Returns what bash is offered for the last of these words."""
     asked = {
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
@@ -32,7 +32,7 @@ def completed(words: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def environment(server: Server) -> dict[str, str]:
-    """Where the service is; it has adapters of two tenants whose names begin alike."""
+    """Publishes adapters of two tenants whose names begin alike; returns the environment that leads to them."""
     known = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.admin_key}
     for adapter in ("clitab-a/capitals", "clitab-a/caps", "clitab-a/my-cap", "clitab-b/x"):
         assert run_command("publish", LLAMA, adapter, environment=known).returncode == 0
@@ -55,14 +55,14 @@ def environment(server: Server) -> dict[str, str]:
     ],
 )
 def test_names_are_offered(environment: dict[str, str], words: str, offered: list[str]) -> None:
-    """Tenants until one is meant, then its adapters that begin so."""
+    """Completion offers tenants until one matches, then those of its adapters that match."""
     done = completed(words, **environment)
     assert done.stderr == ""
     assert done.stdout.split() == offered
 
 
 def test_a_tenants_key_completes_its_own_adapters(server: Server, environment: dict[str, str]) -> None:
-    """Without a word of its tenant; others are not there for it."""
+    """A tenant's key is offered its own adapters, even without its tenant's name, and no others."""
     reader = {**environment, "PREFIX_API_KEY": server.key("read", "clitab-a")}
     assert completed("prefix-service inspect clitab-a/capi", **reader).stdout.split() == ["clitab-a/capitals"]
     own = ["clitab-a/capitals", "clitab-a/caps", "clitab-a/my-cap"]
@@ -77,7 +77,7 @@ def test_a_tenants_key_completes_its_own_adapters(server: Server, environment: d
     "url", ["http://127.0.0.1:9", "http://192.0.2.1:8080", "http://prefix.invalid", "no URL", "file:///etc"]
 )
 def test_a_service_that_is_not_there_is_no_noise(url: str) -> None:
-    """Nothing is offered or said, within seconds."""
+    """Without a service completion offers and prints nothing, and ends within seconds."""
     began = time.monotonic()
     done = completed("prefix-service inspect acme/", PREFIX_URL=url)
     assert (done.stdout.split(), done.stderr) == ([], "")

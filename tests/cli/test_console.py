@@ -1,4 +1,4 @@
-"""`cli.console`: tables on terminals of every width and in pipes, and what is said while one waits."""
+"""`cli.console` fits tables to terminals of every width and to pipes, and says what a command waits for."""
 
 import os
 import subprocess
@@ -23,21 +23,21 @@ print_fields("acme/a", {{"digest": "{DIGEST}", "config": "a text of many words "
 
 
 def shown(columns: int, code: str) -> list[str]:
-    """The lines that code shows on a terminal."""
+    """Returns the lines that code shows on a terminal."""
     status, text = on_terminal(columns, [sys.executable, "-c", _BEGIN + code])
     assert status == 0, text
     return text.splitlines()
 
 
 def piped(code: str, columns: str = "40") -> list[str]:
-    """The lines that code writes into a pipe, whatever COLUMNS says."""
+    """Returns the lines that code writes into a pipe, whatever COLUMNS says."""
     command = [sys.executable, "-c", _BEGIN + code]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns})
     return done.stdout.splitlines()
 
 
 def test_a_pipe_gets_one_line_for_each_row() -> None:
-    """Nothing is wrapped or cropped, so that `grep` and `awk` find whole rows; numbers stand to the right."""
+    """In a pipe no row is wrapped or cropped, so that `grep` and `awk` find it; numbers are right-aligned."""
     assert piped(_TABLE) == [
         "Keys",
         "id                name                                 created              bytes                 uses",
@@ -49,12 +49,12 @@ def test_a_pipe_gets_one_line_for_each_row() -> None:
 
 
 def test_a_wide_terminal_shows_what_a_pipe_gets() -> None:
-    """Where there is room, nothing is folded."""
+    """A terminal with enough columns shows the table of a pipe."""
     assert shown(120, _TABLE) == piped(_TABLE)
 
 
 def test_a_terminal_of_80_columns_folds_between_words() -> None:
-    """Sentences first; ids, numbers and numbers with their units stay whole."""
+    """80 columns fold sentences first; ids, numbers and numbers with their units stay whole."""
     lines = shown(80, _TABLE)
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
@@ -65,7 +65,7 @@ def test_a_terminal_of_80_columns_folds_between_words() -> None:
 
 @pytest.mark.parametrize("columns", [20, 30, 45])
 def test_a_narrow_terminal_shows_a_block_for_each_row(columns: int) -> None:
-    """A line for each column, and the terminal alone breaks what is longer than it is."""
+    """A narrow terminal shows a line for each column of a row, and only the terminal breaks long ones."""
     lines = shown(columns, _TABLE)
     assert lines[0] == "Keys"
     assert [line.split()[0] for line in lines if line.startswith(("id", "uses"))] == ["id", "uses"] * 2
@@ -73,7 +73,7 @@ def test_a_narrow_terminal_shows_a_block_for_each_row(columns: int) -> None:
 
 
 def test_fields_on_80_columns() -> None:
-    """A text is folded beside its name; a word that does not fit there stands below it, whole."""
+    """A text is folded next to its name; a word that does not fit there is below it, whole."""
     assert shown(80, _FIELDS)[1] == f"digest   {DIGEST}"
     lines = shown(79, _FIELDS)
     assert lines[1:3] == ["digest", f"  {DIGEST}"]
@@ -84,7 +84,7 @@ def test_fields_on_80_columns() -> None:
 
 
 def test_a_head_is_folded_as_its_column_is() -> None:
-    """So that each name stands above its cells."""
+    """A column's head is folded with its column, and stays above its cells."""
     rows = '[["2026-11-26 04:07:15", "a-name-of-thirty-characters-00", 123456]]'
     lines = shown(50, f'print_table("t", ["created (UTC)", "name", "prefix tokens"], {rows})')
     assert lines[1:] == [
@@ -97,7 +97,7 @@ def test_a_head_is_folded_as_its_column_is() -> None:
 
 
 def test_a_sentence_is_folded_between_words() -> None:
-    """On a terminal; in a pipe it is one line, and so is what is meant to be copied."""
+    """A terminal folds a sentence between words; a pipe does not, and neither folds a command to copy."""
     sentence = "a sentence of some words (request 0123456789abcdef)"
     code = f"say({sentence!r})\nsay('  export PREFIX_URL=http://127.0.0.1:8080')"
     copied = "  export PREFIX_URL=http://127.0.0.1:8080"
@@ -106,18 +106,18 @@ def test_a_sentence_is_folded_between_words() -> None:
 
 
 def test_wide_characters_take_two_columns() -> None:
-    """Columns stand below each other in every script."""
+    """Columns are aligned in every script."""
     lines = piped('print_table("t", ["a", "b"], [["\u65e5\u672c", "x"], ["abcd", "y"]])')
     assert lines[3:] == ["\u65e5\u672c  x", "abcd  y"]
 
 
 def test_an_empty_table_has_its_head() -> None:
-    """And nothing else."""
+    """An empty table prints its title and head, and nothing else."""
     assert piped('print_table("Keys", ["id", "name"], [])') == ["Keys", "id  name", "--  ----"]
 
 
 def test_who_waits_sees_for_whom() -> None:
-    """After two seconds, on a terminal; not before, not once the block has ended, and not in a pipe."""
+    """A terminal shows what the command waits for after two seconds of waiting; a pipe does not."""
     code = "import time\nwith waiting_for('http://a:8080'):\n    time.sleep({})\ntime.sleep(1.5)"
     assert shown(80, code.format(0.2)) == []
     assert shown(80, code.format(2.5)) == ["waiting for http://a:8080 …"]

@@ -1,4 +1,4 @@
-"""`convert`: pickles and foreign layouts become a safe folder, as strictly as works."""
+"""`convert` makes a safe folder of pickles and foreign layouts, as strictly as possible."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ VARIANTS = CORPUS / "variants"
 def test_what_was_converted_is_served_as_peft_computes_it(
     run: Run, server: Server, tmp_path: Path, variant: str, source: str, opened: str
 ) -> None:
-    """Converted, published and fetched, the tensors are those of the case that the variant stands for."""
+    """A converted, published and fetched variant has the tensors of its case."""
     done = run("convert", VARIANTS / variant / source, tmp_path / "safe")
     assert done.returncode == 0, done.stderr
     assert opened in done.stdout
@@ -45,7 +45,7 @@ def test_what_was_converted_is_served_as_peft_computes_it(
 
 
 def assert_served(server: Server, name: str, variant: str) -> None:
-    """The tensors of batches of 1 and 3 are PEFT's; exactly so where no MLP ran."""
+    """Checks that the tensors of batches of 1 and 3 are PEFT's, exactly if no MLP ran."""
     about = json.loads((VARIANTS / variant / "variant.json").read_text())
     expected = load_file(CORPUS / about["expected"])
     with PrefixClient(server.url, server.admin_key) as client:
@@ -58,14 +58,14 @@ def assert_served(server: Server, name: str, variant: str) -> None:
 
 
 def test_a_full_checkpoint_is_served_as_it_was_cut(run: Run, server: Server) -> None:
-    """`publish` alone does for a full training checkpoint in safetensors."""
+    """`publish` alone serves a full training checkpoint in safetensors."""
     variant = "peft_full-accelerate-gpt2-proj"
     assert run("publish", VARIANTS / variant, "converted/cut").returncode == 0
     assert_served(server, "converted/cut", variant)
 
 
 class Harmful:
-    """Unpickling it makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class Harmful:
 
 
 def test_what_is_cut_out_is_the_file_that_safetensors_writes(tmp_path: Path) -> None:
-    """Byte for byte, whatever the dtypes: the same prefix is the same version, however it was cut."""
+    """The cut file is the one that safetensors writes, whatever the dtypes, so equal prefixes are one version."""
     source = VARIANTS / "peft_full-accelerate-gpt2-proj"
     tensors = load_file(source / "model.safetensors")
     for name, dtype in zip(sorted(tensors), itertools.cycle([torch.float32, torch.bfloat16, torch.float16])):
@@ -90,7 +90,7 @@ def test_what_is_cut_out_is_the_file_that_safetensors_writes(tmp_path: Path) -> 
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(run: Run, tmp_path: Path) -> None:
-    """What needs more than tensors is refused, and --unsafe is the owner's word that it may run."""
+    """`convert` refuses a pickle that needs more than tensors, unless its owner says `--unsafe`."""
     checkpoint, mark = tmp_path / "evil.pt", tmp_path / "it-ran"
     torch.save({"prompt_embeddings": torch.zeros(20, 96), "harm": Harmful(mark)}, checkpoint)
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
@@ -107,7 +107,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(run: Run, tmp_
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "module", "model_state_dict"])
 def test_a_training_frameworks_wrapping_is_looked_through(tmp_path: Path, wrapper: str) -> None:
-    """Lightning, DeepSpeed and plain training loops wrap the state dict; the prefix is found inside."""
+    """`convert` finds the prefix in the wrappers of Lightning, DeepSpeed and plain training loops."""
     state = {
         "base_model.lm_head.weight": torch.zeros(2, 2),
         "prompt_encoder.default.embedding.weight": torch.ones(20, 96),
@@ -120,7 +120,7 @@ def test_a_training_frameworks_wrapping_is_looked_through(tmp_path: Path, wrappe
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_checkpoint_without_a_config_takes_one_from_its_tensors(tmp_path: Path, projected: bool) -> None:
-    """P-tuning v2 leaves the base model's config.json alone: what it tells, and the tensors, make the adapter's."""
+    """`convert` makes the config of a P-tuning v2 checkpoint from the base model's config.json and the tensors."""
     tensors = {"transformer.prefix_encoder.embedding.weight": torch.ones(7, 32 if projected else 3 * 2 * 32)}
     if projected:
         tensors |= {
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_a_config_takes_one_from_its_tensors(tmp_path: Path
 
 
 def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Path) -> None:
-    """Frozen and trained rows are counted."""
+    """`convert` counts frozen and trained rows for the config."""
     save_file(
         {"frozen_embedding": torch.ones(1, 192), "trainable_embedding": torch.ones(4, 192)}, tmp_path / "m.safetensors"
     )
@@ -147,7 +147,7 @@ def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Pat
 
 
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
-    """Damaged files, files without a prefix, and folders with several checkpoints, each in words."""
+    """The error says what is wrong with a damaged file, a file without a prefix, or a folder with several."""
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
     with pytest.raises(InvalidCheckpoint, match=r"was not written by torch\.save"):
         convert(tmp_path / "cut.pt")
@@ -169,7 +169,7 @@ LAYERS, HEADS, SIZE = 3, 2, 8
 
 
 def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
-    """A file as the trainer saves it, its frozen lists named `kind`; `ParameterList`s as its cache holds them."""
+    """Returns a file as the trainer saves it, its frozen lists named `kind`, as `ParameterList`s."""
     torch.manual_seed(1)
     return {
         f"{name}_{part}": nn.ParameterList(
@@ -183,7 +183,7 @@ def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
 @pytest.mark.parametrize("as_lists", [False, True], ids=["ParameterList", "list"])
 def test_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
-    """By today's name and by the older one: one frozen and five trainable tokens are six, in that order."""
+    """One frozen and five trainable tokens are six in that order, under both names of the frozen lists."""
     state = cartridge(kind)
     torch.save({n: [p.detach() for p in v] for n, v in state.items()} if as_lists else state, tmp_path / "cache.pt")
     conversion = convert(tmp_path / "cache.pt")
@@ -204,14 +204,14 @@ def test_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_l
 
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
 def test_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
-    """Its lists are empty then."""
+    """A cartridge with empty frozen lists has no frozen tokens."""
     torch.save(cartridge(kind, frozen=0), tmp_path / "cache.pt")
     config = convert(tmp_path / "cache.pt").config
     assert (config["num_virtual_tokens"], config["num_frozen_tokens"]) == (5, 0)
 
 
 def test_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
-    """Nothing of a cartridge is dropped: what is not known is an error that names it, and nothing is written."""
+    """`convert` drops nothing of a cartridge: it names a list that it does not know, and writes nothing."""
     torch.save({**cartridge("frozen"), "pinned_keys": [torch.zeros(1, 2, 3, 8)] * 3}, tmp_path / "cache.pt")
     done = run("convert", tmp_path / "cache.pt", tmp_path / "out")
     assert done.returncode == 1
@@ -235,14 +235,14 @@ def test_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    """Each contradiction has its words."""
+    """The error names what in the cartridge contradicts itself."""
     torch.save({**cartridge("frozen"), **change}, tmp_path / "cache.pt")
     with pytest.raises(InvalidCheckpoint, match=message):
         convert(tmp_path / "cache.pt")
 
 
 def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
-    """A config that is given is not ignored."""
+    """`convert` uses a given config, and refuses one that contradicts the cartridge."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     config = {**convert(tmp_path / "cache.pt").config, "revision": "main"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -253,7 +253,7 @@ def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
-    """Of a training checkpoint: the base model, the optimizer's tensors, and objects that may hold more."""
+    """`convert` lists what it left out: the base model, the optimizer's tensors, and objects that may hold more."""
     state = {
         "state_dict": {"lm_head.weight": torch.zeros(2), "prompt_encoder.default.embedding.weight": torch.ones(20, 96)},
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}},
@@ -269,7 +269,7 @@ def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
-    """Cycles, two tensors of one name, sparse and repeated tensors, and a folder in a file's place."""
+    """Cycles, repeated names, sparse and repeated tensors, and a folder as a file are refused."""
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
     cycle: dict[str, Any] = {"a": 1}
     cycle["state_dict"] = cycle
@@ -292,7 +292,7 @@ def test_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
 
 
 def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> None:
-    """The second conversion into one folder is refused."""
+    """`convert` refuses a folder that has a conversion already."""
     source = VARIANTS / "legacy_bin-gpt2-n20-emb"
     assert run("convert", source, tmp_path / "out", "--json").returncode == 0
     again = run("convert", source, tmp_path / "out")
@@ -301,7 +301,7 @@ def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> 
 
 
 def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
-    """torch.load does not compare a zip's checksums, and would return another number."""
+    """`convert` compares a zip's checksums, which torch.load does not."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     with zipfile.ZipFile(tmp_path / "cache.pt") as archive:
         content = archive.read("cache/data/0")
@@ -321,7 +321,7 @@ def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
-    """Nobody is advised to open it with --unsafe."""
+    """The error says what a file without a checkpoint is, and does not advise `--unsafe`."""
     (tmp_path / "cache.pt").write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):
         convert(tmp_path / "cache.pt")

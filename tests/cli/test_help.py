@@ -1,4 +1,4 @@
-"""Help on a screen of 80 columns: every command in one whole line, every option with its default and variable."""
+"""Help fits a screen of 80 columns, with every command in a whole line and every option's default and variable."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ _SCREEN = 80
 
 
 def groups(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """A command, and if it is a group the commands below it."""
+    """Yields a command, and if it is a group the commands below it."""
     yield path, command
     for name, below in getattr(command, "commands", {}).items():
         yield from groups(below, (*path, name))
@@ -23,7 +23,7 @@ EVERY = dict(groups(typer.main.get_command(app)))
 
 
 def shown(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The help of a command, as a terminal of 80 columns has it."""
+    """Returns the help of a command, as a terminal of 80 columns has it."""
     monkeypatch.setenv("COLUMNS", str(_SCREEN))
     parent = click.Context(EVERY[()], info_name="prefix-service", terminal_width=_SCREEN)
     for depth in range(1, len(path) + 1):
@@ -34,7 +34,7 @@ def shown(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: " ".join(path) or "prefix-service")
 def test_a_help_fits_the_screen(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No line is longer, and no sentence is cut."""
+    """No line of a help is longer than the screen, and no sentence is cut."""
     lines = shown(path, monkeypatch).splitlines()
     assert max(map(len, lines)) <= _SCREEN
     assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage")]
@@ -42,7 +42,7 @@ def test_a_help_fits_the_screen(path: tuple[str, ...], monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: " ".join(path) or "prefix-service")
 def test_a_help_shows_defaults_and_variables(path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every option that has one."""
+    """A help shows the default and the variable of every option that has one."""
     text = " ".join(shown(path, monkeypatch).split())
     for parameter in EVERY[path].params:
         if parameter.envvar:

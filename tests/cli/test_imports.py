@@ -1,4 +1,4 @@
-"""Which commands do without torch, which takes seconds to import, and what one says that lacks the extra `server`."""
+"""Commands without tensors do not import torch, which takes seconds; others say if the extra `server` is missing."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from tests.cli.test_options import commands
 from tests.client.test_client import published
 from tests.conftest import CORPUS, Server
 
-# One process runs many commands, which spares their starts. The first that fails or imports too much ends it.
+# One process runs many commands, which saves their starts. The first that fails or imports too much ends it.
 _EACH = """
 import sys
 from prefix_service.cli import main
@@ -30,7 +30,7 @@ for words in sys.argv[1:]:
         assert not end.code, (words, end.code)
     assert not {"torch", "numpy"} & sys.modules.keys(), words
 """
-# As if nothing of the extra `server` was installed.
+# The process behaves as if nothing of the extra `server` was installed.
 _WITHOUT_SERVER = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -49,14 +49,14 @@ main()
 
 
 def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `prefix-service …` by a program."""
+    """Runs `prefix-service …` by a program."""
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 @pytest.fixture(scope="module")
 def service(server: Server) -> dict[str, str]:
-    """An environment that leads to a service with adapters."""
+    """Returns an environment that leads to a service with adapters."""
     with PrefixClient(server.url, server.admin_key) as client:
         for name in ("a", "leaving"):
             published(client, f"imports/{name}")
@@ -65,7 +65,7 @@ def service(server: Server) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data folder of a stopped service."""
+    """Returns the data folder of a stopped service."""
     data_dir = tmp_path_factory.mktemp("imports") / "data"
     with opened(Settings(data_dir=data_dir)):
         return data_dir
@@ -77,7 +77,7 @@ COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "conv
 
 @pytest.fixture(scope="module")
 def commands_on_a_service(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Every other command that talks to a service, one after another."""
+    """Returns the other commands that talk to a service, to be run one after another."""
     scratch = tmp_path_factory.mktemp("commands")
     with PrefixClient(server.url, server.admin_key) as client:
         rotated, revoked = (client.create_key("read")["id"] for _ in range(2))
@@ -98,13 +98,13 @@ def commands_on_a_service(server: Server, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_every_command_is_here(commands_on_a_service: list[str]) -> None:
-    """One that is new needs its line."""
+    """The lists of this module have every command."""
     every = {names[0] for names, _ in commands(typer.main.get_command(app))}
     assert {words.split()[0] for words in [*commands_on_a_service, *ON_A_FOLDER]} | COMPUTE == every
 
 
 def test_commands_on_a_service_do_without_torch(service: dict[str, str], commands_on_a_service: list[str]) -> None:
-    """Only who fetches tensors waits for it. Publishing cuts a prefix out of a checkpoint without it."""
+    """Only commands that fetch tensors import torch; `publish` cuts a prefix out without it."""
     done = run(_EACH, *commands_on_a_service, **service)
     assert done.returncode == 0, done.stderr
     assert "cut out the prefix: " in done.stderr
@@ -114,7 +114,7 @@ ON_A_FOLDER = ("key create --platform --scope read", "key list", "backup")
 
 
 def test_commands_on_a_folder_do_without_torch(folder: Path, tmp_path: Path) -> None:
-    """Keys and bytes are no tensors."""
+    """Commands on a data folder do not import torch."""
     asked = [f"{words} {tmp_path / 'copy' if words == 'backup' else ''} --data-dir {folder}" for words in ON_A_FOLDER]
     done = run(_EACH, *asked)
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def without_server() -> str:
 
 
 def test_commands_on_a_service_need_no_extra(service: dict[str, str], commands_on_a_service: list[str]) -> None:
-    """What `pip install prefix-service` brings is enough to publish and to manage."""
+    """`pip install prefix-service` is enough to publish and to manage."""
     once = (" --yes", "key rotate", "key revoke", "pull", "rollback", "alias rm")  # done already
     again = [words for words in commands_on_a_service if not any(one in words for one in once)]
     done = run(without_server() + _EACH, *again, **service)
@@ -134,7 +134,7 @@ def test_commands_on_a_service_need_no_extra(service: dict[str, str], commands_o
 
 @pytest.mark.parametrize("command", ["serve", "openapi", "backup copy", "key list"])
 def test_a_command_that_lacks_the_extra_says_so(folder: Path, command: str) -> None:
-    """In one line that can be pasted."""
+    """The error is one line with the `pip install` to paste."""
     of_folder = () if command == "openapi" else ("--data-dir", str(folder))
     done = run(without_server() + _MAIN, *command.split(), *of_folder)
     assert done.returncode == 1
@@ -149,6 +149,6 @@ def _required(extra: str | None) -> Iterator[str]:
 
 
 def test_the_extra_is_what_pyproject_says() -> None:
-    """And the command line itself needs none of it."""
+    """The extra has the packages that these tests hide, and the command line needs none of them."""
     assert set(_required("server")) == OF_SERVER
     assert {"typer", "rich"} <= set(_required(None))

@@ -1,6 +1,6 @@
-"""`--json` of every command: standard output is one JSON document, whether the command succeeds or fails.
+"""With `--json` every command prints one JSON document on standard output, whether it succeeds or fails.
 
-Commands run in this process, which spares it the start of ninety others. `serve` and `demo`, which end late, succeed in
+Commands run in this process, which saves the start of ninety others. `serve` and `demo`, which end late, succeed in
 `commands/test_serve.py` and `demo/test_demo.py`.
 """
 
@@ -74,7 +74,7 @@ Told = Callable[[str], tuple[int | str | None, Any]]
 
 @pytest.fixture(scope="module")
 def names(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the commands name: adapters, a key, a folder to write into, and a stopped service's."""
+    """Returns what the commands name: adapters, a key, a folder to write into, and a stopped service's."""
     with PrefixClient(server.url, server.admin_key) as client:
         for folder in (LLAMA, OTHER):
             published(client, NAME, folder)
@@ -114,14 +114,14 @@ def told(
 
 
 def test_every_command_is_here() -> None:
-    """One that is new needs its line."""
+    """The tables of this module have every command."""
     assert set(SUCCEED) == EVERY - {"serve", "demo"}
     assert set(FAIL) >= OF_NO_SERVICE - {"demo"}
 
 
 @pytest.mark.parametrize("command", sorted(SUCCEED))
 def test_what_succeeds_is_a_document(told: Told, command: str) -> None:
-    """And no error."""
+    """A command that succeeds prints a document without an error."""
     status, document = told(SUCCEED[command])
     assert not status, document
     assert "error" not in document
@@ -129,7 +129,7 @@ def test_what_succeeds_is_a_document(told: Told, command: str) -> None:
 
 @pytest.mark.parametrize("command", sorted(EVERY))
 def test_wrong_usage_is_a_document(told: Told, command: str) -> None:
-    """With the option that is none."""
+    """The document of wrong usage names the unknown option."""
     status, document = told(f"{command} --nonsense")
     assert (status, document["error"]["code"]) == (2, "wrong-usage")
     assert "--nonsense" in document["error"]["detail"]
@@ -137,14 +137,14 @@ def test_wrong_usage_is_a_document(told: Told, command: str) -> None:
 
 @pytest.mark.parametrize("command", sorted(EVERY - {"demo", "doctor"}))
 def test_what_fails_is_a_document(told: Told, command: str) -> None:
-    """Its code is the error's; `doctor` reports whatever it meets, and `demo` brings its own service."""
+    """The document has the error's code; `doctor` never fails so, and `demo` brings its own service."""
     words, code = FAIL.get(command) or (f"{SUCCEED[command]} --url nonsense", "invalid-request")
     status, document = told(words)
     assert (status, document["error"]["code"]) == (1, code)
 
 
 def test_no_is_a_document(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question that is answered so, too."""
+    """Answering a question with no prints a document with the code `aborted`."""
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("rich.prompt.Confirm.ask", lambda *_, **__: False)
     status, document = told(f"rm {NAME}")
@@ -152,6 +152,6 @@ def test_no_is_a_document(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_of_documents(tmp_path: Path, told: Told) -> None:
-    """A file that was written is named."""
+    """`openapi -o` prints the path of the file that it wrote."""
     assert told(f"openapi -o {tmp_path}/openapi.json") == (0, {"path": f"{tmp_path}/openapi.json"})
     assert json.loads((tmp_path / "openapi.json").read_text())["openapi"]

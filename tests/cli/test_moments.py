@@ -1,4 +1,4 @@
-"""`cli.moments`: durations and ends as a person writes them."""
+"""`cli.moments` parses durations and ends as a person writes them."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -21,14 +21,14 @@ from prefix_service.errors import InvalidInput
     ],
 )
 def test_durations(text: str, duration: timedelta) -> None:
-    """Weeks to seconds, one or several in a row."""
+    """A duration has one or several units, from weeks to seconds."""
     assert parse_duration(text) == duration
     assert abs(parse_end(text) - datetime.now(UTC) - duration) < timedelta(seconds=10)
 
 
 @pytest.mark.parametrize("text", ["", "7", "d", "7 d", "7D", "-7d", "7.5d", "7y", "0d", "0h0m", "٣d", "soon"])
 def test_what_is_no_duration(text: str) -> None:
-    """The words that were given are in the error, and how to write it."""
+    """The error says how to write a duration."""
     with pytest.raises(InvalidInput, match=r"is not a duration: write it as in 7d, 12h or 1h30m"):
         parse_duration(text)
 
@@ -44,7 +44,7 @@ def test_what_is_no_duration(text: str) -> None:
     ],
 )
 def test_ends(text: str, moment: datetime) -> None:
-    """Without a zone they are in UTC, and so is what comes of them."""
+    """An end without a zone is in UTC, and every parsed end is."""
     found = parse_end(text)
     assert (found, found.tzinfo) == (moment, UTC)
 
@@ -58,13 +58,13 @@ def test_ends(text: str, moment: datetime) -> None:
     ],
 )
 def test_what_is_no_end(text: str, words: str) -> None:
-    """No moment, one that has passed, or one that no date can be."""
+    """Text that is no moment, a past moment, or an impossible date is refused."""
     with pytest.raises(InvalidInput, match=words):
         parse_end(text)
 
 
 @pytest.mark.parametrize("text", ["36501d", "999999w", "999999w" * 300])
 def test_a_duration_without_end(text: str) -> None:
-    """Longer than a century, than the calendar, and than Python's own can be."""
+    """A duration longer than a century, than the calendar, or than Python's own is refused."""
     with pytest.raises(InvalidInput, match="is too long a duration: 36500d is the longest"):
         parse_duration(text)

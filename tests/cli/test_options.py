@@ -1,4 +1,4 @@
-"""`cli.options`: every command that leads to a service takes --url, --uds, --ca-file and the key."""
+"""Every command that talks to a service takes --url, --uds, --ca-file and the key."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ OF_NO_SERVICE = {"serve", "demo", "convert", "backup", "openapi"}
 
 
 def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], set[str]]]:
-    """Every command, by its name, with its options."""
+    """Yields every command by its name, with its options."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, *names, name)
@@ -29,7 +29,7 @@ def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], set[str
 
 
 def test_every_command_that_leads_to_a_service_takes_the_same_options() -> None:
-    """All four of them, and none where there is no service."""
+    """Commands that talk to a service take all four options, and others take none."""
     found = dict(commands(typer.main.get_command(app)))
     assert len(found) > 20
     for names, options in found.items():
@@ -40,14 +40,14 @@ def test_every_command_that_leads_to_a_service_takes_the_same_options() -> None:
 
 @pytest.fixture(scope="module")
 def on_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service on a Unix socket alone."""
+    """Yields a service that listens on a Unix socket alone."""
     folder = tmp_path_factory.mktemp("socket")
     with running_server(folder / "data", "--uds", str(folder / "s"), uds=folder / "s") as running:
         yield running
 
 
 def test_a_service_behind_a_unix_socket_is_managed(on_socket: Server) -> None:
-    """Tenants, adapters, keys and all."""
+    """Commands manage tenants, adapters and keys over a Unix socket."""
     way = ("--uds", str(on_socket.uds))
     admin = {"PREFIX_API_KEY": on_socket.admin_key, "PREFIX_URL": ""}
 
@@ -72,7 +72,7 @@ def test_a_service_behind_a_unix_socket_is_managed(on_socket: Server) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the proxy's half-closed sockets
 def test_a_service_behind_tls_is_managed(server: Server, tmp_path: Path) -> None:
-    """With an authority of one's own; without it the certificate is refused."""
+    """Commands trust the given authority, and refuse the certificate without it."""
     with tls_in_front_of(server.url, tmp_path) as (url, ca_file):
         admin = {"PREFIX_URL": url, "PREFIX_API_KEY": server.admin_key}
         trusting = run_command("whoami", "--ca-file", ca_file, environment=admin)

@@ -1,4 +1,4 @@
-"""A walk through the commands in a real terminal, tmux, of 80 and of 120 columns, as a person sees them."""
+"""Walks through the commands in a real terminal, tmux, of 80 and of 120 columns, as a person sees them."""
 
 import re
 import shutil
@@ -20,8 +20,9 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Terminal:
-    """A shell in tmux. `pages`, and the file `pages.txt` in the folder, record what each command showed; lines that the
-    terminal broke are joined again."""
+    """A shell in tmux. `pages`, and the file `pages.txt` in the folder, record what each command showed, with lines
+    that the terminal broke joined again.
+    """
 
     def __init__(self, columns: int, folder: Path, environment: dict[str, str]) -> None:
         self.columns, self.pages = columns, dict[str, str]()
@@ -49,7 +50,7 @@ class Terminal:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
 
     def run(self, *arguments: str | Path, status: int = 0) -> str:
-        """Run `prefix-service …`, which ends with this status. Returns the page that it showed."""
+        """Runs `prefix-service …`, which must end with this status, and returns the page that it showed."""
         typed = " ".join(str(argument) for argument in arguments)
         end = f"command {len(self.pages)} ended with status "
         steps = [
@@ -74,13 +75,13 @@ class Terminal:
         return self._tmux("capture-pane", "-p", "-J", "-S", "-")
 
     def close(self) -> None:
-        """End the shell and tmux."""
+        """Ends the shell and tmux."""
         self._tmux("kill-server")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service that only the walk uses, so that its pages hold what the walk did."""
+    """Yields a service that only the walk uses, so that its pages show only what the walk did."""
     with running_server(tmp_path_factory.mktemp("walk") / "data") as running:
         yield running
 
@@ -89,7 +90,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def terminal(
     request: pytest.FixtureRequest, own: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Terminal]:
-    """A terminal whose shell knows the service and its key."""
+    """Yields a terminal whose shell has the service's URL and key."""
     if shutil.which("tmux") is None:
         not_tested("tmux is not installed")
     environment = {"PREFIX_URL": own.url, "PREFIX_API_KEY": own.admin_key}
@@ -99,7 +100,7 @@ def terminal(
 
 
 def require_readable(terminal: Terminal, page: str) -> None:
-    """The terminal breaks no line but one that holds a single word, which would not fit; no text is cut in letters."""
+    """Checks that the terminal breaks only lines of a single word, and that no text is cut into letters."""
     for line in page.splitlines():
         assert len(line) <= terminal.columns or len(line.split()) == 1, line
     letters = [line for line in page.splitlines() if re.fullmatch(r"\s*\S{1,2}\s*", line)]
@@ -107,7 +108,7 @@ def require_readable(terminal: Terminal, page: str) -> None:
 
 
 def test_the_walk(terminal: Terminal, own: Server, tmp_path: Path) -> None:
-    """Publish, look, move, fetch, manage: ids, digests and numbers stay whole on every page."""
+    """Ids, digests and numbers stay whole on every page of publishing, looking, moving, fetching and managing."""
     name = f"walk{terminal.columns}/capitals-of-the-world"
     first = terminal.run("publish", LLAMA, name)
     assert f"published {name}@1" in first
@@ -152,7 +153,7 @@ def test_the_walk(terminal: Terminal, own: Server, tmp_path: Path) -> None:
 
 
 def test_who_waits_sees_for_whom(terminal: Terminal) -> None:
-    """A service that accepts and says nothing: after two seconds its address, after five an error."""
+    """For a service that accepts and never answers, a command shows its address while it waits, then an error."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         shown = terminal.run("list", "acme", "--url", url, status=1)

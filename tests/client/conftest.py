@@ -1,4 +1,4 @@
-"""Clients on the real server, and what stands between them and it."""
+"""Makes clients of the real server, and puts things between them and it."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
 
 
 class Counting(httpx.HTTPTransport):
-    """httpx's own transport, remembering what went through and able to damage it."""
+    """httpx's own transport, which remembers statuses, and can damage bodies."""
 
     def __init__(self, damage: Callable[[bytes], bytes] | None = None) -> None:
         super().__init__(verify=NO_TLS)
@@ -30,7 +30,7 @@ class Counting(httpx.HTTPTransport):
         self._damage = damage
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Pass a request on."""
+        """Passes a request on."""
         response = super().handle_request(request)
         self.statuses.append(response.status_code)
         if self._damage is None:
@@ -54,7 +54,7 @@ class Awaited:
 
 @pytest.fixture(params=["blocking", "async"])
 def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable[..., Any]]:
-    """Makes clients of either kind, under one set of rules, of the service or of what stands before it."""
+    """Yields a function that makes clients of either kind, of the service or of what stands before it."""
     loop = asyncio.new_event_loop()
     opened: list[Any] = []
 
@@ -73,7 +73,7 @@ def connect(request: pytest.FixtureRequest, server: Server) -> Iterator[Callable
 
 @pytest.fixture
 def client(connect: Callable[..., Any], server: Server) -> Any:
-    """Both clients, under one set of rules."""
+    """Returns a client of either kind."""
     return connect(server.url)
 
 
@@ -84,19 +84,19 @@ Peft = Callable[[str], Any]
 
 @pytest.fixture(scope="session")
 def adapter_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where PEFT saved an adapter for an architecture."""
+    """Returns the folder in which PEFT saved an adapter for an architecture."""
     return cache(lambda name: ARCHITECTURES[name].save_adapter(tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
 def peft_model(adapter_dir: Callable[[str], Path]) -> Peft:
-    """PEFT's own model of an architecture, with that adapter."""
+    """Returns PEFT's own model of an architecture, with that adapter."""
     return cache(lambda name: ARCHITECTURES[name].peft(adapter_dir(name)))
 
 
 @pytest.fixture(scope="session")
 def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[str], Prefix]:
-    """What PEFT saved, published to the real server and fetched from it."""
+    """Returns PEFT's adapter, published to the real server and fetched from it."""
 
     def publish_and_get(name: str) -> Prefix:
         upload = prepare_upload(adapter_dir(name))
@@ -109,5 +109,5 @@ def prefix_of(adapter_dir: Callable[[str], Path], server: Server) -> Callable[[s
 
 @pytest.fixture
 def pairs(prefix_of: Callable[[str], Prefix]) -> Pairs:
-    """The keys and values of that adapter, from the service."""
+    """Returns that adapter's keys and values, from the service."""
     return lambda name, batch_size=1: prefix_of(name).for_batch(batch_size).past_key_values

@@ -1,4 +1,4 @@
-"""A TCP proxy that counts what passes through it."""
+"""Counts what passes through a TCP proxy."""
 
 import contextlib
 import socket
@@ -10,21 +10,21 @@ from urllib.parse import urlsplit
 
 @dataclass
 class Counted:
-    """Where it listens, the connections that clients have made, and the bytes that have passed towards them."""
+    """The proxy's URL, the connections that clients have made, and the bytes that have passed towards them."""
 
     url: str
     received: int = 0
     connections: int = 0
 
     def taken(self) -> int:
-        """The bytes since this was called last."""
+        """Returns the bytes since its last call."""
         taken, self.received = self.received, 0
         return taken
 
 
 @contextlib.contextmanager
 def counting_proxy(url: str) -> Iterator[Counted]:
-    """A proxy to the server at `url`; it counts before it passes on, so that all that was read is counted."""
+    """Yields a proxy to the server at `url`; it counts before it passes on, so that all that was read is counted."""
     target = urlsplit(url)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         counted = Counted(f"http://127.0.0.1:{listener.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and configs: every kind of file that `convert` reads, with a few bytes changed, cut or repeated.
+"""Makes damaged checkpoints and configs: every kind of file that `convert` reads, with bytes changed, cut or repeated.
 
 `python -m tests.client.damaged 10000` tries ten thousand of them; the suite tries a few hundred.
 """
@@ -24,7 +24,7 @@ from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig
 from tests.conftest import CORPUS
 
-# All that `convert`, `write` and `prepare_upload` document for a damaged file; the command line prints each as a line.
+# These are the errors that `convert`, `write` and `prepare_upload` document; the command line prints each as a line.
 DOCUMENTED: Final = (InvalidCheckpoint, InvalidConfig, Conflict)
 BASE: Final = CORPUS / "bases/llama/config.json"
 CONFIG: Final = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
@@ -41,7 +41,7 @@ _TOKENS: Final = {
 
 
 def originals() -> dict[str, bytes]:
-    """Small sound files, by name: safetensors, zipped and bare pickles, and the two configs."""
+    """Returns small sound files by name: safetensors, zipped and bare pickles, and the two configs."""
     embedding = torch.randn(20, 96)
     lists = {
         f"{kind}_{part}": nn.ParameterList([nn.Parameter(torch.randn(1, 2, tokens, 8)) for _ in range(3)])
@@ -119,7 +119,7 @@ def _outcome(folder: Path, name: str, data: bytes, sound: dict[str, bytes], *, u
 
 
 def main(count: int) -> int:
-    """Print how many ended how, with a traceback of each undocumented kind; 1 if there was one."""
+    """Prints how many ended how, with a traceback of each undocumented kind; returns 1 if there was one."""
     outcomes: Counter[str] = Counter()
     shown: set[str] = set()
     for name, number, error in attempts(count, seed=1):

@@ -1,4 +1,4 @@
-"""An HTTP proxy for GETs that holds back some requests until a test lets them go, or cuts them off."""
+"""Holds some requests back in an HTTP proxy for GETs until a test lets them go, or cuts them off."""
 
 import contextlib
 import select
@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 
 @dataclass
 class Holder:
-    """Where it listens. It holds the requests whose head contains one of `patterns`: the service does not see them."""
+    """The proxy's URL. It holds the requests whose head contains one of `patterns`: the service does not see them."""
 
     url: str
     patterns: tuple[bytes, ...] = ()
@@ -20,13 +20,13 @@ class Holder:
     """Requests that are held now, and whose clients are there."""
 
     def hold(self, *patterns: bytes) -> None:
-        """Hold other requests than before; those that are held and match none of them go on."""
+        """Holds other requests than before; held ones that match none of the patterns go on."""
         with self.changed:
             self.patterns = patterns
             self.changed.notify_all()
 
     def wait_for(self, count: int, seconds: float = 60) -> None:
-        """Wait until so many requests are held."""
+        """Waits until so many requests are held."""
         with self.changed:
             assert self.changed.wait_for(lambda: self.waiting == count, seconds), self.waiting
 
@@ -34,7 +34,7 @@ class Holder:
         return any(pattern in head for pattern in self.patterns)
 
     def pass_when_free(self, head: bytes, client: socket.socket) -> bool:
-        """Wait while a request is held; False if its client leaves before."""
+        """Waits while a request is held; returns False if its client leaves before."""
         with self.changed:
             if not self._holds(head):
                 return True
@@ -53,7 +53,7 @@ class Holder:
 
 @contextlib.contextmanager
 def holding_proxy(url: str) -> Iterator[Holder]:
-    """A proxy to the server at `url`."""
+    """Yields a proxy to the server at `url`."""
     target = urlsplit(url)
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         holder = Holder(f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -91,7 +91,7 @@ def _serve(client: socket.socket, target: SplitResult, holder: Holder) -> None:
 
 
 def _pass_answer(server: socket.socket, client: socket.socket) -> None:
-    """Pass on one answer, whose head declares its length unless it has no body."""
+    """Passes on one answer, whose head declares its length unless it has no body."""
     received = b""
     while b"\r\n\r\n" not in received:
         if not (data := server.recv(1 << 16)):

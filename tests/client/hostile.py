@@ -1,4 +1,4 @@
-"""A server that answers as it is told, byte by byte, and a small prefix to answer with."""
+"""A server that answers as a script says, byte by byte, and a small prefix to answer with."""
 
 import contextlib
 import re
@@ -17,11 +17,11 @@ from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.rendering import Rendering
 
 Script = Callable[[socket.socket], None]
-"""What is done with one connection."""
+"""Serves one connection."""
 
 
 def prefix_body(tokens: int = 20, layers: int = 3) -> bytes:
-    """A prefix as the service sends it to this client: `[1, layers, 2, 2, tokens, 8]` float32, counting up."""
+    """Returns a prefix as the service sends it to this client: `[1, layers, 2, 2, tokens, 8]` float32, counting up."""
     identity = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", tokens, layers, 2, 8)
     variant = Variant("float32", 1, (0, layers), (0, 2), "stacked", expand=False)
     values = torch.arange(layers * 2 * 2 * tokens * 8, dtype=torch.float32).view(layers, 2, 2, tokens, 8)
@@ -33,19 +33,19 @@ BODY = prefix_body()
 
 
 def repr_digest(body: bytes = BODY) -> str:
-    """The header line of a body's digest."""
+    """Returns the header line of a body's digest."""
     return f"Repr-Digest: {format_digest('crc32c', digest_of('crc32c', body))}"
 
 
 def answer(body: bytes = BODY, *lines: str, status: str = "200 OK") -> bytes:
-    """A plain answer, with more header lines."""
+    """Returns a plain answer, with more header lines."""
     head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", 'ETag: "e"', repr_digest(body), *lines]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 @dataclass
 class Hostile:
-    """Where it listens, and what it has read: the requests of each connection, in order."""
+    """The server's URL, and what it has read: the requests of each connection, in order."""
 
     url: str
     uds: str | None
@@ -53,7 +53,7 @@ class Hostile:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """One request's head, and its body if it has a length; what came of it where the client has gone."""
+    """Returns one request's head, and its body if it has a length, or what came of it if the client has gone."""
     received = b""
     while b"\r\n\r\n" not in received and (data := connection.recv(65536)):
         received += data
@@ -67,7 +67,7 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 def says(*answers: bytes) -> Script:
-    """Answers to the requests of one connection, which then ends."""
+    """Returns a script that answers the requests of one connection, which then ends."""
 
     def script(connection: socket.socket) -> None:
         for each in answers:
@@ -79,7 +79,7 @@ def says(*answers: bytes) -> Script:
 
 @contextlib.contextmanager
 def hostile_server(*scripts: Script, uds: bool = False) -> Iterator[Hostile]:
-    """One script for each connection that comes, over TCP or a Unix socket; the last one again for those beyond."""
+    """Yields a server with a script for each connection, over TCP or a Unix socket; the last one serves all others."""
     with contextlib.ExitStack() as stack:
         if uds:
             path = f"{stack.enter_context(tempfile.TemporaryDirectory())}/s"

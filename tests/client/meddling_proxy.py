@@ -1,4 +1,4 @@
-"""An HTTP proxy that asks the service something else than it was asked, and passes on the answer untouched."""
+"""An HTTP proxy that changes the question to the service, and passes the answer on unchanged."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]+)\r\n", re.IGNORECASE)
 
 @dataclass
 class Meddler:
-    """Where it listens; in each request's head that contains `only` it replaces the keys of `swaps` by their values."""
+    """The proxy's URL; in each request's head that contains `only` it replaces the keys of `swaps` by their values."""
 
     url: str
     uds: str | None = None
@@ -24,7 +24,7 @@ class Meddler:
     """Requests that were changed."""
 
     def changed(self, head: bytes) -> bytes:
-        """The head that the service is sent."""
+        """Returns the head that the service is sent."""
         for asked, other in self.swaps.items():
             if asked in head and self.only in head:
                 self.swapped += 1
@@ -34,7 +34,7 @@ class Meddler:
 
 @contextlib.contextmanager
 def meddling_proxy(url: str, uds: str | Path | None = None, listen: Path | None = None) -> Iterator[Meddler]:
-    """A proxy to the server at `url`, or at the Unix socket `uds`; it listens on the socket `listen`, or on TCP."""
+    """Yields a proxy to the server at `url`, or at the Unix socket `uds`; it listens on `listen`, or on TCP."""
     target = urlsplit(url)
     with contextlib.ExitStack() as stack:
         if listen is None:

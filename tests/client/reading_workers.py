@@ -1,5 +1,4 @@
-"""A data set whose items are read from the service, as a training job's workers do, and adapters that tell each other
-apart."""
+"""A data set whose items are read from the service, as by a training job's workers, and numbered adapters."""
 
 import asyncio
 import io
@@ -17,7 +16,7 @@ ADAPTERS: Final = 6
 
 
 def publish_numbered(client: PrefixClient, tenant: str) -> None:
-    """Publish adapters of which every key and value is the adapter's own number."""
+    """Publishes adapters of which every key and value is the adapter's own number."""
     config = (LLAMA / "adapter_config.json").read_bytes()
     for number in range(ADAPTERS):
         weights = save({"prompt_embeddings": torch.full((20, 3 * 2 * 2 * 8), float(number))})
@@ -25,7 +24,7 @@ def publish_numbered(client: PrefixClient, tenant: str) -> None:
 
 
 def numbers_in(prefix: Any) -> list[float]:
-    """The values that a prefix has."""
+    """Returns the different values of a prefix."""
     return [float(value) for value in prefix.kv.tensor.unique()]
 
 

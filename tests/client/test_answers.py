@@ -1,5 +1,4 @@
-"""Whatever a server answers, a method raises no other error than those of `errors`, in time and in bounded
-memory."""
+"""For any answer of a server, a method raises only errors of `errors`, in time and in bounded memory."""
 
 import contextlib
 import gzip
@@ -23,7 +22,7 @@ TENSORS: Final = "Content-Type: application/vnd.safetensors"
 
 
 def with_metadata(metadata: Any) -> bytes:
-    """A prefix whose metadata are replaced."""
+    """Returns a prefix whose metadata are replaced."""
     length = int.from_bytes(BODY[:8], "little")
     header = json.loads(BODY[8 : 8 + length])
     header["__metadata__"]["prefix"] = metadata if isinstance(metadata, str) else json.dumps(metadata)
@@ -33,19 +32,19 @@ def with_metadata(metadata: Any) -> bytes:
 
 
 def metadata() -> dict[str, Any]:
-    """Those of a sound prefix."""
+    """Returns the metadata of a sound prefix."""
     length = int.from_bytes(BODY[:8], "little")
     found: dict[str, Any] = json.loads(json.loads(BODY[8 : 8 + length])["__metadata__"]["prefix"])
     return found
 
 
 def told(value: Any) -> bytes:
-    """JSON as an answer."""
+    """Returns JSON as an answer."""
     return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), JSON)
 
 
 def problem(value: Any, *lines: str, status: str = "422 Unprocessable Content") -> bytes:
-    """A problem as an answer."""
+    """Returns a problem as an answer."""
     return answer(value if isinstance(value, bytes) else json.dumps(value).encode(), PROBLEM, *lines, status=status)
 
 
@@ -122,7 +121,7 @@ ANSWERS: dict[str, bytes] = {
 
 
 def failure_of(client: Any, call: Call) -> BaseException | None:
-    """The error of a call that no documentation names."""
+    """Returns the error of a call that no documentation names, or None."""
     try:
         called(client, call)
     except PrefixServiceError as error:
@@ -139,13 +138,13 @@ CONTENT_WITH_ANYTHING = {
     *("is_ready", "whoami", "key", "create_key", "shorten_key", "load", "tenant", "put_tenant", "put_alias"),
     *("put_alias once", "card", "put_card", "put_annotations", "put_base_model", "base_model", "config_file"),
 }
-"""Calls that return whatever object comes, or look at none."""
+"""Calls that return any object, or ignore the content."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SMALL)
 def test_only_documented_errors_come_out(kind: type[Any], name: str) -> None:
-    """Of every method, for every answer of the table."""
+    """Every method raises only documented errors, for every answer of the table."""
     wrong: dict[str, BaseException] = {}
     took: dict[str, float] = {}
     sent = [b""]
@@ -182,7 +181,7 @@ IDENTIFIED: Final = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("told", IDENTIFIED.values(), ids=IDENTIFIED)
 def test_an_error_carries_the_id_of_its_request(kind: type[Any], told: bytes) -> None:
-    """Whether the service reported it or the client found it; a traceback shows it, the message stays as it is."""
+    """Errors of service and client have the request's id, which a traceback shows and the message does not."""
     for name in ("get", "inspect"):
         with hostile_server(says(told)) as server, pytest.raises(PrefixServiceError) as raised:
             called(kind(server.url, timeout=60), CALLS[name])
@@ -194,7 +193,7 @@ def test_an_error_carries_the_id_of_its_request(kind: type[Any], told: bytes) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in READING])
 def test_what_a_call_makes_of_an_answer_has_its_id(kind: type[Any], name: str) -> None:
-    """Every call that finds an answer to be none says which request that was; those that look at nothing succeed."""
+    """A call that cannot use an answer raises with the request's id; calls that ignore the content succeed."""
     nonsense = answer(b'{"items": [[]], "next": 1, "a": 2}', JSON, "X-Request-ID: r-1")
     may_succeed: Any = contextlib.nullcontext() if name in CONTENT_WITH_ANYTHING else pytest.raises(PrefixServiceError)
     with hostile_server(says(nonsense)) as server, may_succeed as raised:
@@ -204,7 +203,7 @@ def test_what_a_call_makes_of_an_answer_has_its_id(kind: type[Any], name: str) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_of_a_row_has_the_id_of_its_request(kind: type[Any]) -> None:
-    """The request that fetched the row, which is named too."""
+    """The error of a row has the id of the request that fetched it."""
     found = problem({"code": "not-found", "detail": "x"}, "X-Request-ID: r-1", status="404 Not Found")
     with hostile_server(says(found)) as server, pytest.raises(NotFound, match="row 1: x") as raised:
         called(kind(server.url, timeout=5), lambda client: client.get_many([None, "a/b"]))
@@ -213,7 +212,7 @@ def test_an_error_of_a_row_has_the_id_of_its_request(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("lines", [(), ("X-Request-ID: a b",), ("X-Request-ID: " + "x" * 129,)])
 def test_an_id_that_is_none_is_not_carried(lines: tuple[str, ...]) -> None:
-    """What came may be anything, and goes to a terminal."""
+    """A malformed id, which might reach a terminal, is dropped."""
     told = problem({"code": "not-found", "detail": "x"}, *lines)
     with hostile_server(says(told)) as server, pytest.raises(NotFound) as raised:
         called(PrefixClient(server.url, timeout=60), CALLS["inspect"])
@@ -222,7 +221,7 @@ def test_an_id_that_is_none_is_not_carried(lines: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_413_of_a_proxy_says_what_to_raise(kind: type[Any]) -> None:
-    """A problem document is the service's own limit; anything else is that of something in front of it."""
+    """A 413 without a problem document is reported as a limit of something in front of the service."""
     page = answer(b"<html>413 Request Entity Too Large</html>", "Content-Type: text/html", status="413 Too Large")
     words = "413 from something in front of the service: raise its body limit"
     with hostile_server(says(page)) as server, pytest.raises(TooLarge, match=words):

@@ -1,4 +1,4 @@
-"""What both clients promise: references, batches, the local cache, and one tree of errors."""
+"""Both clients keep the promises of references, batches, the local cache, and one tree of errors."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ _names = itertools.count()
 
 
 def published(client: Any, adapter: str, folder: Path = LLAMA) -> dict[str, Any]:
-    """Publish a corpus adapter."""
+    """Publishes a corpus adapter, and returns its version."""
     with (folder / "adapter_model.safetensors").open("rb") as weights:
         version, _ = client.publish_files(adapter, (folder / "adapter_config.json").read_bytes(), weights)
     return dict(version)
@@ -54,7 +54,7 @@ def test_get_returns_what_peft_computes(client: Any) -> None:
 
 
 def test_a_folder_is_published_as_peft_wrote_it(client: Any, server: Server) -> None:
-    """Named by a path or by its text; the files arrive byte for byte, and again they are the same version."""
+    """A folder, named by a path or text, is stored byte for byte, and again it is the same version."""
     name = f"folder{next(_names)}"
     version, is_new = client.publish(f"clients/{name}", LLAMA)
     assert (version["version"], is_new) == (1, True)
@@ -65,7 +65,7 @@ def test_a_folder_is_published_as_peft_wrote_it(client: Any, server: Server) -> 
 
 
 def test_a_folder_without_dimensions_is_published_with_the_base_models(client: Any, tmp_path: Path) -> None:
-    """`base_model_config` names that file; of a training checkpoint the prefix alone is sent."""
+    """`base_model_config` supplies them; of a training checkpoint only the prefix is sent."""
     config = json.loads((LLAMA / "adapter_config.json").read_text())
     base = {"model_type": "llama", "num_hidden_layers": config["num_layers"], "hidden_size": config["token_dim"]}
     base |= {"num_attention_heads": config["num_attention_heads"]}
@@ -90,7 +90,7 @@ def _kv(client: Any, folder: Path) -> torch.Tensor:
 
 
 def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path) -> None:
-    """Missing, empty, or with a pickle: said without a request."""
+    """The error names a folder that is missing, empty, or has a pickle, before any request."""
     empty, pickled = tmp_path / "empty", tmp_path / "pickled"
     for folder in (empty, pickled):
         folder.mkdir()
@@ -107,8 +107,9 @@ def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path)
 
 
 def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) -> None:
-    """What `get` says of a version, by one small request, whatever the reference; the base model of a version is asked
-    for once in a minute."""
+    """`resolve` returns what `get` says of a version, by one small request, whatever the reference; it asks for a
+    version's base model once a minute.
+    """
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through) as client:
         first, second = published(client, "clients/resolved"), published(client, "clients/resolved", GPT2)
@@ -131,7 +132,7 @@ def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) ->
 def test_resolve_knows_the_base_model(
     client: Any, connect: Any, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it was within the last minute, its absence too; the client that changes it knows immediately."""
+    """`resolve` remembers a base model, or its absence, for a minute; the client that changes it knows immediately."""
     version = f"clients/known-{next(_names)}"
     published(client, version)
     other = connect(server.url)
@@ -153,7 +154,7 @@ def test_resolve_knows_the_base_model(
 
 
 def test_resolve_takes_a_service_without_base_models(connect: Any) -> None:
-    """An older one answers 404; what is no fingerprint is refused."""
+    """`resolve` accepts the 404 of an older service, and refuses what is no fingerprint."""
     about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64, "peft_type": "PREFIX_TUNING"}
     about |= {"num_virtual_tokens": 1, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "dtype": "float32"}
     kind = "Content-Type: application/json"
@@ -170,7 +171,7 @@ def test_resolve_takes_a_service_without_base_models(connect: Any) -> None:
 
 
 def test_adapters_come_page_by_page(client: Any) -> None:
-    """Each page with the cursor of the next; the last one has none."""
+    """Each page has the next one's cursor, and the last has none."""
     for name in ("one", "three", "two"):
         published(client, f"clients-paged/{name}")
     first, cursor = client.list_page("clients-paged", limit=2)
@@ -181,14 +182,14 @@ def test_adapters_come_page_by_page(client: Any) -> None:
 
 
 def test_a_service_tells_its_release_and_clock(client: Any) -> None:
-    """Without a key, too."""
+    """`service` returns the service's release and time."""
     found = client.service()
     assert found.version == installed("prefix-service")
     assert abs((found.time - datetime.now(UTC)).total_seconds()) < 30
 
 
 def test_resolve_refuses_a_description_that_is_none(connect: Any) -> None:
-    """A size that is missing or no number is an error of this project, before anybody computes with it."""
+    """A size that is missing or no number raises an error of this project before it is used."""
     about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64, "peft_type": "PREFIX_TUNING"}
     about |= {"num_virtual_tokens": 1, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "dtype": "float32"}
     wrong: list[dict[str, Any]] = [
@@ -207,7 +208,7 @@ def test_resolve_refuses_a_description_that_is_none(connect: Any) -> None:
 
 
 def test_every_kind_of_reference(client: Any, server: Server) -> None:
-    """latest, a number, a digest and an alias mean the version that they name."""
+    """latest, a number, a digest and an alias return the version that they name."""
     first = published(client, "clients/refs")
     second = published(client, "clients/refs", GPT2)
     path = "/v1/tenants/clients/adapters/refs/aliases/prod"
@@ -218,7 +219,7 @@ def test_every_kind_of_reference(client: Any, server: Server) -> None:
 
 
 def test_ranges_and_dtypes(client: Any) -> None:
-    """Ranges of layers and heads and a dtype are the service's; float8 arrives as float32 within its error."""
+    """Ranges of layers and heads and a dtype are the service's, and float8 arrives as float32 within its error."""
     published(client, "clients/forms")
     whole = client.get("clients/forms").kv.tensor
     part = client.get("clients/forms", layers=(1, 3), kv_heads=(0, 1), dtype="bfloat16").kv
@@ -230,7 +231,7 @@ def test_ranges_and_dtypes(client: Any) -> None:
 
 
 def test_the_error_of_float8_is_told_beside_its_bytes(client: Any) -> None:
-    """Each figure is that of the two renderings; no value is off by more than half a step of the format."""
+    """The figures are those of the two renderings, and no value is off by more than half a step of the format."""
     published(client, "clients/float8")
     told = client.float8_error("clients/float8")
     exact, found = (client.get("clients/float8", dtype=dtype).kv.tensor for dtype in (None, "float8_e4m3fn"))
@@ -245,7 +246,7 @@ def test_the_error_of_float8_is_told_beside_its_bytes(client: Any) -> None:
 
 
 def test_the_error_of_float8_where_all_is_zero(client: Any) -> None:
-    """Zeros travel exactly."""
+    """Zeros have no float8 error."""
     config = (LLAMA / "adapter_config.json").read_bytes()
     zeros = save({"prompt_embeddings": torch.zeros(20, 3 * 2 * 2 * 8)})
     client.publish_files("clients/zeros", config, io.BytesIO(zeros))
@@ -255,7 +256,7 @@ def test_the_error_of_float8_where_all_is_zero(client: Any) -> None:
 
 
 def test_masks_and_positions(client: Any) -> None:
-    """Ones stand in front, in the mask's own dtype; real tokens count from N, padded left or right."""
+    """Ones precede the mask in its own dtype, and real tokens count from N, padded left or right."""
     published(client, "clients/masks")
     prefix = client.get("clients/masks")
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
@@ -265,7 +266,7 @@ def test_masks_and_positions(client: Any) -> None:
 
 
 def test_listing_goes_through_every_page(client: Any) -> None:
-    """A listing longer than a page comes whole, in the order of names."""
+    """`list` returns all pages in the order of names."""
     names = [f"many-{number}" for number in range(3)]
     for name in names:
         published(client, f"listing/{name}")
@@ -292,14 +293,14 @@ def test_listing_goes_through_every_page(client: Any) -> None:
     ],
 )
 def test_errors_arrive_as_the_class_that_the_service_raised(client: Any, call: Any, error: type[Exception]) -> None:
-    """What goes wrong on the other side is raised here, under the same name."""
+    """The client raises the service's error, under the same name."""
     published(client, "clients/errors")
     with pytest.raises(error):
         call(client)
 
 
 def test_keys_that_do_not_do(server: Server) -> None:
-    """No key, a wrong one, and one of too small a scope are told apart; another tenant's adapter is not found."""
+    """Errors tell a missing key, a wrong one, and too small a scope apart; another tenant's adapter is not found."""
     with PrefixClient(server.url, server.admin_key) as admin:
         published(admin, "clients/keys")
     with PrefixClient(server.url) as nobody, pytest.raises(Unauthenticated):
@@ -313,7 +314,7 @@ def test_keys_that_do_not_do(server: Server) -> None:
 
 
 def test_the_cache_revalidates_what_may_move_and_never_what_cannot(server: Server) -> None:
-    """`latest` costs a 304, a version nothing; a move is seen at once, and `clear_cache` forgets."""
+    """`latest` costs a 304, and a version nothing; a move is seen immediately, and `clear_cache` forgets."""
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through) as client:
         published(client, "clients/cached")
@@ -333,7 +334,7 @@ def test_the_cache_revalidates_what_may_move_and_never_what_cannot(server: Serve
 
 
 def test_the_cache_is_bounded(server: Server) -> None:
-    """What exceeds the budget leaves, the least recently used first."""
+    """Beyond the budget the least recently used prefix is dropped."""
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through, cache_bytes=20_000) as client:
         for name in ("one", "two", "three"):
@@ -367,7 +368,7 @@ def test_one_client_serves_many_threads(server: Server) -> None:
 
 
 def test_prefetch_brings_many_at_once(client: Any) -> None:
-    """What was prefetched is there without a request, in the form that was asked for."""
+    """A prefetched version is there without a request, in the requested form."""
     versions = [published(client, f"prefetch/{name}") for name in ("one", "two", "three")]
     names = [f"prefetch/{version['adapter']}@{version['version']}" for version in versions]
     client.prefetch(names, dtype="bfloat16", concurrency=2)
@@ -379,7 +380,7 @@ def test_prefetch_brings_many_at_once(client: Any) -> None:
 
 
 def test_prefetch_raises_the_first_failure_when_all_is_done(client: Any) -> None:
-    """One that is missing costs the others nothing."""
+    """`prefetch` fetches the others although one is missing, and raises the first failure."""
     last = f"prefetch/last@{published(client, 'prefetch/last')['version']}"
     with pytest.raises(NotFound, match="missing-1"):
         client.prefetch(["prefetch/missing-1", "prefetch/missing-2", "Prefetch/bad", last], concurrency=1)
@@ -388,7 +389,7 @@ def test_prefetch_raises_the_first_failure_when_all_is_done(client: Any) -> None
 
 
 def test_materialised_rows_may_be_written_to(client: Any) -> None:
-    """Each row has memory of its own; neither the other rows nor the cache see what is written."""
+    """Each materialised row has its own memory; neither other rows nor the cache see what is written."""
     published(client, "clients/rows")
     prefix = client.get("clients/rows@1", batch_size=3, materialise=True)
     shared = client.get("clients/rows@1", batch_size=3)
@@ -423,7 +424,7 @@ client.close()
 
 
 def test_torch_comes_with_the_first_prefix(server: Server) -> None:
-    """Neither the import nor what manages adapters waits for torch, which takes seconds."""
+    """Neither the import nor the management of adapters imports torch, which takes seconds."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "lazy/a")
     command = [sys.executable, "-c", WITHOUT_TORCH, server.url, server.admin_key]
@@ -432,6 +433,6 @@ def test_torch_comes_with_the_first_prefix(server: Server) -> None:
 
 
 def test_commands_do_without_torch() -> None:
-    """`prefix-service list` and its like load no more than they need."""
+    """The command line's module imports neither torch nor pydantic nor httpx."""
     code = "import sys, prefix_service.cli.app; assert not {'torch', 'pydantic', 'httpx'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ from tests.client.damaged import DOCUMENTED, attempts, damaged, originals
 
 
 def test_every_damaged_file_ends_in_one_line() -> None:
-    """A few hundred mutations of every format, seeded: nothing but documented errors, each of one line."""
+    """Hundreds of seeded mutations of every format raise only documented errors, each of one line."""
     kinds: Counter[str] = Counter()
     for name, number, error in attempts(480):
         kinds[type(error).__name__] += 1
@@ -17,6 +17,6 @@ def test_every_damaged_file_ends_in_one_line() -> None:
 
 
 def test_mutations_are_mutations() -> None:
-    """Nearly all of them change the file."""
+    """Nearly all mutations change the file."""
     draw = random.Random(0)  # noqa: S311 - reproducible, not secret
     assert all(sum(damaged(draw, data) != data for _ in range(50)) > 45 for data in originals().values())

@@ -1,5 +1,6 @@
-"""A client after `fork()`, and in processes that are started otherwise: no other adapter's tensors, no hang, and the
-parent goes on undisturbed."""
+"""After `fork()`, and in processes that are started otherwise, a client gets no other adapter's tensors and does not
+hang, and the parent goes on undisturbed.
+"""
 
 import asyncio
 import gc
@@ -32,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service on a Unix socket, with shared memory."""
+    """Yields a service on a Unix socket, with shared memory."""
     folder = tmp_path_factory.mktemp("forks")
     socket = folder / "s"
     environment = {"PREFIX_SHARED_DIR": str(folder / "shared")}
@@ -44,14 +45,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def numbered(server: Server) -> Server:
-    """The service with the numbered adapters."""
+    """Returns the service with the numbered adapters."""
     with PrefixClient(server.url, server.admin_key) as client:
         publish_numbered(client, "forks")
     return server
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a forked child; an error is raised here."""
+    """Returns the result of `work` in a forked child, whose errors are raised here."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
@@ -88,7 +89,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def client_on(way: str, kind: type[Any], numbered: Server, shared: Server, folder: Path) -> Iterator[Any]:
-    """A client that reaches the service that way."""
+    """Yields a client that reaches the service that way."""
     options: dict[str, Any] = {"cache_bytes": 0, "timeout": 15, **WAYS[way]}
     with ExitStack() as stack:
         server = shared if options.pop("uds", False) else numbered
@@ -107,7 +108,7 @@ def client_on(way: str, kind: type[Any], numbered: Server, shared: Server, folde
 def test_children_of_a_used_client_read_what_they_ask_for(
     way: str, kind: type[Any], numbered: Server, shared: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four forked children and the parent read at the same time, and each has the adapters that it asked for."""
+    """Four children and the parent read in parallel, and each gets the adapters that it asked for."""
     if way == "ranges":
         monkeypatch.setattr("prefix_service.client.transport.ranges.PIECE", 2048)
     with client_on(way, kind, numbered, shared, tmp_path) as client:
@@ -137,7 +138,7 @@ def _read(_: int) -> list[tuple[int, list[float]]]:
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_a_data_loader_reads_what_it_asks_for(method: str, numbered: Server) -> None:
-    """torch's own workers, four of them, with a client that was used before, while the parent goes on reading."""
+    """torch's workers read by a client that was used before, while the parent reads too."""
     wrong, stop = list[Any](), threading.Event()
     with PrefixClient(numbered.url, numbered.admin_key, cache_bytes=0) as client:
         reads = Reads(client, "forks")
@@ -163,7 +164,7 @@ def test_a_data_loader_reads_what_it_asks_for(method: str, numbered: Server) -> 
 
 
 def test_a_child_opens_a_connection_of_its_own_and_leaves_the_parents_alone() -> None:
-    """The parent's idle connection carries nothing of the child, does not end, and carries the parent's next call."""
+    """The parent's idle connection carries nothing of the child, stays open, and serves the parent's next call."""
     with hostile_server(says(*[answer()] * 3)) as server, PrefixClient(server.url, cache_bytes=0) as client:
         client.get("a/b@1")
         assert in_child(lambda: is_right(client.get("a/b")))
@@ -176,7 +177,7 @@ def test_a_child_opens_a_connection_of_its_own_and_leaves_the_parents_alone() ->
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 @pytest.mark.parametrize("verify_digest", [False, True])
 def test_a_fork_while_a_thread_fetches(kind: type[Any], verify_digest: bool, numbered: Server) -> None:
-    """The child starts beside the half of an answer, and the parent receives the other half."""
+    """A child that is forked in the middle of an answer works, and the parent receives the rest."""
     goes_on = threading.Event()
 
     def half(connection: Any) -> None:
@@ -204,7 +205,7 @@ def test_a_fork_while_a_thread_fetches(kind: type[Any], verify_digest: bool, num
 
 @contextmanager
 def closing(client: Any) -> Iterator[Any]:
-    """A client of either kind, closed at the end."""
+    """Yields a client of either kind, and closes it."""
     yield client
     closed = client.close()
     if isinstance(client, AsyncPrefixClient):
@@ -212,7 +213,7 @@ def closing(client: Any) -> Iterator[Any]:
 
 
 def called(client: Any, reference: str) -> Any:
-    """A prefix, from a client of either kind."""
+    """Returns a prefix from a client of either kind."""
     found = client.get(reference)
     return asyncio.run(found) if isinstance(client, AsyncPrefixClient) else found
 
@@ -221,7 +222,7 @@ def called(client: Any, reference: str) -> Any:
 def test_locks_that_are_held_at_the_fork_hold_nobody_up_in_the_child(
     kind: type[Any], numbered: Server, tmp_path: Path
 ) -> None:
-    """Whichever lock of a client a thread of the parent holds: that thread is not there to release it."""
+    """A child works whichever of a client's locks a thread of the parent held at the fork."""
     made = kind(numbered.url, numbered.admin_key, cache_dir=tmp_path / "c", verify_digest=True)
     with closing(made) as client, ExitStack() as stack:
         called(client, "forks/a1")
@@ -233,7 +234,7 @@ def test_locks_that_are_held_at_the_fork_hold_nobody_up_in_the_child(
 
 
 def locks_of(client: Any) -> list[Any]:
-    """Every lock that a client's own objects hold."""
+    """Returns every lock that a client's own objects hold."""
     found, seen, waiting = [], set[int](), [client]
     while waiting:
         each = waiting.pop()
@@ -248,7 +249,7 @@ def locks_of(client: Any) -> list[Any]:
 
 
 def test_what_the_parent_cached_is_there_in_the_child() -> None:
-    """A version that the parent fetched costs the child no request, and the budget still holds."""
+    """A version that the parent fetched costs the child no request."""
     with hostile_server(says(answer(), answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
         assert in_child(lambda: is_right(client.get("a/b@1")))
@@ -256,7 +257,7 @@ def test_what_the_parent_cached_is_there_in_the_child() -> None:
 
 
 def test_a_transport_of_the_callers_own_stays_in_its_process(numbered: Server) -> None:
-    """What `http=` used before the fork is refused in the child; an unused one belongs to the child that uses it."""
+    """A child refuses a transport that was used before the fork, and can use one that was not."""
     with httpx.HTTPTransport() as http, PrefixClient(numbered.url, numbered.admin_key, http=http) as client:
         assert in_child(lambda: numbers_in(client.get("forks/a3"))) == [3]
         client.get("forks/a1@1")
@@ -268,7 +269,7 @@ def test_a_transport_of_the_callers_own_stays_in_its_process(numbered: Server) -
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_a_client_travels_as_its_arguments(kind: type[Any], numbered: Server, tmp_path: Path) -> None:
-    """A pickled client is another one with the same arguments; its text has neither key nor password."""
+    """A pickled client is made again of the same arguments, and its text has neither key nor password."""
     url = numbered.url.replace("http://", "http://user:password@")
     with closing(kind(url, numbered.admin_key, cache_dir=tmp_path / "c", timeout=60)) as client:
         called(client, "forks/a1")
@@ -279,7 +280,7 @@ def test_a_client_travels_as_its_arguments(kind: type[Any], numbered: Server, tm
 
 
 def test_one_client_on_two_event_loops(numbered: Server) -> None:
-    """One loop after another may use a client; a transport of the caller's own belongs to the first."""
+    """One loop after another can use a client; a transport of the caller's own belongs to the first."""
     with closing(AsyncPrefixClient(numbered.url, numbered.admin_key, cache_bytes=0)) as client:
         for number in (1, 2, 3):
             assert numbers_in(asyncio.run(client.get(f"forks/a{number}"))) == [number]

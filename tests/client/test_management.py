@@ -1,5 +1,4 @@
-"""What both clients promise of managing: aliases, deletion, residency, tenants, keys, audit, and what a retry may
-do."""
+"""Both clients manage aliases, deletion, residency, tenants, keys and audit, and retry only what they may."""
 
 import asyncio
 import itertools
@@ -31,7 +30,7 @@ _names = itertools.count()
 
 @pytest.fixture
 def adapter(client: Any) -> str:
-    """An adapter of its own with the versions 1 and 2."""
+    """Returns an adapter of its own with the versions 1 and 2."""
     name = f"managed/a{next(_names)}"
     for folder in (LLAMA, GPT2):
         published(client, name, folder)
@@ -39,7 +38,7 @@ def adapter(client: Any) -> str:
 
 
 def test_an_alias_is_made_moved_and_forgotten(client: Any, adapter: str) -> None:
-    """Each step says whether the alias is new, and the listing shows where all of them point."""
+    """Each step says whether the alias is new, and the listing shows the version of each."""
     assert client.aliases(adapter) == {}
     assert client.put_alias(adapter, "prod", 1) is True
     assert client.put_alias(adapter, "prod", 2, preload=True) is False
@@ -52,7 +51,7 @@ def test_an_alias_is_made_moved_and_forgotten(client: Any, adapter: str) -> None
 
 
 def test_card_and_annotations_are_published_read_and_replaced(client: Any) -> None:
-    """Of a version, whole; one that exists keeps its own."""
+    """They are replaced whole, and publishing an existing version keeps its own."""
     name = f"managed/a{next(_names)}"
     upload = prepare_upload(GPT2)
     with upload.weights as weights:
@@ -69,7 +68,7 @@ def test_card_and_annotations_are_published_read_and_replaced(client: Any) -> No
 
 
 def test_an_alias_moves_only_under_its_condition(client: Any, adapter: str) -> None:
-    """`if_match` and `create_only` refuse what somebody else changed; both at once contradict each other."""
+    """`if_match` and `create_only` refuse an alias that somebody else changed, and each other."""
     client.put_alias(adapter, "prod", 1, create_only=True)
     with pytest.raises(PreconditionFailed):
         client.put_alias(adapter, "prod", 2, create_only=True)
@@ -83,7 +82,7 @@ def test_an_alias_moves_only_under_its_condition(client: Any, adapter: str) -> N
 
 
 def test_a_version_or_the_whole_adapter_is_deleted(client: Any, adapter: str) -> None:
-    """A version that an alias points at stays; an adapter goes with all it has."""
+    """A version to which an alias points stays; an adapter is deleted with all it has."""
     client.put_alias(adapter, "prod", 2)
     with pytest.raises(Conflict):
         client.delete(f"{adapter}@2")
@@ -96,7 +95,7 @@ def test_a_version_or_the_whole_adapter_is_deleted(client: Any, adapter: str) ->
 
 
 def test_a_version_is_loaded_pinned_and_unloaded(client: Any, adapter: str) -> None:
-    """The overview shows a pinned version and why it is there, and no more once it was unloaded."""
+    """The overview shows a pinned version and why it is there, until it is unloaded."""
     state = client.load(f"{adapter}@1", pinned=True)
     assert (state["resident"], state["pinned"]) == (True, True)
 
@@ -115,7 +114,7 @@ def test_a_version_is_loaded_pinned_and_unloaded(client: Any, adapter: str) -> N
 
 
 def test_a_tenant_is_made_given_quotas_and_deleted(client: Any) -> None:
-    """Quotas are set at once, and stay where none are given."""
+    """Quotas are set immediately, and stay if none are given."""
     name = f"hosted-{next(_names)}"
     item, is_new = client.put_tenant(name)
     assert (is_new, item["max_adapters"], item["adapters"]) == (True, None, 0)
@@ -133,7 +132,7 @@ def test_a_tenant_is_made_given_quotas_and_deleted(client: Any) -> None:
 def test_the_audit_comes_newest_first_through_every_page(
     client: Any, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a tenant and of the platform, no more than asked for, also where that takes several pages."""
+    """The audit of a tenant or of the platform ends at the limit, even if that takes several pages."""
     for number in (1, 2, 1):
         client.put_alias(adapter, "prod", number)
     monkeypatch.setattr("prefix_service.client.flows.listing._PAGE", 2)
@@ -152,7 +151,7 @@ def test_the_audit_comes_newest_first_through_every_page(
 
 @pytest.mark.parametrize("tenant", ["keys-of", None])
 def test_a_key_is_made_given_an_end_and_revoked(client: Any, server: Server, tenant: str | None) -> None:
-    """Its text comes once; an end has any time zone, and without one it is in UTC; the key says what it is."""
+    """A key's text comes once, and its end is in any time zone, or in UTC without one."""
     client.put_tenant("keys-of")
     week = datetime.now(timezone(timedelta(hours=9))) + timedelta(weeks=1)
     made = client.create_key("read", tenant, name="ci", expires=week)
@@ -195,13 +194,13 @@ def test_a_key_is_made_given_an_end_and_revoked(client: Any, server: Server, ten
     ],
 )
 def test_what_is_not_well_formed_never_leaves(call: Any, error: type[Exception]) -> None:
-    """A malformed name is reported before the first request."""
+    """A malformed name raises before the first request."""
     with PrefixClient("http://127.0.0.1:1") as client, pytest.raises(error):
         call(client)
 
 
 def test_a_tenants_key_does_not_manage_the_platform(server: Server) -> None:
-    """A tenant's admin reads its own audit; tenants and residency are the platform's."""
+    """A tenant's admin reads its own audit, but neither tenants nor residency."""
     with PrefixClient(server.url, server.key("admin", "customers")) as customer:
         assert customer.audit("customers")[-1]["action"] == "tenant.created"
         for forbidden in (customer.tenants, customer.residency, lambda: customer.put_tenant("customers", {})):
@@ -217,7 +216,7 @@ class Forgetful(httpx.HTTPTransport):
     has_lost = False
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Pass a request on."""
+        """Passes a request on."""
         response = super().handle_request(request)
         if not self.has_lost:
             response.read()
@@ -227,12 +226,12 @@ class Forgetful(httpx.HTTPTransport):
 
 
 class AsyncForgetful(httpx.AsyncHTTPTransport):
-    """The same for asyncio."""
+    """An asyncio transport that loses the first answer after the service did what it was asked."""
 
     has_lost = False
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Pass a request on."""
+        """Passes a request on."""
         response = await super().handle_async_request(request)
         if not self.has_lost:
             await response.aread()
@@ -243,7 +242,7 @@ class AsyncForgetful(httpx.AsyncHTTPTransport):
 
 @pytest.fixture(params=["blocking", "async"])
 def forgetful(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
-    """Both clients, on a way that loses the first answer."""
+    """Yields a client of either kind that loses the first answer."""
     if request.param == "blocking":
         with PrefixClient(server.url, server.admin_key, http=Forgetful()) as blocking:
             yield blocking
@@ -257,13 +256,13 @@ def forgetful(request: pytest.FixtureRequest, server: Server) -> Iterator[Any]:
 
 @pytest.fixture
 def direct(server: Server) -> Iterator[PrefixClient]:
-    """A client that nothing stands before."""
+    """Yields a client with nothing before the service."""
     with PrefixClient(server.url, server.admin_key) as client:
         yield client
 
 
 def test_a_deletion_whose_answer_was_lost_is_done(forgetful: Any, direct: PrefixClient) -> None:
-    """The second try finds nothing, and that is what was asked for."""
+    """The client retries a deletion, and takes the 404 for success."""
     name = f"managed/lost{next(_names)}"
     published(direct, name)
     forgetful.delete(name)
@@ -274,7 +273,7 @@ def test_a_deletion_whose_answer_was_lost_is_done(forgetful: Any, direct: Prefix
 
 
 def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, direct: PrefixClient) -> None:
-    """Twice the same is once."""
+    """The client retries a change that twice is the same as once."""
     name = f"managed/again{next(_names)}"
     published(direct, name)
     forgetful.put_alias(name, "prod", 1)
@@ -282,7 +281,7 @@ def test_a_plain_change_whose_answer_was_lost_is_made_again(forgetful: Any, dire
 
 
 def test_a_key_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
-    """Its text is lost; the caller learns that the connection failed, and looks."""
+    """The client does not retry making a key, whose text is lost, and raises ConnectionFailed."""
     name = f"lost-key-{next(_names)}"
     direct.put_tenant(name)
     with pytest.raises(ConnectionFailed):
@@ -291,14 +290,14 @@ def test_a_key_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: P
 
 
 def test_an_end_whose_answer_was_lost_is_given_again(forgetful: Any, direct: PrefixClient) -> None:
-    """Twice the same is once."""
+    """The client retries giving a key an end, which twice is the same as once."""
     made = direct.create_key("read")
     end = datetime.now(UTC) + timedelta(days=1)
     assert datetime.fromisoformat(forgetful.shorten_key(made["id"], end)["expires"]) == end
 
 
 def test_a_composition_whose_answer_was_lost_is_not_made_again(forgetful: Any, direct: PrefixClient) -> None:
-    """Its references may mean other versions by then: the caller learns that the connection failed."""
+    """The client does not retry a composition, because its references may mean other versions by then."""
     name = f"managed/composed{next(_names)}"
     published(direct, f"{name}-part")
     with pytest.raises(ConnectionFailed):
@@ -309,7 +308,7 @@ def test_a_composition_whose_answer_was_lost_is_not_made_again(forgetful: Any, d
 def test_a_change_under_a_condition_whose_answer_was_lost_is_not_made_again(
     forgetful: Any, direct: PrefixClient
 ) -> None:
-    """Another try would be refused by its own first: the caller hears that the connection failed, and looks."""
+    """The client does not retry a conditional change, which its own first try would refuse."""
     name = f"managed/once{next(_names)}"
     published(direct, name)
     with pytest.raises(ConnectionFailed):

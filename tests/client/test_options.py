@@ -1,4 +1,4 @@
-"""Arguments of both clients: the same of both, shown by `help()`, and refused before a request if they are wrong."""
+"""Both clients take the same arguments, shown by `help()`, and refuse wrong ones before a request."""
 
 import asyncio
 import inspect
@@ -64,20 +64,20 @@ CALLS: dict[str, tuple[Any, ...]] = {
 
 
 def parameters(of: Any) -> list[tuple[str, Any, Any]]:
-    """Names, kinds and defaults, without the first."""
+    """Returns names, kinds and defaults, without the first."""
     found = list(inspect.signature(of).parameters.values())[1:]
     return [(each.name, each.kind, each.default) for each in found]
 
 
 def outcome(client: Any, name: str, *args: Any, **options: Any) -> Any:
-    """What a call returns, of a client of either kind."""
+    """Returns the result of a call of a client of either kind."""
     made = getattr(client, name)(*args, **options)
     return asyncio.run(made) if inspect.iscoroutine(made) else made
 
 
 @pytest.mark.parametrize("name", ["__init__", *CALLS])
 def test_both_clients_take_the_same_arguments(name: str) -> None:
-    """Each is named: none hides behind `**options`."""
+    """Every argument is named, and none is hidden by `**options`."""
     ours, theirs = (parameters(getattr(kind, name)) for kind in (PrefixClient, AsyncPrefixClient))
     assert ours == theirs
     assert not [each for each in ours if each[1] in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)]
@@ -87,7 +87,7 @@ def test_both_clients_take_the_same_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_help_shows_options_and_results(kind: type[Any]) -> None:
-    """Each method is shown under its name, with its options and with what it returns; a flow is seen by nobody."""
+    """`help()` shows each method with its options and result, and no flow."""
     shown = pydoc.plain(pydoc.render_doc(kind))
     for name in CALLS:
         assert re.search(rf"^ \|  (async )?{name}\(", shown, re.MULTILINE), name
@@ -102,7 +102,7 @@ def test_help_shows_options_and_results(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_a_method_can_be_pickled(kind: type[Any]) -> None:
-    """It travels with its client, as a pool of processes needs it."""
+    """A method is pickled with its client, as a pool of processes needs it."""
     for name in CALLS:
         method = pickle.loads(pickle.dumps(getattr(kind("http://service"), name)))  # noqa: S301 - of this test
         assert method.__name__ == name
@@ -111,7 +111,7 @@ def test_a_method_can_be_pickled(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_an_unknown_argument_is_a_type_error(kind: type[Any]) -> None:
-    """Of the constructor, and of every method, before anything is sent."""
+    """The constructor and every method raise TypeError before anything is sent."""
     with hostile_server(says(answer())) as server:
         for wrong in ({"tiemout": 3}, {"key": "k"}):
             with pytest.raises(TypeError, match=next(iter(wrong))):
@@ -150,7 +150,7 @@ def test_an_unknown_argument_is_a_type_error(kind: type[Any]) -> None:
     ids=str,
 )
 def test_an_option_of_the_constructor_that_is_wrong_is_named(kind: type[Any], wrong: dict[str, Any]) -> None:
-    """Whatever its type or value."""
+    """The error names an option of a wrong type or value."""
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
         kind("https://service" if "ca_file" in wrong else "http://service", **wrong)
 
@@ -166,13 +166,13 @@ def test_an_option_of_the_constructor_that_is_wrong_is_named(kind: type[Any], wr
     ],
 )
 def test_an_address_or_key_that_cannot_be_is_named(url: Any, key: Any, message: str) -> None:
-    """A port above 65535 would wrap to another service's, and the key would go there."""
+    """A port above 65535 is refused: it would wrap to another service's, which would get the key."""
     with pytest.raises(InvalidRequest, match=message):
         PrefixClient(url, key)
 
 
 def test_a_transport_of_the_other_kind_is_refused() -> None:
-    """A blocking client cannot await, and the other way round."""
+    """Each client refuses a transport of the other kind."""
     with pytest.raises(InvalidRequest, match="http"):
         PrefixClient("http://service", http=httpx.AsyncHTTPTransport())
     with httpx.HTTPTransport() as blocking, pytest.raises(InvalidRequest, match="http"):
@@ -197,7 +197,7 @@ WRONG_FORMS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: type[Any]) -> None:
-    """Of each method that takes it."""
+    """Each method names a wrong option before it sends anything."""
     cases = [(name, wrong) for name in ("get", "get_many", "prefetch") for wrong in WRONG_FORMS]
     cases += [("get", {"batch_size": value}) for value in ("4", 0, -1, 1.5, None, True)]
     cases += [("get", {"materialise": "yes"}), ("get_many", {"batch_size": 2})]
@@ -236,14 +236,14 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
 
 
 def test_a_prefix_is_shown_on_one_line() -> None:
-    """Which one it is, its sizes and where its tensors are, but not their numbers."""
+    """`repr` shows a prefix's name, sizes and device, and no numbers."""
     with hostile_server(says(answer())) as server, PrefixClient(server.url) as client:
         shown = repr(client.get("a/b@1", batch_size=4))
     assert shown == "<Prefix a/b@1: 4 x 20 tokens, 3 layers, 2 heads of 8, float32 on cpu>"
 
 
 def test_a_batch_is_shown_on_one_line() -> None:
-    """Its first rows are named, its tensors are not printed; neither are those of the keys and values."""
+    """`repr` shows a batch's first rows, and no numbers."""
     with hostile_server(says(*[answer()] * 2)) as server, PrefixClient(server.url) as client:
         short = client.get_many([["a/b@1", "a/b"], None])
         long = client.get_many(["a/b@1"] * 9)
@@ -259,7 +259,7 @@ def test_a_batch_is_shown_on_one_line() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """No URL and no key until a test sets them."""
+    """Removes URL and key from the environment until a test sets them."""
     for name in ("PREFIX_URL", "PREFIX_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -267,7 +267,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_url_and_key_come_from_the_environment(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
-    """What is given goes first; an empty key means none."""
+    """Arguments precede the environment, and an empty key means none."""
     with hostile_server(says(answer())) as server:
 
         def sent(*args: Any, **options: Any) -> bytes:
@@ -291,7 +291,7 @@ def test_url_and_key_come_from_the_environment(kind: type[Any], environment: pyt
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_without_a_url_the_client_asks_where_serve_listens(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
-    """Also where the variable is empty; beside a Unix socket the environment's URL is not looked at."""
+    """An empty variable counts as none, and with a Unix socket the environment's URL is ignored."""
     assert repr(kind()) == f"{kind.__name__}('http://127.0.0.1:8080')"
     environment.setenv("PREFIX_URL", "")
     assert repr(kind()) == f"{kind.__name__}('http://127.0.0.1:8080')"
@@ -304,7 +304,7 @@ def test_without_a_url_the_client_asks_where_serve_listens(kind: type[Any], envi
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_a_pickled_client_needs_no_environment(kind: type[Any], environment: pytest.MonkeyPatch) -> None:
-    """It carries the URL and the key that it was made with, and takes no other key where it is made again."""
+    """A pickled client keeps its URL and key, and takes no other key where it is made again."""
     with hostile_server(says(answer())) as server:
         environment.setenv("PREFIX_URL", server.url)
         without = pickle.dumps(kind())
@@ -322,7 +322,7 @@ def test_a_pickled_client_needs_no_environment(kind: type[Any], environment: pyt
 
 @pytest.mark.parametrize("kind", [PrefixClient, AsyncPrefixClient])
 def test_a_closed_client_says_so(kind: type[Any]) -> None:
-    """It makes no request, and raises no error of a library."""
+    """Every method of a closed client raises InvalidRequest without a request."""
     client = kind("http://127.0.0.1:1", timeout=1)
     outcome(client, "close")
     for name, args in CALLS.items():

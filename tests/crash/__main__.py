@@ -1,4 +1,4 @@
-"""Kill a service at every write, and fail every write: `python -m tests.crash --kills 2000`."""
+"""Kills a service at every write, and fails every write: `python -m tests.crash --kills 2000`."""
 
 import sys
 import tempfile
@@ -24,7 +24,7 @@ def main(
     kills: Annotated[int, typer.Option(min=0, help="Kills, spread over every point of every change.")] = 2000,
     failures: Annotated[int, typer.Option(min=0, help="Calls that fail, likewise.")] = 0,
 ) -> None:
-    """Interrupt every change of a data folder at its writes, and look at what a restarted service finds."""
+    """Interrupts every change of a data folder at its writes, and reports what a restarted service finds."""
     if (reason := why_not()) is not None:
         sys.exit(reason)
     with tempfile.TemporaryDirectory() as place, campaign(Path(place)) as trials:

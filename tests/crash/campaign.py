@@ -1,4 +1,4 @@
-"""Many interruptions, spread over every point of every change, on all processors."""
+"""Spreads many interruptions over every point of every change, and over all processors."""
 
 import multiprocessing
 import os
@@ -22,21 +22,23 @@ ERRORS: Final = ("error=ENOSPC", "error=EIO", "error=EDQUOT")
 
 
 def ready() -> None:
-    """What a process needs before it forks: one thread, and no lines of log."""
+    """Prepares a process for forking: it has one thread, and logs nothing."""
     torch.set_num_threads(1)
     quiet()
 
 
 class Campaign:
-    """Trials in processes of their own, each with everything imported before it forks."""
+    """Runs trials in processes of their own, each with everything imported before it forks."""
 
     def __init__(self, pool: ProcessPoolExecutor, place: Path) -> None:
         self._pool, self._place = pool, place
         self._bases: dict[int, list[Base]] = {}
 
     def points(self, *faults: str, wanted: int) -> list[Point]:
-        """So many points at which these faults can happen, or a few more: all of them, again with other content until
-        there are enough; where there are too many, evenly chosen of each kind of call of each change."""
+        """Returns so many points at which these faults can happen, or a few more. If there are too few, the changes are
+        repeated with other content; if there are too many, they are chosen evenly from each kind of call of each
+        change.
+        """
         found: list[Point] = []
         for number in count():
             found += [point for base in self._pass(number) for fault in faults for point in points_of(base, fault)]
@@ -52,11 +54,11 @@ class Campaign:
         return self._bases[number]
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What a function gives in a process that may fork."""
+        """Returns the result of a function, called in a process that can fork."""
         return self._pool.submit(function, *args, **kwargs).result()
 
     def tried(self, points: Sequence[Point]) -> Iterator[Verdict]:
-        """The verdicts, as they come."""
+        """Yields the verdicts as they come."""
         for done in as_completed([self._pool.submit(tried, point) for point in points]):
             yield done.result()
 
@@ -75,7 +77,7 @@ def _spread(points: Sequence[Point], wanted: int) -> list[Point]:
 
 @contextmanager
 def campaign(place: Path) -> Iterator[Campaign]:
-    """A campaign whose folders are made in `place`."""
+    """Yields a campaign whose folders are made in `place`."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, initializer=ready) as pool:
         yield Campaign(pool, place)

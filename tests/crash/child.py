@@ -1,4 +1,4 @@
-"""A forked process that makes a change when it is told to, and can be killed at any call of it."""
+"""A forked process makes a change when the parent asks for it, and can be killed at any call of it."""
 
 import os
 import pickle
@@ -19,7 +19,7 @@ _CHANGE, _LOOK = b"c", b"l"
 
 
 class Child:
-    """The parent's end. Forked after the imports, so that one costs milliseconds."""
+    """The parent's end of a child, which is forked after the imports, so that it costs milliseconds."""
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid = pid
@@ -27,12 +27,12 @@ class Child:
         self._answers = connection.makefile("rb")
 
     def change(self) -> str | None:
-        """Make the change: `done`, an error's code, a traceback of what should not happen, or None: it was killed."""
+        """Makes the change; returns `done`, an error's code, a defect's traceback, or None if it was killed."""
         answer: str | None = self._ask(_CHANGE)
         return answer
 
     def look(self) -> Any:
-        """What is visible to a reader in that process: a snapshot, or why there is none."""
+        """Returns the snapshot that a reader in that process sees, or why there is none."""
         return self._ask(_LOOK)
 
     def _ask(self, question: bytes) -> Any:
@@ -44,7 +44,7 @@ class Child:
             return None
 
     def end(self) -> int:
-        """Let it end, and wait: minus the signal that killed it, or its status."""
+        """Ends the child, and returns its status, or minus the signal that killed it."""
         self._answers.close()
         self._connection.close()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -52,7 +52,7 @@ class Child:
 
 @contextmanager
 def forked(operation: str, case: str, data_dir: Path) -> Iterator[Child]:
-    """A child that has everything open and waits."""
+    """Yields a child that has everything open and waits."""
     here, there = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -70,7 +70,7 @@ def forked(operation: str, case: str, data_dir: Path) -> Iterator[Child]:
 
 
 def _serve(operation: str, case: str, data_dir: Path, parent: socket.socket) -> NoReturn:
-    """Answers go out by `send`, which is not among the calls that are counted."""
+    """Answers the parent's questions with `send`, which is not among the counted calls."""
     try:
         with OPERATIONS[operation].act(data_dir, case) as change:
             parent.send(b"r")

@@ -30,18 +30,18 @@ _LIMITS = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 24)
 
 
 def quiet() -> None:
-    """Log nothing: a line is a write, and these are counted."""
+    """Turns the log off, because its lines are writes, which are counted."""
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
 def settings_of(data_dir: Path) -> Settings:
-    """A service's settings on this folder."""
+    """Returns a service's settings for this folder."""
     return Settings(data_dir=data_dir, garbage_grace=3600)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a running service has in its hands."""
+    """The collaborators of a running service."""
 
     data_dir: Path
     database: Database
@@ -56,13 +56,13 @@ class Service:
             pass
 
     def collector(self) -> Collector:
-        """One that waits for nothing."""
+        """Returns a collector without a grace period."""
         return Collector(Garbage(self.database), self.blobs, 0)
 
 
 @contextmanager
 def serving(data_dir: Path) -> Iterator[Service]:
-    """The collaborators of a service on a folder that exists."""
+    """Yields the collaborators of a service on an existing folder."""
     database = Database(catalog_file(data_dir))
     blobs = FolderBlobStore(blob_folder(data_dir))
     registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
@@ -77,8 +77,9 @@ Snapshot = dict[str, Any]
 
 
 def snapshot(service: Service) -> Snapshot:
-    """All that a caller can see, read back through the service: every version with the bytes of its weights and of
-    its prefix, `latest`, aliases, tenants, the audit, and whether the first key works."""
+    """Returns all that a caller can see, read through the service: every version with the bytes of its weights and of
+    its prefix, `latest`, aliases, tenants, the audit, and whether the first key works.
+    """
     return anyio.run(_snapshot, service)
 
 
@@ -99,7 +100,7 @@ async def _snapshot(service: Service) -> Snapshot:
 
 
 async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
-    """A version's digest, and the hashes of its weights and of its prefix as they are handed out."""
+    """Returns a version's digest, and the hashes of its weights and of its prefix as they are served."""
     manifest = f"sha256:{hashlib.sha256(version.manifest.encode()).hexdigest()}"
     if manifest != version.digest:
         raise AssertionError(f"{version.digest} is the digest of another manifest")
@@ -117,7 +118,7 @@ def _first_key_works(service: Service) -> bool:
 
 
 def leftovers(service: Service) -> list[str]:
-    """What the blob folder holds too much or lacks, compared with the catalog; nothing, after a collection."""
+    """Returns the files that the blob folder lacks or has too much, by the catalog; none after a collection."""
     root = blob_folder(service.data_dir)
     there = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {"lock"}
     digests = {digest for _, *pair in Garbage(service.database).named() for digest in pair}

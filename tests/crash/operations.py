@@ -1,4 +1,4 @@
-"""What is interrupted: every change of a data folder, each on a folder where it has something to do."""
+"""The changes that are interrupted: every change of a data folder, each on a folder where it has something to do."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +21,7 @@ from tests.conftest import CORPUS
 from tests.crash.folder import Service, serving, settings_of
 
 CASES: Final = ("gpt2-n20-proj", "llama-n20-emb", "opt-n20-emb", "llama-cartridge-n20-f1", "t5-n20-emb")
-"""What is uploaded, from the corpus; the first has an MLP."""
+"""The cases of the corpus that are uploaded; the first has an MLP."""
 _OTHERS: Final = ("gemma2-n20-emb", "llama-n20-emb-bf16base")  # what is there before
 _PIECE: Final = 5000  # bytes of an upload that are written at once
 
@@ -30,7 +30,7 @@ Act = Callable[[Path, str], AbstractContextManager[Change]]
 
 
 async def publish(library: Library, tenant: str, adapter: str, case: str) -> None:
-    """Upload a corpus case as the API does."""
+    """Uploads a corpus case as the API does."""
     directory = CORPUS / "cases" / case / "adapter"
     config = parse_config(parse_json((directory / "adapter_config.json").read_bytes(), "the config"), from_file=True)
     weights = (directory / "adapter_model.safetensors").read_bytes()
@@ -71,7 +71,7 @@ def _remove(service: Service, _: str) -> Change:
 
 
 def _while_serving(change: Callable[[Service, str], Change]) -> Act:
-    """The service runs already when the change begins."""
+    """Returns an act whose service runs already when the change begins."""
 
     @contextmanager
     def act(data_dir: Path, case: str) -> Iterator[Change]:
@@ -87,24 +87,24 @@ def _start(data_dir: Path, _case: str) -> Iterator[Change]:
 
 
 def start(data_dir: Path) -> None:
-    """A service's start and stop; its first makes the folder."""
+    """Starts and stops a service; the first start makes the folder."""
     with opened(settings_of(data_dir)):
         pass
 
 
 def nothing(_data_dir: Path) -> None:
-    """No folder yet."""
+    """Makes no folder."""
 
 
 def one_tenant(data_dir: Path) -> None:
-    """A folder where only another tenant has something, with content that comes again."""
+    """Makes a folder where only another tenant has something, with content that comes again."""
     start(data_dir)
     with serving(data_dir) as service:
         anyio.run(publish, service.library, "beta", "b", _OTHERS[0])
 
 
 def two_tenants(data_dir: Path) -> None:
-    """Two versions and an alias; the first version's blobs are another tenant's too."""
+    """Makes a folder with two versions and an alias; another tenant shares the first version's blobs."""
     one_tenant(data_dir)
     with serving(data_dir) as service:
         for case in _OTHERS:
@@ -113,14 +113,14 @@ def two_tenants(data_dir: Path) -> None:
 
 
 def with_garbage(data_dir: Path) -> None:
-    """Two tenants, one of whom has deleted a version."""
+    """Makes a folder with two tenants, one of which has deleted a version."""
     two_tenants(data_dir)
     with serving(data_dir) as service:
         _delete(service, "")()
 
 
 def with_deleted_tenant(data_dir: Path) -> None:
-    """Two tenants, one of whom was deleted; its rows are there."""
+    """Makes a folder with two tenants, one of which was deleted and still has its rows."""
     two_tenants(data_dir)
     with serving(data_dir) as service:
         _delete_tenant(service, "")()
@@ -128,8 +128,9 @@ def with_deleted_tenant(data_dir: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A change and the folder that it is made on; whether making it twice is making it once, and whether a service
-    runs already when it begins."""
+    """A change and the folder that it is made on; whether making it twice is making it once, and whether a service runs
+    already when it begins.
+    """
 
     name: str
     prepare: Callable[[Path], None]

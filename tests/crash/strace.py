@@ -1,4 +1,4 @@
-"""strace on a process of ours: which calls change files, and what becomes of it when one of them fails or kills."""
+"""Runs strace on a process of ours, to see which calls change files, and to make one fail or kill."""
 
 import os
 import re
@@ -25,8 +25,9 @@ _PATH: Final = re.compile(r"(?:^\d+<([^>]*)>|^\"([^\"]*)\"(?:, \"([^\"]*)\")?)")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a thread: its name, the file (and for a rename the new name), and the error that it met, which may
-    have been `injected`."""
+    """A call of a thread: its name, the file (and for a rename the new name), and the error that it met, which may have
+    been `injected`.
+    """
 
     thread: int
     name: str
@@ -38,8 +39,9 @@ class Call:
 
 @contextmanager
 def traced(pid: int, output: Path, *inject: str, calls: str = CALLS) -> Iterator[None]:
-    """Trace all threads of a process into a file until the block ends. `inject` are strace's own expressions, such as
-    `fsync:error=EIO:when=2`; calls are counted for each thread, from here on."""
+    """Traces all threads of a process into a file until the block ends. `inject` has strace's own expressions, such as
+    `fsync:error=EIO:when=2`; calls are counted for each thread, from the beginning of the block.
+    """
     faults = [option for fault in inject for option in ("-e", f"inject={fault}")]
     command = ["strace", "-f", "-y", "-o", str(output), "-e", f"trace={calls}", *faults, "-p", str(pid)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -56,7 +58,7 @@ def traced(pid: int, output: Path, *inject: str, calls: str = CALLS) -> Iterator
 
 
 def calls_in(output: Path) -> list[Call]:
-    """What a trace tells, in order."""
+    """Returns the calls of a trace, in order."""
     found = []
     for line in output.read_text(errors="replace").splitlines():
         match = _LINE.fullmatch(line)
@@ -69,7 +71,7 @@ def calls_in(output: Path) -> list[Call]:
 
 
 def why_not() -> str | None:
-    """Why nothing can be traced here; None if it can."""
+    """Returns why nothing can be traced on this machine, or None if it can."""
     if shutil.which("strace") is None:
         return "strace is not installed"
     child = subprocess.Popen(["sleep", "60"])
@@ -85,7 +87,7 @@ def why_not() -> str | None:
 
 
 def require() -> None:
-    """Skip a test loudly where nothing can be traced; in CI that is a failure."""
+    """Skips a test loudly if nothing can be traced; in CI that is a failure."""
     reason = why_not()
     if reason is not None:
         not_tested(f"crashes and failing disks, because {reason}")

@@ -1,4 +1,4 @@
-"""A process that is killed, or a call that fails, at every write of a change; and the order of these writes."""
+"""A process is killed, or a call fails, at every write of a change; and these writes have the right order."""
 
 import re
 import time
@@ -27,14 +27,14 @@ KILLS, FAILURES = 240, 120  # `python -m tests.crash` makes thousands
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
-    """Trials in processes of their own."""
+    """Yields trials in processes of their own."""
     strace.require()
     with campaign(tmp_path_factory.mktemp("crash")) as running:
         yield running
 
 
 def wrong(verdicts: list[Verdict]) -> list[str]:
-    """What must never be, told so that it can be repeated."""
+    """Returns the verdicts that must never be, as texts from which they can be repeated."""
     return [
         f"{one.point.base.operation}, {one.point.call} {one.point.nth}, {one.point.fault}: {one.reason}"
         for one in verdicts
@@ -43,8 +43,9 @@ def wrong(verdicts: list[Verdict]) -> list[str]:
 
 
 def test_hardening_45_kill_at_every_write(trials: Campaign) -> None:
-    """Whichever call kills it, after a restart the change is whole or absent; what was acknowledged is whole, all
-    versions are byte-identical, a collection leaves just the blobs that are named, and the change can be made again."""
+    """After a kill at any call and a restart, the change is whole or absent; what was acknowledged is whole, all
+    versions are byte-identical, a collection leaves just the blobs that are named, and the change can be made again.
+    """
     points = trials.points(KILL, wanted=KILLS)
     verdicts = list(trials.tried(points))
     assert wrong(verdicts) == []
@@ -58,8 +59,9 @@ def test_hardening_45_kill_at_every_write(trials: Campaign) -> None:
 
 
 def test_hardening_47_failures_at_every_write(trials: Campaign) -> None:
-    """Whichever call fails, a full disk is OutOfSpace and an I/O error StorageFailed; nothing is visible, what was
-    there stays, and the same process makes the change at the next attempt."""
+    """If any call fails, a full disk raises OutOfSpace and an I/O error StorageFailed; nothing of the change is
+    visible, earlier content stays, and the same process makes the change at the next attempt.
+    """
     verdicts = list(trials.tried(trials.points(*ERRORS, wanted=FAILURES)))
     assert wrong(verdicts) == []
     assert {verdict.point.fault for verdict in verdicts} == set(ERRORS)
@@ -68,12 +70,12 @@ def test_hardening_47_failures_at_every_write(trials: Campaign) -> None:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Where a data folder will be."""
+    """Returns the path of a data folder to be made."""
     return tmp_path / "data"
 
 
 def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
-    """Each call and what kind of file it is about, without repetition."""
+    """Returns each call with the kind of its file, without repetition."""
     kinds = {"staging/.*": "staged", "blobs": "root", "blobs/../.{64}": "blob", "blobs/..": "folder", "": "data"}
     kinds |= {"catalog.sqlite-journal": "journal", "catalog.sqlite": "catalog", "blobs/staging/.*": "staged"}
     told: list[tuple[str, str]] = []
@@ -86,8 +88,9 @@ def places(data_dir: Path, calls: list[strace.Call]) -> list[tuple[str, str]]:
 
 
 def test_hardening_46_durable_before_visible(trials: Campaign, data_dir: Path) -> None:
-    """Each blob is flushed, renamed, and its folder flushed, and only then does the catalog change: its journal is
-    flushed before the catalog's file is written, and that before the journal ends."""
+    """Each blob is flushed, renamed, and its folder flushed, before the catalog changes: its journal is flushed before
+    the catalog's file is written, and that before the journal ends.
+    """
     outcomes, calls = trials.call(attempted_twice, data_dir)
     assert outcomes == [DONE, DONE]
     first = places(data_dir, calls)[: [call.name for call in calls].index("ftruncate")]
@@ -111,7 +114,7 @@ def test_hardening_46_durable_before_visible(trials: Campaign, data_dir: Path) -
 
 
 def test_hardening_47_a_failed_fsync_is_never_repeated(trials: Campaign, data_dir: Path) -> None:
-    """The file that could not be flushed is given up; the next attempt writes all bytes anew, into another."""
+    """The service gives a file up that it could not flush, and the next attempt writes all bytes into another file."""
     outcomes, calls = trials.call(attempted_twice, data_dir, "fsync:error=EIO:when=1")
     assert outcomes == ["storage-failed", DONE]
     failed = next(index for index, call in enumerate(calls) if call.injected)
@@ -124,8 +127,9 @@ def test_hardening_47_a_failed_fsync_is_never_repeated(trials: Campaign, data_di
 
 
 def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path) -> None:
-    """Its blobs were nobody's and old when the collection asked the catalog, and are named when it comes to remove
-    them: it looks again, and takes the rest."""
+    """A collection keeps blobs that were old and unnamed when it asked the catalog, and are named when it comes to
+    remove them; it removes the others.
+    """
     start(data_dir)
     with serving(data_dir) as service:
         library = service.library
@@ -138,7 +142,7 @@ def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path
         time.sleep(2)
 
         class Racing(Garbage):
-            """A publish comes right behind the question."""
+            """A collection during which a version is published, right after it has asked the catalog."""
 
             def wanted(self, digests: Collection[str], grace: float) -> set[str]:
                 found = super().wanted(digests, grace)

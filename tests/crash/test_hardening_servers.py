@@ -1,4 +1,4 @@
-"""Real servers that are killed, whose disks fail, whose blobs are damaged or lost: no acknowledged change is lost."""
+"""Real servers lose no acknowledged change when they are killed, their disks fail, or blobs are damaged or lost."""
 
 import json
 import random
@@ -24,18 +24,18 @@ from tests.crash.folder import serving
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Where a data folder will be."""
+    """Returns the path of a data folder to be made."""
     return tmp_path / "data"
 
 
 def body(response: httpx.Response) -> bytes:
-    """The body of an answer that must be there."""
+    """Returns the body of an answer that must have status 200."""
     assert response.status_code == 200, response.text
     return response.content
 
 
 def test_hardening_45_kill_a_server_in_the_middle_of_uploads(data_dir: Path) -> None:
-    """Several at once, at any moment, again and again: whatever was answered with 201 is there, byte for byte."""
+    """A server that is killed again and again, during several uploads, has every version that it answered with 201."""
     moments = random.Random(45)  # noqa: S311 - the same moments each time
     acknowledged: dict[str, tuple[bytes, bytes]] = {}
 
@@ -71,7 +71,7 @@ def test_hardening_45_kill_a_server_in_the_middle_of_uploads(data_dir: Path) -> 
 
 @contextmanager
 def largest_file(server: Server, nbytes: int) -> Iterator[None]:
-    """No file of the server may grow further."""
+    """Limits the size of the server's files until the block ends."""
     before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
@@ -82,7 +82,7 @@ def largest_file(server: Server, nbytes: int) -> Iterator[None]:
 
 @contextmanager
 def failing(server: Server, tmp_path: Path, fault: str) -> Iterator[None]:
-    """Calls of the server fail; a limit on files is one way that needs no strace."""
+    """Makes calls of the server fail until the block ends; the limit on files needs no strace."""
     if fault == "limit":
         with largest_file(server, 100):
             yield
@@ -107,8 +107,9 @@ def failing(server: Server, tmp_path: Path, fault: str) -> Iterator[None]:
 def test_hardening_47_a_full_or_broken_disk_over_http(
     server: Server, tmp_path: Path, fault: str, status: int, code: str
 ) -> None:
-    """507 for a full one, 503 for a broken one, whether a blob or the catalog meets it; nothing is visible, others are
-    served meanwhile, and once it works again so does the same upload."""
+    """The service answers 507 on a full disk and 503 on a broken one, for blobs and catalog alike; nothing is visible,
+    it serves other versions meanwhile, and accepts the upload once the disk works again.
+    """
     client, tenant = server.client(), f"disk-{status}-{re.sub('[^a-z0-9]', '-', fault.lower())}"
     before = upload(client, tenant, "a").headers["Location"]
     kept = body(client.get(f"{before}/parameters"))
@@ -120,19 +121,19 @@ def test_hardening_47_a_full_or_broken_disk_over_http(
 
 
 def file_of(data_dir: Path, digest: str) -> Path:
-    """A blob's file."""
+    """Returns a blob's file."""
     return FolderBlobStore(blob_folder(data_dir)).path(digest)
 
 
 def damage(path: Path) -> None:
-    """One bit."""
+    """Flips one bit of a file."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
 def blobs_of(data_dir: Path, reference: str) -> tuple[Path, Path]:
-    """The files of a version's weights and of its keys and values."""
+    """Returns the files of a version's weights and of its keys and values."""
     with serving(data_dir) as service:
         tenant, _, rest = reference.partition("/")
         version = service.library.catalog.resolve(tenant, parse_reference(rest))
@@ -140,7 +141,7 @@ def blobs_of(data_dir: Path, reference: str) -> tuple[Path, Path]:
 
 
 def test_hardening_48_bit_rot_of_keys_and_values_heals(server: Server) -> None:
-    """Set aside when it is noticed, and made again from sound weights within the same request, with the same bytes."""
+    """The service quarantines damaged keys and values, and makes the same bytes again within the request."""
     client, base = server.client(), "/v1/tenants/rot/adapters"
     upload(client, "rot", "a", file=weights(481))
     upload(client, "rot", "b", file=weights(482))
@@ -155,7 +156,7 @@ def test_hardening_48_bit_rot_of_keys_and_values_heals(server: Server) -> None:
 
 
 def test_hardening_48_bit_rot_of_weights_heals_by_publishing_again(server: Server) -> None:
-    """503 and set aside, for that version's weights alone; the same upload is the same version, and mends it."""
+    """Damaged weights are quarantined and answered with 503, for one version; uploading them again heals it."""
     client, base = server.client(), "/v1/tenants/rotten/adapters"
     upload(client, "rotten", "a", file=(sent := weights(483)))
     upload(client, "rotten", "b", file=(other := weights(484)))
@@ -172,7 +173,7 @@ def test_hardening_48_bit_rot_of_weights_heals_by_publishing_again(server: Serve
 
 
 def log_line(server: Server, *words: str) -> str:
-    """The line of a server's log that holds all these words; it may be a moment off."""
+    """Waits for the line of a server's log that holds all these words, and returns it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for line in server.log.read_text().splitlines():
@@ -183,9 +184,10 @@ def log_line(server: Server, *words: str) -> str:
 
 
 def test_hardening_49_reconciled_at_start(data_dir: Path) -> None:
-    """A version whose blobs are gone is told in the log; lost keys and values come back when they are asked for, lost
-    weights when they are published again. A blob that no version names is collected, and that is told too; what is
-    no blob stays."""
+    """A start logs versions whose blobs are gone. Lost keys and values are made again when a client reads them, lost
+    weights come back when they are published again. A blob that no version names is collected and logged; other files
+    stay.
+    """
     base = "/v1/tenants/acme/adapters"
     with running_server(data_dir) as server:
         for adapter, seed in (("a", 1), ("b", 2), ("c", 3)):
@@ -216,7 +218,7 @@ def test_hardening_49_reconciled_at_start(data_dir: Path) -> None:
 
 
 def test_hardening_42_collections_during_an_upload(data_dir: Path) -> None:
-    """An upload that lasts longer than the grace period, while collections run, is whole in the end."""
+    """An upload that outlasts the grace period, while collections run, becomes a whole version."""
     with running_server(data_dir, environment={"PREFIX_GARBAGE_GRACE": "1"}) as server:
         client, sent = server.client(), weights(42)
         files = {"adapter_config.json": json.dumps(CONFIG).encode(), "adapter_model.safetensors": sent}

@@ -1,4 +1,4 @@
-"""One interruption: a change is killed, or one of its calls fails; then the folder must be whole."""
+"""One interruption: a change is killed, or one of its calls fails; afterwards the folder must be whole."""
 
 import shutil
 import tempfile
@@ -26,7 +26,7 @@ _REFUSALS: Final = {
 
 @dataclass(frozen=True)
 class Base:
-    """A prepared folder, what is in it before and after the change, and the calls that the change makes."""
+    """A prepared folder, its content before and after the change, and the calls that the change makes."""
 
     operation: str
     case: str
@@ -38,7 +38,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Point:
-    """The `nth` call of this name in a change, and what happens there: `signal=KILL` or `error=EIO`."""
+    """The `nth` call of this name in a change, and its fault: `signal=KILL` or `error=EIO`."""
 
     base: Base
     call: str
@@ -56,11 +56,11 @@ class Verdict:
 
 
 class Wrong(Exception):
-    """What must never be."""
+    """A state that must never be."""
 
 
 def base_of(operation: str, case: str, folder: Path) -> Base:
-    """Prepare a folder, and make the change once on a copy, undisturbed.
+    """Prepares a folder, and makes the change once on a copy, undisturbed.
 
     Raises:
         Wrong: it fails, or writes in several threads, for each of which strace counts anew.
@@ -79,7 +79,7 @@ def base_of(operation: str, case: str, folder: Path) -> Base:
 
 
 def points_of(base: Base, fault: str) -> list[Point]:
-    """Every point of a change at which this can happen, in their order."""
+    """Returns every point of a change at which this fault can happen, in their order."""
     seen: Counter[str] = Counter()
     points = []
     for call in base.calls:
@@ -89,8 +89,9 @@ def points_of(base: Base, fault: str) -> list[Point]:
 
 
 def attempted_twice(data_dir: Path, *inject: str) -> tuple[list[str | None], list[Call]]:
-    """Two attempts of one process to publish the same new version, and the calls that both made; `inject` is for the
-    first."""
+    """Publishes the same new version twice in one process, and returns the outcomes and the calls of both attempts;
+    `inject` is for the first.
+    """
     name = "second version"
     OPERATIONS[name].prepare(data_dir)
     outcomes, calls = [], []
@@ -104,7 +105,7 @@ def attempted_twice(data_dir: Path, *inject: str) -> tuple[list[str | None], lis
 
 
 def tried(point: Point) -> Verdict:
-    """Interrupt a change at this point, and look."""
+    """Interrupts a change at this point, and returns the verdict."""
     try:
         found = _killed(point) if point.fault == KILL else _failed(point)
     except Exception:  # noqa: BLE001 - it is told
@@ -122,7 +123,7 @@ def _killed(point: Point) -> str:
 
 
 def _failed(point: Point) -> str:
-    """The same process goes on after the failure."""
+    """Returns the verdict on a failed call, after which the same process goes on."""
     base = point.base
     with _copy(base.folder) as data_dir:
         with forked(base.operation, base.case, data_dir) as child:
@@ -145,18 +146,18 @@ def _failed(point: Point) -> str:
 def _refusals(point: Point, trace: list[Call]) -> set[str]:
     failed = [call for call in trace if call.injected]
     _require(len(failed) == 1, f"{len(failed)} calls failed instead of one")
-    # SQLite knows a full disk only where it writes.
+    # SQLite notices a full disk only when it writes.
     return _REFUSALS[point.fault] | ({"storage-failed"} if "catalog.sqlite" in failed[0].path else set())
 
 
 def _is_committed(trace: list[Call]) -> bool:
-    """Whether what failed is SQLite's last flush, behind the end of the journal, which is what makes a commit."""
+    """Returns whether SQLite's last flush failed, after the end of the journal, which is what makes a commit."""
     failed = next(index for index, call in enumerate(trace) if call.injected)
     return trace[failed].path.endswith("-journal") and trace[failed - 1].name == "ftruncate"
 
 
 def _recovered(base: Base, data_dir: Path, *, acknowledged: bool) -> str:
-    """What a restarted service finds, before it makes the change once more."""
+    """Returns the verdict on what a restarted service finds, and makes the change once more."""
     operation = OPERATIONS[base.operation]
     seen = _restarted(data_dir)
     is_whole = seen == base.after
@@ -172,7 +173,7 @@ def _recovered(base: Base, data_dir: Path, *, acknowledged: bool) -> str:
 
 
 def _restarted(data_dir: Path) -> Snapshot:
-    """What a restarted service finds; then its garbage collection leaves what the catalog names, and nothing else."""
+    """Returns the snapshot of a restarted service, whose collection must leave just what the catalog names."""
     with opened(settings_of(data_dir)), serving(data_dir) as service:
         seen = snapshot(service)
         lost = service.collector().reconcile()
@@ -185,7 +186,7 @@ def _restarted(data_dir: Path) -> Snapshot:
 
 @contextmanager
 def _copy(folder: Path) -> Iterator[Path]:
-    """A copy of a prepared folder, for one trial."""
+    """Yields a copy of a prepared folder, for one trial."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         if (folder / "data").exists():
             shutil.copytree(folder / "data", Path(place) / "data")

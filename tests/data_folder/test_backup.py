@@ -1,4 +1,4 @@
-"""`data_folder.backup`: a copy made while others publish, delete and collect, and a service that starts on it."""
+"""`data_folder.backup` copies a folder while clients publish, delete and collect, and a service starts on the copy."""
 
 import itertools
 import json
@@ -32,21 +32,22 @@ from tests.conftest import Server, running_server
 
 
 def prefix_of(client: httpx.Client, reference: str) -> httpx.Response:
-    """The prefix of `tenant/adapter@…`."""
+    """Returns the answer to a request for the prefix of `tenant/adapter@…`."""
     tenant, name = reference.split("/")
     return client.get(f"/v1/tenants/{tenant}/adapters/{name}/prefix")
 
 
 def publish(client: httpx.Client, adapter: str, seed: int) -> str:
-    """A version of its own; its reference."""
+    """Publishes a version, and returns its reference."""
     answer = upload(client, "acme", adapter, file=weights(seed))
     assert answer.status_code in (200, 201), answer.text
     return f"acme/{adapter}@{answer.json()['version']}"
 
 
 def test_a_backup_of_a_running_service_loses_nothing(tmp_path: Path) -> None:
-    """What was acknowledged before it began is there byte for byte, its keys work, and the copy is whole, while four
-    clients publish and delete and garbage is collected without mercy."""
+    """A backup has every version that was acknowledged before it began, byte for byte, and working keys, although four
+    clients publish and delete and garbage is collected with a grace period of one second.
+    """
     target, stop = tmp_path / "backup", threading.Event()
     with running_server(tmp_path / "data", environment={"PREFIX_GARBAGE_GRACE": "1"}) as server:
         before = {publish(server.client(), f"before-{seed}", seed): seed for seed in range(20)}
@@ -82,7 +83,7 @@ def test_a_backup_of_a_running_service_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """A folder that was started once."""
+    """Returns the settings of a folder that was started once."""
     made = Settings(data_dir=tmp_path / "data")
     with opened(made):
         pass
@@ -90,7 +91,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_secrets_stay_private_and_the_first_key_stays_behind(settings: Settings, tmp_path: Path) -> None:
-    """A copy for the owner alone, with the keys' secret where the folder has it."""
+    """The copy is its owner's alone, has the keys' secret if the folder has it, and never the first key."""
     back_up(settings, tmp_path / "copy", lambda _: None)
     assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o700
     assert stat.S_IMODE((tmp_path / "copy" / "key.secret").stat().st_mode) == 0o600
@@ -101,7 +102,7 @@ def test_secrets_stay_private_and_the_first_key_stays_behind(settings: Settings,
 
 
 def test_what_stands_beside_versions_is_in_the_copy(settings: Settings, tmp_path: Path) -> None:
-    """Model card, annotations, base model and config file; uses, and the names of keys in the audit."""
+    """The copy has model cards, annotations, base models, config files, uses, and the names of keys in the audit."""
     digest = f"sha256:{'0' * 64}"
     new = NewVersion(digest, "{}", None, digest, 1, "float32", digest, 1)
     described = Description("card", {"run": "17"}, '{"tokenizer":"x"}', b'{ "peft_type": 1 }')
@@ -119,7 +120,7 @@ def test_what_stands_beside_versions_is_in_the_copy(settings: Settings, tmp_path
 
 
 def test_a_backup_is_the_same_catalog(settings: Settings, tmp_path: Path) -> None:
-    """By its id, which clients know it by; its changes are there, too."""
+    """The copy has the id by which clients know the catalog, and the catalog's changes."""
     back_up(settings, tmp_path / "copy", lambda _: None)
     found = []
     for folder in (settings.data_dir, tmp_path / "copy"):
@@ -132,7 +133,7 @@ def test_a_backup_is_the_same_catalog(settings: Settings, tmp_path: Path) -> Non
 
 
 def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:
-    """Neither an older backup nor anything else; what an interrupted one left does not count."""
+    """A backup refuses a target that exists, and replaces what an interrupted backup left."""
     (tmp_path / "copy.partial").mkdir()
     (tmp_path / "copy.partial" / "half").touch()
     back_up(settings, tmp_path / "copy", lambda _: None)
@@ -142,14 +143,14 @@ def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None
 
 
 def test_a_folder_without_a_catalog(tmp_path: Path) -> None:
-    """A mistyped folder is told, and not made."""
+    """A backup of a mistyped folder raises NotFound and creates nothing."""
     with pytest.raises(NotFound, match="is not a data folder"):
         back_up(Settings(data_dir=tmp_path / "none"), tmp_path / "copy", lambda _: None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_is_told(server: Server, tmp_path: Path) -> None:
-    """A blob that is lost or rotten is named, the rest is copied, and the exit status says that something is wrong."""
+    """`backup` names a lost or rotten blob, copies the rest, and exits with status 1."""
     data_dir = tmp_path / "data"
     with running_server(data_dir) as running:
         publish(running.client(), "a", 1)

@@ -1,4 +1,4 @@
-"""`data_folder.collector`: what nobody names goes after its grace period, and what is lost is told."""
+"""`data_folder.collector` removes blobs that nothing names after a grace period, and reports lost ones."""
 
 import os
 import threading
@@ -45,7 +45,7 @@ def collector(database: Database, blobs: FolderBlobStore) -> Collector:
 
 
 def stored(blobs: FolderBlobStore, data: bytes, hours_ago: float = 0) -> str:
-    """A blob that was committed so long ago."""
+    """Returns the digest of a blob that was committed so long ago."""
     staged = blobs.stage()
     staged.write(data)
     digest = staged.commit()
@@ -57,7 +57,7 @@ def stored(blobs: FolderBlobStore, data: bytes, hours_ago: float = 0) -> str:
 def published(
     database: Database, blobs: FolderBlobStore, word: str, adapter: str = "a", hours_ago: float = 9
 ) -> list[str]:
-    """A version with two blobs of its own, as old as told; their digests."""
+    """Publishes a version with two blobs of its own, committed so long ago; returns their digests."""
     digests = [stored(blobs, f"{word} {part}".encode(), hours_ago) for part in ("weights", "key_values")]
     new = NewVersion(f"sha256:{word}", "{}", None, digests[0], 9, "float32", digests[1], 9)
     Catalog(database).add_version("acme", adapter, new, COMMAND_LINE)
@@ -65,7 +65,7 @@ def published(
 
 
 def delete(database: Database, reference: str, hours_ago: float = 0) -> None:
-    """Delete, so long ago."""
+    """Deletes a reference, dated so long ago."""
     Catalog(database).delete("acme", parse_reference(reference), COMMAND_LINE)
     while Deletions(database).remove_slice():
         pass
@@ -79,14 +79,14 @@ def left(blobs: FolderBlobStore) -> set[str]:
 
 
 def test_what_a_version_names_stays(database: Database, blobs: FolderBlobStore, collector: Collector) -> None:
-    """However old it is."""
+    """The collector keeps a blob that a version names, however old it is."""
     digests = published(database, blobs, "x")
     assert collector.collect() == Collected(0, 0, 0)
     assert left(blobs) == set(digests)
 
 
 def test_an_orphan_goes_after_its_grace_period(blobs: FolderBlobStore, collector: Collector) -> None:
-    """What a publication stored that never became visible: by its age in the store."""
+    """The collector removes a blob that no version ever named once its age in the store exceeds the grace period."""
     old, new = stored(blobs, b"old", hours_ago=2), stored(blobs, b"new", hours_ago=0.5)
     assert collector.collect() == Collected(1, 3, 0)
     assert left(blobs) == {new}
@@ -98,7 +98,7 @@ def test_an_orphan_goes_after_its_grace_period(blobs: FolderBlobStore, collector
 def test_a_deletion_frees_bytes_after_the_grace_period(
     database: Database, blobs: FolderBlobStore, collector: Collector, reference: str, hours_ago: float, stays: bool
 ) -> None:
-    """Which counts from the deletion, by the database's time: a reader or a backup may be under way."""
+    """The grace period counts from the deletion, in the database's time, because readers may still need the blobs."""
     digests = published(database, blobs, "x")
     delete(database, reference, hours_ago)
     collector.collect()
@@ -108,7 +108,7 @@ def test_a_deletion_frees_bytes_after_the_grace_period(
 def test_bytes_that_another_version_names_stay(
     database: Database, blobs: FolderBlobStore, collector: Collector
 ) -> None:
-    """Blobs are shared by digest, across adapters and tenants."""
+    """The collector keeps a blob until no version of any adapter or tenant names it."""
     digests = published(database, blobs, "x", "a")
     published(database, blobs, "x", "b")
     delete(database, "a", hours_ago=2)
@@ -121,7 +121,7 @@ def test_bytes_that_another_version_names_stay(
 def test_what_is_published_again_is_no_garbage(
     database: Database, blobs: FolderBlobStore, collector: Collector
 ) -> None:
-    """A deletion long ago does not reach into a new version of the same content."""
+    """A deletion long ago does not remove the blobs of a new version with the same content."""
     published(database, blobs, "x")
     delete(database, "a", hours_ago=2)
     digests = published(database, blobs, "x", hours_ago=9)
@@ -130,7 +130,7 @@ def test_what_is_published_again_is_no_garbage(
 
 
 def test_what_is_stored_again_just_now_stays(database: Database, blobs: FolderBlobStore, collector: Collector) -> None:
-    """A running upload has committed its bytes and is not in the catalog yet; the collector listed them before."""
+    """The collector keeps a listed blob that a running upload has just stored again."""
     digest = stored(blobs, b"x", hours_ago=2)
     listed = list(blobs.listed())
     stored(blobs, b"x")
@@ -140,7 +140,7 @@ def test_what_is_stored_again_just_now_stays(database: Database, blobs: FolderBl
 
 
 def test_leftovers_of_unfinished_uploads_go(blobs: FolderBlobStore, collector: Collector, tmp_path: Path) -> None:
-    """Once nobody writes them, after the same time."""
+    """The collector removes an unfinished upload after the grace period, unless a process still writes it."""
     path = tmp_path / "blobs" / "staging" / "left"
     path.touch()
     assert collector.collect().leftovers == 0
@@ -151,7 +151,7 @@ def test_leftovers_of_unfinished_uploads_go(blobs: FolderBlobStore, collector: C
 
 
 def test_lost_blobs_are_told(database: Database, blobs: FolderBlobStore, collector: Collector) -> None:
-    """By version, and what of it; sound ones are not."""
+    """`reconcile` returns each version with lost blobs, and which of its blobs are lost."""
     lost = {word: published(database, blobs, word, word) for word in ("w", "k", "both", "sound")}
     for word, parts in (("w", [0]), ("k", [1]), ("both", [0, 1])):
         for part in parts:
@@ -161,7 +161,7 @@ def test_lost_blobs_are_told(database: Database, blobs: FolderBlobStore, collect
 
 
 def test_thousands_are_collected_in_batches(blobs: FolderBlobStore, collector: Collector) -> None:
-    """More than one batch, all of them."""
+    """One collection removes 1201 blobs, which is more than a batch."""
     for number in range(1201):
         stored(blobs, str(number).encode(), hours_ago=2)
     assert collector.collect().blobs == 1201
@@ -169,7 +169,7 @@ def test_thousands_are_collected_in_batches(blobs: FolderBlobStore, collector: C
 
 
 def test_collecting_while_everybody_publishes_and_deletes(database: Database, blobs: FolderBlobStore) -> None:
-    """Without any grace: a version that was acknowledged and is still there has its bytes, whatever runs beside it."""
+    """With half a second of grace, every version that was acknowledged and not deleted has its bytes."""
     collector, stop = Collector(Garbage(database), blobs, 0.5), threading.Event()
     collections = 0
 
@@ -198,7 +198,7 @@ def test_collecting_while_everybody_publishes_and_deletes(database: Database, bl
 
 
 def test_it_runs_in_the_background(database: Database, blobs: FolderBlobStore) -> None:
-    """First what is lost is told, then it collects again and again; a failure does not end it."""
+    """`collecting` removes garbage in the background while its block runs."""
     digest = stored(blobs, b"x", hours_ago=2)
     with collecting(database, blobs, grace=0, retention=Retention(audit=1, changes=1, usage=1)):
         until = time.monotonic() + 60
@@ -212,7 +212,7 @@ def test_it_runs_in_the_background(database: Database, blobs: FolderBlobStore) -
 def test_a_fault_in_one_task_ends_no_other(
     database: Database, blobs: FolderBlobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever raises: it is logged with its traceback, and blobs are collected all the same."""
+    """A task that raises is logged with its traceback, and garbage is collected all the same."""
 
     def fail(_: Collector) -> list[Lost]:
         raise ZeroDivisionError

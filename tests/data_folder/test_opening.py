@@ -1,4 +1,4 @@
-"""`data_folder.opening`: one service for a folder, and what its first start puts there."""
+"""`data_folder.opening` admits one service to a folder, and its first start creates the folder's files."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def start(settings: Settings) -> None:
-    """A start and a stop."""
+    """Starts and stops a service."""
     with opened(settings):
         pass
 
@@ -39,7 +39,7 @@ def whose(settings: Settings, text: str) -> Principal:
 
 
 def test_a_first_start_makes_a_platform_admins_key(settings: Settings) -> None:
-    """In a file that only its owner may read, and it works."""
+    """The first start writes a working key into a file that only its owner can read."""
     start(settings)
     path = bootstrap_file(settings.data_dir)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -48,7 +48,7 @@ def test_a_first_start_makes_a_platform_admins_key(settings: Settings) -> None:
 
 
 def test_a_second_start_makes_none(settings: Settings) -> None:
-    """Neither over the old file, nor after somebody took the file away."""
+    """A later start neither replaces the key file nor writes it again if it was removed."""
     start(settings)
     path = bootstrap_file(settings.data_dir)
     first = path.read_text()
@@ -61,7 +61,7 @@ def test_a_second_start_makes_none(settings: Settings) -> None:
 
 
 def test_dev_mode_makes_no_key(settings: Settings) -> None:
-    """It runs without."""
+    """A start in dev mode creates neither a key nor its file."""
     start(settings.model_copy(update={"dev": True}))
     assert not bootstrap_file(settings.data_dir).exists()
     with keys_of(settings) as (keyring, _):
@@ -69,7 +69,7 @@ def test_dev_mode_makes_no_key(settings: Settings) -> None:
 
 
 def test_a_second_service_is_refused(settings: Settings) -> None:
-    """In words, and the first goes on; afterwards the folder is free."""
+    """A second service gets Conflict while the first one runs, and the folder is free afterwards."""
     with opened(settings):
         with pytest.raises(Conflict, match=r"another prefix-service runs on the data folder .*: stop it first"):
             start(settings)
@@ -79,7 +79,7 @@ def test_a_second_service_is_refused(settings: Settings) -> None:
 
 
 def try_to_start(data_dir: Path) -> str:
-    """What another process gets."""
+    """Starts a service in another process; returns "started" or the error's code."""
     try:
         start(Settings(data_dir=data_dir))
     except Conflict as error:
@@ -88,7 +88,7 @@ def try_to_start(data_dir: Path) -> str:
 
 
 def test_a_second_service_in_another_process_is_refused(settings: Settings) -> None:
-    """The lock is the system's."""
+    """The lock excludes other processes, because the system holds it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with opened(settings):
             assert pool.submit(try_to_start, settings.data_dir).result(60) == "conflict"
@@ -96,7 +96,7 @@ def test_a_second_service_in_another_process_is_refused(settings: Settings) -> N
 
 
 def test_the_lock_is_free_after_a_failure(settings: Settings) -> None:
-    """Also when the service could not start."""
+    """The lock is released if the block raises or the service cannot start."""
     with pytest.raises(KeyError), opened(settings):
         raise KeyError
     catalog_file(settings.data_dir).write_bytes(b"garbage" * 1000)
@@ -106,7 +106,7 @@ def test_the_lock_is_free_after_a_failure(settings: Settings) -> None:
 
 
 def test_a_refused_start_changes_nothing(settings: Settings) -> None:
-    """The uploads of the service that runs are not swept away."""
+    """A refused start does not sweep the uploads of the service that runs."""
     with opened(settings):
         blob = FolderBlobStore(settings.data_dir / "blobs").stage()
         blob.write(b"half")
@@ -117,7 +117,7 @@ def test_a_refused_start_changes_nothing(settings: Settings) -> None:
 
 
 def test_a_start_sweeps_what_a_crash_left(settings: Settings) -> None:
-    """Uploads that were never committed."""
+    """A start removes uploads that were never committed."""
     start(settings)
     left = settings.data_dir / "blobs" / "staging" / "left"
     left.touch()
@@ -126,7 +126,7 @@ def test_a_start_sweeps_what_a_crash_left(settings: Settings) -> None:
 
 
 def test_keys_can_be_made_while_a_service_runs(settings: Settings) -> None:
-    """And after it has stopped."""
+    """A key made while a service runs is still valid after it has stopped."""
     with opened(settings), keys_of(settings) as (keyring, tenants):
         tenants.put("acme", COMMAND_LINE)
         _, text = keyring.create("acme", "read", "ci", COMMAND_LINE)
@@ -134,7 +134,7 @@ def test_keys_can_be_made_while_a_service_runs(settings: Settings) -> None:
 
 
 def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
-    """No other folder becomes one by asking for its keys, whether it is missing, empty, or something else."""
+    """`keys_of` refuses a missing or empty folder and creates nothing in it."""
     folder = settings.data_dir
     for _ in range(2):
         with (
@@ -147,7 +147,7 @@ def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
 
 
 def test_replicas_share_the_keys_secret(settings: Settings, tmp_path: Path) -> None:
-    """With one secret file, a key made here is verified there, on a copy of the catalog; with another it is not."""
+    """A replica with the same secret file accepts a key that the first service made; one with another does not."""
     shared = settings.model_copy(update={"key_secret_file": tmp_path / "shared.secret"})
     start(shared)
     text = bootstrap_file(shared.data_dir).read_text().strip()
@@ -176,7 +176,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def test_secrets_are_private_under_any_umask(settings: Settings) -> None:
-    """The folder's owner need not think of it."""
+    """Secret files have mode 0600, whatever the umask."""
     with umask(0):
         start(settings)
     for name in ("key.secret", "bootstrap.key", "lock"):
@@ -184,20 +184,20 @@ def test_secrets_are_private_under_any_umask(settings: Settings) -> None:
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
-    """Said in words."""
+    """A path that cannot be a folder raises StorageFailed with the system's reason."""
     (tmp_path / "file").touch()
     with pytest.raises(StorageFailed, match=r"cannot use the data folder .*: Not a directory"):
         start(Settings(data_dir=tmp_path / "file" / "data"))
 
 
 def modes(folder: Path) -> dict[str, int]:
-    """The modes of a folder and of all in it but the log, which the tests make."""
+    """Returns the modes of a folder and of everything in it except the log, which the tests write."""
     found = {str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode) for path in (folder, *folder.rglob("*"))}
     return {name: mode for name, mode in found.items() if name != "serve.log"}
 
 
 def test_a_data_folder_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
-    """Folders have 0700 and files 0600, in a copy too; what was open to others before is closed at the start."""
+    """Folders have mode 0700 and files 0600, in a copy too; a start closes what was open to others."""
     data, copy = tmp_path / "data", tmp_path / "copy"
     before = os.umask(0)
     try:

@@ -1,4 +1,4 @@
-"""`data_folder.readiness`: checks run once for all who ask, once a second at most, and never for long."""
+"""`data_folder.readiness` runs its checks once for all callers, at most once a second, and never for long."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from prefix_service.errors import OutOfSpace, StorageFailed
 
 
 class Disk:
-    """A check that is counted, and that a test makes fail or hang."""
+    """A check that counts its runs, and that a test can make fail or hang."""
 
     def __init__(self) -> None:
         self.looks = 0
@@ -37,7 +37,7 @@ async def reason(readiness: Readiness) -> str | None:
 
 
 async def test_many_callers_cause_one_look() -> None:
-    """In parallel and within a second."""
+    """A hundred callers in parallel, and one within the next second, cause one check."""
     disk = Disk()
     readiness = Readiness([disk])
     assert await asyncio.gather(*(reason(readiness) for _ in range(100))) == [None] * 100
@@ -48,7 +48,7 @@ async def test_many_callers_cause_one_look() -> None:
 async def test_what_is_wrong_is_said_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever class of error it was, it is an unavailability."""
+    """Callers get the reason as long as it lasts; the log has its beginning and its end, once each."""
     monkeypatch.setattr(module, "_REMEMBERED", 0.0)
     caplog.set_level(logging.INFO, "prefix_service")
     disk, sound = Disk(), Disk()
@@ -61,7 +61,7 @@ async def test_what_is_wrong_is_said_and_logged_once(
 
 
 async def test_a_hanging_check_is_a_reason_and_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits longer than the deadline, and no second thread hangs; once it answers, all is well again."""
+    """A caller waits no longer than the deadline, a hanging check starts no second thread, and recovery is noticed."""
     monkeypatch.setattr(module, "_REMEMBERED", 0.0)
     disk = Disk()
     readiness = Readiness([disk], deadline=0.2)

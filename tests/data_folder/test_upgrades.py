@@ -1,4 +1,4 @@
-"""Data folders of other releases, through the real `serve`: an older one is migrated, a newer one is refused."""
+"""The real `serve` migrates data folders of older releases, and refuses one of a newer release."""
 
 import contextlib
 import hashlib
@@ -21,19 +21,19 @@ WITH_AUDIT = DATA / "folder-0002"  # written by the release after that: tenants,
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the older folder."""
+    """Returns a copy of the older folder."""
     return Path(shutil.copytree(OLDER, tmp_path / "data"))
 
 
 @pytest.fixture
 def told() -> dict[str, Any]:
-    """What the older release said of it."""
+    """Returns the older release's answers about it."""
     found: dict[str, Any] = json.loads((OLDER / "told.json").read_text())
     return found
 
 
 def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None:
-    """Versions, their bytes, aliases, numbers and keys stay; what is new works with what is old; and again."""
+    """Twice in a row, serve keeps versions, bytes, aliases, numbers and keys, and new features work on old data."""
     for numbers in ([3], [3, 4]):
         with running_server(folder) as server:
             own = server.client(told["key"])
@@ -63,8 +63,7 @@ def test_an_older_folder_is_migrated(folder: Path, told: dict[str, Any]) -> None
 
 
 def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path) -> None:
-    """A later release serves the same bytes, entity tags, digests and ids, to the same keys, and deleted numbers stay
-    used."""
+    """A later release serves the same bytes, tags, digests and ids to the same keys, and reuses no deleted number."""
     folder = Path(shutil.copytree(WITH_AUDIT, tmp_path / "data"))
     was: dict[str, Any] = json.loads((WITH_AUDIT / "told.json").read_text())
     manifests = _manifest_bytes(folder)
@@ -90,10 +89,10 @@ def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path
             revoked = name.endswith("revoked")
             assert listed == (401 if revoked else 404 if name.startswith("beta") else 200), name
         for tenant in was["tenants"]:
-            # Manifests count since then.
+            # Since that release manifests count too.
             counted = tenant | {"bytes": tenant["bytes"] + manifests.get(tenant["tenant"], 0)}
             assert counted.items() <= admin.get(f"/v1/tenants/{tenant['tenant']}").json().items()
-        # Ids of entries were numbers then, and keys had no names.
+        # In that release ids of entries were numbers, and keys had no names.
         entries = admin.get("/v1/audit").json()["items"]
         assert [_without_id(entry) for entry in entries] == [_without_id(entry) for entry in was["audit"]]
         assert {(entry["key_id"] == "command-line", entry["key_name"]) for entry in entries} == {
@@ -106,7 +105,7 @@ def test_a_folder_with_quotas_keys_and_an_audit_stays_what_it_was(tmp_path: Path
 
 
 def _manifest_bytes(folder: Path) -> dict[str, int]:
-    """The bytes of each tenant's manifests."""
+    """Returns the bytes of each tenant's manifests."""
     query = (
         "SELECT t.name, sum(length(CAST(v.manifest AS BLOB))) FROM versions v JOIN adapters a ON a.id = v.adapter_id "
         "JOIN tenants t ON t.id = a.tenant_id GROUP BY t.name"
@@ -130,7 +129,7 @@ def _admin(folder: Path) -> str:
 
 
 def test_a_newer_folder_is_refused(folder: Path) -> None:
-    """With words that say what to do, and nothing in it changes."""
+    """The error says which version to run, and the folder stays as it is."""
     with contextlib.closing(sqlite3.connect(folder / "catalog.sqlite")) as catalog, catalog:
         catalog.execute("UPDATE alembic_version SET version_num = '9999'")
     before = (folder / "catalog.sqlite").read_bytes()

@@ -1,4 +1,4 @@
-"""Clients in other languages, each on its standard library alone: they publish and fetch, on both HTTP parsers."""
+"""Clients in other languages, each with only its standard library, publish and fetch on both HTTP parsers."""
 
 import json
 import os
@@ -52,20 +52,20 @@ FIELDS: Final = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class Program:
-    """One of the programs, with options for it."""
+    """A client in another language, with options for it."""
 
     command: Sequence[str]
     options: Sequence[str] = ()
     connections: int = 3
 
     def run(self, url: str, key: str, adapter: str, folder: Path) -> subprocess.CompletedProcess[str]:
-        """Publish the folder, and fetch what was published."""
+        """Publishes the folder, and fetches what was published."""
         environment = {**os.environ, "PREFIX_URL": url, "PREFIX_API_KEY": key, "LC_ALL": "C.UTF-8"}
         arguments = [*self.command, f"{TENANT}/{adapter}", str(folder), *self.options]
         return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
 
     def output(self, url: str, key: str, adapter: str, folder: Path) -> dict[str, Any]:
-        """Returns what it prints; it must succeed."""
+        """Returns what the program prints, which must succeed."""
         done = self.run(url, key, adapter, folder)
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
@@ -79,7 +79,7 @@ def _needs(command: str, package: str) -> None:
 
 @pytest.fixture(scope="session")
 def java(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The Java program, compiled; `java Prefix.java` does that at every start."""
+    """Returns the compiled Java program; `java Prefix.java` compiles it at every start."""
     _needs("javac", "openjdk-17-jdk-headless")
     folder = tmp_path_factory.mktemp("java")
     subprocess.run(["javac", "-Xlint:all", "-Werror", "-d", folder, FOLDER / "Prefix.java"], check=True)
@@ -88,7 +88,7 @@ def java(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def go(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The Go program, compiled."""
+    """Returns the compiled Go program."""
     _needs("go", "golang-go")
     folder = tmp_path_factory.mktemp("go")
     environment = {**os.environ, "GOCACHE": str(folder / "cache"), "GO111MODULE": "off"}
@@ -99,28 +99,28 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def node() -> list[str]:
-    """The Node.js program."""
+    """Returns the Node.js program."""
     _needs("node", "nodejs")
     return ["node", str(FOLDER / "prefix.mjs")]
 
 
 @pytest.fixture(scope="session")
 def curl() -> list[str]:
-    """The shell script around curl."""
+    """Returns the shell script around curl."""
     _needs("curl", "curl")
     return ["bash", str(FOLDER / "prefix.sh")]
 
 
 @pytest.fixture(params=CLIENTS)
 def program(request: pytest.FixtureRequest) -> Program:
-    """Each client in turn."""
+    """Returns each client in turn."""
     name, options, connections = CLIENTS[request.param]
     return Program(request.getfixturevalue(name), options, connections)
 
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def hosting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with this parser, and the tenant of this module."""
+    """Yields a service with this parser, and the tenant of this module."""
     environment = {"PREFIX_HTTP_PARSER": request.param}
     with running_server(tmp_path_factory.mktemp(request.param) / "data", environment=environment) as running:
         running.client().put(f"/v1/tenants/{TENANT}")
@@ -129,13 +129,13 @@ def hosting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def adapter() -> str:
-    """A name that no other test uses."""
+    """Returns a name that no other test uses."""
     return uuid4().hex
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of 0.5 MB, so that its upload arrives in many segments."""
+    """Returns an adapter of 0.5 MB, so that its upload arrives in many segments."""
     return _saved(tmp_path_factory.mktemp("adapter"), CONFIG, torch.randn(64, 4 * 2 * 256))
 
 
@@ -146,7 +146,7 @@ def _saved(folder: Path, config: Mapping[str, Any], flat: Tensor) -> Path:
 
 
 def _assert_decoded(found: list[dict[str, Any]], expected: Mapping[str, Tensor]) -> None:
-    """The same names, and of each tensor dtype, shape and every bit; the first element as the language reads it."""
+    """Checks names, dtypes, shapes and every bit of the tensors, and the first element as the language reads it."""
     decoded = {tensor.pop("name"): tensor for tensor in found}
     firsts = {name: tensor.pop("first") for name, tensor in decoded.items()}
     assert decoded == {
@@ -168,8 +168,9 @@ def _named(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 def test_an_upload_arrives_and_its_prefix_is_decoded(
     hosting: Server, program: Program, adapter: str, folder: Path
 ) -> None:
-    """The stored file is the one that was sent; keys, values, mask and positions are those of `PrefixClient`; the
-    connection of the upload is used again for the fetches."""
+    """The service stores the file that was sent, the program decodes keys, values, mask and positions as `PrefixClient`
+    does, and fetches on the connection of its upload.
+    """
     with counting_proxy(hosting.url) as proxy:
         printed = program.output(proxy.url, hosting.admin_key, adapter, folder)
         assert proxy.connections <= program.connections
@@ -188,7 +189,7 @@ def test_an_upload_arrives_and_its_prefix_is_decoded(
 @pytest.mark.parametrize("hosting", ["h11"], indirect=True)
 @pytest.mark.parametrize("language", ["java", "go", "node", "curl"])
 def test_it_is_what_peft_computes(hosting: Server, request: pytest.FixtureRequest, language: str, adapter: str) -> None:
-    """The yardstick itself, from a folder that PEFT saved."""
+    """The program decodes what PEFT computes from a folder that PEFT saved."""
     program = Program(request.getfixturevalue(language))
     printed = program.output(hosting.url, hosting.admin_key, adapter, adapter_of("llama-n20-emb"))
     of_peft = {
@@ -203,7 +204,7 @@ def test_it_is_what_peft_computes(hosting: Server, request: pytest.FixtureReques
 def test_curl_uses_its_connection_again(
     hosting: Server, curl: list[str], options: list[str], adapter: str, folder: Path, tmp_path: Path
 ) -> None:
-    """`--next` is the second request of the same connection; curl says how many connections each needed."""
+    """curl's second request, after `--next`, opens no connection."""
     path = f"{hosting.url}/v1/tenants/{TENANT}/adapters/{adapter}"
     common = ["--silent", "--oauth2-bearer", hosting.admin_key, "--write-out", "%{http_code} %{num_connects}\n"]
     form = [argument for name in FIELDS for argument in ("--form", f"{name}=@{folder / name}")]
@@ -216,7 +217,7 @@ def test_curl_uses_its_connection_again(
 def test_a_wrong_key_is_reported_while_the_upload_is_sent(
     hosting: Server, program: Program, adapter: str, tmp_path: Path
 ) -> None:
-    """401 comes before the body is read: the client reads it all the same, although it has 16 MB to send."""
+    """The service answers 401 before it has read 16 MB, and the program reads and reports the answer."""
     folder = _saved(tmp_path, CONFIG, torch.zeros(1 << 22))
     done = program.run(hosting.url, "pfx_wrong", adapter, folder)
     assert (done.returncode, done.stdout) == (1, "")
@@ -224,7 +225,7 @@ def test_a_wrong_key_is_reported_while_the_upload_is_sent(
 
 
 def test_a_refused_upload_is_reported(hosting: Server, program: Program, adapter: str, tmp_path: Path) -> None:
-    """422 says what is wrong, and the program says so, whatever letters JSON escapes."""
+    """The program reports what the 422 says, whatever letters JSON escapes."""
     folder = _saved(tmp_path, {**CONFIG, "peft_type": 'a"b\\n…ü'}, torch.randn(64, 2048))
     done = program.run(hosting.url, hosting.admin_key, adapter, folder)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""Fuzz the service and its client: `python -m tests.fuzz`. Exit status 1 if something undocumented was found.
+"""`python -m tests.fuzz` fuzzes the service and its client. Exits with status 1 if something undocumented was found.
 
 `wire` sends mutated requests to both parsers, `files` uploads mutated weights, configs and pickles, `answers` lets the
 client read a hostile server's answers, `schema` runs schemathesis with all checks, with and without a key.
@@ -25,7 +25,7 @@ def main(
     examples: Annotated[int, typer.Option(min=1, help="Of each operation and phase, for schema.")] = 50,
     seed: Annotated[int, typer.Option(help="Other seeds find other things.")] = 1,
 ) -> None:
-    """Fuzz, and show what was answered and what was found."""
+    """Fuzzes, and shows the answers' statuses and the faults."""
     if unknown := set(only or ()) - set(KINDS):
         raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(KINDS)}")
     is_sound = True

@@ -1,4 +1,4 @@
-"""Mutated answers of a hostile server, against every method of the client."""
+"""Sends mutated answers of a hostile server to every method of the client."""
 
 import random
 import time
@@ -17,7 +17,7 @@ _TIMEOUT = 0.2
 
 
 def fuzzed(seconds: float, seed: int) -> Findings:
-    """Let every method of both clients read mutated answers for so long."""
+    """Lets every method of both clients read mutated answers for so long."""
     findings, draw = Findings(), random.Random(seed)  # noqa: S311 - reproducible, not secret
     until = time.monotonic() + seconds
     while time.monotonic() < until:

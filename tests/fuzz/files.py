@@ -1,4 +1,4 @@
-"""Mutated weights, configs and pickles, uploaded to a real service."""
+"""Uploads mutated weights, configs and pickles to a real service."""
 
 import random
 import time
@@ -14,7 +14,7 @@ _CONFIG, _BASE, _WEIGHTS = "adapter_config.json", "config.json", "adapter_model.
 
 
 def fuzzed(folder: Path, seconds: float, seed: int) -> Findings:
-    """Upload mutated files for so long to a service of its own; pickles under the name of the weights."""
+    """Uploads mutated files for so long to a service of its own, pickles as weights."""
     findings, draw = Findings(), random.Random(seed)  # noqa: S311 - reproducible, not secret
     sound = originals()
     with running_server(folder / "data") as server, server.client() as client:

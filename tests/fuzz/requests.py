@@ -1,4 +1,4 @@
-"""Mutated requests on bare sockets, in one piece or several."""
+"""Sends mutated requests on bare sockets, in one piece or several."""
 
 import contextlib
 import random
@@ -47,7 +47,7 @@ def originals(key: str) -> list[bytes]:
 
 
 def fuzzed(folder: Path, seconds: float, seed: int, parser: Literal["httptools", "h11"]) -> Findings:
-    """Send mutated requests for so long to a service of its own."""
+    """Sends mutated requests for so long to a service of its own."""
     findings, draw = Findings(), random.Random(seed)  # noqa: S311 - reproducible, not secret
     environment = {"PREFIX_HTTP_PARSER": parser, "PREFIX_RECEIVE_TIMEOUT": "5"}
     with running_server(folder / parser, environment=environment) as server:

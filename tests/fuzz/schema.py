@@ -1,4 +1,4 @@
-"""Schemathesis on the committed OpenAPI document: all checks, with a key and without one."""
+"""Runs schemathesis on the committed OpenAPI document with all checks, with a key and without one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ DOCUMENT: Final = _ROOT / "openapi" / "openapi.json"
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What schemathesis wrote and how it ended, and the service's log."""
+    """Schemathesis's output and exit status, and the service's log."""
 
     text: str
     status: int
@@ -27,7 +27,7 @@ class Report:
 
 
 def fuzzed(folder: Path, examples: int, seed: int, *, with_key: bool) -> Report:
-    """Try every operation with so many examples in each phase, on a service of its own."""
+    """Tries every operation with so many examples in each phase, on a service of its own."""
     with running_server(folder / "data") as server:
         (folder / "schemathesis.toml").write_text(_SETTINGS)
         command = [sys.executable, "-m", "schemathesis.cli", "run", str(DOCUMENT), "--url", server.url]
@@ -44,7 +44,7 @@ def fuzzed(folder: Path, examples: int, seed: int, *, with_key: bool) -> Report:
 
 
 def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
-    """Publish adapters. Returns parameters of what exists: for every operation, and for some alone by their path."""
+    """Publishes adapters, and returns parameters of what exists: for every operation, and for some by their path."""
     since = client.get("/v1/changes").raise_for_status().json()["revision"]
     for adapter in ("acme/summarize", "acme/deleted", "other/summarize", "gone/summarize"):
         tenant, _, name = adapter.partition("/")
@@ -58,7 +58,7 @@ def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
         "GET /v1/tenants/{tenant}/adapters/{name}/aliases/{alias}": {"alias": "prod"},
         "DELETE /v1/tenants/{tenant}/adapters/{ref}": {"ref": "deleted"},
         "GET /v1/changes": {"since": since},
-        # Quotas of the tenant that the others use would let them reach nothing.
+        # With quotas, the tenant that the other operations use would refuse them everything.
         "PUT /v1/tenants/{tenant}": {"tenant": "other"},
         "DELETE /v1/tenants/{tenant}": {"tenant": "gone"},
         "GET /v1/keys/{key_id}": {"key_id": _key(client, "/v1/keys")},
@@ -106,13 +106,13 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404]
 include-path-regex = "/(annotations|base-model|config)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
 
-# Whatever comes as text/markdown is text.
+# Any body that comes as text/markdown is text.
 [[operations]]
 include-name = "PUT /v1/tenants/{tenant}/adapters/{ref}/card"
 checks.negative_data_rejection.expected-statuses = ["2xx", 400, 401, 404, 405, 406, 412, 413, 414, 415, 422, 429]
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
 
-# A cursor belongs to the order and the search that gave it.
+# A cursor belongs to the order and the search that returned it.
 [[operations]]
 include-path-regex = "/adapters$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]
@@ -127,12 +127,12 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416, 
 include-path-regex = "/infer$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 401, 404]
 
-# An end is in the future, and not later than the one that a key has.
+# An end is in the future, and not later than the key's present one.
 [[operations]]
 include-path-regex = "/keys"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 409, 422]
 
-# What stands in a config, and whether weights fit it, is PEFT's to say.
+# PEFT decides which configs are valid, and whether weights fit them.
 [[operations]]
 include-operation-id = "publish"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]

@@ -1,4 +1,4 @@
-"""What schemathesis cannot make up from the OpenAPI document: what exists, and files that are sound."""
+"""Supplies what schemathesis cannot make up from the OpenAPI document: names that exist, and files that are sound."""
 
 import json
 import os
@@ -27,7 +27,7 @@ schemathesis.openapi.media_type("application/octet-stream", st.sampled_from([_IN
 
 @schemathesis.hook
 def before_call(_context: schemathesis.HookContext, case: schemathesis.Case[Any], _kwargs: dict[str, Any]) -> None:
-    """Replace well-formed names by those of what exists, and a listing's cursor or a revision by one that was given."""
+    """Replaces well-formed names by existing ones, and a cursor or a revision by one that the service returned."""
     existing = _EXISTING[""] | _EXISTING.get(case.operation.label, {})
     if case.query and case.query.get("cursor") == _ANY_CURSOR:
         case.query["cursor"] = existing["cursor"]
@@ -36,6 +36,6 @@ def before_call(_context: schemathesis.HookContext, case: schemathesis.Case[Any]
     if case.meta is None or case.meta.is_negative_at(ParameterLocation.PATH):
         return
     for name in case.path_parameters.keys() & existing.keys():
-        # There, `key_id` is that of a key which was just made.
+        # For these operations `key_id` is that of a key which was just made.
         if name != "key_id" or case.meta.phase.name is not TestPhase.STATEFUL:
             case.path_parameters[name] = existing[name]

@@ -1,4 +1,4 @@
-"""The fuzzers in short: a few seconds of each, always the same inputs as far as time allows."""
+"""Runs each fuzzer for a few seconds, on the same inputs each time as far as time allows."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,21 +10,21 @@ from tests.fuzz import answers, files, requests, schema
 
 @pytest.mark.parametrize("parser", ["httptools", "h11"])
 def test_mutated_requests(tmp_path: Path, parser: Literal["httptools", "h11"]) -> None:
-    """Whatever bytes arrive, the answer is documented, cheap, and no traceback."""
+    """The service answers any bytes with a documented status, cheaply, and without a traceback."""
     findings = requests.fuzzed(tmp_path, 3, 1, parser)
     assert findings.faults == {}
     assert findings.statuses["400"] > 0
 
 
 def test_mutated_files(tmp_path: Path) -> None:
-    """Whatever is uploaded is published or refused with a documented status."""
+    """The service publishes an uploaded file or refuses it with a documented status."""
     findings = files.fuzzed(tmp_path, 3, 1)
     assert findings.faults == {}
     assert findings.statuses["422"] > 0
 
 
 def test_mutated_answers() -> None:
-    """Whatever a server answers, the client raises its documented errors."""
+    """The client raises documented errors for any answer of a server."""
     findings = answers.fuzzed(3, 1)
     assert findings.faults == {}
     assert sum(findings.statuses.values()) > 10

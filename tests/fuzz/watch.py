@@ -1,4 +1,4 @@
-"""What a fuzzer looks at: the answers' statuses, the processor time of each request, and the log."""
+"""Watches the answers' statuses, the processor time of each request, and the log."""
 
 import os
 from collections import Counter
@@ -13,18 +13,18 @@ from tests.conftest import Server
 
 DOCUMENTED: Final = frozenset({100, 200, 201, 204, 206, 304, 400, 405, *STATUSES.values()}) - {500}
 MOST_SECONDS: Final = 1.0
-"""Of processor time, for one request of a few kilobytes."""
+"""The most processor time for one request of a few kilobytes."""
 
 
 @dataclass
 class Findings:
-    """Answers by status, and what must not be: each kind once, with an example that reproduces it."""
+    """Counts answers by status, and keeps each kind of fault once, with an example that reproduces it."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     faults: dict[str, bytes] = field(default_factory=dict)
 
     def count(self, status: int | None, sent: bytes) -> None:
-        """Count an answer; None for a connection that ended or stayed silent."""
+        """Counts an answer; None stands for a connection that ended or stayed silent."""
         self.statuses[str(status or "none")] += 1
         if status is not None and status not in DOCUMENTED:
             self.faults.setdefault(f"answered {status}", sent)
@@ -32,7 +32,7 @@ class Findings:
 
 @contextmanager
 def watched(server: Server, findings: Findings, sent: bytes) -> Iterator[None]:
-    """While the block sends one request: note a process that died, and one that computed for too long."""
+    """Notes, after the block has sent one request, a process that died or that computed for too long."""
     before = _processor_seconds(server)
     yield
     if server.process.poll() is not None:
@@ -42,7 +42,7 @@ def watched(server: Server, findings: Findings, sent: bytes) -> Iterator[None]:
 
 
 def look_at_log(server: Server, findings: Findings) -> None:
-    """Note tracebacks in the log."""
+    """Notes tracebacks in the log."""
     log = server.log.read_bytes()
     if (at := log.find(b"Traceback")) >= 0:
         findings.faults.setdefault("a traceback in the log", log[max(at - 500, 0) : at + 3000])

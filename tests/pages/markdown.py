@@ -1,4 +1,4 @@
-"""The pages of this repository: their snippets, headings and links."""
+"""Finds the snippets, headings and links of this repository's pages."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _LINK: Final = re.compile(r"\]\(([^)\s]+)\)")
 
 @dataclass(frozen=True)
 class Snippet:
-    """A fenced block of a page, as it stands there."""
+    """A fenced block of a page."""
 
     page: Path
     line: int
@@ -27,7 +27,7 @@ class Snippet:
 
     @property
     def name(self) -> str:
-        """Where it is."""
+        """Returns the page and line of the block."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 

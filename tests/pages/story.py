@@ -24,7 +24,7 @@ _PROMPT: Final = "ready-for-the-next-line$ "
 
 
 class Story:
-    """A folder like a checkout, in which snippets run one after another, each with what the ones before exported."""
+    """A folder like a checkout, in which snippets run one after another, each with the variables exported before it."""
 
     def __init__(self, folder: Path, network: list[str], environment: Mapping[str, str]) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Story:
         }
 
     def sh(self, text: str) -> str:
-        """Run a snippet of shell to its end; what it prints.
+        """Runs a snippet of shell to its end, and returns its output.
 
         Raises:
             AssertionError: a line of it failed.
@@ -60,7 +60,7 @@ class Story:
         return self._run(["bash", "-c", script])
 
     def python(self, text: str) -> str:
-        """Run Python to its end, with what snippets of shell exported; what it prints."""
+        """Runs Python to its end with the variables that shell snippets exported, and returns its output."""
         program = self.folder / "program.py"
         program.write_text(text)
         return self.sh(f"{shlex.quote(sys.executable)} program.py")
@@ -84,7 +84,7 @@ class Story:
         return printed
 
     def end(self) -> None:
-        """End what snippets left running."""
+        """Ends the processes that snippets left running."""
         for group in self._groups:
             try:
                 os.killpg(group, signal.SIGTERM)
@@ -94,7 +94,7 @@ class Story:
 
 @contextmanager
 def network() -> Iterator[list[str]]:
-    """What to put before a command so that it has loopback to itself, and port 8080 is free."""
+    """Yields the command prefix that gives a command a loopback of its own, on which port 8080 is free."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         not_tested("a network namespace needs root, unshare and ip")
     holder = subprocess.Popen(
@@ -114,8 +114,9 @@ def network() -> Iterator[list[str]]:
 
 @contextmanager
 def pasted(story: Story, text: str) -> Iterator[str]:
-    """Paste a block into an interactive shell on a terminal, in one piece; what the terminal showed when the shell asks
-    for the next line again. The shell, and what it started, runs while the block does."""
+    """Pastes a block into an interactive shell on a terminal, and yields what the terminal showed until the next
+    prompt. The shell, and what it started, runs until the block ends.
+    """
     controller, terminal = pty.openpty()
     shell = subprocess.Popen(
         [*story.network, "bash", "--norc", "--noprofile", "-i"],
@@ -132,7 +133,7 @@ def pasted(story: Story, text: str) -> Iterator[str]:
         os.write(controller, text.encode())
         lines = text.count("\n")
         shown = _shown_until(controller, lambda shown: shown.count(_PROMPT) == lines)
-        # A terminal is read on: its buffer is small, and the shell could not say that it ends.
+        # The terminal's small buffer must be emptied, or the shell could not report that it ends.
         threading.Thread(target=_drain, args=(controller,), daemon=True).start()
         yield shown
     finally:

@@ -1,4 +1,4 @@
-"""The files to copy: each is read by the program that it is for, and names settings that exist."""
+"""Each of the files to copy is read by the program that it is for, and names settings that exist."""
 
 import configparser
 import re
@@ -40,13 +40,13 @@ CASE: Final = "service/prefix_service/cli/demo/adapters/capitals-json"
 
 @pytest.mark.parametrize("file", sorted(FOLDER.iterdir()), ids=lambda file: file.name)
 def test_it_names_settings_that_exist(file: Path) -> None:
-    """Nothing in these files is a setting that the service would not read."""
+    """The files name no setting that the service would not read."""
     others = {"PREFIX_URL", "PREFIX_API_KEY", "PREFIX_IMAGE", "PREFIX_PUBLISH", "PREFIX_SERVICE_PORT", "PREFIX_"}
     assert set(re.findall(r"\bPREFIX_[A-Z_]*", file.read_text())) - others <= SETTINGS
 
 
 def test_the_unit_of_systemd(tmp_path: Path) -> None:
-    """systemd reads it without a complaint; it waits longer than the service takes to end."""
+    """systemd verifies the unit, which waits longer than the service takes to end."""
     unit = (FOLDER / "prefix-service.service").read_text()
     parsed = configparser.ConfigParser(strict=False, interpolation=None)
     parsed.optionxform = str  # type: ignore[assignment,method-assign]
@@ -69,7 +69,7 @@ def _kubernetes() -> dict[str, dict[str, Any]]:
 
 
 def test_the_objects_of_kubernetes() -> None:
-    """One pod at a time on the volume, the image's user, the probes' paths, and budgets that fit the limit."""
+    """The objects run one pod at a time on the volume, as the image's user, with right probes and budgets."""
     found = _kubernetes()
     deployment, service = found["Deployment"]["spec"], found["Service"]["spec"]
     pod = deployment["template"]["spec"]
@@ -90,7 +90,7 @@ def test_the_objects_of_kubernetes() -> None:
 
 
 def test_the_scrape_of_prometheus() -> None:
-    """The port that the service has by default, with a key."""
+    """Prometheus scrapes the service's default port with a key."""
     (scrape,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
     assert scrape["static_configs"] == [{"targets": [f"127.0.0.1:{Settings.model_fields['port'].default}"]}]
     assert scrape["authorization"].keys() == {"credentials_file"}
@@ -98,7 +98,7 @@ def test_the_scrape_of_prometheus() -> None:
 
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """A service behind nginx with the file's configuration, on a network of its own; only its certificate is ours."""
+    """Yields a service that nginx serves with the file's configuration, and a certificate of ours."""
     if shutil.which("nginx", path="/usr/sbin:/usr/bin") is None or shutil.which("openssl") is None:
         not_tested("nginx or openssl is missing: install nginx-light and openssl")
     folder = tmp_path_factory.mktemp("nginx")
@@ -134,7 +134,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 
 def test_an_adapter_passes_nginx(behind: Story) -> None:
-    """An upload of more than nginx's own limit, and its prefix, over TLS, through the configuration as it is."""
+    """nginx passes an upload above its default limit, and its prefix, over TLS with the file's configuration."""
     (behind.folder / "large.py").write_text(
         "import json, pathlib, torch\n"
         "from safetensors.torch import save_file\n"

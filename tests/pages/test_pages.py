@@ -1,4 +1,4 @@
-"""What the pages are: the front page's size and order, links that lead somewhere, tables that are true."""
+"""The pages have the right size and order, links that lead somewhere, and tables that are true."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from prefix_service.api.http.problems import STATUSES
 from tests.pages.markdown import PACKAGE, PAGES, README, ROOT, anchors, links, snippets
 
 OF_CLIENT: Final = {errors.DimensionMismatch, errors.InvalidResponse, errors.ConnectionFailed}
-"""What no service answers: the client alone raises them."""
+"""The errors that only the client raises."""
 API: Final = PACKAGE / "api" / "README.md"
 HEADINGS: Final = [
     "Run it",
@@ -49,14 +49,14 @@ ASKED: Final = {
 
 
 def test_the_front_page_is_short() -> None:
-    """8 to 10 kB, in the order in which a reader needs it."""
+    """The front page has 8 to 10 kB, in the order in which a reader needs them."""
     text = README.read_text()
     assert 8_000 <= len(text.encode()) <= 10_000
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
 
 
 def test_the_commands_come_first() -> None:
-    """The first things to type are the two commands; the picture before them has at most twelve lines of 80 columns."""
+    """The first two commands come first, after a picture of at most twelve lines of 80 columns."""
     picture, install, gate, *_ = snippets(README)
     assert picture.language == "text"
     assert picture.text.count("\n") <= 12
@@ -66,7 +66,7 @@ def test_the_commands_come_first() -> None:
 
 @pytest.mark.parametrize("question", ASKED)
 def test_every_question_has_its_place(question: str) -> None:
-    """On one screen: a section of at most 45 lines, on a page that the front page leads to."""
+    """A section of at most 45 lines, on a page that the front page links to, answers each question."""
     page, anchor = ASKED[question]
     assert anchor in anchors(page)
     assert str(page.relative_to(ROOT)) in {urldefrag(link).url for link in links(README)}
@@ -82,7 +82,7 @@ def _anchor(section: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    """To a file of this repository and a heading in it; what is on the internet is not asked."""
+    """A link leads to a file of this repository and a heading in it; the test follows no link to the internet."""
     for link in links(page):
         if "://" in link:
             continue
@@ -96,7 +96,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_fit(page: Path) -> None:
-    """120 columns; a table's row, or a command that is one line, may be longer."""
+    """Lines have at most 120 columns, except a table's rows and commands of one line."""
     assert [
         line
         for line in page.read_text().splitlines()
@@ -105,7 +105,7 @@ def test_lines_fit(page: Path) -> None:
 
 
 def test_the_table_of_errors_is_complete() -> None:
-    """Every code with the status that it has, and no other."""
+    """The table has every code with its status, and no other code."""
     rows = re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \| (\d{3}) \|", API.read_text(), re.MULTILINE)
     listed = {code: int(status) for codes, status in rows for code in re.findall(r"`([a-z-]+)`", codes)}
     of_service = {kind for kind in _kinds(errors.PrefixServiceError) if kind not in OF_CLIENT}

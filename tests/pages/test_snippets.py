@@ -1,4 +1,4 @@
-"""Every snippet of the pages, run as it stands there: one story, of `acme/capitals`, in a checkout of its own."""
+"""Runs every snippet of the pages unchanged, as one story of `acme/capitals`, in a checkout of its own."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VLLM: Final = PACKAGE / "client" / "vllm" / "README.md"
 DEPLOY: Final = PACKAGE / "deploy" / "README.md"
 LANGUAGES: Final = {"sh", "python", "json", "text"}
-"""`text` is what nobody types here: pictures, and commands of container engines and systemd."""
+"""Languages of fences; `text` marks what nobody types here: pictures, and commands of engines and systemd."""
 NEEDS: Final = {"node": "nodejs", "go": "golang-go", "java": "openjdk-17-jdk-headless", "curl": "curl"}
 
 _INSTALL, _GATE, _FIRST, _WORKER, _VLLM, _WHEEL = (found for found in snippets(README) if found.language != "text")
@@ -42,7 +42,7 @@ TOLD: Final = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hugging Face's cache, with SmolLM2-135M-Instruct in it."""
+    """Returns a Hugging Face cache that holds SmolLM2-135M-Instruct."""
     model = smollm2(tmp_path_factory)
     home = tmp_path_factory.mktemp("hugging-face")
     kept = home / "hub" / f"models--{MODEL.replace('/', '--')}"
@@ -55,7 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[tuple[Story, str]]:
-    """The first request, pasted into a terminal; the service of it runs on. The story, and what the terminal showed."""
+    """Yields the story, and what the terminal showed of the pasted first request, whose service runs on."""
     with network() as namespace:
         environment = {"HF_HOME": str(models), "HF_HUB_OFFLINE": "1"}
         told = Story(tmp_path_factory.mktemp("checkout"), namespace, environment)
@@ -67,18 +67,18 @@ def first(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[tu
 
 @pytest.fixture(scope="module")
 def story(first: tuple[Story, str]) -> Story:
-    """The shell behind the first request."""
+    """Returns the shell of the first request."""
     return first[0]
 
 
 def test_every_block_says_what_it_is() -> None:
-    """A fence without a language would be run by nobody."""
+    """Every fence has a known language, because one without would not be run."""
     assert {found.language for found in EVERY} <= LANGUAGES
     assert all(page.read_text().count("```") == 2 * len(snippets(page)) for page in PAGES)
 
 
 def test_the_first_request_works_pasted_as_one_block(first: tuple[Story, str]) -> None:
-    """Four rows arrive, and no line of the block failed."""
+    """The pasted request returns four rows, and no line of the block fails."""
     story, shown = first
     tensors = load_file(story.folder / "prefix.safetensors")
     assert tensors["attention_mask"].shape[0] == tensors["past_key_values.0.key"].shape[0] == 4
@@ -87,7 +87,7 @@ def test_the_first_request_works_pasted_as_one_block(first: tuple[Story, str]) -
 
 
 def test_the_worker_says_what_peft_says(story: Story) -> None:
-    """Fifteen lines, whole: nothing in front of them and nothing behind."""
+    """The worker's snippet has at most fifteen lines, is a whole program, and prints the capitals that PEFT prints."""
     lines = [line for line in _WORKER.text.splitlines() if line]
     assert len(lines) <= 15
     printed = story.python(_WORKER.text)
@@ -97,7 +97,7 @@ def test_the_worker_says_what_peft_says(story: Story) -> None:
 
 @pytest.mark.parametrize("snippet", [found for found in TOLD if found.language == "sh"], ids=lambda found: found.name)
 def test_a_snippet_of_shell(story: Story, snippet: Snippet) -> None:
-    """Every line of it succeeds."""
+    """Every line of the snippet succeeds."""
     program = snippet.text.split()[0]
     if program in NEEDS and shutil.which(program) is None:
         not_tested(f"{program} is missing: install {NEEDS[program]}")
@@ -110,12 +110,12 @@ def test_a_snippet_of_shell(story: Story, snippet: Snippet) -> None:
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_the_python_of_a_page(story: Story, page: Path) -> None:
-    """All blocks of the page, one after another, are one program."""
+    """The Python blocks of a page run one after another as one program."""
     story.python("\n".join(found.text for found in TOLD if found.page == page and found.language == "python"))
 
 
 def _config(text: str) -> dict[str, Any]:
-    """The JSON behind `--kv-transfer-config`."""
+    """Returns the JSON of `--kv-transfer-config`."""
     found = re.search(r"--kv-transfer-config '(.*?)'", text, re.DOTALL)
     assert found is not None
     parsed: dict[str, Any] = json.loads(found[1])
@@ -123,13 +123,13 @@ def _config(text: str) -> dict[str, Any]:
 
 
 def _bodies(text: str) -> list[dict[str, Any]]:
-    """The JSON bodies of a snippet's requests."""
+    """Returns the JSON bodies of a snippet's requests."""
     return [json.loads(body) for body in re.findall(r"-d '(.*?)'$", text, re.DOTALL | re.MULTILINE)]
 
 
 @pytest.mark.parametrize("page", [README, VLLM], ids=["front", "vllm"])
 def test_the_commands_of_vllm(page: Path) -> None:
-    """vLLM's own tests start it with this configuration; every request names an adapter."""
+    """The page starts vLLM with the configuration of vLLM's own tests here, and every request names an adapter."""
     found = [snippet.text for snippet in snippets(page) if snippet.language == "sh" and "8000" in snippet.text]
     assert _config(found[0]) == transfer_config("http://127.0.0.1:8080")
     assert "--middleware prefix_service.client.vllm.PrefixMiddleware" in found[0]
@@ -144,7 +144,7 @@ def test_the_commands_of_vllm(page: Path) -> None:
 
 
 def test_the_python_of_vllm() -> None:
-    """The same configuration, as a dictionary."""
+    """The Python snippet has the same configuration as the command, as a dictionary."""
     (snippet,) = (found for found in snippets(VLLM) if found.language == "python")
     assigned = {
         node.targets[0].id: node.value
@@ -156,7 +156,7 @@ def test_the_python_of_vllm() -> None:
 
 
 def test_the_connectors_of_vllm() -> None:
-    """MultiConnector as its own tests configure it; our part of it is what the connector accepts."""
+    """The page configures MultiConnector as its tests do, with our connector's own configuration as a part."""
     (snippet,) = (found for found in snippets(VLLM) if found.language == "json")
     config = json.loads(snippet.text)
     connectors = config["kv_connector_extra_config"]["connectors"]
@@ -165,13 +165,13 @@ def test_the_connectors_of_vllm() -> None:
 
 
 def test_the_second_command_is_the_gate() -> None:
-    """What .ci/run ends with."""
+    """The README's second command is the one with which .ci/run ends."""
     assert _GATE.text == "bash tests/run\n"
     assert f"exec {_GATE.text}" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_serve_in_the_foreground(tmp_path: Path) -> None:
-    """The command of the page, on a network of its own: ready with both workers, and 0 after SIGTERM."""
+    """The page's command becomes ready with both workers, and exits with 0 after SIGTERM."""
     with network() as namespace:
         story = Story(tmp_path, namespace, {})
         with (tmp_path / "log").open("wb") as log:
@@ -188,7 +188,7 @@ def test_serve_in_the_foreground(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.environ.get("PREFIX_TEST_INSTALL") != "1", reason="PREFIX_TEST_INSTALL=1 installs for minutes")
 def test_the_commands_in_a_fresh_clone(tmp_path: Path) -> None:
-    """The first command, and the ones that install on a worker, in a clone of what is committed."""
+    """The first command, and those that install on a worker, succeed in a clone of the committed files."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "clone")], check=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFIX_", "PYTHON"))}
     environment["PATH"] = os.pathsep.join(

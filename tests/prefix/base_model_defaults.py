@@ -56,7 +56,7 @@ def model_types() -> tuple[tuple[str, Any], ...]:
 
 
 def make_table() -> tuple[dict[str, Entry], dict[str, str]]:
-    """Returns the table, and of each model type that could not enter it, the configs that it fails on."""
+    """Returns the table, and for each model type that could not enter it a config on which the table fails."""
     table: dict[str, Entry] = {}
     failed: dict[str, str] = {}
     known = dict(model_types())
@@ -141,7 +141,7 @@ def probes(model_type: str, table: Mapping[str, Entry]) -> Iterator[dict[str, An
 
 
 def _plain_probes(model_type: str, entry: Entry) -> Iterator[dict[str, Any]]:
-    """Each value alone, some together, by their other names, and null where a class computes a value."""
+    """Yields each value alone, some together, some by their other names, and null where a class computes a value."""
     yield from ({}, {"num_hidden_layers": 3}, {"num_attention_heads": 16}, {"hidden_size": 2048}, _SOME_GIVEN)
     yield {str(entry[name]) if isinstance(entry.get(name), str) else name: value for name, value in _SOME_GIVEN.items()}
     attributes = _attributes(model_type)

@@ -1,4 +1,4 @@
-"""`prefix.base_model`: the dimensions that PEFT would fill, from the same base model's config."""
+"""`prefix.base_model` infers the dimensions that PEFT would fill from the same base model's config."""
 
 import json
 from pathlib import Path
@@ -60,27 +60,27 @@ def filled_by_peft(config: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_in_memory_gives_what_peft_fills(name: str) -> None:
-    """From `config.to_dict()`: layers, heads of keys and values, and token_dim are PEFT's."""
+    """`config.to_dict()` gives the layers, key/value heads and token_dim that PEFT fills."""
     assert infer_dimensions(CONFIGS[name].to_dict()) == filled_by_peft(CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_saved_config_gives_what_peft_fills(name: str, tmp_path: Path) -> None:
-    """From the config.json that `save_pretrained` writes, which may leave attributes out."""
+    """A config.json that `save_pretrained` wrote gives PEFT's dimensions, although it may leave attributes out."""
     CONFIGS[name].save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert infer_dimensions(saved) == filled_by_peft(CONFIGS[name])
 
 
 def test_gemma4_of_an_older_transformers() -> None:
-    """Before 5.15 the global layers' shape had names of its own; PEFT provisions for it."""
+    """Before transformers 5.15 the global layers' shape had names of its own, and PEFT still reads those."""
     before = GEMMA4 | {"num_attention_heads": 4, "hidden_size": 64, "num_global_key_value_heads": 1}
     assert infer_dimensions(before) == filled_by_peft(before)
     assert infer_dimensions(before | {"num_global_key_value_heads": None})["token_dim"] == 2 * 32
 
 
 def test_gemma4s_widest_layer_decides() -> None:
-    """Of `per_layer_config` the first layer with the largest head size counts, as in PEFT."""
+    """The first layer of `per_layer_config` with the largest head size decides, as in PEFT."""
     layers: dict[str, Any] = {
         "1": {"head_dim": 32, "num_key_value_heads": 1},
         "3": {"head_dim": 32},
@@ -114,7 +114,7 @@ def test_gpt_bigcode_of_an_older_transformers() -> None:
 
 
 def test_what_is_not_told_stays_open() -> None:
-    """A config without numbers is no error here."""
+    """A config without numbers raises nothing: its dimensions stay None."""
     assert infer_dimensions({}) == {"num_layers": None, "num_attention_heads": None, "token_dim": None}
     assert infer_dimensions({"n_head": 4, "text_config": None})["num_attention_heads"] == 4
 
@@ -132,6 +132,6 @@ def test_what_is_not_told_stays_open() -> None:
     ],
 )
 def test_a_number_that_is_none_is_refused(config: dict[str, Any], message: str) -> None:
-    """A base model's config comes from outside too."""
+    """A number in a base model's config must be a positive integer; the error names the field and the value."""
     with pytest.raises(InvalidConfig, match=message):
         infer_dimensions(config)

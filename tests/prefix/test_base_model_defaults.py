@@ -1,4 +1,4 @@
-"""`prefix.base_model_defaults`: what transformers fills in where a config.json leaves it out."""
+"""`prefix.base_model_defaults` holds the values that transformers fills in where a config.json leaves them out."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ NOT_IN_THE_TABLE = {
 }
 TABLE: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
 
-# Of google/gemma-3-4b-it's own config.json: the numbers that it has, and those that it leaves to transformers.
+# google/gemma-3-4b-it's own config.json has these numbers, and leaves others to transformers.
 GEMMA_3_4B: dict[str, Any] = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 255999,
@@ -78,7 +78,7 @@ GEMMA_3_4B: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """transformers logs hundreds of warnings about default configs."""
+    """Silences the hundreds of warnings that transformers logs about default configs."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
@@ -86,15 +86,16 @@ def _quiet() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_table_is_that_of_the_installed_transformers() -> None:
-    """Made again, and compared with PEFT on configs with values left out at random, it is the same file; the model
-    types that are not in it are those that this module names."""
+    """`make_table` reproduces the committed file from the installed transformers, checked against PEFT on configs with
+    values left out; the model types that it leaves out are those in `NOT_IN_THE_TABLE`.
+    """
     table, failed = make_table()
     assert as_json(table) == FILE.read_text(), "run `python -m tests.prefix.base_model_defaults`"
     assert failed.keys() == NOT_IN_THE_TABLE
 
 
 def test_gemma_3_4b_tells_its_heads() -> None:
-    """Its own config.json has no heads, neither outside nor in text_config."""
+    """The table supplies the heads of gemma-3-4b, whose own config.json has none, nested or not."""
     assert "num_attention_heads" not in GEMMA_3_4B["text_config"]
     wanted = by_peft(CONFIG_MAPPING["gemma3"].from_dict(GEMMA_3_4B))
     assert infer_dimensions(GEMMA_3_4B) == wanted == {"num_layers": 34, "num_attention_heads": 4, "token_dim": 1024}
@@ -102,7 +103,7 @@ def test_gemma_3_4b_tells_its_heads() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_model_type_fills_what_peft_fills() -> None:
-    """From `{"model_type": …}` alone, but for types where a missing text_config means something else."""
+    """`{"model_type": …}` alone gives PEFT's dimensions, except for types that need their text_config."""
     for model_type, config in model_types():
         if model_type not in NOT_IN_THE_TABLE and "given_text_config" not in TABLE[model_type]:
             assert infer_dimensions({"model_type": model_type}) == by_peft(config), model_type
@@ -127,7 +128,7 @@ def test_every_model_type_fills_what_peft_fills() -> None:
     ids=lambda value: str(value)[:60],
 )
 def test_values_that_are_given_stand_beside_defaults(config: dict[str, Any], wanted: tuple[int, ...]) -> None:
-    """By whichever name, in the outer config or the nested one; the rest is transformers'."""
+    """A value in the config is used by either of its names, nested or not; defaults fill the rest."""
     names = ("num_layers", "num_attention_heads", "token_dim")
     assert (
         infer_dimensions(config)

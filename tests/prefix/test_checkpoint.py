@@ -1,4 +1,4 @@
-"""`prefix.checkpoint`: every layout of a trained prefix, wherever it stands in a file."""
+"""`prefix.checkpoint` reads every layout of a trained prefix, wherever it stands in a file."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +78,7 @@ def checkpointed(tensors: Tensors) -> Tensors:
     return {n.replace("transform.", "transform._checkpoint_wrapped_module."): t for n, t in peft_state(tensors).items()}
 
 
-# Where training frameworks leave a prompt encoder, and which layout that is.
+# The places in which training frameworks leave a prompt encoder, and the layout of each.
 PLACES: dict[str, tuple[str, Renamed]] = {
     "encoder": ("PEFT training state", peft_state),
     "accelerate": ("PEFT training state", under("prompt_encoder.default.")),
@@ -110,7 +110,7 @@ BASE_MODEL: Tensors = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("tensors", "wanted"), [(EMBEDDING, PLAIN), (PROJECTION, PROJECTED)], ids=["plain", "mlp"])
 def test_a_prefix_is_found_where_training_left_it(place: str, tensors: Tensors, wanted: PrefixConfig) -> None:
-    """Among the tensors of a whole model: the same roles and values, matrices `[out, in]`, whatever the names."""
+    """Loading finds a prefix among a model's tensors by its roles, whatever its names, and transposes no matrix."""
     layout, rename = PLACES[place]
     found = load(rename(tensors) | BASE_MODEL, wanted)
     assert found.layout == layout
@@ -120,7 +120,7 @@ def test_a_prefix_is_found_where_training_left_it(place: str, tensors: Tensors, 
 
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
 def test_what_peft_saved_is_flat(peft_type: str) -> None:
-    """One tensor; the projection in its config is history, and a task head beside it is not the prefix."""
+    """PEFT saves one flat tensor: loading ignores the projection in its config and a task head in the same file."""
     flat = torch.randn(N, WIDTH)
     wanted = config(peft_type, inference_mode=True, prefix_projection=True)
     found = load({"prompt_embeddings": flat} | BASE_MODEL, wanted)
@@ -130,7 +130,7 @@ def test_what_peft_saved_is_flat(peft_type: str) -> None:
 
 @pytest.mark.parametrize("place", ["encoder", "accelerate", "compiled-encoder"])
 def test_a_cartridge_in_training(place: str) -> None:
-    """Frozen and trainable rows are kept apart."""
+    """Loading keeps the frozen rows of a cartridge apart from its trainable ones."""
     found = load(PLACES[place][1](CARTRIDGE), config("CARTRIDGE", num_frozen_tokens=2))
     assert found.layout == "CARTRIDGE training state"
     assert {role: tensor.shape[0] for role, tensor in found.tensors.items()} == {
@@ -140,13 +140,13 @@ def test_a_cartridge_in_training(place: str) -> None:
 
 
 def test_a_cartridge_without_frozen_tokens() -> None:
-    """PEFT has no frozen tensor then."""
+    """PEFT writes no frozen tensor for a cartridge without frozen tokens, and loading accepts that."""
     found = load({"trainable_embedding": torch.randn(N, WIDTH)}, config("CARTRIDGE", num_frozen_tokens=0))
     assert found.tensors.keys() == {"trainable_embedding"}
 
 
 def test_chatglm2_embeds_the_whole_width() -> None:
-    """Its MLP is as wide at its entrance as at its end."""
+    """ChatGLM2's MLP is as wide at its entrance as at its end, and loading accepts it."""
     wide = PROJECTION | {"embedding": torch.randn(N, WIDTH), "transform.w1": torch.randn(HIDDEN, WIDTH)}
     found = load(under("transformer.", p_tuning_v2)(wide), PROJECTED)
     assert found.tensors["transform.w1"].shape == (HIDDEN, WIDTH)
@@ -154,14 +154,14 @@ def test_chatglm2_embeds_the_whole_width() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_stored_dtype_is_told(dtype: torch.dtype) -> None:
-    """Halves stay halves; a mixture counts as float32."""
+    """`dtype` is the one in which every tensor of the prefix is stored, or float32 for a mixture."""
     halves = {name: tensor.to(dtype) for name, tensor in peft_state(PROJECTION).items()}
     assert load(halves, PROJECTED).dtype == dtype
     assert load(halves | {"embedding.weight": PROJECTION["embedding"]}, PROJECTED).dtype == torch.float32
 
 
 def test_nothing_is_copied() -> None:
-    """The tensors are views of the bytes that were read."""
+    """The loaded tensors are views of the bytes that were read."""
     data = bytearray(save({"prompt_embeddings": torch.zeros(N, WIDTH)}))
     weights = load_weights(data, PLAIN)
     weights.tensors["prompt_embeddings"].fill_(1.0)
@@ -237,19 +237,19 @@ BAD_VALUE = torch.zeros(N, WIDTH).index_fill_(0, torch.tensor([2]), float("nan")
     ],
 )
 def test_a_checkpoint_that_is_refused(tensors: Tensors, wanted: PrefixConfig, message: str) -> None:
-    """None, several, incomplete, of another kind or size: the message lists what was found and what was missing."""
+    """A prefix that is missing, ambiguous, incomplete or of a wrong kind or size is refused by name."""
     with pytest.raises(InvalidCheckpoint, match=message):
         load(tensors, wanted)
 
 
 def test_a_config_without_dimensions_is_refused_first() -> None:
-    """No file is parsed for a config that cannot be checked against it."""
+    """Loading parses no file for a config that the tensors cannot be checked against."""
     with pytest.raises(InvalidConfig, match="num_layers, token_dim, num_attention_heads missing"):
         load_weights(bytearray(b"not even a file"), parse_config({"peft_type": "PREFIX_TUNING"}))
 
 
 def test_a_long_list_of_names_is_cut() -> None:
-    """A message holds eight names of a model with thousands."""
+    """An error names at most eight of a model's thousands of tensors."""
     with pytest.raises(InvalidCheckpoint, match="no prefix encoder among 1000 tensors") as caught:
         find_prefix({f"layer.{n}": (1,) for n in range(1000)})
     assert caught.value.message.count("layer.") == 8

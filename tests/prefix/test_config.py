@@ -1,4 +1,4 @@
-"""`prefix.config`: PEFT's fields and defaults, bounds, derived sizes, and JSON from outside."""
+"""`prefix.config` has PEFT's fields and defaults, checks bounds, derives sizes, and parses JSON from outside."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_another_peft_type_is_refused(peft_type: Any) -> None:
 
 
 def test_another_kind_of_adapter_is_called_by_its_name() -> None:
-    """By the name that PEFT has for it, and not by what is no such name."""
+    """The error names the kind of adapter if PEFT knows it, and repeats no unknown text."""
     with pytest.raises(InvalidConfig, match=r"^this is a LORA adapter, which is not hosted here: peft_type must be"):
         parse_config({"peft_type": "LORA"})
     with pytest.raises(InvalidConfig, match=r"^peft_type must be"):
@@ -68,7 +68,7 @@ def test_another_kind_of_adapter_is_called_by_its_name() -> None:
 
 
 def test_a_saved_config_says_its_number_of_tokens() -> None:
-    """The default of 20 is for new adapters; beside trained weights a missing number is an error."""
+    """The default of 20 tokens is for new adapters; a config saved with trained weights must have the number."""
     assert prefix_tuning().num_virtual_tokens == 20
     with pytest.raises(InvalidConfig, match="num_virtual_tokens is missing"):
         parse_config({"peft_type": "PREFIX_TUNING"}, from_file=True)
@@ -76,7 +76,7 @@ def test_a_saved_config_says_its_number_of_tokens() -> None:
 
 @pytest.mark.parametrize(("task", "submodules"), [("SEQ_2_SEQ_LM", 2), ("CAUSAL_LM", 1), ("SEQ_CLS", 1), (None, 1)])
 def test_submodules_follow_the_task(task: str | None, submodules: int) -> None:
-    """As in PEFT, an encoder-decoder task has two submodules unless the config says otherwise."""
+    """An encoder-decoder task has two submodules unless the config says otherwise, as in PEFT."""
     assert prefix_tuning(task_type=task).num_transformer_submodules == submodules
     assert prefix_tuning(task_type=task, num_transformer_submodules=1).num_transformer_submodules == 1
     assert prefix_tuning(task_type=task).total_virtual_tokens == 20 * submodules
@@ -107,20 +107,20 @@ def test_submodules_follow_the_task(task: str | None, submodules: int) -> None:
     ],
 )
 def test_a_field_out_of_bounds_is_named(values: dict[str, Any], message: str) -> None:
-    """A refusal names the field, the rule and the value, shortened."""
+    """The error names the field, the rule and the shortened value."""
     with pytest.raises(InvalidConfig, match=message):
         prefix_tuning(**values)
 
 
 def test_a_projection_that_was_applied_needs_no_size() -> None:
-    """In inference mode the flag is history."""
+    """In inference mode `prefix_projection` needs no hidden size, because training has applied the projection."""
     config = prefix_tuning(prefix_projection=True, inference_mode=True, **SIZES)
     assert isinstance(config, PrefixTuningConfig)
     assert config.trainable_parameters == 5 * 3 * 2 * 8
 
 
 def test_frozen_tokens_are_among_the_virtual_tokens() -> None:
-    """A cartridge cannot freeze more rows than it has; all of them it can."""
+    """A cartridge can freeze all of its rows, but not more than it has."""
     assert cartridge(num_virtual_tokens=4, num_frozen_tokens=4, num_layers=1, token_dim=2).trainable_parameters == 0
     with pytest.raises(InvalidConfig, match="num_frozen_tokens must be at most num_virtual_tokens, got 5 and 4"):
         cartridge(num_virtual_tokens=4, num_frozen_tokens=5)
@@ -136,14 +136,14 @@ def test_trainable_parameters_of_prefix_tuning(projection: bool) -> None:
 
 
 def test_trainable_parameters_of_a_cartridge() -> None:
-    """Frozen rows do not count."""
+    """`trainable_parameters` leaves out a cartridge's frozen rows."""
     theirs = TheirCartridgeEncoder(peft.CartridgeConfig(**SIZES, num_frozen_tokens=2))
     wanted = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
     assert cartridge(**SIZES, num_frozen_tokens=2).trainable_parameters == wanted
 
 
 def test_derived_sizes_are_unknown_until_the_dimensions_are() -> None:
-    """Nothing is guessed, and what is missing is named."""
+    """Derived sizes are None while a dimension is unknown, and `require_dimensions` names the missing ones."""
     config = prefix_tuning(num_layers=3)
     assert config.prefix_embedding_dim is config.head_dim is config.trainable_parameters is None
     assert cartridge().trainable_parameters is None
@@ -153,7 +153,7 @@ def test_derived_sizes_are_unknown_until_the_dimensions_are() -> None:
 
 
 def test_the_base_model_fills_what_is_missing() -> None:
-    """Llama with two key/value heads of size 4; everything else stays."""
+    """`filled` takes the missing dimensions from Llama's config (two key/value heads of size 4) alone."""
     config = prefix_tuning(revision="main", extra=1).filled(LLAMA)
     assert (config.num_layers, config.num_attention_heads, config.token_dim, config.head_dim) == (3, 2, 8, 4)
     assert config.model_dump().items() >= {"revision": "main", "extra": 1}.items()
@@ -166,19 +166,19 @@ def test_the_adapters_own_dimensions_stand() -> None:
 
 
 def test_a_base_model_that_tells_nothing_is_named() -> None:
-    """The message does not ask for the file that was given: it names the model type and what is missing."""
+    """The error names the model type and the missing dimensions instead of asking for the file that was given."""
     with pytest.raises(InvalidConfig, match=r"model_type 'new'\) does not give token_dim, num_attention_heads: set"):
         prefix_tuning(num_layers=3).filled({"model_type": "new"})
 
 
 def test_dimensions_that_do_not_fit_together_are_refused() -> None:
-    """Also when half of them came from the base model."""
+    """A token_dim of the adapter must be a multiple of the heads, even if those come from the base model."""
     with pytest.raises(InvalidConfig, match="token_dim must be a multiple"):
         prefix_tuning(token_dim=9).filled(LLAMA)
 
 
 def test_a_json_object_is_read() -> None:
-    """UTF-8 JSON with nested values."""
+    """`parse_json` returns the object of UTF-8 JSON with nested values."""
     assert parse_json('{"a": {"ü": [1, 2.5, null]}}'.encode(), "it") == {"a": {"ü": [1, 2.5, None]}}
 
 
@@ -201,7 +201,7 @@ def test_a_json_object_is_read() -> None:
     ],
 )
 def test_other_json_is_refused(data: bytes, message: str) -> None:
-    """Each defect has its words, and they name the file."""
+    """The error names the file and says which defect its JSON has."""
     with pytest.raises(InvalidConfig, match=message) as caught:
         parse_json(data, "adapter_config.json")
     assert caught.value.message.startswith("adapter_config.json")

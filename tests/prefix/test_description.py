@@ -1,4 +1,4 @@
-"""`prefix.description`: what a model card and annotations may be."""
+"""`prefix.description` bounds and checks model cards and annotations."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from prefix_service.prefix.description import (
 
 
 def test_a_card_is_kept_as_it_is() -> None:
-    """Line ends, a byte order mark and characters of other languages included."""
+    """Decoding keeps line ends, a byte order mark and characters of other languages."""
     text = "\ufeff# Résumé\r\n\t日本語\n"
     assert decode_card(text.encode()) == text
     assert decode_card(b"") == ""
@@ -25,14 +25,14 @@ def test_a_card_is_kept_as_it_is() -> None:
 
 @pytest.mark.parametrize("text", ["x" * MOST_CARD, "é" * (MOST_CARD // 2)])
 def test_a_card_may_be_as_long_as_it_may_be(text: str) -> None:
-    """The bound is in bytes of UTF-8."""
+    """A card of exactly the allowed number of UTF-8 bytes is accepted, and one more byte is refused."""
     assert check_card(text) == text
     with pytest.raises(TooLarge, match=f"may have {MOST_CARD} bytes: shorten it"):
         check_card(text + "x")
 
 
 def test_a_card_is_text() -> None:
-    """The error names the place."""
+    """The error names the byte or character of a card that is not text."""
     with pytest.raises(InvalidRequest, match="not UTF-8: byte 2 is 0xff"):
         decode_card(b"# \xff")
     with pytest.raises(InvalidRequest, match="the card contains a NUL at character 2"):
@@ -40,12 +40,12 @@ def test_a_card_is_text() -> None:
 
 
 def test_annotations_are_ordered_by_key() -> None:
-    """So that the same ones have the same entity tag."""
+    """Annotations are sorted by key, so that equal annotations have equal entity tags."""
     assert list(check_annotations({"b": "2", "a/x_.-9": ""}).items()) == [("a/x_.-9", ""), ("b", "2")]
 
 
 def test_annotations_may_be_as_large_as_they_may_be() -> None:
-    """In number, key and value; the value's bound is in bytes of UTF-8."""
+    """Annotations are accepted up to their bounds in number, key length, and value length in UTF-8 bytes."""
     most = {f"k{number}": "é" * (MOST_VALUE // 2) for number in range(MOST_ANNOTATIONS - 1)} | {"k" * 63: "v"}
     assert check_annotations(most) == most
 
@@ -67,12 +67,12 @@ def test_annotations_may_be_as_large_as_they_may_be() -> None:
     ],
 )
 def test_wrong_annotations_are_refused(wrong: dict[str, Any], words: str) -> None:
-    """In words that name the entry."""
+    """The error names the annotation that breaks a rule."""
     with pytest.raises(InvalidRequest, match=words):
         check_annotations(wrong)
 
 
 def test_bytes_are_those_of_all_texts() -> None:
-    """In UTF-8, keys included."""
+    """`nbytes` counts the UTF-8 bytes of the card and of every key and value."""
     assert Description("é", {"ab": "ö", "c": ""}).nbytes == 2 + 2 + 2 + 1
     assert Description().nbytes == 0

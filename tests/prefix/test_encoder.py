@@ -1,4 +1,4 @@
-"""`prefix.encoder`, with PEFT's own encoders as the yardstick."""
+"""`prefix.encoder` computes what PEFT's own encoders compute."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def their_flat(theirs: Any) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, MLP], ids=["plain", "mlp"])
 def test_prefix_tuning_is_pefts(options: dict[str, Any]) -> None:
-    """The flat prefix of a training state: bit-equal without a projection, within 1e-5 with one."""
+    """The flat prefix of a training state is bit-equal to PEFT's without a projection, and within 1e-5 with one."""
     theirs = TheirEncoder(peft.PrefixTuningConfig(**SIZES, **options))
     ours = encoder_of(theirs, config(**options)).flat()
     torch.testing.assert_close(ours, their_flat(theirs), rtol=0, atol=1e-5 if options else 0)
@@ -52,7 +52,7 @@ def test_prefix_tuning_is_pefts(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("frozen", [0, 1, 4])
 def test_a_cartridge_is_pefts(frozen: int) -> None:
-    """Frozen rows come first, then the trainable ones."""
+    """A cartridge's frozen rows come before its trainable ones, as in PEFT."""
     theirs = TheirCartridgeEncoder(peft.CartridgeConfig(**SIZES, num_frozen_tokens=frozen))
     ours = encoder_of(theirs, config("CARTRIDGE", num_frozen_tokens=frozen)).flat()
     assert torch.equal(ours, their_flat(theirs))
@@ -60,7 +60,7 @@ def test_a_cartridge_is_pefts(frozen: int) -> None:
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("cases/*")), ids=lambda path: path.name)
 def test_keys_and_values_are_pefts(path: Path) -> None:
-    """What PEFT's `get_prompt` returned for a trained adapter: bit-equal from saved embeddings, 1e-5 from an MLP."""
+    """Keys and values are those of PEFT's `get_prompt`: bit for bit, or within 1e-5 from an MLP."""
     about = json.loads((path / "case.json").read_text())
     wanted = parse_config(json.loads((path / "adapter" / "adapter_config.json").read_text()), from_file=True)
     weights = load_weights(bytearray((path / "adapter" / "adapter_model.safetensors").read_bytes()), wanted)
@@ -76,7 +76,7 @@ def test_keys_and_values_are_pefts(path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_mlp_runs_in_float32(dtype: torch.dtype) -> None:
-    """Stored halves are upcast first: the result is that of PEFT's encoder holding the same rounded numbers."""
+    """The encoder upcasts stored halves first: its result is PEFT's for the same rounded numbers."""
     theirs = TheirEncoder(peft.PrefixTuningConfig(**SIZES, **MLP)).to(dtype)
     flat = encoder_of(theirs, config(**MLP), dtype).flat()
     assert flat.dtype == torch.float32
@@ -85,13 +85,13 @@ def test_the_mlp_runs_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_what_needs_no_mlp_keeps_its_dtype(dtype: torch.dtype) -> None:
-    """Halves are passed on as they are."""
+    """Without an MLP the encoder passes halves on as they are."""
     theirs = TheirEncoder(peft.PrefixTuningConfig(**SIZES)).to(dtype)
     assert torch.equal(encoder_of(theirs, config(), dtype).encode().stacked()[0, 0, 0, 0, 0], their_flat(theirs)[0, :4])
 
 
 def test_an_mlp_that_overflows_is_refused() -> None:
-    """Finite weights may have an infinite product; it is not served."""
+    """Finite weights may have an infinite product, which `encode` refuses."""
     encoder = PrefixEncoder.fresh(config(**MLP), "random", 0, CPU)
     encoder.set_trainable_parameters({"transform.w2": torch.full((6, 48), 3e38)})
     with pytest.raises(InvalidCheckpoint, match="projection's result holds NaN or infinite"):
@@ -101,7 +101,7 @@ def test_an_mlp_that_overflows_is_refused() -> None:
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_forward_gives_a_batch_of_one_memory(peft_type: str, batch_size: int) -> None:
-    """`[B, L, 2, H, N, D]`, all rows equal and none of them a copy."""
+    """`forward` returns `[B, L, 2, H, N, D]`, whose equal rows share one memory."""
     out = PrefixEncoder.fresh(config(peft_type), "random", 1, CPU).forward(batch_size)
     assert out.shape == (batch_size, 3, 2, 2, 5, 4)
     assert torch.equal(out[0], out[-1])
@@ -110,7 +110,7 @@ def test_forward_gives_a_batch_of_one_memory(peft_type: str, batch_size: int) ->
 
 @pytest.mark.parametrize(("peft_type", "options"), [("PREFIX_TUNING", {}), ("PREFIX_TUNING", MLP), ("CARTRIDGE", {})])
 def test_a_seed_gives_the_same_weights(peft_type: str, options: dict[str, Any]) -> None:
-    """The same seed the same, another seed others; the global generator is left alone."""
+    """Equal seeds draw equal weights, another seed draws others, and torch's global generator is left alone."""
     before = torch.get_rng_state()
     first, again, other = (
         PrefixEncoder.fresh(config(peft_type, **options), "random", seed, CPU).flat() for seed in (7, 7, 8)
@@ -121,7 +121,7 @@ def test_a_seed_gives_the_same_weights(peft_type: str, options: dict[str, Any]) 
 
 
 def test_fresh_weights_are_drawn_as_pefts() -> None:
-    """A standard normal embedding; matrices and biases uniform within `1 / sqrt(inputs)`, as in nn.Linear."""
+    """Embeddings are standard normal, and matrices and biases uniform within `1 / sqrt(inputs)`, as in nn.Linear."""
     sizes = {"num_virtual_tokens": 64, "token_dim": 64, "encoder_hidden_size": 100}
     drawn = PrefixEncoder.fresh(config(**{**MLP, **sizes}), "random", 0, CPU).trainable_parameters()
     assert drawn["embedding"].std().item() == pytest.approx(1, abs=0.05)
@@ -131,26 +131,26 @@ def test_fresh_weights_are_drawn_as_pefts() -> None:
 
 @pytest.mark.parametrize(("peft_type", "options"), [("PREFIX_TUNING", {}), ("PREFIX_TUNING", MLP), ("CARTRIDGE", {})])
 def test_zero_weights_give_zero_keys_and_values(peft_type: str, options: dict[str, Any]) -> None:
-    """As PEFT's `init_weights="zero"`; an MLP's entrance stays random, so that it can be trained."""
+    """Weights of zero encode to zeros, as in PEFT; an MLP's entrance stays random, so that it can be trained."""
     encoder = PrefixEncoder.fresh(config(peft_type, **options), "zero", 0, CPU)
     assert not encoder.encode().tensor.any()
     assert not options or encoder.trainable_parameters()["transform.w1"].any()
 
 
 def test_a_fresh_encoder_needs_dimensions() -> None:
-    """Nothing is drawn for sizes that are not known."""
+    """`fresh` refuses a config whose dimensions are unknown."""
     with pytest.raises(InvalidConfig, match="token_dim"):
         PrefixEncoder.fresh(config(token_dim=None), "random", 0, CPU)
 
 
 def test_a_projection_in_inference_mode_has_been_applied() -> None:
-    """A fresh encoder of such a config is flat."""
+    """A fresh encoder for a config in inference mode is flat, even if the config has a projection."""
     fresh = PrefixEncoder.fresh(config(**MLP, inference_mode=True), "random", 0, CPU)
     assert fresh.trainable_parameters().keys() == {"embedding"}
 
 
 def test_frozen_rows_are_no_trainable_parameter() -> None:
-    """A cartridge tells only what training moves."""
+    """`trainable_parameters` returns only the cartridge's rows that training changes."""
     encoder = PrefixEncoder.fresh(config("CARTRIDGE", num_frozen_tokens=2), "random", 0, CPU)
     assert {name: tuple(t.shape) for name, t in encoder.trainable_parameters().items()} == {
         "trainable_embedding": (3, 48)
@@ -158,7 +158,7 @@ def test_frozen_rows_are_no_trainable_parameter() -> None:
 
 
 def test_parameters_that_were_set_are_used() -> None:
-    """What one encoder tells makes another one the same."""
+    """An encoder that is given another encoder's parameters computes the other's prefix."""
     first, second = (PrefixEncoder.fresh(config(**MLP), "random", seed, CPU) for seed in (1, 2))
     second.set_trainable_parameters(first.trainable_parameters())
     assert torch.equal(first.flat(), second.flat())
@@ -173,7 +173,7 @@ def test_parameters_that_were_set_are_used() -> None:
     ],
 )
 def test_parameters_that_do_not_fit_change_nothing(parameters: dict[str, Tensor], message: str) -> None:
-    """All are checked before the first is replaced."""
+    """All parameters are checked before the first one is replaced."""
     encoder = PrefixEncoder.fresh(config(**MLP), "random", 0, CPU)
     before = encoder.flat()
     with pytest.raises(InvalidCheckpoint, match=message):
@@ -182,7 +182,7 @@ def test_parameters_that_do_not_fit_change_nothing(parameters: dict[str, Tensor]
 
 
 def test_large_activations_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows at a time, and the last: the same values to the last bits, in the same places."""
+    """With room for two rows of activations, five rows are computed as 2, 2 and 1, with equal results."""
     wanted = config(**MLP)
     whole = PrefixEncoder.fresh(wanted, "random", 3, CPU)
     assert [len(rows) for rows in whole.rows()] == [5]
@@ -205,7 +205,7 @@ def test_much_work_is_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(31, 4096), (126, 1024)])
 def test_ordinary_sizes_are_one_block(tokens: int, hidden: int) -> None:
-    """The MLP of a model with 7 billion parameters: one matrix product, as PEFT's."""
+    """The MLP for a model of 7 billion parameters is one matrix product, as in PEFT."""
     sizes = {"num_virtual_tokens": tokens, "num_layers": 32, "num_attention_heads": 32, "token_dim": 4096}
     wanted = parse_config(
         {"peft_type": "PREFIX_TUNING", **sizes, "prefix_projection": True, "encoder_hidden_size": hidden}
@@ -215,7 +215,7 @@ def test_ordinary_sizes_are_one_block(tokens: int, hidden: int) -> None:
 
 @pytest.mark.parametrize("options", [{}, MLP])
 def test_weights_that_are_drawn_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """As in one call of torch; the last part may not be shorter than 16 numbers."""
+    """Weights drawn in parts of at least 16 numbers equal those of one call of torch."""
     sizes = {"num_virtual_tokens": 7, **options}
     whole = PrefixEncoder.fresh(config(**sizes), "random", 3, CPU).trainable_parameters()
     first = torch.randn(whole["embedding"].shape, generator=torch.Generator().manual_seed(3))
@@ -231,7 +231,7 @@ def test_weights_that_are_drawn_in_parts_are_the_same(monkeypatch: pytest.Monkey
 def test_rows_of_a_file_make_the_same_keys_and_values(
     monkeypatch: pytest.MonkeyPatch, task_type: str, dtype: torch.dtype
 ) -> None:
-    """Whatever number of them is read at a time; nothing else of the file is, not even the rest of its tensors."""
+    """Encoding reads only the prefix's rows of a file, and gives the same result for any block size."""
     wanted, flat = config(task_type=task_type), torch.randn(5, 48).to(dtype)
     data = bytearray(save({"prompt_embeddings": flat, "score.weight": torch.zeros(1000)}))
     expected = PrefixKV.from_flat(
@@ -252,7 +252,7 @@ def test_rows_of_a_file_make_the_same_keys_and_values(
 
 
 def test_the_estimate_of_an_encoding() -> None:
-    """Weights, activations, result, keys and values; in half precision float32 copies too; without an MLP a block."""
+    """The estimate counts weights, float32 copies, activations and results; without an MLP weights and a block."""
     values: dict[str, Any] = {
         "num_virtual_tokens": 1 << 14,
         "num_layers": 4,

@@ -1,4 +1,4 @@
-"""`prefix.fingerprint`: what a base model's fingerprint may hold, and the one way to write it."""
+"""`prefix.fingerprint` bounds what a base model's fingerprint holds, and writes it in one way."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ WHOLE = {
 
 
 def test_it_is_written_in_one_way() -> None:
-    """Whatever the order of its names; without a field it is empty."""
+    """Equal fingerprints are written alike, whatever the order of their names, and one without fields is empty."""
     written = check_fingerprint(WHOLE)
     assert written == check_fingerprint(dict(reversed(WHOLE.items())))
     assert json.loads(written) == WHOLE
@@ -28,7 +28,7 @@ def test_it_is_written_in_one_way() -> None:
 
 
 def test_it_is_read_again() -> None:
-    """With what is known; fields of a later release are ignored."""
+    """`Fingerprint.of` reads the fields that it knows and ignores those of a later release."""
     found = Fingerprint.of({**WHOLE, "attention": "sliding"})
     assert found.known() == WHOLE
     assert (found.architecture, found.norms) == ("LlamaForCausalLM", {"rms_norm_eps": 1e-5})
@@ -51,13 +51,13 @@ def test_it_is_read_again() -> None:
     ],
 )
 def test_what_it_may_not_hold_is_named(values: dict[str, Any], words: str) -> None:
-    """Field and value."""
+    """The error names the field and the value that a fingerprint may not hold."""
     with pytest.raises(InvalidRequest, match=words):
         check_fingerprint(values)
 
 
 def test_its_size_is_bounded() -> None:
-    """In bytes of what is stored."""
+    """A fingerprint may have `MOST_FINGERPRINT` bytes as stored, and one more is refused."""
     room = MOST_FINGERPRINT - len('{"sizes":{"x":""}}')
     assert len(check_fingerprint({"sizes": {"x": "y" * room}})) == MOST_FINGERPRINT
     with pytest.raises(TooLarge, match=f"has {MOST_FINGERPRINT + 1} bytes, and may have {MOST_FINGERPRINT}"):

@@ -1,4 +1,4 @@
-"""float8 on the wire, bit by bit, against the format as it is defined: OCP's E4M3, of which 0x7f is NaN."""
+"""float8 on the wire is compared, bit by bit, with the definition of OCP's E4M3, in which 0x7f is NaN."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ IDENTITY = Identity("a", "b", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", "base", 
 
 
 def e4m3(byte: int) -> float:
-    """The number that eight bits are: sign, four bits of exponent with bias 7, three of fraction."""
+    """Returns the number of eight bits: sign, four bits of exponent with bias 7, three bits of fraction."""
     sign, exponent, fraction = -1.0 if byte >> 7 else 1.0, byte >> 3 & 15, byte & 7
     if (exponent, fraction) == (15, 7):
         return float("nan")
@@ -27,7 +27,7 @@ POSITIVE = torch.tensor([e4m3(byte) for byte in range(127)], dtype=torch.float64
 
 
 def nearest(values: Tensor) -> Tensor:
-    """The bits of the number that is nearest to each, of two the even one, int64."""
+    """Returns, as int64, the bits of the number that is nearest to each value, and of two equally near the even one."""
     distance = (values.double().abs()[..., None] - POSITIVE).abs()
     ties = distance == distance.amin(-1, keepdim=True)
     bits = torch.where(ties, torch.arange(127) + 1000 * (torch.arange(127) % 2), 10_000).argmin(-1)
@@ -35,7 +35,7 @@ def nearest(values: Tensor) -> Tensor:
 
 
 def drawn(spread: float) -> PrefixKV:
-    """Values over many powers of two, one head of each kind that is special: all zero, and half of it on ties."""
+    """Returns values over many powers of two, with one head of zeros, and half of another on ties."""
     draw = torch.Generator().manual_seed(int(spread))
     values = torch.randn(L, 2, H, N, D, generator=draw) * torch.exp(spread * torch.randn(L, 2, H, N, D, generator=draw))
     values[0, 0, 0] = 0
@@ -47,7 +47,7 @@ def drawn(spread: float) -> PrefixKV:
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
 def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> None:
-    """Round to nearest, ties to even, of the float32 quotient; the same as torch's own cast."""
+    """Each byte is the float32 quotient rounded to nearest, ties to even, as by torch's own cast."""
     kv = drawn(spread)
     rendering = render(kv, "float8_e4m3fn")
     assert rendering.scales is not None
@@ -58,7 +58,7 @@ def test_every_byte_is_the_nearest_number_to_value_by_scale(spread: float) -> No
 
 
 def test_values_are_divided_by_their_scale() -> None:
-    """Not multiplied by its reciprocal, which is rounded once more: beside this maximum the byte would be 9."""
+    """Rendering divides by the scale: multiplying by its reciprocal would round twice and send 9 instead of 10 here."""
     largest, value = float.fromhex("0x1.3e1558p+1"), float.fromhex("0x1.afaf4p-14")
     values = torch.zeros(L, 2, H, N, D)
     values[0, 0, 0, 0, :2] = torch.tensor([largest, value])
@@ -67,7 +67,7 @@ def test_values_are_divided_by_their_scale() -> None:
 
 
 def test_what_arrives_is_byte_times_scale() -> None:
-    """The client's decoding is the definition's number, times the scale of layer, part and head, in float32."""
+    """The client decodes each byte as the definition's number times the scale of its head, in float32."""
     rendering = render(drawn(2.0), "float8_e4m3fn")
     assert rendering.scales is not None
     numbers = torch.tensor([e4m3(byte) for byte in range(256)], dtype=torch.float32)
@@ -78,7 +78,7 @@ def test_what_arrives_is_byte_times_scale() -> None:
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
-    """No checkpoint with such values is accepted; were there one, its head would be NaN and never a false number."""
+    """A value that is not finite makes its whole head NaN and leaves other heads alone (checkpoints have none)."""
     kv = drawn(1.0)
     whole = sent(render(kv, "float8_e4m3fn")).tensor
     kv.tensor[0, 1, 1, 2, 3] = wrong
@@ -89,7 +89,7 @@ def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
 
 
 def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
-    """One byte instead of two for each value, and four for each layer, part and head."""
+    """float8 takes one byte for each value instead of two, and four for each layer, part and head."""
     half, float8 = (
         PrefixFile(IDENTITY, Variant(dtype, 1, (0, L), (0, H), "stacked", expand=False), {})
         for dtype in ("bfloat16", "float8_e4m3fn")
@@ -98,7 +98,7 @@ def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
 
 
 def sent(rendering: Rendering) -> PrefixKV:
-    """A rendering, sent and read."""
+    """Returns a rendering as the client reads it from the wire."""
     variant = Variant("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
     file = PrefixFile(IDENTITY, variant, {"attention_mask": AttentionMask(1, IDENTITY.num_virtual_tokens, torch.int64)})
     return read_kv(read_prefix_file(bytearray(b"".join(file.chunks(rendering)))))

@@ -1,4 +1,4 @@
-"""`prefix.kv`: the value `[L, 2, H, N, D]`, its slices and rows, masks and positions."""
+"""`prefix.kv` holds the value `[L, 2, H, N, D]`, its slices and rows, masks and positions."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def kv_of(submodules: int = 1, layers: int = L, flat: Tensor = FLAT) -> PrefixKV
 
 
 def pefts_pairs(flat: Tensor, layers: int, submodules: int, batch_size: int) -> list[Tensor]:
-    """`get_prompt` of PEFT 0.21, from its flat prefix: one tensor a layer, with keys and values stacked."""
+    """Returns what `get_prompt` of PEFT 0.21 makes of its flat prefix: one tensor a layer, keys and values stacked."""
     view = flat.unsqueeze(0).expand(batch_size, -1, -1).reshape(batch_size, N, layers * 2, H, D)
     if submodules == 2:
         view = torch.cat([view, view], dim=2)
@@ -42,7 +42,7 @@ def test_layers_come_in_pefts_order(layers: int, submodules: int) -> None:
 
 
 def test_a_value_knows_its_sizes() -> None:
-    """Tokens, head size, bytes, and the model's layers and heads."""
+    """A value has its tokens, head size and bytes, and the model's layers and heads."""
     kv = kv_of()
     assert (kv.num_virtual_tokens, kv.head_dim, kv.num_layers, kv.num_kv_heads) == (N, D, L, H)
     assert (kv.layers, kv.kv_heads, kv.nbytes) == ((0, L), (0, H), FLAT.nbytes)
@@ -51,7 +51,7 @@ def test_a_value_knows_its_sizes() -> None:
 
 @given(st.integers(0, L - 1), st.integers(1, L), st.integers(0, H - 1), st.integers(1, H))
 def test_a_slice_is_a_view_and_keeps_the_models_numbers(a: int, b: int, c: int, d: int) -> None:
-    """Layers `a:b` and heads `c:d` of the whole; nothing is copied."""
+    """A slice is a view of layers `a:b` and heads `c:d` that copies nothing and keeps the model's numbers."""
     kv, layers, heads = kv_of(), (a, max(a + 1, b)), (c, max(c + 1, d))
     part = kv.sliced(layers, heads)
     assert torch.equal(part.tensor, kv.tensor[slice(*layers), :, slice(*heads)])
@@ -89,20 +89,20 @@ def test_rows_are_not_copied(batch_size: int) -> None:
 
 @pytest.mark.parametrize(("bits", "rounded"), [(0x3F808000, 0x3F80), (0x3F818000, 0x3F82), (0x3F808001, 0x3F81)])
 def test_a_cast_rounds_to_nearest_even(bits: int, rounded: int) -> None:
-    """Ties go to the even neighbour, as in every framework."""
+    """A cast to bfloat16 rounds ties to the even neighbour."""
     value = torch.tensor([bits], dtype=torch.int32).view(torch.float32).view(1, 1, 1, 1, 1)
     assert PrefixKV.whole(value).to(dtype=torch.bfloat16).tensor.view(torch.int16).item() == rounded
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
 def test_a_prefix_alone_has_a_mask_of_ones(dtype: torch.dtype) -> None:
-    """`[B, N]`, in the dtype that is asked for."""
+    """`prefix_mask` returns `[B, N]` ones in the given dtype."""
     assert torch.equal(prefix_mask(2, N, dtype), torch.ones(2, N, dtype=dtype))
 
 
 @given(masks, st.sampled_from([torch.int64, torch.int32, torch.float32, torch.bool]), st.integers(1, 5))
 def test_the_prefix_comes_in_front_of_the_mask(mask: Tensor, dtype: torch.dtype, tokens: int) -> None:
-    """Ones, then the mask as it was, in its own dtype unless another is asked for."""
+    """`extend_mask` puts ones before the given mask and keeps its dtype unless another is given."""
     extended = extend_mask(mask.to(dtype), tokens)
     assert extended.dtype == dtype
     assert torch.equal(extended[:, tokens:], mask.to(dtype))
@@ -112,7 +112,7 @@ def test_the_prefix_comes_in_front_of_the_mask(mask: Tensor, dtype: torch.dtype,
 
 @given(masks, st.integers(1, 5))
 def test_positions_count_real_tokens_from_the_prefix_on(mask: Tensor, tokens: int) -> None:
-    """The k-th real token of a row stands at N + k, wherever the padding is; padding never before N."""
+    """The k-th real token of a row has position N + k wherever the padding is, and padding never one below N."""
     positions = position_ids(mask, tokens)
     assert positions.dtype == torch.int64
     for row, where in zip(mask, positions, strict=True):
@@ -125,5 +125,5 @@ def test_positions_count_real_tokens_from_the_prefix_on(mask: Tensor, tokens: in
     [([[1, 1, 0, 0]], [[3, 4, 4, 4]]), ([[0, 0, 1, 1]], [[3, 3, 3, 4]]), ([[0, 0]], [[3, 3]]), ([[True]], [[3]])],
 )
 def test_positions_of_padded_rows(mask: Any, positions: list[list[int]]) -> None:
-    """Right-padded, left-padded, empty, and a boolean mask."""
+    """Positions are right for right-padded, left-padded and empty rows, and for a boolean mask."""
     assert position_ids(torch.tensor(mask), 3).tolist() == positions

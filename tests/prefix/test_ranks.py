@@ -1,4 +1,4 @@
-"""The heads of each tensor-parallel rank, against splitting a tensor of all heads as a model's weights are split."""
+"""The heads of a tensor-parallel rank are compared with a tensor of all heads, split as a model splits its weights."""
 
 import re
 
@@ -12,8 +12,9 @@ from prefix_service.prefix.ranks import kv_heads_of_rank
 @pytest.mark.parametrize("heads", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_heads_are_placed_as_the_weights_are(heads: int, size: int) -> None:
-    """Consecutive and even; with more ranks than heads, each head on neighbouring ranks; what does not divide is
-    refused, and never rounded."""
+    """Each rank gets an equal run of heads; with more ranks than heads, neighbouring ranks share a head; sizes that do
+    not divide are refused, never rounded.
+    """
     if heads % size and size % heads:
         with pytest.raises(InvalidRequest, match=rf"{heads} key/value heads .*{size} ranks"):
             kv_heads_of_rank(heads, (0, size))

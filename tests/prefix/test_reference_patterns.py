@@ -1,4 +1,4 @@
-"""The patterns of the OpenAPI document match what is parsed, and nothing else."""
+"""The patterns of the OpenAPI document match exactly the texts that parsing accepts."""
 
 import re
 from collections.abc import Callable
@@ -29,7 +29,7 @@ PARSED: dict[str, tuple[Callable[[str], object], list[str]]] = {
 
 
 def is_parsed(parse: Callable[[str], object], text: str) -> bool:
-    """Whether nothing is raised."""
+    """Returns whether parsing accepts the text."""
     try:
         parse(text)
     except InvalidReference:
@@ -39,7 +39,7 @@ def is_parsed(parse: Callable[[str], object], text: str) -> bool:
 
 @pytest.mark.parametrize("pattern", PARSED, ids=["name", "alias", "reference", "selector", "qualified"])
 def test_a_pattern_matches_what_is_parsed(pattern: str) -> None:
-    """And at least one text is of each kind."""
+    """Each pattern matches exactly the accepted texts, among which some are accepted and some refused."""
     parse, texts = PARSED[pattern]
     expected = {text: is_parsed(parse, text) for text in texts}
     assert {text: re.search(pattern, text) is not None for text in texts} == expected
@@ -48,7 +48,7 @@ def test_a_pattern_matches_what_is_parsed(pattern: str) -> None:
 
 @pytest.mark.parametrize("text", REFERENCES, ids=range(len(REFERENCES)))
 def test_what_can_be_deleted(text: str) -> None:
-    """An adapter, or the version that a number or digest names."""
+    """`DELETABLE_PATTERN` matches an adapter, or the version that a number or digest names."""
     can_be = is_parsed(parse_reference, text) and (
         not parse_reference(text).explicit or parse_reference(text).immutable
     )

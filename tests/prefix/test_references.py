@@ -1,4 +1,4 @@
-"""`prefix.references`: which names and references are valid, and what each refers to."""
+"""`prefix.references` decides which names and references are valid, and what each refers to."""
 
 import re
 
@@ -20,7 +20,7 @@ texts = st.text(max_size=8) | st.text("a0.-_@/:A\n", max_size=70) | names
 
 @given(texts)
 def test_a_name_is_what_the_contract_says(text: str) -> None:
-    """Accepted exactly when the published expression matches and no two dots meet."""
+    """A name is accepted exactly when the published expression matches it and it has no two dots in a row."""
     if re.fullmatch(NAME, text) and ".." not in text:
         assert check_name("tenant", text) == text
     else:
@@ -32,14 +32,14 @@ def test_a_name_is_what_the_contract_says(text: str) -> None:
     "name", ["", "A", "a/b", "a\n", "\u00e4", "-a", "a-", ".a", "a..b", "a" * 65, "a%2fb", "\u0663"]
 )
 def test_a_bad_name(name: str) -> None:
-    """Empty, upper case, separators, line ends, other scripts, edges, length."""
+    """Names that are empty or long, or have upper case, separators, line ends or bad edges are refused."""
     with pytest.raises(InvalidReference):
         check_name("adapter", name)
 
 
 @given(names)
 def test_an_alias_is_never_taken_for_a_version(name: str) -> None:
-    """Neither all digits nor `latest`."""
+    """An alias may be neither all digits nor `latest`."""
     if name.isdigit() or name == "latest":
         with pytest.raises(InvalidReference, match="would be taken for a version"):
             check_alias(name)
@@ -49,7 +49,7 @@ def test_an_alias_is_never_taken_for_a_version(name: str) -> None:
 
 @given(names)
 def test_a_bare_name_means_its_latest(name: str) -> None:
-    """In reads; whether a selector was written is remembered."""
+    """A bare name refers to `latest`, and the reference knows that no selector was written."""
     reference = parse_reference(name)
     assert reference == Reference(name, "latest", explicit=False)
     assert not reference.immutable
@@ -58,28 +58,28 @@ def test_a_bare_name_means_its_latest(name: str) -> None:
 
 @given(names, versions)
 def test_a_number_means_that_version(name: str, number: int) -> None:
-    """For ever."""
+    """A number refers to one version for ever."""
     reference = parse_reference(f"{name}@{number}")
     assert (reference.version, reference.digest, reference.immutable) == (number, None, True)
 
 
 @given(names, digests)
 def test_a_digest_means_that_content(name: str, digest: str) -> None:
-    """For ever."""
+    """A digest refers to one content for ever."""
     reference = parse_reference(f"{name}@{digest}")
     assert (reference.version, reference.digest, reference.immutable) == (None, digest, True)
 
 
 @given(names, aliases)
 def test_another_selector_is_an_alias(name: str, alias: str) -> None:
-    """It may move."""
+    """Any other selector is an alias, which may move."""
     reference = parse_reference(f"{name}@{alias}")
     assert (reference.selector, reference.immutable) == (alias, False)
 
 
 @given(names, names, st.none() | versions.map(str) | digests | aliases)
 def test_a_reference_is_written_as_it_was_read(tenant: str, name: str, selector: str | None) -> None:
-    """`str` is the inverse of parsing, also behind a tenant."""
+    """`str` is the inverse of parsing, also with a tenant."""
     text = name if selector is None else f"{name}@{selector}"
     assert str(parse_reference(text)) == text
     assert parse_qualified(f"{tenant}/{text}") == (tenant, parse_reference(text))
@@ -108,13 +108,13 @@ def test_a_reference_is_written_as_it_was_read(tenant: str, name: str, selector:
     ],
 )
 def test_another_reference_is_refused(text: str) -> None:
-    """Half a selector, zero, other digits, other digests, too many parts."""
+    """References with half a selector, zero, other digits or digests, or too many parts are refused."""
     with pytest.raises(InvalidReference):
         parse_reference(text)
 
 
 @pytest.mark.parametrize("text", ["a", "/a", "a/", "a/b/c", "A/b"])
 def test_a_qualified_reference_has_one_tenant(text: str) -> None:
-    """A tenant, a slash, and a reference."""
+    """A qualified reference is a tenant, a slash and a reference."""
     with pytest.raises(InvalidReference):
         parse_qualified(text)

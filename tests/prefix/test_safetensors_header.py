@@ -1,4 +1,4 @@
-"""`prefix.safetensors_header`: everything is refused before it is touched, one test row for each defect."""
+"""`prefix.safetensors_header` refuses a defect before anything of it is used: one test row for each defect."""
 
 import io
 import json
@@ -25,13 +25,13 @@ from prefix_service.prefix.safetensors_tensors import DTYPES, header_of, tensor_
 
 
 def file_of(header: Any, data: bytes = b"\0" * 8) -> bytearray:
-    """A safetensors file with this header (an object, or its text) and these bytes of tensors."""
+    """Returns a safetensors file with this header (an object, or its text) and these bytes of tensors."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return bytearray(struct.pack("<Q", len(text)) + text + data)
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
-    """A sound entry of two float32, with changes."""
+    """Returns a sound entry of two float32 values, with changes."""
     return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
 
 
@@ -40,7 +40,7 @@ def parse(data: bytes | bytearray) -> Header:
 
 
 def test_what_safetensors_wrote_is_read() -> None:
-    """Names, dtypes, shapes, metadata and values, of every dtype that this project reads."""
+    """Parsing gives names, dtypes, shapes, metadata and values of every dtype that this project reads."""
     tensors = {name: torch.arange(6).view(2, 3).to(dtype) for name, dtype in DTYPES.items()}
     data = bytearray(save(tensors, metadata={"a": "b"}))
     header = parse_header(memoryview(data), dtypes=frozenset(DTYPES))
@@ -52,14 +52,14 @@ def test_what_safetensors_wrote_is_read() -> None:
 
 
 def test_a_tensor_shares_the_files_memory() -> None:
-    """Nothing is copied on the way in."""
+    """`tensor_at` returns a view of the file's bytes."""
     data = file_of({"a": tensor()})
     tensor_at(memoryview(data), parse(data).tensors["a"]).fill_(1.0)
     assert data[-8:] == struct.pack("<2f", 1, 1)
 
 
 def test_a_scalar_is_a_tensor() -> None:
-    """An empty shape holds one value."""
+    """A tensor with an empty shape holds one value."""
     assert parse(file_of({"a": tensor(shape=[], data_offsets=[0, 4])}, b"\0" * 4)).tensors["a"].shape == ()
 
 
@@ -72,7 +72,7 @@ def test_the_header_alone_suffices() -> None:
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x10280])
 def test_a_header_length_that_looks_like_a_pickle(length: int) -> None:
-    """A length of 640 begins with the bytes of a pickle of protocol 2; it is a safetensors file none the less."""
+    """A header of 640 bytes makes a file begin like a pickle of protocol 2, and is parsed all the same."""
     text = json.dumps({"a": tensor()}).encode().ljust(length)
     assert parse(file_of(text)).tensors.keys() == {"a"}
 
@@ -90,7 +90,7 @@ def zipped() -> bytes:
 
 @pytest.mark.parametrize("data", [*map(pickled, (2, 3, 4, 5)), zipped()], ids=["2", "3", "4", "5", "torch.save"])
 def test_a_pickle_is_named_and_never_opened(data: bytes) -> None:
-    """The message says what it is and how to make it safe."""
+    """The error says that the file is a pickle and how to convert it."""
     with pytest.raises(UnsafeCheckpoint, match=r"are a pickle, which is never opened here.*prefix-service convert"):
         parse(data)
 
@@ -124,7 +124,7 @@ HEADERS: dict[str, tuple[bytes | bytearray, str]] = {
 
 @pytest.mark.parametrize("defect", HEADERS)
 def test_a_malformed_header(defect: str) -> None:
-    """Length, encoding, JSON, duplicates, metadata and the number of tensors."""
+    """A defect in the length, encoding, JSON, metadata or number of tensors, or a duplicate, is refused."""
     data, message = HEADERS[defect]
     with pytest.raises(InvalidCheckpoint, match=message):
         parse(data)
@@ -132,7 +132,7 @@ def test_a_malformed_header(defect: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 65_537, "a\0b", "a\nb", "../a", "a..b", "\u202ea"])
 def test_a_hostile_name(name: str) -> None:
-    """A name is shown on terminals; the message shows it escaped and shortened."""
+    """The error shows an unacceptable name escaped and shortened, because terminals print it."""
     with pytest.raises(InvalidCheckpoint, match=r"tensor name .{2,80} is not acceptable"):
         parse(file_of({name: tensor()}))
 
@@ -162,19 +162,19 @@ def test_a_hostile_name(name: str) -> None:
     ],
 )
 def test_a_malformed_entry(entry: Any, message: str) -> None:
-    """Keys, dtype, shape and offsets of one tensor, each by name."""
+    """The error names the tensor, and what is wrong with its keys, dtype, shape or offsets."""
     with pytest.raises(InvalidCheckpoint, match=f"tensor 'a' .*{message}"):
         parse(file_of({"a": entry}, b"\0" * 16))
 
 
 def test_an_empty_tensor_is_refused_where_it_would_be_read() -> None:
-    """A reader of prefixes or masks never meets one."""
+    """Prefixes and masks may hold no empty tensor."""
     with pytest.raises(InvalidCheckpoint, match=r"tensor 'e' of shape .2, 0. is empty"):
         parse(file_of({"a": tensor(), "e": tensor(shape=[2, 0], data_offsets=[0, 0])}))
 
 
 def test_a_checkpoint_may_hold_every_dtype_of_the_format() -> None:
-    """Each tensor spans its elements' bits, whole bytes; empty ones may stand anywhere."""
+    """A tensor of any dtype spans its elements' bits in whole bytes, and an empty one may stand anywhere."""
     names = {"F4": 1, "F6_E2M3": 3, "BOOL": 4, "U16": 8, "I32": 16, "C64": 32, "F64": 32}
     header: dict[str, Any] = {"empty": tensor(dtype="I64", shape=[0, 3], data_offsets=[0, 0]), "__metadata__": None}
     position = 0
@@ -201,7 +201,7 @@ def test_a_checkpoint_may_hold_every_dtype_of_the_format() -> None:
     ids=["overlap", "alias", "hole", "truncated", "trailing"],
 )
 def test_tensors_that_do_not_tile_the_file(second: list[int], size: int, message: str) -> None:
-    """Every byte behind the header belongs to exactly one tensor."""
+    """Every byte after the header must belong to exactly one tensor."""
     with pytest.raises(InvalidCheckpoint, match=message):
         parse(file_of({"a": tensor(), "b": tensor(data_offsets=second)}, b"\0" * size))
 
@@ -209,7 +209,7 @@ def test_tensors_that_do_not_tile_the_file(second: list[int], size: int, message
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 2, 2, 10, 4), (1024, 123)])
 def test_a_file_of_one_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Byte for byte as the safetensors library writes it: digests of stored blobs rely on it."""
+    """Header and tensor are the bytes that safetensors writes: digests of stored blobs rely on it."""
     tensor = torch.randn(shape).to(dtype)
     for name in ("past_key_values", "prompt_embeddings"):
         assert header_of(name, dtype, shape) + bytes(bytes_of(tensor)) == save({name: tensor})

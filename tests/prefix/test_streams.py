@@ -1,4 +1,4 @@
-"""`prefix.streams` and what renders on a device: threads that do not wait for each other."""
+"""`prefix.streams` and rendering on a device make no thread wait for another."""
 
 import threading
 from typing import get_args
@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")
 
 
 def test_on_the_cpu_there_is_no_stream() -> None:
-    """The block runs as it is, and a contiguous tensor is not copied."""
+    """On the CPU `own_stream` does nothing, and `to_host` copies no contiguous tensor."""
     tensor = torch.arange(6)
     with own_stream(tensor.device):
         assert to_host(tensor).data_ptr() == tensor.data_ptr()
@@ -26,7 +26,7 @@ def test_on_the_cpu_there_is_no_stream() -> None:
 @needs_cuda
 @pytest.mark.parametrize("dtype", get_args(KVDtype))
 def test_a_slice_of_the_device_is_that_of_the_cpu(dtype: KVDtype) -> None:
-    """Bit for bit, in pinned memory."""
+    """A slice rendered on the device equals the CPU's bit for bit and lies in pinned memory."""
     kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64))
     host = render(kv.sliced((1, 3), (2, 7)), dtype)
     device = render(kv.to(CUDA).sliced((1, 3), (2, 7)), dtype)
@@ -39,7 +39,7 @@ def test_a_slice_of_the_device_is_that_of_the_cpu(dtype: KVDtype) -> None:
 
 @needs_cuda
 def test_a_rendering_does_not_wait_for_another_stream() -> None:
-    """It is done while a kernel of another thread's stream still runs."""
+    """A rendering ends while a kernel of another thread's stream still runs."""
     kv = PrefixKV.whole(torch.randn(4, 2, 8, 20, 64)).to(CUDA)
     render(kv, "bfloat16")  # kernels are loaded once, which waits for the device
     busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -62,7 +62,7 @@ def test_a_rendering_does_not_wait_for_another_stream() -> None:
 
 @needs_cuda
 def test_the_end_of_the_block_is_the_end_of_its_work() -> None:
-    """What was computed in it may be used on any other stream."""
+    """Any other stream can use a tensor that was computed in the block, once the block has ended."""
     with own_stream(CUDA):
         torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
         made = torch.ones(1 << 20, device=CUDA)

@@ -1,4 +1,4 @@
-"""`registry.admission`: what may begin, for whom, and that nothing of it is lost."""
+"""`registry.admission` decides which work begins, and for which tenant, and loses none of it."""
 
 import asyncio
 import threading
@@ -21,12 +21,12 @@ tenants = st.sampled_from("abcd")
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """Admission uses asyncio's own tasks."""
+    """Returns asyncio, whose own tasks admission uses."""
     return "asyncio"
 
 
 class Budgets(RuleBasedStateMachine):
-    """Against a model: the jobs that run, the queue of each tenant, and whose turn it is."""
+    """A model of the budget: the jobs that run, the queue of each tenant, and whose turn it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,9 @@ class Budgets(RuleBasedStateMachine):
         return any(job.tenant == tenant for job in self.running)
 
     def fits(self, job: Job) -> bool:
-        """A tenant without running jobs needs free bytes alone, another one as many as it holds afterwards; without
-        those that are for small jobs alone."""
+        """Returns whether the free bytes suffice for a job: for a tenant that runs nothing the job's own bytes, for
+        another as many as it would hold afterwards. A large job leaves out the bytes that are reserved for small ones.
+        """
         left = self.free - job.nbytes - (RESERVED if job.nbytes > SMALL else 0)
         return left >= (self.held(job.tenant) + job.nbytes if self.runs(job.tenant) else 0)
 
@@ -56,7 +57,7 @@ class Budgets(RuleBasedStateMachine):
         return self.fits(job) and not (self.runs(job.tenant) and starved and self.held(job.tenant) + job.nbytes > SMALL)
 
     def check_admitted(self, admitted: list[Job]) -> None:
-        """Each is the first of its tenant's queue, and no tenant before it in turn, and as idle, could begin."""
+        """Checks that each admitted job was first in its queue and could begin, and no tenant before it could."""
         for job in admitted:
             assert job.is_admitted
             assert job is self.waiting[job.tenant][0]
@@ -111,7 +112,7 @@ class Budgets(RuleBasedStateMachine):
 
     @rule()
     def end_everything(self) -> None:
-        """Whatever waits is admitted in the end, each once."""
+        """Ends all jobs, and checks that every waiting one was admitted once."""
         while self.running:
             self.end_first()
         assert not self.waiting
@@ -148,8 +149,9 @@ TestWorkBudget = Budgets.TestCase
 
 @pytest.mark.parametrize("greedy", [1, 2, 3, 5])
 def test_greedy_tenants_leave_as_much_as_each_has(greedy: int) -> None:
-    """n of them hold 1/(n + 1) each, and the same is free for the next, who gets it immediately; for a large job an
-    eighth of the budget less."""
+    """n greedy tenants get 1/(n + 1) of the budget each and leave as much to the next tenant, who gets it immediately;
+    a large job gets an eighth of the budget less.
+    """
     budget = WorkBudget(60_000)
     for _ in range(60_000 // 10):
         for tenant in range(greedy):
@@ -161,7 +163,7 @@ def test_greedy_tenants_leave_as_much_as_each_has(greedy: int) -> None:
 
 
 def test_a_tenant_that_waits_is_not_passed_by_one_that_runs() -> None:
-    """Otherwise the small jobs of two tenants keep a large job of a third waiting for ever."""
+    """Small jobs of two tenants cannot keep a large job of a third waiting for ever."""
     budget = WorkBudget(100)
     small = {tenant: [budget.ask(tenant, 10) for _ in range(2)] for tenant in "ab"}
     large = budget.ask("c", 50)
@@ -174,7 +176,7 @@ def test_a_tenant_that_waits_is_not_passed_by_one_that_runs() -> None:
 
 
 def test_two_tenants_leave_room_for_the_small_jobs_of_others() -> None:
-    """Whatever they ask for, large and small: each of many tenants has a small job immediately, and a second one."""
+    """Two tenants that ask for all sizes leave each of many others a small job immediately, and a second."""
     budget = WorkBudget(64 * 1024)
     for nbytes in (32 * 1024, 16 * 1024, 8 * 1024, 4 * 1024, 1024):
         for tenant in ("greedy", "too") * 64:
@@ -185,7 +187,7 @@ def test_two_tenants_leave_room_for_the_small_jobs_of_others() -> None:
 
 
 class Requests(RuleBasedStateMachine):
-    """Against a model: the list of requests in flight."""
+    """A model of the requests in flight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,13 +234,13 @@ async def hold(of: Admission, tenant: str, nbytes: int, until: asyncio.Event, be
 
 
 async def settled() -> None:
-    """Every task has run as far as it can."""
+    """Lets every task run as far as it can."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
 async def test_work_waits_for_memory() -> None:
-    """It begins when there is room, and its bytes are given back at its end."""
+    """Work begins when there is room, and gives its bytes back when it ends."""
     of, first, second, begun = admission(), asyncio.Event(), asyncio.Event(), list[str]()
     tasks = [asyncio.create_task(hold(of, tenant, 40, event, begun)) for tenant, event in (("a", first), ("b", second))]
     waiting = asyncio.create_task(hold(of, "c", 40, second, begun))
@@ -254,7 +256,7 @@ async def test_work_waits_for_memory() -> None:
 
 
 async def test_tenants_wait_in_turn() -> None:
-    """Five jobs of one tenant that came first delay each other, not the one of another tenant."""
+    """Five earlier jobs of one tenant delay each other, and not the job of another tenant."""
     of, begun = admission(), list[str]()
     holding, done = asyncio.Event(), asyncio.Event()
     done.set()
@@ -271,7 +273,7 @@ async def test_tenants_wait_in_turn() -> None:
 
 
 async def test_who_gives_up_waiting_takes_nothing() -> None:
-    """Nor does the one that was admitted in the same moment keep anything."""
+    """A caller that is cancelled while it waits, or in the moment of its admission, keeps no bytes."""
     of, held, begun = admission(), asyncio.Event(), list[str]()
     holders = [asyncio.create_task(hold(of, tenant, 40, held, begun)) for tenant in "ab"]
     await settled()
@@ -293,7 +295,7 @@ async def test_who_gives_up_waiting_takes_nothing() -> None:
 
 
 async def test_patience_ends() -> None:
-    """503 that says to come again; what cannot fit at all is 507 immediately; both are counted."""
+    """Waiting too long raises Overloaded with a time to retry, an impossible size OutOfSpace; both are counted."""
     of, held, begun = admission(patience=0.01), asyncio.Event(), list[str]()
     holders = [asyncio.create_task(hold(of, tenant, 40, held, begun)) for tenant in "ab"]
     await settled()
@@ -309,7 +311,7 @@ async def test_patience_ends() -> None:
 
 
 async def test_what_fails_gives_its_memory_back() -> None:
-    """In the block, or in its thread; and `run` returns what its call returned."""
+    """A failure in the block or its thread gives the bytes back; `run` returns the call's result."""
     of = admission()
 
     async def fail() -> None:
@@ -324,7 +326,7 @@ async def test_what_fails_gives_its_memory_back() -> None:
 
 
 async def test_a_long_computation_leaves_a_place_for_others() -> None:
-    """On one processor too: another tenant's work is done while five long calls of one tenant run or wait."""
+    """On one processor another tenant's work is done while five long calls of one tenant run or wait."""
     of, go = admission(1000, processors=1), threading.Event()
 
     async def compute(tenant: str, call: threading.Event) -> bool:
@@ -368,7 +370,7 @@ async def test_long_computations_take_turns_and_delay_no_short_call(monkeypatch:
 
 
 async def test_a_cancelled_computation_ends_with_its_step() -> None:
-    """Its memory is held until the step has ended and the generator is closed; the next step never runs."""
+    """Cancelling holds the memory until the step has ended and the generator is closed; no further step runs."""
     of, begun, go, closed = admission(), threading.Event(), threading.Event(), list[int]()
 
     def steps() -> Generator[None, None, None]:
@@ -397,7 +399,7 @@ async def test_a_cancelled_computation_ends_with_its_step() -> None:
 
 
 def test_refused_requests_are_counted() -> None:
-    """By kind alone, so that no label grows."""
+    """Refusals are counted by kind alone, so that labels cannot grow."""
     of = Admission(in_flight=2, in_flight_tenant=1, work_bytes=100, processors=1)
     of.begin("a")
     with pytest.raises(Overloaded, match="tenant 'a' has 1 requests in flight"):

@@ -1,4 +1,4 @@
-"""`registry.failures`: what cannot be loaded is remembered for a moment, and only so much of it."""
+"""`registry.failures` remembers for a moment which versions failed to load, and only so many of them."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ from prefix_service.registry.failures import REMEMBERED_SECONDS, Failures
 
 
 class Clock:
-    """Stands still until it is told."""
+    """A clock that a test moves."""
 
     now = 100.0
 
@@ -30,7 +30,7 @@ class Clock:
     "error", [CorruptBlob("bit rot", 60), StorageFailed("EIO", 7), InvalidCheckpoint("no tensors")]
 )
 def test_the_same_error_for_a_while(error: PrefixServiceError) -> None:
-    """The same class, words and time to come again; after the moment it is forgotten."""
+    """A check raises the same class, message and time to retry until the moment is over."""
     failures: Failures[str] = Failures(clock := Clock())
     failures.remember("a", error)
     clock.now += REMEMBERED_SECONDS - 0.001
@@ -46,14 +46,14 @@ def test_the_same_error_for_a_while(error: PrefixServiceError) -> None:
     "error", [OutOfSpace("full"), Unavailable("busy"), NotFound("gone"), ValueError(), MemoryError()]
 )
 def test_what_may_pass_is_not_remembered(error: Exception) -> None:
-    """Memory may be free at the next try."""
+    """Errors that another try may not meet are not remembered."""
     failures: Failures[str] = Failures()
     failures.remember("a", error)
     failures.check("a")
 
 
 def test_a_remembered_failure_is_not_remembered_longer() -> None:
-    """Who failed because of it adds nothing: the storm ends by itself."""
+    """Remembering a failure again does not prolong it, so that a storm of requests ends by itself."""
     failures: Failures[str] = Failures(clock := Clock())
     failures.remember("a", CorruptBlob("first"))
     clock.now += REMEMBERED_SECONDS / 2
@@ -63,7 +63,7 @@ def test_a_remembered_failure_is_not_remembered_longer() -> None:
 
 
 def test_only_so_many_are_remembered() -> None:
-    """The oldest is forgotten for the newest."""
+    """The newest failure displaces the oldest."""
     failures: Failures[int] = Failures()
     for key in range(1_001):
         failures.remember(key, CorruptBlob("bit rot"))
@@ -73,7 +73,7 @@ def test_only_so_many_are_remembered() -> None:
 
 
 def test_what_was_put_right_is_forgotten() -> None:
-    """For the keys that match alone."""
+    """`forget` drops the failures whose keys match, and no others."""
     failures: Failures[str] = Failures()
     for key in "ab":
         failures.remember(key, CorruptBlob("bit rot"))
@@ -84,7 +84,7 @@ def test_what_was_put_right_is_forgotten() -> None:
 
 
 def test_it_keeps_no_memory_alive() -> None:
-    """Neither the frames that the failure went through, nor those of the requests that got it again."""
+    """A remembered failure keeps neither the frames that raised it nor those of later requests."""
 
     class Tensor:
         pass

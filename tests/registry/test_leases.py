@@ -1,4 +1,4 @@
-"""Leases that begin together: all or none, never two who wait for each other."""
+"""Leases that begin together are all granted or none is, and two such groups never wait for each other."""
 
 import asyncio
 import contextlib
@@ -16,17 +16,17 @@ from tests.registry.test_registry import SIZE, Loader, held, leased, registry_of
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """The registry uses asyncio's own tasks."""
+    """Returns asyncio, whose own tasks the registry uses."""
     return "asyncio"
 
 
 def together(registry: AdapterRegistry, loaders: Sequence[Loader]) -> Leases[RenderingKey, Rendering]:
-    """Renderings of the versions that these loaders bring."""
+    """Returns leases of renderings of the versions that these loaders bring."""
     return Leases([registry.rendering(whole(load.number), SIZE, SIZE, load) for load in loaders])
 
 
 def readers(registry: AdapterRegistry) -> int:
-    """Leases that have not ended."""
+    """Returns the number of leases that have not ended."""
     return registry._renderings.report().readers
 
 
@@ -80,7 +80,7 @@ async def test_more_than_the_budget_is_refused_before_anything_is_loaded() -> No
 
 
 async def test_none_is_held_where_one_finds_no_room() -> None:
-    """What is in use leaves no room for the second: the first ends too."""
+    """If there is no room for the second rendering, the lease of the first ends too."""
     registry = registry_of()
     async with leased(registry, Loader(1)):
         with pytest.raises(Unavailable):
@@ -114,7 +114,7 @@ async def test_the_first_failure_is_told_whichever_comes_first(order: tuple[int,
 
 
 async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
-    """Each needs all that one request may hold: if one held a part of it while it waits, both would wait for ever."""
+    """Two groups that each need all that a request may hold are served one after the other."""
     registry = registry_of(rendering_bytes=8 * SIZE, patience=3)
 
     async def read(first: int) -> None:
@@ -131,7 +131,7 @@ async def test_two_who_need_each_others_room_come_one_after_the_other() -> None:
 
 
 async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
-    """Neither what it waits for nor a turn: its neighbour's is answered immediately."""
+    """A waiting batch holds neither bytes nor a turn, so its neighbour's batch is served immediately."""
     registry = registry_of(rendering_bytes=8 * SIZE, patience=30)
     async with contextlib.AsyncExitStack() as stack:
         for number in range(4):
@@ -151,7 +151,7 @@ async def test_a_batch_that_waits_holds_up_no_other_tenants() -> None:
 
 
 async def test_a_request_may_hold_a_half_where_its_tenant_holds_nothing_else() -> None:
-    """Together, as one prefix may: also beside what others hold. With something else it may not."""
+    """A batch may hold a half of the budget together while its tenant holds nothing else, whatever others hold."""
     registry = registry_of(device_bytes=16 * SIZE, rendering_bytes=8 * SIZE)
     other = RenderingKey(VersionKey("beta", "b", 1, "d"), "float32", (0, 1), (0, 1))
     async with registry.rendering(other, 2 * SIZE, SIZE, Loader()):

@@ -1,4 +1,4 @@
-"""Memory that is really exhausted, below budgets that promise more: the process lives, and says what is the matter."""
+"""If memory is exhausted below its budgets, the process lives on and reports what is missing."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """The registry uses asyncio's own tasks."""
+    """Returns asyncio, whose own tasks the registry uses."""
     return "asyncio"
 
 
@@ -69,8 +69,9 @@ EXHAUSTING = textwrap.dedent(
 
 
 def test_an_exhausted_address_space_evicts_and_then_says_so() -> None:
-    """Loads and renderings go on while something may leave; when all is pinned it is OutOfSpace, with words; what is
-    unpinned frees it. In a process of its own, under a limit that its budgets do not know."""
+    """A process with a limit that its budgets do not know loads and renders while something can be evicted, raises
+    OutOfSpace when all is pinned, and loads again once something is unpinned.
+    """
     ended = subprocess.run([sys.executable, "-c", EXHAUSTING], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     evictions, words, loaded = ended.stdout.splitlines()
@@ -79,7 +80,7 @@ def test_an_exhausted_address_space_evicts_and_then_says_so() -> None:
 
 
 def test_other_errors_are_not_taken_for_missing_memory() -> None:
-    """A RuntimeError may be anything."""
+    """`exhausted` accepts the RuntimeError of a failed allocation, and no other error."""
     assert not exhausted(RuntimeError("shapes do not match"))
     assert not exhausted(ValueError("DefaultCPUAllocator: can't allocate memory"))
     with pytest.raises(RuntimeError) as caught:
@@ -89,7 +90,7 @@ def test_other_errors_are_not_taken_for_missing_memory() -> None:
 
 @needs_cuda
 async def test_an_exhausted_device_falls_back_to_host_memory() -> None:
-    """Evict, try again, and then keep that prefix on the host: it is served all the same."""
+    """If evicting does not make room on the device, the registry serves the prefix from host memory."""
     device = torch.device("cuda")
     torch.cuda.set_per_process_memory_fraction(min(1.0, (256 << 20) / torch.cuda.get_device_properties(0).total_memory))
     try:
@@ -114,7 +115,7 @@ async def test_an_exhausted_device_falls_back_to_host_memory() -> None:
 
 
 async def test_what_never_finds_memory_is_out_of_space() -> None:
-    """After one more try, and only one; the next request tries anew: it is not remembered."""
+    """The registry retries a failed allocation once, raises OutOfSpace, and tries again at the next request."""
     registry, calls = AdapterRegistry(torch.device("cpu"), 1 << 40, 1 << 40), 0
 
     def load() -> PrefixKV:

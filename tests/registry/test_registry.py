@@ -1,4 +1,4 @@
-"""`registry.registry` on a real event loop: one load for all, eviction, forgetting, failures."""
+"""`registry.registry` on a real event loop: single flight, eviction, forgetting, failures."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """The registry uses asyncio's own tasks."""
+    """Returns asyncio, whose own tasks the registry uses."""
     return "asyncio"
 
 
@@ -42,7 +42,7 @@ def kv_of(number: int = 1) -> PrefixKV:
 
 @dataclass
 class Loader:
-    """Counts its calls; may be made to wait, or to fail."""
+    """A loader that counts its calls, and can be made to wait or to fail."""
 
     number: int = 1
     calls: int = 0
@@ -61,12 +61,12 @@ class Loader:
         return kv_of(self.number)
 
     async def waiting(self) -> None:
-        """Until a load is under way."""
+        """Waits until a load is under way."""
         assert await asyncio.to_thread(self.started.wait, 10)
 
 
 def held() -> Loader:
-    """A loader that waits for `go_on`."""
+    """Returns a loader that waits for `go_on`."""
     loader = Loader()
     loader.go_on.clear()
     return loader
@@ -79,7 +79,7 @@ def registry_of(
 
 
 def used(registry: AdapterRegistry) -> tuple[int, int]:
-    """Bytes reserved on the device, and for renderings."""
+    """Returns the bytes that are reserved on the device, and for renderings."""
     return registry._prefixes.residency.used, registry._renderings.residency.used
 
 
@@ -90,7 +90,7 @@ async def leased(registry: AdapterRegistry, load: Callable[[], PrefixKV], number
 
 
 async def test_many_cold_requests_are_one_load() -> None:
-    """All who ask meanwhile wait for the same load, and get the same value."""
+    """Fifty requests for a version that is not resident share one load, and get the same value."""
     registry, load = registry_of(), held()
     tasks = [asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(50)]
     await load.waiting()
@@ -103,7 +103,7 @@ async def test_many_cold_requests_are_one_load() -> None:
 
 
 async def test_many_cold_renderings_are_one_rendering() -> None:
-    """The same for what is made of a prefix."""
+    """Fifty requests for a rendering that is not resident share one rendering."""
     registry, load = registry_of(), Loader()
 
     async def data_pointer() -> int:
@@ -115,7 +115,7 @@ async def test_many_cold_renderings_are_one_rendering() -> None:
 
 
 async def test_a_waiter_that_gives_up_leaves_the_load_to_the_others() -> None:
-    """Also if it was the one that began it."""
+    """Cancelling the request that began a load leaves the load to the others."""
     registry, load = registry_of(), held()
     first, second = (asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(2))
     await load.waiting()
@@ -128,7 +128,7 @@ async def test_a_waiter_that_gives_up_leaves_the_load_to_the_others() -> None:
 
 
 async def test_a_load_that_nobody_waits_for_ends_in_memory() -> None:
-    """It was nearly done; the next request finds it."""
+    """A load whose only request was cancelled ends, and the next request finds its value."""
     registry, load = registry_of(), held()
     only = asyncio.create_task(registry.prefix(version(), SIZE, load))
     await load.waiting()
@@ -140,7 +140,7 @@ async def test_a_load_that_nobody_waits_for_ends_in_memory() -> None:
 
 
 async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
-    """Nothing stays reserved for a load that failed."""
+    """All waiting requests get a failed load's error, nothing stays reserved, and the next request loads again."""
     registry, load = registry_of(), held()
     load.error = Unavailable("encoded again")
     tasks = [asyncio.create_task(registry.prefix(version(), SIZE, load)) for _ in range(5)]
@@ -154,8 +154,9 @@ async def test_a_failure_reaches_all_and_the_next_request_loads_anew() -> None:
 
 
 async def test_a_storm_on_a_broken_version_loads_it_once() -> None:
-    """For a moment all get the same error at once, prefix or rendering, and nothing leaves for it; what is put right
-    is loaded again."""
+    """For a moment all requests get the same error immediately, for prefix or rendering, and nothing is evicted for
+    them; a version that was put right is loaded again.
+    """
     registry, load = registry_of(2 * SIZE), Loader(error=CorruptBlob("bit rot", 60))
     for number in (2, 3):
         await registry.prefix(version(number), SIZE, Loader(number))
@@ -175,7 +176,7 @@ async def test_a_storm_on_a_broken_version_loads_it_once() -> None:
 
 
 async def test_a_load_that_was_forgotten_leaves_no_failure_behind() -> None:
-    """The version was published or unloaded meanwhile: the next request loads anew."""
+    """The registry forgets the failure of a load whose version was published or unloaded meanwhile."""
     registry, load = registry_of(), held()
     load.error = CorruptBlob("bit rot")
     task = asyncio.create_task(registry.prefix(version(), SIZE, load))
@@ -189,7 +190,7 @@ async def test_a_load_that_was_forgotten_leaves_no_failure_behind() -> None:
 
 
 async def test_a_failed_rendering_reserves_nothing() -> None:
-    """In either memory."""
+    """A failed rendering reserves bytes neither on the device nor for renderings."""
     registry, load = registry_of(), Loader(error=CorruptBlob("bit rot"))
     with pytest.raises(CorruptBlob):
         async with leased(registry, load):
@@ -198,7 +199,7 @@ async def test_a_failed_rendering_reserves_nothing() -> None:
 
 
 async def test_what_is_read_once_makes_room() -> None:
-    """The budget is reserved before the load, and what was used again stays."""
+    """A version that was used once is evicted for a new one, and versions that were used again stay."""
     registry = registry_of(2 * SIZE)
     loaders = {number: Loader(number) for number in (1, 2, 3)}
     for number in (1, 2, 1, 1, 3):
@@ -208,7 +209,7 @@ async def test_what_is_read_once_makes_room() -> None:
 
 
 async def test_requests_that_begin_together_do_not_evict_each_other() -> None:
-    """A load is held from its reservation on, and those of one tenant hold a half: the rest is told to come again."""
+    """A load is held from its reservation on; one tenant's loads hold at most a half, and the rest is Overloaded."""
     registry = registry_of(device_bytes=4 * SIZE)
     loads = (registry.prefix(version(number), SIZE, Loader(number)) for number in range(10))
     results = await asyncio.gather(*loads, return_exceptions=True)
@@ -217,7 +218,7 @@ async def test_requests_that_begin_together_do_not_evict_each_other() -> None:
 
 
 async def test_who_finds_no_room_waits_for_it() -> None:
-    """For somebody else's load or lease to end, not for ever; nobody is told to come again who can be served soon."""
+    """A request without room waits, within its patience, until other loads have ended."""
     registry = registry_of(device_bytes=2 * SIZE, patience=10)
     loads = (registry.prefix(version(number), SIZE, Loader(number)) for number in range(10))
     values = await asyncio.gather(*loads)
@@ -226,7 +227,7 @@ async def test_who_finds_no_room_waits_for_it() -> None:
 
 
 async def test_who_waits_for_room_joins_a_load_that_begins_meanwhile() -> None:
-    """Two who want the same version, and have no room, are one load."""
+    """Two requests that wait for room for the same version share one load."""
     registry, load = registry_of(rendering_bytes=2 * SIZE, patience=10), Loader(2)
     async with leased(registry, Loader()):
         tasks = [asyncio.create_task(leased(registry, load, 2).__aenter__()) for _ in range(2)]
@@ -238,7 +239,7 @@ async def test_who_waits_for_room_joins_a_load_that_begins_meanwhile() -> None:
 
 
 async def test_who_waits_for_room_in_vain_is_told() -> None:
-    """After the patience is over, and not before."""
+    """A request without room gets Unavailable after its patience is over, and not before."""
     registry = registry_of(rendering_bytes=2 * SIZE, patience=0.05)
     async with leased(registry, Loader()):
         began = asyncio.get_running_loop().time()
@@ -250,7 +251,7 @@ async def test_who_waits_for_room_in_vain_is_told() -> None:
 
 @pytest.mark.parametrize("how", ["unload", "unpin"])
 async def test_what_may_leave_now_makes_room_for_who_waits(how: str) -> None:
-    """Not only the end of a lease."""
+    """Unloading or unpinning a version makes room for a waiting request, as the end of a lease does."""
     registry, other = registry_of(patience=10), held()
     await registry.prefix(version(), SIZE, Loader())
     registry.pin(version(), pinned=True)
@@ -269,7 +270,7 @@ async def test_what_may_leave_now_makes_room_for_who_waits(how: str) -> None:
 
 
 async def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:
-    """No byte is read for it; one request may hold a half of the budget, and the error names the setting."""
+    """A version above a half of the budget is refused before it is read, and the error names the setting."""
     load = Loader()
     with pytest.raises(OutOfSpace, match=rf"^{SIZE} bytes .* may hold {SIZE - 1}: .* PREFIX_DEVICE_BYTES"):
         await registry_of(device_bytes=2 * SIZE - 1).prefix(version(), SIZE, load)
@@ -277,7 +278,7 @@ async def test_what_does_not_fit_is_refused_before_it_is_loaded() -> None:
 
 
 async def test_a_lease_is_never_evicted() -> None:
-    """While it is sent, another rendering finds no room; afterwards it does."""
+    """Another rendering finds no room while a lease is held, and finds it afterwards."""
     registry = registry_of(rendering_bytes=2 * SIZE)
     async with leased(registry, Loader()) as rendering:
         with pytest.raises(Unavailable):
@@ -289,7 +290,7 @@ async def test_a_lease_is_never_evicted() -> None:
 
 
 async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bytes count until the rendering is done, so the budget tells the truth."""
+    """A prefix counts as used until its rendering is done."""
     registry, rendering, go_on = registry_of(device_bytes=2 * SIZE), threading.Event(), threading.Event()
 
     def slow(*args: object) -> Rendering:
@@ -308,7 +309,7 @@ async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_pinned_version_stays_until_it_is_unpinned() -> None:
-    """And the state says so."""
+    """A pinned version survives a scan and `state` reports it as pinned; unpinned it can be evicted."""
     registry = registry_of()
     await registry.prefix(version(), SIZE, Loader())
     registry.pin(version(), pinned=True)
@@ -322,7 +323,7 @@ async def test_a_pinned_version_stays_until_it_is_unpinned() -> None:
 
 
 async def test_what_one_tenant_pins_leaves_room_for_others() -> None:
-    """All pins together keep within a half, and one tenant's within a half of that; the error names the setting."""
+    """All pins hold at most a half, and one tenant's a half of that; the error names the setting."""
     registry = registry_of()
     for number in (1, 2):
         await registry.prefix(version(number), SIZE, Loader(number))
@@ -335,14 +336,14 @@ async def test_what_one_tenant_pins_leaves_room_for_others() -> None:
 
 
 async def test_a_version_that_left_cannot_be_pinned() -> None:
-    """Between a load and its pin another request may have evicted it: come again."""
+    """Pinning a version that was evicted since its load raises Unavailable."""
     with pytest.raises(Unavailable, match="was evicted"):
         registry_of().pin(version(), pinned=True)
     registry_of().pin(version(), pinned=False)
 
 
 async def test_what_is_forgotten_while_leased_stays_usable() -> None:
-    """A transfer completes; its bytes count until its end, which frees nothing twice."""
+    """A lease outlives the forgetting of its version; its bytes count until its end, and are freed once."""
     registry = registry_of()
     async with leased(registry, Loader()) as rendering:
         registry.forget(version())
@@ -355,7 +356,7 @@ async def test_what_is_forgotten_while_leased_stays_usable() -> None:
 
 
 async def test_forgetting_what_is_read_does_not_free_it_for_more_readers() -> None:
-    """A tenant that unloads what it reads slowly, and reads it again, holds no more than without: its part."""
+    """A tenant that unloads what it still reads, and reads it again, holds no more than its part."""
     registry = registry_of(rendering_bytes=8 * SIZE)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(4):
@@ -368,7 +369,7 @@ async def test_forgetting_what_is_read_does_not_free_it_for_more_readers() -> No
 
 
 async def test_what_is_forgotten_while_loading_does_not_stay() -> None:
-    """Its waiters get their value; the next request loads anew, and only that stays."""
+    """A load that was forgotten serves its waiters; the next request loads again, and only that value stays."""
     registry, load = registry_of(), held()
     task = asyncio.create_task(registry.prefix(version(), SIZE, load))
     await load.waiting()
@@ -383,7 +384,7 @@ async def test_what_is_forgotten_while_loading_does_not_stay() -> None:
 
 
 async def test_a_forgotten_load_ends_beside_its_successor() -> None:
-    """Who asks meanwhile joins the load that stays."""
+    """A request that comes while a forgotten load ends joins the load that stays."""
     registry, old, new = registry_of(), held(), held()
     first = asyncio.create_task(registry.prefix(version(), SIZE, old))
     await old.waiting()
@@ -400,7 +401,7 @@ async def test_a_forgotten_load_ends_beside_its_successor() -> None:
 
 
 async def test_what_is_forgotten_before_its_load_began() -> None:
-    """Between the request and the first step of its load: no error, nothing stays."""
+    """Forgetting a version before the first step of its load raises nothing and leaves nothing behind."""
     registry = registry_of()
     task = asyncio.create_task(registry.prefix(version(), SIZE, Loader()))
     asyncio.get_running_loop().call_soon(registry.forget, version())
@@ -409,7 +410,7 @@ async def test_what_is_forgotten_before_its_load_began() -> None:
 
 
 async def test_a_forgotten_load_that_fails_leaves_its_successor_alone() -> None:
-    """The reservation of a later load of the same version is not the failed one's."""
+    """A forgotten load that fails does not end the reservation of a later load of its version."""
     registry, load = registry_of(), held()
     load.error = CorruptBlob("bit rot")
     task = asyncio.create_task(registry.prefix(version(), SIZE, load))
@@ -424,7 +425,7 @@ async def test_a_forgotten_load_that_fails_leaves_its_successor_alone() -> None:
 
 
 async def test_forgetting_a_version_leaves_others() -> None:
-    """Renderings go with their version alone."""
+    """Forgetting a version forgets its renderings, and those of no other version."""
     registry = registry_of()
     for number in (1, 2):
         async with leased(registry, Loader(number), number):
@@ -437,7 +438,7 @@ async def test_forgetting_a_version_leaves_others() -> None:
 
 
 def assert_groups_hold_what_is_resident(registry: AdapterRegistry) -> None:
-    """Evictions, failures and removals leave nothing behind, by which a version is found to be forgotten."""
+    """Checks that the index by which versions are forgotten holds exactly the resident keys."""
     for tier in (registry._prefixes, registry._renderings):
         keys = sorted(str(key) for group in tier._groups.values() for key in group)
         assert keys == sorted(str(key) for key, _ in tier.residency.items())
@@ -445,7 +446,7 @@ def assert_groups_hold_what_is_resident(registry: AdapterRegistry) -> None:
 
 
 async def test_what_left_is_not_looked_for_when_a_version_is_forgotten() -> None:
-    """Whether it was evicted, could not be loaded or was forgotten: forgetting one version costs its renderings."""
+    """Evicted, failed and forgotten entries leave the index, so that forgetting a version costs its renderings."""
     registry = registry_of(2 * SIZE, 2 * SIZE)
     for number in (1, 2, 3):
         async with leased(registry, Loader(number), number):
@@ -460,7 +461,7 @@ async def test_what_left_is_not_looked_for_when_a_version_is_forgotten() -> None
 
 
 async def test_a_tenants_tensors_are_never_anothers() -> None:
-    """Every part of the key tells versions apart."""
+    """Versions whose keys differ in any part have tensors of their own."""
     registry = registry_of(device_bytes=9 * SIZE)
     keys = [VersionKey("t", "a", 1, "d"), VersionKey("u", "a", 1, "d"), VersionKey("t", "b", 1, "d")]
     keys += [VersionKey("t", "a", 2, "d"), VersionKey("t", "a", 1, "e")]
@@ -471,7 +472,7 @@ async def test_a_tenants_tensors_are_never_anothers() -> None:
 
 
 async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
-    """Its prefixes, renderings and loads; a transfer under way completes, and other tenants stay."""
+    """Forgetting a tenant frees its prefixes, renderings and loads; a lease goes on, and other tenants stay."""
     registry, load = registry_of(9 * SIZE, 9 * SIZE), held()
     other = VersionKey("beta", "a", 1, "sha256:1")
     await registry.prefix(other, SIZE, Loader())
@@ -488,7 +489,7 @@ async def test_a_deleted_tenant_leaves_memory_at_once() -> None:
 
 
 async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
-    """Each entry belongs to the tenant of its key, in both memories."""
+    """In both memories one tenant's scan leaves another tenant's working set resident."""
     registry = registry_of(20 * SIZE, 20 * SIZE)
 
     async def read(tenant: str, number: int) -> int:
@@ -506,7 +507,7 @@ async def test_a_tenants_scan_leaves_the_other_its_working_set() -> None:
 
 
 async def test_what_a_registry_tells_of_itself() -> None:
-    """Budgets, bytes, leases and counts of both memories, and who has how much of its share."""
+    """The report has budgets, bytes, leases and counts of both memories, and each tenant's part."""
     registry, load = registry_of(6 * SIZE, 4 * SIZE), held()
     other = VersionKey("beta", "b", 1, "d")
     await registry.prefix(other, SIZE, Loader())
@@ -547,7 +548,7 @@ async def test_what_a_registry_tells_of_itself() -> None:
 
 
 async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
-    """Layers, heads and dtype come from the key."""
+    """A rendering has the layers, heads and dtype of its key."""
     tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)
     key = RenderingKey(version(), "bfloat16", (1, 2), (0, 1))
     async with registry_of(9 * SIZE).rendering(key, SIZE, 2 * SIZE, lambda: PrefixKV.whole(tensor)) as rendering:
@@ -555,7 +556,7 @@ async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
 
 
 async def test_many_versions_at_once_stay_within_the_budget() -> None:
-    """A storm of requests, cancellations and unloads: the budget holds at every step, and all of it is free again."""
+    """The budget holds at every step of a storm of requests, cancellations and unloads, and all of it is freed."""
     registry, before = registry_of(3 * SIZE, 3 * SIZE), asyncio.all_tasks()
 
     served: list[int] = []
@@ -593,26 +594,26 @@ async def test_many_versions_at_once_stay_within_the_budget() -> None:
 
 @pytest.mark.parametrize("name", ["", "tpu", "mps", "meta", "cpu0", "cuda:x", "CPU"])
 def test_another_device_is_refused(name: str) -> None:
-    """With the names that are known."""
+    """The error lists the device names that are known."""
     with pytest.raises(InvalidInput, match="device must be auto, cpu, cuda or cuda:<index>, got"):
         choose_device(name)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
-    """With how many there are."""
+    """The error has the number of CUDA devices."""
     with pytest.raises(InvalidInput, match=rf"this machine has {torch.cuda.device_count()} CUDA devices"):
         choose_device("cuda:999")
 
 
 def test_the_cpu_is_always_there() -> None:
-    """By name; `auto` takes the best."""
+    """`cpu` is accepted everywhere, and `auto` chooses CUDA if it is there."""
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @needs_cuda
 async def test_a_prefix_lives_on_the_device_and_its_rendering_on_the_host() -> None:
-    """Cast on the device, one copy to host memory, the same bits."""
+    """The device casts a rendering to the CPU's bits and copies it to host memory."""
     registry = registry_of(device=torch.device("cuda"))
     assert (await registry.prefix(version(), SIZE, Loader())).tensor.is_cuda
     key = RenderingKey(version(), "bfloat16", (0, 1), (0, 1))
@@ -624,7 +625,7 @@ async def test_a_prefix_lives_on_the_device_and_its_rendering_on_the_host() -> N
 @needs_cuda
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 def test_the_device_rounds_as_the_cpu_does(dtype: str) -> None:
-    """A rendering's bytes stand behind an ETag, whatever made them."""
+    """Device and CPU render the same bytes, because an ETag names them."""
     kv = PrefixKV.whole(torch.randn(2, 2, 2, 64, 64))
     host, device = render(kv, dtype), render(kv.to(torch.device("cuda")), dtype)  # type: ignore[arg-type]  # parametrized
     assert torch.equal(host.values.view(torch.uint8), device.values.view(torch.uint8))
@@ -632,7 +633,7 @@ def test_the_device_rounds_as_the_cpu_does(dtype: str) -> None:
 
 @needs_cuda
 async def test_what_is_forgotten_frees_the_device() -> None:
-    """Memory comes back once nobody holds the value."""
+    """Device memory is freed once nothing holds the forgotten value."""
     registry = registry_of(1 << 30, 1 << 30, torch.device("cuda"))
     before = torch.cuda.memory_allocated()
     big = PrefixKV.whole(torch.zeros(1, 2, 1, 1024, 1024))

@@ -1,4 +1,4 @@
-"""`registry.residency`: pure state under a budget of bytes that tenants share."""
+"""`registry.residency` is pure state under a budget of bytes that tenants share."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ keys = st.sampled_from(KEYS)
 
 @dataclass(eq=False)
 class Known:
-    """What the model knows of an entry: `leased` by whom, also when it was removed meanwhile."""
+    """The model's view of an entry: who leases it, even after it was removed."""
 
     key: str
     nbytes: int
@@ -36,7 +36,7 @@ class Known:
 
 
 class Rules(RuleBasedStateMachine):
-    """Against a model: the entries. A key's first letter is its tenant."""
+    """A model of the entries, whose keys begin with the letter of their tenant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,13 +64,14 @@ class Rules(RuleBasedStateMachine):
         return sum(entry.nbytes for entry in self.all if entry.tenant in tenants and entry.key not in without)
 
     def spared(self, tenant: str, requester: str, gone: list[str], share: int) -> bool:
-        """Within the share, and awake."""
+        """Returns whether a tenant is within its share, and active."""
         awake = self.admitted - self.seen[tenant] <= BUDGET
         return tenant != requester and self.used(tenant, gone) <= share and awake
 
     def check_victims(self, tenant: str, victims: list[str], share: int) -> None:
-        """Each in its turn: nothing held; nobody who is within the share loses to somebody above it, nor while
-        anything else can leave."""
+        """Checks each victim in order: it was not held, and nobody within the share lost it to a tenant above the
+        share, or while anything else could be evicted.
+        """
         loose = {key for key, entry in self.known.items() if not entry.held}
         assert set(victims) <= loose
         for number, victim in enumerate(victims):
@@ -84,8 +85,9 @@ class Rules(RuleBasedStateMachine):
         return BUDGET // (2 * len({entry.tenant for entry in self.all} | {tenant}))
 
     def may_lease(self, tenant: str, nbytes: int, *, held: bool, own: int) -> bool:
-        """As much as nobody holds then; what one request needs, if its tenant leases nothing else and nobody holds
-        that."""
+        """Returns whether a tenant may lease: as much as would then stay free, or one request's need if it leases
+        nothing else and that is free.
+        """
         free = BUDGET - self.held - (0 if held else nbytes)
         return free >= 0 if self.leased(tenant) <= own else self.leased(tenant) + nbytes <= free
 
@@ -116,7 +118,7 @@ class Rules(RuleBasedStateMachine):
             self.seen[tenant] = self.admitted
 
     def check_refusal(self, tenant: str, nbytes: int, free: int, share: int) -> None:
-        """Not even all of its own would be enough, nor all of everybody's while it is within its share."""
+        """Checks that evicting its own would not suffice, nor, while it is within its share, evicting everything."""
         loose = [entry for entry in self.known.values() if not entry.held]
         own = sum(entry.nbytes for entry in loose if entry.tenant == tenant)
         assert free + own < nbytes
@@ -142,7 +144,7 @@ class Rules(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     @rule(data=st.data(), own=st.integers(0, 6))
     def lease(self, data: st.DataObject, own: int) -> None:
-        """Only the first lease of an entry costs anything."""
+        """Leases an entry; only its first lease costs bytes."""
         entry = self.known[data.draw(st.sampled_from(sorted(self.known)))]
         may = bool(entry.leases) or self.may_lease(entry.tenant, entry.nbytes, held=entry.pinned, own=own)
         try:
@@ -163,7 +165,7 @@ class Rules(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     @rule(data=st.data(), pinned=st.booleans())
     def pin(self, data: st.DataObject, pinned: bool) -> None:
-        """A tenant pins what then nobody has pinned, of the half that may be."""
+        """Pins or unpins an entry: a tenant may pin as much as would then stay unpinned of the pinnable half."""
         entry = self.known[data.draw(st.sampled_from(sorted(self.known)))]
         left = BUDGET // 2 - self.pinned("abc") - entry.nbytes
         may = not pinned or entry.pinned or self.pinned(entry.tenant) + entry.nbytes <= left
@@ -207,7 +209,7 @@ class Rules(RuleBasedStateMachine):
         assert (holdings.pinned, holdings.held) == (self.pinned("abc"), self.held)
 
 
-# Any sequence of calls: the budget holds, what is leased or pinned stays, no tenant takes what is another's share, and
+# In any sequence of calls the budget holds, what is leased or pinned stays, no tenant takes from another's share, and
 # none holds more than is left to the others.
 TestRules = Rules.TestCase
 TestRules.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40)
@@ -221,7 +223,7 @@ def full(budget: int = 10) -> Residency[str]:
 
 
 def filled(budget: int, tenant: str, count: int) -> Residency[str]:
-    """`count` entries of one byte, `<tenant>0` …"""
+    """Returns a residency with `count` entries of one byte, `<tenant>0` and on."""
     residency: Residency[str] = Residency(budget)
     for number in range(count):
         residency.admit(f"{tenant}{number}", 1, tenant)
@@ -233,12 +235,12 @@ def kept(residency: Residency[str], tenant: str) -> int:
 
 
 def test_the_first_to_come_leaves_first() -> None:
-    """While nothing was used twice, and no more leave than must."""
+    """If nothing was used twice, the oldest entry is evicted, and no more than must be."""
     assert full().admit("c", 1, "acme") == ["a"]
 
 
 def test_what_was_used_twice_on_probation_stays() -> None:
-    """It moves to the main queue when its turn comes; one use might be a burst."""
+    """An entry that was used twice moves to the main queue at its turn; one use might be a burst."""
     residency = full()
     residency.touch("a")
     residency.touch("a")
@@ -246,7 +248,7 @@ def test_what_was_used_twice_on_probation_stays() -> None:
 
 
 def test_a_scan_passes_through_a_tenth() -> None:
-    """A hundred keys once each, and what was proven before is still there."""
+    """A scan of a hundred keys leaves the proven entries resident."""
     residency = filled(20, "hot", 18)
     for key, _ in list(residency.items()):
         residency.touch(key)
@@ -257,7 +259,7 @@ def test_a_scan_passes_through_a_tenth() -> None:
 
 
 def test_what_comes_back_soon_is_proven() -> None:
-    """It left, it is asked for again before as many others left: that is a use, too."""
+    """An entry that is asked for soon after its eviction counts as used again."""
     residency = filled(10, "k", 10)
     for number in range(10, 13):
         residency.admit(f"k{number}", 1, "k")
@@ -272,7 +274,7 @@ def test_what_comes_back_soon_is_proven() -> None:
 
 @pytest.mark.parametrize("how", ["lease", "pin"])
 def test_what_is_held_stays(how: str) -> None:
-    """The next one leaves instead."""
+    """The next entry is evicted instead of a leased or pinned one."""
     residency = filled(8, "k", 8)
     if how == "lease":
         residency.lease("k0")
@@ -282,7 +284,7 @@ def test_what_is_held_stays(how: str) -> None:
 
 
 def test_a_tenants_scan_takes_a_tenth_of_its_share() -> None:
-    """However much of the budget the other fills: the scan pays for itself."""
+    """A scan displaces a tenth of its share, and then only itself, although another tenant fills the budget."""
     residency = filled(1000, "hot", 1000)
     for number in range(5000):
         residency.admit(f"cold{number}", 1, "scanner")
@@ -291,8 +293,9 @@ def test_a_tenants_scan_takes_a_tenth_of_its_share() -> None:
 
 
 def test_what_is_used_takes_the_place_of_what_is_not() -> None:
-    """Beyond what is guaranteed, memory goes to who uses it: a tenant that comes second, and comes back for what it
-    reads, gets all that it needs from one that does not."""
+    """Beyond the guaranteed shares memory goes to the tenant that uses it: a second tenant that reads again gets all
+    that it needs from a first one that does not.
+    """
     residency = filled(100, "first", 100)
     for number in [*range(48)] * 3 + [*range(48, 60)] * 20:
         if (key := f"second{number}") in residency:
@@ -303,7 +306,7 @@ def test_what_is_used_takes_the_place_of_what_is_not() -> None:
 
 
 def test_a_guaranteed_share_is_kept() -> None:
-    """A quarter of the budget for each of two: however often the other one uses what it reads."""
+    """Each of two tenants keeps a quarter of the budget, however often the other uses what it reads."""
     residency = filled(100, "calm", 25)
     for round_ in range(40):
         for number in range(90):
@@ -316,8 +319,9 @@ def test_a_guaranteed_share_is_kept() -> None:
 
 
 def test_who_sleeps_keeps_nothing_for_ever() -> None:
-    """A tenant that asked for nothing while the whole budget was admitted makes room like everybody else, also with
-    what it had used often."""
+    """A tenant that asked for nothing while the whole budget was admitted once loses its share, even of entries that it
+    had used often.
+    """
     residency = filled(100, "gone", 25)
     for number in range(25):
         residency.touch(f"gone{number}")
@@ -331,7 +335,7 @@ def test_who_sleeps_keeps_nothing_for_ever() -> None:
 
 
 def test_the_one_with_the_most_on_probation_gives_first() -> None:
-    """Of what nobody has used again."""
+    """The tenant with the most bytes on probation loses the first entry."""
     residency = filled(90, "large", 60)
     for number in range(30):
         residency.admit(f"middle{number}", 1, "middle")
@@ -345,7 +349,7 @@ def test_the_one_with_the_most_on_probation_gives_first() -> None:
 
 
 def test_an_entry_larger_than_a_share_costs_its_tenant_everything_else_first() -> None:
-    """It has to be served; then the others lose what is still missing."""
+    """An entry larger than the share evicts all of its tenant's others, and then what is missing from other tenants."""
     residency = filled(12, "a", 4)
     for tenant in "bc":
         for number in range(4):
@@ -356,7 +360,7 @@ def test_an_entry_larger_than_a_share_costs_its_tenant_everything_else_first() -
 
 
 def test_who_is_above_its_share_takes_nothing_from_who_is_within() -> None:
-    """All of its own is in use, so it waits, although others have idle entries; nothing has left."""
+    """A tenant above its share, whose entries are all in use, evicts none of another's idle entries and has to wait."""
     residency = filled(16, "a", 2)
     residency.admit("c", 8, "c")
     residency.lease("c")
@@ -369,7 +373,7 @@ def test_who_is_above_its_share_takes_nothing_from_who_is_within() -> None:
 
 
 def test_too_large_for_the_budget() -> None:
-    """Above a half no waiting would help, so it is OutOfSpace, and nothing leaves."""
+    """An entry above a half of the budget raises OutOfSpace, because waiting would not help, and evicts nothing."""
     residency = full()
     with pytest.raises(OutOfSpace, match="6 bytes are needed in memory, and one request may hold 5"):
         residency.admit("c", 6, "acme")
@@ -377,7 +381,7 @@ def test_too_large_for_the_budget() -> None:
 
 
 def test_everything_is_in_use() -> None:
-    """Waiting helps, so it is Unavailable with a time and with what holds the bytes; nothing leaves."""
+    """If all entries are held, Unavailable has a time to retry and what holds the bytes, and nothing is evicted."""
     residency: Residency[str] = Residency(12)
     for key, nbytes in (("a1", 5), ("b1", 2), ("b2", 3), ("c1", 2)):
         residency.admit(key, nbytes, key[0])
@@ -393,7 +397,7 @@ def test_everything_is_in_use() -> None:
 
 
 def test_one_tenants_readers_leave_a_half_to_others() -> None:
-    """And those of a second one a half of that, whatever is resident: the next one may have all that is left."""
+    """One tenant's leases may hold a half of the budget, a second one's a half of the rest, whatever is resident."""
     residency = filled(16, "a", 16)
     for number in range(8):
         residency.lease(f"a{number}")
@@ -409,7 +413,7 @@ def test_one_tenants_readers_leave_a_half_to_others() -> None:
 
 
 def test_what_could_not_make_enough_room_keeps_its_place() -> None:
-    """A request that is refused changes nothing, not even the order."""
+    """A refused request changes nothing, not even the order."""
     residency = filled(24, "k", 9)
     residency.admit("c", 8, "c")
     residency.lease("c")
@@ -423,7 +427,7 @@ def test_what_could_not_make_enough_room_keeps_its_place() -> None:
 
 
 def test_what_was_removed_counts_until_its_last_lease_ends() -> None:
-    """The same key admitted again is another entry, and the old lease's end does not touch it."""
+    """A removed entry counts while it is leased; the same key admitted again is an entry of its own."""
     residency: Residency[str] = Residency(20)
     residency.admit("a", 5, "acme")
     old = residency.lease("a")
@@ -438,7 +442,7 @@ def test_what_was_removed_counts_until_its_last_lease_ends() -> None:
 
 
 def test_memory_itself_is_exhausted() -> None:
-    """What may leave for the tenant leaves, whatever the budget says; others' shares do not."""
+    """`evict_all_for` evicts everything that the tenant may displace, but nothing of others' shares."""
     residency = filled(100, "a", 40)
     for number in range(10):
         residency.admit(f"b{number}", 1, "b")
@@ -451,7 +455,7 @@ def test_memory_itself_is_exhausted() -> None:
 
 
 def test_what_proves_itself_while_room_is_made_may_leave() -> None:
-    """It moves to the main queue on the way, and is not forgotten there."""
+    """An entry that moves to the main queue while room is made can still be evicted."""
     residency: Residency[str] = Residency(24)
     residency.admit("c", 10, "c")
     residency.lease("c")

@@ -1,6 +1,6 @@
-"""Ten minutes of everything that callers do: `python -m tests.soak`. Memory, descriptors and threads stay flat.
+"""`python -m tests.soak` does everything that callers do for ten minutes, and measures whether the service grows.
 
-Exit status 1 if one of them grows, or a step failed that should not.
+Exits with status 1 if memory, descriptors or threads grow, or a step failed that should not.
 """
 
 import sys
@@ -27,13 +27,13 @@ _BUDGETS = {
     "PREFIX_RENDERING_BYTES": str(12 * _MIB),
     "PREFIX_GARBAGE_GRACE": "5",
 }
-# What one of each may grow by in a minute: an allocator's fragments, not a leak of a request's things.
+# The tolerated growth of each in a minute: an allocator's fragments, not a leak of a request's objects.
 TOLERATED = {"memory": 1.0, "descriptors": 0.5, "threads": 0.5}
 
 
 @dataclass
 class Samples:
-    """MiB of memory, open descriptors and threads of a process, and when."""
+    """MiB of memory, open descriptors and threads of a process, and the times of the samples."""
 
     times: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Samples:
     threads: list[float] = field(default_factory=list)
 
     def take(self, server: Server) -> None:
-        """Take one of each."""
+        """Takes one sample of each."""
         process = Path(f"/proc/{server.process.pid}")
         status = (process / "status").read_text()
         self.times.append(time.monotonic())
@@ -51,7 +51,7 @@ class Samples:
 
 
 def soaked(folder: Path, minutes: float, progress: Callable[[float], None]) -> tuple[Samples, Churn]:
-    """Let a service soak; samples begin after a fifth of the time, when every cache is full."""
+    """Lets a service soak, and returns samples, which begin after a fifth of the time, when every cache is full."""
     with running_server(folder / "data", environment=_BUDGETS) as server:
         churn, samples = Churn(server), Samples()
         churn.start()
@@ -68,7 +68,7 @@ def soaked(folder: Path, minutes: float, progress: Callable[[float], None]) -> t
 
 
 def main(minutes: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10) -> None:
-    """Soak, and show what grew."""
+    """Soaks a service, and shows what grew."""
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as bar:
         task = bar.add_task("soaking", total=1.0)
         samples, churn = soaked(Path(folder), minutes, lambda part: bar.update(task, completed=part))

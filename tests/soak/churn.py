@@ -1,4 +1,4 @@
-"""What goes on in a soak: everything that callers do, right and wrong, again and again."""
+"""Does everything that callers do in a soak, right and wrong, again and again."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ class Churn:
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def start(self) -> None:
-        """Publish a first version of everything, and begin."""
+        """Publishes a first version of everything, and starts the threads."""
         admin = self.server.client()
         for tenant, number in itertools.product(TENANTS, range(_ADAPTERS)):
             self._publish(admin, tenant, f"a{number}", number)
@@ -47,7 +47,7 @@ class Churn:
             thread.start()
 
     def stop(self) -> None:
-        """End, and wait for what is under way."""
+        """Stops the threads, and waits for their last steps."""
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=60)
@@ -71,7 +71,7 @@ class Churn:
         return number
 
     def _publishing(self, draw: random.Random) -> None:
-        """A new version, which the alias follows; old ones go."""
+        """Publishes a new version, moves the alias to it, and deletes old ones."""
         tenant, adapter = self._any(draw)
         base = f"/v1/tenants/{tenant}/adapters/{adapter}"
         with self.server.client() as client:
@@ -81,7 +81,7 @@ class Churn:
                 client.delete(f"{base}@{item['version']}")
 
     def _reading(self, draw: random.Random) -> None:
-        """Through this project's client: by alias, mixed, and in part."""
+        """Reads through this project's client: by alias, mixed, and in part."""
         with contextlib.closing(PrefixClient(self.server.url, self.server.admin_key, cache_bytes=0)) as client:
             for _ in range(10):
                 first, second = ("/".join(self._any(draw)) for _ in range(2))
@@ -90,7 +90,7 @@ class Churn:
                 client.get_many([first, None, [first, second]], dtype="float32")
 
     def _reading_raw(self, draw: random.Random) -> None:
-        """By bare requests: conditions, ranges, masks, `/v2`."""
+        """Reads by bare requests: conditions, ranges, masks, `/v2`."""
         tenant, adapter = self._any(draw)
         path = f"/v1/tenants/{tenant}/adapters/{adapter}/prefix"
         with self.server.client() as client:
@@ -101,7 +101,7 @@ class Churn:
             client.post(f"/v2/models/{tenant}/{adapter}/infer", json={"inputs": []})
 
     def _hanging_up(self, draw: random.Random) -> None:
-        """Leave in the middle of an answer, and of an upload."""
+        """Hangs up in the middle of an answer, and of an upload."""
         tenant, adapter = self._any(draw)
         base = f"/v1/tenants/{tenant}/adapters/{adapter}"
         with self.server.client() as client:
@@ -117,7 +117,7 @@ class Churn:
                 )
 
     def _failing(self, draw: random.Random) -> None:
-        """What is refused: wrong keys, missing things, malformed bodies."""
+        """Sends requests that are refused: wrong keys, missing versions, malformed bodies."""
         tenant, adapter = self._any(draw)
         base = f"/v1/tenants/{tenant}/adapters"
         with self.server.client() as client:
@@ -128,7 +128,7 @@ class Churn:
             client.get(f"{base}/{adapter}/prefix", headers={"Authorization": f"Bearer pfx_{draw.randrange(1 << 60)}"})
 
     def _managing(self, draw: random.Random) -> None:
-        """Keys, tenants and residency."""
+        """Makes and deletes keys, tenants and residency."""
         tenant, adapter = self._any(draw)
         with self.server.client() as client:
             made = client.post(f"/v1/tenants/{tenant}/keys", json={"scope": "read", "name": "soak"}).raise_for_status()

@@ -1,4 +1,4 @@
-"""Whether a quantity stays flat: the slope of a line through its samples, with the slope's error."""
+"""Decides whether a quantity stays flat, by the slope of a line through its samples and the slope's error."""
 
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -6,14 +6,14 @@ from math import inf, sqrt
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`slope` per second with its standard `error`, of samples of mean `mean`."""
+    """The `slope` per second with its standard `error`, of samples of mean `mean`."""
 
     slope: float
     error: float
     mean: float
 
     def grows(self, tolerated: float) -> bool:
-        """Whether the slope is more than `tolerated` by two standard errors."""
+        """Returns whether the slope exceeds `tolerated` by two standard errors."""
         return self.slope - 2 * self.error > tolerated
 
 

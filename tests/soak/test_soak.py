@@ -1,4 +1,4 @@
-"""A soak in short: every step succeeds, and what it opened is closed again."""
+"""A soak in short: every step succeeds, and closes what it opened."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from tests.soak.flat import line
 
 
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
-    """Descriptors and threads do not climb while callers come and go; memory is judged by the long form alone."""
+    """Descriptors and threads do not grow while callers come and go; only the long form judges memory."""
     samples, churn = soaked(tmp_path, 0.15, lambda _part: None)
     assert not churn.unexpected
     assert all(churn.done.values())
@@ -17,7 +17,7 @@ def test_what_is_opened_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_slope_has_an_error() -> None:
-    """A line is found with its slope; noise around a constant does not grow, a line in the same noise does."""
+    """Noise around a constant does not count as growth, and a line in the same noise does."""
     times = [float(second) for second in range(200)]
     noise = [(7 * second % 11) - 5.0 for second in range(200)]
     assert not line(times, noise).grows(0)

@@ -1,4 +1,4 @@
-"""Compare the client with PEFT on each of transformers' architectures: `python -m tests.sweep`."""
+"""Compares the client with PEFT on each of transformers' architectures: `python -m tests.sweep`."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare logits and greedy tokens behind a prefix with PEFT, for padded rows and for each row alone."""
+    """Compares logits and greedy tokens behind a prefix with PEFT's, for padded rows and for each row alone."""
     transformers.logging.set_verbosity(logging.ERROR)
     chosen = [each for each in architectures().values() if not only or {each.name, each.model_type} & set(only)]
     if not chosen:

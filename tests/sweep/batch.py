@@ -1,4 +1,4 @@
-"""Rows of tokens, with an image each or without: what a model is called with."""
+"""The rows of tokens with which a model is called, each with an image or without."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,16 +27,16 @@ class Batch:
 
     @classmethod
     def of_row(cls, tokens: Tensor, **options: Any) -> "Batch":
-        """One row `[S]`, not padded."""
+        """Returns a batch of one row `[S]`, not padded."""
         return cls(tokens[None], torch.ones_like(tokens[None]), **options)
 
     def followed_by(self, tokens: Tensor) -> "Batch":
-        """One row, with more tokens `[1, new]` behind it."""
+        """Returns the batch of one row with more tokens `[1, new]` after it."""
         ids = torch.cat([self.ids, tokens], dim=1)
         return Batch(ids, torch.ones_like(ids), self.images, self.image_id)
 
     def inputs(self, model: Any) -> dict[str, Tensor]:
-        """What the model and PEFT's model are both called with, but for masks and positions."""
+        """Returns the inputs of the model and of PEFT's model, without masks and positions."""
         inputs = {"input_ids": self.ids, **self.images}
         if self.image_id is None:
             return inputs
@@ -47,7 +47,7 @@ class Batch:
 
 
 def padded(rows: Sequence[Batch], side: str) -> Batch:
-    """Rows of several lengths, one above the other."""
+    """Returns a batch of rows of several lengths."""
     longest = max(row.ids.shape[1] for row in rows)
     ids, mask = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(2))
     for number, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The expected outcome of each architecture, and why, from `expected.toml` beside this file."""
+"""Reads the expected outcome of each architecture, and its reason, from `expected.toml` in this folder."""
 
 import tomllib
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ class Expected:
     reason: str
 
     def is_met_by(self, verdict: Verdict) -> bool:
-        """Whether that is what was found."""
+        """Returns whether the verdict has this outcome."""
         return verdict.outcome == self.outcome
 
 
 def expected_outcomes() -> dict[str, Expected]:
-    """By the architecture's name. An entry of the file is `<outcome>` or `<outcome>: <reason>`."""
+    """Returns the outcomes by the architecture's name. An entry of the file is `<outcome>` or `<outcome>: <reason>`."""
     kinds = tomllib.loads((Path(__file__).parent / "expected.toml").read_text())
     return {
         f"{kind}/{label}": Expected(*entry.partition(": ")[::2])

@@ -1,4 +1,4 @@
-"""An image in each row, in the form that an architecture takes: the first form that its model accepts and sees."""
+"""Adds an image to each row, in the first form that the architecture's model accepts and sees."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -59,10 +59,10 @@ _COUNTS: Final = (4, 1, 2, 16, 9, 5, 0)
 
 
 def with_images(model: Any) -> list[Batch]:
-    """Returns the rows of text, with an image each.
+    """Returns the rows of text with an image each.
 
     Raises:
-        LookupError: no form of image is accepted, and changes what the model answers.
+        LookupError: the model accepts no form of image, or none changes its answer.
     """
     if model.config.is_encoder_decoder and model.main_input_name != "input_ids":
         raise LookupError("its encoder takes an image alone")
@@ -73,8 +73,9 @@ def with_images(model: Any) -> list[Batch]:
 
 
 def _candidates(model: Any) -> Iterator[tuple[str, int]]:
-    """Forms that the model's signature has a place for, and numbers of image tokens: the one that the model's error
-    reports, or a few."""
+    """Yields the forms that the model's signature has a place for, each with numbers of image tokens: the one that the
+    model's error reports, or a few.
+    """
     known = signature(model.forward).parameters
     for form, make in FORMS.items():
         if not set(make(torch.Generator())) <= set(known):
@@ -97,7 +98,7 @@ def _reported(model: Any, form: str) -> int | None:
 
 
 def _is_seen(model: Any, form: str, image_tokens: int) -> bool:
-    """Whether the model takes such an image, and answers another one otherwise."""
+    """Returns whether the model takes such an image, and answers differently for another one."""
     row, other = (_row(model, form, image_tokens, seed) for seed in (0, 100))
     try:
         found = _logits(model, row)

@@ -1,4 +1,4 @@
-"""The tiny model of an architecture, with the same weights each time, and an adapter for it, written by PEFT."""
+"""Makes the tiny model of an architecture, with the same weights each time, and an adapter for it, written by PEFT."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ def build(architecture: Architecture) -> Any:
 
 
 def _generate_without_end(generation: Any) -> None:
-    """Rows are compared token by token, so none may end early."""
+    """Removes the tokens that end a row early, because rows are compared token by token."""
     generation.eos_token_id = generation.forced_eos_token_id = generation.forced_bos_token_id = None
     generation.pad_token_id, generation.max_length = 0, None
     if generation.decoder_start_token_id is None:

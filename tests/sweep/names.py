@@ -1,4 +1,4 @@
-"""The architectures that transformers itself names as language models: decoders, encoder-decoders, with images."""
+"""Lists the architectures that transformers names as language models: decoders, encoder-decoders, with images."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ MAPPINGS: Final[Mapping[str, Mapping[str, str]]] = {
     "encoder-decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "decoder": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""By kind, transformers' model types and the class of each. A class in several is of the first kind that has it."""
+"""transformers' model types and their classes by kind. A class in several is of the first kind that has it."""
 WITH_IMAGE: Final = "image"
 
 
@@ -31,17 +31,17 @@ class Architecture:
 
     @property
     def label(self) -> str:
-        """The model type and the variant."""
+        """Returns the model type and the variant."""
         return f"{self.model_type}:{self.variant}" if self.variant else self.model_type
 
     @property
     def name(self) -> str:
-        """Its name in the sweep, `<kind>/<model type>[:<variant>]`."""
+        """Returns the name in the sweep, `<kind>/<model type>[:<variant>]`."""
         return f"{self.kind}/{self.label}"
 
 
 def architectures() -> dict[str, Architecture]:
-    """Returns each model class, by name, in alphabetical order, and each variant."""
+    """Returns each model class and each variant by name, in alphabetical order."""
     classes: dict[str, Architecture] = {}
     for kind, mapping in MAPPINGS.items():
         for model_type, model in mapping.items():

@@ -1,4 +1,4 @@
-"""The real service between PEFT's files and the client."""
+"""Puts the real service between PEFT's files and the client."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.sweep.verdict import Fetch
 
 @contextmanager
 def publishing(server: Server) -> Iterator[Fetch]:
-    """Yields a function that publishes a folder under a name and returns the prefix as a worker gets it."""
+    """Yields a function that publishes a folder under a name and returns the prefix that a worker gets."""
     with PrefixClient(server.url, server.admin_key) as client:
 
         def fetch(folder: Path, name: str) -> Prefix:

@@ -1,4 +1,4 @@
-"""Tiny configs of transformers' architectures: the default config of each, with its sizes replaced.
+"""Makes tiny configs of transformers' architectures from the default config of each, with its sizes replaced.
 
 An entry is replaced by its name, in every config inside a config, so that one table serves all architectures. Ids of
 special tokens that the small vocabulary lacks are moved to its end.
@@ -18,10 +18,10 @@ HEADS = 4
 HEAD_SIZE = WIDTH // HEADS
 LAYERS = 4
 WINDOW = 8
-"""Longer than the prefix of 6, shorter than prefix and prompt."""
+"""A window longer than the prefix of 6, and shorter than prefix and prompt."""
 POSITIONS = 128
 IMAGE = 8
-"""Pixels along an edge."""
+"""The pixels along an edge of an image."""
 PATCH = 4
 
 _SIZES: dict[str, Any] = {
@@ -66,7 +66,7 @@ _LIMITS = {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "num_kv_sh
 _NOT_WORDS = ("image", "video", "audio", "vision", "boi", "eoi")
 _LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention_layers")
 _ENDLESS = ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id")
-"""Rows are compared token by token, so none may end early."""
+"""Tokens that would end a row early, which is compared token by token."""
 
 
 def tiny(model_class: Any, architecture: Architecture) -> Any:
@@ -104,7 +104,7 @@ def _shrunk(kind: Callable[..., Any], overrides: Mapping[str, Any], ids: Iterato
 
 
 def _entry(name: str, old: Any, values: Mapping[str, Any], ids: Iterator[int]) -> Any:
-    """The replacement of one entry, or None to leave the default."""
+    """Returns the replacement of one entry, or None to keep the default."""
     if name in ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "swa_num_key_value_heads"):
         return _kv_heads(old, values)
     if name in _SIZES:
@@ -123,13 +123,13 @@ def _entry(name: str, old: Any, values: Mapping[str, Any], ids: Iterator[int]) -
 
 
 def _cycled(kinds: list[Any]) -> list[Any]:
-    """All kinds of layers, in turn."""
+    """Returns all kinds of layers in turn."""
     distinct = list(dict.fromkeys(kinds))
     return [distinct[layer % len(distinct)] for layer in range(LAYERS)]
 
 
 def _with_sections(rope: dict[str, Any]) -> dict[str, Any]:
-    """Rotary sections for several axes, of a smaller head."""
+    """Returns rotary sections for several axes of a smaller head."""
     if "mrope_section" not in rope:
         return {kind: _with_sections(own) if isinstance(own, dict) else own for kind, own in rope.items()}
     half = round(HEAD_SIZE // 2 * rope.get("partial_rotary_factor", 1.0))

@@ -1,4 +1,4 @@
-"""What single architectures want beside the general sizes of `tests.sweep.shrinking`."""
+"""What single architectures need in addition to the general sizes of `tests.sweep.shrinking`."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -164,4 +164,4 @@ ADAPTERS: Final[Mapping[str, Options]] = {
     "xglm": _FOUR_HEADS,
     "xlm": _FOUR_LAYERS,
 }
-"""PEFT's options where its config infers other dimensions than the model has, or none."""
+"""PEFT's options for models whose dimensions its config infers wrongly, or not at all."""

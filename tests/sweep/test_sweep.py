@@ -1,4 +1,4 @@
-"""Each of transformers' architectures is swept or listed with a reason; one of each mechanism is swept here."""
+"""The sweep knows or excuses each of transformers' architectures; one of each mechanism is swept here."""
 
 from pathlib import Path
 

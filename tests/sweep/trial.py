@@ -1,4 +1,4 @@
-"""What a model answers: with the client's prefix, and by PEFT."""
+"""Asks a model for logits and tokens, with the client's prefix, and by PEFT."""
 
 from dataclasses import dataclass
 from inspect import signature
@@ -24,13 +24,13 @@ _GREEDY: Final = {
 
 @dataclass(frozen=True)
 class Client:
-    """The bare model, with the prefix that a worker got."""
+    """The bare model with the prefix that a worker got."""
 
     model: Any
     prefix: Prefix
 
     def logits(self, batch: Batch) -> Tensor:
-        """By `to_cache`, `extend_mask` and `position_ids`, `[B, S, V]`."""
+        """Returns the logits by `to_cache`, `extend_mask` and `position_ids`, `[B, S, V]`."""
         prefix = self.prefix.for_batch(len(batch.ids))
         inputs: dict[str, Any] = {**_inputs(self.model, batch), "past_key_values": prefix.to_cache(self.model.config)}
         inputs.pop("token_type_ids", None)  # PEFT drops them, in training too
@@ -44,7 +44,7 @@ class Client:
         return logits
 
     def tokens(self, batch: Batch) -> Tensor:
-        """The new tokens by `generate`, `[B, new]`."""
+        """Returns the new tokens by `generate`, `[B, new]`."""
         inputs = {**batch.inputs(self.model), "attention_mask": batch.mask}
         tokens: Tensor = self.prefix.generate(self.model, **inputs, **_GREEDY)
         return tokens[:, -NEW_TOKENS:]
@@ -57,12 +57,11 @@ class Peft:
     model: Any
 
     def logits(self, batch: Batch) -> Tensor:
-        """By PEFT's forward, as the adapter was trained, `[B, S, V]`; with positions that do not count padding, if the
-        model takes positions."""
+        """Returns the logits by PEFT's forward, as in training, `[B, S, V]`; positions do not count padding."""
         _forget(self.model)
         base = self.model.get_base_model()
         inputs = _inputs(base, batch)
-        # PEFT adds the prefix to positions; it has none where none are needed, as in training.
+        # PEFT adds the prefix to positions; a model that needs none gets none, as in training.
         if (axes := _positions_along_axes(base, batch)) is not None:
             inputs["position_ids"] = axes
         elif not bool(batch.mask.all()) and _takes_positions(base):
@@ -71,14 +70,14 @@ class Peft:
         return logits
 
     def tokens(self, batch: Batch) -> Tensor:
-        """The new tokens by PEFT's `generate`, `[B, new]`."""
+        """Returns the new tokens by PEFT's `generate`, `[B, new]`."""
         _forget(self.model)
         inputs = batch.inputs(self.model.get_base_model())
         tokens: Tensor = self.model.generate(**inputs, attention_mask=batch.mask, **_GREEDY)
         return tokens[:, -NEW_TOKENS:]
 
     def tokens_by_forward(self, row: Batch) -> Tensor:
-        """The new tokens by PEFT's forward, of the whole row for each token, `[1, new]`."""
+        """Returns the new tokens by PEFT's forward of the whole row for each token, `[1, new]`."""
         answer = torch.full((1, 1), self.model.get_base_model().generation_config.decoder_start_token_id)
         encoder_decoder = self.model.get_base_model().config.is_encoder_decoder
         for _ in range(NEW_TOKENS):
@@ -93,7 +92,7 @@ class Peft:
 
 
 def base_logits(model: Any, batch: Batch) -> Tensor:
-    """Of the model without a prefix, `[B, S, V]`."""
+    """Returns the logits of the model without a prefix, `[B, S, V]`."""
     _forget(model)
     inputs = _inputs(model, batch)
     if _takes_positions(model) and _positions_along_axes(model, batch) is None:
@@ -118,7 +117,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _positions_along_axes(model: Any, batch: Batch) -> Tensor | None:
-    """Positions along time, height and width, `[3, B, S]`, if the model places an image's tokens on such axes."""
+    """Returns positions along time, height and width, `[3, B, S]`, if the model places images on such axes."""
     compute = getattr(getattr(model, "model", None), "get_rope_index", None)
     if compute is None or not batch.images:
         return None

@@ -1,4 +1,4 @@
-"""One architecture, tried: each row against that row alone and against PEFT, padded on the left and on the right."""
+"""Compares each row of an architecture with that row alone and with PEFT, padded on the left and on the right."""
 
 import copy
 import warnings
@@ -20,9 +20,9 @@ from tests.sweep.names import WITH_IMAGE, Architecture
 from tests.sweep.trial import WORDS, Client, Peft, base_logits
 
 TOLERANCE: Final = 1e-5
-"""Of the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches change the order of sums over at
-most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most, measured). A wrong position, mask or
-layer costs 1e-3 and more."""
+"""The tolerated difference, over the largest logit. All is float32, with an epsilon of 1.2e-7: padding and caches
+change the order of sums over at most some hundred products in 4 layers, which costs tens of epsilons (1e-6 at most,
+measured). A wrong position, mask or layer costs 1e-3 and more."""
 SIDES: Final = ("alone", "left", "right")
 CALLS: Final = ("forward", "generate")
 EQUAL: Final = "equal"
@@ -35,7 +35,7 @@ Fetch = Callable[[Path, str], Prefix]
 
 @dataclass
 class Verdict:
-    """What was found of one architecture."""
+    """The findings on one architecture."""
 
     architecture: Architecture
     outcome: str = EQUAL
@@ -45,28 +45,28 @@ class Verdict:
     """
     reason: str = ""
     rows: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from the row alone, over the largest logit; nan where there are no logits."""
+    """The largest difference from the row alone by side, over the largest logit; nan without logits."""
     peft: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from PEFT's row alone, likewise."""
+    """The largest difference from PEFT's row alone by side, over the largest logit."""
     base: dict[str, float] = field(default_factory=dict)
-    """By side, the largest difference from the row alone of the model without a prefix, likewise."""
+    """The largest difference from the row alone without a prefix by side, over the largest logit."""
     tokens: dict[str, bool] = field(default_factory=dict)
-    """By side, whether the greedy tokens are PEFT's."""
+    """Whether the greedy tokens are PEFT's, by side."""
     as_peft: dict[str, bool] = field(default_factory=dict)
-    """Of rows padded on the left, whether `forward` and `generate` answer what PEFT answers to that batch."""
+    """Whether `forward` and `generate` answer a left-padded batch as PEFT does."""
     errors: dict[str, str] = field(default_factory=dict)
     peft_agrees: bool = True
     """Whether PEFT's `generate` and PEFT's forward find the same tokens."""
 
     @property
     def largest(self) -> float:
-        """The largest difference that is not one of base."""
+        """Returns the largest difference from rows alone and from PEFT."""
         return max([*self.rows.values(), *self.peft.values()], default=float("nan"))
 
 
 @torch.no_grad()
 def try_out(architecture: Architecture, fetch: Fetch, folder: Path) -> Verdict:
-    """Compares one architecture with PEFT; never raises for what the architecture does."""
+    """Compares one architecture with PEFT; never raises what the architecture raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tiny configs, and of PEFT's calls
         try:
@@ -90,7 +90,7 @@ def try_out(architecture: Architecture, fetch: Fetch, folder: Path) -> Verdict:
 
 @dataclass(frozen=True)
 class _Oracle:
-    """What PEFT answers to each row alone."""
+    """PEFT's answers to each row alone."""
 
     logits: list[Tensor]
     tokens: Tensor
@@ -113,7 +113,7 @@ class _Oracle:
 
     @property
     def agrees(self) -> bool:
-        """Whether PEFT finds the same tokens either way."""
+        """Returns whether PEFT finds the same tokens by `generate` and by forward."""
         return torch.equal(self.tokens, self.trained)
 
 
@@ -125,7 +125,7 @@ class _Comparison:
     rows: Sequence[Batch]
 
     def made(self) -> Verdict:
-        """The verdict, with everything compared."""
+        """Compares everything, and returns the verdict."""
         verdict, model = self.verdict, self.client.model
         base = [_real(model, base_logits(model, row), row)[0] for row in self.rows]
         if _difference(base, self.oracle.logits) < 1e-3:
@@ -154,7 +154,7 @@ class _Comparison:
     def _tried(
         self, name: str, answer: Callable[[Batch], Tensor], batches: Sequence[Batch], real: bool = True
     ) -> list[Tensor]:
-        """The answers for each row; none where the client or the model raises."""
+        """Returns the answers for each row, or none if the client or the model raises."""
         try:
             answers = [(answer(batch), batch) for batch in batches]
         except Exception as error:  # noqa: BLE001 - as above
@@ -163,7 +163,7 @@ class _Comparison:
         return [row for each, batch in answers for row in (_real(self.client.model, each, batch) if real else each)]
 
     def _faults(self) -> list[str]:
-        """The checks that fail, each with how."""
+        """Returns the checks that fail, each with how."""
         verdict = self.verdict
         wrong = [
             *(f"forward {side}" for side in SIDES if not max(verdict.rows[side], verdict.peft[side]) < TOLERANCE),
@@ -174,7 +174,7 @@ class _Comparison:
         return [*single, *(f"{call} refused" for call in refused)]
 
     def _manner(self, name: str) -> str:
-        """How a check fails: with an error of the client's, or by what PEFT does with such rows too."""
+        """Returns how a check fails: by a refusal of the client, or as PEFT does with such rows too."""
         if self.verdict.errors.get(name, "").startswith("refused"):
             return " refused"
         call, side = name.split()
@@ -186,8 +186,9 @@ def _same(tokens: Sequence[Tensor], wanted: Tensor) -> bool:
 
 
 def _real(model: Any, logits: Tensor, batch: Batch) -> list[Tensor]:
-    """Of each row, the logits of its real tokens, or of its decoder's, and of words alone: some models give an image's
-    tokens the least number there is."""
+    """Returns for each row the logits of its real tokens, or of its decoder's, and of words alone: some models give an
+    image's tokens the least number there is.
+    """
     logits = logits[..., :WORDS]
     if model.config.is_encoder_decoder:
         return list(logits)
@@ -195,7 +196,7 @@ def _real(model: Any, logits: Tensor, batch: Batch) -> list[Tensor]:
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest difference of logits, over the largest logit; nan where there are none."""
+    """Returns the largest difference of logits over the largest logit, or nan without logits."""
     if not found or not wanted:
         return float("nan")
     scale = max(float(each.abs().max()) for each in wanted)

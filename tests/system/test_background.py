@@ -1,4 +1,4 @@
-"""`system.background`: a thread whose work fails is not lost."""
+"""`system.background` restarts work that failed in its thread."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ from prefix_service.system.background import in_background
 
 
 def test_work_that_raises_begins_again(caplog: pytest.LogCaptureFixture) -> None:
-    """Each failure is logged with its traceback; the third beginning goes on until the block ends."""
+    """Each failure is logged with its traceback, and the work is started again until the block ends."""
     begun, goes_on, ended = list[str](), threading.Event(), threading.Event()
 
     def work(stop: threading.Event) -> None:
@@ -33,7 +33,7 @@ def test_work_that_raises_begins_again(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_the_end_does_not_wait_for_a_pause() -> None:
-    """Nor does the work begin again after it."""
+    """The end of the block interrupts the pause after a failure, and the work is not started again."""
     begun, failing = list[int](), threading.Event()
 
     def work(_: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""`system.disk`: the system's refusals in this project's words, and private files."""
+"""`system.disk` translates the system's errors, and keeps files private."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ from prefix_service.system.disk import tighten, translated, write_private
     ],
 )
 def test_what_the_system_says(number: int, wanted: type[PrefixServiceError]) -> None:
-    """By its number; the message says what was tried, and no path."""
+    """`translated` chooses the error by errno; its message says what was tried, and shows no path."""
     with pytest.raises(PrefixServiceError, match=r"^cannot do it: ") as caught, translated("do it"):
         raise OSError(number, "?", "/a/secret/path")
     assert type(caught.value) is wanted
@@ -35,13 +35,13 @@ def test_what_the_system_says(number: int, wanted: type[PrefixServiceError]) -> 
 
 
 def test_other_errors_pass() -> None:
-    """A defect stays a defect."""
+    """`translated` passes other exceptions on."""
     with pytest.raises(ZeroDivisionError), translated("do it"):
         raise ZeroDivisionError
 
 
 def test_a_private_file_is_its_owners_and_is_never_overwritten(tmp_path: Path) -> None:
-    """Mode 0600 from its first moment, whatever the umask."""
+    """`write_private` creates a file with mode 0600, and raises FileExistsError for one that exists."""
     path = tmp_path / "key"
     write_private(path, "text")
     assert path.read_text() == "text\n"
@@ -59,7 +59,7 @@ def mode_of(path: Path) -> int:
     ("before", "after"), [(0o777, 0o700), (0o644, 0o600), (0o2770, 0o2700), (0o600, 0o600), (0o400, 0o400)]
 )
 def test_others_lose_what_they_may_do(tmp_path: Path, before: int, after: int) -> None:
-    """What the owner may do stays."""
+    """`tighten` takes all permissions from group and others, and none from the owner."""
     (tmp_path / "x").mkdir()
     (tmp_path / "x").chmod(before)
     tighten(tmp_path / "x")
@@ -69,7 +69,7 @@ def test_others_lose_what_they_may_do(tmp_path: Path, before: int, after: int) -
 def test_what_cannot_be_tightened_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared folder, one of somebody else, one on a mount that takes no modes: a warning, and no failure."""
+    """`tighten` warns, and does not fail, for a shared folder, another user's, or a mount without modes."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o1777)
     (tmp_path / "foreign").mkdir(0o755)

@@ -1,4 +1,4 @@
-"""`system.host_memory`: memory for what is read at once."""
+"""`system.host_memory` allocates memory for what is read in one piece."""
 
 import mmap
 import resource
@@ -10,7 +10,7 @@ from prefix_service.system.host_memory import host_memory
 
 @pytest.mark.parametrize("nbytes", [0, 1, (32 << 20) - 1, 32 << 20, (33 << 20) + 3])
 def test_memory_is_as_large_as_asked_and_writable(nbytes: int) -> None:
-    """To the byte, small and large."""
+    """Memory has exactly the requested number of bytes, small or large, and is writable."""
     memory = host_memory(nbytes)
     assert (len(memory), memory.readonly, memory.format) == (nbytes, False, "B")
     memory[:] = b"x" * nbytes
@@ -18,7 +18,7 @@ def test_memory_is_as_large_as_asked_and_writable(nbytes: int) -> None:
 
 
 def test_large_memory_goes_back_with_its_last_view() -> None:
-    """A view of a part keeps the whole."""
+    """A view of a part keeps the whole memory alive."""
     memory = host_memory(32 << 20)
     block, part = memory.obj, memory[5:6]
     assert isinstance(block, mmap.mmap)
@@ -30,7 +30,7 @@ def test_large_memory_goes_back_with_its_last_view() -> None:
 
 
 def test_no_memory_left() -> None:
-    """As of every allocator: the registry lets something leave then, and tries again."""
+    """An allocation that the system refuses raises MemoryError, as other allocators do, for the registry to evict."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (64 << 30, hard))
     try:

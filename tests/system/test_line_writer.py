@@ -1,4 +1,4 @@
-"""`system.line_writer`: who writes never waits, what is read late is whole, and what is dropped is counted."""
+"""`system.line_writer` never makes a caller wait, writes whole lines, and counts those that it drops."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ LINE = "x" * 999
 
 
 class Reader:
-    """A pipe that is read when a test says so."""
+    """A pipe that is read only when a test reads it."""
 
     def __init__(self) -> None:
         self._source, self.target = os.pipe()
@@ -23,7 +23,7 @@ class Reader:
         self.read = b""
 
     def lines(self) -> list[str]:
-        """What has come so far, in whole lines."""
+        """Returns the whole lines that have come so far."""
         os.set_blocking(self._source, False)
         try:
             while piece := os.read(self._source, 65536):
@@ -33,7 +33,7 @@ class Reader:
         return self.read.decode().split("\n")[:-1]
 
     def close(self) -> None:
-        """End both sides."""
+        """Closes both ends."""
         for end in (self._source, self.target):
             if end >= 0:
                 os.close(end)
@@ -48,7 +48,7 @@ def reader() -> Iterator[Reader]:
 
 
 def test_a_reader_that_stopped_stops_nobody(reader: Reader) -> None:
-    """More than the pipe holds is taken, and is there in order once the reader goes on."""
+    """The writer keeps more lines than the pipe holds, and writes them in order once the reader goes on."""
     dropped: list[int] = []
     writer = LineWriter(reader.target, dropped.append)
     for number in range(500):
@@ -61,7 +61,7 @@ def test_a_reader_that_stopped_stops_nobody(reader: Reader) -> None:
 
 
 def test_what_is_dropped_is_counted(reader: Reader) -> None:
-    """Beyond the bound, and told once the reader goes on; what comes then is written again."""
+    """Lines beyond the bound are dropped and reported once the reader goes on, and later lines are written."""
     dropped: list[int] = []
     writer = LineWriter(reader.target, dropped.append, most=20 * len(LINE))
     for _ in range(100):
@@ -74,7 +74,7 @@ def test_what_is_dropped_is_counted(reader: Reader) -> None:
 
 
 def test_a_pipe_that_another_program_made_nonblocking(reader: Reader) -> None:
-    """Lines are whole all the same."""
+    """Lines are written whole even to a nonblocking pipe."""
     os.set_blocking(reader.target, False)
     writer = LineWriter(reader.target, lambda _: None)
     for _ in range(50):
@@ -84,7 +84,7 @@ def test_a_pipe_that_another_program_made_nonblocking(reader: Reader) -> None:
 
 
 def test_a_reader_that_is_gone_fails_nobody() -> None:
-    """Lines are lost, and the thread goes on."""
+    """Without a reader lines are lost, and the thread goes on."""
     reader = Reader()
     os.close(reader._source)
     writer = LineWriter(reader.target, lambda _: None)
@@ -106,7 +106,7 @@ for number in range(3000):
 
 
 def test_at_the_end_of_a_process_every_line_is_written() -> None:
-    """However slowly they are read: a process that ends waits for its reader."""
+    """A process that ends waits until its reader has taken every line."""
     with subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = process.stderr.read().splitlines()
@@ -116,6 +116,6 @@ def test_at_the_end_of_a_process_every_line_is_written() -> None:
 
 
 def test_a_process_ends_though_nobody_reads() -> None:
-    """After seconds, not never."""
+    """A process whose output nobody reads ends within seconds."""
     with subprocess.Popen([sys.executable, "-c", _LOGGING], stderr=subprocess.PIPE) as process:
         assert process.wait(60) == 0

@@ -1,4 +1,4 @@
-"""`system.locks`: one process at a time, as flock(2) has it."""
+"""`system.locks` admits one process at a time with flock(2)."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ NOT_WAITING = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 
 def test_only_one_holds_a_lock(tmp_path: Path) -> None:
-    """Another descriptor of the file does not get it; after the block, even one that raised, it is free."""
+    """A second descriptor cannot take the lock until the block has ended, even by an exception."""
     with locked(tmp_path / "lock"), pytest.raises(BlockingIOError), locked(tmp_path / "lock", NOT_WAITING):
         pass
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "lock", NOT_WAITING) as handle:
@@ -23,7 +23,7 @@ def test_only_one_holds_a_lock(tmp_path: Path) -> None:
 
 
 def test_several_share_a_lock(tmp_path: Path) -> None:
-    """A shared lock excludes exclusive ones alone."""
+    """Shared locks exclude exclusive ones, and not each other."""
     with (
         locked(tmp_path / "lock", fcntl.LOCK_SH),
         locked(tmp_path / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB),
@@ -34,7 +34,7 @@ def test_several_share_a_lock(tmp_path: Path) -> None:
 
 
 def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
-    """Whatever the umask."""
+    """A lock file has mode 0600, whatever the umask."""
     before = os.umask(0)
     try:
         with locked(tmp_path / "lock"):
@@ -45,7 +45,7 @@ def test_a_new_file_is_its_owners_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_locked_and_a_missing_file_is_not_made(tmp_path: Path) -> None:
-    """`flags` decide what is opened."""
+    """`flags` decide whether a folder is opened, and whether a missing file is created."""
     flags = os.O_RDONLY | os.O_DIRECTORY
     with locked(tmp_path, flags=flags), pytest.raises(BlockingIOError), locked(tmp_path, NOT_WAITING, flags):
         pass

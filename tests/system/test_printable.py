@@ -1,4 +1,4 @@
-"""`system.printable`: what a terminal would obey, and what would deceive its reader, is written as escapes."""
+"""`system.printable` escapes characters that control a terminal or deceive its reader."""
 
 import json
 import os
@@ -17,7 +17,7 @@ CONTROLS_OF_DIRECTION = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2
 
 
 def test_every_control_is_escaped_and_nothing_else() -> None:
-    """All controls of Unicode, of direction too; letters and signs of every script stay."""
+    """All of Unicode's controls, those of direction too, are escaped; letters and signs of every script stay."""
     for character in map(chr, range(0x30000)):
         escaped = printable(character) != character
         kind = unicodedata.category(character)
@@ -27,7 +27,7 @@ def test_every_control_is_escaped_and_nothing_else() -> None:
 
 
 def test_json_keeps_its_meaning() -> None:
-    """Escaped, it is read as what it was."""
+    """Escaped JSON parses to the value that was written."""
     value = {HOSTILE: [HOSTILE, {"x": "\ud800 é日本"}]}
     shown = printable_lines(json.dumps(value, indent=2, ensure_ascii=False))
     assert json.loads(shown) == value
@@ -59,7 +59,7 @@ SAYINGS = [
 
 @pytest.mark.parametrize(("call", "is_terminal"), SAYINGS)
 def test_all_that_the_command_line_says(call: str, is_terminal: bool) -> None:
-    """On a terminal and in a pipe."""
+    """The command line escapes everything that it prints, on a terminal and in a pipe."""
     code = f"from prefix_service.cli import console, options; text = {HOSTILE!r}\n{call}"
     shown = _on_terminal(code) if is_terminal else _in_a_pipe(code)
     assert "52;c;ZXZpbA==" in shown
@@ -84,7 +84,7 @@ except ValueError:
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_all_that_the_service_logs(is_terminal: bool) -> None:
-    """In events, values, nested values, arguments and exceptions."""
+    """The log escapes events, values, nested values, arguments and exceptions, on a terminal and in a pipe."""
     code = LOGS.format(text=HOSTILE)
     shown = _on_terminal(code) if is_terminal else _in_a_pipe(code)
     assert shown.count("52;c;ZXZpbA==") >= 6
@@ -93,7 +93,7 @@ def test_all_that_the_service_logs(is_terminal: bool) -> None:
 
 
 def _on_terminal(code: str) -> str:
-    """What a process shows on a terminal, its own colours included."""
+    """Returns what a process shows on a terminal, its own colours included."""
     parent, child = pty.openpty()
     os.write(parent, b"n\n")
     environment = {**os.environ, "TERM": "xterm-256color"}

@@ -1,4 +1,4 @@
-"""`system.reserve`: a full disk has room for deletions, and for nothing else."""
+"""`system.reserve` holds disk space back, so that deletions, and nothing else, work on a full disk."""
 
 import errno
 import os
@@ -19,18 +19,18 @@ from tests.mounts import fill, small_disk
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """Three times the reserve."""
+    """Yields a disk of three times the reserve."""
     with small_disk(tmp_path / "disk", 3 * RESERVED_BYTES):
         yield tmp_path / "disk"
 
 
 def held(path: Path) -> int:
-    """Bytes that a file takes of its disk."""
+    """Returns the bytes that a file takes of its disk."""
     return path.stat().st_blocks * 512
 
 
 def test_it_holds_space_and_lends_it(disk: Path) -> None:
-    """Only while the disk has less; afterwards it is held again."""
+    """The reserve lends its space only while the disk is full, and holds it again afterwards."""
     path = disk / "reserve"
     reserve = Reserve(path)
     reserve.fill()
@@ -48,7 +48,7 @@ def test_it_holds_space_and_lends_it(disk: Path) -> None:
 
 
 def test_it_holds_what_it_can(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A disk that is full at the start, or is filled while the space is lent, leaves a part of it."""
+    """The reserve holds a part if the disk is full at the start, or is filled while the space is lent."""
     fill(disk, leave=RESERVED_BYTES // 2)
     reserve = Reserve(disk / "reserve")
     reserve.fill()
@@ -60,7 +60,7 @@ def test_it_holds_what_it_can(disk: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_without_it_everything_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A folder of an earlier release has none, and one that cannot be written gets none."""
+    """A missing reserve lends nothing, and one that cannot be written is logged; neither raises."""
     with Reserve(tmp_path / "none" / "reserve").lent():
         pass
     Reserve(tmp_path / "none" / "reserve").fill()
@@ -68,7 +68,7 @@ def test_without_it_everything_goes_on(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_what_deletes_works_on_a_full_disk(disk: Path) -> None:
-    """Alias, version, adapter and tenant; what makes something is refused before and afterwards."""
+    """On a full disk aliases, versions, adapters and tenants can be deleted, and nothing can be added."""
     place = disk / "catalog.sqlite"
     database = Database(place)
     tenants, catalog = Tenants(database), Catalog(database)
@@ -94,7 +94,7 @@ def test_what_deletes_works_on_a_full_disk(disk: Path) -> None:
 
 
 def test_an_allocation_that_fails_takes_no_more_than_the_reserve(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the disk has left: a first allocation that failed must not be followed by one of the whole disk."""
+    """After a failed allocation the reserve does not allocate the whole disk."""
     allocate, failed = os.posix_fallocate, list[int]()
 
     def fails_once(handle: int, offset: int, nbytes: int) -> None:

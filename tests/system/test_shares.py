@@ -1,4 +1,4 @@
-"""`system.shares`: bounded, and nobody displaces another's equal part."""
+"""`system.shares` is a bounded store in which no tenant displaces another's equal part."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ puts = st.tuples(st.sampled_from("abcd"), st.integers(0, 30), st.integers(1, 40)
 
 @given(st.lists(puts, max_size=200))
 def test_what_it_holds_is_what_was_put(steps: list[tuple[str, int, int]]) -> None:
-    """Never more than the bound; what is found is what was put last; sizes add up."""
+    """The store stays within its bound, returns the value that was put last, and adds up sizes."""
     shares: Shares[tuple[str, int], int] = Shares(MOST)
     last: dict[tuple[str, int], int] = {}
     for tenant, number, size in steps:
@@ -35,7 +35,7 @@ def test_an_equal_part_is_not_displaced(steps: list[tuple[str, int, int]]) -> No
 
 
 def test_the_oldest_goes_first_and_what_is_too_large_is_not_kept() -> None:
-    """Replacing makes new; forgetting a tenant forgets all it has."""
+    """Replacing a value makes it the newest, and forgetting a tenant forgets all that it has."""
     shares: Shares[str, str] = Shares(2)
     for key in ("first", "second", "first", "third"):
         shares.put("t", key, key)
@@ -48,7 +48,7 @@ def test_the_oldest_goes_first_and_what_is_too_large_is_not_kept() -> None:
 
 
 def test_everything_can_be_forgotten() -> None:
-    """Then all of it is free again."""
+    """`clear` frees the whole store."""
     shares: Shares[str, int] = Shares(2)
     for tenant in ("t", "u"):
         shares.put(tenant, tenant, 1)

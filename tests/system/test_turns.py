@@ -1,4 +1,4 @@
-"""`system.turns`: a few threads, tenants in turn."""
+"""`system.turns` runs calls on a few threads, with tenants in turn."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from prefix_service.system.turns import Turns
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """The registry uses asyncio's own tasks."""
+    """Returns asyncio, whose own tasks `Turns` uses."""
     return "asyncio"
 
 
@@ -49,27 +49,27 @@ class Gate:
 
 
 async def begun(turns: Turns, gate: Gate, tenant: str, names: list[str]) -> list[asyncio.Task[str]]:
-    """Tasks that have asked for their turn, in this order."""
+    """Returns tasks that have asked for their turn in this order."""
     tasks = [asyncio.create_task(turns.run(tenant, gate.call(name))) for name in names]
     await asyncio.sleep(0)
     return tasks
 
 
 async def two_have_started(gate: Gate) -> None:
-    """Two more, each of which holds its place until the gate is opened for it."""
+    """Waits until two more calls have started, each of which holds its place until the gate opens."""
     for _ in range(2):
         assert await asyncio.to_thread(gate.started.acquire, timeout=60)
 
 
 async def test_one_load_does_not_wait_behind_another_tenants_five_hundred() -> None:
-    """Of the first two places that become free one is its own."""
+    """A tenant's single call gets one of the first two places that become free."""
     turns, gate = Turns(2), Gate()
     many = await begun(turns, gate, "many", [f"many{number}" for number in range(500)])
     others = await begun(turns, gate, "other", ["other"]) + await begun(turns, gate, "one", ["one"])
     await two_have_started(gate)
     gate.open(2)
     await two_have_started(gate)
-    # Two ran already, then one of the queue of each tenant; their threads note themselves in either order.
+    # Two ran already, then one from the queue of each tenant; their threads note themselves in either order.
     assert set(gate.order[2:4]) == {"many1", "one"}
     gate.open(500)
     await asyncio.gather(*many, *others)
@@ -78,7 +78,7 @@ async def test_one_load_does_not_wait_behind_another_tenants_five_hundred() -> N
 
 
 async def test_one_tenant_never_takes_the_last_place() -> None:
-    """Another one's call begins while a hundred wait, and the place that it leaves stays free for a third."""
+    """While a hundred calls of one tenant wait, another's begins, and leaves its place to a third's."""
     turns, gate = Turns(3), Gate()
     many = await begun(turns, gate, "many", [f"many{number}" for number in range(100)])
     await two_have_started(gate)
@@ -92,7 +92,7 @@ async def test_one_tenant_never_takes_the_last_place() -> None:
 
 
 async def test_tenants_take_turns() -> None:
-    """And each one's calls keep their order."""
+    """Tenants take turns, and each one's calls keep their order."""
     turns, gate = Turns(1), Gate()
     tasks = await begun(turns, gate, "a", ["a0", "a1", "a2"])
     tasks += await begun(turns, gate, "b", ["b0", "b1"])
@@ -103,7 +103,7 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_others_threads_stay_free() -> None:
-    """While every place that a tenant may take is taken and many wait, what SQL and files run in is not touched."""
+    """A tenant that takes every place that it may take uses none of the threads for SQL and files."""
     turns, gate = Turns(4), Gate()
     tasks = await begun(turns, gate, "many", [str(number) for number in range(100)])
     for _ in range(3):
@@ -116,7 +116,7 @@ async def test_others_threads_stay_free() -> None:
 
 
 async def test_who_gives_up_waiting_leaves_its_turn_to_the_next() -> None:
-    """It never runs."""
+    """A call that is cancelled while it waits never runs."""
     turns, gate = Turns(1), Gate()
     first, waiting, last = await begun(turns, gate, "a", ["first", "waiting", "last"])
     waiting.cancel()
@@ -128,7 +128,7 @@ async def test_who_gives_up_waiting_leaves_its_turn_to_the_next() -> None:
 
 
 async def test_who_gives_up_at_the_moment_of_its_turn_gives_it_back() -> None:
-    """The place had been given to it, and it had not noticed yet."""
+    """A call that is cancelled after it got its place, and before it noticed, gives the place back."""
     turns = Turns(1)
     await turns._begin("a")
     task = asyncio.create_task(turns.run("a", lambda: 1))
@@ -141,7 +141,7 @@ async def test_who_gives_up_at_the_moment_of_its_turn_gives_it_back() -> None:
 
 
 async def test_a_call_that_fails_gives_its_place_back() -> None:
-    """And its error reaches the caller."""
+    """A failing call gives its place back and raises its error to the caller."""
     turns = Turns(1)
     with pytest.raises(ZeroDivisionError):
         await turns.run("a", lambda: 1 // 0)
@@ -149,7 +149,7 @@ async def test_a_call_that_fails_gives_its_place_back() -> None:
 
 
 async def test_a_cancelled_call_keeps_its_place_until_it_has_ended() -> None:
-    """A thread cannot be stopped, so the next call waits for it."""
+    """The next call waits for a cancelled one to end, because a thread cannot be stopped."""
     turns, gate = Turns(1), Gate()
     first, following = await begun(turns, gate, "a", ["first", "following"])
     assert await asyncio.to_thread(gate.started.acquire, timeout=60)

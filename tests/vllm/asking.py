@@ -1,4 +1,4 @@
-"""An engine of vLLM that is held to what PEFT says."""
+"""Asks an engine of vLLM, and compares its answers with PEFT's."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,30 +13,30 @@ from tests.vllm.reference import Reference
 
 TOKENS_SAID: Final = 24
 Adapter = str | list[str] | None
-"""What a request names: one adapter, several in a list, or none."""
+"""The adapters that a request names: one, several in a list, or none."""
 _CLOSE: Final = 5e-5  # of log probabilities, float32
 
 
 class Asking:
-    """An engine with the reference that it is held to."""
+    """An engine with the reference that its answers must equal."""
 
     def __init__(self, engine: Engine, reference: Reference, server: Server) -> None:
         self.engine, self.reference, self.server = engine, reference, server
 
     def job(self, adapter: Adapter, prompt: str, **more: Any) -> dict[str, Any]:
-        """A request; its adapters are the tenant's, with or without a selector."""
+        """Returns a request; its adapters are the tenant's, with or without a selector."""
         named: Any = [f"acme/{one}" for one in adapter] if isinstance(adapter, list) else f"acme/{adapter}"
         return {"prompt": self.reference.prompts[prompt], **({} if adapter is None else {"adapter": named}), **more}
 
     def run(self, *rows: tuple[Adapter, str], count: int = TOKENS_SAID) -> list[dict[str, Any]]:
-        """Ask for all in one batch, and hold each to what PEFT says."""
+        """Asks for all in one batch, and compares each answer with PEFT's."""
         outputs: list[dict[str, Any]] = self.engine.run([self.job(*row) for row in rows], count)["outputs"]
         for row, output in zip(rows, outputs, strict=True):
             self.check(output, *row, count=count)
         return outputs
 
     def metrics(self) -> dict[str, float]:
-        """vLLM's metrics of adapters, without the labels that all metrics have."""
+        """Returns vLLM's metrics of adapters, without the labels that all metrics have."""
         lines = self.engine.ask({"metrics": True})["lines"]
         values = {}
         for line in lines:
@@ -47,7 +47,7 @@ class Asking:
         return values
 
     def loaded(self) -> dict[str, list[str]]:
-        """The adapters that the metrics have as loaded, by level."""
+        """Returns the adapters that the metrics report as loaded, by level."""
         found: dict[str, list[str]] = {"cpu": [], "gpu": []}
         for name, value in self.metrics().items():
             match = re.fullmatch(r'vllm:prefix_adapter_loaded\{adapter_name="(.*)",level="(.*)"\}', name)
@@ -57,7 +57,7 @@ class Asking:
         return {level: sorted(names) for level, names in found.items()}
 
     def check(self, output: dict[str, Any], adapter: Adapter, prompt: str, *, count: int = TOKENS_SAID) -> None:
-        """The tokens of PEFT's `generate`, and the log probability of each."""
+        """Compares the tokens with those of PEFT's `generate`, and the log probability of each."""
         one = self.reference.join(*adapter) if isinstance(adapter, list) else adapter
         said = self.reference.says(one and one.partition("@")[0], prompt, count)
         assert output["tokens"] == said.tokens, (adapter, prompt, output)
@@ -70,7 +70,7 @@ class Asking:
 def started(
     reference: Reference, folder: Path, partners: Sequence[dict[str, Any]] = (), **options: Any
 ) -> Iterator[Asking]:
-    """A service, and an engine that uses it, with partners around its connector: the first before, others behind."""
+    """Yields an engine on a service, with partners around its connector: the first before it, others after it."""
     with serving_adapters(reference, folder) as server:
         transfer = transfer_config(server.url, timeout=30)
         if partners:

@@ -1,8 +1,8 @@
-"""Run by .venv-vllm's Python: asks vLLM's server through SDKs as they are. Imports nothing of the tests.
+"""Asks vLLM's server through unchanged SDKs. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
 Reads one line of JSON from stdin, `{"url", "key", "sdk", "batches": [[{"model", "question", "prompt", "header"}]],
-"alone": [model]}`, and writes one: for each row what each call of the SDK answered, all rows of a batch under way
-together; what it raises for a model that is not there; and for `openai` the list of models, and some of them alone.
+"alone": [model]}`, and writes one: for each row the answers to each call of the SDK, where all rows of a batch are sent
+together; the error for a missing model; and for `openai` the list of models, and some of them alone.
 """
 
 import json
@@ -16,7 +16,7 @@ COUNT = 24  # tokens
 
 
 def main() -> None:
-    """Answer the one line."""
+    """Answers the one line."""
     asked = json.loads(sys.stdin.readline())
     make: Callable[[str, str], Any] = {"openai": OpenAI, "litellm": LiteLLM, "anthropic": Anthropic}[asked["sdk"]]
     caller = make(asked["url"], asked["key"])
@@ -49,7 +49,7 @@ class OpenAI:
         self._sdk, self._client = openai, openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
     def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
-        """Chat, completions and responses, each streamed too."""
+        """Asks for chat, completions and responses, each streamed too."""
         options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT, **_headers(header)}
         chats, completions = self._client.chat.completions, self._client.completions
         chat = chats.create(messages=_messages(question), **options)
@@ -81,12 +81,12 @@ class OpenAI:
         }
 
     def models(self, alone: list[str]) -> dict[str, Any]:
-        """The list, and some models alone."""
+        """Returns the list of models, and some of them alone."""
         listed = [model.model_dump() for model in self._client.models.list()]
         return {"listed": listed, "alone": [self._client.models.retrieve(name).model_dump() for name in alone]}
 
     def missing(self, model: str) -> str:
-        """What the SDK raises for a model that is not there."""
+        """Returns the error that the SDK raises for a missing model."""
         try:
             self._client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Why?"}])
         except self._sdk.NotFoundError as error:
@@ -99,7 +99,7 @@ def _extra(answer: Any) -> Any:
 
 
 class LiteLLM:
-    """LiteLLM, which puts a provider before the model's name and takes it off again."""
+    """LiteLLM, which puts a provider before the model's name and removes it again."""
 
     def __init__(self, url: str, key: str) -> None:
         os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -108,7 +108,7 @@ class LiteLLM:
         self._sdk, self._options = litellm, {"api_base": f"{url}/v1", "api_key": key, "num_retries": 0}
 
     def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
-        """Chat and completions, each streamed too."""
+        """Asks for chat and completions, each streamed too."""
         options: Any = {"model": f"hosted_vllm/{model}", "temperature": 0, "max_tokens": COUNT, **self._options}
         options |= _headers(header)
         chat = self._sdk.completion(messages=_messages(question), **options)
@@ -123,10 +123,10 @@ class LiteLLM:
         }
 
     def models(self, alone: list[str]) -> None:
-        """LiteLLM has its own list."""
+        """Returns nothing, because LiteLLM has its own list."""
 
     def missing(self, model: str) -> str:
-        """What LiteLLM raises for a model that is not there."""
+        """Returns the error that LiteLLM raises for a missing model."""
         try:
             self._sdk.completion(model=f"hosted_vllm/{model}", messages=_messages("Why?"), **self._options)
         except self._sdk.NotFoundError as error:
@@ -144,7 +144,7 @@ class Anthropic:
         self._client = anthropic.Anthropic(base_url=url, auth_token=key, max_retries=0)
 
     def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
-        """Messages, streamed too."""
+        """Asks for messages, streamed too."""
         options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question), **_headers(header)}
         options["extra_body"] = {"temperature": 0}  # newer versions of the SDK have no argument for it
         message = self._client.messages.create(**options)
@@ -157,10 +157,10 @@ class Anthropic:
         }
 
     def models(self, alone: list[str]) -> None:
-        """The list has OpenAI's form."""
+        """Returns nothing, because the list has OpenAI's form."""
 
     def missing(self, model: str) -> str:
-        """What the SDK raises for a model that is not there."""
+        """Returns the error that the SDK raises for a missing model."""
         try:
             self._client.messages.create(model=model, max_tokens=1, messages=[{"role": "user", "content": "Why?"}])
         except self._sdk.NotFoundError as error:

@@ -1,4 +1,4 @@
-"""What the tests of vLLM share: the environment that it lives in, a small model, and a service with its adapters."""
+"""Gives the tests of vLLM its environment, a small model, and a service with the model's adapters."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _INSTALLED: Final = PYTHON.parents[1] / "installed"
 
 @pytest.fixture(scope="session")
 def needs_vllm() -> None:
-    """vLLM is there; only CI must have tried to install it."""
+    """Skips tests if vLLM is not installed; only CI must have tried to install it."""
     if not _INSTALLED.exists():
         told = os.environ.get("VLLM_NOT_INSTALLED", "tests/vllm/install makes .venv-vllm")
         pytest.skip(f"NOT TESTED: vLLM is not installed: {told}")
@@ -27,13 +27,13 @@ def needs_vllm() -> None:
 
 @pytest.fixture(scope="session")
 def reference(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A small Llama and its adapters."""
+    """Returns a small Llama and its adapters."""
     return make_reference(tmp_path_factory.mktemp("reference"))
 
 
 @contextmanager
 def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
-    """A service with every adapter of the small Llama, under the tenant `acme`."""
+    """Yields a service with every adapter of the small Llama, under the tenant `acme`."""
     with running_server(folder / "data") as server:
         for name in TOKENS:
             publish(server, f"acme/{name}", reference.adapter(name))
@@ -41,7 +41,7 @@ def serving_adapters(reference: Reference, folder: Path) -> Iterator[Server]:
 
 
 def publish(server: Server, adapter: str, folder: Path) -> int:
-    """Publish a folder; the version's number."""
+    """Publishes a folder, and returns the version's number."""
     upload = prepare_upload(folder)
     with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
         return int(client.publish_files(adapter, upload.config, weights)[0]["version"])

@@ -1,4 +1,4 @@
-"""Engines and servers of vLLM, in processes of .venv-vllm's Python."""
+"""Starts engines and servers of vLLM, in processes of .venv-vllm's Python."""
 
 import json
 import os
@@ -26,7 +26,7 @@ _ENVIRONMENT: Final = {
 
 
 def transfer_config(url: str, **extra: Any) -> dict[str, Any]:
-    """`kv_transfer_config` as README gives it."""
+    """Returns `kv_transfer_config` as README gives it."""
     return {
         "kv_connector": "PrefixConnector",
         "kv_connector_module_path": "prefix_service.client.vllm",
@@ -36,7 +36,7 @@ def transfer_config(url: str, **extra: Any) -> dict[str, Any]:
 
 
 def multi_config(*connectors: dict[str, Any], ours: bool = True, **more: Any) -> dict[str, Any]:
-    """`kv_transfer_config` of several connectors, as README gives it, or with vLLM's own MultiConnector."""
+    """Returns `kv_transfer_config` of several connectors, as README gives it, or with vLLM's own MultiConnector."""
     module = {"kv_connector_module_path": "prefix_service.client.vllm"} if ours else {}
     return {
         "kv_connector": "MultiConnector",
@@ -48,7 +48,7 @@ def multi_config(*connectors: dict[str, Any], ours: bool = True, **more: Any) ->
 
 
 def store_config(folder: Path) -> dict[str, Any]:
-    """vLLM's ExampleConnector, which keeps what it saves in a folder, by token ids alone."""
+    """Returns the config of vLLM's ExampleConnector, which keeps what it saves in a folder, by token ids alone."""
     return {
         "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
@@ -62,34 +62,34 @@ def _environment(key: str, more: dict[str, str] | None = None) -> dict[str, str]
 
 
 class Engine:
-    """One `LLM()` in a process of its own."""
+    """An `LLM()` in a process of its own."""
 
     def __init__(self, process: "subprocess.Popen[str]", answers: IO[str], log: Path) -> None:
         self._process, self._answers, self._log = process, answers, log
 
     def run(self, jobs: Sequence[dict[str, Any]], max_tokens: int = 24) -> dict[str, Any]:
-        """Generate all jobs in one batch."""
+        """Generates all jobs in one batch."""
         answer: dict[str, Any] = self.ask({"jobs": list(jobs), "max_tokens": max_tokens})
         return answer
 
     def begin(self, jobs: Sequence[dict[str, Any]], max_tokens: int = 24) -> None:
-        """The same without waiting: `answer` gives it."""
+        """Begins to generate all jobs in one batch; `answer` returns the result."""
         self._say({"jobs": list(jobs), "max_tokens": max_tokens})
 
     def ask(self, what: dict[str, Any]) -> Any:
-        """Say something, and wait for the answer."""
+        """Sends a request, and waits for the answer."""
         self._say(what)
         return self.answer()
 
     def answer(self) -> Any:
-        """What comes next."""
+        """Returns the next answer."""
         line = self._answers.readline()
         if not line:
             raise RuntimeError(f"vLLM ended:\n{self.log()[-4000:]}")
         return json.loads(line)
 
     def log(self) -> str:
-        """What it has printed."""
+        """Returns what the process has printed."""
         return self._log.read_text()
 
     def _say(self, what: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Engine:
 def engine(
     folder: Path, model: Path, transfer: dict[str, Any], key: str, *, threads: int = 1, **options: Any
 ) -> Iterator[Engine]:
-    """An engine for a model folder, without a tokenizer, ready when the block begins."""
+    """Yields an engine for a model folder, without a tokenizer, once it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {
         "model": str(model),
@@ -146,7 +146,7 @@ def engine(
 def openai_server(
     folder: Path, model: Path, transfer: dict[str, Any], key: str, *options: str
 ) -> Iterator[httpx.Client]:
-    """vLLM's OpenAI-compatible server for a model folder, ready when the block begins."""
+    """Yields a client of vLLM's OpenAI-compatible server for a model folder, once it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     port, log = free_port(), folder / "vllm.log"
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]

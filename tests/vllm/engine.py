@@ -1,4 +1,4 @@
-"""Run by .venv-vllm's Python: one `LLM()`, told by lines of JSON what to generate. Imports nothing of the tests.
+"""Runs one `LLM()` for lines of JSON. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
 Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
 
@@ -24,7 +24,7 @@ from typing import Any
 
 
 def main() -> None:
-    """The loop."""
+    """Answers lines until stdin ends."""
     answers = os.fdopen(int(sys.argv[1]), "w")
     from vllm import LLM
 
@@ -98,7 +98,7 @@ def _forget(llm: Any, what: str) -> dict[str, Any]:
 
 
 def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
-    """The negative control: what happens without our salt."""
+    """Removes our salt, as a negative control, or restores it."""
     from prefix_service.client.vllm.salt import Salts
 
     half = llm.llm_engine.engine_core.engine_core.scheduler.connector.half
@@ -107,7 +107,7 @@ def _switch_salt(llm: Any, salted: bool) -> dict[str, Any]:
 
 
 def _switch_hiding(llm: Any, hidden: bool) -> dict[str, Any]:
-    """The negative control: what happens if partners see requests that name an adapter."""
+    """Lets partners see requests that name an adapter, as a negative control, or hides them again."""
     connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
     for partner in connector._partners():
         partner.claimed = connector._claimed if hidden else frozenset()
@@ -115,7 +115,7 @@ def _switch_hiding(llm: Any, hidden: bool) -> dict[str, Any]:
 
 
 def _connect(llm: Any, transfer: dict[str, Any]) -> dict[str, Any]:
-    """Make a worker's connector as vLLM does at its start; the error that ends the start, if any."""
+    """Makes a worker's connector as vLLM does at its start; returns the error that ends the start, if any."""
     import copy
 
     from vllm.config import KVTransferConfig
@@ -185,7 +185,7 @@ def _series(llm: Any, readings: list[list[str]], shared: bool) -> list[list[floa
 
 
 def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Load into a cache that was set to zero, and read each layer's blocks of the request back."""
+    """Loads into a cache that was set to zero, and reads each layer's blocks of the request back."""
     import hashlib
 
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -215,7 +215,7 @@ def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 class _Unsalted:
     def of(self, *_: Any) -> None:
-        """No salt."""
+        """Returns no salt."""
 
 
 if __name__ == "__main__":

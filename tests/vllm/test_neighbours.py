@@ -1,4 +1,4 @@
-"""vLLM's server beside a service that is slow, throttled, stopped or refuses: who waits, and what the others are told.
+"""vLLM's server meets a service that is slow, throttled, stopped or refuses, and disturbs no other requests.
 
 The KV cache is small: 47 blocks of 32 tokens.
 """
@@ -36,7 +36,7 @@ _BYTES: Final = b"layers=0%3A4"  # in the requests of workers alone
 
 @dataclass
 class Serving:
-    """vLLM's server, the service behind it, the proxy between them, and the file of vLLM's key."""
+    """vLLM's server, the service that it uses, the proxy between them, and the file of vLLM's key."""
 
     vllm: httpx.Client
     service: Server
@@ -45,19 +45,19 @@ class Serving:
     reference: Reference
 
     def body(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> dict[str, Any]:
-        """A completion's request."""
+        """Returns a completion's request."""
         named = {} if adapter is None else {"kv_transfer_params": {"prefix_adapter": adapter}}
         ids = self.reference.prompts[prompt] if isinstance(prompt, str) else prompt
         fixed = {"model": "model", "max_tokens": _COUNT, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         return {**fixed, "prompt": ids, **named, **more}
 
     def ask(self, adapter: str | None, prompt: str | list[int] = "short", **more: Any) -> httpx.Response:
-        """The answer of a completion."""
+        """Returns the answer of a completion."""
         return self.vllm.post(_PATH, json=self.body(adapter, prompt, **more))
 
     @asynccontextmanager
     async def asking(self, *adapters: str) -> AsyncIterator[list["asyncio.Task[httpx.Response]"]]:
-        """Clients that ask for an adapter each, and that leave at the end of the block."""
+        """Yields clients that ask for an adapter each, and that leave at the end of the block."""
         async with httpx.AsyncClient(base_url=self.vllm.base_url, timeout=120, limits=_MANY) as client:
             tasks = [asyncio.create_task(client.post(_PATH, json=self.body(adapter))) for adapter in adapters]
             try:
@@ -68,13 +68,13 @@ class Serving:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self, answer: httpx.Response, adapter: str | None, prompt: str = "short") -> None:
-        """The tokens of PEFT's `generate`."""
+        """Compares the tokens with those of PEFT's `generate`."""
         assert answer.status_code == 200, answer.text
         said = self.reference.says(adapter, prompt, _COUNT)
         assert answer.json()["choices"][0]["token_ids"] == said.tokens, (adapter, answer.text)
 
     def seconds(self, adapter: str) -> float:
-        """The shortest time of a right answer, of seven: the longer ones may be the machine's."""
+        """Returns the shortest time of seven right answers: the longer ones may be the machine's."""
         times = []
         for _ in range(7):
             began = time.monotonic()
@@ -83,14 +83,14 @@ class Serving:
         return min(times)
 
     def change(self, call: Callable[[PrefixClient], object]) -> None:
-        """Change something in the service."""
+        """Changes something in the service."""
         with PrefixClient(self.service.url, self.service.admin_key) as client:
             call(client)
 
 
 @pytest.fixture(scope="module")
 def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A server whose requests to the service pass through a proxy."""
+    """Yields a server whose requests to the service pass through a proxy."""
     folder = tmp_path_factory.mktemp("neighbours")
     save_tokenizer(reference.model)
     with serving_adapters(reference, folder) as service, holding_proxy(service.url) as held:
@@ -104,14 +104,14 @@ def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def test_a_key_of_the_platform_without_patterns_names_no_model(serving: Serving) -> None:
-    """Neither in the list nor as `model`; `prefix_adapter` names one still."""
+    """Without patterns no adapter is in the list or a `model`, but `prefix_adapter` can name one."""
     assert [card["id"] for card in serving.vllm.get("/v1/models").json()["data"]] == ["model"]
     assert serving.vllm.post(_PATH, json={**serving.body(None), "model": "acme/a"}).status_code == 404
     serving.check(serving.ask("acme/a"), "a")
 
 
 def test_metrics_show_what_a_request_under_way_has(serving: Serving) -> None:
-    """In vLLM's `/metrics`: in the cache as long as the answer is under way, in host memory also behind it."""
+    """An adapter is in the cache while a request is answered, and in host memory afterwards too."""
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(serving.ask, "acme/a", max_tokens=400)
         _wait_for_levels(serving, {"cpu", "gpu"})
@@ -133,7 +133,7 @@ def _wait_for_levels(serving: Serving, levels: set[str]) -> None:
 
 
 def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:
-    """Six of them would need more blocks than there are; a plain request is answered while none of them has a byte."""
+    """A plain request is answered while six slow loads, too many for the blocks, wait for their first bytes."""
     names = [f"large-{number}" for number in range(6)]
     for name in names:
         publish(serving.service, f"acme/{name}", serving.reference.adapter("large"))
@@ -156,7 +156,7 @@ def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:
 async def test_clients_that_leave_give_up_questions_and_bytes(
     serving: Serving, pattern: bytes, names: list[str], held: int
 ) -> None:
-    """Questions of the middleware, and fetches of the engine's workers: the service sees the connections end."""
+    """The middleware and the engine's workers close their connections to the service when clients leave."""
     if pattern == _BYTES:
         publish(serving.service, "acme/left", serving.reference.adapter("large"))
     serving.held.hold(pattern)
@@ -171,7 +171,7 @@ async def test_clients_that_leave_give_up_questions_and_bytes(
 
 
 async def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: Serving) -> None:
-    """Forty requests of it wait, at one question a second; another tenant's answers come as fast as without them."""
+    """Forty waiting requests of a throttled tenant do not delay another tenant's answers."""
     serving.change(lambda client: client.put_tenant("noisy", {"requests_per_second": 1}))
     undisturbed = serving.seconds("acme/a@1")
     async with serving.asking(*(f"noisy/none-{number}" for number in range(40))) as asking:
@@ -182,7 +182,7 @@ async def test_a_tenant_above_its_rate_delays_no_adapter_that_is_known(serving: 
 
 
 def test_what_is_known_is_served_while_the_service_is_stopped(serving: Serving) -> None:
-    """A version as before; an alias after a second at first, then as before."""
+    """A version is served as before; an alias after a second at first, then as before."""
     serving.check(serving.ask("acme/a"), "a")
     undisturbed = serving.seconds("acme/a@1")
     serving.service.process.send_signal(signal.SIGSTOP)
@@ -196,7 +196,7 @@ def test_what_is_known_is_served_while_the_service_is_stopped(serving: Serving) 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_why_a_request_failed_reaches_its_caller(serving: Serving, stream: bool) -> None:
-    """Too long, or gone while its bytes were on their way: in vLLM's form, as an event where the answer has begun."""
+    """A prompt that is too long, or a version deleted while its bytes arrive, is an error in vLLM's form."""
     long = serving.ask("acme/a", prompt=[7] * 1010, stream=stream)
     told = _error(long, 400)
     assert "20 virtual tokens: with the prompt's 1010 there is no room for an answer" in told["message"]
@@ -208,7 +208,7 @@ def test_why_a_request_failed_reaches_its_caller(serving: Serving, stream: bool)
 
 
 def test_a_key_that_was_rotated_is_read_again(serving: Serving) -> None:
-    """Revoked while bytes were on their way: 503 as long as the file has it, and an answer once it has another."""
+    """With a key that was revoked meanwhile requests get 503, and answers once the file has another key."""
 
     def revoke() -> None:
         with serving.service.client() as client:
@@ -223,7 +223,7 @@ def test_a_key_that_was_rotated_is_read_again(serving: Serving) -> None:
 
 
 def _while_fetching(serving: Serving, name: str, change: Callable[[], Any], *, stream: bool) -> httpx.Response:
-    """The answer of a request for an adapter of which something changes while its bytes are on their way."""
+    """Returns the answer to a request for an adapter that `change` affects while its bytes arrive."""
     publish(serving.service, f"acme/{name}", serving.reference.adapter("large"))
     serving.held.hold(_BYTES)
     with ThreadPoolExecutor(1) as threads:
@@ -237,7 +237,7 @@ def _while_fetching(serving: Serving, name: str, change: Callable[[], Any], *, s
 
 
 def _error(answer: httpx.Response, status: int, *, is_event: bool = False) -> Any:
-    """The error of an answer with this status, or of the event in one that had begun."""
+    """Returns the error of an answer with this status, or of the event in one that had begun."""
     assert answer.status_code == (200 if is_event else status), answer.text
     text = answer.text
     if is_event:

@@ -1,4 +1,4 @@
-"""Prefixes beside another connector of vLLM's, one that keys what it stores by token ids alone."""
+"""Prefixes share vLLM with another connector, one that keys what it stores by token ids alone."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _ROWS = [("a", "long"), ("b", "long"), (None, "long"), ("d", "middle"), (None, "
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folders of the partners before and behind the PrefixConnector."""
+    """Returns the folders of the partners before and after the PrefixConnector."""
     return tmp_path_factory.mktemp("before"), tmp_path_factory.mktemp("behind")
 
 
@@ -27,7 +27,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def partnered(
     reference: Reference, stores: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Asking]:
-    """One engine with a partner before and one behind the PrefixConnector."""
+    """Yields one engine with a partner before and one after the PrefixConnector."""
     partners = [store_config(store) for store in stores]
     with started(reference, tmp_path_factory.mktemp("partnered"), partners) as asking:
         yield asking
@@ -43,7 +43,7 @@ def _clear(asking: Asking, *folders: Path) -> None:
 def test_partners_store_and_serve_plain_requests_and_nothing_of_an_adapter(
     partnered: Asking, stores: tuple[Path, Path]
 ) -> None:
-    """Each row says what PEFT says, whichever partner serves the plain ones; each partner stores two plain prompts."""
+    """Each row says what PEFT says, whichever partner serves it, and partners store only plain prompts."""
     forged: dict[str, Any] = {"prompt": [0] * 20 + partnered.reference.prompts["long"]}  # as adapter a's looks
     said = partnered.engine.run([forged])["outputs"][0]["tokens"]
     _clear(partnered, *stores)
@@ -60,7 +60,7 @@ def test_partners_store_and_serve_plain_requests_and_nothing_of_an_adapter(
 
 
 def test_partners_that_see_adapters_serve_one_for_another(partnered: Asking, stores: tuple[Path, Path]) -> None:
-    """The negative control, in this engine: without hiding, adapter b gets what a partner stored of adapter a."""
+    """Without hiding, as a negative control, adapter b gets what a partner stored of adapter a."""
     _clear(partnered, *stores)
     partnered.run(("a", "long"))
     try:
@@ -75,7 +75,7 @@ def test_partners_that_see_adapters_serve_one_for_another(partnered: Asking, sto
 
 
 def test_a_refused_request_ends_with_an_error_where_a_partner_has_its_prompt(partnered: Asking) -> None:
-    """A partner's hit does not answer for a request whose adapter is missing, and it does not wait forever."""
+    """A partner's hit neither answers a request whose adapter is missing, nor makes it wait forever."""
     partnered.run((None, "long"))
     jobs = [partnered.job("nosuch", "long"), {**partnered.job("nosuch", "long"), "prompt": [7]}]
     jobs.append(partnered.job(None, "long", extra={"kv_transfer_params": {"prefix_adaptor": "acme/a"}}))
@@ -84,7 +84,7 @@ def test_a_refused_request_ends_with_an_error_where_a_partner_has_its_prompt(par
 
 
 def test_what_cannot_be_made_safe_ends_the_start(partnered: Asking, tmp_path: Path) -> None:
-    """vLLM's own MultiConnector, in either order; `recompute`, wherever it is set; two prefix connectors, or none."""
+    """vLLM's own MultiConnector, `recompute`, two prefix connectors or none end the start with an error."""
     prefixes, store = transfer_config(partnered.server.url), store_config(tmp_path)
     recompute: dict[str, Any] = {"kv_load_failure_policy": "recompute"}
     refused = [
@@ -110,7 +110,7 @@ def test_what_cannot_be_made_safe_ends_the_start(partnered: Asking, tmp_path: Pa
 
 
 def test_partners_are_kept_from_every_hook_of_a_request(partnered: Asking) -> None:
-    """A hook that another vLLM adds fails here. The open ones are called for the connector that loads, or for none."""
+    """A hook that another vLLM adds fails here. Open hooks are called for the connector that loads, or for none."""
     hooks = partnered.engine.ask({"hooks": True})
     by_choice = {"get_external_cache_hit_sources", "get_loaded_kv_cache_group_ids"}  # not in every version
     assert set(hooks["open"]) - by_choice == {"request_finished_all_groups"}  # needs SupportsHMA of all

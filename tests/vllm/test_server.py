@@ -1,4 +1,4 @@
-"""SmolLM2 and its adapters behind vLLM's OpenAI-compatible server: what PEFT says, for chat and for completions."""
+"""SmolLM2 and its adapters on vLLM's OpenAI-compatible server say what PEFT says, in chat and in completions."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ _ROWS: Final = [(name, question) for name in _ASKED for question in _ASKED[name]
 
 @pytest.fixture(scope="module")
 def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with the demo's adapters."""
+    """Yields a service with the demo's adapters."""
     with running_server(tmp_path_factory.mktemp("smollm2-service") / "data") as server:
         for name in _ASKED:
             publish(server, f"demo/{name}", _FOLDER / "adapters" / name)
@@ -39,7 +39,7 @@ def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """vLLM's server, as README starts it."""
+    """Yields a client of vLLM's server, started as README starts it."""
     model, folder = smollm2(tmp_path_factory), tmp_path_factory.mktemp("smollm2-server")
     options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
     transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
@@ -64,7 +64,7 @@ def _expected(adapter: str | None, question: dict[str, Any]) -> list[int]:
 
 
 def test_chats_of_three_adapters_and_plain_ones_at_once_say_what_peft_says(openai: httpx.Client) -> None:
-    """Twelve requests under way together, token for token, twice: the second time with vLLM's prefix cache warm."""
+    """Twelve requests sent together get PEFT's tokens, twice: the second time from vLLM's prefix cache."""
 
     def ask(row: tuple[str | None, dict[str, Any]]) -> dict[str, Any]:
         answer = _chat(openai, row[0] and f"demo/{row[0]}", row[1]["question"])
@@ -82,7 +82,7 @@ def test_chats_of_three_adapters_and_plain_ones_at_once_say_what_peft_says(opena
 
 
 def test_completions_say_the_same(openai: httpx.Client) -> None:
-    """The other route, with the prompt as text, streamed too."""
+    """The completions route, with the prompt as text, gives the tokens of chat, streamed too."""
     for adapter, question in _ROWS[::3]:
         reference = adapter and f"demo/{adapter}@1"
         answer = _post(openai, "/v1/completions", reference, prompt=question["prompt"]).json()["choices"][0]
@@ -94,7 +94,7 @@ def test_completions_say_the_same(openai: httpx.Client) -> None:
 
 @pytest.mark.parametrize("sdk", ["openai", "litellm"])
 def test_an_sdk_mixes_adapters_and_the_plain_model(openai: httpx.Client, sdk: str) -> None:
-    """Under way together, streamed and not: each row says what PEFT says."""
+    """Rows that are sent together, streamed and not, each get PEFT's text."""
     rows = _ROWS[::3]
     answered = called(openai, _KEY, sdk, [row(f"demo/{name}" if name else "model", asked) for name, asked in rows])
     for (name, question), answer in zip(rows, answered["rows"], strict=True):
@@ -104,7 +104,7 @@ def test_an_sdk_mixes_adapters_and_the_plain_model(openai: httpx.Client, sdk: st
 
 
 def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.Client) -> None:
-    """404 and 400 with the reason, in vLLM's form; others are unaffected, the engine lives."""
+    """The middleware answers 404 or 400 with the reason, in vLLM's form, and other requests go on."""
     name, question = _ROWS[0]
     refused = [
         ("demo/nosuch", {}, 404, "there is no demo/nosuch"),
@@ -137,7 +137,7 @@ _WITHOUT_ADAPTER: Final = frozenset({
 
 
 def test_who_has_no_key_of_vllm_learns_nothing_of_adapters(openai: httpx.Client) -> None:
-    """vLLM's own 401, whether the adapter is there or not; `/invocations` is a route that vLLM leaves open."""
+    """Without vLLM's key the answer is its 401, whether or not the adapter exists; vLLM leaves `/invocations` open."""
     guarded = sorted(path for path in ROUTES if path.startswith(("/v1", "/inference")))
     for path in guarded:
         for adapter in (_PARAMS["prefix_adapter"], "demo/nosuch", "nosuch"):
@@ -150,7 +150,7 @@ def test_who_has_no_key_of_vllm_learns_nothing_of_adapters(openai: httpx.Client)
 
 
 def test_every_route_of_vllm_takes_an_adapter_or_refuses_it(openai: httpx.Client) -> None:
-    """A route that this vLLM has, and that is in neither list, fails here; what takes no adapter answers 400."""
+    """A new route of vLLM that is in neither list fails here; one that takes no adapter answers 400."""
     paths = openai.get("/openapi.json").json()["paths"]
     posted = {path for path, methods in paths.items() if "post" in methods}
     assert posted - ROUTES <= _WITHOUT_ADAPTER
@@ -162,7 +162,7 @@ def test_every_route_of_vllm_takes_an_adapter_or_refuses_it(openai: httpx.Client
 
 
 def test_every_route_that_takes_an_adapter_says_what_peft_says(openai: httpx.Client) -> None:
-    """Chat in each dialect and in a batch, lists of prompts, several answers, token ids; with a partner's parameter."""
+    """Chat in each dialect and in a batch, lists of prompts, several answers and token ids say what PEFT says."""
     messages = [{"role": "user", "content": _QUESTION["question"]}]
     count = 8  # tokens: the first of them differs from the plain model's
     said = _chat(openai, _PARAMS["prefix_adapter"], _QUESTION["question"], max_tokens=count).json()["choices"][0]
@@ -195,7 +195,7 @@ def test_every_route_that_takes_an_adapter_says_what_peft_says(openai: httpx.Cli
 
 
 def test_an_adapter_that_would_be_ignored_is_refused(openai: httpx.Client) -> None:
-    """Misspelt, misplaced, unknown beside it, lost by an option: never an answer of the plain model."""
+    """The plain model never answers for an adapter that is misspelt, misplaced, or lost by an option."""
     body = {"model": "model", "temperature": 0, "max_tokens": 2, "prompt": "Why?"}
     named = {"kv_transfer_params": _PARAMS}
     adapter = _PARAMS["prefix_adapter"]

@@ -1,4 +1,4 @@
-"""A tokenizer for the small Llama: a word for each id."""
+"""Makes a tokenizer for the small Llama, with a word for each id."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.vllm.reference import VOCABULARY
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the files that vLLM reads."""
+    """Writes the files that vLLM reads."""
     words, unknown = {f"w{number}": number for number in range(VOCABULARY)}, "w0"
     made = Tokenizer(models.WordLevel(words, unk_token=unknown))
     made.pre_tokenizer = pre_tokenizers.Whitespace()

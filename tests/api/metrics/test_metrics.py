@@ -1,4 +1,4 @@
-"""`GET /metrics`: the service's numbers for Prometheus, of one process or of several."""
+"""`GET /metrics` has the service's numbers for Prometheus, of one process or of several."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROUTE = "/v1/tenants/{tenant}/adapters/{ref}/prefix"
 
 
 def numbers(text: str) -> dict[str, float]:
-    """Samples by name and labels in the order of their names: `requests_total GET /livez 200`."""
+    """Returns samples by name and by labels in the order of their names: `requests_total GET /livez 200`."""
     return {
         " ".join(
             [sample.name.removeprefix("prefix_service_"), *(sample.labels[name] for name in sorted(sample.labels))]
@@ -37,7 +37,7 @@ def numbers(text: str) -> dict[str, float]:
 
 
 def scraped(client: httpx.Client) -> dict[str, float]:
-    """What a scrape tells."""
+    """Returns the samples of a scrape."""
     answer = client.get("/metrics")
     assert answer.status_code == 200, answer.text
     return numbers(answer.text)
@@ -45,13 +45,13 @@ def scraped(client: httpx.Client) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    """Where the metrics are without a key."""
+    """Returns the port on which the metrics need no key."""
     return free_port()
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[Server]:
-    """A service whose numbers no other suite changes, with one adapter."""
+    """Yields a service whose numbers no other suite changes, with one adapter."""
     environment = {"PREFIX_METRICS_PORT": str(port)}
     with running_server(tmp_path_factory.mktemp("metrics") / "data", environment=environment) as running:
         assert upload(running.client(), "acme", "a").status_code == 201
@@ -59,7 +59,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[Server]
 
 
 def test_they_need_a_key_of_the_platform(own: Server) -> None:
-    """Whatever its scope; a tenant's key is not enough, and none is none."""
+    """A platform's key of any scope reads the metrics, and a tenant's key does not."""
     admin = own.client()
     for scope in ("read", "write", "admin"):
         key = admin.post("/v1/keys", json={"scope": scope}).json()["key"]
@@ -70,7 +70,7 @@ def test_they_need_a_key_of_the_platform(own: Server) -> None:
 
 
 def test_requests_are_counted_by_route_method_and_status(own: Server) -> None:
-    """And their seconds and bytes; what has no route is `none`."""
+    """Requests count with their seconds and bytes; one without a route has `none`."""
     client = own.client()
     before = scraped(client)
     size = sum(len(client.get(PREFIX).content) for _ in range(3))
@@ -90,7 +90,7 @@ def test_requests_are_counted_by_route_method_and_status(own: Server) -> None:
 
 
 def test_refused_keys_are_counted(own: Server) -> None:
-    """Somebody who tries keys is seen."""
+    """Refused keys are counted, so that somebody who tries keys is noticed."""
     client = own.client()
     before = scraped(client)["refused_keys_total"]
     for key in ("", "x", client.headers["authorization"][7:-1] + "0"):
@@ -99,7 +99,7 @@ def test_refused_keys_are_counted(own: Server) -> None:
 
 
 def test_tiers(own: Server) -> None:
-    """Bytes against budgets, and what lookups and loads came to, as the registry tells them at this moment."""
+    """A scrape has each tier's bytes, budget, lookups and loads, as the registry reports them at that moment."""
     client = own.client()
     upload(client, "acme", "t", file=weights(5))
     before = scraped(client)
@@ -128,13 +128,13 @@ def test_tiers(own: Server) -> None:
 
 
 def _report(place: str, hits: int, used: int, failures: int) -> TierReport:
-    """A tier of a device in which nothing else has happened."""
+    """Returns the report of a device's tier in which nothing else has happened."""
     nothing = [0] * (len(fields(TierReport)) - 2)
     return replace(TierReport("device", place, *nothing), hits=hits, used=used, failures=failures)
 
 
 def test_counts_since_the_start_become_increments() -> None:
-    """Sampling often changes nothing, and devices are told apart."""
+    """Repeated sampling changes nothing, and devices are counted apart."""
     metrics = Metrics()
     reports = [_report("cuda:0", hits=3, used=5, failures=0), _report("cuda:1", hits=7, used=0, failures=1)]
     refused: list[dict[Refusal, int]] = [{"requests": 5, "size": 0, "memory": 1}]
@@ -154,7 +154,7 @@ def test_counts_since_the_start_become_increments() -> None:
 
 
 def test_no_metric_is_global() -> None:
-    """Two apps in one process count for themselves."""
+    """Two apps in one process have their own counts."""
     one, other = Metrics(), Metrics()
     one.count("/livez", "GET", 200, 0.1, 1)
     assert "requests_total GET /livez 200" in numbers(one.exposition("")[0].decode())
@@ -162,7 +162,7 @@ def test_no_metric_is_global() -> None:
 
 
 def test_formats(own: Server) -> None:
-    """Prometheus' text, or OpenMetrics where that is accepted; nonsense gets the text."""
+    """A scrape is Prometheus' text, or OpenMetrics if that is accepted; a malformed `Accept` gets the text."""
     client = own.client()
     plain = client.get("/metrics", headers={"Accept": "*/*"})
     assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -178,7 +178,7 @@ def test_formats(own: Server) -> None:
 
 
 def test_a_port_of_their_own_needs_no_key(own: Server, port: int) -> None:
-    """For scrapers on a network that callers do not reach; the main port keeps asking for one."""
+    """The metrics port, on a network that callers do not reach, needs no key; the main port does."""
     own.client().get(PREFIX)
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     found = numbers(text)
@@ -189,7 +189,7 @@ def test_a_port_of_their_own_needs_no_key(own: Server, port: int) -> None:
 
 @pytest.mark.usefixtures("own")
 def test_a_port_that_is_taken_is_told(tmp_path: Path, port: int) -> None:
-    """In words, before anything is served."""
+    """The service refuses a taken metrics port before it serves anything."""
     arguments = ("serve", "--data-dir", tmp_path, "--port", str(free_port()))
     refused = run_forked(*arguments, environment={"PREFIX_METRICS_PORT": str(port)})
     assert refused.returncode == 1
@@ -197,8 +197,9 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path, port: int) -> None:
 
 
 def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
-    """`--workers 2`: the same counts whichever process answers, also after one was killed and another took its place;
-    the folder of the numbers does not grow, and is gone in the end."""
+    """With `--workers 2` each process reports the same counts, even after one was killed and replaced; the folder of
+    the numbers does not grow, and is removed in the end.
+    """
     environment = {"PREFIX_METRICS_PORT": str(free_port()), "TMPDIR": str(tmp_path)}
     with running_server(tmp_path / "data", "--workers", "2", environment=environment) as server:
         admin = server.client()
@@ -235,12 +236,12 @@ def test_a_scrape_tells_the_whole_service(tmp_path: Path) -> None:
 
 
 def _counts(worker: int) -> bool:
-    """Whether a process has begun to keep numbers."""
+    """Returns whether a process has begun to keep numbers."""
     return "gauge_livesum" in Path(f"/proc/{worker}/maps").read_text()
 
 
 def _fetch(server: Server, times: int) -> None:
-    """Each on a connection of its own, so that both processes answer."""
+    """Fetches each time on a new connection, so that both processes answer."""
     for _ in range(times):
         until = time.monotonic() + 90  # another worker imports torch, beside the tests of other processes
         while True:
@@ -252,7 +253,7 @@ def _fetch(server: Server, times: int) -> None:
 
 
 def _expect(server: Server, counter: str, value: float) -> None:
-    """Twelve scrapes, on twelve connections, tell the same."""
+    """Checks that twelve scrapes, on twelve connections, report this value."""
     _until(lambda: scraped(server.client())[counter] == value)
     assert {scraped(server.client())[counter] for _ in range(12)} == {value}
 

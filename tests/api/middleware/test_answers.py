@@ -1,4 +1,4 @@
-"""`api.middleware.answers`: what was answered once is answered again, to whom it may be, as long as it is true."""
+"""`api.middleware.answers` repeats a remembered answer to callers that may have it, as long as it is true."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ SOON = 20.0  # seconds in which every process knows what another one changed; a 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and an adapter."""
+    """Returns a platform admin's client, with an adapter published."""
     client = server.client()
     assert upload(client, TENANT, "a").status_code == 201
     return client
@@ -53,7 +53,7 @@ QUESTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: json.dumps(question))
 def test_again_it_is_the_same(client: httpx.Client, question: dict[str, Any]) -> None:
-    """Status, header fields and bytes, but for time and request id."""
+    """A repeated answer has the same status, header fields and bytes, but for time and request id."""
 
     def ask() -> tuple[int, dict[str, str], bytes]:
         answer = client.request(**{"method": "GET", "url": PATH, **question})
@@ -69,7 +69,7 @@ def test_again_it_is_the_same(client: httpx.Client, question: dict[str, Any]) ->
 
 
 def test_it_is_for_those_who_may_see_it(server: Server, client: httpx.Client) -> None:
-    """No key, a bad one, another tenant's: as for what nobody has asked for yet."""
+    """Callers with no key, a bad one or another tenant's are refused a remembered answer like a new one."""
     for _ in range(2):
         assert client.get(PATH).status_code == 200
     own, foreign = server.client(server.key("read", TENANT)), server.client(server.key("admin", "answers-other"))
@@ -81,7 +81,7 @@ def test_it_is_for_those_who_may_see_it(server: Server, client: httpx.Client) ->
 
 
 def test_an_alias_that_moves_moves_at_once(client: httpx.Client) -> None:
-    """What is acknowledged is seen by the next request of the process that acknowledged it."""
+    """The process that acknowledged a change uses it in its next answer."""
     for seed in (1, 2):
         assert upload(client, TENANT, "moving", file=weights(seed)).status_code == 201
     path, alias = (f"/v1/tenants/{TENANT}/adapters/moving{rest}" for rest in ("@prod/prefix", "/aliases/prod"))
@@ -95,7 +95,7 @@ def test_an_alias_that_moves_moves_at_once(client: httpx.Client) -> None:
 
 
 def test_what_was_deleted_is_gone_at_once(client: httpx.Client) -> None:
-    """Also by number, and also when a namesake comes."""
+    """A deleted adapter is gone by name and by number, and a namesake has its own answers."""
     adapter = f"/v1/tenants/{TENANT}/adapters/gone"
     assert upload(client, TENANT, "gone").status_code == 201
     for path in (f"{adapter}/prefix", f"{adapter}@1/prefix"):
@@ -109,7 +109,7 @@ def test_what_was_deleted_is_gone_at_once(client: httpx.Client) -> None:
 
 
 def test_a_rate_counts_it(client: httpx.Client) -> None:
-    """A tenant with a limit is told what is left of it, and stopped above it."""
+    """A remembered answer counts against its tenant's rate, and has the fields of what is left."""
     assert upload(client, "answers-limited", "a").status_code == 201
     path = "/v1/tenants/answers-limited/adapters/a/prefix"
     assert [client.get(path).status_code for _ in range(2)] == [200, 200]
@@ -120,7 +120,7 @@ def test_a_rate_counts_it(client: httpx.Client) -> None:
 
 
 def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many questions are asked, the oldest are forgotten, and asked anew they are answered."""
+    """The oldest answers are forgotten, and asking for one again answers it."""
     monkeypatch.setattr(module, "_MOST_BYTES", 100_000)
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings), served(app := create_app(settings)) as url, httpx.Client(base_url=url) as client:
@@ -132,7 +132,7 @@ def test_the_memory_of_answers_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("path", [f"{PATH}?batch_size=3", f"/v2/models/{TENANT}/a", f"/v2/models/{TENANT}/a/config"])
 def test_nothing_is_planned_on_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """A plan takes as long as an adapter has layers; meanwhile nobody else would be answered."""
+    """Planning, which takes as long as an adapter has layers, runs in a thread."""
     on_loop: list[bool] = []
 
     def plan(*arguments: Any) -> Plan:
@@ -148,7 +148,7 @@ def test_nothing_is_planned_on_the_event_loop(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_answer_counts_all_that_it_holds(tmp_path: Path) -> None:
-    """The question too: a long query or a long `Accept` is remembered with its answer."""
+    """A long query or `Accept` counts with the answer with which it is remembered."""
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings), served(app := create_app(settings)) as url, httpx.Client(base_url=url) as client:
         assert upload(client, TENANT, "a").status_code == 201
@@ -171,7 +171,7 @@ def test_an_answer_counts_all_that_it_holds(tmp_path: Path) -> None:
 
 
 def test_a_tenant_displaces_its_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many questions one asks, a neighbour's few are remembered."""
+    """However many questions one tenant asks, a neighbour's few answers are remembered."""
     monkeypatch.setattr(module, "_MOST_BYTES", 200_000)
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings), served(app := create_app(settings)) as url, httpx.Client(base_url=url) as client:
@@ -186,7 +186,7 @@ def test_a_tenant_displaces_its_own_answers(tmp_path: Path, monkeypatch: pytest.
 
 
 async def test_any_asgi_server_will_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What only our connections offer is used where it is there."""
+    """The app runs on a server whose connections offer nothing of ours."""
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings):
         app = create_app(settings)
@@ -204,19 +204,19 @@ async def test_any_asgi_server_will_do(tmp_path: Path, capfd: pytest.CaptureFixt
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service of two processes."""
+    """Yields a service of two processes."""
     with running_server(tmp_path_factory.mktemp("workers") / "data", "--workers", "2") as running:
         yield running
 
 
 def everywhere(server: Server, path: str, found: Callable[[httpx.Response], bool], key: str | None = None) -> None:
-    """That every process answers so soon: each request has a connection of its own."""
+    """Waits until every process answers so: each request has a connection of its own."""
     client = server.client(key)
     eventually(lambda: all(found(client.get(path, headers={"Connection": "close"})) for _ in range(30)), SOON)
 
 
 def test_every_process_sees_what_one_changed(workers: Server) -> None:
-    """Versions, aliases, deletions and revoked keys, within a second."""
+    """Within a second each process knows new versions, aliases, deletions and revoked keys."""
     admin = workers.client()
     adapter = f"/v1/tenants/{TENANT}/adapters/a"
     for seed in (1, 2):
@@ -238,7 +238,7 @@ def test_every_process_sees_what_one_changed(workers: Server) -> None:
 
 
 def test_what_another_process_deleted_leaves_memory(workers: Server) -> None:
-    """Also what is pinned there: nobody could ever unpin it."""
+    """Each process frees a deleted version, even a pinned one, which nobody could unpin."""
     admin = workers.client()
     assert upload(admin, TENANT, "pinned").status_code == 201
     path = f"/v1/tenants/{TENANT}/adapters/pinned"

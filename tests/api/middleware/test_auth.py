@@ -1,4 +1,4 @@
-"""Who may do what: every route, without a key, with a foreign one, with too small a scope, with a revoked one."""
+"""Every route is asked without a key, with a foreign one, with too small a scope, and with a revoked one."""
 
 import time
 from collections.abc import Iterator
@@ -29,29 +29,29 @@ PUBLIC = {
     "/docs/favicon-32x32.png",
 }
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
-"""How the paths of Triton's extensions end that are refused to everybody who has a key."""
+"""Endings of the paths of Triton's extensions that are refused with every key."""
 OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v1/changes", "/v2", "/v2/repository/index", "/v2/models/stats"}
 OF_METRICS = {"/metrics", "/v1/whoami"}
-"""What a key of scope `metrics` is for."""
+"""The paths that a key of scope `metrics` can read."""
 MINE, OTHER = "auth-mine", "auth-other"
 SCOPES = ("read", "write", "admin")
 
 
 class Call(NamedTuple):
-    """A request to one route, with its path still a template."""
+    """A request to one route, whose path is still a template."""
 
     method: str
     template: str
 
     def to(self, tenant: str, adapter: str = "a") -> str:
-        """The path for a tenant."""
+        """Returns the path for a tenant."""
         return self.template.format(
             tenant=tenant, ref=adapter, name=adapter, alias="prod", key_id="0" * 16, version="1", region="r"
         )
 
     @property
     def scope(self) -> str:
-        """The smallest scope that the route asks for."""
+        """Returns the smallest scope that the route accepts."""
         if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
@@ -62,18 +62,18 @@ class Call(NamedTuple):
 
     @property
     def is_for_the_platform(self) -> bool:
-        """Whether only keys of the platform are ever enough."""
+        """Returns whether only keys of the platform are accepted."""
         changes_tenant = self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE")
         is_for_all = self.template in OF_ANY_KEY or self.template.endswith(ABSENT)
         return ("{tenant}" not in self.template and not is_for_all) or changes_tenant
 
 
 def _routes() -> Iterator[Call]:
-    """Every route of the app, whether or not it is documented."""
+    """Yields every route of the app, whether or not it is documented."""
     seen = set()
     for route in _flat(create_app(Settings()).routes):
         for method in sorted(route.methods or ()):
-            # FastAPI's own pages answer HEAD through Starlette.
+            # FastAPI's own pages answer HEAD by Starlette.
             if isinstance(route, APIRoute) or method == "GET":
                 seen.add(Call(method, route.path))
     yield from sorted(seen)
@@ -98,7 +98,7 @@ def _names(calls: list[Call]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def keys(admin: httpx.Client) -> dict[str, str]:
-    """Keys by `<owner> <scope>`; both tenants have the same adapter, with an alias."""
+    """Returns keys by `<owner> <scope>`; both tenants have the same adapter, with an alias."""
     for tenant in (MINE, OTHER):
         assert upload(admin, tenant, "a").status_code in (200, 201)
         admin.put(f"/v1/tenants/{tenant}/adapters/a/aliases/prod", json={"version": 1})
@@ -113,19 +113,19 @@ def keys(admin: httpx.Client) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def admin(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return server.client()
 
 
 @pytest.fixture(scope="module")
 def anyone(server: Server) -> httpx.Client:
-    """A connection without a key."""
+    """Returns a client without a key."""
     return server.client("")
 
 
 @pytest.fixture(scope="module")
 def revoked(admin: httpx.Client) -> list[str]:
-    """Keys of the platform and of a tenant that were used, and revoked."""
+    """Returns keys of the platform and of a tenant that were used, and revoked."""
     found = []
     admin.put(f"/v1/tenants/{MINE}")
     for path in ("/v1/keys", f"/v1/tenants/{MINE}/keys"):
@@ -138,7 +138,7 @@ def revoked(admin: httpx.Client) -> list[str]:
 
 
 def _call(anyone: httpx.Client, call: Call, path: str, key: str) -> httpx.Response:
-    """A request that would be well-formed, as far as that is known without a body."""
+    """Sends a request that is well-formed, as far as that is known without a body."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if call.method in ("POST", "PUT") and not call.template.endswith("/{tenant}"):
         headers["Content-Type"] = "application/json"
@@ -154,8 +154,9 @@ def test_the_list_of_routes_is_not_empty() -> None:
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_without_a_valid_key(server: Server, anyone: httpx.Client, revoked: list[str], call: Call) -> None:
-    """401 with a challenge, on every route that is not public, whether the resource exists or not; a key that was
-    revoked is none."""
+    """Without a valid key every route but the public ones answers 401 with a challenge, whether or not the resource
+    exists. A revoked key is not valid.
+    """
     bad = [
         *revoked,
         "",
@@ -177,19 +178,19 @@ def test_without_a_valid_key(server: Server, anyone: httpx.Client, revoked: list
     "path", ["/", "/nowhere", "/v1", "/v1/", "/v1/tenants/", "/redoc", "/v2", "//livez", "/livez/"]
 )
 def test_without_a_key_where_nothing_is(server: Server, path: str) -> None:
-    """What does not exist is not told apart from what does."""
+    """Without a key a path that does not exist is answered with 401, like one that does."""
     assert raw(server, head("GET", path)).status == 401
 
 
 @pytest.mark.parametrize("header", ["Basic eDp5", "Bearer", "{key}", "Token {key}", "Bearer {key} x"])
 def test_authorization_headers_that_are_none(server: Server, header: str) -> None:
-    """Only `Bearer <key>` is read."""
+    """The service accepts `Bearer <key>` and no other form."""
     value = header.format(key=server.admin_key)
     problem(httpx.get(f"{server.url}/v1/keys", headers={"Authorization": value}), 401, "unauthenticated")
 
 
 def test_scheme_is_case_insensitive(server: Server) -> None:
-    """RFC 9110: `bearer` is `Bearer`."""
+    """The scheme `bearer` means `Bearer`, as in RFC 9110."""
     for scheme in ("bearer", "BEARER"):
         assert httpx.get(f"{server.url}/v1/keys", headers={"Authorization": f"{scheme} {server.admin_key}"}).is_success
 
@@ -199,7 +200,7 @@ def test_scheme_is_case_insensitive(server: Server) -> None:
 def test_with_a_foreign_key(
     admin: httpx.Client, anyone: httpx.Client, keys: dict[str, str], call: Call, scope: str
 ) -> None:
-    """Another tenant's resource is 404, in the same words as one that is missing; nothing is changed."""
+    """Another tenant's resource is 404 with the words of a missing one, and nothing is changed."""
     key = keys[f"other {scope}"]
     foreign, missing = (_call(anyone, call, call.to(tenant), key) for tenant in (MINE, "auth-none"))
     assert foreign.status_code == missing.status_code == 404
@@ -212,7 +213,7 @@ def test_with_a_foreign_key(
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_with_too_small_a_scope(admin: httpx.Client, anyone: httpx.Client, keys: dict[str, str], call: Call) -> None:
-    """403 for a valid key that may not: a smaller scope, or a tenant's key where the platform's is needed."""
+    """A valid key gets 403 if its scope is too small, or if it is a tenant's and the platform's is needed."""
     refused = {f"{owner} {scope}" for owner in ("mine", "platform") for scope in SCOPES[: SCOPES.index(call.scope)]}
     if call.is_for_the_platform:
         refused |= {f"mine {scope}" for scope in SCOPES}
@@ -226,7 +227,7 @@ def test_with_too_small_a_scope(admin: httpx.Client, anyone: httpx.Client, keys:
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_with_the_scope_that_is_needed(anyone: httpx.Client, keys: dict[str, str], call: Call) -> None:
-    """The smallest scope that is enough is enough; a thing that is not there keeps what exists from harm."""
+    """The smallest accepted scope suffices; the requests are for missing things, so that they change nothing."""
     owners = ["platform"] if call.is_for_the_platform else ["mine", "platform"]
     tenant = "auth-none" if call == Call("DELETE", "/v1/tenants/{tenant}") else MINE
     for owner in owners:
@@ -237,7 +238,7 @@ def test_with_the_scope_that_is_needed(anyone: httpx.Client, keys: dict[str, str
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_with_a_key_for_metrics(admin: httpx.Client, anyone: httpx.Client, keys: dict[str, str], call: Call) -> None:
-    """It reads the metrics, and what it is itself; nothing else, not even an answer that is remembered."""
+    """A metrics key reads the metrics and itself, and nothing else, not even a remembered answer."""
     for _ in range(2):  # the second time the admin's answer is remembered
         assert admin.get(f"/v1/tenants/{MINE}/adapters/a/prefix").status_code == 200
     for tenant in (MINE, "auth-none"):
@@ -252,19 +253,19 @@ def test_with_a_key_for_metrics(admin: httpx.Client, anyone: httpx.Client, keys:
 
 @pytest.mark.parametrize("path", ["/", "/nowhere", "/metrics/", "/v1/whoami/", "/v1"])
 def test_with_a_key_for_metrics_where_nothing_is(server: Server, keys: dict[str, str], path: str) -> None:
-    """Any other path is refused, whether or not there is something."""
+    """A metrics key gets 403 for any other path, whether or not it exists."""
     assert raw(server, head("GET", path, Authorization=f"Bearer {keys['metrics']}")).status == 403
 
 
 @pytest.mark.parametrize("path", sorted(PUBLIC))
 def test_public_routes(server: Server, path: str) -> None:
-    """Public routes need no key, and are not disturbed by a bad one."""
+    """Public routes answer without a key and with a bad one."""
     assert httpx.get(server.url + path).status_code == 200
     assert httpx.get(server.url + path, headers={"Authorization": "Bearer x"}).status_code == 200
 
 
 def test_a_platform_read_key_serves_all_tenants(server: Server, keys: dict[str, str]) -> None:
-    """One key for a fleet of workers."""
+    """A platform's read key reads every tenant's adapters, so that a fleet of workers needs one key."""
     client = server.client(keys["platform read"])
     for tenant in (MINE, OTHER):
         assert client.get(f"/v1/tenants/{tenant}/adapters/a/prefix").status_code == 200
@@ -272,14 +273,14 @@ def test_a_platform_read_key_serves_all_tenants(server: Server, keys: dict[str, 
 
 
 def test_a_tenants_writer_does_not_make_tenants(server: Server, keys: dict[str, str]) -> None:
-    """Only a platform admin's first upload makes a tenant."""
+    """Only a platform admin's first upload creates a tenant."""
     problem(upload(server.client(keys["platform write"]), "auth-new", "a"), 404, "not-found")
     problem(upload(server.client(keys["mine admin"]), "auth-new", "a"), 404, "not-found")
     problem(server.client().get("/v1/tenants/auth-new"), 404, "not-found")
 
 
 def test_keys_are_told_once(server: Server, keys: dict[str, str]) -> None:
-    """The 201 alone has the key; listings show what it is for, and since when."""
+    """Only the 201 has the key's text; listings show what it is for, and since when."""
     client = server.client(keys["mine admin"])
     made = client.post(f"/v1/tenants/{MINE}/keys", json={"scope": "read", "name": "worker"})
     assert made.status_code == 201
@@ -297,7 +298,7 @@ def test_keys_are_told_once(server: Server, keys: dict[str, str]) -> None:
 
 
 def test_keys_of_a_tenant_that_is_missing(server: Server) -> None:
-    """A missing tenant has no keys to list, make or revoke; a platform key is not reached through it."""
+    """A missing tenant's keys cannot be listed, made or revoked, and platform keys are not reached through one."""
     admin, path = server.client(), "/v1/tenants/auth-none/keys"
     for answer in (admin.get(path), admin.post(path, json={"scope": "read"}), admin.delete(f"{path}/{'0' * 16}")):
         problem(answer, 404, "not-found")
@@ -322,13 +323,13 @@ def test_keys_of_a_tenant_that_is_missing(server: Server) -> None:
     ids=str,
 )
 def test_keys_that_are_malformed(server: Server, body: dict[str, Any]) -> None:
-    """A key has a known scope, a short name, and a moment in the future or nothing as its end."""
+    """A key's scope must be known, its name short, and its end a moment in the future or nothing."""
     problem(server.client().post("/v1/keys", json=body), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("hours", [0, 9, -7])
 def test_keys_end_when_they_should(server: Server, hours: int) -> None:
-    """`expires` is a moment, whatever its time zone; a key past it is no key."""
+    """`expires` is a moment in any time zone, after which the key is refused."""
     zone = f"{hours:+03}:00"
     moment = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
     local = (moment + timedelta(hours=hours)).strftime("%Y-%m-%dT%H:%M:%S") + zone
@@ -341,7 +342,7 @@ def test_keys_end_when_they_should(server: Server, hours: int) -> None:
 
 
 def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
-    """Revoking through the API takes effect with its answer."""
+    """Once the API has acknowledged a revocation, it refuses the key."""
     admin = server.client()
     admin.put(f"/v1/tenants/{MINE}")
     for path in (f"/v1/tenants/{MINE}/keys", "/v1/keys"):
@@ -354,7 +355,7 @@ def test_a_key_that_was_revoked_here_ends_at_once(server: Server) -> None:
 
 
 def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -> None:
-    """A revocation by another process is seen within the stated time; a busy machine has another."""
+    """A revocation by another process takes effect without a restart; a busy machine has a minute for it."""
     server.client().put(f"/v1/tenants/{MINE}")
     made = server.client().post("/v1/keys", json={"scope": "read"}).json()
     client = server.client(made["key"])
@@ -368,7 +369,7 @@ def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -
 
 
 def test_keys_are_nowhere_in_the_data_or_the_log(server: Server, keys: dict[str, str]) -> None:
-    """A keyed hash is stored, and nothing of a key is logged."""
+    """The catalog stores a keyed hash, and the log has nothing of a key."""
     for path in [server.data_dir / "catalog.sqlite", server.log]:
         stored = path.read_bytes()
         for key in [*keys.values(), server.admin_key]:
@@ -379,7 +380,7 @@ def test_keys_are_nowhere_in_the_data_or_the_log(server: Server, keys: dict[str,
 
 
 def test_dev_mode_has_no_keys(tmp_path: Path) -> None:
-    """`--dev` serves everybody as a platform admin, and says so; it makes no bootstrap key."""
+    """`--dev` serves everybody as a platform admin, says so in the log, and makes no bootstrap key."""
     with running_server(tmp_path / "data", "--dev") as dev:
         client = dev.client("")
         assert upload(client, "acme", "a").status_code == 201
@@ -391,7 +392,7 @@ def test_dev_mode_has_no_keys(tmp_path: Path) -> None:
 
 
 def test_dev_mode_refuses_web_pages_of_other_sites(tmp_path: Path) -> None:
-    """What a browser sends without asking first, a form or a body without media type, changes nothing for them."""
+    """Pages of other sites change nothing by requests that a browser sends without asking first."""
     with running_server(tmp_path / "data", "--dev") as dev:
         client = dev.client("")
         assert upload(client, "acme", "a").status_code == 201
@@ -410,14 +411,14 @@ def test_dev_mode_refuses_web_pages_of_other_sites(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service without keys, with one adapter."""
+    """Yields a service without keys, with one adapter."""
     with running_server(tmp_path_factory.mktemp("dev") / "data", "--dev") as running:
         assert upload(running.client(""), MINE, "a").status_code == 201
         yield running
 
 
 def _status(server: Server, call: Call, **headers: str) -> int:
-    """The status of a request without a body, as one that changes nothing where it is carried out."""
+    """Returns the status of a request without a body that changes nothing if it is carried out."""
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.request(call.method, server.url + call.to("auth-none"), headers=fields).status_code
 
@@ -430,8 +431,9 @@ FOREIGN_HOSTS = (
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call) -> None:
-    """A page whose name was made to lead here (DNS rebinding) is of the same origin for its browser, and sends no
-    Origin: its Host tells it apart, on every route that shows data."""
+    """Dev mode refuses foreign Hosts on every route that shows data: to its browser, a page whose name leads here (DNS
+    rebinding) is of the same origin, and sends no Origin.
+    """
     for host in FOREIGN_HOSTS[:4]:
         assert _status(dev, call, Host=host) == 403, host
     port = urlsplit(dev.url).port
@@ -448,7 +450,7 @@ def test_dev_mode_answers_to_names_of_this_machine_alone(dev: Server, call: Call
 
 
 def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
-    """And which it answers to."""
+    """The error lists the hosts that dev mode answers to."""
     for host in FOREIGN_HOSTS:
         answer = raw(dev, head("GET", "/v1/tenants", Host=host))
         assert answer.status in (400, 403), host
@@ -462,7 +464,7 @@ def test_dev_mode_says_what_is_wrong_with_a_host(dev: Server) -> None:
 
 @pytest.mark.parametrize("call", GUARDED, ids=_names(GUARDED))
 def test_dev_mode_refuses_what_other_sites_ask(dev: Server, call: Call) -> None:
-    """Whatever kind of request it is: browsers say where it comes from, also where they send no Origin."""
+    """Dev mode refuses requests that a browser marks as another site's, even without an Origin."""
     for site in ("cross-site", "same-site", "else"):
         assert _status(dev, call, Sec_Fetch_Site=site) == 403, site
     for site in ("same-origin", "none"):
@@ -470,7 +472,7 @@ def test_dev_mode_refuses_what_other_sites_ask(dev: Server, call: Call) -> None:
 
 
 def test_dev_mode_on_a_unix_socket_has_no_name(tmp_path: Path) -> None:
-    """No browser gets there, and clients send any Host; what a page would send through a proxy is still refused."""
+    """On a Unix socket any Host is accepted, and requests of other sites' pages are refused all the same."""
     with running_server(tmp_path / "data", "--dev", "--uds", str(tmp_path / "s"), uds=tmp_path / "s") as dev:
         client = dev.client("")
         assert client.get("/v1/tenants", headers={"Host": "prefix-service"}).status_code == 200

@@ -1,4 +1,4 @@
-"""Requests in flight: who is refused, who is not, and that a refusal costs nobody anything."""
+"""Limits on requests in flight refuse only callers above them, and cost nobody else anything."""
 
 import contextlib
 import socket
@@ -22,7 +22,7 @@ LARGE = {**CONFIG, "num_virtual_tokens": 1024}  # 128 KiB, 8 MiB with 64 rows
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service that takes few requests, with two tenants."""
+    """Yields a service with small limits, and three tenants."""
     limits = {"PREFIX_MAX_IN_FLIGHT": str(MOST), "PREFIX_MAX_IN_FLIGHT_TENANT": str(MOST_OF_TENANT)}
     with running_server(tmp_path_factory.mktemp("in_flight") / "data", environment=limits) as running:
         for tenant in ("acme", "beta", "calm"):
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def keys(server: Server) -> dict[str, str]:
-    """A key of each tenant."""
+    """Returns a key of each tenant."""
     admin = server.client()
     return {
         tenant: admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": "write"}).json()["key"]
@@ -52,7 +52,7 @@ def connect(server: Server, receives: int | None = None) -> socket.socket:
 
 
 def in_flight(server: Server) -> int:
-    """The requests in flight without the one that asks."""
+    """Returns the number of requests in flight without the one that asks."""
     return int(scraped(server.client())["requests_in_flight"]) - 1
 
 
@@ -64,7 +64,7 @@ def wait_for(server: Server, count: int) -> None:
 
 @contextlib.contextmanager
 def uploading(server: Server, tenant: str, key: str, count: int) -> Iterator[list[socket.socket]]:
-    """So many uploads of a tenant, none of which sends its body."""
+    """Holds so many uploads of a tenant open, none of which sends its body."""
     before = in_flight(server)
     fields = {
         "Authorization": f"Bearer {key}",
@@ -91,7 +91,7 @@ def refused(answer: httpx.Response) -> str:
 
 
 def test_a_tenant_at_its_limit(server: Server, keys: dict[str, str]) -> None:
-    """It is refused, and whoever asks for its adapters; everybody else is served, and an operator reaches it."""
+    """The service refuses the tenant and requests for its adapters, serves all others, and lets operators reach it."""
     acme, beta, admin = server.client(keys["acme"]), server.client(keys["beta"]), server.client()
     with uploading(server, "acme", keys["acme"], MOST_OF_TENANT) as sockets:
         words = refused(acme.get(ADAPTER.format("acme") + "/prefix"))
@@ -110,7 +110,7 @@ def test_a_tenant_at_its_limit(server: Server, keys: dict[str, str]) -> None:
 
 
 def test_a_process_at_its_limit(server: Server, keys: dict[str, str]) -> None:
-    """No tenant gets in, nor a key of the platform that asks for prefixes; operators and scrapes do, and health."""
+    """A full process refuses tenants and platform keys that ask for prefixes, but no operators, scrapes and probes."""
     calm, admin = server.client(keys["calm"]), server.client()
     reader = server.client(admin.post("/v1/keys", json={"scope": "read"}).json()["key"])
     with uploading(server, "acme", keys["acme"], 3), uploading(server, "beta", keys["beta"], 3):
@@ -126,8 +126,9 @@ def test_a_process_at_its_limit(server: Server, keys: dict[str, str]) -> None:
 
 
 def test_who_reads_no_public_page_takes_no_place_of_a_tenant(server: Server, keys: dict[str, str]) -> None:
-    """More answers without a key block than the process takes requests: others without a key are told, a tenant is
-    served, and so is everybody once they are gone."""
+    """Callers without a key that do not read their answers leave tenants their places. Others without a key get 503,
+    and are served once the first have gone.
+    """
     calm, stranger = server.client(keys["calm"]), server.client("")
     with contextlib.ExitStack() as stack:
         for _ in range(2 * MOST):
@@ -144,7 +145,7 @@ def test_who_reads_no_public_page_takes_no_place_of_a_tenant(server: Server, key
 
 
 def test_refusals_and_usage_are_measured(server: Server, keys: dict[str, str]) -> None:
-    """By kind, without a tenant's name."""
+    """Refusals are counted by kind, without a tenant's name."""
     admin, acme = server.client(), server.client(keys["acme"])
     before = scraped(admin)
     with uploading(server, "acme", keys["acme"], MOST_OF_TENANT):
@@ -168,7 +169,7 @@ def test_refusals_and_usage_are_measured(server: Server, keys: dict[str, str]) -
 def test_a_refusal_comes_before_the_body_and_can_be_read(
     server: Server, keys: dict[str, str], sent: int, expect: bool
 ) -> None:
-    """Whatever part of the body was sent, and whether or not the caller waits for `100 Continue`."""
+    """The service refuses before it has read the body, whatever part of it the client sent."""
     fields = {"Authorization": f"Bearer {keys['acme']}", "Content-Length": "50000000"}
     fields |= {"Content-Type": "multipart/form-data; boundary=x"} | ({"Expect": "100-continue"} if expect else {})
     with uploading(server, "acme", keys["acme"], MOST_OF_TENANT), connect(server) as one:
@@ -181,7 +182,7 @@ def test_a_refusal_comes_before_the_body_and_can_be_read(
 
 
 def test_a_slow_reader_counts_until_the_last_byte_left(server: Server, keys: dict[str, str]) -> None:
-    """Its answer was ready long before."""
+    """A request counts until its answer was sent, however early it was ready."""
     acme = server.client(keys["acme"])
     path = ADAPTER.format("acme") + "/prefix?batch_size=64"
     request = head("GET", path, Authorization=f"Bearer {keys['acme']}")

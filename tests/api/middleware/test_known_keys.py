@@ -1,4 +1,4 @@
-"""`api.middleware.known_keys`: keys are checked in memory; the catalog is asked once for each, seldom for strangers."""
+"""`api.middleware.known_keys` checks keys in memory, and asks the catalog once for each, seldom for wrong ones."""
 
 import threading
 import zlib
@@ -26,7 +26,7 @@ STRANGERS = 50  # lookups of unknown ids in a second
 
 
 class CountedKeyring(Keyring):
-    """Counts its lookups, and can be made to wait in them."""
+    """A keyring that counts its lookups, and can be made to wait in them."""
 
     def __init__(self, database: Database, secret: Path) -> None:
         super().__init__(database, secret)
@@ -35,7 +35,7 @@ class CountedKeyring(Keyring):
         self.answers.set()
 
     def find(self, key_id: str) -> StoredKey | None:
-        """A key by its id."""
+        """Returns a key by its id."""
         found = super().find(key_id)
         self.asked.append(key_id)
         self.looks.set()
@@ -44,7 +44,7 @@ class CountedKeyring(Keyring):
 
 
 class Catalog:
-    """A catalog as one process sees it, whose changes are heard when `feed.catch_up` is called or it writes."""
+    """A catalog as one process sees it, which hears of changes when `feed.catch_up` is called or it writes."""
 
     def __init__(self, folder: Path) -> None:
         self.database = Database(folder / "catalog.sqlite")
@@ -53,7 +53,7 @@ class Catalog:
         self.tenants = Tenants(self.database)
         self.are_known = True
         self.tenants.put("acme", COMMAND_LINE)
-        # As another process sees it: it makes keys of which this one hears later.
+        # This is another process's view: it makes keys of which this one hears later.
         self.other = Database(folder / "catalog.sqlite")
         self.elsewhere = Keyring(self.other, folder / "key.secret")
 
@@ -73,23 +73,23 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 
 
 def made(keyring: Keyring, expires: datetime | None = None) -> tuple[str, bytes, str]:
-    """A new key: its id, a header with it, and its text."""
+    """Returns a new key: its id, a header with it, and its text."""
     key, text = keyring.create("acme", "read", "", COMMAND_LINE, expires)
     return key.id, f"Bearer {text}".encode(), text
 
 
 def wrong(number: int) -> str:
-    """A key that is well-formed, and was never made."""
+    """Returns a key that is well-formed, and was never made."""
     return checked(f"pfx_{number:016x}_{'5' * 48}")
 
 
 def forged(text: str) -> str:
-    """A key of the same id with another secret."""
+    """Returns a key of the same id with another secret."""
     return checked(f"{text[:20]}_{'5' * 48}")
 
 
 def checked(body: str) -> str:
-    """A key's text with its checksum."""
+    """Returns a key's text with its checksum."""
     return f"{body}_{zlib.crc32(body.encode()):08x}"
 
 
@@ -99,7 +99,7 @@ async def refused(known: KnownKeys, text: str) -> None:
 
 
 async def test_a_key_is_looked_up_once(catalog: Catalog) -> None:
-    """Then it is known, by its header without even its hash, and with another text it is refused from memory."""
+    """After one lookup a key is known by its header, without a hash, and another text is refused from memory."""
     key_id, header, text = made(catalog.keyring)
     known = catalog.known()
     assert known.recall(header) is None
@@ -116,7 +116,7 @@ async def test_a_key_is_looked_up_once(catalog: Catalog) -> None:
 
 
 async def test_keys_that_were_there_are_no_strangers(catalog: Catalog) -> None:
-    """However many wrong keys are tried: at the start, and when their creation was heard."""
+    """Known keys are served however many wrong keys are tried: those of the start, and those heard of later."""
     early = made(catalog.elsewhere)
     catalog.feed.catch_up()
     known = catalog.known()
@@ -131,7 +131,7 @@ async def test_keys_that_were_there_are_no_strangers(catalog: Catalog) -> None:
 
 
 async def exhausted(known: KnownKeys) -> None:
-    """Try wrong keys until they are no longer looked up."""
+    """Tries wrong keys until they are no longer looked up."""
     for number in range(3 * STRANGERS):
         text = wrong(number)
         try:
@@ -142,7 +142,7 @@ async def exhausted(known: KnownKeys) -> None:
 
 
 async def test_a_key_that_another_process_has_just_made_works_immediately(catalog: Catalog) -> None:
-    """Also before its creation is heard."""
+    """The service looks an unknown key up, so it need not have heard of its creation."""
     known = catalog.known()
     _, header, text = made(catalog.elsewhere)
     assert (await known.verify(header, text)).tenant == "acme"
@@ -150,7 +150,7 @@ async def test_a_key_that_another_process_has_just_made_works_immediately(catalo
 
 
 async def test_wrong_keys_are_looked_up_at_a_bounded_rate(catalog: Catalog) -> None:
-    """And the same one once: it is unknown from memory, also while others are refused for their number."""
+    """A wrong key is looked up once and then refused from memory, even while others are refused for their number."""
     known = catalog.known()
     first = wrong(10**6)
     await refused(known, first)
@@ -166,7 +166,7 @@ async def test_wrong_keys_are_looked_up_at_a_bounded_rate(catalog: Catalog) -> N
 
 
 async def test_an_earlier_end_holds_when_it_is_heard(catalog: Catalog) -> None:
-    """Whoever gave it to a key that is known here."""
+    """A known key gets the earlier end that another process has given it."""
     key_id, header, text = made(catalog.keyring)
     known = catalog.known()
     await known.verify(header, text)
@@ -190,7 +190,7 @@ async def test_an_earlier_end_holds_when_it_is_heard(catalog: Catalog) -> None:
     ids=["revoked", "tenant deleted"],
 )
 async def test_what_ended_is_forgotten_when_it_is_heard(catalog: Catalog, end: Callable[[Catalog, str], Any]) -> None:
-    """A key that was revoked, or whose tenant was deleted, by another process."""
+    """A known key is refused once another process has revoked it or deleted its tenant."""
     key_id, header, text = made(catalog.keyring)
     known = catalog.known()
     await known.verify(header, text)
@@ -203,7 +203,7 @@ async def test_what_ended_is_forgotten_when_it_is_heard(catalog: Catalog, end: C
 
 
 async def test_where_changes_were_missed_each_key_is_looked_up_again(catalog: Catalog) -> None:
-    """Known keys are no strangers then, and an id that was missing may be there by now."""
+    """After missed changes each key is looked up again, known and missing ids alike."""
     key_id, header, text = made(catalog.keyring)
     known = catalog.known()
     await known.verify(header, text)
@@ -218,7 +218,7 @@ async def test_where_changes_were_missed_each_key_is_looked_up_again(catalog: Ca
 
 
 async def test_what_ends_while_it_is_looked_up_is_not_remembered(catalog: Catalog) -> None:
-    """The answer may be older than the change that was heard meanwhile."""
+    """A lookup during which the key was revoked is not remembered, because it may be older than the change."""
     key_id, header, text = made(catalog.keyring)
     known = catalog.known()
     catalog.keyring.answers.clear()
@@ -235,7 +235,7 @@ async def test_what_ends_while_it_is_looked_up_is_not_remembered(catalog: Catalo
 
 
 async def test_a_key_expires_in_memory(catalog: Catalog) -> None:
-    """By the database's clock when it was looked up, and a stopwatch since."""
+    """A key expires by the database's clock at its lookup and a stopwatch since then."""
     _, header, text = made(catalog.keyring, datetime.now(UTC) + timedelta(seconds=1))
     known = catalog.known()
     await known.verify(header, text)
@@ -247,7 +247,7 @@ async def test_a_key_expires_in_memory(catalog: Catalog) -> None:
 
 
 async def test_what_is_in_memory_holds_while_changes_are_heard(catalog: Catalog) -> None:
-    """Then each key is looked up again, within a bounded time, and without a thread for each that asks."""
+    """While changes are not heard each key is looked up again, within a bounded time, and in few threads."""
     _, header, text = made(catalog.keyring)
     known = catalog.known()
     await known.verify(header, text)
@@ -270,7 +270,7 @@ async def test_what_is_in_memory_holds_while_changes_are_heard(catalog: Catalog)
 
 
 async def test_uses_are_noted_beside_the_requests(catalog: Catalog) -> None:
-    """Each key's once, by the time that the block ends; a key that was not used has none."""
+    """Each used key's last use is written by the time that the block ends, and others have none."""
     key_id, header, text = made(catalog.keyring)
     other, _, _ = made(catalog.keyring)
     known = catalog.known()
@@ -285,8 +285,7 @@ async def test_uses_are_noted_beside_the_requests(catalog: Catalog) -> None:
 
 
 def test_many_wrong_keys_leave_known_ones_alone(tmp_path: Path) -> None:
-    """Over HTTP: 401, then 503 `overloaded` with Retry-After; a key that is known is served all the while, and one that
-    was revoked is told so."""
+    """Many wrong keys get 401, then 503 `overloaded`; known ones are served, and revoked ones get 401."""
     with running_server(tmp_path / "data") as server:
         admin, anyone = server.client(), server.client("")
         revoked = admin.post("/v1/keys", json={"scope": "read"}).json()

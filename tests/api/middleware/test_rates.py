@@ -1,4 +1,4 @@
-"""Requests per second of each tenant: who is charged, what is told, and that it stays in bounds."""
+"""Each tenant's requests per second are charged to it, reported in header fields, and bounded."""
 
 import asyncio
 import math
@@ -32,23 +32,23 @@ ADAPTERS = "/v1/tenants/acme/adapters"
 
 
 class Clock:
-    """Of the windows: it stands still, so that a slow machine sends in one what should fall into one."""
+    """The windows' clock: it stands still, so that a slow machine sends within one window what belongs there."""
 
     def __init__(self) -> None:
         self._shown = math.ceil(time.time()) + 0.5  # in the middle of a window
         self._runs_since: float | None = None
 
     def time(self) -> float:
-        """As `time.time` would."""
+        """Returns the time as `time.time` does."""
         return self._shown + (0.0 if self._runs_since is None else time.monotonic() - self._runs_since)
 
     def pass_by(self, seconds: float) -> None:
-        """So many seconds are over."""
+        """Moves the clock by so many seconds."""
         self._shown += seconds
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """It goes on, while the block runs."""
+        """Lets the clock run until the block ends."""
         self._runs_since = time.monotonic()
         yield
         self._shown, self._runs_since = self.time(), None
@@ -67,11 +67,11 @@ class Limited:
     are_known: bool = True
 
     def client(self, owner: str) -> httpx.Client:
-        """With the key of a tenant, or of the platform."""
+        """Returns a client with the key of a tenant, or of the platform."""
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.keys[owner]}"})
 
     def set(self, tenant: str, rate: int) -> None:
-        """Change a rate here, in a window in which nothing that was charged counts."""
+        """Changes a rate in a new window, in which nothing was charged."""
         self.rates[tenant] = rate
         self.forget(tenant)
         self.clock.pass_by(3)
@@ -79,7 +79,7 @@ class Limited:
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
-    """The real app, with the rates of a dict instead of a catalog's."""
+    """Yields the real app, with the rates of a dict instead of a catalog's."""
     settings = Settings(data_dir=tmp_path_factory.mktemp("rates"))
     with opened(settings), keys_of(settings) as (keyring, tenants):
         keys = {}
@@ -112,7 +112,7 @@ def _burst(client: httpx.Client, path: str, times: int) -> list[httpx.Response]:
 
 
 def test_above_the_rate_is_429_with_what_is_left(limited: Limited) -> None:
-    """A problem document, when to come back, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
+    """A 429 is a problem document with when to retry, and the fields of draft-ietf-httpapi-ratelimit-headers-10."""
     limited.set("acme", 5)
     with limited.client("acme") as client:
         answers = _burst(client, ADAPTERS, 8)
@@ -130,7 +130,7 @@ def test_above_the_rate_is_429_with_what_is_left(limited: Limited) -> None:
 
 
 def test_without_a_rate_nothing_is_told(limited: Limited) -> None:
-    """Nobody counts, nobody is slowed down."""
+    """Without a rate no request is refused, and no answer has the fields."""
     with limited.client("beta") as client:
         answers = _burst(client, "/v1/tenants/beta/adapters", 30)
     assert {answer.status_code for answer in answers} == {200}
@@ -138,7 +138,7 @@ def test_without_a_rate_nothing_is_told(limited: Limited) -> None:
 
 
 def test_a_tenants_key_charges_its_tenant_wherever_it_asks(limited: Limited) -> None:
-    """Its own resources, another's, the platform's, and what does not exist."""
+    """A tenant's key charges its tenant for its own resources, others', the platform's, and missing ones."""
     limited.set("acme", 4)
     with limited.client("acme") as client:
         paths = [
@@ -156,7 +156,7 @@ def test_a_tenants_key_charges_its_tenant_wherever_it_asks(limited: Limited) -> 
 
 
 def test_models_are_adapters(limited: Limited) -> None:
-    """Under `/v2` a platform's key charges as under `/v1`, however the slash is written, and in words."""
+    """Under `/v2` a platform's key charges the tenant as under `/v1`, however the slash is written."""
     limited.set("acme", 4)
     with limited.client("platform") as client:
         answers = [client.get(f"/v2/models/acme{slash}a") for slash in ("/", "%2F")]
@@ -172,7 +172,7 @@ def test_models_are_adapters(limited: Limited) -> None:
 
 
 def test_a_platforms_key_charges_the_tenant_whose_adapters_it_asks_for(limited: Limited) -> None:
-    """And nobody elsewhere: an operator always reaches the tenant itself, and its keys."""
+    """A platform's key charges a tenant for its adapters alone, so operators always reach a tenant and its keys."""
     limited.set("acme", 2)
     with limited.client("platform") as client:
         assert [client.get(path).status_code for path in [ADAPTERS, f"{ADAPTERS}/b/prefix", ADAPTERS]] == [
@@ -190,7 +190,7 @@ def test_a_platforms_key_charges_the_tenant_whose_adapters_it_asks_for(limited: 
 
 
 def test_no_key_charges_nobody(limited: Limited) -> None:
-    """A stranger does not use up what a tenant may do."""
+    """Requests without a key do not use up a tenant's rate."""
     limited.set("acme", 2)
     for _ in range(5):
         assert httpx.get(limited.url + ADAPTERS).status_code == 401
@@ -199,7 +199,7 @@ def test_no_key_charges_nobody(limited: Limited) -> None:
 
 
 def test_an_upload_above_the_rate_is_refused_before_its_body(limited: Limited) -> None:
-    """The answer comes although not a byte of the body was sent."""
+    """The service answers 429 before the client has sent a byte of the body."""
     limited.set("acme", 1)
     key = f"Bearer {limited.keys['acme']}"
     with limited.client("acme") as client:
@@ -212,7 +212,7 @@ def test_an_upload_above_the_rate_is_refused_before_its_body(limited: Limited) -
 
 
 def test_not_modified_tells_it_too(limited: Limited) -> None:
-    """What answers itself, without a route's response object, carries the fields as well."""
+    """An answer that is sent without a route's response object, such as 304, has the fields too."""
     limited.set("acme", 50)
     with limited.client("acme") as client:
         etag = client.get(f"{ADAPTERS}/a/prefix").headers["etag"]
@@ -222,7 +222,7 @@ def test_not_modified_tells_it_too(limited: Limited) -> None:
 
 
 def test_threads_do_not_exceed_it(limited: Limited) -> None:
-    """Sixteen clients at once get what one would."""
+    """Sixteen clients in parallel together get what one would."""
     limited.set("acme", 20)
     clients = [limited.client("acme") for _ in range(16)]
     for client in clients:
@@ -239,7 +239,7 @@ def test_threads_do_not_exceed_it(limited: Limited) -> None:
 
 
 def test_a_rate_is_remembered_and_forgotten(limited: Limited) -> None:
-    """It is looked up once, when it was changed, and each time while changes are not heard."""
+    """A rate is looked up once, again after a change, and each time while changes are not heard."""
     limited.set("acme", 100)
     with limited.client("acme") as client:
         limited.asked.clear()
@@ -255,7 +255,7 @@ def test_a_rate_is_remembered_and_forgotten(limited: Limited) -> None:
 
 
 def test_the_client_comes_back_when_told(limited: Limited) -> None:
-    """Both clients wait for what `Retry-After` says, and tell of it when the deadline is nearer."""
+    """The client waits as `Retry-After` says, and raises if its deadline is nearer."""
     limited.set("acme", 3)
     with PrefixClient(limited.url, api_key=limited.keys["acme"]) as client, limited.client("acme") as other:
         statuses = {answer.status_code for answer in _burst(other, ADAPTERS, 6)}
@@ -274,7 +274,7 @@ def test_the_client_comes_back_when_told(limited: Limited) -> None:
 
 
 def test_made_up_tenants_take_bounded_memory() -> None:
-    """A platform's key may name any number of them: what is remembered has a bound, and so have the windows."""
+    """The remembered rates and the windows are bounded, however many tenants a platform's key names."""
     limits = RateLimits({"acme": 5}.get, lambda: True)
 
     async def ask() -> None:
@@ -288,7 +288,7 @@ def test_made_up_tenants_take_bounded_memory() -> None:
 
 
 def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
-    """Without a rate to compare with, the request is refused as unavailable, not let through."""
+    """If the rate cannot be read, the request is refused as unavailable, not let through."""
     settings = Settings(data_dir=tmp_path)
     with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
@@ -304,13 +304,13 @@ def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
 
 
 def test_it_is_an_unavailability_of_its_own_status() -> None:
-    """What retries `Unavailable` retries this; its code and class belong to each other."""
+    """RateLimited is an error of this service, and has the time to retry."""
     assert issubclass(RateLimited, PrefixServiceError)
     assert RateLimited("slow down", 3).retry_after == 3
 
 
 def test_a_tenants_quota_is_its_rate(server: Server, admin: httpx.Client) -> None:
-    """From the catalog of a real service; who changes it changes it at once, and the operator is never locked out."""
+    """A real service takes the rate from the catalog; a change works immediately, and never locks operators out."""
     admin.put("/v1/tenants/rated", json={"requests_per_second": 2})
     own = server.client(admin.post("/v1/tenants/rated/keys", json={"scope": "read"}).json()["key"])
     answers = [own.get("/v1/tenants/rated") for _ in range(40)]
@@ -326,7 +326,7 @@ def test_a_tenants_quota_is_its_rate(server: Server, admin: httpx.Client) -> Non
 
 
 def test_the_client_comes_again_when_it_may(server: Server, admin: httpx.Client) -> None:
-    """A worker above its tenant's rate is slowed down, and fails at nothing."""
+    """A worker above its tenant's rate is slowed down, and no request of it fails."""
     upload(admin, "rated-client", "a")
     admin.put("/v1/tenants/rated-client", json={"requests_per_second": 3})
     key = admin.post("/v1/tenants/rated-client/keys", json={"scope": "read"}).json()["key"]

@@ -1,4 +1,4 @@
-"""What is told of every request: an id to the caller, one line to the log."""
+"""Every request gets an id, which its answer has, and one line in the log."""
 
 import json
 import re
@@ -22,14 +22,14 @@ MADE = re.compile(r"[0-9a-f]{32}")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service whose log no other suite writes to, with one adapter."""
+    """Yields a service whose log no other suite writes to, with one adapter."""
     with running_server(tmp_path_factory.mktemp("requests") / "data") as running:
         assert upload(running.client(), "acme", "a").status_code == 201
         yield running
 
 
 def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
-    """What the log says of a request, once its own line is there."""
+    """Returns the log's lines of a request, once its own line is there."""
     until = time.monotonic() + 60
     while True:
         lines = [json.loads(line) for line in server.log.read_text().splitlines()]
@@ -40,14 +40,14 @@ def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
 
 
 def _line(server: Server, answer: httpx.Response) -> dict[str, Any]:
-    """The one line of a request."""
+    """Returns the one line of a request."""
     (line,) = _lines(server, answer.headers["x-request-id"])
     return line
 
 
 @pytest.mark.parametrize("given", ["Z9", "0123456789", "Trace_1.2-3", "x" * 128])
 def test_a_well_formed_request_id_is_taken_over(own: Server, given: str) -> None:
-    """It comes back as it was sent, and stands in the log."""
+    """The service returns and logs a well-formed id of the caller."""
     answer = own.client().get(PREFIX, headers={"X-Request-ID": given})
     assert answer.headers["x-request-id"] == given
     assert [line["event"] for line in _lines(own, given)] == ["request"]
@@ -55,13 +55,13 @@ def test_a_well_formed_request_id_is_taken_over(own: Server, given: str) -> None
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "a b", "a/b", 'a"b', "é", "a,b", "pfx_0123456789abcdef_55"])
 def test_any_other_is_made_anew(own: Server, given: str) -> None:
-    """What is empty, long, of other characters, or may be a key, is not repeated."""
+    """The service replaces an id that is empty, long, of other characters, or may be a key."""
     answer = own.client().get(PREFIX, headers={b"X-Request-ID": given.encode()})
     assert MADE.fullmatch(answer.headers["x-request-id"])
 
 
 def test_every_answer_has_an_id(own: Server) -> None:
-    """Also those that no route gives: 401, 404 of nowhere and of a hidden slash, 405, 304, 206, 413, 416, 422."""
+    """Answers that no route gives have an id too: 401, 404, 405, 304, 206, 416 and 422."""
     client, anyone = own.client(), own.client("")
     etag = client.get(PREFIX).headers["etag"]
     answers = [
@@ -83,7 +83,7 @@ def test_every_answer_has_an_id(own: Server) -> None:
 
 
 def test_one_line_for_each_request(own: Server) -> None:
-    """What was asked as a template, what came of it, how long it took, and who asked."""
+    """The line has the path as a template, the outcome, how long it took, and who asked."""
     key = own.client().post("/v1/tenants/acme/keys", json={"scope": "read"}).json()
     client = own.client(key["key"])
     answer = client.get(PREFIX, params={"batch_size": 2})
@@ -121,8 +121,9 @@ def test_one_line_for_each_request(own: Server) -> None:
 
 
 def test_a_line_says_what_was_loaded(own: Server) -> None:
-    """The first request for a version waits for its load; a 304 and the next ones do not. The routes of a batch and of
-    /v2 tell the same."""
+    """The first request for a version is logged as cold; a 304 and later requests are not. The routes of a batch and of
+    /v2 log the same.
+    """
     client = own.client()
     for name in ("cold", "colder"):
         assert upload(client, "acme", name, file=weights(1)).status_code == 201
@@ -148,7 +149,7 @@ def test_a_line_says_what_was_loaded(own: Server) -> None:
 
 
 def test_a_batch_of_many_names_the_first_few(own: Server) -> None:
-    """A line stays short."""
+    """A batch's line names its first sixteen versions, and how many there were."""
     client = own.client()
     for seed in range(17):
         assert upload(client, "acme", f"many-{seed:02}", file=weights(seed)).status_code == 201
@@ -159,14 +160,14 @@ def test_a_batch_of_many_names_the_first_few(own: Server) -> None:
 
 
 def test_an_error_of_a_batch_has_an_id_too(own: Server) -> None:
-    """In its header, and in the log."""
+    """A batch's error has an id in its header, by which the log has its code."""
     answer = own.client().post("/v1/prefixes", json={"rows": ["acme/a", "acme/none"]})
     assert problem(answer, 404, "not-found")["detail"].startswith("row 1: ")
     assert _line(own, answer)["code"] == "not-found"
 
 
 def test_the_tenant_is_the_one_that_was_authorised(own: Server) -> None:
-    """A platform's key: the path's tenant once it may be seen; a tenant's key: its own, whatever it asked for."""
+    """A platform key's line has the path's tenant once it may be seen, and a tenant's key has its own."""
     admin = own.client()
     assert _line(own, admin.get(PREFIX))["tenant"] == "acme"
     assert _line(own, admin.get("/v1/keys"))["tenant"] is None
@@ -176,7 +177,7 @@ def test_the_tenant_is_the_one_that_was_authorised(own: Server) -> None:
 
 
 def test_bytes_are_those_of_the_body(own: Server) -> None:
-    """A range and a 304 tell what they send, HEAD sends nothing."""
+    """A range and a 304 log the bytes that they send, and HEAD logs none."""
     client = own.client()
     etag = client.get(PREFIX).headers["etag"]
     assert _line(own, client.get(PREFIX, headers={"Range": "bytes=0-9"}))["bytes"] == 10
@@ -186,7 +187,7 @@ def test_bytes_are_those_of_the_body(own: Server) -> None:
 
 
 def test_health_and_metrics_are_heard_at_debug_only(own: Server) -> None:
-    """Probes come every second, and would drown everything else."""
+    """Probes and scrapes are not logged at the default level, because they come every second."""
     client = own.client()
     ids = [client.get(path).headers["x-request-id"] for path in ("/livez", "/readyz", "/metrics")]
     _line(own, client.get(PREFIX))
@@ -194,7 +195,7 @@ def test_health_and_metrics_are_heard_at_debug_only(own: Server) -> None:
 
 
 def test_a_defect_tells_its_traceback_to_the_log_alone(own: Server) -> None:
-    """500: the body has none of it, the log has it once, under the request's id; the service lives on."""
+    """A 500 has no traceback, the log has it once, under the request's id, and the service lives on."""
     client = own.client()
     assert upload(client, "acme", "broken").status_code == 201
     with sqlite3.connect(own.data_dir / "catalog.sqlite") as catalog:
@@ -214,7 +215,7 @@ def test_a_defect_tells_its_traceback_to_the_log_alone(own: Server) -> None:
 
 
 def test_what_the_library_logs_has_the_requests_id(own: Server) -> None:
-    """Bound before threads are entered, so lines of the standard library's loggers have it too."""
+    """The id is bound before threads begin, so lines of the standard library's loggers have it too."""
     client = own.client()
     assert upload(client, "acme", "lost", file=weights(7)).status_code == 201
     with sqlite3.connect(own.data_dir / "catalog.sqlite") as catalog:
@@ -230,7 +231,7 @@ def test_what_the_library_logs_has_the_requests_id(own: Server) -> None:
 
 
 def test_requests_on_one_connection_do_not_share_what_is_bound(own: Server) -> None:
-    """Pipelined: the second has no key, and its line has none of the first's."""
+    """A pipelined request without a key does not log the key of the first."""
     first = head("GET", PREFIX, Authorization=f"Bearer {own.admin_key}", X_Request_ID="pipelined-1")
     second = head("GET", "/v1/keys", X_Request_ID="pipelined-2", Connection="close")
     assert raw(own, first + second).status == 200
@@ -240,7 +241,7 @@ def test_requests_on_one_connection_do_not_share_what_is_bound(own: Server) -> N
 
 
 def test_every_line_is_json(own: Server) -> None:
-    """Also uvicorn's own, and those of a start and an end."""
+    """uvicorn's own lines, and those of a start and an end, are JSON too."""
     raw(own, b"nonsense\r\n\r\n")
     lines = [json.loads(line) for line in own.log.read_text().splitlines()]
     assert [line["event"] for line in lines[:2]] == ["audit", "serving"]
@@ -248,12 +249,12 @@ def test_every_line_is_json(own: Server) -> None:
 
 
 def test_the_command_line_logs_on_standard_error(own: Server) -> None:
-    """Its output stays what it prints."""
+    """A command's log does not mix with its output."""
     command = [*PREFIX_SERVICE, "key", "create", "--platform", "--scope", "read", "--json"]
     done = subprocess.run([*command, "--data-dir", str(own.data_dir)], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["scope"] == "read"
 
 
 def test_no_header_names_the_server(own: Server) -> None:
-    """What it is made of is nobody's business."""
+    """No answer has a `Server` field."""
     assert "server" not in httpx.get(f"{own.url}/livez").headers

@@ -1,4 +1,4 @@
-"""`api.middleware.revisions`: a process that lags behind catches up before it answers, or says that it cannot."""
+"""`api.middleware.revisions` lets a process that lags behind catch up before it answers, or say that it cannot."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def lagging(tmp_path: Path) -> Iterator[Lagging]:
 
 
 async def test_a_read_finds_what_was_written_elsewhere(lagging: Lagging) -> None:
-    """The process catches up first; one that knows enough asks nothing."""
+    """The process catches up before it answers; one that knows enough asks nothing."""
     Tenants(lagging.other).put("acme", BY)
     await lagging.ask(lagging.revisions.text(CALLER, 0))
     await lagging.ask(lagging.revisions.text(CALLER, 1))
@@ -57,14 +57,14 @@ async def test_a_read_finds_what_was_written_elsewhere(lagging: Lagging) -> None
 
 
 async def test_a_revision_that_is_not_there_yet(lagging: Lagging) -> None:
-    """503, to try again or elsewhere."""
+    """A revision that the catalog lacks raises Unavailable, so that the client retries."""
     with pytest.raises(Unavailable, match="does not know the changes up to Prefix-Min-Revision yet"):
         await lagging.ask(lagging.revisions.text(CALLER, 1))
     assert lagging.answered == []
 
 
 async def test_a_catalog_that_is_away(lagging: Lagging) -> None:
-    """What this process knows is not enough, and it cannot learn more."""
+    """If the process knows too little and cannot read the catalog, it raises Unavailable."""
     with lagging.other.writing() as connection:
         connection.exec_driver_sql("ALTER TABLE changes RENAME TO away")
     with pytest.raises(Unavailable, match="does not know"):
@@ -73,7 +73,7 @@ async def test_a_catalog_that_is_away(lagging: Lagging) -> None:
 
 
 async def test_texts_belong_to_a_tenant(lagging: Lagging) -> None:
-    """Of its id: a namesake that is made later has another."""
+    """A revision's text is of its tenant's id, so a later namesake cannot use it."""
     text = lagging.revisions.text(CALLER, 3)
     assert lagging.revisions.revision(CALLER, text) == 3
     for other in (BY, Principal("k", "acme", "read", 8)):

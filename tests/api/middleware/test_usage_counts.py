@@ -1,4 +1,4 @@
-"""`api.middleware.usage_counts`: what is counted of a request, within bounds, and written without loss."""
+"""`api.middleware.usage_counts` counts requests within bounds, and writes the counts without loss."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ ALL: tuple[Dimension, ...] = ("adapter", "version", "key")
 
 
 class Store(UsageStore):
-    """Keeps what is added in memory, and can fail."""
+    """A store that keeps what is added in memory, and can fail."""
 
     def __init__(self) -> None:
         self.added: list[Use] = []
@@ -34,21 +34,21 @@ class Store(UsageStore):
         self.error: Exception | None = None
 
     def add(self, uses: Any) -> None:
-        """Add, or fail."""
+        """Adds uses, or raises the error."""
         self.calls += 1
         if self.error is not None:
             raise self.error
         self.added += uses
 
     def wait_for(self, number: int) -> None:
-        """Return once so many are added."""
+        """Returns once so many are added."""
         while len(self.added) < number:
             time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
 def one_hour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hour does not turn during a test."""
+    """Keeps the hour from changing during a test."""
     monkeypatch.setattr(usage_counts, "_this_hour", lambda: HOUR)
 
 
@@ -63,12 +63,12 @@ def counts(store: Store) -> UsageCounts:
 
 
 def scope(*parts: Served, by: Principal = BY) -> dict[str, Any]:
-    """A request's, when it has ended."""
+    """Returns the scope of a request that has ended."""
     return {"principal": by, SERVED: parts or (PART,)}
 
 
 def written(counts: UsageCounts, store: Store) -> list[tuple[Any, ...]]:
-    """What is written now: each without its hour, in order."""
+    """Writes the counts, and returns them, without their hour, in order."""
     asyncio.run(counts.write())
     found = sorted(store.added, key=lambda use: use.place)
     store.added = []
@@ -78,7 +78,7 @@ def written(counts: UsageCounts, store: Store) -> list[tuple[Any, ...]]:
 
 
 def test_requests_add_up(counts: UsageCounts, store: Store) -> None:
-    """By version and key; bytes, tokens and loads with them. What was written is not written again."""
+    """Requests, bytes, tokens and loads are added by version and key, and written once."""
     counts.count(scope(), 200, 100)
     cold = scope()
     version: Any = type("Version", (), {"tenant": "acme", "adapter": "a", "number": 1})
@@ -102,14 +102,14 @@ def test_requests_add_up(counts: UsageCounts, store: Store) -> None:
 def test_tokens_are_handed_out_with_the_first_byte(
     counts: UsageCounts, store: Store, status: int, sent: int, first_byte: int, tokens: int
 ) -> None:
-    """A request that hands out nothing is a request."""
+    """Tokens count only in answers that send the first byte of the body."""
     counts.count(scope() | {FIRST_BYTE: first_byte}, status, sent)
     assert written(counts, store) == [("acme", "a", 1, BY.key_id, 1, sent, 0, tokens)]
 
 
 @pytest.mark.parametrize("status", [0, 404, 429, 503, 507])
 def test_what_fails_is_not_counted(counts: UsageCounts, store: Store, status: int) -> None:
-    """Nor what asks for no prefix."""
+    """Failed requests, and those for no prefix, are not counted."""
     counts.count(scope(), status, 100)
     counts.count({"principal": BY}, 200, 100)
     counts.count({}, 200, 100)
@@ -118,7 +118,7 @@ def test_what_fails_is_not_counted(counts: UsageCounts, store: Store, status: in
 
 
 def test_an_answer_with_several_versions(counts: UsageCounts, store: Store) -> None:
-    """Counts for each; their bytes together are those of the body."""
+    """An answer counts for each version, and their bytes together are those of the body."""
     parts = [Served("acme", "a", 1, 30), Served("acme", "b", 7, 60), Served("beta", "c", 1, 10)]
     counts.count(scope(*parts, by=PLATFORM), 200, 1001)
     found = written(counts, store)
@@ -132,7 +132,7 @@ def test_an_answer_with_several_versions(counts: UsageCounts, store: Store) -> N
 def test_a_tenant_with_more_than_is_counted_apart(
     counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rest is counted for the tenant alone, through all of the hour; other tenants are not affected."""
+    """Uses above a tenant's bound are counted for the tenant alone, for the rest of the hour; others are not."""
     monkeypatch.setattr(usage_counts, "MOST_OF_TENANT", 2)
     for number in (1, 2, 3, 4, 3, 1):
         counts.count(scope(Served("acme", "a", number, 1)), 200, 10)
@@ -152,7 +152,7 @@ def test_a_tenant_with_more_than_is_counted_apart(
 
 
 def test_the_next_hour(counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has its own counts and its own bound."""
+    """The next hour has its own counts and its own bound."""
     monkeypatch.setattr(usage_counts, "MOST_OF_TENANT", 1)
     counts.count(scope(), 200, 1)
     following = HOUR.replace(year=HOUR.year + 1)
@@ -165,7 +165,7 @@ def test_the_next_hour(counts: UsageCounts, store: Store, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("error", [StorageFailed("locked"), RuntimeError("a defect")])
 def test_what_cannot_be_written_is_written_later(counts: UsageCounts, store: Store, error: Exception) -> None:
-    """Once, with what came meanwhile."""
+    """Counts that the store refused are written once, with later ones."""
     counts.count(scope(), 200, 10)
     store.error = error
     assert written(counts, store) == []
@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_written_later(counts: UsageCounts, store: Sto
 def test_what_waits_is_bounded(
     counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is more than that is lost, and the log says how much."""
+    """Waiting counts are dropped once they exceed the bound, and the log says how many requests they had."""
     monkeypatch.setattr(usage_counts, "MOST", 3)
     store.error = StorageFailed("locked")
     for number in range(1, 6):
@@ -192,7 +192,7 @@ def test_what_waits_is_bounded(
 
 
 def test_without_a_store_nothing_is_kept() -> None:
-    """Of a read-only service."""
+    """A read-only service, which has no store, keeps no counts."""
     counts = UsageCounts(None)
     counts.count(scope(), 200, 10)
     asyncio.run(counts.write())
@@ -201,7 +201,7 @@ def test_without_a_store_nothing_is_kept() -> None:
 
 
 def test_the_end_writes_what_is_left(counts: UsageCounts, store: Store) -> None:
-    """A service that stops loses nothing."""
+    """A service that stops writes the counts that are left."""
 
     async def run() -> None:
         async with counts.running():
@@ -213,7 +213,7 @@ def test_the_end_writes_what_is_left(counts: UsageCounts, store: Store) -> None:
 
 
 def test_it_is_written_again_and_again(counts: UsageCounts, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it runs."""
+    """A running service writes its counts repeatedly."""
     monkeypatch.setattr(usage_counts, "_PAUSE", 0.01)
 
     async def run() -> None:
@@ -234,7 +234,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 def test_a_deleted_tenant(database: Database) -> None:
-    """What it used before is not its namesake's."""
+    """A namesake does not get what a deleted tenant used."""
     tenants, store = Tenants(database), UsageStore(database)
     counts = UsageCounts(store)
     tenants.put("acme", COMMAND_LINE)

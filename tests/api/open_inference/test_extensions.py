@@ -1,4 +1,4 @@
-"""Triton's extensions beside inference: configuration, statistics, and those that are absent; by `tritonclient`."""
+"""`tritonclient` uses Triton's extensions of inference: configuration, statistics, and those that are absent."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ MODELS = [LLAMA, T5, HALF]
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and the adapters of this module."""
+    """Returns a platform admin's client, and publishes the adapters of this module."""
     client = server.client()
     upload_directory(client, TENANT, "llama", adapter_of("llama-n20-emb"))
     upload_directory(client, TENANT, "t5", adapter_of("t5-n20-emb"))
@@ -42,7 +42,7 @@ def client(server: Server) -> httpx.Client:
 
 @pytest.fixture
 def worker(server: Server, client: httpx.Client) -> Iterator[Keyed]:
-    """tritonclient with the key of a tenant that may only read."""
+    """Yields tritonclient with the key of a tenant that may only read."""
     keyed = Keyed(server, client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()["key"])
     yield keyed
     keyed.close()
@@ -51,7 +51,7 @@ def worker(server: Server, client: httpx.Client) -> Iterator[Keyed]:
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_output_of_the_metadata_may_be_asked_for(worker: Keyed, model: str, binary: bool) -> None:
-    """Alone and without an input mask: it has the datatype of the metadata, and a shape that the metadata allows."""
+    """Each output can be requested alone and without a mask, and has the datatype and a shape of the metadata."""
     for output in worker.get_model_metadata(model)["outputs"]:
         asked = [triton.InferRequestedOutput(output["name"], binary_data=binary)]
         found = worker.infer(model, [rows(2)], outputs=asked)
@@ -63,7 +63,7 @@ def test_every_output_of_the_metadata_may_be_asked_for(worker: Keyed, model: str
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 def test_positions_without_a_mask_are_empty(worker: Keyed, binary: bool) -> None:
-    """No input token has a position: `[batch, 0]`, INT64, beside other outputs, and one row where nothing is said."""
+    """Without a mask the positions are `[batch, 0]`, INT64, and one row if no batch size is given."""
     names = ["position_ids", "past_key_values.0.key", "attention_mask"]
     asked = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
     for inputs, count in (([], 1), ([rows(3)], 3)):
@@ -77,7 +77,7 @@ def test_positions_without_a_mask_are_empty(worker: Keyed, binary: bool) -> None
 
 
 def test_positions_are_not_listed_where_there_are_none(worker: Keyed) -> None:
-    """An encoder-decoder adapter has none in metadata and configuration, and none are served."""
+    """An encoder-decoder adapter has no positions in metadata, configuration and answers."""
     for described in (worker.get_model_metadata(T5)["outputs"], worker.get_model_config(T5)["output"]):
         assert "position_ids" not in {tensor["name"] for tensor in described}
     found = worker.infer(T5, [masked([[1, 1]])]).get_response()["outputs"]
@@ -86,7 +86,7 @@ def test_positions_are_not_listed_where_there_are_none(worker: Keyed) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_configuration_is_the_metadata(worker: Keyed, model: str) -> None:
-    """The same tensors, by the names that Triton's configuration has for their types; `dims` are whole shapes."""
+    """The configuration has the metadata's tensors, with Triton's names for their types, and whole shapes as `dims`."""
     config, metadata = worker.get_model_config(model), worker.get_model_metadata(model)
     assert (config["name"], config["platform"]) == (metadata["name"], metadata["platform"])
     assert (config["backend"], config["max_batch_size"]) == ("prefix-service", 0)
@@ -98,7 +98,7 @@ def test_the_configuration_is_the_metadata(worker: Keyed, model: str) -> None:
 
 
 def test_the_configuration_has_the_stored_dtype(worker: Keyed) -> None:
-    """bfloat16 is TYPE_BF16."""
+    """The configuration of a bfloat16 adapter has TYPE_BF16."""
     types = {tensor["name"]: tensor["data_type"] for tensor in worker.get_model_config(HALF)["output"]}
     assert types["past_key_values.1.value"] == "TYPE_BF16"
     assert types["attention_mask"] == types["position_ids"] == "TYPE_INT64"
@@ -115,7 +115,7 @@ def _counts(worker: Keyed, model: str, version: str) -> dict[str, Any]:
 
 
 def test_statistics_count_what_inference_did(worker: Keyed, client: httpx.Client) -> None:
-    """Requests, rows and time of one version: neither those of another, nor what `/v1` serves."""
+    """Statistics count requests, rows and time of one version, without other versions and requests under `/v1`."""
     before, other = _counts(worker, TWO, "2"), _counts(worker, TWO, "1")
     asked = time.time_ns() // 1_000_000
     worker.infer(TWO, [rows(3)])
@@ -142,7 +142,7 @@ def test_statistics_count_what_inference_did(worker: Keyed, client: httpx.Client
 
 
 def test_statistics_of_a_model_are_those_of_its_versions(worker: Keyed) -> None:
-    """Oldest first, also those that nobody asked for; without a model, of everything that the key may see."""
+    """A model's statistics have all its versions, oldest first; without a model they have all that the key may see."""
     worker.infer(TWO, [])
     both = worker.get_inference_statistics(TWO)["model_stats"]
     assert both == [_counts(worker, TWO, version) for version in ("1", "2")]
@@ -153,7 +153,7 @@ def test_statistics_of_a_model_are_those_of_its_versions(worker: Keyed) -> None:
 
 
 def test_what_fails_while_it_loads_is_counted_as_failed(tmp_path: Path) -> None:
-    """A prefix that no memory has room for: 507, after the request itself was found to be sound."""
+    """A sound request that gets 507, because no memory has room, counts as failed."""
     settings = Settings(data_dir=tmp_path, rendering_bytes=1 << 16)
     with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
@@ -181,7 +181,7 @@ def _version(tenant: str, number: int) -> Version:
 
 
 def test_statistics_are_bounded_by_tenant() -> None:
-    """The version that was asked for least recently makes room, in its own tenant."""
+    """The version that was requested least recently is dropped, from its own tenant's statistics."""
     statistics = InferenceStatistics()
 
     def infer(version: Version) -> None:
@@ -199,7 +199,7 @@ def test_statistics_are_bounded_by_tenant() -> None:
 
 
 def test_a_request_is_counted_once() -> None:
-    """What breaks while an answer is sent was a successful inference."""
+    """A request whose answer breaks while it is sent counts as a successful inference."""
     statistics, version = InferenceStatistics(), _version("acme", 1)
     measurement = statistics.measure(version)
     measurement.step()
@@ -261,14 +261,14 @@ OF_THE_CLIENT = {
 
 
 def test_all_methods_of_tritonclient_are_known() -> None:
-    """Each is served, or refused with a clear message, or calls no server: a new one needs a decision."""
+    """Each method is served, refused with a clear message, or calls no server; a new one fails here."""
     methods = {name for name in dir(triton.InferenceServerClient) if not name.startswith("_")}
     assert methods == SERVED | ABSENT.keys() | OF_THE_CLIENT
 
 
 @pytest.mark.parametrize("method", ABSENT)
 def test_what_is_absent_says_so(worker: Keyed, method: str) -> None:
-    """The exception names the extension, which the server's metadata does not list, and those that it has."""
+    """The exception names the absent extension, which the metadata does not list, and those that exist."""
     extension, calls = ABSENT[method]
     extensions = worker.get_server_metadata()["extensions"]
     assert extension not in extensions
@@ -280,6 +280,6 @@ def test_what_is_absent_says_so(worker: Keyed, method: str) -> None:
 
 
 def test_async_infer_is_infer(worker: Keyed) -> None:
-    """tritonclient's greenlets send the same request."""
+    """tritonclient's greenlets send the same request as `infer`."""
     found = worker.async_infer(LLAMA, [rows(2)]).get_result()
     assert found.as_numpy("attention_mask").shape == (2, 20)

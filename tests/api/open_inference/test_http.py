@@ -1,4 +1,4 @@
-"""The Open Inference Protocol below `tritonclient`: framing, paths, bounds, tenants, and what is told of a request."""
+"""The Open Inference Protocol below `tritonclient`: framing, paths, bounds, tenants, and the log of a request."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ FLAT = [1, 1, 0, 0, 1, 1]
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service that takes small bodies, and whose log no other suite writes to."""
+    """Yields a service that takes small bodies, and whose log no other suite writes to."""
     folder = tmp_path_factory.mktemp("inference") / "data"
     with running_server(folder, environment={"PREFIX_MAX_REQUEST_BYTES": str(LIMIT)}) as running:
         for tenant in ("acme", "beta"):
@@ -47,30 +47,30 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def client(own: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return own.client()
 
 
 def refused(answer: httpx.Response, status: int, code: str, *words: str) -> None:
-    """A problem document for those who read one, with the member that Open Inference clients read."""
+    """Checks that an answer is a problem document, with the member that Open Inference clients read."""
     body = problem(answer, status, code)
     for word in words:
         assert word in body["detail"]
 
 
 def framed(request: Any, *tensors: bytes) -> tuple[bytes, dict[str, str]]:
-    """A body with binary tensors, and its header."""
+    """Returns a body with binary tensors, and its header."""
     text = request if isinstance(request, bytes) else json.dumps(request).encode()
     return b"".join((text, *tensors)), {LENGTH: str(len(text))}
 
 
 def binary(item: dict[str, Any], size: int) -> dict[str, Any]:
-    """An input whose elements stand behind the JSON."""
+    """Returns an input whose elements follow the JSON."""
     return {**item, "parameters": {"binary_data_size": size}}
 
 
 def test_json_alone(client: httpx.Client) -> None:
-    """Without the extension everything is JSON: flat, row by row, exact in every dtype."""
+    """Without the binary extension everything is JSON: flat, row by row, exact in every dtype."""
     for dtype, kind in (("float32", np.float32), ("float16", np.float16)):
         asked = {"parameters": {"dtype": dtype}, "inputs": [{**ROWS, "data": [2]}]}
         answer = client.post(INFER, json=asked)
@@ -87,14 +87,14 @@ def test_json_alone(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("data", [FLAT, [FLAT[:3], FLAT[3:]]], ids=["flat", "nested"])
 def test_a_mask_is_flat_or_nested(client: httpx.Client, data: list[Any]) -> None:
-    """The protocol allows both."""
+    """A mask's data can be flat or nested, as the protocol allows."""
     answer = client.post(INFER, json={"inputs": [{**MASK, "data": data}]}).json()
     (mask,) = (output for output in answer["outputs"] if output["name"] == "attention_mask")
     assert (mask["shape"], mask["data"]) == ([2, 6], [1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1])
 
 
 def test_binary_outputs_follow_in_order(client: httpx.Client) -> None:
-    """The JSON tells the size of each, the headers its own length and the version; nothing else is in the body."""
+    """The JSON has each output's size, and the headers the JSON's length and the version; nothing else is sent."""
     names = ["past_key_values.1.value", "attention_mask", "past_key_values.0.key"]
     asked = {"inputs": [{**ROWS, "data": [3]}], "outputs": [{"name": name} for name in names]}
     answer = client.post(INFER, json={**asked, "parameters": {"binary_data_output": True}})
@@ -141,14 +141,14 @@ FRAMING: dict[str, tuple[bytes, dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", FRAMING)
 def test_wrong_framing_is_400(own: Server, client: httpx.Client, case: str) -> None:
-    """With words that say what does not fit; nothing is allocated for what was only claimed."""
+    """The error says what does not fit, and nothing is allocated for what was only claimed."""
     body, headers, words = FRAMING[case]
     refused(client.post(INFER, content=body, headers=headers), 400, "invalid-request", words)
     assert_alive(own)
 
 
 def test_the_length_is_told_once(own: Server) -> None:
-    """Two fields of that name are not a choice."""
+    """Two fields with the length are refused."""
     body = b'{"inputs":[]}'
     sent = head("POST", INFER, authorization=f"Bearer {own.admin_key}", content_length=str(len(body)))
     field = f"{LENGTH}: 13\r\n".encode()
@@ -183,14 +183,15 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", INPUTS)
 def test_wrong_inputs_are_400(client: httpx.Client, case: str) -> None:
-    """What is meant is never guessed."""
+    """Wrong inputs are refused instead of guessed at."""
     asked, words = INPUTS[case]
     refused(client.post(INFER, json=asked), 400, "invalid-request", words)
 
 
 def test_bodies_are_bounded(own: Server, client: httpx.Client) -> None:
-    """What is declared too large is refused before it is read, what grows too large while it arrives, and what would
-    once it is decompressed."""
+    """A body is refused if it is declared too large, before it is read; if it grows too large while it arrives; and if
+    it would be too large once decompressed.
+    """
     declared = head("POST", INFER, authorization=f"Bearer {own.admin_key}", content_length=str(LIMIT + 1))
     assert raw(own, declared).status == 413
     refused(client.post(INFER, content=iter([bytes(LIMIT), b"x"])), 413, "too-large", f"more than {LIMIT}")
@@ -209,20 +210,20 @@ COMPRESSED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("case", COMPRESSED)
 def test_wrong_compression_is_400(client: httpx.Client, case: str) -> None:
-    """It must be whole, and all of the body."""
+    """A compressed body must be whole, and nothing may follow it."""
     body, words = COMPRESSED[case]
     answer = client.post(INFER, content=body, headers={"Content-Encoding": "gzip"})
     refused(answer, 400, "invalid-request", words)
 
 
 def test_other_compressions_are_415(client: httpx.Client) -> None:
-    """Named, with those that are read."""
+    """The error names the encoding, and those that are read."""
     answer = client.post(INFER, content=b"{}", headers={"Content-Encoding": "br"})
     refused(answer, 415, "unsupported-media-type", "gzip or deflate, not 'br'")
 
 
 def test_much_json_is_refused(client: httpx.Client) -> None:
-    """A million elements as JSON are enough; as binary data the same outputs come."""
+    """More than a million elements are refused as JSON, and served as binary data."""
     weights, _ = Shape(tokens=56).weights(0)
     assert upload(client, "acme", "large", Shape(tokens=56).config, weights).status_code in (200, 201)
     path = "/v2/models/acme/large/infer"
@@ -261,7 +262,7 @@ SPOILT = [
 
 @pytest.mark.parametrize("path", ENCODED)
 def test_the_slash_of_a_name_may_be_encoded_once(own: Server, path: str) -> None:
-    """As one segment, or two; also with what follows it."""
+    """A model's name is one segment with an encoded slash, or two, also before further segments."""
     key = f"Bearer {own.admin_key}"
     for rest in ("", "/ready", "/config", "/stats"):
         assert raw(own, head("GET", f"{path}/versions/1{rest}", authorization=key)).status == 200
@@ -277,14 +278,14 @@ def test_the_slash_of_a_name_may_be_encoded_once(own: Server, path: str) -> None
 
 @pytest.mark.parametrize("path", SPOILT)
 def test_other_slashes_are_404(own: Server, path: str) -> None:
-    """Encoded twice, elsewhere, or too many."""
+    """A slash that is encoded twice, elsewhere, or one too many is a 404."""
     answer = raw(own, head("GET", path, authorization=f"Bearer {own.admin_key}"))
     assert answer.status == 404
     assert json.loads(answer.body)["error"] == "there is no such resource"
 
 
 def test_what_is_anothers_is_missing(own: Server) -> None:
-    """Under every route 404 in the words of a missing one; the index lists what the key may see, the platform's all."""
+    """On every route another tenant's model is 404 like a missing one; the index lists what the key may see."""
     mine = own.client(own.key("admin", "acme"))
     calls = [("GET", version + rest) for version in ("", "/versions/1") for rest in ("", "/ready", "/config", "/stats")]
     calls += [("POST", "/infer"), ("POST", "/versions/1/infer")]
@@ -304,12 +305,12 @@ def test_what_is_anothers_is_missing(own: Server) -> None:
 
 
 def _counted(client: httpx.Client) -> set[str]:
-    """The tenants in the statistics of all models."""
+    """Returns the tenants in the statistics of all models."""
     return {entry["name"].partition("/")[0] for entry in client.get("/v2/models/stats").json()["model_stats"]}
 
 
 def test_load_and_unload_need_write(own: Server) -> None:
-    """A reader may do everything else."""
+    """A reader can do everything but load and unload."""
     reader = own.client(own.key("read", "acme"))
     for action in ("load", "unload"):
         refused(reader.post(f"/v2/repository/models/acme/a/{action}"), 403, "forbidden", "scope write")
@@ -320,7 +321,7 @@ def test_load_and_unload_need_write(own: Server) -> None:
 
 
 def test_changes_stand_in_the_audit(client: httpx.Client) -> None:
-    """As those of `/v1`."""
+    """Loads and unloads are audited like those of `/v1`."""
     for action, row in (("load", "residency.loaded"), ("unload", "residency.unloaded")):
         assert client.post(f"/v2/repository/models/acme/a/{action}").status_code == 200
         latest = client.get("/v1/tenants/acme/audit").json()["items"][0]
@@ -328,20 +329,20 @@ def test_changes_stand_in_the_audit(client: httpx.Client) -> None:
 
 
 def test_without_a_key_no_body_is_read(own: Server) -> None:
-    """401 comes at once, to a body that never does."""
+    """A 401 comes immediately, before a body that never comes."""
     answer = raw(own, head("POST", INFER, content_length="1000"))
     assert answer.status == 401
     assert json.loads(answer.body)["error"].startswith("a key is needed")
 
 
 def test_other_methods_are_405(client: httpx.Client) -> None:
-    """With the member that Open Inference clients read."""
+    """A 405 has the member that Open Inference clients read."""
     refused(client.delete(MODEL), 405, "method-not-allowed")
     refused(client.get(INFER), 405, "method-not-allowed")
 
 
 def test_the_log_tells_the_route(own: Server, client: httpx.Client) -> None:
-    """Its template, the tenant and the code of a failure."""
+    """The log has the route's template, the tenant and the code of a failure."""
     for path, status, code in ((INFER, 200, None), ("/v2/models/acme/none/infer", 404, "not-found")):
         answer = client.post(path, json={"inputs": []})
         line = _line(own, answer.headers["x-request-id"])
@@ -361,7 +362,7 @@ def _line(server: Server, request_id: str) -> dict[str, Any]:
 
 
 def test_the_index_of_thousands(tmp_path: Path) -> None:
-    """Every version once, in the order of names and numbers, and `ready` those in memory alone."""
+    """The index has every version once, in the order of names and numbers, and `ready` only those in memory."""
     settings = Settings(data_dir=tmp_path)
     with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
@@ -387,7 +388,7 @@ def test_the_index_of_thousands(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_read_holds_its_rendering(own: Server, client: httpx.Client) -> None:
-    """Rows are sent from the rendering itself, which stays pinned until the last byte left."""
+    """A rendering stays pinned until the last byte of its rows has left, because they are sent from it."""
     weights, _ = Shape(tokens=56).weights(0)  # 7.3 MB a row, above what Linux buffers for a socket
     assert upload(client, "acme", "held", Shape(tokens=56).config, weights).status_code in (200, 201)
     path, asked = "/v2/models/acme/held/infer", {"inputs": [], "parameters": {"binary_data_output": True}}

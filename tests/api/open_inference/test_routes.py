@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, by `tritonclient` as it is: what `GET …/prefix` gives, bit for bit."""
+"""`tritonclient`, unchanged, gets what `GET …/prefix` answers by the Open Inference Protocol, bit for bit."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,7 +34,7 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfl
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and the adapters of this module."""
+    """Returns a platform admin's client, and publishes the adapters of this module."""
     client = server.client()
     upload_directory(client, TENANT, "llama", adapter_of("llama-n20-emb"))
     upload_directory(client, TENANT, "t5", adapter_of("t5-n20-emb"))
@@ -45,14 +45,14 @@ def client(server: Server) -> httpx.Client:
 
 @pytest.fixture
 def worker(server: Server, client: httpx.Client) -> Iterator[Keyed]:
-    """A fleet's worker, with the key of the platform."""
+    """Yields tritonclient as a fleet's worker uses it, with the key of the platform."""
     keyed = Keyed(server, server.admin_key)
     yield keyed
     keyed.close()
 
 
 def assert_result(found: Any, expected: Tensors, dtype: str = "float32") -> None:
-    """The same tensors, each with the same bytes, shape and type."""
+    """Checks that the result has the same tensors, each with the same bytes, shape and type."""
     assert {output["name"] for output in found.get_response()["outputs"]} == expected.keys()
     for name, tensor in expected.items():
         array = found.as_numpy(name)
@@ -61,13 +61,13 @@ def assert_result(found: Any, expected: Tensors, dtype: str = "float32") -> None
 
 
 def get(client: httpx.Client, model: str, query: str = "", **body: Any) -> Tensors:
-    """What `/v1` says of the same prefix."""
+    """Returns the tensors of the same prefix by `/v1`."""
     path = f"/v1/tenants/{model.replace('/', '/adapters/')}/prefix{query}"
     return tensors_of(client.post(path, json=body) if body else client.get(path))
 
 
 def test_the_server_tells_of_itself(worker: Keyed) -> None:
-    """Live, ready, and the extensions by the names that Triton gives them."""
+    """The server is live and ready, and lists its extensions by Triton's names."""
     assert worker.is_server_live() is True
     assert worker.is_server_ready() is True
     metadata = worker.get_server_metadata()
@@ -82,7 +82,7 @@ def test_the_server_tells_of_itself(worker: Keyed) -> None:
 
 
 def test_a_model_tells_of_itself(worker: Keyed) -> None:
-    """Its versions, oldest first; -1 where the request decides a size; outputs as inference names and orders them."""
+    """Metadata has versions, oldest first, -1 where a request decides a size, and outputs in inference's order."""
     metadata = worker.get_model_metadata(LLAMA)
     assert (metadata["name"], metadata["platform"]) == (LLAMA, "peft_prefix_tuning")
     assert metadata["inputs"] == [
@@ -101,7 +101,7 @@ def test_a_model_tells_of_itself(worker: Keyed) -> None:
 
 
 def test_a_published_version_is_ready(worker: Keyed) -> None:
-    """Whether or not it is in memory, since inference loads it; what is missing is not ready."""
+    """A version is ready whether or not it is in memory, because inference loads it; a missing one is not."""
     worker.unload_model(ODD)
     assert worker.is_model_ready(ODD) is True
     assert worker.is_model_ready(ODD, "2") is True
@@ -112,7 +112,7 @@ def test_a_published_version_is_ready(worker: Keyed) -> None:
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("dtype", NUMPY)
 def test_rows_are_bit_equal(worker: Keyed, client: httpx.Client, dtype: str, binary: bool) -> None:
-    """Keys, values and the mask of three rows, whether input and outputs are binary or JSON."""
+    """Keys, values and the mask of three rows are `/v1`'s, whether input and outputs are binary or JSON."""
     expected = get(client, LLAMA, f"?batch_size=3&dtype={dtype}")
     outputs = None if binary else [triton.InferRequestedOutput(name, binary_data=False) for name in expected]
     found = worker.infer(LLAMA, [rows(3, binary=binary)], outputs=outputs, parameters={"dtype": dtype})
@@ -122,7 +122,7 @@ def test_rows_are_bit_equal(worker: Keyed, client: httpx.Client, dtype: str, bin
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("model", [LLAMA, T5])
 def test_masks_are_bit_equal(worker: Keyed, client: httpx.Client, model: str, binary: bool) -> None:
-    """The mask extended, and the positions but for encoder-decoder models."""
+    """The extended mask and the positions are `/v1`'s; encoder-decoder models have no positions."""
     found = worker.infer(model, [masked(MASK, binary=binary)])
     expected = get(client, model, attention_mask=MASK)
     assert ("position_ids" in expected) == (model == LLAMA)
@@ -130,7 +130,7 @@ def test_masks_are_bit_equal(worker: Keyed, client: httpx.Client, model: str, bi
 
 
 def test_it_is_what_peft_computed(worker: Keyed) -> None:
-    """The yardstick itself, without `/v1` between."""
+    """Inference returns PEFT's values, without a comparison with `/v1`."""
     found, expected = worker.infer(LLAMA, [rows(1)]), expected_of("llama-n20-emb")
     for name in ("0.key", "1.value"):
         array = found.as_numpy(f"past_key_values.{name}")
@@ -138,7 +138,7 @@ def test_it_is_what_peft_computed(worker: Keyed) -> None:
 
 
 def test_outputs_are_selected_and_ordered(worker: Keyed, client: httpx.Client) -> None:
-    """Only those, in the order of the request; each binary or not as it says."""
+    """The answer has only the requested outputs, in their order, each binary or not as requested."""
     wanted = {"past_key_values.1.value": True, "attention_mask": False, "past_key_values.0.key": False}
     outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name, binary in wanted.items()]
     found = worker.infer(LLAMA, [rows(2)], outputs=outputs)
@@ -150,12 +150,12 @@ def test_outputs_are_selected_and_ordered(worker: Keyed, client: httpx.Client) -
 
 
 def test_no_input_is_one_row(worker: Keyed, client: httpx.Client) -> None:
-    """As `GET` without a `batch_size`."""
+    """A request without inputs is answered like a `GET` without a `batch_size`."""
     assert_result(worker.infer(LLAMA, []), get(client, LLAMA))
 
 
 def test_both_inputs_must_agree(worker: Keyed, client: httpx.Client) -> None:
-    """As in the body of `POST …/prefix`; their bytes follow each other."""
+    """`batch_size` must equal the mask's rows, as in the body of `POST …/prefix`."""
     found = worker.infer(LLAMA, [rows(2), masked(MASK)])
     assert_result(found, get(client, LLAMA, attention_mask=MASK))
     with pytest.raises(InferenceServerException, match="batch_size is 3, and attention_mask has 2 rows") as raised:
@@ -164,7 +164,7 @@ def test_both_inputs_must_agree(worker: Keyed, client: httpx.Client) -> None:
 
 
 def test_the_answer_names_its_request_and_its_version(worker: Keyed, client: httpx.Client) -> None:
-    """`id` comes back, whatever its letters; the version stands in the answer, `latest` by default."""
+    """The answer has the request's `id`, whatever its letters, and the version, by default the latest."""
     for version, number in {"": "2", "1": "1", "2": "2", "latest": "2"}.items():
         response = worker.infer(ODD, [], model_version=version, request_id="Anfräge 7 ✓").get_response()
         assert (response["model_name"], response["model_version"]) == (ODD, number)
@@ -175,7 +175,7 @@ def test_the_answer_names_its_request_and_its_version(worker: Keyed, client: htt
 
 
 def test_versions_differ(worker: Keyed, client: httpx.Client) -> None:
-    """Each version has its own tensors, also by the name of an alias."""
+    """Each version has its own tensors, by the name of an alias too."""
     client.put(f"/v1/tenants/{TENANT}/adapters/a.b-c_d.9/aliases/prod", json={"version": 1})
     for version in ("1", "2", "prod"):
         assert_result(worker.infer(ODD, [], model_version=version), get(client, f"{ODD}@{version}"))
@@ -184,7 +184,7 @@ def test_versions_differ(worker: Keyed, client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_requests_may_be_compressed(worker: Keyed, client: httpx.Client, algorithm: str) -> None:
-    """Masks shrink well; tensors do not, so that answers come as they are, as the protocol allows."""
+    """tritonclient can compress a request, and ask for a compressed answer."""
     found = worker.infer(
         LLAMA,
         [masked(MASK)],
@@ -195,7 +195,7 @@ def test_requests_may_be_compressed(worker: Keyed, client: httpx.Client, algorit
 
 
 def test_hints_to_a_scheduler_change_nothing(worker: Keyed, client: httpx.Client) -> None:
-    """`priority` and `timeout` are accepted, sequences are not."""
+    """`priority` and `timeout` are accepted and ignored, and sequences are refused."""
     assert_result(worker.infer(LLAMA, [rows(1)], priority=2, timeout=10**6), get(client, LLAMA))
     with pytest.raises(InferenceServerException, match="sequence_id"):
         worker.infer(LLAMA, [rows(1)], sequence_id=7)
@@ -207,7 +207,7 @@ def _state(worker: Keyed, model: str) -> dict[str, str]:
 
 
 def test_the_repository_is_the_residency(worker: Keyed, client: httpx.Client) -> None:
-    """The index tells what is in memory; `load` brings the latest version there, `unload` takes all out."""
+    """The index shows what is in memory; `load` loads the latest version, and `unload` unloads all."""
     worker.unload_model(ODD)
     assert _state(worker, ODD) == {"1": "UNAVAILABLE", "2": "UNAVAILABLE"}
     worker.load_model(ODD)
@@ -222,7 +222,7 @@ def test_the_repository_is_the_residency(worker: Keyed, client: httpx.Client) ->
 
 
 def test_load_leaves_a_pin(worker: Keyed, client: httpx.Client) -> None:
-    """What `/v1` pinned is not let go by a client that knows no pins."""
+    """`load` keeps a pin of `/v1`, and `unload` removes it."""
     residency = f"/v1/tenants/{TENANT}/adapters/llama/residency"
     client.put(residency, json={"pinned": True})
     worker.load_model(LLAMA)
@@ -299,7 +299,7 @@ def _named(name: str) -> Any:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_tritonclient_raises_the_words(worker: Keyed, case: str) -> None:
-    """What was wrong stands in the exception's message, with the status."""
+    """The exception has the message and the status."""
     call, status, words = REFUSED[case]
     with pytest.raises(InferenceServerException, match=words) as raised:
         call(worker)
@@ -307,7 +307,7 @@ def test_tritonclient_raises_the_words(worker: Keyed, case: str) -> None:
 
 
 def test_a_key_is_needed(server: Server, client: httpx.Client) -> None:
-    """Health is public; everything else says what is missing."""
+    """Health needs no key, and everything else says that one is missing."""
     keyless = Keyed(server, "")
     assert keyless.is_server_live() is True
     assert keyless.is_server_ready() is True
@@ -328,7 +328,7 @@ def test_a_key_is_needed(server: Server, client: httpx.Client) -> None:
 
 
 async def test_the_asyncio_client(server: Server, client: httpx.Client) -> None:
-    """The same through tritonclient's other transport, whose requests look different on the wire."""
+    """tritonclient's asyncio client, whose requests differ on the wire, gets the same answers."""
     headers = {"Authorization": f"Bearer {server.admin_key}"}
     async with triton_aio.InferenceServerClient(urlsplit(server.url).netloc) as worker:
         assert await worker.is_server_ready()

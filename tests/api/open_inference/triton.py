@@ -1,4 +1,4 @@
-"""What the suites of the Open Inference Protocol share: tritonclient with a key, and its inputs."""
+"""Gives the suites of the Open Inference Protocol tritonclient with a key, and its inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,18 +22,18 @@ class Keyed:
         return lambda *args, **kwargs: method(*args, headers={"Authorization": f"Bearer {self._key}"}, **kwargs)
 
     def close(self) -> None:
-        """End its connections."""
+        """Closes its connections."""
         self._client.close()
 
 
 def rows(count: int, *, binary: bool = True) -> Any:
-    """The input `batch_size`."""
+    """Returns the input `batch_size`."""
     value = triton.InferInput("batch_size", [1], "INT32")
     return value.set_data_from_numpy(np.array([count], np.int32), binary_data=binary)
 
 
 def masked(mask: list[list[int]], *, binary: bool = True) -> Any:
-    """The input `attention_mask`."""
+    """Returns the input `attention_mask`."""
     array = np.array(mask, np.int64)
     return triton.InferInput("attention_mask", list(array.shape), "INT64").set_data_from_numpy(
         array, binary_data=binary

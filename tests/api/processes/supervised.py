@@ -1,8 +1,8 @@
-"""`python -m tests.api.processes.supervised FOLDER`: a supervisor of two workers that import nothing,
-for tests of how they end.
+"""`python -m tests.api.processes.supervised FOLDER` runs a supervisor of two workers that import nothing, to test how
+they end.
 
-Files in the folder tell workers what to do: `broken`, cannot start; `slow`, never becomes ready; `stubborn`, ignores
-SIGTERM; all others are well.
+Files in the folder decide what workers do: with `broken` they cannot start, with `slow` they never become ready, with
+`stubborn` they ignore SIGTERM, and otherwise they work.
 """
 
 import os
@@ -18,12 +18,12 @@ from prefix_service.api.processes.worker import SIGN, die_with
 from prefix_service.errors import PrefixServiceError
 from prefix_service.logs import configure
 
-# A loaded machine takes seconds to start Python: what a test waits for must be far longer.
+# A loaded machine takes seconds to start Python, so what a test waits for must take far longer.
 PATIENCE = Timeouts(start=15, silence=4, end=8, first_pause=0.1, longest_pause=0.4)
 
 
 def work(signs: socket.socket, started_by: int, folder: Path) -> None:
-    """Give signs of life until SIGTERM."""
+    """Gives signs of life until SIGTERM."""
     die_with(started_by)
     if (folder / "broken").exists():
         signs.sendall(b"the folder is broken")

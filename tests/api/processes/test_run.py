@@ -1,4 +1,4 @@
-"""`api.processes.run` with real processes: what becomes of a service when a part of it dies, hangs or cannot start."""
+"""`api.processes.run` keeps a service of real processes alive when a part of it dies, hangs or cannot start."""
 
 import errno
 import os
@@ -31,21 +31,21 @@ ctypes.CDLL = CDLL
 
 
 def customized(folder: Path, code: str) -> dict[str, str]:
-    """An environment in which each Python process begins with this code."""
+    """Returns an environment in which each Python process begins with this code."""
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 @contextmanager
 def two_workers(tmp_path: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    """A service with two workers, both ready."""
+    """Yields a service with two workers, both ready."""
     with running_server(tmp_path / "data", "--workers", "2", *options, environment=environment) as server:
         ready_of(server)
         yield server
 
 
 def ready_of(server: Server, *without: int) -> list[int]:
-    """Two workers, once both are ready, and none of them is `without`."""
+    """Waits until two workers are ready, none of which is `without`, and returns them."""
 
     def found() -> list[int]:
         told = {line["pid"] for line in lines_of(server.log, "a worker is ready")}
@@ -56,7 +56,7 @@ def ready_of(server: Server, *without: int) -> list[int]:
 
 
 def answers(server: Server) -> bool:
-    """Whether a request on a new connection is answered."""
+    """Returns whether a request on a new connection is answered."""
     try:
         return httpx.get(f"{server.url}/livez", timeout=30).status_code == 200
     except httpx.TransportError:
@@ -64,7 +64,7 @@ def answers(server: Server) -> bool:
 
 
 def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(tmp_path: Path) -> None:
-    """The dead one at once; the one that hangs, whose other threads live, as well, later."""
+    """A dead worker is replaced immediately, and later one that hangs, although its other threads live."""
     with two_workers(tmp_path, environment=customized(tmp_path, _HANG)) as server:
         hanging, killed = ready_of(server)
         os.kill(hanging, signal.SIGUSR1)
@@ -78,7 +78,7 @@ def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(
 
 
 def test_a_replacement_that_cannot_start_leaves_the_healthy_ones_alone(tmp_path: Path) -> None:
-    """They serve, it is tried again, and the log says why it cannot start."""
+    """Healthy workers serve while a replacement is tried again, and the log says why it cannot start."""
     shared = tmp_path / "shared"
     environment = {"PREFIX_SHARED_DIR": str(shared), "PREFIX_UDS": str(tmp_path / "socket")}
     with running_server(
@@ -98,7 +98,7 @@ def test_a_replacement_that_cannot_start_leaves_the_healthy_ones_alone(tmp_path:
 
 
 def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
-    """With the reason, and an exit status that is not 0; here the folder of the workers' numbers is gone."""
+    """The service exits with 1 and the reason; here the folder of the workers' numbers is gone."""
     environment = customized(tmp_path, _LOST)
     arguments = ("serve", "--data-dir", tmp_path / "data", "--port", free_port(), "--workers", "2")
     failed = run_process(*map(str, arguments), environment=environment)
@@ -109,7 +109,7 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
 
 
 def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
-    """When it is killed they are gone soon, one that is stopped too, and the next service starts."""
+    """Workers of a killed supervisor end soon, stopped ones too, and the next service starts."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         os.kill(workers[0], signal.SIGSTOP)
@@ -121,8 +121,9 @@ def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) -> None:
-    """Where the kernel does not kill them (not Linux), workers end when their supervisor's socket does. One that is
-    stopped cannot, so that the next service is refused until it has."""
+    """Where the kernel does not kill workers (not Linux), they end when their supervisor's socket does. One that is
+    stopped cannot, so the next service is refused until it has ended.
+    """
     with two_workers(tmp_path, environment=customized(tmp_path, _NO_PRCTL)) as server:
         stopped, other = ready_of(server)
         os.kill(stopped, signal.SIGSTOP)
@@ -140,7 +141,7 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
 
 
 def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
-    """An answer under way is finished first; the exit status is 0, and the workers are gone."""
+    """SIGTERM ends the service with status 0 once its workers have ended in order."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         server.process.send_signal(signal.SIGTERM)
@@ -153,7 +154,7 @@ def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stale_unix_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path, workers: str) -> None:
-    """Who was killed leaves its socket's file; only its owner and its group may connect to the new one."""
+    """A start replaces a killed service's socket, and only owner and group may connect to the new one."""
     path = tmp_path / "socket"
     options = ("--workers", workers, "--uds", str(path))
     with running_server(tmp_path / "data", *options, uds=path) as first:
@@ -171,7 +172,7 @@ def test_a_stale_unix_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path,
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: str) -> None:
-    """A port that is taken, an address that is another machine's, and a file where the socket should be."""
+    """The error names a taken port, another machine's address, or a file in the socket's place."""
     file = tmp_path / "file"
     file.touch()
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -189,7 +190,7 @@ def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: 
 
 
 def test_localhost_is_every_address_of_this_machine(tmp_path: Path) -> None:
-    """Where it has two, both are listened on."""
+    """`localhost` listens on both addresses if this machine has two."""
     with running_server(tmp_path / "data", "--host", "localhost") as server:
         port = int(server.url.rpartition(":")[2])
         for family, *_, address in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM):

@@ -1,4 +1,4 @@
-"""`api.processes.supervisor` on real processes, which import nothing: who is restarted when, and how it all ends."""
+"""`api.processes.supervisor` restarts and ends real processes, which import nothing."""
 
 import os
 import signal
@@ -26,12 +26,12 @@ class Supervised:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def ready(self) -> list[int]:
-        """The workers of this moment that have said that they are ready."""
+        """Returns the present workers that have said that they are ready."""
         told = {line["pid"] for line in lines_of(self.log, "a worker is ready")}
         return [pid for pid in workers_of(self.process.pid) if pid in told]
 
     def two_ready(self, *without: int) -> list[int]:
-        """Two workers, once both are ready, and none of them is `without`."""
+        """Waits until two workers are ready, none of which is `without`, and returns them."""
 
         def found() -> list[int]:
             ready = self.ready()
@@ -40,13 +40,13 @@ class Supervised:
         return eventually(found)
 
     def failures(self) -> list[dict[str, Any]]:
-        """The lines on starts that failed."""
+        """Returns the log's lines on starts that failed."""
         return lines_of(self.log, "a worker could not start")
 
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Iterator[Supervised]:
-    """Two workers, which may not be ready yet."""
+    """Yields two workers, which may not be ready yet."""
     running = Supervised(tmp_path)
     yield running
     running.process.kill()
@@ -55,7 +55,7 @@ def supervised(tmp_path: Path) -> Iterator[Supervised]:
 
 
 def test_a_worker_is_replaced_whatever_another_does(supervised: Supervised) -> None:
-    """One is stopped, the other killed: the dead one is replaced before the silence of the other is even noticed."""
+    """A killed worker is replaced before the silence of a stopped one is even noticed."""
     stopped, killed = supervised.two_ready()
     os.kill(stopped, signal.SIGSTOP)
     with within(PATIENCE.silence):
@@ -70,7 +70,7 @@ def test_a_worker_is_replaced_whatever_another_does(supervised: Supervised) -> N
 
 
 def test_a_replacement_that_cannot_start_is_tried_again_while_the_others_serve(supervised: Supervised) -> None:
-    """With pauses that grow to a limit, each failure told with its reason; a success ends it."""
+    """Pauses between starts grow to a limit, each failure is logged with its reason, and a success ends them."""
     healthy, killed = supervised.two_ready()
     (supervised.folder / "broken").touch()
     os.kill(killed, signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_a_replacement_that_cannot_start_is_tried_again_while_the_others_serve(s
 
 
 def test_a_replacement_that_never_becomes_ready_is_killed_and_tried_again(supervised: Supervised) -> None:
-    """It has longer than a worker that was ready, and no more."""
+    """A replacement has longer to become ready than a worker may be silent, and no more."""
     _, killed = supervised.two_ready()
     os.kill(killed, signal.SIGKILL)
     eventually(lambda: killed not in workers_of(supervised.process.pid))
@@ -95,7 +95,7 @@ def test_a_replacement_that_never_becomes_ready_is_killed_and_tried_again(superv
 
 
 def test_it_fails_if_no_worker_can_ever_start(tmp_path: Path) -> None:
-    """The exit status is not 0, and the reason is told."""
+    """The supervisor exits with 1, and logs the reason."""
     (tmp_path / "broken").touch()
     supervised = Supervised(tmp_path)
     assert supervised.process.wait(timeout=90) == 1
@@ -104,7 +104,7 @@ def test_it_fails_if_no_worker_can_ever_start(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_its_workers(supervised: Supervised, number: signal.Signals) -> None:
-    """In order: the exit status is 0, of the workers too."""
+    """A signal ends supervisor and workers in order, with status 0."""
     supervised.two_ready()
     if number == signal.SIGINT:
         os.killpg(supervised.process.pid, number)  # as a terminal does
@@ -116,7 +116,7 @@ def test_a_signal_ends_it_with_its_workers(supervised: Supervised, number: signa
 
 @pytest.mark.parametrize(("signals", "seconds"), [(1, 30), (2, PATIENCE.end * 0.75)])
 def test_a_worker_that_does_not_end_is_killed(supervised: Supervised, signals: int, seconds: float) -> None:
-    """After the grace period, or when a second signal comes."""
+    """A worker that ignores SIGTERM is killed after the grace period, or at a second signal."""
     (supervised.folder / "stubborn").touch()
     supervised.two_ready()
     for sent in range(signals):
@@ -129,7 +129,7 @@ def test_a_worker_that_does_not_end_is_killed(supervised: Supervised, signals: i
 
 
 def test_nobody_is_to_blame_for_a_machine_that_stood_still(supervised: Supervised) -> None:
-    """Supervisor and workers are stopped together, for longer than a worker may be silent: all go on."""
+    """Workers are not replaced if they were silent while the supervisor was stopped too."""
     before = supervised.two_ready()
     os.killpg(supervised.process.pid, signal.SIGSTOP)
     time.sleep(PATIENCE.silence * 1.5)
@@ -141,7 +141,7 @@ def test_nobody_is_to_blame_for_a_machine_that_stood_still(supervised: Supervise
 
 
 def test_workers_end_when_their_supervisor_is_killed(supervised: Supervised) -> None:
-    """One that is stopped as well."""
+    """Workers end when their supervisor is killed, a stopped one too."""
     running = supervised.two_ready()
     os.kill(running[0], signal.SIGSTOP)
     supervised.process.kill()

@@ -1,4 +1,4 @@
-"""Managing adapters: listing, versions, deletion, aliases, residency."""
+"""Adapters are managed over HTTP: listing, versions, deletion, aliases, residency."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ NAMES = [f"listed-{n:02}" for n in range(7)]
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and seven adapters: the last two for another base model."""
+    """Returns a platform admin's client, and publishes seven adapters, two of them for another base model."""
     client = server.client()
     for index, name in enumerate(reversed(NAMES)):
         config = {**CONFIG, "base_model_name_or_path": "org/other" if index < 2 else "org/base model"}
@@ -35,7 +35,7 @@ def _names(page: dict[str, Any]) -> list[str]:
 
 
 def test_listing_is_in_the_order_of_names(client: httpx.Client) -> None:
-    """One page where everything fits, and no cursor then."""
+    """A listing is sorted by name; if it fits one page, there is no cursor."""
     answer = client.get(ADAPTERS)
     assert _names(answer.json()) == NAMES
     assert answer.json()["next"] is None
@@ -48,7 +48,7 @@ def test_listing_is_in_the_order_of_names(client: httpx.Client) -> None:
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("follow", ["cursor", "link"])
 def test_pages_make_the_whole(client: httpx.Client, limit: int, follow: str) -> None:
-    """Following `next`, or the Link header, passes every adapter once, with the filter kept."""
+    """Following `next`, or the Link header, lists every adapter once, with the filter kept."""
     path, found = f"{ADAPTERS}?limit={limit}&base_model=org/base%20model", []
     while path:
         answer = client.get(path)
@@ -64,27 +64,27 @@ def test_pages_make_the_whole(client: httpx.Client, limit: int, follow: str) -> 
 
 
 def test_listing_by_base_model(client: httpx.Client) -> None:
-    """Only adapters of that base model; none is an empty page."""
+    """The filter lists only adapters of that base model, and an empty page if there are none."""
     assert _names(_listed(client, base_model="org/other")) == NAMES[5:]
     assert _listed(client, base_model="org/none") == {"items": [], "next": None}
 
 
 @pytest.mark.parametrize("cursor", ["x", "!", "", "%00", "AAAA", "w6k", "Li4", "bGlzdGVkLTAx=", "a" * 1000])
 def test_bad_cursor(client: httpx.Client, cursor: str) -> None:
-    """What no listing gave is 422."""
+    """A cursor that no listing gave is a 422."""
     for path in (ADAPTERS, "/v1/tenants"):
         problem(client.get(f"{path}?cursor={cursor}"), 422, "invalid-request")
 
 
 def test_listing_of_a_missing_tenant(client: httpx.Client) -> None:
-    """A tenant without adapters has an empty page; one that is missing has none."""
+    """A tenant without adapters has an empty page, and a missing tenant is a 404."""
     client.put("/v1/tenants/managing-empty")
     assert client.get("/v1/tenants/managing-empty/adapters").json() == {"items": [], "next": None}
     problem(client.get("/v1/tenants/managing-none/adapters"), 404, "not-found")
 
 
 def test_versions(client: httpx.Client) -> None:
-    """Every version, newest first; their aliases with them."""
+    """The listing has every version, newest first, with its aliases."""
     for seed in range(3):
         upload(client, TENANT, "versions", file=weights(seed))
     client.put(f"{ADAPTERS}/versions/aliases/prod", json={"version": 2})
@@ -97,7 +97,7 @@ def test_versions(client: httpx.Client) -> None:
 
 
 def test_deleting_a_version(client: httpx.Client) -> None:
-    """By number or digest: 204, gone for every reader, `latest` falls back, others stay."""
+    """A version is deleted by number or digest, is gone for every reader, and `latest` falls back."""
     versions = [upload(client, TENANT, "gone", file=weights(seed)).json() for seed in range(4)]
     tensors_of(client.get(f"{ADAPTERS}/gone@4/prefix"))
     assert client.delete(f"{ADAPTERS}/gone@4").status_code == 204
@@ -110,7 +110,7 @@ def test_deleting_a_version(client: httpx.Client) -> None:
 
 
 def test_deleting_what_an_alias_points_at(client: httpx.Client) -> None:
-    """409 while an alias points at the version; by digest too."""
+    """Deleting a version is a 409 while an alias points at it, by digest too."""
     version = upload(client, TENANT, "held").json()
     alias = f"{ADAPTERS}/held/aliases/prod"
     client.put(alias, json={"version": 1})
@@ -123,7 +123,7 @@ def test_deleting_what_an_alias_points_at(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("selector", ["latest", "prod"])
 def test_deleting_by_another_selector(client: httpx.Client, selector: str) -> None:
-    """What moves is no way to say what shall be destroyed."""
+    """A moving selector cannot name the version to delete."""
     upload(client, TENANT, "selector")
     client.put(f"{ADAPTERS}/selector/aliases/prod", json={"version": 1})
     problem(client.delete(f"{ADAPTERS}/selector@{selector}"), 422, "invalid-request")
@@ -131,7 +131,7 @@ def test_deleting_by_another_selector(client: httpx.Client, selector: str) -> No
 
 
 def test_deleting_an_adapter(client: httpx.Client) -> None:
-    """All versions and aliases go; a second time it is missing."""
+    """Deleting an adapter deletes its versions and aliases; a second time it is missing."""
     upload(client, TENANT, "whole")
     client.put(f"{ADAPTERS}/whole/aliases/prod", json={"version": 1})
     assert client.delete(f"{ADAPTERS}/whole").status_code == 204
@@ -141,7 +141,7 @@ def test_deleting_an_adapter(client: httpx.Client) -> None:
 
 
 def test_numbers_are_never_used_again(client: httpx.Client) -> None:
-    """Not after a version was deleted, nor after the adapter was: a number names one content for ever."""
+    """A number names one content for ever, even after its version or its adapter was deleted."""
     first = upload(client, TENANT, "numbers").json()
     upload(client, TENANT, "numbers", file=weights(1))
     client.delete(f"{ADAPTERS}/numbers@2")
@@ -155,7 +155,7 @@ def test_numbers_are_never_used_again(client: httpx.Client) -> None:
 
 @pytest.fixture
 def alias(client: httpx.Client) -> str:
-    """The path of an alias that does not exist, of an adapter with three versions."""
+    """Returns the path of an alias that does not exist, of an adapter with three versions."""
     client.delete(f"{ADAPTERS}/aliased")
     for seed in range(3):
         upload(client, TENANT, "aliased", file=weights(seed))
@@ -168,7 +168,7 @@ def _third_from_last(client: httpx.Client, back: int) -> int:
 
 
 def test_alias_is_made_moved_and_forgotten(client: httpx.Client, alias: str) -> None:
-    """201 for a new one, 200 for a move; readers see the move at once; its version stays when it goes."""
+    """PUT answers 201 for a new alias and 200 for a move, which readers see at once; its deletion keeps the version."""
     old, new = _third_from_last(client, 2), _third_from_last(client, 1)
     answer = client.put(alias, json={"version": old})
     assert (answer.status_code, answer.json()) == (201, {"alias": "prod", "version": old})
@@ -186,7 +186,7 @@ def test_alias_is_made_moved_and_forgotten(client: httpx.Client, alias: str) -> 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
 def test_alias_with_if_match(client: httpx.Client, alias: str, method: str) -> None:
-    """A move or deletion happens only from where the caller saw the alias, by strong comparison."""
+    """A move or deletion happens only if the alias is as the caller saw it, by strong comparison."""
     old, new = _third_from_last(client, 2), _third_from_last(client, 1)
     body = {"json": {"version": new}} if method == "PUT" else {}
 
@@ -202,7 +202,7 @@ def test_alias_with_if_match(client: httpx.Client, alias: str, method: str) -> N
 
 
 def test_alias_with_if_none_match(client: httpx.Client, alias: str) -> None:
-    """`If-None-Match: *` creates only."""
+    """`If-None-Match: *` makes an alias, and moves none."""
     body, headers = {"version": _third_from_last(client, 2)}, {"If-None-Match": "*"}
     assert client.put(alias, json=body, headers=headers).status_code == 201
     problem(client.put(alias, json=body, headers=headers), 412, "precondition-failed")
@@ -228,12 +228,12 @@ def test_alias_names(client: httpx.Client, alias: str, name: str) -> None:
     ids=str,
 )
 def test_alias_bodies(client: httpx.Client, alias: str, body: dict[str, Any]) -> None:
-    """A version number, and nothing unknown."""
+    """The body is a version number, and has no unknown fields."""
     problem(client.put(alias, json=body), 422, "invalid-request")
 
 
 def test_alias_of_a_missing_version(client: httpx.Client, alias: str) -> None:
-    """An alias points at what exists."""
+    """An alias of a missing version or adapter is a 404, and is not made."""
     problem(client.put(alias, json={"version": 10**6}), 404, "not-found")
     problem(client.put(alias.replace("aliased", "none"), json={"version": 1}), 404, "not-found")
     problem(client.get(alias), 404, "not-found")
@@ -249,7 +249,7 @@ def test_alias_with_preload(client: httpx.Client, alias: str) -> None:
 
 
 def test_residency(client: httpx.Client) -> None:
-    """Load and wait, pin, tell, unload; the prefix is served all the same."""
+    """The service loads and waits, pins, reports and unloads; the prefix is served all the same."""
     upload(client, TENANT, "resident")
     path = f"{ADAPTERS}/resident/residency"
     assert client.get(path).json() == {"resident": False, "pinned": False, "device": "cpu"}
@@ -263,7 +263,7 @@ def test_residency(client: httpx.Client) -> None:
 
 
 def test_residency_bodies(client: httpx.Client) -> None:
-    """A body that is sent is read: without a media type, or with another content, it is refused."""
+    """A body without a media type, or with other content, is refused."""
     upload(client, TENANT, "resident")
     path = f"{ADAPTERS}/resident/residency"
     problem(client.put(path, content=b'{"pinned": true}'), 415, "unsupported-media-type")

@@ -1,4 +1,4 @@
-"""The audit over HTTP: every change once, with who made it, for the tenant's admin and for nobody else."""
+"""The audit has every change once, with its author, for the tenant's admin and for no other tenant."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ TENANT = "audited"
 
 
 def entries(client: httpx.Client, path: str = f"/v1/tenants/{TENANT}/audit") -> list[Entry]:
-    """All of them, oldest first."""
+    """Returns all entries, oldest first."""
     found: list[Entry] = []
     params: dict[str, Any] = {"limit": 1000}
     while True:
@@ -33,7 +33,7 @@ def admin(server: Server) -> httpx.Client:
 
 @pytest.fixture(scope="module")
 def own(server: Server, admin: httpx.Client) -> Iterator[tuple[str, httpx.Client]]:
-    """The id of a key of the tenant's admin, and a client with it."""
+    """Yields the id of a key of the tenant's admin, and a client with it."""
     admin.put(f"/v1/tenants/{TENANT}")
     made = admin.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "admin", "name": "ops"}).json()
     yield made["id"], server.client(made["key"])
@@ -41,7 +41,7 @@ def own(server: Server, admin: httpx.Client) -> Iterator[tuple[str, httpx.Client
 
 
 def test_every_change_is_told_once(admin: httpx.Client, own: tuple[str, httpx.Client]) -> None:
-    """Who, what and when, in order; reads, and changes that change nothing, are none."""
+    """Each change has one entry, in order; reads, and writes that change nothing, have none."""
     key_id, client = own
     before = len(entries(client))
     base = f"/v1/tenants/{TENANT}/adapters/a"
@@ -83,7 +83,7 @@ def test_every_change_is_told_once(admin: httpx.Client, own: tuple[str, httpx.Cl
 
 
 def test_what_was_refused_is_no_change(own: tuple[str, httpx.Client]) -> None:
-    """Nothing happened, so nothing is told."""
+    """A refused request has no entry."""
     _, client = own
     before = entries(client)
     problem(client.delete(f"/v1/tenants/{TENANT}/adapters/none"), 404)
@@ -94,7 +94,7 @@ def test_what_was_refused_is_no_change(own: tuple[str, httpx.Client]) -> None:
 
 
 def test_a_namesake_does_not_inherit(server: Server, admin: httpx.Client) -> None:
-    """A tenant that is made anew has a history of its own; the platform still reads the old one."""
+    """A tenant that is made again has a history of its own; the platform can read the old one."""
     admin.put("/v1/tenants/audited-twice")
     upload(admin, "audited-twice", "a")
     admin.delete("/v1/tenants/audited-twice")
@@ -105,7 +105,7 @@ def test_a_namesake_does_not_inherit(server: Server, admin: httpx.Client) -> Non
 
 
 def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
-    """Keys of the platform are nobody's but its own; what the command line does is told as its doing."""
+    """Entries of platform keys have no tenant, and those of the command line name it."""
     made = admin.post("/v1/keys", json={"scope": "read"}).json()
     done = run_command("key", "revoke", made["id"], "--platform", "--data-dir", server.data_dir)
     assert done.returncode == 0, done.stderr
@@ -118,7 +118,7 @@ def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
 
 
 def test_it_holds_no_secret(server: Server, own: tuple[str, httpx.Client]) -> None:
-    """A key's id, never the key."""
+    """An entry has a key's id, and never its text."""
     _, client = own
     made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()
     told = client.get(f"/v1/tenants/{TENANT}/audit").text
@@ -127,7 +127,7 @@ def test_it_holds_no_secret(server: Server, own: tuple[str, httpx.Client]) -> No
 
 
 def test_it_comes_in_pages(own: tuple[str, httpx.Client]) -> None:
-    """Newest first, each entry once, with a Link to older ones."""
+    """The audit lists the newest first, each entry once, with a Link to older ones."""
     _, client = own
     for _ in range(5):
         made = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()
@@ -144,12 +144,12 @@ def test_it_comes_in_pages(own: tuple[str, httpx.Client]) -> None:
 
 @pytest.mark.parametrize("cursor", ["x", "YQ", "", "17", "0" * 32, "A" * 32, "\u0661" * 32])
 def test_cursors_that_it_did_not_give(own: tuple[str, httpx.Client], cursor: str) -> None:
-    """422."""
+    """A cursor that the audit did not give is a 422."""
     problem(own[1].get(f"/v1/tenants/{TENANT}/audit", params={"cursor": cursor}), 422, "invalid-request")
 
 
 def test_it_is_for_admins(server: Server, own: tuple[str, httpx.Client]) -> None:
-    """A tenant's other keys, and another tenant's, do not read it; nor does a tenant read the platform's."""
+    """A tenant's other keys cannot read its audit, and its admin reads neither another tenant's nor the platform's."""
     _, client = own
     for scope in ("read", "write"):
         key = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": scope}).json()["key"]

@@ -1,4 +1,4 @@
-"""`GET /v1/changes`: who sees which changes, who waits for them, and when the waiting ends."""
+"""`GET /v1/changes` shows a key its changes, lets it wait for them, and ends the wait."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ class Watched:
     clients: dict[str, httpx.Client]
 
     def now(self, whose: str) -> str:
-        """The present revision, as the owner of a key is told it."""
+        """Returns the present revision, in the text that the owner of a key gets."""
         return str(self.page(whose)["revision"])
 
     def page(self, whose: str, since: str | None = None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Watched:
         return page
 
     def move(self, tenant: str, alias: str = "prod") -> None:
-        """Change something of a tenant."""
+        """Makes and deletes an alias of a tenant."""
         assert self.admin.put(f"/v1/tenants/{tenant}/adapters/a/aliases/{alias}", json={"version": 1}).is_success
         assert self.admin.delete(f"/v1/tenants/{tenant}/adapters/a/aliases/{alias}").is_success
 
@@ -67,7 +67,7 @@ def kinds(page: dict[str, Any]) -> list[str]:
 
 
 def test_changes_since_a_revision(watched: Watched) -> None:
-    """Oldest first, with the names that each kind has; the answer's revision goes on from there."""
+    """Changes come oldest first, with the fields of their kind, and the answer's revision continues from there."""
     before = watched.page("acme read")
     assert before["items"] == []
     version = upload(watched.admin, "acme", "b").json()
@@ -89,7 +89,7 @@ def test_changes_since_a_revision(watched: Watched) -> None:
 
 
 def test_a_key_sees_its_tenant_and_the_platform_all(watched: Watched) -> None:
-    """Keys and quotas are for admins."""
+    """A key gets its tenant's changes, a platform key all, and only admins those of keys and quotas."""
     owners = ("acme read", "acme admin", "beta read", "platform")
     before = {whose: watched.now(whose) for whose in owners}
     watched.admin.post("/v1/tenants/acme/keys", json={"scope": "read"})
@@ -106,7 +106,7 @@ def test_a_key_sees_its_tenant_and_the_platform_all(watched: Watched) -> None:
 
 
 def test_revisions_say_nothing_of_others(watched: Watched) -> None:
-    """Each text is another, whether or not anything changed; another tenant's is refused, as is any other text."""
+    """Every revision's text differs, even if nothing changed; any other text is refused, and another tenant's."""
     assert len({watched.now("acme read") for _ in range(4)}) == 4
     acme, client = watched.now("acme read"), watched.clients["beta read"]
     for text in (acme, watched.now("platform"), "0" * 32):
@@ -115,7 +115,7 @@ def test_revisions_say_nothing_of_others(watched: Watched) -> None:
 
 
 def test_the_answer_waits_for_a_change(watched: Watched) -> None:
-    """One of the key's tenant; others' do not end the wait."""
+    """A change of the key's tenant ends the wait, and another tenant's does not."""
     before = watched.now("acme read")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(watched.page, "acme read", before)
@@ -127,7 +127,7 @@ def test_the_answer_waits_for_a_change(watched: Watched) -> None:
 
 
 def test_what_is_no_longer_kept_is_gone(watched: Watched) -> None:
-    """410 tells a caller to read everything again."""
+    """A revision whose changes were deleted is a 410, after which the caller must read everything again."""
     before = watched.now("acme read")
     for _ in range(2):
         watched.move("acme")
@@ -144,7 +144,7 @@ def test_what_is_no_longer_kept_is_gone(watched: Watched) -> None:
 
 @contextmanager
 def streaming(client: httpx.Client, **headers: str) -> Iterator[Iterator[str]]:
-    """The lines of a stream of events."""
+    """Yields the lines of a stream of events."""
     with client.stream("GET", PATH, headers={**STREAM, **headers}) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -153,13 +153,13 @@ def streaming(client: httpx.Client, **headers: str) -> Iterator[Iterator[str]]:
 
 
 def event(lines: Iterator[str]) -> tuple[str, dict[str, Any] | None]:
-    """The next event's id and data; without data it says where to go on from."""
+    """Returns the next event's id and data; an event without data has the revision to continue from."""
     found = dict(line.split(": ", 1) for line in iter(lambda: next(lines), ""))
     return found["id"], json.loads(found["data"]) if "data" in found else None
 
 
 def changed(lines: Iterator[str]) -> dict[str, Any]:
-    """The next change in a stream."""
+    """Returns the next change in a stream."""
     while True:
         revision, found = event(lines)
         if found is not None:
@@ -168,7 +168,7 @@ def changed(lines: Iterator[str]) -> dict[str, Any]:
 
 
 def test_a_stream_of_events(watched: Watched) -> None:
-    """Each with its revision as id, from which another stream goes on."""
+    """Each event has its revision as id, from which another stream continues."""
     client = watched.clients["acme read"]
     with streaming(client) as lines:
         begin, found = event(lines)
@@ -186,8 +186,9 @@ def test_a_stream_of_events(watched: Watched) -> None:
 
 @pytest.mark.parametrize("end", ["revoked", "tenant deleted"])
 def test_a_stream_ends_with_its_key(watched: Watched, end: str) -> None:
-    """Its reader finds the end of the body, and 401 when it comes again. So does a caller who waits for a page. A look
-    that began before may still find that the tenant was deleted."""
+    """When a key ends, so does its stream, and a caller that waits for a page gets 401, as every later request does. A
+    look that began before may still find that the tenant was deleted.
+    """
     assert upload(watched.admin, "gamma", "a").is_success
     made = watched.admin.post("/v1/tenants/gamma/keys", json={"scope": "read"}).json()
     client = watched.server.client(made["key"])
@@ -205,7 +206,7 @@ def test_a_stream_ends_with_its_key(watched: Watched, end: str) -> None:
 
 
 def test_a_write_says_its_revision(watched: Watched) -> None:
-    """The changes after it are those that came later. Reads and refused writes say none."""
+    """The changes after a write's revision are later ones. Reads and refused writes have none."""
     path = "/v1/tenants/acme/adapters/a"
     client = watched.clients["acme admin"]
     moved = client.put(f"{path}/aliases/dev", json={"version": 1})
@@ -223,7 +224,7 @@ def test_a_write_says_its_revision(watched: Watched) -> None:
 
 
 def test_a_read_may_ask_for_a_revision(watched: Watched) -> None:
-    """One that a key of the same tenant got; any other text is refused."""
+    """A read can name a revision that a key of its tenant got; any other text is refused."""
     revision = watched.now("acme read")
     client = watched.clients["acme read"]
     for path in ("/v1/tenants/acme/adapters/a/prefix", "/v1/tenants/acme/adapters", "/v2/models/acme/a"):
@@ -233,7 +234,7 @@ def test_a_read_may_ask_for_a_revision(watched: Watched) -> None:
 
 
 def test_every_answer_names_the_catalog(watched: Watched) -> None:
-    """By the id that the catalog keeps, whatever is answered."""
+    """Every answer has the id that the catalog keeps."""
     database = Database(watched.server.data_dir / "catalog.sqlite")
     with database.reading() as connection:
         expected = catalog_id(connection)
@@ -253,7 +254,7 @@ def test_every_answer_names_the_catalog(watched: Watched) -> None:
 
 
 def test_watchers_are_bounded(watched: Watched) -> None:
-    """A tenant may be a quarter of them, its other requests do not count, and other tenants have their own."""
+    """A tenant may be a quarter of the watchers; its other requests and other tenants are not affected."""
     client = watched.clients["beta read"]
     with ExitStack() as stack:
         held = [stack.enter_context(streaming(client)) for _ in range(MOST // 4)]
@@ -270,7 +271,7 @@ def test_watchers_are_bounded(watched: Watched) -> None:
 
 
 def until_free(client: httpx.Client) -> None:
-    """The service notices within moments that its watchers have left."""
+    """Waits until the service has noticed that watchers have left."""
     for _ in range(3000):
         if client.get(PATH).status_code == 200:
             return
@@ -278,7 +279,7 @@ def until_free(client: httpx.Client) -> None:
 
 
 def test_only_what_is_offered_is_accepted(watched: Watched) -> None:
-    """JSON or a stream of events; no other query parameter."""
+    """The route offers JSON and a stream of events, and accepts no other query parameter."""
     client = watched.clients["acme read"]
     assert client.get(PATH, headers={"Accept": "text/plain"}).status_code == 406
     assert client.get(PATH, headers={"Accept": "text/event-stream;q=0"}).status_code == 406
@@ -288,7 +289,7 @@ def test_only_what_is_offered_is_accepted(watched: Watched) -> None:
 
 
 def test_the_end_of_the_service_ends_streams(watched: Watched) -> None:
-    """The last test here: SIGTERM does not wait for who waits."""
+    """SIGTERM does not wait for streams and waiting callers. This must be the last test."""
     client = watched.clients["acme read"]
     since = watched.now("acme read")
     with ThreadPoolExecutor(1) as pool, streaming(client) as lines:

@@ -1,4 +1,4 @@
-"""`POST …/versions` with `compose`: a new version that is the concatenation of others."""
+"""`POST …/versions` with `compose` makes a version that is the concatenation of others."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ CARTRIDGE = adapter_of("llama-cartridge-n20-f1")
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second cartridge for the same model: the rows of the first, in another order, and fewer of them."""
+    """Returns a second cartridge for the same model: fewer of the first one's rows, in another order."""
     folder = tmp_path_factory.mktemp("other")
     config = json.loads((CARTRIDGE / "adapter_config.json").read_text())
     config |= {"num_virtual_tokens": 7, "num_frozen_tokens": 2}
@@ -43,7 +43,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(server: Server, other: Path) -> httpx.Client:
-    """A platform admin, and what can be composed."""
+    """Returns a platform admin's client, and publishes what can be composed."""
     client = server.client()
     upload_directory(client, TENANT, "cartridge", CARTRIDGE)
     upload_directory(client, "composing-too", "other", other)
@@ -68,13 +68,12 @@ def _weights(client: httpx.Client, name: str) -> dict[str, torch.Tensor]:
     return load(answer.content)
 
 
-# transformers', for a property that PEFT reads.
+# This is transformers' warning, for a property that PEFT reads.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-# PEFT's, for a base model whose name is that of another machine's folder.
+# This is PEFT's warning, for a base model whose name is that of another machine's folder.
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 def test_it_is_what_peft_composes(client: httpx.Client, other: Path, tmp_path: Path) -> None:
-    """The same weights, bit for bit, and the same config; PEFT loads what the service stores, and computes from it what
-    the service serves."""
+    """The service stores PEFT's weights and config, bit for bit; PEFT loads them, and computes what is served."""
     peft.compose_cartridge_adapters([CARTRIDGE, other], output_path=tmp_path / "theirs")
     answer = _compose(client, "both", f"{TENANT}/cartridge@1", "composing-too/other")
     assert answer.status_code == 201, answer.text
@@ -112,8 +111,9 @@ def test_it_is_what_peft_composes(client: httpx.Client, other: Path, tmp_path: P
     ids="+".join,
 )
 def test_it_is_the_row_of_a_mixed_batch(client: httpx.Client, names: tuple[str, ...]) -> None:
-    """Keys and values of a concatenation, bit for bit: also behind an MLP, which does not run again; in the dtype of
-    its parts, float32 where they differ."""
+    """A composed version has the keys and values of a concatenation, bit for bit, even of MLPs. Its dtype is that of
+    its parts, or float32 if they differ.
+    """
     name = "-".join(names)
     references = [f"{TENANT}/{part}@1" for part in names]
     made = _compose(client, name, *references)
@@ -126,7 +126,7 @@ def test_it_is_the_row_of_a_mixed_batch(client: httpx.Client, names: tuple[str, 
 
 
 def test_what_it_is_afterwards(client: httpx.Client) -> None:
-    """A CARTRIDGE without frozen tokens, if the first had none, and without a projection."""
+    """A composed version is a CARTRIDGE without a projection, and without frozen tokens if its first part had none."""
     _compose(client, "described", f"{TENANT}/mlp", f"{TENANT}/plain")
     found = client.get(f"/v1/tenants/{TENANT}/adapters/described").json()
     assert (found["peft_type"], found["num_virtual_tokens"], found["config"]["num_frozen_tokens"]) == (
@@ -139,7 +139,7 @@ def test_what_it_is_afterwards(client: httpx.Client) -> None:
 
 
 def test_the_same_again_is_the_same_version(client: httpx.Client) -> None:
-    """As every publishing; in another order it is another version."""
+    """Composing the same parts again finds the version, and another order makes another version."""
     first = _compose(client, "again", f"{TENANT}/plain", f"{TENANT}/cartridge")
     again = _compose(client, "again", f"{TENANT}/plain@1", f"{TENANT}/cartridge@latest")
     assert (first.status_code, again.status_code) == (201, 200)
@@ -162,19 +162,19 @@ def test_the_same_again_is_the_same_version(client: httpx.Client) -> None:
     ],
 )
 def test_what_cannot_be_composed(client: httpx.Client, references: list[Any], said: str) -> None:
-    """422 with words, and nothing is published."""
+    """A 422 says why parts cannot be composed, and nothing is published."""
     assert said in problem(_compose(client, "refused", *references), 422)["detail"]
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/refused"), 404)
 
 
 def test_options_of_an_untrained_prefix_do_not_belong_here(client: httpx.Client) -> None:
-    """One way or the other."""
+    """A body has either `compose` or a config."""
     body = {"compose": [f"{TENANT}/plain"] * 2, "config": CONFIG}
     problem(client.post(versions_path(TENANT, "refused"), json=body), 422, "invalid-request")
 
 
 def test_more_tokens_than_a_prefix_may_have(client: httpx.Client) -> None:
-    """The sum counts."""
+    """The bound of tokens holds for the sum."""
     config = CONFIG | {"num_virtual_tokens": (1 << 19) + 1, "num_layers": 1, "num_attention_heads": 1, "token_dim": 1}
     flat = torch.zeros((1 << 19) + 1, 2)
     assert upload(client, TENANT, "long", config, save({"prompt_embeddings": flat})).status_code == 201
@@ -183,7 +183,7 @@ def test_more_tokens_than_a_prefix_may_have(client: httpx.Client) -> None:
 
 
 def test_who_may_compose(server: Server, client: httpx.Client) -> None:
-    """Who may write there and read every part; another tenant's part is 404 in the words of a missing one."""
+    """A key must be able to write there and read every part; another tenant's part is 404 like a missing one."""
     writer, reader = (server.client(server.key(scope, TENANT)) for scope in ("write", "read"))
     assert _compose(writer, "own", f"{TENANT}/plain", f"{TENANT}/plain").status_code == 201
     problem(_compose(reader, "own", f"{TENANT}/plain", f"{TENANT}/plain"), 403, "forbidden")
@@ -194,7 +194,7 @@ def test_who_may_compose(server: Server, client: httpx.Client) -> None:
 
 
 def test_quota_and_audit(server: Server, client: httpx.Client) -> None:
-    """A composed version counts as one that was uploaded, and is told of as one."""
+    """A composed version counts against the quota and is audited, like an uploaded one."""
     upload_directory(client, "composing-quota", "a", CARTRIDGE)
     used = client.get("/v1/tenants/composing-quota").json()["bytes"]
     body = {"compose": ["composing-quota/a", "composing-quota/a"]}
@@ -207,7 +207,7 @@ def test_quota_and_audit(server: Server, client: httpx.Client) -> None:
 
 
 def test_the_client_composes(server: Server, client: httpx.Client) -> None:
-    """`client.compose`, and the service's errors as classes."""
+    """`client.compose` returns the version, and raises the service's errors as classes."""
     with PrefixClient(server.url, server.admin_key) as worker:
         version, is_new = worker.compose(f"{TENANT}/by-client", [f"{TENANT}/plain@1", "composing-too/other"])
         assert (version["num_virtual_tokens"], is_new) == (27, True)

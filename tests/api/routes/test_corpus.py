@@ -1,4 +1,4 @@
-"""The conformance corpus over HTTP: what PEFT computed is what a worker gets, for every case and variant."""
+"""A worker gets over HTTP what PEFT computed, for every case and variant of the conformance corpus."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ class Adapter(NamedTuple):
 
     @property
     def kv_dtype(self) -> str:
-        """What PEFT's values have on its base model."""
+        """Returns the dtype of PEFT's values on its base model."""
         found: str = json.loads((CORPUS / "cases" / self.case / "case.json").read_text())["kv_dtype"]
         return found
 
@@ -74,12 +74,12 @@ DIGESTS = {
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return server.client()
 
 
 def _assert_as_peft(client: httpx.Client, adapter: Adapter, rows: int) -> None:
-    """Fetched at `rows` rows, the tensors are those of the case: bit-equal, or within 1e-5 behind an MLP."""
+    """Checks that the tensors of `rows` rows are the case's: bit-equal, or within 1e-5 behind an MLP."""
     query: dict[str, Any] = {"batch_size": rows, "dtype": adapter.kv_dtype}
     answer = client.get(f"/v1/tenants/{TENANT}/adapters/{adapter.name}/prefix", params=query)
     tensors, about = tensors_of(answer), about_of(answer.content)
@@ -96,7 +96,7 @@ def _assert_as_peft(client: httpx.Client, adapter: Adapter, rows: int) -> None:
 
 
 def _served(expected: Tensors, rows: int) -> Tensors:
-    """What the service returns: untrimmed tensors where PEFT's cache was trimmed to a sliding window."""
+    """Returns what the service returns: untrimmed tensors where PEFT's cache was trimmed to a sliding window."""
     served = {
         name.replace(f"b{rows}.layers", "past_key_values"): tensor
         for name, tensor in expected.items()
@@ -131,7 +131,7 @@ def test_uploaded_adapter(client: httpx.Client, adapter: Adapter) -> None:
         _assert_as_peft(client, adapter, rows)
 
 
-# What `prefix-service convert` is told about the variants that are no adapter directories of safetensors.
+# These are the options of `prefix-service convert` for the variants that are no adapter directories of safetensors.
 CONVERSIONS = {
     "hazy-cartridge-f1": ["--unsafe", "--base-config", str(CORPUS / "bases" / "llama" / "config.json")],
     "legacy-bin-gpt2-n20-emb": [],

@@ -1,5 +1,4 @@
-"""What stands beside a version, over HTTP: model card, annotations, base model and config file; published with it,
-read, replaced under conditions."""
+"""Model card, annotations, base model and config file are published with a version, read, and replaced."""
 
 import itertools
 import json
@@ -21,12 +20,12 @@ _names = itertools.count()
 
 @pytest.fixture
 def client(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return server.client()
 
 
 def _parts(**more: bytes) -> Parts:
-    """The parts of an upload in an order that is allowed."""
+    """Returns the parts of an upload in an allowed order."""
     before = {"README.md": CARD.encode(), "adapter_config.json": json.dumps(CONFIG).encode()}
     return before | {"annotations": json.dumps(ANNOTATIONS).encode(), "adapter_model.safetensors": weights()} | more
 
@@ -36,7 +35,7 @@ def _publish(client: httpx.Client, parts: Parts, name: str | None = None) -> htt
 
 
 def _published(client: httpx.Client) -> str:
-    """The path of a version with CARD and ANNOTATIONS."""
+    """Returns the path of a version with CARD and ANNOTATIONS."""
     answer = _publish(client, _parts())
     assert answer.status_code == 201, answer.text
     return answer.headers["location"]
@@ -47,7 +46,7 @@ def _put_card(client: httpx.Client, path: str, card: str | bytes, **headers: str
 
 
 def test_they_are_published_with_a_version(client: httpx.Client) -> None:
-    """Both come back as they were sent, with an entity tag and the version's number and digest."""
+    """Card and annotations come back unchanged, with an entity tag and the version's number and digest."""
     path = _published(client)
     version = client.get(path).json()
     card, annotations = client.get(f"{path}/card"), client.get(f"{path}/annotations")
@@ -63,7 +62,7 @@ def test_they_are_published_with_a_version(client: httpx.Client) -> None:
 
 
 def test_a_version_without_them(client: httpx.Client) -> None:
-    """An empty card, and no annotations."""
+    """A version without them has an empty card, and no annotations."""
     parts = {name: data for name, data in _parts().items() if name.startswith("adapter")}
     path = _publish(client, parts).headers["location"]
     assert client.get(f"{path}/card").content == b""
@@ -71,7 +70,7 @@ def test_a_version_without_them(client: httpx.Client) -> None:
 
 
 def test_neither_is_in_the_digest(client: httpx.Client) -> None:
-    """The same content with other ones is the same version, which keeps its own."""
+    """Publishing equal content with another card finds the version, which keeps its own."""
     name = f"a{next(_names)}"
     first = _publish(client, _parts(), name)
     again = _publish(client, _parts(**{"README.md": b"another", "annotations": b"{}"}), name)
@@ -82,7 +81,7 @@ def test_neither_is_in_the_digest(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("order", [*itertools.permutations(["README.md", "annotations", "adapter_config.json"])])
 def test_they_stand_anywhere_before_the_weights(client: httpx.Client, order: tuple[str, ...]) -> None:
-    """In any order among themselves and the config."""
+    """The form may have them in any order before the weights."""
     parts = _parts()
     answer = _publish(client, {name: parts[name] for name in (*order, "adapter_model.safetensors")})
     assert answer.status_code == 201
@@ -91,7 +90,7 @@ def test_they_stand_anywhere_before_the_weights(client: httpx.Client, order: tup
 
 @pytest.mark.parametrize("name", ["README.md", "annotations"])
 def test_not_behind_the_weights_and_not_twice(client: httpx.Client, name: str) -> None:
-    """The error names the field."""
+    """The error names a field that comes after the weights or twice."""
     parts = _parts()
     own = parts.pop(name)
     late = client.post(versions_path(TENANT, "late"), files=[*parts.items(), (name, own)])
@@ -114,14 +113,14 @@ def test_not_behind_the_weights_and_not_twice(client: httpx.Client, name: str) -
     ],
 )
 def test_wrong_parts_are_refused(client: httpx.Client, part: str, data: bytes, status: int, words: str) -> None:
-    """With what is wrong; no version comes into being."""
+    """The error says what is wrong with a part, and no version is made."""
     name = f"a{next(_names)}"
     assert words in problem(_publish(client, _parts(**{part: data}), name), status)["detail"]
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/{name}"), 404)
 
 
 def test_the_largest_are_accepted(client: httpx.Client) -> None:
-    """As form fields and as JSON."""
+    """The largest card and annotations are accepted as form fields and as JSON."""
     card, annotations = "é" * (128 << 10), {f"k{number}": "€" * 1365 for number in range(64)}
     parts = _parts(**{"README.md": card.encode(), "annotations": json.dumps(annotations).encode()})
     fresh = {"config": {**CONFIG, "inference_mode": False}, "card": card, "annotations": annotations}
@@ -132,7 +131,7 @@ def test_the_largest_are_accepted(client: httpx.Client) -> None:
 
 
 def test_versions_made_of_json_have_them_too(client: httpx.Client) -> None:
-    """An untrained prefix, and a composition."""
+    """An untrained prefix and a composition can have a card and annotations."""
     described = {"card": CARD, "annotations": ANNOTATIONS}
     client.post(versions_path(TENANT, "json"), json={"config": CONFIG}).raise_for_status()
     compose = {"compose": [f"{TENANT}/json@1", f"{TENANT}/json@1"]}
@@ -153,13 +152,13 @@ def test_versions_made_of_json_have_them_too(client: httpx.Client) -> None:
     ],
 )
 def test_wrong_json_is_refused(client: httpx.Client, wrong: dict[str, Any], status: int, words: str) -> None:
-    """With the same words as a form."""
+    """The error says what is wrong, as it does for a form."""
     answer = client.post(versions_path(TENANT, "wrong"), json={"config": CONFIG, **wrong})
     assert words in problem(answer, status)["detail"]
 
 
 def test_they_are_replaced_whole(client: httpx.Client) -> None:
-    """Of the version that the reference means; the version's own content stays."""
+    """A PUT replaces them on the version of the reference, whose content stays."""
     path = _published(client)
     before = client.get(path).json()
     assert _put_card(client, path, "new").status_code == 204
@@ -175,7 +174,7 @@ def test_they_are_replaced_whole(client: httpx.Client) -> None:
 
 
 def test_if_match(client: httpx.Client) -> None:
-    """A change is made only if it is what the caller saw; the tag of one is not that of the other."""
+    """A change is made only if the part is as the caller saw it; each part has its own tag."""
     path = _published(client)
     tag = client.get(f"{path}/card").headers["etag"]
     new = _put_card(client, path, "1", **{"If-Match": tag}).headers["etag"]
@@ -203,7 +202,7 @@ def test_if_match(client: httpx.Client) -> None:
 def test_wrong_changes_are_refused(
     client: httpx.Client, part: str, request_: dict[str, Any], status: int, code: str
 ) -> None:
-    """And change nothing."""
+    """A refused change changes nothing."""
     path = _published(client)
     problem(client.put(f"{path}/{part}", **request_), status, code)
     assert client.get(f"{path}/card").text == CARD
@@ -211,7 +210,7 @@ def test_wrong_changes_are_refused(
 
 
 def test_what_is_missing_and_unwanted(client: httpx.Client) -> None:
-    """404 without a version, 406 for who accepts something else."""
+    """A missing version is a 404, and an `Accept` for something else a 406."""
     path = _published(client)
     for part in ("card", "annotations"):
         problem(client.get(f"/v1/tenants/{TENANT}/adapters/nothing/{part}"), 404)
@@ -221,7 +220,7 @@ def test_what_is_missing_and_unwanted(client: httpx.Client) -> None:
 
 
 def test_scopes_and_tenants(server: Server) -> None:
-    """`read` reads, `write` replaces; another tenant's are missing."""
+    """`read` reads and `write` replaces; another tenant's versions are missing."""
     admin = server.client()
     path = _published(admin)
     admin.put("/v1/tenants/stranger").raise_for_status()
@@ -249,7 +248,7 @@ def test_scopes_and_tenants(server: Server) -> None:
 
 
 def test_a_base_model_is_given_later_and_replaced_whole(client: httpx.Client) -> None:
-    """Empty until then. The version stays what it was, and the prefix says nothing of it."""
+    """A base model is empty until it is set, and changes neither version nor prefix."""
     path = _published(client)
     version, prefix = client.get(path).json(), client.get(f"{path}/prefix")
     before = client.get(f"{path}/base-model")
@@ -287,7 +286,7 @@ def test_a_base_model_is_given_later_and_replaced_whole(client: httpx.Client) ->
     ids=str,
 )
 def test_a_wrong_base_model_is_refused(client: httpx.Client, request_: dict[str, Any], status: int, words: str) -> None:
-    """With what is wrong, and what was stored stays."""
+    """The error says what is wrong, and the stored base model stays."""
     path = _published(client)
     client.put(f"{path}/base-model", json=BASE_MODEL).raise_for_status()
     assert words in problem(client.put(f"{path}/base-model", **request_), status)["detail"]
@@ -295,7 +294,7 @@ def test_a_wrong_base_model_is_refused(client: httpx.Client, request_: dict[str,
 
 
 def test_a_base_model_counts_and_is_audited(client: httpx.Client) -> None:
-    """By the bytes of its JSON without blanks."""
+    """A base model counts by the bytes of its JSON without blanks, and its change is audited."""
     path = _published(client)
     used = client.get(f"/v1/tenants/{TENANT}").json()["bytes"]
     client.put(f"{path}/base-model", json={"tokenizer": "x"}).raise_for_status()
@@ -308,7 +307,7 @@ def test_a_base_model_counts_and_is_audited(client: httpx.Client) -> None:
 
 
 def test_the_config_file_comes_back_byte_for_byte(client: httpx.Client) -> None:
-    """Whatever its order and blanks, and what canonical JSON cannot hold; it stays what was uploaded first."""
+    """The config file keeps its order, blanks and unusual numbers, as it was uploaded first."""
     name = f"a{next(_names)}"
     file = json.dumps(dict(reversed(CONFIG.items())), indent=7).replace(" ", "\t").encode() + b"\r\n"
     file = file.replace(b"{", b'{"unread": 1e400, "z": "\\u00e9", ', 1)
@@ -324,7 +323,7 @@ def test_the_config_file_comes_back_byte_for_byte(client: httpx.Client) -> None:
 
 
 def test_a_config_that_was_no_file_is_written_as_peft_does(client: httpx.Client) -> None:
-    """Of a version that was made of JSON."""
+    """A version that was made of JSON has its config as PEFT would write it."""
     path = client.post(versions_path(TENANT, "fresh"), json={"config": CONFIG, "seed": 3}).headers["location"]
     found = client.get(f"{path}/config")
     assert found.content == json.dumps(client.get(path).json()["config"], indent=2, sort_keys=True).encode()
@@ -333,7 +332,7 @@ def test_a_config_that_was_no_file_is_written_as_peft_does(client: httpx.Client)
 
 
 def test_they_count_towards_the_quota(server: Server) -> None:
-    """Published and replaced; the error says what is used."""
+    """Published and replaced parts count, and the error says how much is used."""
     admin = server.client()
     path = _published(admin)
     used = admin.get(f"/v1/tenants/{TENANT}").json()["bytes"]

@@ -1,4 +1,4 @@
-"""The OpenAPI document: committed, complete, and true of the running service."""
+"""The OpenAPI document is committed, complete, and true of the running service."""
 
 import json
 import re
@@ -26,24 +26,24 @@ METHODS = {"get", "put", "post", "delete", "head"}
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    """The committed document."""
+    """Returns the committed document."""
     found: dict[str, Any] = json.loads(COMMITTED.read_text())
     return found
 
 
 def test_the_committed_document_is_current() -> None:
-    """`prefix-service openapi` prints what is committed: regenerate it when routes change."""
+    """`prefix-service openapi` prints the committed document; it is made again when routes change."""
     printed = subprocess.run([*PREFIX_SERVICE, "openapi"], check=True, capture_output=True, text=True)
     assert printed.stdout == COMMITTED.read_text()
 
 
 def test_it_is_what_the_service_shows(server: Server, document: dict[str, Any]) -> None:
-    """The public route has the same document."""
+    """The public route returns the committed document."""
     assert httpx.get(f"{server.url}/openapi.json").json() == document
 
 
 def test_every_operation_tells_its_errors(document: dict[str, Any]) -> None:
-    """Errors are problem documents, and only that."""
+    """Every operation's errors are problem documents, and nothing else."""
     for item in document["paths"].values():
         for operation in item.values():
             content = operation["responses"]["default"]["content"]
@@ -61,7 +61,7 @@ def test_every_operation_has_a_name_and_a_purpose(document: dict[str, Any]) -> N
 
 
 def test_keys_are_documented(document: dict[str, Any]) -> None:
-    """Every operation needs the bearer key, but for those that are public."""
+    """Every operation but the public ones needs the bearer key."""
     assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
     for path, item in document["paths"].items():
         for operation in item.values():
@@ -77,7 +77,7 @@ def test_writes_have_bodies(document: dict[str, Any]) -> None:
 
 
 def test_prefix_options_are_documented(document: dict[str, Any]) -> None:
-    """All options, in the query and in the JSON body, and the headers that count."""
+    """The document has all options, in the query and in the JSON body, and the headers that count."""
     path = document["paths"]["/v1/tenants/{tenant}/adapters/{ref}/prefix"]
     options = {"batch_size", "dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype", "expand"}
     for method in ("get", "head", "post"):
@@ -106,7 +106,7 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 
 
 class _Page(HTMLParser):
-    """What a page loads, and what a strict policy forbids inside it."""
+    """Collects what a page loads, and what a strict policy forbids inside it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -127,8 +127,7 @@ class _Page(HTMLParser):
 
 
 def test_the_reference_works_without_the_internet(server: Server) -> None:
-    """The page loads files of this service alone, under a policy that allows nothing else, and has no script or style
-    inside itself."""
+    """The page loads only this service's files, under a policy that allows no others, and has no inline script."""
     with httpx.Client(base_url=server.url) as client:
         answer = client.get("/docs")
         page = _Page(answer.text)
@@ -147,7 +146,7 @@ def test_the_reference_works_without_the_internet(server: Server) -> None:
 
 
 def test_the_policy_is_strict() -> None:
-    """Nothing by default; scripts and styles from this service, and neither inside a page."""
+    """The policy allows scripts and styles from this service, none inside a page, and nothing by default."""
     policy = dict(rule.strip().split(" ", 1) for rule in CONTENT_SECURITY_POLICY.split(";"))
     assert policy["default-src"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
@@ -156,7 +155,7 @@ def test_the_policy_is_strict() -> None:
 
 
 def test_the_copies_of_swagger_ui_are_what_the_registry_has() -> None:
-    """Each file of the folder that is not ours is listed with its hash, with the package's version beside."""
+    """README lists the hash of each copied file, and the version of the package."""
     readme = (SWAGGER_UI / "README.md").read_text()
     listed = dict(re.findall(r"^\| `(.+)` \| `([0-9a-f]{64})` \|$", readme, re.MULTILINE))
     ours = {"README.md", "page.html", "start.js"}

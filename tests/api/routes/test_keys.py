@@ -1,4 +1,4 @@
-"""`/v1/whoami`, and an end for a key: what a rotation is made of."""
+"""`/v1/whoami` describes a key, and PUT gives a key an end: together they make a rotation."""
 
 import time
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ OWNERS = {TENANT: f"/v1/tenants/{TENANT}/keys", None: "/v1/keys"}
 
 @pytest.fixture(autouse=True)
 def keyed(admin: httpx.Client) -> None:
-    """A tenant for every test."""
+    """Makes a tenant for every test."""
     admin.put(f"/v1/tenants/{TENANT}")
 
 
 @pytest.fixture(params=[TENANT, None], ids=["tenant", "platform"])
 def path(request: pytest.FixtureRequest) -> str:
-    """Where the keys of an owner are."""
+    """Returns the path of an owner's keys."""
     return OWNERS[request.param]
 
 
 def made(admin: httpx.Client, path: str, **wanted: Any) -> dict[str, Any]:
-    """A new key."""
+    """Returns a new key."""
     answer = admin.post(path, json={"scope": "read", **wanted})
     assert answer.status_code == 201, answer.text
     key: dict[str, Any] = answer.json()
@@ -38,7 +38,7 @@ def made(admin: httpx.Client, path: str, **wanted: Any) -> dict[str, Any]:
 
 
 def ahead(**distance: float) -> str:
-    """A moment in the future, as the API writes it."""
+    """Returns a moment in the future, as the API writes it."""
     return (datetime.now(UTC) + timedelta(**distance)).isoformat().replace("+00:00", "Z")
 
 
@@ -46,7 +46,7 @@ def ahead(**distance: float) -> str:
 @pytest.mark.parametrize("owner", OWNERS)
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_key_says_what_it_is(server: Server, admin: httpx.Client, owner: str | None, scope: str, ends: bool) -> None:
-    """Of whatever scope, of which `metrics` is the platform's alone; and nothing of its secret."""
+    """whoami describes a key of any scope, and shows nothing of its secret; `metrics` is the platform's alone."""
     if owner is not None and scope == "metrics":
         problem(admin.post(OWNERS[owner], json={"scope": scope}), 422, "invalid-request")
         return
@@ -58,7 +58,7 @@ def test_a_key_says_what_it_is(server: Server, admin: httpx.Client, owner: str |
 
 
 def test_dev_mode_is_a_platform_admin(tmp_path: Path) -> None:
-    """There is no key, and every caller may do everything."""
+    """In dev mode there is no key, and every caller is a platform admin."""
     with running_server(tmp_path / "data", "--dev") as dev:
         assert dev.client("").get("/v1/whoami").json() == {
             "id": "dev",
@@ -70,7 +70,7 @@ def test_dev_mode_is_a_platform_admin(tmp_path: Path) -> None:
 
 
 def test_an_end_is_given_and_moves_to_an_earlier_moment(admin: httpx.Client, path: str) -> None:
-    """Never to a later one; the same again is the same, as a caller asks whose answer was lost."""
+    """An end moves to an earlier moment and never to a later one; setting it again changes nothing."""
     key = made(admin, path)
     one = f"{path}/{key['id']}"
     week, day = ahead(weeks=1), ahead(days=1)
@@ -84,7 +84,7 @@ def test_an_end_is_given_and_moves_to_an_earlier_moment(admin: httpx.Client, pat
 
 
 def test_a_key_ends_when_it_was_said_to(server: Server, admin: httpx.Client, path: str) -> None:
-    """Also one that this process has verified before."""
+    """A key that this process has verified before is refused after its end."""
     key = made(admin, path)
     client = server.client(key["key"])
     assert client.get("/v1/whoami").status_code == 200
@@ -110,21 +110,21 @@ def test_a_key_ends_when_it_was_said_to(server: Server, admin: httpx.Client, pat
     ids=str,
 )
 def test_what_is_no_end(admin: httpx.Client, path: str, body: dict[str, Any]) -> None:
-    """Nothing, the past, no moment, and anything beside it."""
+    """Nothing, the past, no moment, and additional fields are refused."""
     key = made(admin, path, expires="2999-12-31T00:00:00Z")
     problem(admin.put(f"{path}/{key['id']}", json=body), 422, "invalid-request")
     assert admin.get(f"{path}/{key['id']}").json()["expires"] == "2999-12-31T00:00:00Z"
 
 
 def test_the_past_is_told_with_the_time_of_the_service(admin: httpx.Client, path: str) -> None:
-    """So that a clock that is wrong is found."""
+    """The error has the service's time, so that a wrong clock is found."""
     key = made(admin, path)
     told = problem(admin.put(f"{path}/{key['id']}", json={"expires": "2001-01-01"}), 422, "invalid-request")
     assert "2001-01-01T00:00:00Z is in the past, it is 2" in told["detail"]
 
 
 def test_whose_key_it_is_not(server: Server, admin: httpx.Client) -> None:
-    """A key is reached through its owner alone, in the words of one that is missing."""
+    """A key is reached only through its owner; through others it is missing."""
     keys = {owner: made(admin, path) for owner, path in OWNERS.items()}
     end = {"expires": ahead(days=1)}
     missing = problem(admin.put(f"{OWNERS[TENANT]}/{'0' * 16}", json=end), 404, "not-found")
@@ -137,7 +137,7 @@ def test_whose_key_it_is_not(server: Server, admin: httpx.Client) -> None:
 
 
 def test_a_rotation_is_audited(admin: httpx.Client) -> None:
-    """Who gave which key which end; a change that changes nothing is none."""
+    """The audit has who gave which key which end, and nothing for a repeated request."""
     key = made(admin, OWNERS[TENANT])
     end = ahead(days=1)
     for _ in range(2):
@@ -152,19 +152,19 @@ def test_a_rotation_is_audited(admin: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service of two processes."""
+    """Yields a service of two processes."""
     with running_server(tmp_path_factory.mktemp("two") / "data", "--workers", "2") as running:
         yield running
 
 
 def test_every_process_hears_of_an_end(two: Server) -> None:
-    """Whichever was asked for it, and whichever knew the key."""
+    """Both processes refuse a key after the end that one of them was given."""
     admin = two.client()
     key = made(admin, "/v1/keys")
     reader = two.client(key["key"])
 
     def statuses() -> set[int]:
-        # A new connection each time, so that both processes are asked.
+        # Each request has a new connection, so that both processes are asked.
         return {reader.get("/v1/whoami", headers={"Connection": "close"}).status_code for _ in range(20)}
 
     assert statuses() == {200}

@@ -1,4 +1,4 @@
-"""Listings of versions, keys and residency: pages that follow each other, bounded in items and bytes."""
+"""Listings of versions, keys and residency come in pages that are bounded in items and bytes."""
 
 import json
 import sqlite3
@@ -24,7 +24,7 @@ KEYS = f"/v1/tenants/{TENANT}/keys"
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with seven versions of one adapter, two of them behind aliases, and five keys; all in memory."""
+    """Yields a service with seven versions of one adapter, aliases, and five keys; all versions are in memory."""
     with running_server(tmp_path_factory.mktemp("listings") / "data") as server:
         client = server.client()
         for seed in range(7):
@@ -41,7 +41,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def followed(client: httpx.Client, path: str, limit: int, name: str = "items", **query: str) -> list[dict[str, Any]]:
-    """Every item, page by page along the Link header, which agrees with `next`."""
+    """Returns every item, page by page along the Link header, which must agree with `next`."""
     found: list[dict[str, Any]] = []
     url: str | None = f"{path}?{urlencode({'limit': limit, **query})}"
     while url is not None:
@@ -58,14 +58,14 @@ def followed(client: httpx.Client, path: str, limit: int, name: str = "items", *
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 1000])
 def test_versions_come_in_pages(own: Server, limit: int) -> None:
-    """Newest first, each once, with the aliases that point at it."""
+    """Versions come newest first, each once, with the aliases that point at it."""
     found = followed(own.client(), VERSIONS, limit)
     assert [item["version"] for item in found] == [7, 6, 5, 4, 3, 2, 1]
     assert {item["version"]: item["aliases"] for item in found if item["aliases"]} == {3: ["old", "prod"], 7: ["next"]}
 
 
 def test_a_deletion_moves_no_page(own: Server) -> None:
-    """A cursor is a place, not a count: the version behind it may be gone."""
+    """A cursor is a place and not a count, so a deletion skips and repeats nothing."""
     client = own.client()
     for seed in (20, 21, 22):
         upload(client, TENANT, "b", file=weights(seed))
@@ -78,7 +78,7 @@ def test_a_deletion_moves_no_page(own: Server) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 1000])
 def test_keys_come_in_pages(own: Server, limit: int) -> None:
-    """Oldest first, each once; those of a moment in the order of their ids."""
+    """Keys come oldest first, each once; those of one moment in the order of their ids."""
     found = followed(own.client(), KEYS, limit)
     assert found == sorted(found, key=lambda key: (key["created"], key["id"]))
     assert sorted(key["name"] for key in found) == list("abcde")
@@ -87,7 +87,7 @@ def test_keys_come_in_pages(own: Server, limit: int) -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
 def test_residency_comes_in_pages(own: Server, limit: int) -> None:
-    """The largest first, each once; every page has the budgets, and no more tenants of one than its limit."""
+    """Versions come largest first, each once; every page has the budgets, and at most `limit` tenants."""
     client = own.client()
     found = followed(client, "/v1/residency", limit, "resident")
     mine = [row["version"] for row in found if row["tenant"] == TENANT]
@@ -102,7 +102,7 @@ def test_residency_comes_in_pages(own: Server, limit: int) -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
 def test_adapters_are_sorted(own: Server, limit: int) -> None:
-    """By name; by the latest publication; by the bytes of all versions. Page by page, each once."""
+    """Adapters are sorted by name, latest publication or bytes, and each comes once over all pages."""
     client = own.client()
     names = ["other", "s_all", "small", "smaller"]
     assert [item["adapter"] for item in followed(client, ADAPTERS, limit, sort="name")] == names
@@ -116,7 +116,7 @@ def test_adapters_are_sorted(own: Server, limit: int) -> None:
 
 
 def test_adapters_are_searched(own: Server) -> None:
-    """A part of the name, in which no character is a wildcard; with every order, and page by page."""
+    """A search finds a part of the name, has no wildcards, and works in every order and over pages."""
     client = own.client()
     for search, found in (
         ("mall", ["small", "smaller"]),
@@ -135,7 +135,7 @@ def test_adapters_are_searched(own: Server) -> None:
 
 @pytest.mark.parametrize("sort", ["", "bytes", "-name", "used", "created; DROP TABLE versions"])
 def test_orders_that_there_are_not(own: Server, sort: str) -> None:
-    """422."""
+    """An unknown order is a 422."""
     problem(own.client().get(ADAPTERS, params={"sort": sort}), 422, "invalid-request")
 
 
@@ -158,7 +158,7 @@ def test_orders_that_there_are_not(own: Server, sort: str) -> None:
     ],
 )
 def test_cursors_of_another_order(own: Server, sort: str, place: str) -> None:
-    """422: a cursor belongs to the order of its listing."""
+    """A cursor belongs to the order of its listing; in another it is a 422."""
     answer = own.client().get(ADAPTERS, params={"sort": sort, "cursor": encode_cursor(place)})
     problem(answer, 422, "invalid-request")
 
@@ -166,19 +166,19 @@ def test_cursors_of_another_order(own: Server, sort: str, place: str) -> None:
 @pytest.mark.parametrize("place", ["", "x", "a b c", "9" * 19, "1 a b 1 sha256:x", "2026-01-01 x", "../a"])
 @pytest.mark.parametrize("path", [VERSIONS, KEYS, "/v1/keys", "/v1/residency"])
 def test_cursors_that_no_listing_gave(own: Server, path: str, place: str) -> None:
-    """422, whatever they decode to."""
+    """A cursor that no listing gave is a 422, whatever it decodes to."""
     problem(own.client().get(path, params={"cursor": encode_cursor(place)}), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1"])
 @pytest.mark.parametrize("path", [VERSIONS, KEYS, "/v1/residency"])
 def test_limits_are_bounded(own: Server, path: str, limit: str) -> None:
-    """From 1 to 1,000."""
+    """A limit is from 1 to 1,000."""
     problem(own.client().get(path, params={"limit": limit}), 422, "invalid-request")
 
 
 def copied(catalog: Path, count: int, base_model: str) -> None:
-    """So many copies of the first version of adapter `a`, each with a long name of its base model."""
+    """Makes so many copies of the first version of adapter `a`, each with a long name of its base model."""
     with closing(sqlite3.connect(catalog)) as connection, connection:
         row = connection.execute("SELECT * FROM versions WHERE number = 1 AND adapter_id = 1")
         columns, found = [column[0] for column in row.description], row.fetchone()
@@ -193,7 +193,7 @@ def copied(catalog: Path, count: int, base_model: str) -> None:
 
 
 def test_a_page_is_bounded_in_bytes(tmp_path: Path) -> None:
-    """It ends with the item that fills it, whatever the limit, and the following pages have the rest."""
+    """A page ends with the item that fills it, whatever the limit, and the next pages have the rest."""
     with running_server(tmp_path / "data") as server:
         client = server.client()
         assert upload(client, TENANT, "a").status_code == 201
@@ -207,7 +207,7 @@ def test_a_page_is_bounded_in_bytes(tmp_path: Path) -> None:
 
 
 def test_metadata_names_the_newest_thousand_versions(tmp_path: Path) -> None:
-    """Of more versions than that; the others stay reachable."""
+    """A model's metadata has its newest thousand versions, and older ones can be read."""
     with running_server(tmp_path / "data") as server:
         client = server.client()
         assert upload(client, TENANT, "a").status_code == 201

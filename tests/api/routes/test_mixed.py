@@ -1,4 +1,4 @@
-"""`POST /v1/prefixes`: rows with different adapters, lengths, tenants, none, or several prefixes."""
+"""`POST /v1/prefixes` answers rows with different adapters, lengths and tenants, none, or several prefixes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def _publish(client: httpx.Client, tenant: str, adapter: str, tokens: int, dtype
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and adapters of two tenants."""
+    """Returns a platform admin's client, and publishes adapters of two tenants."""
     client = server.client()
     for tenant, adapter, tokens in (("mixa", "three", 3), ("mixb", "five", 5), ("mixb", "two", 2)):
         _publish(client, tenant, adapter, tokens)
@@ -55,7 +55,7 @@ def _alone(client: httpx.Client, ref: str, **options: Any) -> Tensors:
 
 
 def _expected(client: httpx.Client, rows: Sequence[Any], name: str, axis: int, **options: Any) -> Tensor:
-    """What each row would get alone, padded on the left with zeros; `axis` counts tokens in a row's tensor."""
+    """Returns what each row would get alone, padded on the left with zeros; `axis` counts tokens in a row's tensor."""
     parts = [
         [_alone(client, ref, **options)[name] for ref in (row if isinstance(row, list) else [row] if row else [])]
         for row in rows
@@ -77,7 +77,7 @@ def _prefix_mask() -> Tensor:
 
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
 def test_each_row_is_what_it_would_get_alone(client: httpx.Client, dtype: str | None) -> None:
-    """Keys and values are those of `GET`, bit for bit, behind zeros; the mask is 0 there."""
+    """Keys and values are those of `GET`, bit for bit, after zeros, where the mask is 0."""
     options = {} if dtype is None else {"dtype": dtype}
     found = tensors_of(client.post(PATH, json={"rows": ROWS, **options}))
     assert found.keys() == {"attention_mask", *(f"past_key_values.{n}.{k}" for n in (0, 1) for k in ("key", "value"))}
@@ -106,7 +106,7 @@ def test_ranges(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
 def test_float8_has_the_scales_of_each_token(client: httpx.Client, layout: str) -> None:
-    """A prefix keeps its own scales, so that its bits are those of `GET`, also behind another in one row."""
+    """Each prefix keeps its scales, so its bits are those of `GET`, even after another one in its row."""
     name = "past_key_values" if layout == "stacked" else "past_key_values.1.value"
     axis = 4 if layout == "stacked" else 2
     options = {"dtype": "float8_e4m3fn", "layout": layout}
@@ -120,7 +120,7 @@ def test_float8_has_the_scales_of_each_token(client: httpx.Client, layout: str) 
     assert found[name].dtype == torch.float8_e4m3fn
     assert found[f"{name}_scale"].shape == (*found[name].shape[:-1], 1)
     visible = found["attention_mask"].bool()
-    # (B, …, N, D) -> (tokens of all rows, …, D), as the prefixes stand in the rows
+    # (B, …, N, D) -> (tokens of all rows, …, D), as the prefixes are in the rows
     tokens = decoded.movedim(axis, 1)[visible]
     assert_same(tokens, torch.cat([part[:, 0] for part in expected]))
     assert not decoded.movedim(axis, 1)[~visible].any()
@@ -128,7 +128,7 @@ def test_float8_has_the_scales_of_each_token(client: httpx.Client, layout: str) 
 
 @pytest.mark.parametrize("mask_dtype", [None, "int64", "float32", "bool"])
 def test_masks_and_positions(client: httpx.Client, mask_dtype: str | None) -> None:
-    """The input's mask comes behind that of the prefixes; positions begin behind the row's own prefix."""
+    """The input's mask follows that of the prefixes, and positions begin after the row's own prefix."""
     options = {} if mask_dtype is None else {"mask_dtype": mask_dtype}
     found = tensors_of(client.post(PATH, json={"rows": ROWS, "attention_mask": MASK, **options}))
     dtype = getattr(torch, mask_dtype or "int64")
@@ -140,7 +140,7 @@ def test_masks_and_positions(client: httpx.Client, mask_dtype: str | None) -> No
 
 
 def test_metadata_tells_the_rows(client: httpx.Client) -> None:
-    """`rows` has what each was asked by, and which version that is; null and lists as they were asked for."""
+    """`rows` has each row as it was asked for, with its version; null and lists stay what they are."""
     answer = client.post(PATH, json={"rows": ROWS, "dtype": "float32"})
     about = about_of(answer.content)
     digests = {
@@ -175,7 +175,7 @@ def test_metadata_tells_the_rows(client: httpx.Client) -> None:
 
 
 def test_headers(client: httpx.Client) -> None:
-    """Nobody keeps a mixed batch, and no one version's headers stand on it; those of every answer do."""
+    """A mixed batch is not cached, and has the headers of every answer but none of a single version."""
     headers = client.post(PATH, json={"rows": ROWS}).headers
     assert headers["content-type"] == MEDIA_TYPE
     assert headers["cache-control"] == "no-store"
@@ -184,7 +184,7 @@ def test_headers(client: httpx.Client) -> None:
 
 
 def test_a_single_row_is_as_that_prefix(client: httpx.Client) -> None:
-    """A list of one is a row too."""
+    """A batch of one row, or of a list of one, equals that prefix."""
     for row in ("mixb/five", ["mixb/five"]):
         found = tensors_of(client.post(PATH, json={"rows": [row]}))
         alone = _alone(client, "mixb/five")
@@ -194,7 +194,7 @@ def test_a_single_row_is_as_that_prefix(client: httpx.Client) -> None:
 
 
 def test_stored_dtypes_that_differ(client: httpx.Client) -> None:
-    """`dtype` is required then, and the row that differs is named."""
+    """Rows of different stored dtypes need `dtype`, and the error names the row that differs."""
     rows = [None, "mixa/three", "mixa/half"]
     said = problem(client.post(PATH, json={"rows": rows}), 422, "invalid-request")["detail"]
     assert said.startswith("row 2: mixa/half is stored as bfloat16, but row 1: mixa/three as float32")
@@ -204,7 +204,7 @@ def test_stored_dtypes_that_differ(client: httpx.Client) -> None:
 
 
 def test_rows_that_do_not_agree(client: httpx.Client) -> None:
-    """Layers, heads, head size and the kind of model are the same in all rows; the first that differs is named."""
+    """Layers, heads, head size and kind of model must agree; the error names the first row that differs."""
     for other in ("mixb/wide", "mixa/t5"):
         rows = [None, "mixa/three", ["mixb/five", other], other]
         said = problem(client.post(PATH, json={"rows": rows, "dtype": "float32"}), 422, "invalid-request")["detail"]
@@ -213,7 +213,7 @@ def test_rows_that_do_not_agree(client: httpx.Client) -> None:
 
 
 def test_encoder_decoder_rows_have_no_positions(client: httpx.Client) -> None:
-    """As with `POST …/prefix`: the decoder counts for itself."""
+    """An encoder-decoder's answer has no positions, because its decoder computes them."""
     found = tensors_of(client.post(PATH, json={"rows": ["mixa/t5", None], "attention_mask": [[1], [1]]}))
     assert "position_ids" not in found
     assert found["attention_mask"].shape == (2, 21)
@@ -242,7 +242,7 @@ def test_encoder_decoder_rows_have_no_positions(client: httpx.Client) -> None:
     ],
 )
 def test_what_is_refused(client: httpx.Client, body: dict[str, Any], said: str) -> None:
-    """422, with the value or the row that is wrong."""
+    """A 422 names the value or the row that is wrong."""
     assert said in problem(client.post(PATH, json=body), 422)["detail"]
 
 
@@ -250,14 +250,14 @@ def test_what_is_refused(client: httpx.Client, body: dict[str, Any], said: str) 
     "ref", ["mixa/none", "mixa/three@9", "mixa/three@prod", "none/three", "mixa/three@sha256:" + 64 * "0"]
 )
 def test_a_row_that_is_missing(client: httpx.Client, ref: str) -> None:
-    """404, with the row's index."""
+    """A 404 has the row's index."""
     for row in (ref, ["mixa/three", ref]):
         said = problem(client.post(PATH, json={"rows": ["mixb/two", None, row]}), 404, "not-found")["detail"]
         assert said.startswith("row 2: there is no ")
 
 
 def test_a_tenant_reads_its_own_rows_alone(server: Server, client: httpx.Client) -> None:
-    """Another tenant's row is 404 in the words of a missing one; a platform key of scope `read` reads all."""
+    """Another tenant's row is 404 like a missing one; a platform key of scope `read` reads all."""
     own = server.client(server.key("read", "mixa"))
     assert tensors_of(own.post(PATH, json={"rows": ["mixa/three", None]}))
     for name in ("five", "none"):
@@ -271,14 +271,14 @@ def test_a_tenant_reads_its_own_rows_alone(server: Server, client: httpx.Client)
 
 
 def test_bodies_and_answers_of_another_kind(client: httpx.Client) -> None:
-    """JSON comes in, safetensors go out, and nothing else is there."""
+    """The route takes JSON, answers safetensors, and refuses other media types and methods."""
     problem(client.post(PATH, content=b"x", headers={"Content-Type": MEDIA_TYPE}), 415, "unsupported-media-type")
     problem(client.post(PATH, json={"rows": ROWS}, headers={"Accept": "application/json"}), 406, "not-acceptable")
     problem(client.get(PATH), 405, "method-not-allowed")
 
 
 def test_every_row_of_a_large_batch(client: httpx.Client) -> None:
-    """256 rows of several tensors that are sent in pieces are what 256 requests would give."""
+    """256 rows of tensors that are sent in pieces equal 256 single requests."""
     rows = (ROWS * 43)[:256]
     found = tensors_of(client.post(PATH, json={"rows": rows}))
     assert_same(
@@ -288,7 +288,7 @@ def test_every_row_of_a_large_batch(client: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A service whose memory has room for one rendering of 512 KiB in a request, not for two."""
+    """Yields a service whose memory has room for one rendering of 512 KiB in a request, not for two."""
     with running_server(
         tmp_path_factory.mktemp("small") / "data", environment={"PREFIX_RENDERING_BYTES": str(1900 << 10)}
     ) as running:
@@ -296,7 +296,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_rows_that_do_not_fit_memory_together(small: Server) -> None:
-    """507 at once, with words; each alone is served, and so is a batch whose rows are one version."""
+    """Rows that do not fit together are a 507; each alone is served, and a batch of one version."""
     client = small.client()
     for adapter in ("a", "b"):
         config = CONFIG | {"num_virtual_tokens": 64, "num_layers": 64, "token_dim": 16}
@@ -312,7 +312,7 @@ def test_rows_that_do_not_fit_memory_together(small: Server) -> None:
 
 
 def test_a_platform_key_charges_the_tenants_of_the_rows(client: httpx.Client) -> None:
-    """Each once a request, whatever the number of rows; above its rate 429."""
+    """A request charges each tenant of its rows once, and gets 429 above a rate."""
     _publish(client, "mixslow", "a", 2)
     client.put("/v1/tenants/mixslow", json={"requests_per_second": 2})
     statuses = [client.post(PATH, json={"rows": ["mixslow/a"] * 9}).status_code for _ in range(6)]
@@ -322,6 +322,6 @@ def test_a_platform_key_charges_the_tenants_of_the_rows(client: httpx.Client) ->
 
 
 def test_it_is_counted(client: httpx.Client) -> None:
-    """The metrics have it under its route."""
+    """The metrics have the route of mixed batches."""
     client.post(PATH, json={"rows": ROWS})
     assert 'route="/v1/prefixes"' in client.get("/metrics").text

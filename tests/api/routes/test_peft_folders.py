@@ -1,4 +1,4 @@
-"""Folders that PEFT writes and loads: the service accepts them, and serves PEFT's keys and values bit for bit.
+"""The service accepts folders that PEFT writes and loads, and serves PEFT's keys and values bit for bit.
 
 PEFT is the oracle: each folder is written by `save_pretrained`, changed where a test says so, loaded by
 `PeftModel.from_pretrained`, and uploaded to a running service.
@@ -32,7 +32,7 @@ CONFIGS: Final[dict[str, Any]] = {"PREFIX_TUNING": peft.PrefixTuningConfig, "CAR
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return server.client()
 
 
@@ -54,7 +54,7 @@ class Head(nn.Module):
 
 
 def base_model(head: bool = False) -> Any:
-    """A tiny GPT-2, with a head for classification."""
+    """Returns a tiny GPT-2, with a head for classification if wanted."""
     torch.manual_seed(0)
     model = transformers.GPT2ForSequenceClassification(BASE) if head else transformers.GPT2LMHeadModel(BASE)
     if head:
@@ -63,7 +63,7 @@ def base_model(head: bool = False) -> Any:
 
 
 def written(folder: Path, peft_type: str = "PREFIX_TUNING", head: bool = False, **values: Any) -> Path:
-    """The folder, with an adapter of random weights as PEFT's `save_pretrained` writes it."""
+    """Returns the folder, with an adapter of random weights as PEFT's `save_pretrained` writes it."""
     task = "SEQ_CLS" if head else "CAUSAL_LM"
     model: Any = peft.get_peft_model(
         base_model(head), CONFIGS[peft_type](num_virtual_tokens=TOKENS, task_type=task, **values)
@@ -73,7 +73,7 @@ def written(folder: Path, peft_type: str = "PREFIX_TUNING", head: bool = False, 
 
 
 def by_peft(folder: Path, head: bool = False) -> dict[str, Tensor]:
-    """The keys and values that PEFT makes of a folder, under the names of the wire."""
+    """Returns the keys and values that PEFT makes of a folder, under the names of the wire."""
     loaded: Any = peft.PeftModel.from_pretrained(base_model(head), folder)
     cache = loaded.get_prompt(batch_size=1)
     return {
@@ -84,14 +84,14 @@ def by_peft(folder: Path, head: bool = False) -> dict[str, Tensor]:
 
 
 def posted(client: httpx.Client, name: str, folder: Path) -> httpx.Response:
-    """Upload the folder with the base model's config."""
+    """Uploads the folder with the base model's config."""
     config = (folder / "adapter_config.json").read_bytes()
     file = (folder / "adapter_model.safetensors").read_bytes()
     return upload(client, TENANT, name, config, file, BASE.to_dict())
 
 
 def assert_served(client: httpx.Client, name: str, expected: Mapping[str, Tensor]) -> None:
-    """The adapter's keys and values are the expected ones, bit for bit."""
+    """Checks that the adapter's keys and values are the expected ones, bit for bit."""
     served = tensors_of(client.get(f"/v1/tenants/{TENANT}/adapters/{name}/prefix"))
     served.pop("attention_mask")
     assert served.keys() == expected.keys()
@@ -100,8 +100,9 @@ def assert_served(client: httpx.Client, name: str, expected: Mapping[str, Tensor
 
 
 def test_a_task_head_of_every_dtype_size_and_name_is_not_the_prefix(client: httpx.Client, tmp_path: Path) -> None:
-    """Counters, flags, empty buffers, float64, and modules named with a slash: PEFT loads them, the service skips
-    them, and the file is kept byte for byte."""
+    """The service ignores counters, flags, empty buffers, float64, and modules named with a slash, which PEFT loads,
+    and keeps the file byte for byte.
+    """
     folder = written(tmp_path, head=True)
     neighbours = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in neighbours.values()} >= {torch.int64, torch.bool, torch.float64, torch.complex64}
@@ -128,14 +129,14 @@ def test_metadata_that_is_null(client: httpx.Client, tmp_path: Path) -> None:
 
 
 def by_peft_without_format(folder: Path, original: bytes) -> dict[str, Tensor]:
-    """PEFT's tensors of the file before its metadata was replaced."""
+    """Returns PEFT's tensors of the file before its metadata was replaced."""
     (folder / "adapter_model.safetensors").write_bytes(original)
     return by_peft(folder)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, TOKENS])
 def test_a_cartridge_in_training_whose_rows_are_frozen(client: httpx.Client, tmp_path: Path, frozen: int) -> None:
-    """None, some or all rows: PEFT's own state, which it loads back, is served as PEFT serves it."""
+    """PEFT's own state with no, some or all rows frozen is served as PEFT serves it."""
     folder = written(tmp_path, "CARTRIDGE", num_frozen_tokens=frozen)
     loaded: Any = peft.PeftModel.from_pretrained(base_model(), folder)
     encoder = loaded.prompt_encoder["default"]
@@ -151,14 +152,14 @@ def test_a_cartridge_in_training_whose_rows_are_frozen(client: httpx.Client, tmp
 
 
 def test_no_other_tensor_of_a_prefix_may_be_empty(client: httpx.Client, tmp_path: Path) -> None:
-    """Zero trainable rows beside fewer frozen rows than tokens are a contradiction."""
+    """Zero trainable rows with fewer frozen rows than tokens are refused."""
     folder = written(tmp_path, "CARTRIDGE", num_frozen_tokens=1)
     state = {"frozen_embedding": torch.zeros(1, 64), "trainable_embedding": torch.zeros(0, 64)}
     save_file(state, folder / "adapter_model.safetensors")
     assert "[0, 64]" in problem(posted(client, "empty", folder), 422, "invalid-checkpoint")["detail"]
 
 
-# What a config may hold although it looks wrong; PEFT loads each beside weights that are flat.
+# These configs look wrong, and PEFT loads each with flat weights.
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "hidden size 0": ("PREFIX_TUNING", {"encoder_hidden_size": 0}),
     "hidden size 0 of a cartridge": ("CARTRIDGE", {"encoder_hidden_size": 0}),
@@ -185,7 +186,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", ODD)
 def test_a_config_that_peft_reads(client: httpx.Client, tmp_path: Path, case: str) -> None:
-    """PEFT loads it, so the service does, and the keys and values are PEFT's."""
+    """The service accepts each odd config that PEFT loads, and serves PEFT's keys and values."""
     peft_type, values = ODD[case]
     folder, name = written(tmp_path, peft_type), f"odd-{case.replace(' ', '-')}"
     expected = by_peft(folder)
@@ -199,7 +200,7 @@ def test_a_config_that_peft_reads(client: httpx.Client, tmp_path: Path, case: st
 
 
 def test_a_value_that_canonical_json_cannot_hold_is_left_out(client: httpx.Client, tmp_path: Path) -> None:
-    """The key that holds it is not stored; every other unknown key is."""
+    """The service leaves out only keys whose values canonical JSON cannot hold."""
     folder = written(tmp_path)
     _change(folder, {"far": float("inf"), "deep": [{"a": -float("inf")}], "seed": 1 << 63, "kept": [1, "a"]})
     stored = posted(client, "left-out", folder).json()["config"]
@@ -210,7 +211,7 @@ def test_a_value_that_canonical_json_cannot_hold_is_left_out(client: httpx.Clien
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "token_dim", "encoder_hidden_size", "num_layers"])
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999"])
 def test_a_size_that_is_not_finite_is_refused(client: httpx.Client, tmp_path: Path, name: str, value: str) -> None:
-    """What the service reads is never left out."""
+    """The service refuses a value that is not finite in a field that it reads."""
     folder = written(tmp_path)
     _change(folder, {name: "HERE"})
     path = folder / "adapter_config.json"
@@ -219,7 +220,7 @@ def test_a_size_that_is_not_finite_is_refused(client: httpx.Client, tmp_path: Pa
 
 
 def test_an_untrained_projection_still_needs_its_size(client: httpx.Client) -> None:
-    """Without flat weights the projection is run, so its size must be known and positive."""
+    """An untrained projection must have a positive size, because it will be run."""
     sizes = {"num_virtual_tokens": 2, "num_layers": 1, "num_attention_heads": 1, "token_dim": 4}
     for size in (None, 0):
         config = {**sizes, "peft_type": "PREFIX_TUNING", "prefix_projection": True, "encoder_hidden_size": size}
@@ -228,7 +229,7 @@ def test_an_untrained_projection_still_needs_its_size(client: httpx.Client) -> N
 
 
 def test_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
-    """google/gemma-3-4b's own config.json has no heads; with it the adapter's dimensions are complete."""
+    """google/gemma-3-4b's own config.json, which has no heads, completes the adapter's dimensions."""
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "inference_mode": True}
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240}
     file = save({"prompt_embeddings": torch.zeros(2, 34 * 2 * 4 * 256)})
@@ -242,7 +243,7 @@ def test_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
 
 
 def test_the_message_does_not_ask_for_the_file_that_was_sent(client: httpx.Client) -> None:
-    """It names the model type, what the file leaves open, and what to do."""
+    """The error names the model type, what its config leaves open, and what to do."""
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}
     answer = upload(client, TENANT, "open", config, base={"model_type": "of-next-year", "hidden_size": 8})
     detail = problem(answer, 422, "invalid-config")["detail"]
@@ -251,7 +252,7 @@ def test_the_message_does_not_ask_for_the_file_that_was_sent(client: httpx.Clien
     assert "send the base model" not in detail
 
 
-# Types of the fields that the service reads: another type is 422, also where PEFT would not look at the value.
+# These are the types of the fields that the service reads: another type is 422, even if PEFT would ignore the value.
 _INTEGER: Final = (int, type(None))
 READ: Final[dict[str, tuple[type, ...]]] = {
     "peft_type": (str,),
@@ -280,8 +281,9 @@ FIELDS: Final = [
 
 @pytest.mark.parametrize(("peft_type", "name"), FIELDS)
 def test_every_field_with_every_kind_of_value(client: httpx.Client, tmp_path: Path, peft_type: str, name: str) -> None:
-    """A wrong type of a field that the service reads is 422, with and without weights, and never 500. Everything else
-    that PEFT loads is accepted, and served as PEFT computes it."""
+    """A wrong type of a field that the service reads is a 422, with and without weights, and never a 500. Everything
+    else that PEFT loads is accepted, and served as PEFT computes it.
+    """
     folder = written(tmp_path, peft_type)
     config = json.loads((folder / "adapter_config.json").read_text())
     for value in VALUES:
@@ -302,7 +304,7 @@ def test_every_field_with_every_kind_of_value(client: httpx.Client, tmp_path: Pa
 
 
 def _is_refused(peft_type: str, name: str, value: Any) -> bool:
-    """Whether the service reads the field, and the value has another type or is negative."""
+    """Returns whether the service reads the field, and the value has another type or is negative."""
     types = READ_OF[peft_type].get(name)
     if (peft_type, name) == ("CARTRIDGE", "encoder_hidden_size"):
         types = (*_INTEGER, bool, float)  # it has no encoder, and numbers under that name were always kept
@@ -310,7 +312,7 @@ def _is_refused(peft_type: str, name: str, value: Any) -> bool:
 
 
 def _loaded(folder: Path) -> dict[str, Tensor] | None:
-    """PEFT's keys and values, or None if it cannot load the folder, for whatever reason it has."""
+    """Returns PEFT's keys and values, or None if PEFT cannot load the folder."""
     try:
         return by_peft(folder)
     except Exception:  # noqa: BLE001 - PEFT checks nothing, so anything is raised

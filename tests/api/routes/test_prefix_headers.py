@@ -1,4 +1,4 @@
-"""`…/prefix` as HTTP: entity tags, digests, caching, conditions, ranges, HEAD."""
+"""`…/prefix` has HTTP's entity tags, digests, caching, conditions, ranges and HEAD."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ PREFIX = f"{ADAPTER}/prefix"
 
 @pytest.fixture(scope="module")
 def version(server: Server) -> dict[str, Any]:
-    """One adapter with an alias."""
+    """Publishes an adapter with an alias."""
     client = server.client()
     version = upload_directory(client, TENANT, "llama", adapter_of("llama-n20-emb"))
     assert client.put(f"{ADAPTER}/aliases/prod", json={"version": 1}).status_code in (200, 201)
@@ -28,7 +28,7 @@ def version(server: Server) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def client(server: Server, version: dict[str, Any]) -> httpx.Client:
-    """A platform admin, after the adapter is there."""
+    """Returns a platform admin's client, once the adapter is published."""
     assert version
     return server.client()
 
@@ -59,7 +59,7 @@ def test_cache_control(client: httpx.Client, selector: str, wanted: str) -> None
 
 
 def test_cache_control_of_a_digest(client: httpx.Client, version: dict[str, Any]) -> None:
-    """A digest is as immutable as a number."""
+    """An answer to a digest is as immutable as one to a number."""
     assert "immutable" in client.get(f"{ADAPTER}@{version['digest']}/prefix").headers["cache-control"]
 
 
@@ -86,7 +86,7 @@ def test_etag_differs_where_bytes_differ(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("query", ["", "?batch_size=1&dtype=bfloat16", "?batch_size=7&expand=false"])
 def test_repr_digest_of_one_rendering(client: httpx.Client, query: str) -> None:
-    """Where the body is one rendering its SHA-256 is always told."""
+    """A body that is one rendering always has its SHA-256."""
     answer = client.get(PREFIX + query)
     assert answer.headers["repr-digest"] == _digest(answer.content)
 
@@ -116,7 +116,7 @@ def test_repr_digest_in_the_algorithm_that_is_preferred(client: httpx.Client, qu
 @pytest.mark.parametrize("form", ["{}", "W/{}", '"other", {}', "*"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_if_none_match(client: httpx.Client, method: str, form: str) -> None:
-    """What the caller has already is 304 without a body, by weak comparison."""
+    """If the caller has the entity tag, the answer is a 304 without a body, by weak comparison."""
     full = client.get(PREFIX)
     answer = client.request(method, PREFIX, headers={"If-None-Match": form.format(full.headers["etag"])})
     assert answer.status_code == 304
@@ -126,7 +126,7 @@ def test_if_none_match(client: httpx.Client, method: str, form: str) -> None:
 
 
 def test_if_none_match_of_something_else(client: httpx.Client) -> None:
-    """Another entity tag is answered with the whole, also that of another form."""
+    """Another entity tag, or text of another form, is answered with the whole body."""
     other = client.get(f"{PREFIX}?batch_size=2").headers["etag"]
     for tag in (other, '"x"', other.strip('"'), ""):
         assert client.get(PREFIX, headers={"If-None-Match": tag}).status_code == 200
@@ -145,7 +145,7 @@ def test_if_none_match_of_something_else(client: httpx.Client) -> None:
 )
 @pytest.mark.parametrize("path", [f"{PREFIX}?batch_size=2", f"{PREFIX}?layout=stacked", f"{ADAPTER}/parameters"])
 def test_one_range(client: httpx.Client, path: str, value: str, start: int, stop: int | None) -> None:
-    """One range is 206 with exactly those bytes, whichever buffers they lie in."""
+    """One range is a 206 with exactly those bytes, in whichever buffers they are."""
     whole = client.get(path).content
     answer = client.get(path, headers={"Range": f"bytes={value}"})
     first, last, _ = slice(start, stop).indices(len(whole))
@@ -174,7 +174,7 @@ def test_every_cut_of_the_body_is_served(client: httpx.Client) -> None:
     "value", ["bytes=5-2", "bytes=a-b", "bytes=", "bytes", "lines=0-5", "bytes=--5", "bytes=0-1,5-6"]
 )
 def test_ranges_that_are_ignored(client: httpx.Client, value: str) -> None:
-    """What is no valid single byte range is answered with the whole."""
+    """A value that is no valid single byte range is answered with the whole body."""
     assert client.get(PREFIX, headers={"Range": value}).status_code == 200
 
 
@@ -189,7 +189,7 @@ def test_if_range(client: httpx.Client) -> None:
 @pytest.mark.parametrize("query", ["", "?batch_size=3", "?batch_size=3&expand=false&dtype=float8_e4m3fn"])
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=3-9"}, {"Want-Repr-Digest": "sha-256=1"}], ids=str)
 def test_head(client: httpx.Client, query: str, headers: dict[str, str]) -> None:
-    """HEAD tells what GET would, without the body."""
+    """HEAD answers what GET would, without the body."""
     get, answer = (client.request(method, PREFIX + query, headers=headers) for method in ("GET", "HEAD"))
     assert answer.content == b""
     assert answer.status_code == get.status_code
@@ -200,7 +200,7 @@ def test_head(client: httpx.Client, query: str, headers: dict[str, str]) -> None
 
 
 def test_parameters_have_the_same_manners(client: httpx.Client, version: dict[str, Any]) -> None:
-    """The weights file has an entity tag, a digest, and answers conditions too."""
+    """The weights file too has an entity tag and a digest, and its route answers conditions."""
     path = f"{ADAPTER}@1/parameters"
     answer = client.get(path)
     assert answer.headers["repr-digest"] == _digest(answer.content)

@@ -1,4 +1,4 @@
-"""`POST …/prefix`: the input's attention mask, extended, and the position ids that follow from it."""
+"""`POST …/prefix` extends the input's attention mask, and computes the position ids that follow from it."""
 
 from typing import Any
 
@@ -24,14 +24,14 @@ from tests.conftest import Server
 TENANT, TOKENS = "masks", 20
 PREFIX = f"/v1/tenants/{TENANT}/adapters/llama/prefix"
 MASK = [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]
-# N + clamp(cumsum(mask) - 1, min=0): left padding, right padding, and a row of nothing.
+# The positions are N + clamp(cumsum(mask) - 1, min=0): left padding, right padding, and a row of nothing.
 POSITIONS = [[20, 21, 22, 23], [20, 20, 20, 21], [20, 21, 21, 21], [20, 20, 20, 20]]
 MASK_DTYPES = [torch.int64, torch.float32, torch.bool]
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> httpx.Client:
-    """A platform admin, and two adapters of the corpus."""
+    """Returns a platform admin's client, and publishes two adapters of the corpus."""
     client = server.client()
     upload_directory(client, TENANT, "llama", adapter_of("llama-n20-emb"))
     upload_directory(client, TENANT, "t5", adapter_of("t5-n20-emb"))
@@ -48,7 +48,7 @@ def _extended(dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_json_mask(client: httpx.Client) -> None:
-    """A mask of integers comes back as int64, prefix ones first, with positions behind the prefix."""
+    """A mask of integers comes back as int64, with ones for the prefix first, and positions after the prefix."""
     answer = client.post(PREFIX, json={"attention_mask": MASK})
     tensors, expected = tensors_of(answer), expected_of("llama-n20-emb")
     assert_same(tensors["attention_mask"], _extended(torch.int64))
@@ -60,7 +60,7 @@ def test_json_mask(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
 def test_safetensors_mask(client: httpx.Client, dtype: torch.dtype) -> None:
-    """A mask keeps its own dtype unless another is asked for; positions are int64 always."""
+    """A mask keeps its dtype unless another is requested; positions are always int64."""
     tensors = tensors_of(_post(client, torch.tensor(MASK).to(dtype)))
     assert_same(tensors["attention_mask"], _extended(dtype))
     assert_same(tensors["position_ids"], torch.tensor(POSITIONS))
@@ -76,7 +76,7 @@ def test_mask_dtype(client: httpx.Client, dtype: torch.dtype, wanted: torch.dtyp
 
 
 def test_both_bodies_give_the_same_bytes(client: httpx.Client) -> None:
-    """JSON and safetensors are two spellings of one request; all options count in both."""
+    """JSON and safetensors are two forms of one request, and all options count in both."""
     options = {"dtype": "float16", "layout": "stacked", "layers": "0:2", "kv_heads": "1:2", "expand": False}
     by_json = client.post(PREFIX, json={"attention_mask": MASK, **options})
     by_tensor = _post(client, torch.tensor(MASK), "?dtype=float16&layout=stacked&layers=0:2&kv_heads=1:2&expand=false")
@@ -88,7 +88,7 @@ def test_both_bodies_give_the_same_bytes(client: httpx.Client) -> None:
 
 
 def test_json_without_a_mask_is_the_query_in_a_body(client: httpx.Client) -> None:
-    """The same names and strings as the query, and the same answer."""
+    """A JSON body takes the query's names and strings, and has the same answer."""
     options: dict[str, Any] = {"batch_size": 2, "dtype": "bfloat16", "layers": "1:2", "mask_dtype": "bool"}
     get, post = client.get(PREFIX, params=options), client.post(PREFIX, json=options)
     assert post.content == get.content
@@ -104,7 +104,7 @@ def test_etag_tells_masks_apart(client: httpx.Client) -> None:
 
 
 def test_conditions_and_ranges_are_for_reading(client: httpx.Client) -> None:
-    """A POST is answered whole, with the digest of its one rendering."""
+    """A POST with a condition and a range is answered whole, with the digest of its one rendering."""
     first = client.post(PREFIX, json={"attention_mask": [[1, 1]]})
     headers = {"If-None-Match": first.headers["etag"], "Range": "bytes=0-3"}
     answer = client.post(PREFIX, json={"attention_mask": [[1, 1]]}, headers=headers)
@@ -144,7 +144,7 @@ def test_encoder_decoder_has_no_positions(client: httpx.Client) -> None:
     ids=lambda mask: str(mask)[:20] + str(len(mask)),
 )
 def test_json_masks_that_are_none(client: httpx.Client, mask: Any) -> None:
-    """Rows of zeros and ones, of one length, within the configured bounds; everything else is 422."""
+    """A mask has rows of zeros and ones, of one length, within the bounds; anything else is a 422."""
     problem(client.post(PREFIX, json={"attention_mask": mask}), 422, "invalid-request")
 
 
@@ -169,20 +169,20 @@ def test_json_masks_that_are_none(client: httpx.Client, mask: Any) -> None:
     ids=lambda tensors: " ".join(f"{k}{list(t.shape)}{t.dtype}{t.flatten()[:1].tolist()}" for k, t in tensors.items()),
 )
 def test_tensor_masks_that_are_none(client: httpx.Client, tensors: dict[str, torch.Tensor]) -> None:
-    """One tensor `attention_mask` `[batch, seq]` of zeros and ones, in a dtype of masks."""
+    """A body has one tensor `attention_mask` `[batch, seq]` of zeros and ones, in a dtype of masks."""
     answer = client.post(PREFIX, content=save(tensors), headers={"Content-Type": MEDIA_TYPE})
     problem(answer, 422, "invalid-request")
 
 
 def test_bool_mask_with_bytes_that_are_no_bools(client: httpx.Client) -> None:
-    """A byte of 2 is neither true nor false."""
+    """A byte of 2 in a bool mask is refused."""
     body = safetensors_file({"attention_mask": entry([1, 2], 0, 2, "BOOL")}, b"\x01\x02")
     problem(client.post(PREFIX, content=body, headers={"Content-Type": MEDIA_TYPE}), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"\x80\x02N.", b"\xff" * 100], ids=str)
 def test_bodies_that_are_no_safetensors(client: httpx.Client, body: bytes) -> None:
-    """A body that is not what its media type says is 422."""
+    """A body that does not fit its media type is a 422."""
     answer = client.post(PREFIX, content=body, headers={"Content-Type": MEDIA_TYPE})
     problem(answer, 422, "invalid-request")
 
@@ -195,7 +195,7 @@ def test_bodies_that_are_no_options(client: httpx.Client, body: bytes) -> None:
 
 
 def test_contradictions(client: httpx.Client) -> None:
-    """The mask's rows are the batch, and options come from one place."""
+    """A batch size must equal the mask's rows, and options come from one place."""
     problem(client.post(PREFIX, json={"attention_mask": MASK, "batch_size": 3}), 422, "invalid-request")
     problem(_post(client, torch.tensor(MASK), "?batch_size=5"), 422, "invalid-request")
     problem(client.post(f"{PREFIX}?dtype=float16", json={"attention_mask": MASK}), 422, "invalid-request")

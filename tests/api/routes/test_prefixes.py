@@ -1,4 +1,4 @@
-"""`GET …/prefix`: every option, with the values that PEFT computed for the corpus."""
+"""`GET …/prefix` answers every option with the values that PEFT computed for the corpus."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ LAYERS, HEADS, TOKENS, DIM = 3, 2, 20, 8
 
 @pytest.fixture(scope="module")
 def versions(server: Server) -> dict[str, dict[str, Any]]:
-    """Four adapters of the corpus, published."""
+    """Publishes four adapters of the corpus."""
     client = server.client()
     cases = {"llama": LLAMA, "bf16": BF16, "t5": T5, "mlp": MLP}
     return {name: upload_directory(client, TENANT, name, adapter_of(case)) for name, case in cases.items()}
@@ -35,20 +35,20 @@ def versions(server: Server) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def client(server: Server, versions: dict[str, dict[str, Any]]) -> httpx.Client:
-    """A platform admin, after the four adapters are there."""
+    """Returns a platform admin's client, once the four adapters are published."""
     assert versions
     return server.client()
 
 
 def _stacked(case: str) -> torch.Tensor:
-    """PEFT's keys and values of a case as one tensor, `[1, L, 2, H, N, D]`."""
+    """Returns PEFT's keys and values of a case as one tensor, `[1, L, 2, H, N, D]`."""
     found = expected_of(case)
     layers = [torch.stack([found[f"b1.layers.{i}.{part}"] for part in ("key", "value")], 1) for i in range(LAYERS)]
     return torch.stack(layers, 1)
 
 
 def test_defaults(client: httpx.Client) -> None:
-    """One row, the stored dtype, one key and one value a layer, an int64 mask of ones."""
+    """By default an answer has one row, the stored dtype, one key and one value a layer, and an int64 mask of ones."""
     tensors, expected = tensors_of(client.get(PREFIX)), expected_of(LLAMA)
     names = {f"past_key_values.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")}
     assert tensors.keys() == names | {"attention_mask"}
@@ -81,7 +81,7 @@ def test_dtype(client: httpx.Client, case: str, dtype: str) -> None:
 
 
 def test_dtype_defaults_to_that_of_the_stored_weights(client: httpx.Client) -> None:
-    """A bf16 file is served as bf16, also where an MLP made the values."""
+    """A bf16 file is served as bf16, even if an MLP made the values."""
     answer = client.get(PREFIX.replace("llama", "bf16"), params={"layout": "stacked"})
     assert about_of(answer.content)["dtype"] == "bfloat16"
     assert_same(tensors_of(answer)["past_key_values"], _stacked(BF16).to(torch.bfloat16))
@@ -126,7 +126,7 @@ def test_float8_stacked(client: httpx.Client) -> None:
 )
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
 def test_ranges_of_layers_and_heads(client: httpx.Client, layers: str | None, heads: str | None, layout: str) -> None:
-    """Half-open ranges, cut before the layout; layers keep the number that they have in the model."""
+    """Half-open ranges are cut before the layout, and layers keep the model's numbers."""
     options = {name: value for name, value in (("layers", layers), ("kv_heads", heads)) if value is not None}
     answer = client.get(PREFIX, params={**options, "layout": layout, "batch_size": 2})
     tensors, about = tensors_of(answer), about_of(answer.content)
@@ -146,7 +146,7 @@ def test_ranges_of_layers_and_heads(client: httpx.Client, layers: str | None, he
 
 @pytest.mark.parametrize(("tp", "heads"), [("0/1", "0:2"), ("1/2", "1:2"), ("1/4", "0:1"), ("3/4", "1:2")])
 def test_the_heads_of_a_rank(client: httpx.Client, tp: str, heads: str) -> None:
-    """`tp=rank/size` is the same answer as the range that it means, under the same entity tag."""
+    """`tp=rank/size` is answered like the range that it means, with the same entity tag."""
     by_rank, by_range = (client.get(PREFIX, params=params) for params in ({"tp": tp}, {"kv_heads": heads}))
     assert by_rank.headers["etag"] == by_range.headers["etag"]
     assert by_rank.content == by_range.content
@@ -154,7 +154,7 @@ def test_the_heads_of_a_rank(client: httpx.Client, tp: str, heads: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["int64", "float32", "bool"])
 def test_mask_dtype(client: httpx.Client, dtype: str) -> None:
-    """The mask comes in the dtype that the reader's model wants."""
+    """The mask has the requested dtype."""
     tensors = tensors_of(client.get(PREFIX, params={"mask_dtype": dtype, "batch_size": 2}))
     assert_same(tensors["attention_mask"], torch.ones(2, TOKENS, dtype=getattr(torch, dtype)))
 
@@ -170,7 +170,7 @@ def test_expand_false_sends_one_row_and_all_masks(client: httpx.Client, layout: 
 
 
 def test_metadata(client: httpx.Client, versions: dict[str, dict[str, Any]]) -> None:
-    """`__metadata__` holds one key, `prefix`: canonical JSON of who this is and in which form."""
+    """`__metadata__` has one key, `prefix`: canonical JSON of the version and the form of the answer."""
     options: dict[str, Any] = {
         "batch_size": 2,
         "dtype": "float16",
@@ -201,7 +201,7 @@ def test_metadata(client: httpx.Client, versions: dict[str, dict[str, Any]]) -> 
 
 
 def test_tensors_are_aligned(client: httpx.Client) -> None:
-    """The data begins at a multiple of 64, so that a reader may map tensors where they arrive."""
+    """The data begins at a multiple of 64, so that a reader can map tensors in place."""
     body = client.get(PREFIX, params={"mask_dtype": "bool", "dtype": "float16"}).content
     assert (8 + int.from_bytes(body[:8], "little")) % 64 == 0
 
@@ -251,20 +251,20 @@ def test_encoder_decoder(client: httpx.Client) -> None:
     ],
 )
 def test_options_out_of_bounds(client: httpx.Client, options: str) -> None:
-    """What is malformed, unknown or out of bounds is a 422 that names the option."""
+    """A 422 names the option that is malformed, unknown or out of bounds."""
     answer = problem(client.get(f"{PREFIX}?{options}"), 422, "invalid-request")
     assert options.partition("=")[0] in answer["detail"]
 
 
 @pytest.mark.parametrize("ref", ["llama@2", "llama@prod", "none", "none@1", "llama@sha256:" + "0" * 64])
 def test_missing_references(client: httpx.Client, ref: str) -> None:
-    """A version, alias, digest or adapter that is not there is 404."""
+    """A version, alias, digest or adapter that does not exist is a 404."""
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/{ref}/prefix"), 404, "not-found")
 
 
 @pytest.mark.parametrize("ref", ["llama@01", "llama@", "llama@@1", "llama@sha256:abc", "Llama", "llama@La", "a@b@c"])
 def test_malformed_references(client: httpx.Client, ref: str) -> None:
-    """What cannot be a reference is 422."""
+    """Text that cannot be a reference is a 422."""
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/{ref}/prefix"), 422, "invalid-reference")
 
 
@@ -279,7 +279,7 @@ def test_every_way_to_name_a_version(client: httpx.Client, versions: dict[str, d
 
 
 def test_bytes_from_an_mlp_survive_a_restart_with_other_threads(tmp_path: Path) -> None:
-    """The encoder runs once in a version's life: bytes and ETag are the same after a restart, whatever its threads."""
+    """The encoder runs once in a version's life, so bytes and ETag outlast a restart with other threads."""
     seen = []
     for threads in ("1", "2"):
         with running_server(tmp_path / "data", environment={"OMP_NUM_THREADS": threads}) as server:

@@ -1,4 +1,4 @@
-"""Publishing versions: uploads, untrained prefixes, numbers, and what a version says about itself."""
+"""Versions are published by uploads or as untrained prefixes, numbered, and described."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ WEIGHTS_PART = ("adapter_model.safetensors", weights())
 
 @pytest.fixture
 def client(server: Server) -> httpx.Client:
-    """A platform admin."""
+    """Returns a platform admin's client."""
     return server.client()
 
 
@@ -40,7 +40,7 @@ def _multipart(client: httpx.Client, adapter: str, parts: Parts) -> httpx.Respon
 
 
 def test_first_upload(client: httpx.Client) -> None:
-    """A new version is 201, with its place in Location."""
+    """A new version is a 201 with its path in Location."""
     answer = upload(client, TENANT, "first")
     assert answer.status_code == 201
     assert answer.headers["location"] == f"/v1/tenants/{TENANT}/adapters/first@1"
@@ -48,7 +48,7 @@ def test_first_upload(client: httpx.Client) -> None:
 
 
 def test_the_same_content_is_the_same_version(client: httpx.Client) -> None:
-    """The same again is 200 with the version that exists, and `latest` does not move."""
+    """Uploading equal content is a 200 with the existing version, and `latest` does not move."""
     first = upload(client, TENANT, "same")
     assert upload(client, TENANT, "same", file=weights(1)).json()["version"] == 2
     again = upload(client, TENANT, "same")
@@ -59,8 +59,7 @@ def test_the_same_content_is_the_same_version(client: httpx.Client) -> None:
 
 
 def test_a_tenant_that_comes_into_being_is_told(client: httpx.Client, server: Server) -> None:
-    """By a header of the answer to the publication that it came into being with, however it was published; by no
-    other, and by none that failed."""
+    """Only the answer to the publication that creates a tenant has a header that says so, however it was published."""
     for number, body in enumerate(({"config": CONFIG}, {"compose": [f"{TENANT}/told", f"{TENANT}/told"]})):
         upload(client, TENANT, "told")
         assert client.post(versions_path(f"{TENANT}-json-{number}", "a"), json=body).headers[_CREATED] == "true"
@@ -74,7 +73,7 @@ def test_a_tenant_that_comes_into_being_is_told(client: httpx.Client, server: Se
 
 
 def test_the_same_weights_with_another_config_are_another_version(client: httpx.Client) -> None:
-    """A version is its manifest: config and weights."""
+    """Equal weights with another config are another version."""
     first = upload(client, TENANT, "config").json()
     other = upload(client, TENANT, "config", {**CONFIG, "revision": "main"}).json()
     assert (first["version"], other["version"]) == (1, 2)
@@ -82,7 +81,7 @@ def test_the_same_weights_with_another_config_are_another_version(client: httpx.
 
 
 def test_digest_is_that_of_the_canonical_manifest(client: httpx.Client) -> None:
-    """The digest is SHA-256 of RFC 8785 JSON: format, the config as parsed, and the digest of the weights."""
+    """The digest is the SHA-256 of RFC 8785 JSON: format, parsed config, and digest of the weights."""
     version = upload(client, TENANT, "digest").json()
     assert version["weights"] == f"sha256:{hashlib.sha256(weights()).hexdigest()}"
     manifest = {"format": 1, "config": version["config"], "weights": version["weights"]}
@@ -106,13 +105,13 @@ def test_digest_is_that_of_the_canonical_manifest(client: httpx.Client) -> None:
     ids=lambda parts: ",".join(name[:10] for name, _ in parts),
 )
 def test_parts_in_another_order(client: httpx.Client, parts: Parts) -> None:
-    """Field names and their order are the contract; a missing, repeated or unknown field is 422."""
+    """A missing, repeated, unknown or misplaced field is a 422."""
     problem(_multipart(client, "parts", parts), 422, "invalid-request")
     problem(client.get(f"/v1/tenants/{TENANT}/adapters/parts"), 404)
 
 
 def test_upload_that_ends_early(client: httpx.Client) -> None:
-    """A body without its closing boundary is not an upload."""
+    """A body without its closing boundary is a 422."""
     body = b'--x\r\nContent-Disposition: form-data; name="adapter_config.json"\r\n\r\n' + CONFIG_PART[1]
     body += b'\r\n--x\r\nContent-Disposition: form-data; name="adapter_model.safetensors"\r\n\r\n' + WEIGHTS_PART[1]
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -131,7 +130,7 @@ def test_file_names_do_not_matter(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("case", ["llama-n20-emb", "gemma2-n20-emb", "t5-n20-emb", "opt-n20-emb", "gpt2-n20-emb"])
 def test_base_model_config_fills_dimensions(client: httpx.Client, case: str) -> None:
-    """What the adapter's config leaves out comes from the base model's, and the version says so."""
+    """Dimensions that the adapter's config lacks come from the base model's, and the version has them."""
     full = json.loads((adapter_of(case) / "adapter_config.json").read_text())
     bare = {**full, "num_layers": None, "token_dim": None, "num_attention_heads": None}
     file = (adapter_of(case) / "adapter_model.safetensors").read_bytes()
@@ -144,13 +143,13 @@ def test_base_model_config_fills_dimensions(client: httpx.Client, case: str) -> 
 
 
 def test_final_values_of_the_adapter_stand(client: httpx.Client) -> None:
-    """Where the adapter's config has a number, the base model's is not asked."""
+    """A number in the adapter's config is used although the base model's differs."""
     base = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
     assert upload(client, TENANT, "stands", base=base).json()["num_layers"] == 2
 
 
 def test_base_model_config_that_contradicts_the_weights(client: httpx.Client) -> None:
-    """A wrong base model is noticed by the shapes."""
+    """A wrong base model is noticed by the shapes, and refused."""
     base = {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
     bare = {name: value for name, value in CONFIG.items() if name not in {"num_layers", "token_dim"}}
     problem(upload(client, TENANT, "wrong-base", bare, base=base), 422)
@@ -162,7 +161,7 @@ def _fresh(client: httpx.Client, adapter: str, **body: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", "CARTRIDGE"])
 def test_untrained_prefix_of_zeros(client: httpx.Client, peft_type: str) -> None:
-    """From a config alone: every key and value is zero, in the shapes that training would give."""
+    """`init_weights: zero` makes keys and values of zeros, in the shapes that training would give."""
     answer = _fresh(
         client, f"zero-{peft_type.lower()[:4]}", config={**CONFIG, "peft_type": peft_type}, init_weights="zero"
     )
@@ -176,7 +175,7 @@ def test_untrained_prefix_of_zeros(client: httpx.Client, peft_type: str) -> None
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_untrained_prefix_of_random_numbers(client: httpx.Client, projection: bool) -> None:
-    """A seed gives the same version again; another seed another one."""
+    """Equal seeds give the same version, and another seed another one."""
     config = {**CONFIG, "inference_mode": False, "prefix_projection": projection, "encoder_hidden_size": 16}
     name = f"random-{projection}".lower()
     seeds = [_fresh(client, name, config=config, seed=seed) for seed in (0, 0, 1)]
@@ -193,18 +192,18 @@ def test_untrained_prefix_of_random_numbers(client: httpx.Client, projection: bo
     ids=str,
 )
 def test_untrained_prefix_that_is_malformed(client: httpx.Client, body: dict[str, Any]) -> None:
-    """What is malformed or unknown is 422."""
+    """A malformed or unknown field is a 422."""
     problem(_fresh(client, "malformed", **body), 422, "invalid-request")
 
 
 def test_untrained_prefix_needs_dimensions(client: httpx.Client) -> None:
-    """Without a base model's config every number has to be there."""
+    """Without a base model's config every dimension must be given."""
     config = {name: value for name, value in CONFIG.items() if name != "num_layers"}
     assert "num_layers" in problem(_fresh(client, "malformed", config=config), 422, "invalid-config")["detail"]
 
 
 def test_parameters_are_the_uploaded_file(client: httpx.Client) -> None:
-    """The weights come back byte for byte, of every version."""
+    """Every version's weights come back byte for byte."""
     files = [weights(seed) for seed in range(3)]
     for file in files:
         upload(client, TENANT, "parameters", file=file)
@@ -216,7 +215,7 @@ def test_parameters_are_the_uploaded_file(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("case", ["llama-n20-proj-trainstate", "llama-cartridge-n20-f1", "t5-n20-emb", "llama-n20-emb"])
 def test_inspect(client: httpx.Client, case: str) -> None:
-    """A version tells its config, shapes, parameter counts, digest, size, aliases and residency."""
+    """A version's description has config, shapes, parameter counts, digest, size, aliases and residency."""
     version = upload_directory(client, TENANT, case, adapter_of(case))
     told = json.loads((adapter_of(case) / "adapter_config.json").read_text())
     size = (adapter_of(case) / "adapter_model.safetensors").stat().st_size
@@ -243,7 +242,7 @@ def test_inspect(client: httpx.Client, case: str) -> None:
 
 
 def test_concurrent_uploads_of_one_content(server: Server) -> None:
-    """N at once with the same content: one 201, the rest 200, one version."""
+    """Of N parallel uploads of equal content one is a 201, the others are 200, with one version."""
     clients = [server.client() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda client: upload(client, TENANT, "race-same"), clients))
@@ -252,7 +251,7 @@ def test_concurrent_uploads_of_one_content(server: Server) -> None:
 
 
 def test_concurrent_uploads_of_different_contents(server: Server) -> None:
-    """N at once with different contents: consecutive versions, each with its own bytes."""
+    """N parallel uploads of different contents get consecutive versions, each with its own bytes."""
     clients = [(server.client(), weights(seed)) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda pair: upload(pair[0], TENANT, "race-other", file=pair[1]), clients))

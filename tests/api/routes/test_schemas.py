@@ -1,4 +1,4 @@
-"""What callers send is bounded in every model: the size of lists, objects, texts and numbers, and errors collected."""
+"""Every model bounds what callers send: lists, objects, texts, numbers, and the errors that are collected."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ BOUNDS = {"list": "max_length", "dict": "max_length", "str": "max_length", "int"
 
 
 def models(base: type[RequestModel] = RequestModel) -> list[type[RequestModel]]:
-    """All of them; the app has imported its routes."""
+    """Returns all models; the app has imported its routes."""
     return [found for own in base.__subclasses__() for found in (own, *models(own))]
 
 
@@ -30,7 +30,7 @@ def schemas(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_bounded(schema: dict[str, Any]) -> bool:
-    """Whether a schema of pydantic's core has the bound that its type needs."""
+    """Returns whether a schema of pydantic's core has the bound that its type needs."""
     needed = BOUNDS.get(schema.get("type", ""), ())
     names = (needed,) if isinstance(needed, str) else needed
     return not names or any(name in schema for name in names)
@@ -42,14 +42,14 @@ def test_there_are_models() -> None:
 
 @pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
 def test_every_field_has_a_bound(model: type[RequestModel]) -> None:
-    """Lists, objects and texts have a largest size, numbers a largest value; lists stop at the first wrong item."""
+    """Lists, objects and texts have a largest size, numbers a largest value, and lists stop at the first error."""
     found = list(schemas(model.__pydantic_core_schema__))
     assert not [schema for schema in found if not is_bounded(schema)]
     assert all(schema.get("fail_fast") for schema in found if schema.get("type") == "list")
 
 
 def test_every_body_is_one_of_these_models() -> None:
-    """No route takes JSON of which the document shows a list, a text or an object without a bound."""
+    """No route takes JSON for which the document shows an unbounded list, text or object."""
     document = APP.openapi()
     seen = 0
     for path, operations in document["paths"].items():
@@ -65,12 +65,12 @@ def test_every_body_is_one_of_these_models() -> None:
 
 
 def definitions(schema: Any) -> dict[str, Any]:
-    """All definitions that stand inside of a schema."""
+    """Returns all definitions inside of a schema."""
     return {name: own for found in schemas(schema) for name, own in found.get("$defs", {}).items()}
 
 
 def is_open(schema: dict[str, Any]) -> bool:
-    """Whether an object may have any number of members."""
+    """Returns whether an object may have any number of members."""
     return (
         schema.get("type") == "object"
         and schema.get("additionalProperties") is not False
@@ -79,7 +79,7 @@ def is_open(schema: dict[str, Any]) -> bool:
 
 
 def resolved(schema: Any, document: dict[str, Any]) -> Any:
-    """The schema with its references replaced."""
+    """Returns the schema with its references replaced."""
     if isinstance(schema, list):
         return [resolved(item, document) for item in schema]
     if not isinstance(schema, dict):
@@ -93,7 +93,7 @@ def resolved(schema: Any, document: dict[str, Any]) -> Any:
 
 
 def test_one_unknown_field_is_enough() -> None:
-    """However many there are, one error is collected for them."""
+    """One error is collected for any number of unknown fields."""
     from prefix_service.api.dependencies.json_bodies import validated
     from prefix_service.api.routes.schemas import ResidencyRequest
     from prefix_service.errors import InvalidRequest
@@ -104,7 +104,7 @@ def test_one_unknown_field_is_enough() -> None:
 
 @pytest.mark.parametrize("version", [1, 1.0])
 def test_a_whole_number_is_an_integer(version: float) -> None:
-    """As JSON Schema has it, however it is written."""
+    """A whole number is an integer however it is written, as in JSON Schema."""
     from prefix_service.api.dependencies.json_bodies import validated
     from prefix_service.api.routes.schemas import AliasTarget
 
@@ -120,7 +120,7 @@ def test_a_whole_number_is_an_integer(version: float) -> None:
     ],
 )
 def test_json_has_types(name: str, wrong: Any) -> None:
-    """Text and booleans are no numbers, and numbers no booleans, other than in a query."""
+    """In a body, text and booleans are no numbers, and numbers no booleans, other than in a query."""
     from prefix_service.api.dependencies.json_bodies import validated
     from prefix_service.errors import InvalidRequest
     from prefix_service.library.plan import PrefixBody

@@ -1,4 +1,4 @@
-"""Renderings in files that workers on the same host map: who is told of one, what lies in it, and when it goes."""
+"""Workers on the same host map renderings in shared files, which the service names, bounds and removes."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ class Sharing:
     client: httpx.Client
 
     def named(self, path: str, **headers: str) -> Path:
-        """The file that the service names for a prefix."""
+        """Returns the file that the service names for a prefix."""
         answer = self.client.get(path, headers=BOTH | headers)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"] == SHARED
@@ -51,21 +51,21 @@ class Sharing:
 
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharing]:
-    """One service for the tests that leave it running."""
+    """Yields one service for the tests that leave it running."""
     folder = tmp_path_factory.mktemp("sharing")
     with sharing_server(folder) as server:
         yield Sharing(server, folder, server.client())
 
 
 def path_of(adapter: str, query: str = USUAL) -> str:
-    """Version 1 of an adapter of the tenant `acme`."""
+    """Returns the path of version 1 of an adapter of the tenant `acme`."""
     return f"/v1/tenants/acme/adapters/{adapter}@1/prefix?{query}"
 
 
 @pytest.mark.parametrize("case", ["llama-n20-proj", "t5-n20-emb", "llama-n20-emb-stored_bf16-on_fp32"])
 @pytest.mark.parametrize("form", ["", "&dtype=bfloat16", "&dtype=float8_e4m3fn", "&layers=1:2&kv_heads=0:1"])
 def test_a_file_is_the_body_that_others_receive(sharing: Sharing, case: str, form: str) -> None:
-    """Byte for byte, in every dtype and for every range; the digest that is told on request is its own."""
+    """The file is the body byte for byte, in every dtype and range, and a requested digest is its own."""
     name = case.replace("_", "-").lower()
     upload_directory(sharing.client, "acme", name, adapter_of(case))
     path = path_of(name, USUAL + form)
@@ -78,7 +78,7 @@ def test_a_file_is_the_body_that_others_receive(sharing: Sharing, case: str, for
 
 
 def test_other_forms_go_on_from_the_same_memory(sharing: Sharing) -> None:
-    """A batch, one tensor a layer, and a posted mask are sent as without the setting, and make no other file."""
+    """A batch, one tensor a layer, and a posted mask are sent as bytes, and make no other file."""
     upload(sharing.client, "acme", "forms")
     first = sharing.named(path_of("forms"))
     others = ["", "layout=stacked", "layout=stacked&batch_size=1", "expand=false", f"{USUAL}&batch_size=2"]
@@ -94,7 +94,7 @@ def test_other_forms_go_on_from_the_same_memory(sharing: Sharing) -> None:
 
 
 def test_who_may_open_a_file(sharing: Sharing) -> None:
-    """Nobody lists the folders but their owner, names are of 128 random bits, and nobody may write."""
+    """Only their owner lists the folders, names have 128 random bits, and nobody can write."""
     upload(sharing.client, "acme", "modes")
     file = sharing.named(path_of("modes"))
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent, file.parent.parent)]
@@ -107,7 +107,7 @@ def test_who_may_open_a_file(sharing: Sharing) -> None:
     "accept", ["", "*/*", MEDIA_TYPE, "application/*", f"{MEDIA_TYPE}, {SHARED};q=0", f"{SHARED}x, {MEDIA_TYPE}"]
 )
 def test_only_who_asks_is_told(sharing: Sharing, accept: str) -> None:
-    """Whoever does not name the type gets the bytes, with `Vary`."""
+    """A client that does not accept the type gets the bytes, with `Vary`."""
     upload(sharing.client, "acme", "accept")
     sharing.named(path_of("accept"))
     answer = sharing.client.get(path_of("accept"), headers={"Accept": accept})
@@ -116,13 +116,13 @@ def test_only_who_asks_is_told(sharing: Sharing, accept: str) -> None:
 
 
 def test_the_bytes_must_be_acceptable_too(sharing: Sharing) -> None:
-    """The service may have no file: who does not take the bytes is refused before it is known."""
+    """A client that does not accept the bytes gets 406, because there may be no file."""
     upload(sharing.client, "acme", "accept")
     assert sharing.client.get(path_of("accept"), headers={"Accept": SHARED}).status_code == 406
 
 
 def test_entity_tags_of_both(sharing: Sharing) -> None:
-    """Each has its own, the file's is weak: its name changes, its content never. Either is answered with 304."""
+    """File and bytes have their own entity tags, the file's a weak one, and both are answered with 304."""
     upload(sharing.client, "acme", "tags")
     path = path_of("tags")
     told, received = sharing.client.get(path, headers=BOTH), sharing.client.get(path)
@@ -139,7 +139,7 @@ def test_entity_tags_of_both(sharing: Sharing) -> None:
 
 
 def test_head(sharing: Sharing) -> None:
-    """The headers of the answer that GET would give."""
+    """HEAD has the headers of the answer that GET would give."""
     upload(sharing.client, "acme", "head")
     got, head = (sharing.client.request(method, path_of("head"), headers=BOTH) for method in ("GET", "HEAD"))
     assert head.content == b""
@@ -148,8 +148,9 @@ def test_head(sharing: Sharing) -> None:
 
 
 def test_a_file_goes_with_its_rendering(sharing: Sharing) -> None:
-    """When it leaves memory; who has opened it by then still reads all of it. What comes back has another name, and the
-    same entity tag."""
+    """A file is removed with its rendering, and readers that have opened it still read all of it. A new rendering has
+    another file, and the same entity tag.
+    """
     upload(sharing.client, "acme", "leaving", file=None)
     path = path_of("leaving")
     etag = sharing.client.get(path, headers=BOTH).headers["etag"]
@@ -166,7 +167,7 @@ def test_a_file_goes_with_its_rendering(sharing: Sharing) -> None:
 
 
 def test_eviction_removes_files(tmp_path: Path) -> None:
-    """The budget of renderings bounds what lies in the folder."""
+    """The budget of renderings bounds the files in the folder."""
     with sharing_server(tmp_path, environment={"PREFIX_RENDERING_BYTES": str(5 << 20)}) as server:
         client = server.client()
         for number in range(12):
@@ -181,7 +182,7 @@ def test_eviction_removes_files(tmp_path: Path) -> None:
 
 
 def test_nobody_is_told_over_tcp(tmp_path: Path) -> None:
-    """The same app, heard over TCP, answers with bytes."""
+    """Over TCP the same app answers with bytes."""
     settings = Settings(data_dir=tmp_path / "data", uds=tmp_path / "s", shared_dir=tmp_path / "shared")
     with opened(settings), served(create_app(settings)) as url:
         headers = {"Authorization": f"Bearer {bootstrap_file(settings.data_dir).read_text().strip()}"}
@@ -195,7 +196,7 @@ def test_nobody_is_told_over_tcp(tmp_path: Path) -> None:
 
 
 def test_nobody_is_told_without_the_setting(tmp_path: Path) -> None:
-    """A Unix socket alone shares nothing."""
+    """A Unix socket without the setting shares nothing."""
     socket = tmp_path / "s"
     with running_server(tmp_path / "data", "--uds", str(socket), uds=socket) as server:
         client = server.client()
@@ -206,14 +207,14 @@ def test_nobody_is_told_without_the_setting(tmp_path: Path) -> None:
 
 
 def test_it_needs_a_socket(tmp_path: Path) -> None:
-    """Without one nobody could be told: said at the start."""
+    """`serve` refuses the setting without a socket."""
     refused = run_forked("serve", "--data-dir", tmp_path, environment={"PREFIX_SHARED_DIR": str(tmp_path / "shared")})
     assert refused.returncode == 1
     assert "set PREFIX_UDS or --uds too" in refused.stderr
 
 
 def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
-    """What lies in it could be replaced; a sticky one, like /dev/shm, is accepted."""
+    """`serve` refuses a folder that others can write to, unless it is sticky, like /dev/shm."""
     shared = tmp_path / "shared"
     shared.mkdir()
     for mode in (0o777, 0o770):
@@ -234,7 +235,7 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    """Said in words at the start."""
+    """`serve` says at its start that it cannot make the folder."""
     (tmp_path / "file").touch()
     environment = {"PREFIX_SHARED_DIR": str(tmp_path / "file" / "shared")}
     refused = run_forked("serve", "--uds", tmp_path / "s", "--data-dir", tmp_path / "d", environment=environment)
@@ -243,7 +244,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_files_belong_to_the_folders_group(tmp_path: Path) -> None:
-    """Where the folder has the set-group-id bit its group reads: the workers' own, if the service's is another."""
+    """In a set-group-id folder the folder's group reads the files, which may be the workers' own."""
     if os.geteuid() != 0:
         not_tested("only root gives a folder to another group")
     shared_dir(tmp_path).mkdir()
@@ -259,7 +260,7 @@ def test_files_belong_to_the_folders_group(tmp_path: Path) -> None:
 
 
 def test_an_end_in_order_leaves_nothing(tmp_path: Path) -> None:
-    """SIGTERM removes the process's folder with all in it."""
+    """SIGTERM removes the process's folder and its files."""
     with sharing_server(tmp_path) as server:
         client = server.client()
         upload(client, "acme", "end")
@@ -269,7 +270,7 @@ def test_an_end_in_order_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_start_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
-    """After kill -9 the folder lies there until the next start; that of a process that lives stays."""
+    """A start removes the folder of a killed process, and not that of a running one."""
     with sharing_server(tmp_path) as killed:
         client = killed.client()
         upload(client, "acme", "killed")
@@ -293,7 +294,7 @@ def test_a_start_sweeps_what_a_killed_process_left(tmp_path: Path) -> None:
 
 
 def test_two_workers(tmp_path: Path) -> None:
-    """Each process has a folder of its own; whichever answers names a file that is there; both go in the end."""
+    """Each process has a folder of its own and names existing files; both folders are removed in the end."""
     with sharing_server(tmp_path, "--workers", "2") as server:
         upload(server.client(), "acme", "two")
         named: set[Path] = set()
@@ -309,7 +310,7 @@ def test_two_workers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
-    """A folder whose `shared` is a tmpfs of 1.5 MiB."""
+    """Yields a folder whose `shared` is a tmpfs of 1.5 MiB."""
     place = shared_dir(tmp_path)
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1536k,mode=711", "tmpfs", str(place)]
@@ -320,7 +321,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_tmpfs_that_is_full(tiny: Path) -> None:
-    """What has no room stays in private memory and goes as bytes, with one line in the log; the process lives."""
+    """A rendering without room stays in private memory and is sent as bytes, with one line in the log."""
     with sharing_server(tiny) as server:
         client = server.client()
         for number in range(2):

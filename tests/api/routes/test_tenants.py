@@ -1,4 +1,4 @@
-"""Tenants over HTTP: quotas, usage, deletion, and what each says."""
+"""Tenants have quotas, usage and deletion over HTTP."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +13,14 @@ from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
 MANIFEST = rfc8785.dumps({"format": 1, "config": parse_config(CONFIG).model_dump(), "weights": f"sha256:{'0' * 64}"})
-# What one version takes: its weights file, keys and values, its manifest; and the config file, if one was uploaded.
+# One version takes this: its weights file, keys and values, manifest, and config file, if one was uploaded.
 FRESH_SIZE = len(weights()) + 3 * 32 * 4 + len(MANIFEST)
 SIZE = FRESH_SIZE + len(json.dumps(CONFIG))
 
 
 @pytest.fixture
 def tenant(request: pytest.FixtureRequest, admin: httpx.Client) -> str:
-    """A tenant of this test's own."""
+    """Returns a tenant of this test's own."""
     name = f"tenants-{abs(hash(request.node.name)) % 10**9}"
     assert admin.put(f"/v1/tenants/{name}").status_code == 201
     return name
@@ -36,7 +36,7 @@ def told(admin: httpx.Client, tenant: str) -> dict[str, Any]:
 
 
 def test_a_tenant_is_made_and_told(admin: httpx.Client) -> None:
-    """201 once, then 200; without a body it has no limits, and an existing one keeps its quotas."""
+    """PUT answers 201 once, then 200; without a body a new tenant has no limits, and an existing one keeps its own."""
     first = put(admin, "tenants-made", max_adapters=3, max_bytes=1 << 40, requests_per_second=100)
     assert first.status_code == 201
     quotas = {"max_adapters": 3, "max_bytes": 1 << 40, "requests_per_second": 100}
@@ -52,7 +52,7 @@ def test_a_tenant_is_made_and_told(admin: httpx.Client) -> None:
 
 
 def test_a_body_sets_all_quotas(admin: httpx.Client, tenant: str) -> None:
-    """As a PUT does: what it leaves out has no limit."""
+    """A quota that the body leaves out is lifted."""
     put(admin, tenant, max_adapters=3, max_bytes=4)
     assert put(admin, tenant, max_bytes=5).status_code == 200
     found = told(admin, tenant)
@@ -76,7 +76,7 @@ def test_a_body_sets_all_quotas(admin: httpx.Client, tenant: str) -> None:
     ids=str,
 )
 def test_quotas_that_are_malformed(admin: httpx.Client, quotas: dict[str, Any]) -> None:
-    """422 that names the field, and no tenant comes into being."""
+    """A 422 names the field, and no tenant is made."""
     body = problem(put(admin, "tenants-never", **quotas), 422, "invalid-request")
     assert next(iter(quotas)) in body["detail"]
     problem(admin.get("/v1/tenants/tenants-never"), 404)
@@ -84,14 +84,13 @@ def test_quotas_that_are_malformed(admin: httpx.Client, quotas: dict[str, Any]) 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"null", b"\xff"])
 def test_bodies_that_are_no_object(admin: httpx.Client, content: bytes) -> None:
-    """422."""
+    """A body that is no object is a 422."""
     headers = {"Content-Type": "application/json"}
     problem(admin.put("/v1/tenants/tenants-never", content=content, headers=headers), 422, "invalid-request")
 
 
 def test_usage_is_told(admin: httpx.Client, tenant: str) -> None:
-    """Adapters, and bytes of all versions, each counted whoever else has the same content; a deletion gives both back
-    at once."""
+    """Usage counts adapters and all versions' bytes, whoever else has them; a deletion gives both back immediately."""
     for name in ("a", "b"):
         assert upload(admin, tenant, name).status_code == 201
     assert upload(admin, tenant, "a", file=weights(1)).status_code == 201
@@ -105,7 +104,7 @@ def test_usage_is_told(admin: httpx.Client, tenant: str) -> None:
 
 
 def test_the_adapters_that_a_tenant_may_have(admin: httpx.Client, tenant: str) -> None:
-    """507 for one too many, that says what to do; new versions of what is there are no new adapters."""
+    """One adapter too many is a 507 that says what to do; new versions of existing adapters are accepted."""
     put(admin, tenant, max_adapters=1)
     assert upload(admin, tenant, "a").status_code == 201
     body = problem(upload(admin, tenant, "b"), 507, "quota-exceeded")
@@ -117,7 +116,7 @@ def test_the_adapters_that_a_tenant_may_have(admin: httpx.Client, tenant: str) -
 
 
 def test_the_bytes_that_a_tenant_may_have(admin: httpx.Client, tenant: str) -> None:
-    """To the byte; the same content again is no new content, however full its tenant is."""
+    """The quota holds to the byte, and a full tenant can upload the same content again."""
     put(admin, tenant, max_bytes=2 * SIZE - 1)
     assert upload(admin, tenant, "a").status_code == 201
     body = problem(upload(admin, tenant, "a", file=weights(1)), 507, "quota-exceeded")
@@ -129,7 +128,7 @@ def test_the_bytes_that_a_tenant_may_have(admin: httpx.Client, tenant: str) -> N
 
 
 def test_an_untrained_prefix_counts_too(admin: httpx.Client, tenant: str) -> None:
-    """However it comes."""
+    """An untrained prefix counts against both quotas."""
     put(admin, tenant, max_bytes=FRESH_SIZE - 1)
     fresh = {"config": CONFIG, "init_weights": "zero"}
     problem(admin.post(versions_path(tenant, "a"), json=fresh), 507, "quota-exceeded")
@@ -138,7 +137,7 @@ def test_an_untrained_prefix_counts_too(admin: httpx.Client, tenant: str) -> Non
 
 
 def test_uploads_at_once_do_not_exceed_a_quota(admin: httpx.Client, server: Server, tenant: str) -> None:
-    """Whoever comes first; the catalog counts in the transaction that makes the version."""
+    """Parallel uploads stay within the quota, because the catalog counts in the transaction of the version."""
     put(admin, tenant, max_bytes=5 * SIZE, max_adapters=8)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: upload(server.client(), tenant, f"a{n}", file=weights(n)), range(16)))
@@ -147,7 +146,7 @@ def test_uploads_at_once_do_not_exceed_a_quota(admin: httpx.Client, server: Serv
 
 
 def test_quotas_are_the_platforms(admin: httpx.Client, server: Server, tenant: str) -> None:
-    """A tenant's admin sees them, and cannot change them."""
+    """A tenant's admin reads its quotas, and cannot change them."""
     key = admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": "admin"}).json()["key"]
     own = server.client(key)
     assert own.get(f"/v1/tenants/{tenant}").json()["max_adapters"] is None
@@ -156,7 +155,7 @@ def test_quotas_are_the_platforms(admin: httpx.Client, server: Server, tenant: s
 
 
 def test_a_tenant_goes_with_all_it_has(admin: httpx.Client, server: Server, tenant: str) -> None:
-    """Adapters, versions, aliases, and keys, these at once; a tenant of its name begins anew, but for numbers."""
+    """A deleted tenant loses adapters, versions, aliases and keys; a namesake starts empty, but reuses no number."""
     upload(admin, tenant, "a")
     admin.put(f"/v1/tenants/{tenant}/adapters/a/aliases/prod", json={"version": 1})
     key = admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": "read"}).json()["key"]
@@ -172,7 +171,7 @@ def test_a_tenant_goes_with_all_it_has(admin: httpx.Client, server: Server, tena
 
 
 def test_tenants_come_in_pages(admin: httpx.Client) -> None:
-    """In the order of their names, with a Link to the next page."""
+    """Tenants come in the order of their names, with a Link to the next page."""
     names = [f"tenants-page-{letter}" for letter in "abc"]
     for name in names:
         admin.put(f"/v1/tenants/{name}")

@@ -1,4 +1,4 @@
-"""Usage over HTTP: what each kind of request counts, who sees it, and pages."""
+"""Usage over HTTP counts each kind of request, for those who may see it, in pages."""
 
 import contextlib
 import time
@@ -43,7 +43,7 @@ class Service:
         return made
 
     def usage(self, requests: int, **query: str) -> list[dict[str, Any]]:
-        """The tenant's usage, once it has so many requests."""
+        """Returns the tenant's usage, once it has so many requests."""
         until = time.monotonic() + 60
         while True:
             items: list[dict[str, Any]] = self.admin.get("/v1/tenants/acme/usage", params=query).json()["items"]
@@ -65,7 +65,7 @@ def only(items: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
 
 
 def test_the_most_used_come_first(service: Service) -> None:
-    """Once usage is written; a listing that is sorted so goes on behind its cursor."""
+    """Adapters are listed by written usage, and the order continues after a cursor."""
     listing = "/v1/tenants/acme/adapters"
     for _ in range(2):
         service.reader.get(PREFIX.replace("/a/", "/b/")).raise_for_status()
@@ -80,7 +80,7 @@ def test_the_most_used_come_first(service: Service) -> None:
 
 
 def test_what_requests_count(service: Service) -> None:
-    """A body with its bytes and tokens, the first of them with a load; 304 and HEAD as requests alone."""
+    """A body counts its bytes and tokens, the first one a load; 304 and HEAD count as requests alone."""
     first = service.reader.get(PREFIX, params={"batch_size": "4"})
     again = service.reader.get(PREFIX, params={"batch_size": "4"})
     etag = {"If-None-Match": first.headers["etag"]}
@@ -109,7 +109,7 @@ def test_what_requests_count(service: Service) -> None:
 
 
 def test_batches_for_many_adapters_and_inference(service: Service) -> None:
-    """A batch counts for each of its adapters; the platform's keys are one."""
+    """A batch counts for each of its adapters, and the platform's keys count as one."""
     rows = {"rows": ["acme/a", None, ["acme/b", "acme/a"], "acme/b"], "dtype": "float32"}
     mixed = service.platform.post("/v1/prefixes", json=rows)
     assert mixed.status_code == 200
@@ -127,7 +127,7 @@ def test_batches_for_many_adapters_and_inference(service: Service) -> None:
 
 
 def test_who_sees_it(service: Service) -> None:
-    """A tenant's admin its own, a platform admin all, with the keys of the platform apart."""
+    """A tenant's admin sees its own usage, and a platform admin all, with the platform's keys apart."""
     service.platform.get(PREFIX).raise_for_status()
     service.reader.get(PREFIX).raise_for_status()
     assert only(service.usage(2, by="key"), "key") == [(service.reader_id,), ("platform",)]
@@ -143,7 +143,7 @@ def test_who_sees_it(service: Service) -> None:
 
 
 def test_hours_and_pages(service: Service) -> None:
-    """Moments bound the hours; a page's cursor leads on; both listings take the same options."""
+    """`since` and `until` bound the hours, a page's cursor continues, and both listings take the same options."""
     service.reader.get(PREFIX).raise_for_status()
     service.reader.get(PREFIX.replace("/a/", "/b/")).raise_for_status()
     service.usage(2)
@@ -174,12 +174,12 @@ def test_hours_and_pages(service: Service) -> None:
     ],
 )
 def test_wrong_options(service: Service, query: dict[str, str], words: str) -> None:
-    """Are refused with what is wrong."""
+    """Wrong options are refused with what is wrong."""
     assert words in problem(service.admin.get("/v1/tenants/acme/usage", params=query), 422)["detail"]
 
 
 def test_a_stop_loses_nothing(tmp_path: Path) -> None:
-    """What was counted a moment ago is there after the next start."""
+    """Usage that was counted a moment before a stop is there after the next start."""
     settings = Settings(data_dir=tmp_path / "data", dev=True)
     with opened(settings), served(create_app(settings)) as url, httpx.Client(base_url=url) as client:
         assert upload(client, "acme", "a", file=weights()).status_code == 201

@@ -1,4 +1,4 @@
-"""Connections are accepted a few at a time."""
+"""The server accepts connections a few at a time."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ def test_without_descriptors_it_waits_and_then_accepts(monkeypatch: pytest.Monke
 
 
 class _Full(socket.socket):
-    """Has no descriptor for the first connection that it accepts."""
+    """A socket that has no descriptor for the first connection that it accepts."""
 
     refused = 0
 

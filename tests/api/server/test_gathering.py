@@ -1,4 +1,4 @@
-"""`api.server.gathering`: writes leave in their order, many at a time; and how long an answer holds what it sends."""
+"""`api.server.gathering` sends writes in order, many at a time, and holds an answer's memory until it has left."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ Made = tuple[GatheringTransport, _Counting, asyncio.StreamReader]
 
 @contextlib.asynccontextmanager
 async def connected() -> Any:
-    """Both ends of a connection: the gathering transport over a real one, and who reads from it."""
+    """Yields both ends of a connection: the gathering transport over a real one, and a reader."""
     loop, made = asyncio.get_running_loop(), asyncio.Queue[asyncio.Transport]()
 
     class Accepts(asyncio.Protocol):
@@ -53,7 +53,7 @@ async def connected() -> Any:
 
 
 async def test_what_is_written_in_one_turn_leaves_at_once() -> None:
-    """In its order, without what is empty, and without waiting for more."""
+    """Writes of one turn of the loop leave together, in order, without empty ones, and wait for no more."""
     async with connected() as (transport, counting, reader):
         for piece in (b"head ", b"", b"body ", memoryview(b"end")):
             transport.write(piece)
@@ -65,7 +65,7 @@ async def test_what_is_written_in_one_turn_leaves_at_once() -> None:
 
 
 async def test_much_does_not_wait() -> None:
-    """Rows of a batch are handed over every two megabytes, so that who writes hears that it must wait."""
+    """A batch's rows are handed on every two megabytes, so that the writer learns that it must wait."""
     row = bytes(1 << 19)
     async with connected() as (transport, counting, reader):
         for _ in range(12):
@@ -82,7 +82,7 @@ Ends: dict[str, Callable[[GatheringTransport], object]] = {
 
 @pytest.mark.parametrize("end", Ends)
 async def test_an_end_comes_behind_what_was_written(end: str) -> None:
-    """Nothing is lost."""
+    """Each way to end a connection sends what was written before."""
     async with connected() as (transport, _, reader):
         transport.write(b"all")
         Ends[end](transport)
@@ -90,7 +90,7 @@ async def test_an_end_comes_behind_what_was_written(end: str) -> None:
 
 
 async def test_a_connection_that_is_cut_sends_nothing_more() -> None:
-    """And nothing fails for it later."""
+    """An aborted connection sends nothing more, and nothing fails later."""
     failed: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failed.append(context))
     async with connected() as (transport, _, reader):
@@ -110,7 +110,7 @@ async def _until(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def test_an_answer_that_is_not_read_holds_its_rendering(server: Server) -> None:
-    """A body in one piece, of which the sockets take only a part, stays pinned until its reader has it."""
+    """A body of which the sockets take only a part stays pinned until its reader has it."""
     shape = Shape(tokens=56)  # 7.3 MB, below the largest piece, above what Linux buffers for a socket
     with server.client() as client:
         weights, _ = shape.weights(0)

@@ -1,4 +1,4 @@
-"""Large heads, bad framing, slow senders and slow readers: with either parser, each is bounded and ended."""
+"""With either parser the service bounds and ends large heads, bad framing, slow senders and slow readers."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ LARGE = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 256, "num_layers": 
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with this parser that does not wait long."""
+    """Yields a service with this parser that does not wait long."""
     environment = {
         "PREFIX_HTTP_PARSER": request.param,
         "PREFIX_RECEIVE_TIMEOUT": str(RECEIVE),
@@ -52,7 +52,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def connected(server: Server, receive_buffer: int | None = None) -> socket.socket:
-    """A connection; a small buffer makes the service feel a reader that does not read."""
+    """Returns a connection; a small buffer lets the service notice a reader that does not read."""
     address = urlsplit(server.url)
     connection = socket.socket()
     if receive_buffer is not None:
@@ -63,7 +63,7 @@ def connected(server: Server, receive_buffer: int | None = None) -> socket.socke
 
 
 def refused(answer: RawAnswer, status: int, code: str) -> None:
-    """Assert that it is a problem document, and that the connection ends with it."""
+    """Checks that the answer is a problem document, and the last of its connection."""
     assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
     assert answer.headers["connection"] == "close"
     body = json.loads(answer.body)
@@ -72,7 +72,7 @@ def refused(answer: RawAnswer, status: int, code: str) -> None:
 
 
 def sent_and_refused(server: Server, sent: bytes, status: int, code: str) -> None:
-    """Send all that is taken, read the refusal, and see the connection end."""
+    """Sends all that is taken, reads the refusal, and sees the connection end."""
     with connected(server) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not be read to its end
             connection.sendall(sent)
@@ -81,7 +81,7 @@ def sent_and_refused(server: Server, sent: bytes, status: int, code: str) -> Non
 
 
 def ended(connection: socket.socket) -> None:
-    """Read until the service has ended the connection."""
+    """Reads until the service has ended the connection."""
     try:
         while connection.recv(MIB):
             pass
@@ -90,20 +90,20 @@ def ended(connection: socket.socket) -> None:
 
 
 def upload_head(server: Server, **fields: str) -> bytes:
-    """The head of an upload."""
+    """Returns the head of an upload."""
     key = f"Bearer {server.admin_key}"
     return head("POST", VERSIONS, Authorization=key, Content_Type="multipart/form-data; boundary=x", **fields)
 
 
 def upload_body() -> bytes:
-    """A sound upload, as it goes over the wire."""
+    """Returns a sound upload, as it is sent."""
     config, file = json.dumps(CONFIG).encode(), weights()
     part = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
     return part % (b"adapter_config.json", config) + part % (b"adapter_model.safetensors", file) + b"--x--\r\n"
 
 
 def chunk(data: bytes) -> bytes:
-    """A chunk of a chunked body."""
+    """Returns a chunk of a chunked body."""
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
@@ -121,7 +121,7 @@ def chunk(data: bytes) -> bytes:
     ],
 )
 def test_heads_are_bounded(server: Server, fields: bytes) -> None:
-    """431, and no memory is taken for it."""
+    """A large head is a 431, and takes no memory."""
     raw(server, head("GET", "/livez"))
     before = peak_memory(server)
     for _ in range(4):
@@ -133,7 +133,7 @@ def test_heads_are_bounded(server: Server, fields: bytes) -> None:
 
 
 def test_refusal_reaches_who_still_sends(server: Server) -> None:
-    """What comes after a refusal is read and dropped for a while: a reset would take the answer from some peers."""
+    """The service reads what follows a refusal for a while, because a reset would lose some peers the answer."""
     before = peak_memory(server)
     with connected(server) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nX-Large: " + b"a" * 32 * MIB)
@@ -143,7 +143,7 @@ def test_refusal_reaches_who_still_sends(server: Server) -> None:
 
 
 def test_heads_below_the_bounds_are_taken(server: Server) -> None:
-    """100 fields, and 60 KiB in one; also when they come in pieces."""
+    """100 fields, and one of 60 KiB, are accepted, also in pieces."""
     fields = b"".join(b"X-%d: a\r\n" % i for i in range(99))
     assert raw(server, b"GET /livez HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n").status == 200
     large = b"GET /livez HTTP/1.1\r\nHost: a\r\nX-Large: " + b"a" * (60 << 10) + b"\r\n\r\n"
@@ -152,7 +152,7 @@ def test_heads_below_the_bounds_are_taken(server: Server) -> None:
 
 
 def test_many_small_heads_and_bodies_are_not_one_large_head(server: Server) -> None:
-    """What is counted is one head: not those before it on the connection, and no body."""
+    """The bound counts one head: neither earlier ones of its connection, nor bodies."""
     with connected(server) as connection:
         for _ in range(1000):
             connection.sendall(head("GET", "/livez", X_Filler="a" * 200))
@@ -167,7 +167,7 @@ def test_many_small_heads_and_bodies_are_not_one_large_head(server: Server) -> N
 
 
 def test_trailers_and_chunk_extensions_are_bounded(server: Server) -> None:
-    """They are heads by another name: no memory is taken for a body that never says anything."""
+    """Trailers and chunk extensions are bounded like heads, so that a body without data takes no memory."""
     before = peak_memory(server)
     for endless in (b"0\r\n" + b"X: a\r\n" * 500_000, b"1;" + b"a" * 4 * MIB):
         sent_and_refused(
@@ -178,7 +178,7 @@ def test_trailers_and_chunk_extensions_are_bounded(server: Server) -> None:
 
 @pytest.mark.parametrize("hosts", [b"", b"Host: a\r\nHost: b\r\n", b"Host: a\r\nHost: a\r\n"])
 def test_one_host(server: Server, hosts: bytes) -> None:
-    """None or two: 400, whatever they say."""
+    """A request without a Host, or with two, is a 400, whatever they say."""
     sent_and_refused(server, b"GET /livez HTTP/1.1\r\n" + hosts + b"\r\n", 400, "malformed-request")
     assert raw(server, b"GET /livez HTTP/1.0\r\n\r\n").status == 200
 
@@ -204,7 +204,7 @@ def test_one_host(server: Server, hosts: bytes) -> None:
     ],
 )
 def test_ambiguous_framing(server: Server, rest: bytes) -> None:
-    """400, and the connection ends: nobody takes the rest of a request for the next one."""
+    """Ambiguous framing is a 400 and ends the connection, so that no rest of it is read as the next request."""
     fields = f"Authorization: Bearer {server.admin_key}\r\nContent-Type: application/json\r\n".encode()
     sent_and_refused(
         server, f"POST {VERSIONS} HTTP/1.1\r\nHost: a\r\n".encode() + fields + rest, 400, "malformed-request"
@@ -214,12 +214,12 @@ def test_ambiguous_framing(server: Server, rest: bytes) -> None:
 
 @pytest.mark.parametrize("sent", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET\r\n\r\n"])
 def test_what_is_not_http(server: Server, sent: bytes) -> None:
-    """A TLS hello, or any other words: 400."""
+    """A TLS hello, or any other bytes, are a 400."""
     sent_and_refused(server, sent, 400, "malformed-request")
 
 
 def test_an_answer_is_never_interrupted_by_a_refusal(server: Server) -> None:
-    """What is malformed behind a request whose answer is under way cuts the connection, and adds nothing to it."""
+    """Malformed bytes after a request cut the connection during its answer, and add nothing to the answer."""
     path = f"/v1/tenants/{TENANT}/adapters/large@1/prefix"
     with connected(server) as connection:
         fields = {"Authorization": f"Bearer {server.admin_key}"}
@@ -238,7 +238,7 @@ def test_an_answer_is_never_interrupted_by_a_refusal(server: Server) -> None:
 
 
 def slowly(server: Server, first: bytes, more: Callable[[], bytes]) -> tuple[RawAnswer, float]:
-    """Send something, then a little ten times a second; what is answered, and after how many seconds."""
+    """Sends something, then a little ten times a second; returns the answer, and after how many seconds it came."""
     with connected(server) as connection:
         began = time.monotonic()
         connection.sendall(first)
@@ -266,14 +266,14 @@ def slowly(server: Server, first: bytes, more: Callable[[], bytes]) -> tuple[Raw
     ],
 )
 def test_slow_heads(server: Server, first: bytes, more: bytes) -> None:
-    """408 on the deadline, whatever still comes."""
+    """A slow head is a 408 at the deadline, whatever still comes."""
     answer, seconds = slowly(server, first, lambda: more)
     refused(answer, 408, "request-timeout")
     assert 0.8 * RECEIVE < seconds < RECEIVE + SLACK
 
 
 def test_slow_head_on_a_connection_that_was_used(server: Server) -> None:
-    """The deadline begins anew with each head; idle connections stay."""
+    """The deadline starts with each head, and idle connections stay."""
     with connected(server) as connection:
         for _ in range(2):
             connection.sendall(head("GET", "/livez"))
@@ -286,7 +286,7 @@ def test_slow_head_on_a_connection_that_was_used(server: Server) -> None:
 @pytest.mark.parametrize("encoding", ["length", "chunked"])
 @pytest.mark.parametrize("more", [b"", b"a"], ids=["stops", "a byte now and then"])
 def test_slow_bodies(server: Server, encoding: str, more: bytes) -> None:
-    """408, the connection ends, and nothing of the upload is left or visible."""
+    """A slow body is a 408 and ends the connection, and nothing of the upload is left or visible."""
     body = upload_body()[:-20]
     if encoding == "length":
         first, piece = upload_head(server, Content_Length=str(len(body) + 1000)) + body, more
@@ -300,7 +300,7 @@ def test_slow_bodies(server: Server, encoding: str, more: bytes) -> None:
 
 
 def test_body_that_never_ends(server: Server) -> None:
-    """An endless preamble at a byte now and then ends; a slow sender above the minimum rate arrives."""
+    """An endless preamble in single bytes is ended, and a slow sender above the minimum rate is served."""
     answer, _ = slowly(server, upload_head(server, Transfer_Encoding="chunked"), lambda: chunk(b"\r\n"))
     refused(answer, 408, "request-timeout")
     body = upload_body()
@@ -314,7 +314,7 @@ def test_body_that_never_ends(server: Server) -> None:
 
 
 def test_rest_of_a_body_that_was_answered_early(server: Server) -> None:
-    """Who is refused a key may not go on for ever with the body."""
+    """A client that is refused for its key cannot go on sending its body for ever."""
     with connected(server) as connection:
         connection.sendall(head("POST", VERSIONS, Content_Type="application/json", Content_Length=str(1 << 40)))
         assert read_answer(connection).status == 401
@@ -332,13 +332,13 @@ def test_rest_of_a_body_that_was_answered_early(server: Server) -> None:
 
 
 def resident_memory(server: Server) -> int:
-    """Bytes that the server has in memory now."""
+    """Returns the bytes that the server has in memory now."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1]) << 10
 
 
 def large_answers(server: Server, count: int) -> list[socket.socket]:
-    """Connections that asked for 256 MiB each, and did not read."""
+    """Returns connections that asked for 256 MiB each, and did not read."""
     path = f"/v1/tenants/{TENANT}/adapters/large@1/prefix?batch_size=8"
     key = server.admin_key
     assert server.client().get(path.replace("=8", "=1")).status_code == 200  # resident, rendered
@@ -349,7 +349,7 @@ def large_answers(server: Server, count: int) -> list[socket.socket]:
 
 
 def end_of_answers(server: Server, connections: list[socket.socket], trickle: bool) -> float:
-    """Seconds until the service knows of no request but that which asks."""
+    """Returns the seconds until the only request in flight is the one that asks."""
     began, client = time.monotonic(), server.client()
     while time.monotonic() - began < 60:
         if trickle:
@@ -366,7 +366,7 @@ def end_of_answers(server: Server, connections: list[socket.socket], trickle: bo
 
 @pytest.mark.parametrize("trickle", [False, True], ids=["never", "a few bytes now and then"])
 def test_readers_that_do_not_read(server: Server, trickle: bool) -> None:
-    """Memory for each of four is bounded, and the deadline ends them: their requests are over."""
+    """Memory for each of four readers is bounded, and the deadline ends their requests."""
     large_answers(server, 1)[0].close()
     before = resident_memory(server)
     connections = large_answers(server, 4)
@@ -396,7 +396,7 @@ def test_slow_readers_that_read_are_served(server: Server) -> None:
 
 
 def test_refusals_are_told_in_the_log(server: Server) -> None:
-    """At info, with status and code, and nothing that the peer said."""
+    """A refusal is logged at info with status and code, and without anything that the peer sent."""
     secret = b"GET /livez HTTP/1.1\r\nHost: a\r\nAuthorization : Bearer pfx_secret\r\n\r\n"
     sent_and_refused(server, secret, 400, "malformed-request")
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
@@ -406,6 +406,6 @@ def test_refusals_are_told_in_the_log(server: Server) -> None:
 
 
 def test_uploads_still_arrive(server: Server) -> None:
-    """With either parser."""
+    """Uploads are served with either parser."""
     assert upload(server.client(), TENANT, "sound").status_code == 201
     assert httpx.get(f"{server.url}/livez").status_code == 200

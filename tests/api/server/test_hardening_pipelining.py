@@ -16,42 +16,42 @@ from tests.api.framing.conftest import PARSERS
 
 COUNT = 6000
 QUEUED = 200
-"""Requests that may be queued: those of 4 KiB."""
+"""The most requests that may be queued: those of 4 KiB."""
 CHUNKS = 40_000
 CHUNKS_IN_A_TURN = CHUNKS // 4
-"""Those of 4 KiB, and of the piece before, which had fewer than 500 events."""
+"""The most chunks of a turn: those of 4 KiB, and of the piece before, which had fewer than 500 events."""
 
 Parser = Literal["httptools", "h11"]
 
 
 class Gate:
-    """An app that answers with the request's path, as often as it may."""
+    """An app that answers with the request's path, as often as it is allowed to."""
 
     def __init__(self) -> None:
         self.allowed = asyncio.Semaphore(0)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Answer when it is allowed."""
+        """Answers once it is allowed to."""
         await self.allowed.acquire()
         body = scope["path"].encode() + b"\n"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
 
     def allow(self, count: int) -> None:
-        """Let as many answers go."""
+        """Allows so many answers."""
         for _ in range(count):
             self.allowed.release()
 
 
 @pytest.fixture(params=PARSERS)
 def parser(request: pytest.FixtureRequest) -> Any:
-    """Each parser."""
+    """Returns each parser."""
     return request.param
 
 
 @asynccontextmanager
 async def serving(app: Any, parser: Parser) -> AsyncIterator[tuple[uvicorn.Server, int]]:
-    """uvicorn with this parser's connections in this process, and its port."""
+    """Yields uvicorn with this parser's connections in this process, and its port."""
     http = protocol_class(parser, Deadlines(60, 60))
     server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_config=None, ws="none"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -64,7 +64,7 @@ async def serving(app: Any, parser: Parser) -> AsyncIterator[tuple[uvicorn.Serve
 
 
 def held(server: uvicorn.Server) -> tuple[int, int]:
-    """Requests that are queued, and bytes that wait, in the server's one connection."""
+    """Returns the number of queued requests and of waiting bytes in the server's one connection."""
     (connection,) = _connections(server)
     return len(getattr(connection, "pipeline", ())), len(getattr(connection, "_unparsed", ()))
 

@@ -1,4 +1,4 @@
-"""Whose input is parsed next."""
+"""Callers take turns in having their input parsed."""
 
 import asyncio
 import time
@@ -12,8 +12,9 @@ from prefix_service.api.server.input_turns import InputTurns
 
 
 async def _parsed(arrivals: list[str], seconds: float = 0) -> list[list[tuple[str, int]]]:
-    """Returns what was parsed in each turn of the loop, when all arrives in one; each takes so many seconds. The first
-    turn that is returned is two: what may parse when it arrives, and the turn after."""
+    """Returns what was parsed in each turn of the loop, if all arrives in one; each takes so many seconds. The first
+    turn that is returned is two: what may be parsed when it arrives, and the turn after.
+    """
     turns: list[list[tuple[str, int]]] = [[]]
     shares = InputTurns()
     left = len(arrivals)

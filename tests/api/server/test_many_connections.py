@@ -1,4 +1,4 @@
-"""More connections than a process takes, and connections that end at any moment, on a real server."""
+"""A real server meets more connections than a process takes, and connections that end at any moment."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ LARGE: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 64,
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with this parser that takes few connections."""
+    """Yields a service with this parser that takes few connections."""
     environment = {"PREFIX_HTTP_PARSER": request.param, "PREFIX_MAX_CONNECTIONS": str(MOST)}
     with running_server(tmp_path_factory.mktemp(request.param) / "data", environment=environment) as running:
         made = running.client().post(versions_path("t", "large"), json={"config": LARGE, "seed": 1})
@@ -39,7 +39,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def connected(server: Server, sent: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
-    """A connection that sent something, from an address of this machine."""
+    """Returns a connection that sent something, from an address of this machine."""
     address = urlsplit(server.url)
     connection = socket.create_connection((address.hostname, address.port), timeout=60, source_address=(source, 0))
     connection.sendall(sent)
@@ -47,7 +47,7 @@ def connected(server: Server, sent: bytes = b"", source: str = "127.0.0.1") -> s
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the service has not ended a connection that it has not answered on."""
+    """Returns whether the service has not ended a connection that it has not answered on."""
     connection.setblocking(False)
     try:
         return bool(connection.recv(1, socket.MSG_PEEK))
@@ -66,7 +66,7 @@ def answered(connection: socket.socket) -> RawAnswer:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: a\r\nX: "], ids=["nothing", "a part of a head"])
 def test_idle_connections_of_one_peer_shut_nobody_out(server: Server, sent: bytes) -> None:
-    """A flood without a key costs itself its places, not another peer; the last that came are served."""
+    """A flood without a key loses its own places, and no other peer's; the newest connections are served."""
     with ExitStack() as stack:
         calm = stack.enter_context(connected(server, source="127.0.0.2"))
         assert answered(calm).status == 200
@@ -80,7 +80,7 @@ def test_idle_connections_of_one_peer_shut_nobody_out(server: Server, sent: byte
 
 
 def test_connections_with_requests_in_progress_stay(server: Server) -> None:
-    """When all have some, a new one is told so and ends; when one is done, its place is free."""
+    """If all connections have requests, a new one is refused; when a request ends, its place is free."""
     slow = head(
         "GET", "/v1/tenants/t/adapters/large@1/prefix?batch_size=64", Authorization=f"Bearer {server.admin_key}"
     )
@@ -109,7 +109,7 @@ def test_connections_with_requests_in_progress_stay(server: Server) -> None:
 
 
 def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
-    """SIGTERM with thousands of them, with and without a part of a head, ends the service with status 0."""
+    """SIGTERM ends a service with thousands of idle connections, some with a part of a head, with status 0."""
     with running_server(tmp_path / "data") as server, ExitStack() as stack:
         for number in range(2000):
             stack.enter_context(connected(server, b"GET /" * (number % 2)))
@@ -119,19 +119,19 @@ def test_the_end_does_not_wait_for_idle_connections(tmp_path: Path) -> None:
 
 
 def with_files(limit: str) -> list[str]:
-    """The program with this limit of open files."""
+    """Returns the program with this limit of open files."""
     return ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *PREFIX_SERVICE]
 
 
 def test_the_soft_limit_of_files_is_raised(tmp_path: Path) -> None:
-    """To the hard one: a service that a shell starts may have 1,024 only."""
+    """The service raises its soft limit of files to the hard one, because a shell may have set 1,024."""
     with running_server(tmp_path / "data", program=with_files("-S -n 300")) as server:
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         assert soft == min(hard, 1 << 20)
 
 
 def test_a_flood_leaves_files_for_work(tmp_path: Path) -> None:
-    """Of idle connections without a key, more than the process may open files: uploads and cold reads go on."""
+    """Uploads and cold reads go on during more idle connections without a key than the process may open files."""
     with running_server(tmp_path / "data", program=with_files("-n 400")) as server, ExitStack() as stack:
         started = next(
             line for line in map(json.loads, server.log.read_text().splitlines()) if line["event"] == "serving"
@@ -194,7 +194,7 @@ STAGES: dict[str, Callable[[Server], bytes]] = {
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("waits", [False, True], ids=["immediately", "after what came"])
 def test_a_reset_leaves_no_traceback(server: Server, stage: str, waits: bool) -> None:
-    """In whatever stage: at info there is one line for the request at most, and no error."""
+    """A reset in any stage of a request logs neither an error nor a traceback."""
     before = len(server.log.read_text())
     for _ in range(5):
         connection = connected(server, STAGES[stage](server))
@@ -217,7 +217,7 @@ def test_a_reset_leaves_no_traceback(server: Server, stage: str, waits: bool) ->
 
 
 def answered_soon(server: Server) -> bool:
-    """Whether no request is in flight but the one that asks."""
+    """Waits until the only request in flight is the one that asks; returns whether that came."""
     client, deadline = server.client(), time.monotonic() + 60
     while time.monotonic() < deadline:
         text = client.get("/metrics").text

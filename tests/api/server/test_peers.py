@@ -1,4 +1,4 @@
-"""`api.server.peers`: which connection is closed for another."""
+"""`api.server.peers` chooses the connection that is closed for another."""
 
 import pytest
 from hypothesis import settings
@@ -12,7 +12,7 @@ MOST = 6
 
 
 class Rules(RuleBasedStateMachine):
-    """Against a model: connections in the order in which they became idle, or their readers took nothing any more."""
+    """A model of connections, in the order in which they became idle, or their readers stopped reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +27,9 @@ class Rules(RuleBasedStateMachine):
 
     @rule(peer=st.sampled_from("abc"))
     def open(self, peer: str) -> None:
-        """Only one too many closes another: the longest idle of the largest peer that has idle ones; if none is idle,
-        the longest stalled of a peer with more than half of all."""
+        """Opens a connection. Only one too many closes another: the longest idle of the largest peer that has idle
+        ones; if none is idle, the longest stalled of a peer with more than half of all.
+        """
         self.number += 1
         is_full = len(self.peer) == MOST
         try:
@@ -69,7 +70,7 @@ class Rules(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        """Also one that is not counted: it was closed for another, or refused."""
+        """Closes a connection, also one that is no longer counted, because it was closed for another or refused."""
         connection = data.draw(st.integers(1, max(1, self.number)))
         self.peers.close(connection)
         self.peers.busy(connection)
@@ -82,13 +83,13 @@ class Rules(RuleBasedStateMachine):
         assert len(self.peers) == len(self.peer) <= MOST
 
 
-# Any sequence of calls: no more than the most, and nobody who has a request in progress is closed.
+# In any sequence of calls there are no more than the most, and no connection with a request in progress is closed.
 TestRules = Rules.TestCase
 TestRules.settings = settings(stateful_step_count=40)
 
 
 def test_a_few_that_are_refused_may_stay_to_read_why() -> None:
-    """Their places come back when they are closed."""
+    """64 refused connections may stay open, and their places are free again when they are closed."""
     peers: Peers[int] = Peers(1)
     assert [peers.may_read_refusal(number) for number in range(70)].count(True) == 64
     peers.close(0)
@@ -108,5 +109,5 @@ def test_a_few_that_are_refused_may_stay_to_read_why() -> None:
     ],
 )
 def test_names_of_peers(address: str | None, name: str) -> None:
-    """One host has all addresses of a /64; IPv4 is one peer however it came in."""
+    """A peer is all addresses of a /64, or an IPv4 address, however it came in."""
     assert peer_name(address) == name

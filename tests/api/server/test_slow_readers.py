@@ -1,4 +1,4 @@
-"""Readers that read slowly, on a real server: what they hold is their tenant's, and ends with them."""
+"""Slow readers on a real server hold their tenant's part of memory until they end, and no other's."""
 
 import socket
 import time
@@ -24,7 +24,7 @@ SEND = 5.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with less room than what the slow tenant's readers ask for."""
+    """Yields a service with less room than the slow tenant's readers ask for."""
     environment = {"PREFIX_RENDERING_BYTES": str(5 * MIB)}
     with running_server(tmp_path_factory.mktemp("slow") / "data", environment=environment) as running:
         publish(running)
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def impatient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with this parser that cuts readers off soon."""
+    """Yields a service with this parser that cuts readers off soon."""
     environment = {"PREFIX_HTTP_PARSER": request.param, "PREFIX_SEND_TIMEOUT": str(SEND)}
     with running_server(tmp_path_factory.mktemp(request.param) / "data", environment=environment) as running:
         publish(running)
@@ -41,7 +41,7 @@ def impatient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def publish(server: Server) -> None:
-    """Adapters of both tenants."""
+    """Publishes adapters of both tenants."""
     client = server.client()
     made = [client.post(versions_path("slow", "large"), json={"config": LARGE, "seed": 1})]
     made += [
@@ -51,13 +51,13 @@ def publish(server: Server) -> None:
 
 
 def read_key(server: Server, tenant: str) -> str:
-    """A new key of a tenant."""
+    """Returns a new key of a tenant."""
     key: str = server.client().post(f"/v1/tenants/{tenant}/keys", json={"scope": "read"}).json()["key"]
     return key
 
 
 def reading(server: Server, key: str, path: str) -> socket.socket:
-    """A reader that asked, and reads nothing yet; a small buffer lets the service notice it."""
+    """Returns a connection that asked, and reads nothing yet; a small buffer lets the service notice it."""
     address = urlsplit(server.url)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
@@ -68,15 +68,16 @@ def reading(server: Server, key: str, path: str) -> socket.socket:
 
 
 def held(client: httpx.Client) -> int:
-    """Leases of renderings that have not ended."""
+    """Returns the number of leases of renderings that have not ended."""
     found: int = client.get("/v1/residency").json()["tiers"][1]["readers"]
     return found
 
 
 @pytest.mark.parametrize("resident", [False, True], ids=["cold", "resident"])
 def test_a_tenants_slow_readers_refuse_nobody_else(server: Server, resident: bool) -> None:
-    """Many readers of other layers each, of one read key, hold their tenant's part, whether their renderings were there
-    before or not. Their own tenant waits for them, a neighbour's cold and warm reads do not."""
+    """Many slow readers with one key hold their tenant's part, resident before or not. Their own tenant waits for them,
+    and a neighbour's cold and warm reads do not.
+    """
     key, admin = read_key(server, "slow"), server.client()
     neighbour = server.client(read_key(server, "calm"))
     parts = ("", "&kv_heads=0:4", "&kv_heads=4:8", "&dtype=float16")  # together all of the budget
@@ -106,7 +107,7 @@ def test_a_tenants_slow_readers_refuse_nobody_else(server: Server, resident: boo
 
 
 def unsent(server: Server) -> list[int]:
-    """Bytes that the kernel has to send on each of the service's connections, whatever their state."""
+    """Returns the bytes that the kernel has to send on each of the service's connections, whatever their state."""
     port = urlsplit(server.url).port
     with open("/proc/net/tcp") as table:  # noqa: PTH123  # a file of the kernel
         rows = [line.split() for line in table][1:]
@@ -114,7 +115,7 @@ def unsent(server: Server) -> list[int]:
 
 
 def test_a_reader_that_is_cut_off_leaves_nothing_in_the_kernel(impatient: Server) -> None:
-    """Neither while it does not read, above a bound, nor after the cut: no connection waits to send anything."""
+    """The kernel holds a bounded part while a client does not read, and nothing after the cut."""
     key = read_key(impatient, "slow")
     path = "/v1/tenants/slow/adapters/large@1/prefix?batch_size=64"
     with ExitStack() as stack:
@@ -132,7 +133,7 @@ def test_a_reader_that_is_cut_off_leaves_nothing_in_the_kernel(impatient: Server
 
 
 def test_an_answer_that_nobody_reads_leaves_the_kernel_too(impatient: Server) -> None:
-    """It was written whole and the connection closed behind it: the kernel would keep it for minutes."""
+    """The kernel drops a whole answer that nobody reads after its connection was closed, without minutes of waiting."""
     key = read_key(impatient, "slow")
     path = "/v1/tenants/slow/adapters/large@1/prefix?layers=0:1"
     address = urlsplit(impatient.url)

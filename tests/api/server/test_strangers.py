@@ -1,4 +1,4 @@
-"""Callers without a key who ask for public pages and do not read them: whom they keep out, and what they hold."""
+"""Callers without a key that ask for public pages and do not read them keep nobody out, and hold little."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ PREFIX = "/v1/tenants/t/adapters/large@1/prefix?batch_size=8"
 
 @pytest.fixture(scope="module", params=["httptools", "h11"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with this parser that takes few connections."""
+    """Yields a service with this parser that takes few connections."""
     environment = {
         "PREFIX_HTTP_PARSER": request.param,
         "PREFIX_MAX_CONNECTIONS": str(MOST),
@@ -43,7 +43,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def connected(server: Server, sent: bytes, source: str) -> socket.socket:
-    """A connection that sent something, from an address of this machine, and takes little before it reads."""
+    """Returns a connection from an address of this machine that sent something, and has a small buffer."""
     address = urlsplit(server.url)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -55,7 +55,7 @@ def connected(server: Server, sent: bytes, source: str) -> socket.socket:
 
 
 def is_answered(connection: socket.socket) -> bool:
-    """Whether an answer has begun that is no refusal; nothing of it is read."""
+    """Returns whether an answer has begun that is no refusal, without reading it."""
     try:
         return connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
     except ConnectionResetError:
@@ -63,7 +63,7 @@ def is_answered(connection: socket.socket) -> bool:
 
 
 def reads_on(connection: socket.socket) -> bool:
-    """Whether more comes than the caller's buffers held: its connection was not reset."""
+    """Returns whether more comes than the caller's buffers held, so that its connection was not reset."""
     left = 128 << 10
     try:
         while left > 0 and (piece := connection.recv(left)):
@@ -74,7 +74,7 @@ def reads_on(connection: socket.socket) -> bool:
 
 
 def soon(holds: Callable[[], bool], seconds: float = 10) -> bool:
-    """Whether it holds within so long."""
+    """Returns whether the condition holds within so many seconds."""
     until = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < until:
         time.sleep(0.05)
@@ -86,7 +86,7 @@ def reading(server: Server) -> bytes:
 
 
 def test_connections_that_read_no_public_page_give_way(server: Server) -> None:
-    """A flood fills all places; whoever comes is served, and a slow reader with a key reads on."""
+    """New callers are served although a flood has taken all places, and a slow reader with a key reads on."""
     with ExitStack() as stack:
         slow = stack.enter_context(connected(server, reading(server), "127.0.0.3"))
         assert is_answered(slow)
@@ -99,8 +99,7 @@ def test_connections_that_read_no_public_page_give_way(server: Server) -> None:
 
 
 def test_readers_with_a_key_that_take_nothing_give_way_to_others(server: Server) -> None:
-    """Where one address has more than half of all connections, it loses those that stand still for longest, and its
-    neighbour none."""
+    """An address with more than half of all connections loses the longest stalled, and its neighbour none."""
     with ExitStack() as stack:
         calm = [stack.enter_context(connected(server, reading(server), "127.0.0.3")) for _ in range(2)]
         assert all(map(is_answered, calm))
@@ -123,7 +122,7 @@ def test_the_end_does_not_wait_for_who_reads_no_public_page(tmp_path: Path, pars
 
 
 def test_a_page_is_made_once_and_has_an_entity_tag(server: Server) -> None:
-    """Who has it gets 304; other methods get what they always did."""
+    """A client that has a page gets 304, and other methods are answered as before."""
     for path in ("/openapi.json", *REFERENCE_FILES):
         first, again = (httpx.get(server.url + path) for _ in range(2))
         assert first.status_code == 200
@@ -136,13 +135,13 @@ def test_a_page_is_made_once_and_has_an_entity_tag(server: Server) -> None:
 
 
 def memory(server: Server) -> int:
-    """The bytes of the process that are resident now."""
+    """Returns the bytes of the process that are resident now."""
     lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
 
 def test_unread_pages_are_no_copies(server: Server) -> None:
-    """Each connection that reads nothing holds less than one page, of which it is owed several."""
+    """A connection that does not read several pages holds less than one page."""
     for path, asked in (("/openapi.json", PAGES), ("/docs/swagger-ui-bundle.js", LARGEST)):
         page = len(httpx.get(server.url + path).content)
         with ExitStack() as stack:

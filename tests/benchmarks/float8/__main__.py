@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.float8`: the tables on the terminal, and in README.md beside this file."""
+"""`python -m tests.benchmarks.float8` prints its tables, and writes them into README.md in its folder."""
 
 import tempfile
 from pathlib import Path
@@ -16,7 +16,7 @@ HERE: Final = Path(__file__).parent
 
 
 def values(found: list[Found]) -> Grid:
-    """What becomes of keys and values."""
+    """Returns the table of errors of keys and values."""
 
     def cell(error: ErrorFigures) -> str:
         return f"{error.max_absolute:.2g} / {error.mean_absolute:.2g} / {error.mean_relative:.2%}"
@@ -31,7 +31,7 @@ def values(found: list[Found]) -> Grid:
 
 
 def predictions(found: list[Found]) -> Grid:
-    """What becomes of the next token."""
+    """Returns the table of changes of the next token."""
     head = ["adapter", "dtype", "mean divergence", "largest", "greedy continuations that change"]
     rows = [
         [
@@ -47,7 +47,7 @@ def predictions(found: list[Found]) -> Grid:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measures, prints and writes."""
     found: list[Found] = []
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,4 +1,4 @@
-"""What a prefix loses on its way in fewer bits: its values, and what a model makes of them."""
+"""Measures what a prefix loses in fewer bits: in its values, and in a model's predictions."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _DEMO: Final = Path(prefix_service.cli.demo.__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """An adapter's folder, its model, and inputs `[1, S]` int64 each, with what is to be predicted from `first` on."""
+    """An adapter's folder, its model, and inputs `[1, S]` int64 each, which are to be predicted from `first` on."""
 
     name: str
     adapter: Path
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One adapter in one dtype, against the dtype that it is stored in. Divergences are in nats."""
+    """One adapter in one dtype, compared with the dtype that it is stored in. Divergences are in nats."""
 
     name: str
     dtype: KVDtype
@@ -52,7 +52,7 @@ class Found:
 
 
 def corpus_cases() -> Iterator[Case]:
-    """The corpus's adapters on its tiny models, whose weights are random, as are the inputs."""
+    """Yields the corpus's adapters on its tiny models, whose weights are random, as are the inputs."""
     for name in (
         "gpt2-n20-emb",
         "llama-n20-emb",
@@ -70,8 +70,9 @@ def corpus_cases() -> Iterator[Case]:
 
 
 def demo_cases() -> Iterator[Case]:
-    """The demo's adapters on SmolLM2-135M-Instruct, with its questions and the answers that they were trained for;
-    nothing where the model is not installed."""
+    """Yields the demo's adapters on SmolLM2-135M-Instruct, with its questions and the answers that they were trained
+    for; none if the model is not installed.
+    """
     path = find_model()
     if path is None:
         return
@@ -84,7 +85,7 @@ def demo_cases() -> Iterator[Case]:
 
 
 def measure(client: PrefixClient, case: Case) -> list[Found]:
-    """Publish an adapter, and fetch it in each dtype."""
+    """Publishes an adapter, and measures it in each dtype."""
     reference = f"float8/{case.name}"
     with (case.adapter / "adapter_model.safetensors").open("rb") as weights:
         client.publish_files(reference, (case.adapter / "adapter_config.json").read_bytes(), weights)
@@ -111,7 +112,7 @@ def measure(client: PrefixClient, case: Case) -> list[Found]:
 
 @torch.inference_mode()
 def _log_probabilities(case: Case, prefix: Prefix, at: int) -> Tensor:
-    """Of the next token at each position from `first` on, float64 `[S - first, vocabulary]`."""
+    """Returns those of the next token at each position from `first` on, float64 `[S - first, vocabulary]`."""
     ids, model = case.inputs[at], case.model
     options: dict[str, Any] = {"past_key_values": prefix.to_cache(model.config)}
     mask = torch.ones_like(ids)
@@ -124,7 +125,7 @@ def _log_probabilities(case: Case, prefix: Prefix, at: int) -> Tensor:
 
 
 def _continued(case: Case, prefix: Prefix, at: int) -> Tensor:
-    """The greedy continuation of what comes before the answer, 24 tokens at most."""
+    """Returns the greedy continuation of what precedes the answer, of 24 tokens at most."""
     ids = case.inputs[at][:, : case.first[at] + 1] if case.first[at] else case.inputs[at]
     with torch.inference_mode():
         new: Tensor = prefix.generate(case.model, input_ids=ids, do_sample=False, max_new_tokens=24)

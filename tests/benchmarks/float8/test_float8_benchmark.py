@@ -1,4 +1,4 @@
-"""The measures behind README.md, on one corpus model."""
+"""The measures of README.md, on one model of the corpus."""
 
 from prefix_service.client import PrefixClient
 from tests.benchmarks.float8.measure import corpus_cases, measure
@@ -6,7 +6,7 @@ from tests.conftest import Server
 
 
 def test_float8_has_half_the_bytes_and_a_larger_error_than_bfloat16(server: Server) -> None:
-    """Of values and of predictions, neither of which is nothing, or everything."""
+    """float8's errors of values and predictions exceed bfloat16's, and are neither none nor total."""
     case = next(case for case in corpus_cases() if case.name == "llama-n20-emb")
     with PrefixClient(server.url, server.admin_key) as client:
         half, float8 = measure(client, case)

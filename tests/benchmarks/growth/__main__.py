@@ -1,6 +1,6 @@
-"""`python -m tests.benchmarks.growth [--sizes 1000 10000]`: tables on the terminal, and README.md with a plot.
+"""`python -m tests.benchmarks.growth [--sizes 1000 10000]` prints tables, and writes README.md with a plot.
 
-What was measured is kept in results.json, so that sizes can be measured one at a time.
+results.json keeps the measurements, so that sizes can be measured one at a time.
 """
 
 import argparse
@@ -23,11 +23,11 @@ RESULTS: Final = HERE / "results.json"
 SIZES: Final = [1_000, 10_000, 100_000]
 
 Found = dict[str, dict[str, dict[str, float]]]
-"""By size and by step, the fields of `Noticed`."""
+"""The fields of `Noticed` by size and by step."""
 
 
 def grids(found: Found) -> dict[str, Grid]:
-    """The three tables of the page."""
+    """Returns the three tables of the page."""
     steps = list(next(iter(found.values())))
 
     def grid(title: str, shown: Callable[[dict[str, float]], str], *leaving: str) -> Grid:
@@ -42,7 +42,7 @@ def grids(found: Found) -> dict[str, Grid]:
 
 
 def draw(found: Found, path: Path) -> None:
-    """Seconds over the number of adapters, as SVG: the same bytes for the same figures."""
+    """Draws seconds over the number of adapters as SVG, with the same bytes for the same figures."""
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "prefix-service"
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -58,7 +58,7 @@ def draw(found: Found, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure, keep, print, write."""
+    """Measures, keeps, prints and writes."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="adapters; others are kept as they were")
     parser.add_argument("--folder", type=Path, help="where the data goes, and is deleted; default: a temporary folder")

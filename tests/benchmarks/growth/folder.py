@@ -1,4 +1,4 @@
-"""A data folder with many adapters, whose rows and small blobs are written straight into it."""
+"""Writes rows and small blobs of many adapters straight into a data folder."""
 
 import hashlib
 import os
@@ -13,15 +13,16 @@ from prefix_service.catalog.schema import adapters, audit, numbers, tenants, ver
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 
 BIG: Final = "big"
-"""The tenant that has them."""
+"""The tenant that has the many adapters."""
 
 _TOGETHER: Final = 5000  # rows of an insertion
 _LONG_AGO: Final = 1_000_000_000  # when the blobs were written, so that no grace period keeps them
 
 
 def fill(data_dir: Path, count: int) -> None:
-    """Gives `BIG`, which has one adapter that was published over HTTP, so many more, each with two blobs of its own.
-    No service runs meanwhile."""
+    """Gives `BIG`, which has one adapter that was published over HTTP, so many more, each with two blobs of its own. No
+    service may run meanwhile.
+    """
     blobs = blob_folder(data_dir)
     for number in range(256):
         (blobs / f"{number:02x}").mkdir(exist_ok=True)

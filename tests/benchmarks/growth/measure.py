@@ -1,4 +1,4 @@
-"""What each thing takes on a folder with so many adapters, and what others notice of it."""
+"""Measures how long each operation takes on a folder with so many adapters, and how others are delayed by it."""
 
 import json
 import random
@@ -28,7 +28,7 @@ QUICK: Final = {"PREFIX_GARBAGE_GRACE": "2", "PREFIX_LOG_LEVEL": "warning"}
 
 
 def measure(folder: Path, count: int) -> dict[str, Noticed]:
-    """Fills a new folder, and does everything once; `seconds` of what is done often are those of one."""
+    """Fills a new folder, and measures every operation; `seconds` of a repeated one are those of one repetition."""
     data_dir = folder / "data"
     with running_server(data_dir) as server:
         upload(server.client(), BIG, "first").raise_for_status()
@@ -121,5 +121,5 @@ def _rows_are_gone(data_dir: Path) -> bool:
 
 
 def _blobs_are_gone(data_dir: Path) -> bool:
-    """The service lists folders in their order: the last one is emptied in the end."""
+    """Returns whether the last folders are empty, because the service empties folders in their order."""
     return not any(path for name in ("00", "80", "fe", "ff") for path in (blob_folder(data_dir) / name).iterdir())

@@ -1,4 +1,4 @@
-"""What others notice while something goes on: how long the event loop is silent, and how long a writer waits."""
+"""Measures how others are delayed by an operation: how long the event loop is silent, and how long a writer waits."""
 
 import itertools
 import threading
@@ -27,7 +27,7 @@ class Noticed:
 
 @contextmanager
 def watched(server: Server) -> Iterator[Noticed]:
-    """Asks and writes in threads while the block runs; the result is complete when it has ended."""
+    """Asks and writes in threads until the block ends, after which the result is complete."""
     noticed, stop = Noticed(), threading.Event()
     livez, writer = server.client(""), server.client()
     counter = itertools.count(1)

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.residency`: the tables on the terminal, and in README.md with a plot beside this file."""
+"""`python -m tests.benchmarks.residency` prints tables, and writes them into README.md with a plot in its folder."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ POLICIES: Final = (OURS, *PEERS)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One trace under one budget: hit ratios by policy."""
+    """Hit ratios of one trace under one budget, by policy."""
 
     sizes: Sizes
     trace: str
@@ -32,7 +32,7 @@ class Row:
 
 
 def run(task: tuple[Sizes, Trace, float]) -> Row:
-    """One trace under one budget, by every policy."""
+    """Replays one trace under one budget with every policy."""
     sizes, trace, share = task
     budget = int(trace.bytes * share)
     hits = {name: peer(name, trace, budget) for name in PEERS} | {OURS: ours(trace, budget)}
@@ -41,7 +41,7 @@ def run(task: tuple[Sizes, Trace, float]) -> Row:
 
 
 def hit_ratios(rows: list[Row], sizes: Sizes) -> Grid:
-    """By objects, and by bytes too where they differ."""
+    """Returns the table of hit ratios by objects, and by bytes too if they differ."""
 
     def cell(found: Ratios | None) -> str:
         if found is None:
@@ -58,7 +58,7 @@ def hit_ratios(rows: list[Row], sizes: Sizes) -> Grid:
 
 
 def beside_a_scan() -> Grid:
-    """What the first tenant keeps of its lone figure."""
+    """Returns the table of the part that the first tenant keeps of its lone figure."""
     lines = []
     for case in neighbours.CASES:
         found = [neighbours.measure(case, policy) for policy in (OURS, "LRU", "S3FIFO")]
@@ -69,7 +69,7 @@ def beside_a_scan() -> Grid:
 
 
 def price() -> Grid:
-    """What fair share costs the whole."""
+    """Returns the table of what fair shares cost the whole."""
     lines = []
     for in_blocks in (False, True):
         trace = by_tenants(200, in_blocks=in_blocks)
@@ -82,14 +82,14 @@ def price() -> Grid:
 
 
 def durations() -> Grid:
-    """What the event loop pays."""
+    """Returns the table of the event loop's time."""
     lines = [[name, f"{median:.1f}", f"{rare:.1f}"] for name, (median, rare) in speed.measure().items()]
     title = f"Microseconds a call, {speed.ENTRIES:,} entries of {speed.TENANTS} tenants"
     return Grid(title, ["call", "median", "99.9 %"], lines)
 
 
 def plot(rows: list[Row]) -> None:
-    """Hits of each policy as a part of those of Belady's optimum, uniform sizes."""
+    """Plots hits of each policy as a part of those of Belady's optimum, for uniform sizes."""
     mpl.use("Agg")
     shown = [row for row in rows if row.sizes == "uniform"]
     names = [f"{row.trace}\n{row.share:.0%}" for row in shown]
@@ -114,7 +114,7 @@ def _percent(part: float) -> str:
 
 
 def main() -> None:
-    """Everything, in a few minutes."""
+    """Runs everything, in a few minutes."""
     tasks = [(sizes, trace, share) for sizes in get_args(Sizes) for trace in traces(sizes) for share in SHARES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(run, tasks))

@@ -1,4 +1,4 @@
-"""What a tenant keeps of its hit ratio while another scans, against the tenant alone with the whole budget."""
+"""Measures what a tenant keeps of its hit ratio while another scans, compared with having the whole budget alone."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -31,12 +31,12 @@ class Kept:
 
     @property
     def part(self) -> float:
-        """What is left of the lone figure."""
+        """Returns the part that is left of the lone figure."""
         return self.beside / self.alone
 
 
 def measure(case: Neighbours, policy: str = OURS) -> Kept:
-    """The first tenant's hits from the moment that the other begins, with and without it."""
+    """Returns the first tenant's hits from the moment that the other begins, with and without it."""
     trace, before = case.trace()
     own = trace.tenants[trace.keys] == 0
     alone = Trace(trace.name, trace.keys[own], trace.sizes, trace.tenants)

@@ -1,4 +1,4 @@
-"""Traces against this service's residency, and against the policies of libcachesim."""
+"""Replays traces on this service's residency, and on the policies of libcachesim."""
 
 import multiprocessing
 import os
@@ -28,13 +28,13 @@ class Ratios:
 
 
 def ratios(trace: Trace, hits: Ints) -> Ratios:
-    """Of all requests, the first of each adapter included: nobody can serve that from memory."""
+    """Returns the hits of all requests, even the first of each adapter, which nobody can serve from memory."""
     sizes = trace.sizes[trace.keys]
     return Ratios(float(hits.mean()), float((hits * sizes).sum() / sizes.sum()))
 
 
 def ours(trace: Trace, budget: int) -> Ints:
-    """Whether each request found its adapter resident, 0 or 1."""
+    """Returns for each request whether its adapter was resident, 0 or 1."""
     residency: Residency[int] = Residency(budget)
     sizes, tenants = trace.sizes.tolist(), [str(tenant) for tenant in trace.tenants.tolist()]
 
@@ -50,9 +50,9 @@ def ours(trace: Trace, budget: int) -> Ints:
 
 
 def peer(name: str, trace: Trace, budget: int) -> Ints | None:
-    """The same by a policy of libcachesim; None where it does not end, as with objects near the size of the budget.
+    """Returns the hits of a policy of libcachesim; None if it does not end, as with objects as large as the budget.
 
-    In a process of its own, which can be ended, and whose millions of warnings go nowhere.
+    It runs in a process of its own, which can be ended, and whose millions of warnings are dropped.
     """
     forking = multiprocessing.get_context("fork")
     receiving, sending = forking.Pipe(duplex=False)
@@ -86,7 +86,7 @@ def _peer(name: str, trace: Trace, budget: int) -> Ints:
 
 
 def _next_uses(keys: Ints) -> list[int]:
-    """For Belady's optimum: when each request's key is asked for again."""
+    """Returns when each request's key is asked for again, for Belady's optimum."""
     seen: dict[int, int] = {}
     found = [_NEVER] * len(keys)
     for time in range(len(keys) - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""Requests for adapters: who asks for what, and how large it is. Every trace comes from its own fixed seed."""
+"""Makes traces of requests for adapters of tenants and sizes, each from its own fixed seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ class Trace:
 
     @property
     def bytes(self) -> int:
-        """Of everything that may be asked for."""
+        """Returns the bytes of all adapters."""
         return int(self.sizes.sum())
 
 
 def zipf(random: np.random.Generator, skew: float, adapters: int, requests: int) -> Ints:
-    """Ranks 0 … `adapters - 1`, rank `r` with a probability proportional to `(r + 1) ** -skew`."""
+    """Returns ranks 0 … `adapters - 1`, rank `r` with a probability proportional to `(r + 1) ** -skew`."""
     weights = np.arange(1, adapters + 1, dtype=np.float64) ** -skew
     return random.choice(adapters, requests, p=weights / weights.sum())
 
 
 def _shuffled(random: np.random.Generator, ranks: Ints) -> Ints:
-    """Popularity has nothing to do with the number of an adapter, nor with its size."""
+    """Returns adapters for ranks, so that popularity depends neither on an adapter's number nor on its size."""
     return random.permutation(ADAPTERS)[ranks]
 
 
@@ -48,7 +48,7 @@ def _zipf(skew: float) -> Callable[[np.random.Generator], Ints]:
 
 
 def _scans(random: np.random.Generator) -> Ints:
-    """Zipf, and six times somebody reads 5,000 adapters once, one in two requests."""
+    """Returns a Zipf trace in which, six times, a caller reads 5,000 adapters once, in every second request."""
     keys = _zipf(0.9)(random)
     for start in range(10_000, REQUESTS - 10_000, 30_000):
         keys[start : start + 10_000 : 2] = random.permutation(ADAPTERS)[:5_000]
@@ -56,7 +56,7 @@ def _scans(random: np.random.Generator) -> Ints:
 
 
 def _shifting(random: np.random.Generator) -> Ints:
-    """Zipf, and every 20,000 requests a fifth of the adapters change places."""
+    """Returns a Zipf trace in which a fifth of the adapters change places every 20,000 requests."""
     places, parts = random.permutation(ADAPTERS), []
     for ranks in np.split(zipf(random, 0.9, ADAPTERS, REQUESTS), 10):
         parts.append(places[ranks])
@@ -66,7 +66,7 @@ def _shifting(random: np.random.Generator) -> Ints:
 
 
 def _bursts(random: np.random.Generator) -> Ints:
-    """Zipf, each request repeated up to three times by other workers within the next fifty."""
+    """Returns a Zipf trace in which other workers repeat a request up to three times within the next fifty."""
     keys = _zipf(0.8)(random)[: REQUESTS // 2]
     keys = np.repeat(keys, random.integers(1, 4, len(keys)))[:REQUESTS]
     return keys[np.argsort(np.arange(len(keys)) + random.integers(0, 50, len(keys)), kind="stable")]
@@ -83,7 +83,7 @@ _KINDS: Final[dict[str, Callable[[np.random.Generator], Ints]]] = {
 
 
 def traces(sizes: Sizes) -> list[Trace]:
-    """Every kind, asked for by one tenant."""
+    """Returns a trace of every kind, asked for by one tenant."""
     found = []
     for seed, (name, kind) in enumerate(_KINDS.items()):
         random = np.random.default_rng(seed)
@@ -94,7 +94,7 @@ def traces(sizes: Sizes) -> list[Trace]:
 
 
 def by_tenants(tenants: int, *, in_blocks: bool) -> Trace:
-    """Zipf; each adapter has its tenant: the popular ones have the same tenants (blocks), or all of them have some."""
+    """Returns a Zipf trace in which popular adapters have the same tenants (blocks), or all tenants have some."""
     ranks = zipf(np.random.default_rng(99), 0.9, ADAPTERS, REQUESTS)
     numbers = np.arange(ADAPTERS)
     owners = numbers // (ADAPTERS // tenants) if in_blocks else numbers % tenants
@@ -104,8 +104,9 @@ def by_tenants(tenants: int, *, in_blocks: bool) -> Trace:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Tenant 0 asks for `adapters` by Zipf 0.9, in every second request of the latter half beside tenant 1, which
-    asks for each of its own `repeats` times in a row. All prefixes have one byte: a budget counts them."""
+    """Tenant 0 asks for `adapters` by Zipf 0.9, in the latter half in every second request, and tenant 1 then asks for
+    each of its own `repeats` times in a row. All prefixes have one byte: a budget counts them.
+    """
 
     adapters: int
     scanned: int = 5_000
@@ -113,7 +114,7 @@ class Neighbours:
     rate: int = 1  # requests of tenant 1 for each of tenant 0
 
     def trace(self) -> tuple[Trace, int]:
-        """The requests, and how many precede the scan."""
+        """Returns the requests, and how many precede the scan."""
         random = np.random.default_rng(self.adapters)
         scan = np.repeat(np.arange(self.scanned), self.repeats) + self.adapters
         beside = len(scan) // self.rate

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.speed [part …] [--quick]`: tables on the terminal, and in README.md with plots.
+"""`python -m tests.benchmarks.speed [part …] [--quick]` prints tables, and writes README.md with plots.
 
 Parts that are not named keep what they found before. `--quick` is a smoke test and writes nothing.
 """
@@ -41,7 +41,7 @@ PARTS: Final[dict[str, Callable[..., Outcome]]] = {
 
 
 def run(parts: list[str], *, quick: bool) -> dict[str, Outcome]:
-    """What each part finds."""
+    """Returns what each part finds."""
     found = {}
     for part in parts:
         say(f"{part} …")
@@ -54,7 +54,7 @@ def run(parts: list[str], *, quick: bool) -> dict[str, Outcome]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="a smoke test in a minute; the page stays as it is")

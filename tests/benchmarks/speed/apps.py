@@ -1,4 +1,4 @@
-"""Peers that are Python: small ASGI apps under uvicorn with the loop and the parser that ours has on loopback.
+"""Runs peers in Python: small ASGI apps under uvicorn with the loop and the parser that ours has on loopback.
 
     python -m tests.benchmarks.speed.apps scatter 8001 /folder
 
@@ -24,7 +24,7 @@ ROUTE: Final = "/v1/tenants/{tenant}/adapters/{ref}/prefix"
 
 
 class Files:
-    """What the service answered, in memory."""
+    """The service's answers, in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -36,7 +36,7 @@ class Files:
         return (self._folder / f"{batch}.safetensors").read_bytes()
 
     def _buffers(self, batch: str) -> tuple[int, list[memoryview]]:
-        """The same bytes as the header, the mask, and each layer's row, which comes again for each row of the batch."""
+        """Returns the same bytes as the header, the mask, and each layer's row, repeated for each row of the batch."""
         rows = int(batch)
         with (self._folder / f"{batch}.safetensors").open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
@@ -59,7 +59,7 @@ def _raw(head: dict[str, str], length: int | None = None) -> list[tuple[bytes, b
 
 
 def one_object(files: Files) -> ASGIApp:
-    """The whole body as one bytes object."""
+    """Returns an app that sends the whole body as one bytes object."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         body = files.body(scope["path"].strip("/"))
@@ -70,7 +70,7 @@ def one_object(files: Files) -> ASGIApp:
 
 
 def scatter(files: Files) -> ASGIApp:
-    """The same buffers one after another."""
+    """Returns an app that sends the same buffers one after another."""
 
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         length, buffers = files.buffers(scope["path"].strip("/"))
@@ -83,7 +83,7 @@ def scatter(files: Files) -> ASGIApp:
 
 
 def fastapi_response(files: Files) -> ASGIApp:
-    """What one writes first: a FastAPI route that returns a `Response`."""
+    """Returns what a developer writes first: a FastAPI route that returns a `Response`."""
     app = FastAPI()
 
     @app.get("/{batch}")
@@ -94,7 +94,7 @@ def fastapi_response(files: Files) -> ASGIApp:
 
 
 def bare_304(files: Files) -> ASGIApp:
-    """304 to everything: what uvicorn and the client can do at all."""
+    """Returns an app that answers 304 to everything, which shows the limit of uvicorn and the client."""
     start = {"type": "http.response.start", "status": 304, "headers": _raw(files.head)}
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -105,7 +105,7 @@ def bare_304(files: Files) -> ASGIApp:
 
 
 def starlette_304(files: Files) -> ASGIApp:
-    """304 from a route with path parameters."""
+    """Returns an app that answers 304 from a route with path parameters."""
 
     async def route(_request: Request) -> Response:
         return Response(status_code=304, headers=files.head)
@@ -114,7 +114,7 @@ def starlette_304(files: Files) -> ASGIApp:
 
 
 def fastapi_304(files: Files) -> ASGIApp:
-    """304 from a FastAPI route that validates its path and query."""
+    """Returns an app that answers 304 from a FastAPI route that validates its path and query."""
     app = FastAPI()
 
     @app.get(ROUTE)
@@ -130,7 +130,7 @@ APPS: Final[dict[str, Callable[[Files], ASGIApp]]] = {
 
 
 def main() -> None:
-    """Serve one of them until a signal."""
+    """Serves one of the apps until a signal."""
     name, port, folder = sys.argv[1:]
     options: dict[str, Any] = {"loop": "uvloop", "http": "httptools", "ws": "none", "lifespan": "off"}
     app = APPS[name](Files(Path(folder)))

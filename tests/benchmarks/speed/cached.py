@@ -1,4 +1,4 @@
-"""What it costs that a cached prefix is each caller's own: until all its bytes are read, and until all are written.
+"""Measures the cost of giving each caller its own copy of a cached prefix: until all its bytes are read, or written.
 
 Sizes are Llama-3-8B prefixes in bfloat16, each fetched once before. *Shared* is the cache's own memory, which releases
 before copy on write handed out to every caller; nobody may write to it. *Copied* is that memory and `clone()`. *get* is
@@ -57,7 +57,7 @@ def _memory() -> int:
 
 
 def _taken(way: Callable[[], Tensor]) -> int:
-    """Bytes that results take which are kept, and read."""
+    """Returns the bytes that results take which are kept and read."""
     before = _memory()
     kept = [way() for _ in range(_RESULTS)]
     for tensor in kept:
@@ -66,7 +66,7 @@ def _taken(way: Callable[[], Tensor]) -> int:
 
 
 def measure(*, quick: bool) -> Outcome:
-    """Publish, fetch once, and use what is cached."""
+    """Publishes, fetches once, and measures the use of the cache."""
     rows: list[list[str]] = []
     medians: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "data", environment=QUIET) as server:

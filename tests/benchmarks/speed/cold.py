@@ -1,4 +1,4 @@
-"""Cold adapters: from the blob to the first byte, many at once beside a hot one, and the start of the service.
+"""Measures cold adapters: from the blob to the first byte, many of them beside a hot one, and the start of the service.
 
 What is compared is measured in the same rounds, on the same file: reading and hashing a blob, and a real server's
 answer just after `DELETE …/residency`. A digest is unknown where this very body was never sent before.
@@ -30,7 +30,7 @@ Row = list[str]
 
 
 class Reader:
-    """One connection that reads into memory which is there already."""
+    """A connection that reads into memory that exists already."""
 
     def __init__(self, url: str, key: str) -> None:
         self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
@@ -38,7 +38,7 @@ class Reader:
         self._memory = memoryview(bytearray(_ANSWER))
 
     def get(self, path: str, tag: str = "") -> tuple[float, float, str]:
-        """Seconds to the first and the last byte, and the entity tag."""
+        """Returns the seconds to the first and the last byte, and the entity tag."""
         began = time.perf_counter()
         self._connection.request("GET", path, headers=self._headers | ({"If-None-Match": tag} if tag else {}))
         answer = self._connection.getresponse()
@@ -50,7 +50,7 @@ class Reader:
         return first, time.perf_counter() - began, answer.headers["ETag"]
 
     def unload(self, one: Hosted) -> None:
-        """Make an adapter cold."""
+        """Makes an adapter cold."""
         path = f"/v1/tenants/{one.tenant}/adapters/{one.adapter}@1/residency"
         self._connection.request("DELETE", path, headers=self._headers)
         answer = self._connection.getresponse()
@@ -60,13 +60,13 @@ class Reader:
 
 
 def publish(server: Server, tenant: str, shape: Shape, count: int) -> list[Hosted]:
-    """So many adapters of one shape."""
+    """Publishes so many adapters of one shape."""
     wanted = [(tenant, f"adapter-{number:03}", shape) for number in range(count)]
     return publish_all(server.url, server.admin_key, wanted, 2, lambda: None)
 
 
 def blob_of(server: Server, shape: Shape) -> Path:
-    """The file of the only keys and values of a shape."""
+    """Returns the file of the only keys and values of a shape."""
     for path in (server.data_dir / "blobs").glob("[0-9a-f][0-9a-f]/*"):
         with path.open("rb") as file:
             if path.stat().st_size >= shape.nbytes and b"past_key_values" in file.read(200):
@@ -75,7 +75,7 @@ def blob_of(server: Server, shape: Shape) -> Path:
 
 
 def read_and_hash(path: Path) -> float:
-    """Seconds to open, read and hash a file."""
+    """Returns the seconds to open, read and hash a file."""
     began = time.perf_counter()
     with path.open("rb") as file:
         data = file.read()
@@ -84,13 +84,13 @@ def read_and_hash(path: Path) -> float:
 
 
 def drop(path: Path) -> None:
-    """Take a file out of the page cache."""
+    """Drops a file from the page cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def one_cold(folder: Path, shape: Shape, rounds: int) -> list[Row]:
-    """(a) One adapter, cold again and again."""
+    """(a) Measures one adapter, cold again and again."""
     seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
     base: dict[str, list[float]] = {"warm": [], "dropped": []}
     rows_asked = itertools.count(2)
@@ -103,7 +103,7 @@ def one_cold(folder: Path, shape: Shape, rounds: int) -> list[Row]:
                 before(path)
                 base[cache].append(read_and_hash(path))
                 for digest in ("known", "unknown"):
-                    # Other rows that are not sent: another body of the same tensors.
+                    # Other numbers of rows, which are not sent, make another body of the same tensors.
                     new = f"&expand=false&batch_size={next(rows_asked)}" if digest == "unknown" else ""
                     reader.unload(one)
                     before(path)
@@ -123,7 +123,7 @@ def _ratios(values: list[float], base: float) -> Row:
 
 
 def many_cold(folder: Path, count: int) -> list[Row]:
-    """(b) Many cold adapters, read by one and by sixteen, beside a hot one."""
+    """(b) Measures many cold adapters, read by one and by sixteen, while a hot one is read."""
     rows: list[Row] = []
     spawning = multiprocessing.get_context("spawn")
     with running_server(folder, environment=QUIET) as server, ProcessPoolExecutor(1, spawning) as pool:
@@ -169,7 +169,7 @@ def _read_all(server: Server, cold: list[Hosted], readers: int) -> float:
 
 
 def watch(url: str, key: str, hot: Hosted, begun: Event, stop: Event) -> dict[int, list[float]]:
-    """Latencies of a resident adapter, by status, until told to stop."""
+    """Measures latencies of a resident adapter, by status, until it is stopped."""
     reader = Reader(url, key)
     *_, tag = reader.get(hot.path)
     found: dict[int, list[float]] = {304: [], 200: []}
@@ -182,7 +182,7 @@ def watch(url: str, key: str, hot: Hosted, begun: Event, stop: Event) -> dict[in
 
 
 def start_up(folder: Path, rounds: int) -> list[Row]:
-    """(c) `serve` until it is ready, and `import torch`."""
+    """(c) Measures `serve` until it is ready, and `import torch`."""
 
     def import_torch() -> float:
         began = time.perf_counter()
@@ -203,7 +203,7 @@ def start_up(folder: Path, rounds: int) -> list[Row]:
 
 
 def measure(*, quick: bool) -> Outcome:
-    """All three."""
+    """Measures all three."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for tokens in (20,) if quick else (20, 2048):

@@ -1,4 +1,4 @@
-"""How fast a body's digest is, by library: what the client adds to a fetch.
+"""Measures how fast libraries compute a body's digest, which is what the client adds to a fetch.
 
 One thread hashes a body in pieces of 1 MiB, as the client does on arrival, and takes turns with the other algorithms.
 Figures are bytes for a second of processor time. `memcpy` copies the same pieces, for scale.
@@ -37,7 +37,7 @@ class _Running:
 
 
 class _Copy:
-    """No digest: copies each piece over the last one."""
+    """A hasher that computes no digest: it copies each piece over the last one."""
 
     def __init__(self) -> None:
         self._target = bytearray(_PIECE)

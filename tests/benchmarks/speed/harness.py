@@ -1,4 +1,4 @@
-"""What every part shares: rounds in turns, ratios with their spread, and what a part hands to the page."""
+"""Runs rounds in turns, computes ratios with their spread, and holds what a part hands to the page."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Self:
-        """Of one value a round."""
+        """Returns the spread of values, one of each round."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
@@ -41,7 +41,7 @@ class Spread:
 
 
 def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """What each case returns, round by round: A B C, B C A, …, so that what drifts meets all alike."""
+    """Returns each case's results, round by round: A B C, B C A, …, so that a drift meets all alike."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
     for number in range(-warm_up, rounds):
@@ -54,7 +54,7 @@ def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int, warm_up: int
 
 
 def ratio(values: list[float], to: list[float]) -> Spread:
-    """Of paired rounds."""
+    """Returns the ratio of paired rounds."""
     return Spread.of([one / other for one, other in zip(values, to, strict=True)])
 
 
@@ -73,7 +73,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a part found."""
+    """The findings of a part."""
 
     grids: list[Grid]
     chart: Chart
@@ -81,16 +81,16 @@ class Outcome:
 
 
 def machine() -> str:
-    """Where this runs, in words."""
+    """Returns a description of the machine and its packages."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "httptools", "torch"))
     return f"{len(os.sched_getaffinity(0))} cores, {platform.system()}, Python {platform.python_version()}, {packages}"
 
 
 def say(line: str) -> None:
-    """Progress, on standard error."""
+    """Prints progress on standard error."""
     progress.print(line, markup=False, highlight=False)
 
 
 def warn_missing(what: str, package: str) -> None:
-    """A peer that is not installed is left out, loudly."""
+    """Warns loudly that a peer is left out because it is not installed."""
     sys.stderr.write(f"LEFT OUT: {what} is not installed (Debian package {package})\n")

@@ -1,4 +1,4 @@
-"""Clients that cost little: raw sockets that read into one buffer, used again; what arrives is counted, not kept."""
+"""Clients that cost little: raw sockets that read into one buffer, used again, and count what arrives."""
 
 import random
 import select
@@ -11,20 +11,20 @@ from typing import Final, Self
 
 Address = tuple[str, int]
 Framing = Callable[[bytearray, int], tuple[int, int]]
-"""From a buffer's first bytes: the status of an answer, and its length in bytes, head included."""
+"""Returns the status of an answer and its length in bytes, head included, from a buffer's first bytes."""
 
 _BUFFER: Final = 1 << 20
 
 
 def get(path: str, address: Address, **fields: str) -> bytes:
-    """A request as it travels; `if_none_match` becomes `If-None-Match`."""
+    """Returns a request as it travels; `if_none_match` becomes `If-None-Match`."""
     lines = [f"GET {path} HTTP/1.1", f"Host: {address[0]}:{address[1]}", "Accept-Encoding: identity"]
     lines += [f"{name.replace('_', '-').title()}: {value}" for name, value in fields.items()]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
 def http(buffer: bytearray, count: int) -> tuple[int, int]:
-    """The framing of HTTP/1.1 with a Content-Length."""
+    """Returns status and length of an HTTP/1.1 answer with a Content-Length."""
     end = buffer.find(b"\r\n\r\n", 0, count) + 4
     if end < 4:
         raise RuntimeError(f"the head of an answer came in pieces: {bytes(buffer[:count])!r:.200}")
@@ -37,14 +37,14 @@ def http(buffer: bytearray, count: int) -> tuple[int, int]:
 
 
 def redis(buffer: bytearray, count: int) -> tuple[int, int]:
-    """The framing of a bulk string of Redis; 200 where the key exists."""
+    """Returns status and length of a bulk string of Redis; 200 stands for a key that exists."""
     end = buffer.find(b"\r\n", 0, count) + 2
     length = int(buffer[1:end])
     return (200, end + length + 2) if length >= 0 else (404, end)
 
 
 class Reader:
-    """One connection that is kept, and one request at a time."""
+    """A connection that is kept, with one request at a time."""
 
     def __init__(self, address: Address, framing: Framing = http) -> None:
         self._socket = _connected(address)
@@ -53,8 +53,9 @@ class Reader:
         self._view = memoryview(self._buffer)
 
     def read(self, request: bytes, status: int = 200, pause: Callable[[], None] | None = None) -> int:
-        """Send a request and read the answer, which must have this status; its length. `pause` is called between
-        reads, which are then of 64 KiB."""
+        """Sends a request and reads the answer, which must have this status; returns its length. `pause` is called
+        between reads, which are then of 64 KiB.
+        """
         self._socket.sendall(request)
         view = self._view if pause is None else self._view[: 1 << 16]
         count = self._socket.recv_into(view)
@@ -80,7 +81,7 @@ class Reader:
 
 @dataclass(slots=True)
 class Load:
-    """What a load met: latencies in seconds, answers by status, bytes, and how long it took."""
+    """The results of a load: latencies in seconds, answers by status, bytes, and how long it took."""
 
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
@@ -89,12 +90,12 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Returns the answers a second."""
         return len(self.latencies) / self.seconds
 
 
 class _Lane:
-    """A connection and the answer that it waits for; `left` is None before the head of it is there."""
+    """A connection and the answer that it waits for; `left` is None until the answer's head is there."""
 
     def __init__(self, address: Address) -> None:
         self.socket = _connected(address)
@@ -106,7 +107,7 @@ class _Lane:
         self.socket.sendall(request)
 
     def receive(self, buffer: bytearray, load: Load) -> bool:
-        """Read what is there; whether the answer is whole."""
+        """Reads what has arrived, and returns whether the answer is whole."""
         if self.left is None:
             count = self.socket.recv_into(buffer)
             status, length = http(buffer, count)
@@ -133,7 +134,7 @@ class _Lanes:
         self._buffer = bytearray(_BUFFER)
 
     def done(self, load: Load, wait: float) -> Iterator[_Lane]:
-        """Those whose answer became whole, of the ones that are ready within `wait` seconds."""
+        """Yields the connections whose answer became whole, of those that are ready within `wait` seconds."""
         for number, _ in self._poll.poll(wait):
             lane = self._by_number[number]
             if lane.receive(self._buffer, load):
@@ -141,7 +142,7 @@ class _Lanes:
                 yield lane
 
     def used(self, request: bytes) -> list[_Lane]:
-        """All, after a first answer each, which is not counted."""
+        """Returns all connections after a first answer each, which is not counted."""
         free: list[_Lane] = []
         for lane in self.all:
             lane.send(request, time.perf_counter())
@@ -159,7 +160,7 @@ class _Lanes:
 
 
 def closed_loop(address: Address, requests: Iterator[bytes], connections: int, seconds: float) -> Load:
-    """Each connection sends its next request when it has its answer, until the time is over."""
+    """Sends the next request on each connection when its answer is there, until the time is over."""
     load = Load()
     with _Lanes(address, connections) as lanes:
         began = time.perf_counter()
@@ -178,8 +179,10 @@ def closed_loop(address: Address, requests: Iterator[bytes], connections: int, s
 
 
 def open_loop(address: Address, requests: Iterator[bytes], connections: int, seconds: float, rate: float) -> Load:
-    """Requests fall due at random, `rate` a second (Poisson), whatever the answers do; a latency counts from there,
-    so that the wait for a free connection is part of it. Never sleeps: a timer would be coarser than an answer."""
+    """Sends requests that fall due at random, `rate` a second (Poisson), whatever the answers do. A latency counts from
+    the due time, so that the wait for a free connection is part of it. Never sleeps: a timer would be coarser than an
+    answer.
+    """
     load = Load()
     draw = random.Random(0)  # noqa: S311 - a benchmark's draw
     waiting: deque[float] = deque()

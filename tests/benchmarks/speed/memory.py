@@ -1,4 +1,4 @@
-"""The memory of a process, as the kernel counts it."""
+"""Measures the memory of a process, as the kernel counts it."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Growth:
-    """How a process grows from the moment that this is made."""
+    """The growth of a process from the moment that this is made."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -14,17 +14,17 @@ class Growth:
         self._before = resident(pid)
 
     def peak(self) -> int:
-        """Bytes of the highest peak since then, above what the process had."""
+        """Returns the bytes of the highest peak since then, above what the process had."""
         return max(_status(self._pid, "VmHWM") - self._before, 0)
 
 
 def resident(pid: int) -> int:
-    """Bytes that a process has now."""
+    """Returns the bytes that a process has now."""
     return _status(pid, "VmRSS")
 
 
 def anonymous() -> int:
-    """Bytes that this process has to itself: neither files nor memory that it shares."""
+    """Returns the bytes that only this process has: neither files nor memory that it shares."""
     return _status(os.getpid(), "RssAnon")
 
 

@@ -1,4 +1,4 @@
-"""1,000 adapters that fit into memory, asked for by Zipf's law over 16 connections: throughput and latency.
+"""Measures throughput and latency of 1,000 adapters in memory, asked for by Zipf's law over 16 connections.
 
 Two ways: in a closed loop each connection asks again when it has its answer, which two cores cannot do without
 queueing; in an open one requests fall due at random at a quarter of that rate, whatever the answers do. Beside ours,
@@ -30,7 +30,7 @@ _LOOPS: Final = ("ours, closed loop", "one bytes object, closed loop", "ours, op
 
 
 def measure(*, quick: bool) -> Outcome:
-    """Rounds of both loops in turns, against ours and against a peer that has one answer."""
+    """Measures rounds of both loops in turns, with ours and with a peer that has one answer."""
     adapters, rounds, seconds = (50, 2, 1.0) if quick else (1000, 7, 4.0)
     with (
         tempfile.TemporaryDirectory(prefix="prefix-mixed-") as name,
@@ -61,7 +61,7 @@ def measure(*, quick: bool) -> Outcome:
 
 
 def _round(ours: Ours, peer: Address, number: int, seconds: float) -> list[Load]:
-    """In the order of `_LOOPS`; the open loops ask both at a quarter of ours' closed rate."""
+    """Runs the loops in the order of `_LOOPS`; the open loops ask both at a quarter of the closed rate of ours."""
     requests = asked(ours, SKEW, seed=number)
     same = repeat(get("/1", peer))
     closed = [
@@ -87,20 +87,20 @@ def _milliseconds(loads: list[Load], share: float) -> list[float]:
 
 
 def asked(ours: Ours, skew: float, seed: int) -> Iterator[bytes]:
-    """Requests without end, the same favourites whatever the seed."""
+    """Returns requests without end, with the same favourites whatever the seed."""
     requests = [ours.get(hosted.path) for hosted in ours.hosted]
     return (requests[number] for number in zipf(len(requests), skew, seed))
 
 
 def warm_up(ours: Ours, first: int = 0) -> None:
-    """Every adapter from `first` on once, so that it is in memory."""
+    """Reads every adapter from `first` on once, so that it is in memory."""
     with Reader(ours.address) as reader:
         for hosted in ours.hosted[first:]:
             reader.read(ours.get(hosted.path))
 
 
 def must_be_right(ours: Ours, loads: list[Load]) -> None:
-    """Every answer was a 200, and what a sample of adapters answers now is what was published."""
+    """Raises unless every answer was a 200, and a sample of adapters has the published keys and values."""
     statuses = {status for load in loads for status in load.statuses}
     sample: list[Hosted] = random.Random(0).sample(ours.hosted, min(20, len(ours.hosted)))  # noqa: S311
     wrong = [hosted.adapter for hosted in sample if not hosted.is_right(ours.ask(hosted.path).content)]

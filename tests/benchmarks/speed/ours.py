@@ -1,4 +1,4 @@
-"""The service under measurement: started for real, filled through its API, read with a key that may only read."""
+"""Starts the service under measurement, fills it through its API, and reads it with a key that may only read."""
 
 import json
 from collections.abc import Iterator
@@ -28,26 +28,26 @@ class Ours:
 
     @property
     def address(self) -> Address:
-        """Where it listens."""
+        """Returns the address on which it listens."""
         url = httpx.URL(self.server.url)
         return url.host, url.port or 80
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Returns its process id."""
         return self.server.process.pid
 
     def get(self, path: str, **fields: str) -> bytes:
-        """A request with the key, as it travels."""
+        """Returns a request with the key, as it travels."""
         return get(path, self.address, authorization=f"Bearer {self.key}", **fields)
 
     def ask(self, path: str, **fields: str) -> httpx.Response:
-        """An answer, outside of what is timed."""
+        """Returns an answer, outside of what is timed."""
         headers = {"Authorization": f"Bearer {self.key}", **fields}
         return httpx.get(f"{self.server.url}{path}", headers=headers, timeout=60).raise_for_status()
 
     def saved(self, folder: Path, paths: dict[str, str]) -> Path:
-        """What it answers to each path, for the peers to send: `{name}.safetensors`, and `head.json`."""
+        """Saves its answer to each path for the peers to send: `{name}.safetensors`, and `head.json`."""
         folder.mkdir()
         for name, path in paths.items():
             answer = self.ask(path)
@@ -57,7 +57,7 @@ class Ours:
         return folder
 
     def publish(self, shape: Shape, count: int) -> None:
-        """Adapters of one shape, until there are so many."""
+        """Publishes adapters of one shape until there are so many."""
         first = len(self.hosted)
         say(f"  publishing {count - first} adapters")
         wanted = [(TENANT, f"a-{number:05}", shape) for number in range(first, count)]
@@ -67,12 +67,12 @@ class Ours:
 
 @contextmanager
 def serving(folder: Path, *options: str, environment: dict[str, str] | None = None, **arguments: Any) -> Iterator[Ours]:
-    """`prefix-service serve` in an empty folder, quiet; the rest as for `running_server`."""
+    """Runs `prefix-service serve` quietly in an empty folder, with the arguments of `running_server`."""
     with running_server(folder, *options, environment=QUIET | (environment or {}), **arguments) as server:
         made = server.client().post("/v1/keys", json={"scope": "read"}).raise_for_status()
         yield Ours(server, made.json()["key"], [])
 
 
 def path_of(number: int, query: str, version: str = "@1") -> str:
-    """A prefix of the `number`-th adapter."""
+    """Returns the path of a prefix of the `number`-th adapter."""
     return f"/v1/tenants/{TENANT}/adapters/a-{number:05}{version}/prefix?{query}"

@@ -1,4 +1,4 @@
-"""README.md and its plots, made from `page.md` and what the parts found, now or before."""
+"""Makes README.md and its plots of `page.md` and the parts' findings, new and kept."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,7 @@ _LEFT_OUT: Final = "*Not measured yet.*"
 
 
 def keep(found: dict[str, Outcome]) -> None:
-    """Put what was found beside what was found before, and make the page and all plots anew."""
+    """Adds new findings to the kept ones, and makes the page and all plots again."""
     kept: dict[str, Any] = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     peers = [told for told in map(version_of, ("nginx", "redis-server")) if told]
     for part, outcome in found.items():
@@ -44,7 +44,7 @@ def _section(part: str, found: dict[str, Any]) -> str:
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """A plot as SVG, the same bytes for the same figures."""
+    """Draws a plot as SVG, with the same bytes for the same figures."""
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "prefix-service"
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""What an HTTP parser costs, and what our bounds on connections cost on top: uvicorn's own protocols against ours.
+"""Measures what an HTTP parser costs, and what our bounds on connections add: uvicorn's own protocols against ours.
 
 A bare Starlette app answers: 304s from a route with path parameters over eight connections that stay, and one body of
 2.6 MB as one bytes object over one.
@@ -34,7 +34,7 @@ _FIRST: Final = "httptools, uvicorn"
 
 
 def measure(*, quick: bool) -> Outcome:
-    """Rounds in turns."""
+    """Measures rounds in turns."""
     rounds, seconds = (3, 0.3) if quick else (15, 0.5)
     answers, bytes_ = {}, {}
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ async def _whole(_request: Request) -> Response:
 
 
 def main() -> None:
-    """Serve the app until a signal: the parser, whose protocol, and the port."""
+    """Serves the app until a signal; takes the parser, whose protocol, and the port."""
     parser, kind, port = sys.argv[1:]
     if parser not in _PARSERS:
         raise SystemExit(f"there is no parser {parser}")

@@ -1,4 +1,4 @@
-"""What ours is compared with, started for real: each in a process of its own, stopped when the block ends."""
+"""Starts the peers of the service, each in a process of its own, until the block ends."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ class Running:
 
 @contextmanager
 def python_peer(app: str, files: Path) -> Iterator[Running]:
-    """One of `apps` over the files of a folder."""
+    """Runs one of `apps` on the files of a folder."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.speed.apps", app, str(port), str(files)]
     with started(command, port) as running:
@@ -58,7 +58,7 @@ def python_peer(app: str, files: Path) -> Iterator[Running]:
 
 @contextmanager
 def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
-    """nginx with `sendfile` over the files in `root`, one worker process; None where it is not installed."""
+    """Runs nginx with `sendfile` on the files in `root`, with one worker; yields None if it is not installed."""
     program = nginx_program()
     if program is None:
         warn_missing("nginx", "nginx-light")
@@ -74,7 +74,7 @@ def nginx(root: Path, folder: Path) -> Iterator[Address | None]:
 
 @contextmanager
 def redis(values: dict[str, bytes]) -> Iterator[Address | None]:
-    """Redis that holds these values and writes nothing to the disk; None where it is not installed."""
+    """Runs Redis with these values and no writes to the disk; yields None if it is not installed."""
     program = shutil.which("redis-server")
     if program is None:
         warn_missing("Redis", "redis-server")
@@ -92,18 +92,18 @@ def redis(values: dict[str, bytes]) -> Iterator[Address | None]:
 
 
 def command_of(name: str, key: str) -> bytes:
-    """A command of Redis for a key; after `SET` follows the value."""
+    """Returns a command of Redis for a key; after `SET` follows the value."""
     count = {"GET": 2, "SET": 3}[name]
     return f"*{count}\r\n$3\r\n{name}\r\n${len(key)}\r\n{key}\r\n".encode()
 
 
 def nginx_program() -> str | None:
-    """Where nginx is: not always on the path of those who are not root."""
+    """Returns the path of nginx, which is not always on the path of those who are not root."""
     return shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
 
 def version_of(program: str) -> str:
-    """The first line of what a program says of its version, or nothing where it is missing."""
+    """Returns the first line of a program's version, or "" if it is missing."""
     path = nginx_program() if program == "nginx" else shutil.which(program)
     if path is None:
         return ""
@@ -113,7 +113,7 @@ def version_of(program: str) -> str:
 
 @contextmanager
 def started(command: list[str], port: int) -> Iterator[Running]:
-    """A program that listens on a port of this machine."""
+    """Runs a program that listens on a port of this machine."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30

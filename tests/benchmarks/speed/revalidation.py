@@ -1,4 +1,4 @@
-"""304s a second: ours, key check included, against routes that check nothing.
+"""Measures 304s a second: ours, key check included, against routes that check nothing.
 
 Eight connections, each with one request under way, driven by one process on raw sockets; the bare ASGI callable shows
 what the client and uvicorn can do at all.
@@ -28,7 +28,7 @@ _CONNECTIONS: Final = 8
 
 
 def measure(*, quick: bool) -> Outcome:
-    """Rounds in turns."""
+    """Measures rounds in turns."""
     rounds, seconds = (3, 0.3) if quick else (15, 0.5)
     with tempfile.TemporaryDirectory(prefix="prefix-304-") as name, ExitStack() as stack:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""How latency, throughput and memory grow with adapters and with concurrent workers."""
+"""Measures how latency, throughput and memory grow with adapters and with concurrent workers."""
 
 import tempfile
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from tests.benchmarks.tables import Grid
 SHAPE: Final = Shape(head_dim=4)  # Llama-3-8B's layers and heads, scaled down to 80 KiB: 10,000 fit by default
 
 Loads = dict[int, list[Load]]
-"""By connections, a load for each round."""
+"""The loads of each round, by the number of connections."""
 
 
 def measure(*, quick: bool) -> Outcome:
-    """The same server, while adapters are added."""
+    """Measures the same server while adapters are added."""
     counts, rounds, seconds = ((20, 100), 1, 0.3) if quick else ((100, 1_000, 10_000), 3, 1.5)
     connections = (1, 16, 256) if quick else (1, 4, 16, 64, 256)
     found: dict[int, Loads] = {}

@@ -1,4 +1,4 @@
-"""The benchmarks behind README.md still run and measure what they say."""
+"""The benchmarks of README.md still run, and measure what they claim."""
 
 import random
 import subprocess
@@ -21,7 +21,7 @@ _HOLDS = "import sys\nfor line in sys.stdin:\n    held = b'x' * int(line)\n    p
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """3 MB that nobody compresses, and a head."""
+    """Returns a folder with 3 MB that nothing can compress, and a head."""
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "1.safetensors").write_bytes(random.Random(1).randbytes(3 * _MIB))  # noqa: S311
@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def test_a_part_runs_and_finds_an_answer_for_every_peer_that_is_there() -> None:
-    """From the command's own function, small; peers that are not installed are missed in CI alone."""
+    """The command's own function measures a small part; only CI must have the peers to install."""
     found = speed.run(["revalidation"], quick=True)["revalidation"]
     rates = {row[0]: float(row[1].split()[0].replace(",", "")) for row in found.grids[0].rows}
     assert {"ours", "Starlette route", "bare ASGI callable"} <= set(rates)
@@ -39,7 +39,7 @@ def test_a_part_runs_and_finds_an_answer_for_every_peer_that_is_there() -> None:
 
 
 def test_every_hasher_of_the_digests_part_hashes_all_bytes() -> None:
-    """One algorithm gives one digest, whichever library computes it and however the bytes are cut."""
+    """An algorithm gives one digest, whichever library computes it and however the bytes are cut."""
     body = memoryview(bytearray(random.Random(2).randbytes(3 * _MIB + 5)))  # noqa: S311
     found: dict[str, set[bytes]] = {}
     for name, make in digests.HASHERS.items():
@@ -54,7 +54,7 @@ def test_every_hasher_of_the_digests_part_hashes_all_bytes() -> None:
 
 @pytest.mark.parametrize("program", ["nginx", "redis-server"])
 def test_peers_send_the_bytes_that_they_were_given(program: str, files: Path, tmp_path: Path) -> None:
-    """Framing, length and status, as the wire part reads them."""
+    """Each peer sends the framing, length and status that the wire part reads."""
     if not peers.version_of(program):
         not_tested(f"{program} is not installed")
     body = (files / "1.safetensors").read_bytes()
@@ -75,7 +75,7 @@ def test_peers_send_the_bytes_that_they_were_given(program: str, files: Path, tm
 
 
 def test_loads_count_every_answer_and_an_open_one_keeps_its_rate(files: Path) -> None:
-    """Latencies, statuses and bytes agree; requests fall due whatever the answers do."""
+    """Latencies, statuses and bytes agree; an open loop's requests fall due whatever the answers do."""
     size = (files / "1.safetensors").stat().st_size
     with peers.python_peer("one_object", files) as peer:
         address = peer.address
@@ -89,7 +89,7 @@ def test_loads_count_every_answer_and_an_open_one_keeps_its_rate(files: Path) ->
 
 
 def test_the_growth_of_a_process_is_its_peak_above_what_it_had() -> None:
-    """Memory that was taken and given back counts; what it had before does not."""
+    """Growth counts memory that was taken and given back, and not what the process had before."""
     with subprocess.Popen([sys.executable, "-c", _HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -110,7 +110,7 @@ def test_the_growth_of_a_process_is_its_peak_above_what_it_had() -> None:
 
 
 def test_rounds_are_paired_and_in_turns() -> None:
-    """A drift that doubles everything from round to round leaves the ratio as it is."""
+    """A drift that doubles everything from round to round does not change the ratio."""
     order: list[str] = []
     clock = iter(range(100))
 

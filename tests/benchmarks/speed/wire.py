@@ -1,4 +1,4 @@
-"""Bytes on loopback: ours against servers that send the same bytes, one client that reads into one buffer.
+"""Measures bytes on loopback: ours against servers that send the same bytes, read by one client into one buffer.
 
 Each round a connection that is kept is used for some tens of MB; the layout is `layers`, as it is by default.
 """
@@ -38,7 +38,7 @@ Times = dict[str, list[float]]
 
 
 def measure(*, quick: bool) -> Outcome:
-    """All batches, and the memory of the server while it sends the largest."""
+    """Measures all batches, and the memory of the server while it sends the largest."""
     shape, batches, rounds = Shape(), (1, 8) if quick else (1, 8, 32, 256), 5 if quick else 25
     with tempfile.TemporaryDirectory(prefix="prefix-wire-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -65,7 +65,7 @@ def measure(*, quick: bool) -> Outcome:
 
 
 def files_size(shape: Shape, batch: int) -> int:
-    """Bytes of the keys and values of a batch."""
+    """Returns the bytes of the keys and values of a batch."""
     return shape.nbytes * batch
 
 
@@ -74,7 +74,7 @@ def _path(batch: int) -> str:
 
 
 Ask = Callable[[int], int]
-"""Reads the answer for a batch; its length."""
+"""Reads the answer for a batch, and returns its length."""
 
 
 def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[str, Ask]:
@@ -100,7 +100,7 @@ def _readers(stack: ExitStack, ours: Ours, files: Path, folder: Path) -> dict[st
 
 
 def _must_agree(name: str, address: Address, files: Path) -> None:
-    """A peer sends the same bytes, rows repeated."""
+    """Raises unless a peer sends the same bytes, rows repeated."""
     for batch in (1, 8):
         body = httpx.get(f"http://{address[0]}:{address[1]}/{batch}", timeout=60).content
         if body != (files / f"{batch}.safetensors").read_bytes():
@@ -123,7 +123,7 @@ def _seconds(ask: Ask, batch: int, repeats: int) -> float:
 
 
 def _processor(ours: Ours, files: Path, answers: int) -> Grid:
-    """What keeps one row from being one bytes object: the server's work for each answer."""
+    """Measures the server's work for not making one bytes object of a row."""
     rows = []
     with (
         peers.python_peer("one_object", files) as peer,
@@ -146,7 +146,7 @@ def _processor(ours: Ours, files: Path, answers: int) -> Grid:
 
 
 def _shown(times: dict[int, Times]) -> list[str]:
-    """Ours and the peers that are there."""
+    """Returns ours and the peers that are there."""
     return [peer for peer in PEERS if any(peer in found for found in times.values())]
 
 
@@ -161,7 +161,7 @@ def _speeds(times: dict[int, Times], speeds: dict[int, dict[str, float]]) -> Gri
 def _ratios(times: dict[int, Times]) -> Grid:
     rows = []
     for peer in _shown(times)[1:]:
-        # Seconds of the peer by ours: how many times as fast ours is.
+        # The peer's seconds by those of ours: how many times as fast ours is.
         cells = [str(ratio(found[peer], found[OURS])) if peer in found else "—" for found in times.values()]
         rows.append([f"against {peer}", *cells])
     title = "How many times as fast ours is: median of paired rounds (quartiles)"
@@ -175,7 +175,7 @@ _MEMORY: Final = (
 
 
 def _memory(ours: Ours, shape: Shape, batches: tuple[int, ...]) -> Grid:
-    """Before anything else, so that no earlier answer has made room; from the small batches to the large."""
+    """Measures the memory first, so that no earlier answer has made room, from small batches to large."""
     rows = []
     with Reader(ours.address) as reader:
         reader.read(ours.get(_path(1)))
@@ -193,6 +193,6 @@ def _memory(ours: Ours, shape: Shape, batches: tuple[int, ...]) -> Grid:
 
 
 def _slowed(times: int) -> Callable[[], None]:
-    """A pause of a millisecond the first times, and none later."""
+    """Returns a pause of a millisecond for the first calls, and none for later ones."""
     pauses = iter([0.001] * times)
     return lambda: time.sleep(next(pauses, 0))

@@ -1,5 +1,4 @@
-"""From an adapter's name to keys and values for eight rows: every layer's tensors are there, and an element of the last
-was read."""
+"""Measures from an adapter's name to keys and values of eight rows, of which an element of the last was read."""
 
 import ctypes
 import statistics
@@ -48,7 +47,7 @@ Case = Callable[[int], Pairs]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is switched, and how often it is measured."""
+    """The model whose adapters are switched, and how often it is measured."""
 
     name: str
     shape: Shape
@@ -65,7 +64,7 @@ MODELS: Final = (
 
 
 def measure(*, quick: bool) -> Outcome:
-    """One model after another."""
+    """Measures one model after another."""
     models = MODELS[:2] if quick else MODELS
     times: dict[str, dict[str, list[float]]] = {}
     grown: dict[str, dict[str, int]] = {}
@@ -99,7 +98,7 @@ def measure(*, quick: bool) -> Outcome:
 
 @contextmanager
 def _cases(model: Model, folder: Path) -> Iterator[tuple[dict[str, Case], Callable[[], None]]]:
-    """Every way to the adapters of a model, and what clears up after a round."""
+    """Yields every way to the adapters of a model, and what clears up after a round."""
     with ExitStack() as stack:
         ours = stack.enter_context(serving(folder / "data"))
         ours.publish(model.shape, model.adapters)
@@ -113,7 +112,7 @@ def _cases(model: Model, folder: Path) -> Iterator[tuple[dict[str, Case], Callab
 
 
 def _by_client(stack: ExitStack, ours: Ours) -> dict[str, Case]:
-    """Our client: one that forgets, and one that remembers."""
+    """Returns the ways of our client: one that forgets, and one that remembers."""
     forgetful, client = (stack.enter_context(PrefixClient(ours.server.url, ours.key)) for _ in range(2))
 
     def get(client: PrefixClient, number: int, version: str = "@1") -> Pairs:
@@ -129,7 +128,7 @@ def _by_client(stack: ExitStack, ours: Ours) -> dict[str, Case]:
 
 @contextmanager
 def _same_host(model: Model, folder: Path) -> Iterator[Case]:
-    """A service on a Unix socket that shares its memory with those who may read it."""
+    """Yields the way of a service on a Unix socket that shares its memory with workers that may read it."""
     socket, where = folder / "socket", "/dev/shm" if Path("/dev/shm").is_dir() else folder  # noqa: S108
     with (
         tempfile.TemporaryDirectory(prefix="prefix-shared-", dir=where) as shared,
@@ -147,7 +146,7 @@ def _same_host(model: Model, folder: Path) -> Iterator[Case]:
 
 
 def _by_download(stack: ExitStack, ours: Ours, model: Model, folder: Path) -> dict[str, Case]:
-    """The same bytes by other ways; one row travels and is expanded, which is what favours them most."""
+    """Returns other ways to the same bytes; one row travels and is expanded, which favours them most."""
     paths = [path_of(number, f"batch_size={BATCH}&dtype=bfloat16&expand=false") for number in range(model.adapters)]
     files = folder / "files"
     files.mkdir()
@@ -165,7 +164,7 @@ def _by_download(stack: ExitStack, ours: Ours, model: Model, folder: Path) -> di
 
 
 def _saved(model: Model, folder: Path) -> list[Path]:
-    """The adapters as PEFT finds them on its disk: the files that were published."""
+    """Saves the published adapters as PEFT finds them on its disk."""
     folders = [folder / f"adapter-{number}" for number in range(model.adapters)]
     for number, one in enumerate(folders):
         one.mkdir()
@@ -175,7 +174,7 @@ def _saved(model: Model, folder: Path) -> list[Path]:
 
 
 def _must_agree(cases: dict[str, Case]) -> None:
-    """All ways lead to the same bits; this also warms them up."""
+    """Raises unless all ways lead to the same bits; this also warms them up."""
     expected = cases[COLD](0)
     for case, switch in cases.items():
         for ours, other in zip(expected, switch(0), strict=True):
@@ -184,7 +183,7 @@ def _must_agree(cases: dict[str, Case]) -> None:
 
 
 def _seconds(model: Model, switch: Case, forget: Callable[[], None]) -> float:
-    """Of one switch; of short ones the median of many, over all adapters in turn."""
+    """Returns the seconds of one switch; of short ones the median of many, over all adapters in turn."""
     numbers = cycle(range(model.adapters))
     shape = (BATCH, model.shape.heads, model.shape.tokens, model.shape.head_dim)
     spent: list[float] = []
@@ -203,8 +202,9 @@ def _seconds(model: Model, switch: Case, forget: Callable[[], None]) -> float:
 
 
 def _grown(switch: Case) -> int:
-    """Bytes of the worker's own, beside what it maps of others, while it holds the result; adapter 1 is new to the
-    client that remembers."""
+    """Returns the bytes that the worker takes, without those that it maps, while it holds the result; adapter 1 is new
+    to the client that remembers.
+    """
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again unseen
     before = anonymous()
     held = switch(1)

@@ -1,5 +1,4 @@
-"""How a worker comes to the same keys and values without our client: PEFT from its own disk, or a download and
-safetensors' own loader."""
+"""Gets the same keys and values without our client: by PEFT from its disk, or by a download and safetensors."""
 
 import http.client
 import socket
@@ -25,12 +24,12 @@ _TINY: Final[dict[str, Any]] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_
 
 
 def gpt2() -> Any:
-    """A base model with GPT-2's heads and layers; a switch touches nothing else of it, so the rest is small."""
+    """Returns a base model with GPT-2's heads and layers; the rest is small, because a switch does not touch it."""
     return _small(transformers.GPT2LMHeadModel, transformers.GPT2Config(n_inner=64, **_TINY))
 
 
 def llama_3_8b() -> Any:
-    """The same for Llama-3-8B."""
+    """Returns a base model with Llama-3-8B's heads and layers, and small otherwise."""
     heads: dict[str, Any] = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     config = transformers.LlamaConfig(num_hidden_layers=32, hidden_size=64, intermediate_size=64, **heads, **_TINY)
     return _small(transformers.LlamaForCausalLM, config)
@@ -41,7 +40,7 @@ def _small(model: Any, config: Any) -> Any:
 
 
 class Switch:
-    """PEFT's own: load an adapter from the disk, make it the active one, ask for the prompt."""
+    """PEFT's own switch: it loads an adapter from the disk, makes it the active one, and asks for the prompt."""
 
     def __init__(self, base: Any, folders: list[Path]) -> None:
         self._folders = folders
@@ -51,7 +50,7 @@ class Switch:
         self._names = map(str, count())
 
     def loading(self, low_cpu_mem_usage: bool) -> Callable[[int], Pairs]:
-        """`load_adapter`, `set_adapter`, `get_prompt`; with `low_cpu_mem_usage` PEFT draws no weights first."""
+        """Returns `load_adapter`, `set_adapter`, `get_prompt`; with `low_cpu_mem_usage` PEFT draws no weights first."""
 
         def switch(number: int) -> Pairs:
             name = next(self._names)
@@ -61,11 +60,11 @@ class Switch:
         return switch
 
     def loaded(self, number: int) -> Pairs:
-        """`set_adapter` and `get_prompt`, of an adapter that was loaded before."""
+        """Calls `set_adapter` and `get_prompt` for an adapter that was loaded before."""
         return self._prompt(f"loaded-{number}")
 
     def forget(self) -> None:
-        """Delete what was loaded on the way."""
+        """Deletes the adapters that were loaded on the way."""
         self._model.set_adapter("first")
         for name in [name for name in self._model.peft_config if name.isdigit()]:
             self._model.delete_adapter(name)
@@ -78,7 +77,7 @@ class Switch:
 
 
 def from_file(body: bytes) -> Pairs:
-    """What `expand=false` answers, read by safetensors and expanded."""
+    """Returns keys and values of an `expand=false` answer, read by safetensors and expanded."""
     tensors = load(body)
     names = range(sum(name.endswith(".key") for name in tensors))
     # (1, H, N, D) -> (B, H, N, D)
@@ -87,7 +86,7 @@ def from_file(body: bytes) -> Pairs:
 
 
 class FromNginx:
-    """`http.client` on a connection that is kept: the fastest of what Python brings."""
+    """Reads by `http.client` on a connection that is kept, the fastest of Python's own clients."""
 
     def __init__(self, address: Address) -> None:
         self._connection = http.client.HTTPConnection(*address)
@@ -98,7 +97,7 @@ class FromNginx:
 
 
 class FromRedis:
-    """A socket, and one read into the bytes that safetensors wants."""
+    """Reads by a socket into the bytes that safetensors wants."""
 
     def __init__(self, address: Address) -> None:
         self._socket = socket.create_connection(address)

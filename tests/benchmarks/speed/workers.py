@@ -1,4 +1,4 @@
-"""What several processes on one data folder bring: `--workers 1`, `2` and `4`, with the client on the same cores."""
+"""Measures several processes on one data folder: `--workers 1`, `2` and `4`, with the client on the same cores."""
 
 import tempfile
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _FULL, _SMALL, _CURRENT = "200, 2.6 MB", "200, 80 KiB", "304"
 
 
 def measure(*, quick: bool) -> Outcome:
-    """Every number of processes in turns, each with a server of its own that is idle meanwhile."""
+    """Measures every number of processes in turns, each with a server of its own that is idle meanwhile."""
     processes, rounds, seconds = ((1, 2), 2, 0.3) if quick else ((1, 2, 4), 11, 0.7)
     cases: dict[str, Callable[[], float]] = {}
     with tempfile.TemporaryDirectory(prefix="prefix-workers-") as name, ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.vllm [--quick]`: a table on the terminal, and in README.md with a plot.
+"""`python -m tests.benchmarks.vllm [--quick]` prints a table, and writes README.md with a plot.
 
 `--quick` is a smoke test and writes nothing.
 """
@@ -11,7 +11,7 @@ from tests.benchmarks.vllm.first_token import measure
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds of short prefixes; the page stays as it is")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time to the first token: vLLM behind a prefix, with as many real tokens instead, and PEFT."""
+"""Measures the time to the first token: vLLM behind a prefix, with as many real tokens instead, and PEFT."""
 
 import json
 import os
@@ -35,7 +35,7 @@ _PROMPT: Final = 32
 
 
 def measure(*, quick: bool) -> Outcome:
-    """One length after another, the cases of each in turns."""
+    """Measures one length after another, the cases of each in turns."""
     gguf = find_model()
     if gguf is None or not PYTHON.exists():
         raise SystemExit(f"this needs the model ({HOW_TO_GET_IT}) and vLLM (bash tests/vllm/install)")
@@ -66,7 +66,7 @@ def measure(*, quick: bool) -> Outcome:
 
 
 def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
-    """What PEFT would have written, with random values of the size that trained ones have."""
+    """Writes an adapter as PEFT would, with random values of the size that trained ones have."""
     config = model.model.config
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     folder.mkdir()
@@ -91,7 +91,7 @@ def _adapter(folder: Path, model: LanguageModel, tokens: int) -> Path:
 
 
 def _cases(started: Engine, tuned: Any, length: int) -> dict[str, Callable[[], float]]:
-    """Each gives the seconds of one request."""
+    """Returns cases, each of which gives the seconds of one request."""
     words = random.Random(length)  # noqa: S311
     prompt = [words.randrange(100, 40_000) for _ in range(_PROMPT)]
     text = [words.randrange(100, 40_000) for _ in range(length)]
@@ -107,7 +107,7 @@ def _cases(started: Engine, tuned: Any, length: int) -> dict[str, Callable[[], f
 
 
 def _seconds(started: Engine, job: dict[str, Any], forget: str | None) -> float:
-    """Without `forget`, behind the same request, whose blocks are there."""
+    """Returns the seconds of one request. Without `forget` it follows an equal request, whose blocks are there."""
     if forget is None:
         started.run([job], 1)
     elif not started.ask({"forget": forget})["reset"]:

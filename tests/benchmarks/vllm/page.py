@@ -1,4 +1,4 @@
-"""README.md and its plot, made from `page.md` and what was found."""
+"""Makes README.md and its plot of `page.md` and the findings."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ _PLACE: Final = "<!-- first token -->"
 
 
 def keep(found: Outcome) -> None:
-    """Write the page, its plot, and what they were made of."""
+    """Writes the page, its plot, and the findings of which they were made."""
     draw(found.chart, HERE / "first_token.svg")
     (HERE / "results.json").write_text(json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
     grids = [grid.markdown() for grid in found.grids]

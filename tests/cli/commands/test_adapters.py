@@ -1,4 +1,4 @@
-"""`list`, `versions`, `inspect`, `diff`, `rm`: what a person sees, and what a script reads."""
+"""`list`, `versions`, `inspect`, `diff` and `rm` print tables for a person and JSON for a script."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
 
 
 def test_versions(run: Run) -> None:
-    """Newest first, with digests that are not cropped, and the aliases of each."""
+    """`versions` lists the newest first, with whole digests, and the aliases of each."""
     for case in ("llama-n20-emb", "llama-n20-proj"):
         run("publish", CORPUS / "cases" / case / "adapter", "cli/versions")
     run("alias", "set", "cli/versions", "prod", "1")
@@ -28,7 +28,7 @@ def test_versions(run: Run) -> None:
 
 
 def test_list_is_a_table_and_json(run: Run) -> None:
-    """A row for each adapter; --json for scripts."""
+    """`list` prints a row for each adapter, and `--json` prints the same for scripts."""
     run("publish", LLAMA, "clilist/one")
     shown, told = run("list", "clilist"), run("list", "clilist", "--json")
     assert "Adapters of clilist" in shown.stdout
@@ -37,7 +37,7 @@ def test_list_is_a_table_and_json(run: Run) -> None:
 
 
 def test_inspect_tells_what_float8_costs(run: Run) -> None:
-    """Its errors and its bytes, for a person and for a script; not unless it is asked for."""
+    """`inspect --float8` reports float8's errors and bytes, for a person and for a script."""
     run("publish", LLAMA, "cli/float8")
     shown = run("inspect", "cli/float8", "--float8").stdout
     assert "float8: error of keys" in shown
@@ -49,7 +49,7 @@ def test_inspect_tells_what_float8_costs(run: Run) -> None:
 
 
 def test_inspect_shows_counts_and_digest(run: Run) -> None:
-    """What the service knows, whole digests included."""
+    """`inspect` shows what the service knows of a version, with the whole digest."""
     run("publish", LLAMA, "cli/inspected")
     told = json.loads(run("inspect", "cli/inspected", "--json").stdout)
     shown = run("inspect", "cli/inspected@1").stdout
@@ -58,7 +58,7 @@ def test_inspect_shows_counts_and_digest(run: Run) -> None:
 
 
 def test_rm_asks_on_a_terminal(run: Run) -> None:
-    """Only a yes deletes; the question says how much would go."""
+    """On a terminal `rm` says how much would be deleted, and deletes only after a yes."""
     run("publish", LLAMA, "cli/asked")
     kept = run("rm", "cli/asked", typed="n\n")
     assert kept.returncode == 1
@@ -70,7 +70,7 @@ def test_rm_asks_on_a_terminal(run: Run) -> None:
 
 
 def test_rm_without_a_terminal_needs_yes(run: Run) -> None:
-    """A script says it, or nothing happens; a version goes by its number, never by an alias."""
+    """Without a terminal `rm` needs `--yes`, and deletes a version by its number, never by an alias."""
     run("publish", LLAMA, "cli/scripted")
     refused = run("rm", "cli/scripted@1")
     assert refused.returncode == 1
@@ -83,7 +83,7 @@ def test_rm_without_a_terminal_needs_yes(run: Run) -> None:
 
 
 def test_errors_are_a_sentence_and_status_1(run: Run) -> None:
-    """No traceback for what a person can mend."""
+    """A mistake that a person can correct is one line with status 1, and no traceback."""
     for arguments in (("inspect", "cli/none"), ("inspect", "nothing"), ("list", "nobody")):
         failed = run(*arguments)
         assert failed.returncode == 1
@@ -92,19 +92,19 @@ def test_errors_are_a_sentence_and_status_1(run: Run) -> None:
 
 
 def test_a_service_that_is_not_there(tmp_path: Path) -> None:
-    """The URL that was tried is named."""
+    """The error names the URL that was tried."""
     failed = run_command("list", "acme", environment={"PREFIX_URL": "http://prefix.invalid"})
     assert failed.returncode == 1
     assert "http://prefix.invalid cannot be reached" in failed.stderr
 
 
 def test_wrong_usage_is_status_2() -> None:
-    """An unknown command or a missing argument is told apart from a failure."""
+    """An unknown command or a missing argument has status 2, which tells it apart from a failure."""
     assert run_command("frobnicate").returncode == run_command("publish").returncode == 2
 
 
 def told(run: Run, *arguments: str) -> list[str]:
-    """The adapters that `list` tells a script, with their tenants."""
+    """Returns the adapters of `list --json`, with their tenants."""
     done = run("list", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return [f"{item['tenant']}/{item['adapter']}" for item in json.loads(done.stdout)["items"]]
@@ -112,7 +112,7 @@ def told(run: Run, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def adapters(server: Server) -> None:
-    """Two tenants; the adapter `big` has two versions, and each of the others one."""
+    """Publishes adapters of two tenants: `big` with two versions, each of the others with one."""
     environment = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.admin_key}
     for folder, adapter in (
         (LLAMA, "clisort-a/small"),
@@ -125,7 +125,7 @@ def adapters(server: Server) -> None:
 
 
 def test_list_searches_sorts_and_ends(run: Run) -> None:
-    """A part of the name, the base model, an order, and a limit."""
+    """`list` filters by a part of the name or the base model, sorts, and obeys a limit."""
     assert told(run, "clisort-b", "--sort", "-bytes") == ["clisort-b/big", "clisort-b/smaller"]
     assert told(run, "clisort-b", "--sort", "-created", "--limit", "1") in (["clisort-b/smaller"], ["clisort-b/big"])
     assert told(run, "clisort-a", "--search", "_") == ["clisort-a/s_all"]
@@ -138,7 +138,7 @@ def test_list_searches_sorts_and_ends(run: Run) -> None:
 
 
 def test_list_all_is_one_listing_of_all_tenants(run: Run) -> None:
-    """Sorted and limited as one; in the table each adapter has its tenant."""
+    """`list --all` sorts and limits all tenants' adapters as one listing, and its table names the tenant."""
     everything = [name for name in told(run, "--all") if name.startswith("clisort")]
     assert everything == ["clisort-a/s_all", "clisort-a/small", "clisort-b/big", "clisort-b/smaller"]
     assert told(run, "--all", "--search", "small", "--limit", "9") == ["clisort-a/small", "clisort-b/smaller"]
@@ -154,7 +154,7 @@ def test_list_all_is_one_listing_of_all_tenants(run: Run) -> None:
 
 
 def test_list_takes_one_tenant_or_all(run: Run, server: Server) -> None:
-    """Neither and both are refused; all tenants are the platform admin's to see."""
+    """`list` refuses neither and both of a tenant and `--all`; only the platform admin can list all."""
     for arguments in ((), ("clisort-a", "--all")):
         refused = run("list", *arguments)
         assert refused.returncode == 1
@@ -165,11 +165,11 @@ def test_list_takes_one_tenant_or_all(run: Run, server: Server) -> None:
 
 
 def test_diff_measures_each_layer(run: Run, tmp_path: Path) -> None:
-    """Config and sizes that differ; keys and values compared with what torch computes."""
+    """`diff` shows the config and sizes that differ, and compares keys and values as torch does."""
     weights = load_file(LLAMA / "adapter_model.safetensors")
     ((name, tensor),) = weights.items()
     changed = tensor.clone()
-    # Flat [tokens, layers x (key, value) x heads x size]: the values of layer 1 are doubled.
+    # The tensor is flat, [tokens, layers x (key, value) x heads x size]: the values of layer 1 are doubled.
     width = tensor.shape[1] // 6
     changed[:, 3 * width : 4 * width] *= 2
     save_file({name: changed}, tmp_path / "adapter_model.safetensors")
@@ -200,7 +200,7 @@ def test_diff_measures_each_layer(run: Run, tmp_path: Path) -> None:
 
 
 def test_diff_of_equal_and_of_incomparable_versions(run: Run) -> None:
-    """The same content is said to be the same; other shapes are not compared, and the rest is shown."""
+    """`diff` reports equal content as equal, and of other shapes compares everything but keys and values."""
     for folder, adapter in ((LLAMA, "clidiff/c"), (LLAMA, "clidiff/d"), (GPT2, "clidiff/gpt2")):
         run("publish", folder, adapter)
     same = run("diff", "clidiff/c", "clidiff/d@1").stdout

@@ -1,4 +1,4 @@
-"""`alias`: rolled out, listed, rolled back."""
+"""`alias` sets, lists, removes and rolls back aliases."""
 
 import json
 
@@ -14,20 +14,20 @@ from tests.conftest import Server
 
 @pytest.fixture(scope="module", autouse=True)
 def adapter(server: Server) -> None:
-    """An adapter with two versions."""
+    """Publishes an adapter with two versions."""
     with PrefixClient(server.url, server.admin_key) as client:
         for folder in (LLAMA, GPT2):
             published(client, "clialias/a", folder)
 
 
 def listed(run: Run) -> dict[str, int]:
-    """What `alias list` tells a script."""
+    """Returns the aliases of `alias list --json`, with their versions."""
     told = run("alias", "list", "clialias/a", "--json")
     return {item["alias"]: item["version"] for item in json.loads(told.stdout)["items"]}
 
 
 def test_an_alias_is_set_listed_and_removed(run: Run) -> None:
-    """A line for each step; the table and the JSON show where every alias points."""
+    """Each step prints a line; the table and the JSON show the version of every alias."""
     made = run("alias", "set", "clialias/a", "prod", "1")
     assert (made.returncode, made.stdout) == (0, "made clialias/a@prod: version 1\n")
     moved = run("alias", "set", "clialias/a", "prod", "2", "--preload")
@@ -45,7 +45,7 @@ def test_an_alias_is_set_listed_and_removed(run: Run) -> None:
 
 
 def test_conditions_keep_what_somebody_else_changed(run: Run) -> None:
-    """--if-match and --create-only refuse with the version that the alias points at."""
+    """`--if-match` and `--create-only` refuse with the version that the alias points at."""
     assert run("alias", "set", "clialias/a", "cas", "1", "--create-only").returncode == 0
     for condition in (("--create-only",), ("--if-match", "2")):
         refused = run("alias", "set", "clialias/a", "cas", "2", *condition)
@@ -55,7 +55,7 @@ def test_conditions_keep_what_somebody_else_changed(run: Run) -> None:
 
 
 def test_an_alias_is_rolled_back(run: Run) -> None:
-    """To the version that it named before, and back again; both numbers are told."""
+    """`rollback` moves an alias to the version that it named before, and back, and prints both numbers."""
     for number in ("1", "2"):
         run("alias", "set", "clialias/a", "live", number)
     assert run("alias", "rollback", "clialias/a@live").stdout == "clialias/a@live: version 1, back from 2\n"
@@ -65,7 +65,7 @@ def test_an_alias_is_rolled_back(run: Run) -> None:
 
 
 def test_a_rollback_needs_an_alias_with_a_past(run: Run, server: Server) -> None:
-    """What is no alias, one that was only made: each says what to do. A key of scope `write` is enough."""
+    """`rollback` refuses a name that is no alias, or one that never moved, with advice; scope `write` suffices."""
     run("alias", "set", "clialias/a", "fresh", "1")
     for name, words in (
         ("clialias/a", "names no alias: write it as clialias/a@prod"),
@@ -84,7 +84,7 @@ def test_a_rollback_needs_an_alias_with_a_past(run: Run, server: Server) -> None
 
 
 def test_what_is_missing_or_wrong_is_told(run: Run) -> None:
-    """What the service lacks or refuses is status 1, a version that is no number is wrong use."""
+    """A refusal of the service has status 1, and a version that is no number is wrong usage."""
     for arguments, words in (
         (("set", "clialias/a", "prod", "9"), "there is no clialias/a@9"),
         (("rm", "clialias/a", "nothing"), "has no alias 'nothing'"),

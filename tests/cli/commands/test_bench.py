@@ -1,4 +1,4 @@
-"""`bench`: a small table of what this machine gets from this service."""
+"""`bench` prints a small table of what this machine gets from this service."""
 
 import json
 
@@ -10,7 +10,7 @@ BYTES = 3 * 2 * 2 * 20 * 8 * 4
 
 
 def test_latency_and_bytes_a_second(run: Run) -> None:
-    """A row for the first fetch, for fetches one and many at a time, and for what is unchanged."""
+    """`bench` has a row for the first fetch, for fetches one and many at a time, and for an unchanged version."""
     run("publish", LLAMA, "clibench/a")
     done = run("bench", "clibench/a", "--seconds", "0.2", "--concurrency", "2", "--json")
     told = json.loads(done.stdout)
@@ -31,7 +31,7 @@ def test_latency_and_bytes_a_second(run: Run) -> None:
 
 
 def test_an_adapter_that_is_not_there(run: Run) -> None:
-    """One line."""
+    """`bench` ends with one line of error if the adapter does not exist."""
     failed = run("bench", "clibench/none")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "error (not-found): there is no clibench/none" in failed.stderr

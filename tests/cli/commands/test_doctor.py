@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong and what to do, whether or not the service is there."""
+"""`doctor` reports what is wrong and what to do, whether or not the service can be reached."""
 
 import json
 import threading
@@ -16,13 +16,13 @@ AWAY = {"PREFIX_URL": "http://127.0.0.1:9", "PREFIX_API_KEY": ""}
 
 
 def checks(finished: Finished) -> dict[str, dict[str, str]]:
-    """The checks that a run printed as JSON, by their names."""
+    """Returns the checks that a run printed as JSON, by their names."""
     return {check["name"]: check for check in json.loads(finished.stdout)["checks"]}
 
 
 @contextmanager
 def answering(version: str, date: str) -> Iterator[str]:
-    """A service of another version, on a machine with another clock; yields its URL."""
+    """Runs a service of another version, on a machine with another clock; yields its URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -48,7 +48,7 @@ def answering(version: str, date: str) -> Iterator[str]:
 
 
 def test_all_is_well(run: Run, server: Server) -> None:
-    """Every check is in the table, with the versions, the address and the device; --json has the same."""
+    """The table and the JSON have every check, with the versions, the address and the device."""
     done = run("doctor")
     assert done.returncode == 0, done.stdout
     for words in ("versions", "prefix-service 0.1.0, the service 0.1.0", f"{server.url} is ready", "within ", "GiB"):
@@ -60,7 +60,7 @@ def test_all_is_well(run: Run, server: Server) -> None:
 
 
 def test_a_service_that_is_away() -> None:
-    """What can be checked without it is, and the advice is how to start one."""
+    """Without a service `doctor` runs the checks that need none, and advises how to start one."""
     done = run_command("doctor", environment=AWAY)
     assert done.returncode == 1
     assert "http://127.0.0.1:9 cannot be reached" in done.stdout
@@ -71,7 +71,7 @@ def test_a_service_that_is_away() -> None:
 
 
 def test_what_is_wrong_here_is_said_with_what_to_do(tmp_path: Path) -> None:
-    """A URL that is none, a setting out of bounds, a folder that others may read, a device that is not there."""
+    """Each wrong setting, folder and device, and a URL that is none, is reported with advice."""
     (tmp_path / "data").mkdir(mode=0o755)
     wrong = {"PREFIX_URL": "ftp://x", "PREFIX_MAX_BATCH_SIZE": "0", "PREFIX_DEVICE": "cuda:99"}
     done = run_command("doctor", "--json", environment={**wrong, "PREFIX_DATA_DIR": str(tmp_path / "data")})
@@ -84,7 +84,7 @@ def test_what_is_wrong_here_is_said_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_over_a_unix_socket_on_the_services_own_folder(tmp_path: Path) -> None:
-    """All checks at once: the socket is named, and the folder's permissions, disk and catalog are looked at."""
+    """Over a Unix socket all checks run, those of the folder's permissions, disk and catalog too."""
     socket = tmp_path / "s"
     with running_server(tmp_path / "data", "--uds", str(socket), uds=socket) as running:
         environment = {"PREFIX_API_KEY": running.admin_key, "PREFIX_DATA_DIR": str(tmp_path / "data")}
@@ -98,7 +98,7 @@ def test_over_a_unix_socket_on_the_services_own_folder(tmp_path: Path) -> None:
 
 
 def test_another_release_and_another_clock() -> None:
-    """Both are warnings, which leave the exit status 0; a service that knows no whoami is too old to be asked."""
+    """Another release, another clock and a missing whoami are warnings, which leave the status 0."""
     with answering("9.9.9", "Thu, 01 Jan 2026 00:00:00 GMT") as url:
         done = run_command("doctor", "--json", environment={"PREFIX_URL": url})
     found = checks(done)

@@ -1,4 +1,4 @@
-"""What a person and a script read of an error, whichever command ends with it."""
+"""A person and a script get the same facts of an error from every command."""
 
 import json
 import re
@@ -10,13 +10,13 @@ LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 
 
 def test_errors_of_the_service_name_the_request(run: Run) -> None:
-    """By the id under which its log has the request."""
+    """The error has the id under which the service's log has the request."""
     failed = run("inspect", "cli/none")
     assert re.fullmatch(r"error \(not-found\): .* \(request [0-9a-f]{32}\)\n", failed.stderr)
 
 
 def test_json_holds_for_errors_too(run: Run) -> None:
-    """Standard output has one document, also where the usage is wrong; standard error has what it always has."""
+    """With `--json` standard output is one document for wrong usage too; standard error stays as it is."""
     for arguments, status, code, words in (
         (("inspect", "cli/none"), 1, "not-found", "there is no cli/none"),
         (("inspect", "nothing"), 1, "invalid-reference", "nothing"),
@@ -33,7 +33,7 @@ def test_json_holds_for_errors_too(run: Run) -> None:
 
 
 def test_json_holds_for_deletions_too(run: Run) -> None:
-    """One document says what is gone."""
+    """A deletion with `--json` prints one document that names what was deleted."""
     run("publish", LLAMA, "clijson/a")
     run("alias", "set", "clijson/a", "prod", "1")
     for arguments, document in (

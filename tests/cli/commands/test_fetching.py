@@ -1,4 +1,4 @@
-"""`fetch` and `pull`: tensors as PEFT computes them, and the folder that was published."""
+"""`fetch` saves tensors as PEFT computes them, and `pull` the folder that was published."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
-    """The saved file holds a row for each of the batch, bit for bit."""
+    """`fetch` saves a row for each of the batch, equal to PEFT's bit for bit."""
     run("publish", LLAMA, "cli/fetched")
     done = run("fetch", "cli/fetched", "--batch-size", "3", "-o", tmp_path / "out.safetensors")
     assert done.returncode == 0
@@ -36,7 +36,7 @@ def test_fetch_saves_what_peft_computes(run: Run, tmp_path: Path) -> None:
 
 
 def test_fetch_refuses_a_dtype_that_is_none(run: Run) -> None:
-    """A dtype that does not travel is an error with the list of those that do."""
+    """The error lists the dtypes that the service can send."""
     refused = run("fetch", "cli/fetched", "--dtype", "int4")
     assert refused.returncode == 1
     assert "float8_e4m3fn" in refused.stderr
@@ -44,7 +44,7 @@ def test_fetch_refuses_a_dtype_that_is_none(run: Run) -> None:
 
 @pytest.mark.parametrize("case", sorted(path.name for path in (CORPUS / "cases").iterdir()))
 def test_pull_writes_the_folder_again(server: Server, tmp_path: Path, case: str) -> None:
-    """Byte for byte what PEFT wrote, and nothing else; published again, it is the same version."""
+    """`pull` writes PEFT's files byte for byte and no others, and publishing them again finds the same version."""
     source, folder = CORPUS / "cases" / case / "adapter", tmp_path / "deep" / "folder"
     name = case.lower().replace("_", "-")
     upload_directory(server.client(), "clipull", name, source)
@@ -56,8 +56,9 @@ def test_pull_writes_the_folder_again(server: Server, tmp_path: Path, case: str)
 
 
 def test_pull_writes_what_publish_read(server: Server, tmp_path: Path) -> None:
-    """Byte for byte, with whatever order, blanks and numbers the config has, the weights' own metadata, and the model
-    card; each stays as it was published when a file like it comes again."""
+    """`pull` keeps the config's order, blanks and numbers, the weights' metadata and the model card byte for byte.
+    Publishing a reformatted copy does not change them.
+    """
     source, folder = tmp_path / "source", tmp_path / "pulled"
     source.mkdir()
     config = json.loads((LLAMA / "adapter_config.json").read_text())
@@ -75,7 +76,7 @@ def test_pull_writes_what_publish_read(server: Server, tmp_path: Path) -> None:
 
 
 def _reformatted(source: Path, folder: Path) -> Path:
-    """The same content with the config in another form."""
+    """Returns a copy of the folder with its config in another form."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -83,7 +84,7 @@ def _reformatted(source: Path, folder: Path) -> Path:
 
 
 def test_pull_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
-    """To a person, and to a script."""
+    """`pull` prints the version, the folder and the digest, for a person and for a script."""
     run("publish", LLAMA, "clipull/json")
     shown = run("pull", "clipull/json", tmp_path / "shown").stdout.splitlines()
     told = json.loads(run("pull", "clipull/json@1", tmp_path, "--json").stdout)
@@ -93,7 +94,7 @@ def test_pull_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
 
 
 def test_pull_overwrites_nothing_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
-    """Files that are there, a version that is not, and a folder that cannot be."""
+    """`pull` refuses existing files, a missing version, and a folder that cannot be made, and leaves nothing."""
     run("publish", LLAMA, "clipull/kept")
     (tmp_path / "adapter_config.json").write_text("mine")
     (tmp_path / "file").write_text("")
@@ -112,7 +113,7 @@ def test_pull_overwrites_nothing_and_leaves_nothing(run: Run, tmp_path: Path) ->
 def test_weights_come_in_pieces_and_are_verified(
     run: Run, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large file is never in memory whole; what is not the version's file is refused, and removed."""
+    """`pull` never holds a large file whole; it refuses and removes bytes that are not the version's."""
     run("publish", LLAMA, "clipull/pieces")
     monkeypatch.setattr(fetching, "_PIECE", 1000)
     pull("clipull/pieces", tmp_path / "good", server.url, server.admin_key)
@@ -130,7 +131,7 @@ def test_weights_come_in_pieces_and_are_verified(
 
 
 def test_fetch_keeps_the_metadata(run: Run, tmp_path: Path) -> None:
-    """The file says which version it holds and in which form, as the service's own answer does."""
+    """The saved file names its version and its form, as the service's answer does."""
     run("publish", LLAMA, "cli/metadata")
     saved = tmp_path / "out.safetensors"
     assert run("fetch", "cli/metadata", "--batch-size", "2", "--dtype", "bfloat16", "-o", saved).returncode == 0
@@ -143,7 +144,7 @@ def test_fetch_keeps_the_metadata(run: Run, tmp_path: Path) -> None:
 
 
 def test_fetch_names_a_file_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
-    """A missing folder, a folder, and a disk that is full: one line, and nothing is left behind."""
+    """A missing folder, a folder, and a full disk are one line of error each, and nothing is left behind."""
     run("publish", LLAMA, "cli/unwritten")
     (tmp_path / "old").write_text("old")
     for output, words in (

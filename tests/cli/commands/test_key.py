@@ -1,4 +1,4 @@
-"""`key` and `whoami`: on a running service, and with `--data-dir` on the folder of a stopped one."""
+"""`key` and `whoami` work on a running service, and with `--data-dir` on the folder of a stopped one."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Keys = Callable[..., Finished]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The data folder of a service that was started, and stopped."""
+    """Returns the data folder of a service that was started and stopped."""
     settings = Settings(data_dir=tmp_path / "data")
     with opened(settings):
         return settings.data_dir
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["service", "folder"])
 def keys(request: pytest.FixtureRequest) -> Keys:
-    """On a service and on a folder under one set of rules."""
+    """Returns `key`, run on a service and on a folder."""
     if request.param == "service":
         run: Run = request.getfixturevalue("run")
         return lambda *arguments: run("key", *arguments)
@@ -40,7 +40,7 @@ def keys(request: pytest.FixtureRequest) -> Keys:
 
 
 def told(keys: Keys, *arguments: str) -> Any:
-    """What a command tells a script."""
+    """Returns what a command prints for a script."""
     done = keys(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -51,12 +51,12 @@ def moment(text: str) -> datetime:
 
 
 def is_about(text: str, **distance: float) -> bool:
-    """Whether a moment is so far from now, but for the time that a test takes."""
+    """Returns whether a moment is so far from now, within two minutes."""
     return abs(moment(text) - datetime.now(UTC) - timedelta(**distance)) < timedelta(minutes=2)
 
 
 def test_keys_are_made_listed_and_revoked(keys: Keys) -> None:
-    """The key is told once; a tenant that comes into being is mentioned."""
+    """`key` prints a new key once, and says that it made a tenant."""
     made = keys("create", "--tenant", "keys-acme", "--scope", "write", "--name", "ci", "--json")
     assert made.stderr == "made tenant keys-acme\n"
     key = json.loads(made.stdout)
@@ -79,7 +79,7 @@ def test_keys_are_made_listed_and_revoked(keys: Keys) -> None:
 
 
 def test_a_key_belongs_to_a_tenant_or_to_the_platform(keys: Keys) -> None:
-    """To make one needs a word for whom; without one, other commands are about the owner of the key that asks."""
+    """`create` needs an owner; other commands without one are about the owner of the key that asks."""
     refused = keys("create", "--scope", "read")
     assert refused.returncode == 1
     assert "say whose key it is" in refused.stderr
@@ -99,7 +99,7 @@ def test_a_key_belongs_to_a_tenant_or_to_the_platform(keys: Keys) -> None:
 
 
 def test_a_key_ends_when_it_was_said_to(keys: Keys) -> None:
-    """A duration, a date, a moment in any zone; what has passed already is refused, and makes no tenant."""
+    """`--expires` takes a duration, a date or a moment in any zone; a past one is refused and makes no tenant."""
     for text, expected in (
         ("2999-01-31", "2999-01-31T00:00:00Z"),
         ("2999-01-31T12:00:00+02:00", "2999-01-31T10:00:00Z"),
@@ -116,7 +116,7 @@ def test_a_key_ends_when_it_was_said_to(keys: Keys) -> None:
 
 @pytest.mark.parametrize("owner", [("--platform",), ("--tenant", "keys-rotating"), ()])
 def test_a_rotation_is_a_second_key_and_an_end_for_the_first(keys: Keys, owner: tuple[str, ...]) -> None:
-    """Of the same owner, scope and name; both work until then."""
+    """`rotate` makes a second key of the same owner, scope and name, and gives the first an end."""
     first = told(keys, "create", "--scope", "write", "--name", "fleet", *(owner or ("--platform",)))
     rotated = keys("rotate", first["id"], "--overlap", "2d", *owner)
     assert rotated.returncode == 0, rotated.stderr
@@ -135,7 +135,7 @@ def test_a_rotation_is_a_second_key_and_an_end_for_the_first(keys: Keys, owner: 
 
 
 def test_a_rotation_for_a_script(keys: Keys) -> None:
-    """The second key as `key create` shows it, and the first beside it; a week is the default."""
+    """`rotate --json` shows the second key as `create` does, and the first next to it; a week is the default."""
     first = told(keys, "create", "--platform", "--scope", "read")
     second = told(keys, "rotate", first["id"])
     assert second.keys() == FIELDS | {"key", "first"}
@@ -144,8 +144,7 @@ def test_a_rotation_for_a_script(keys: Keys) -> None:
 
 
 def test_a_rotated_key_that_ends_lives_as_long(keys: Keys) -> None:
-    """The first keeps its end if that is earlier than the overlap; the second has its lifetime, or the end that was
-    asked for."""
+    """The first key keeps an end before the overlap's, and the second has its lifetime, or the given end."""
     first = told(keys, "create", "--platform", "--scope", "read", "--expires", "5d")
     second = told(keys, "rotate", first["id"], "--overlap", "7d")
     assert second["first"]["expires"] == first["expires"]
@@ -157,7 +156,7 @@ def test_a_rotated_key_that_ends_lives_as_long(keys: Keys) -> None:
 
 @pytest.mark.parametrize("overlap", ["0d", "7", "-1d", "soon", ""])
 def test_what_is_no_overlap(keys: Keys, overlap: str) -> None:
-    """Said before anything is made."""
+    """`rotate` refuses a malformed overlap before it makes a key."""
     first = told(keys, "create", "--platform", "--scope", "read")
     before = told(keys, "list", "--platform")
     refused = keys("rotate", first["id"], f"--overlap={overlap}")
@@ -167,7 +166,7 @@ def test_what_is_no_overlap(keys: Keys, overlap: str) -> None:
 
 
 def test_a_key_that_is_missing_is_not_rotated(keys: Keys) -> None:
-    """No second one is made for it."""
+    """`rotate` makes no second key for a key that does not exist."""
     before = told(keys, "list", "--platform")
     missing = keys("rotate", "f" * 16)
     assert missing.returncode == 1
@@ -182,33 +181,33 @@ class Failing:
         self.ids = ["first"]
 
     def own(self) -> str | None:
-        """The platform."""
+        """Returns None, for the platform."""
         return None
 
     def create(self, owner: str | None, scope: str, name: str, expires: datetime | None) -> dict[str, Any]:
-        """Another key."""
+        """Returns another key."""
         self.ids.append("second")
         return {**self.get(owner, "second"), "key": "pfx_second"}
 
     def listed(self, owner: str | None) -> list[dict[str, Any]]:
-        """All of them."""
+        """Returns all keys."""
         return [self.get(owner, key_id) for key_id in self.ids]
 
     def get(self, _owner: str | None, key_id: str) -> dict[str, Any]:
-        """One without an end."""
+        """Returns a key without an end."""
         return {"id": key_id, "scope": "read", "name": "", "created": "2026-01-01T00:00:00Z", "expires": None}
 
     def shorten(self, _owner: str | None, key_id: str, _expires: datetime) -> dict[str, Any]:
-        """What the disk refuses."""
+        """Raises what a broken disk raises."""
         raise StorageFailed(f"the disk refuses an end for {key_id}")
 
     def revoke(self, _owner: str | None, key_id: str) -> None:
-        """Forget it."""
+        """Forgets the key."""
         self.ids.remove(key_id)
 
 
 def test_a_rotation_that_fails_leaves_no_key(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the first key gets no end, the second is revoked again, and that is said."""
+    """If the first key cannot be given an end, `rotate` revokes the second again, and says so."""
     keys = Failing()
     with pytest.raises(StorageFailed, match="the disk refuses an end for first"):
         rotate(keys, None, "first", timedelta(days=1), None)
@@ -217,7 +216,7 @@ def test_a_rotation_that_fails_leaves_no_key(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_service_is_asked_with_the_key_that_is_used(server: Server, run: Run) -> None:
-    """A tenant's admin sees and makes its own keys, without naming its tenant; nobody else's."""
+    """A tenant's admin lists and makes its own keys without naming its tenant, and no others."""
     text = json.loads(run("key", "create", "--tenant", "keys-own", "--scope", "admin", "--json").stdout)["key"]
     own = {"PREFIX_URL": server.url, "PREFIX_API_KEY": text}
     listed = run_command("key", "list", environment=own)
@@ -235,7 +234,7 @@ def test_a_service_is_asked_with_the_key_that_is_used(server: Server, run: Run) 
 
 
 def test_whoami(server: Server, run: Run) -> None:
-    """The key that is used, for people and for scripts."""
+    """`whoami` shows the key that is used, for people and for scripts."""
     made = json.loads(
         run("key", "create", "--platform", "--scope", "metrics", "--name", "me", "--expires", "9d", "--json").stdout
     )
@@ -252,7 +251,7 @@ def test_whoami(server: Server, run: Run) -> None:
 
 @pytest.mark.parametrize("command", [("create", "--platform", "--scope", "read"), ("list",), ("revoke", "0" * 16)])
 def test_a_folder_is_worked_on_and_never_made(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """Neither a new one, nor one of something else; and none where one stands."""
+    """`key --data-dir` refuses a folder that is new or no service's, and creates nothing."""
     new, empty = tmp_path / "new", tmp_path / "empty"
     empty.mkdir()
     for folder in (new, empty):
@@ -268,7 +267,7 @@ def test_a_folder_is_worked_on_and_never_made(tmp_path: Path, command: tuple[str
 
 
 def test_a_folder_remembers_a_hash_alone(folder: Path) -> None:
-    """The text of a key is nowhere in it."""
+    """No file of the folder has a key's text."""
     made = json.loads(
         run_command("key", "create", "--platform", "--scope", "read", "--data-dir", folder, "--json").stdout
     )
@@ -276,6 +275,6 @@ def test_a_folder_remembers_a_hash_alone(folder: Path) -> None:
 
 
 def test_a_key_made_in_the_folder_of_a_running_service_works_immediately(server: Server) -> None:
-    """The command line and the service share one folder."""
+    """A running service accepts a key that the command line has just made in its folder."""
     assert server.client(server.key("read")).get("/v1/tenants").status_code == 403
     assert server.client(server.key("admin")).get("/v1/tenants").status_code == 200

@@ -1,4 +1,4 @@
-"""Model card and annotations: published with a folder, and seen in `versions`, `diff`, `inspect` and `pull`."""
+"""The model card and annotations of a published folder are shown by `versions`, `diff`, `inspect` and `pull`."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ NOTE = "less data, and what is longer than a table has room for"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two adapters, each with its card."""
+    """Returns the folders of two adapters, each with its card."""
     made = tmp_path_factory.mktemp("first") / "a", tmp_path_factory.mktemp("second") / "a"
     for source, folder, card in zip((LLAMA, OTHER), made, (CARD, CARD.replace("200", "300")), strict=True):
         shutil.copytree(source, folder)
@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def adapter(run: Run, folders: tuple[Path, Path]) -> str:
-    """Both as versions of one adapter."""
+    """Publishes both as versions of one adapter, and returns its name."""
     name = "climeta/capitals"
     for folder, run_name in zip(folders, ("17", "18"), strict=True):
         done = run("publish", folder, name, "--annotate", f"run={run_name}", "--note", NOTE)
@@ -36,14 +36,14 @@ def adapter(run: Run, folders: tuple[Path, Path]) -> str:
 
 
 def told(run: Run, *arguments: str | Path) -> Any:
-    """What a command tells a script."""
+    """Returns what a command prints for a script."""
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_versions_show_annotations(run: Run, adapter: str) -> None:
-    """Whole for a script; a long one is cut in the table, which has no such column where there are none."""
+    """`versions` prints annotations whole for a script, and cut in a table, which has the column only if needed."""
     items = told(run, "versions", adapter)["items"]
     assert [item["annotations"] for item in items] == [{"note": NOTE, "run": number} for number in ("18", "17")]
     shown = run("versions", adapter).stdout
@@ -54,7 +54,7 @@ def test_versions_show_annotations(run: Run, adapter: str) -> None:
 
 
 def test_diff_shows_which_differ(run: Run, adapter: str) -> None:
-    """The annotations that are not the same, and the lines of the cards."""
+    """`diff` shows the annotations that differ, and the changed lines of the cards."""
     changed = told(run, "diff", f"{adapter}@1", f"{adapter}@2")["changed"]
     assert changed["annotation: run"] == ["17", "18"]
     assert "annotation: note" not in changed
@@ -66,7 +66,7 @@ def test_diff_shows_which_differ(run: Run, adapter: str) -> None:
 
 
 def test_diff_of_the_same_content_in_two_adapters(run: Run, adapter: str) -> None:
-    """The content is the same; what was said of it is not."""
+    """`diff` reports equal content as equal, and shows the annotations and cards that differ."""
     run("publish", LLAMA, "climeta/bare")
     shown = run("diff", f"{adapter}@1", "climeta/bare").stdout
     assert "have the same content" in shown
@@ -75,7 +75,7 @@ def test_diff_of_the_same_content_in_two_adapters(run: Run, adapter: str) -> Non
 
 
 def test_pull_writes_the_card(run: Run, adapter: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """The folder is what was published, file for file; annotations are printed."""
+    """`pull` writes the published folder file for file, and prints the annotations."""
     shown = run("pull", f"{adapter}@1", tmp_path / "again").stdout.splitlines()
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == {
         path.name: path.read_bytes() for path in folders[0].iterdir()

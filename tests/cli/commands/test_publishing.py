@@ -1,4 +1,4 @@
-"""`publish` and `compose`: one adapter, hundreds of folders, and what is said of them."""
+"""`publish` and `compose` upload one adapter or hundreds of folders, and report each."""
 
 import json
 import re
@@ -19,7 +19,7 @@ GPT2 = CORPUS / "cases" / "gpt2-n20-emb" / "adapter"
 
 
 def test_publish_then_again(run: Run) -> None:
-    """The first upload makes a version, the same content again is that version."""
+    """The first upload makes a version, and the same content again finds it."""
     first, second = run("publish", LLAMA, "cli/twice"), run("publish", LLAMA, "cli/twice")
     assert first.returncode == second.returncode == 0
     assert first.stdout.startswith("published cli/twice@1\n")
@@ -27,13 +27,13 @@ def test_publish_then_again(run: Run) -> None:
 
 
 def test_publish_tells_a_script(run: Run) -> None:
-    """--json prints what the service said."""
+    """`publish --json` prints the service's answer."""
     told = json.loads(run("publish", LLAMA, "cli/json", "--json").stdout)
     assert (told["version"], told["created_now"], told["num_virtual_tokens"]) == (1, True, 20)
 
 
 def test_compose(run: Run) -> None:
-    """Published prefixes, one behind the other, are a new version."""
+    """`compose` joins published prefixes, one after another, into a new version."""
     run("publish", LLAMA, "cli/part")
     done = run("compose", "cli/composed", "cli/part@1", "cli/part")
     assert done.stdout.startswith("published cli/composed@1\n"), done.stderr
@@ -45,7 +45,7 @@ def test_compose(run: Run) -> None:
 
 
 def test_publish_fills_dimensions_from_the_base_model(run: Run, tmp_path: Path) -> None:
-    """--base-config fills what the adapter's config leaves out; without it the error says what is missing."""
+    """`--base-config` fills dimensions that the adapter's config leaves out; without it the error names them."""
     config = json.loads((LLAMA / "adapter_config.json").read_text())
     config |= {"num_layers": None, "token_dim": None, "num_attention_heads": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -58,14 +58,14 @@ def test_publish_fills_dimensions_from_the_base_model(run: Run, tmp_path: Path) 
 
 
 def test_publish_cuts_a_full_training_checkpoint(run: Run) -> None:
-    """The prefix alone travels, and the command says so."""
+    """`publish` cuts the prefix out of a training checkpoint, sends it alone, and says so."""
     done = run("publish", CORPUS / "variants/peft_full-accelerate-gpt2-proj", "cli/full")
     assert done.returncode == 0
     assert "cut out the prefix: 5 of 47 tensors (PEFT training state)" in done.stderr
 
 
 def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
-    """adapter_model.bin is never sent."""
+    """`publish` never sends adapter_model.bin, and names `convert`."""
     refused = run("publish", CORPUS / "variants/legacy_bin-gpt2-n20-emb", "cli/pickle")
     assert refused.returncode == 1
     assert "unsafe-checkpoint" in refused.stderr
@@ -73,7 +73,7 @@ def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
 
 
 def test_a_config_that_is_missing_is_told_in_the_callers_words(run: Run, tmp_path: Path) -> None:
-    """A command has an option for it; a program has none, nor has a command that takes many folders."""
+    """The command's error names its option for a config, and the function's error does not."""
     (tmp_path / "adapter_model.safetensors").write_bytes((LLAMA / "adapter_model.safetensors").read_bytes())
     refused = run("publish", tmp_path, "cli/unconfigured")
     assert refused.returncode == 1
@@ -85,7 +85,7 @@ def test_a_config_that_is_missing_is_told_in_the_callers_words(run: Run, tmp_pat
 
 
 def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
-    """By the publication that it came into being with, to people and to scripts; by no other."""
+    """The publication that creates a tenant reports it, to people and to scripts; later ones do not."""
     first, second = run("publish", LLAMA, "clinew/a"), run("publish", GPT2, "clinew/a")
     assert first.stdout.splitlines()[2:] == ["tenant clinew is new: it came into being with this"]
     assert "tenant" not in second.stdout
@@ -97,7 +97,7 @@ def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """Three folders of adapters."""
+    """Returns three folders of adapters."""
     found = [tmp_path / name for name in ("one", "two", "three.x")]
     for folder in found:
         shutil.copytree(LLAMA, folder)
@@ -105,13 +105,13 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def listed(run: Run, tenant: str) -> list[str]:
-    """The adapters of a tenant."""
+    """Returns the adapters of a tenant."""
     items: list[dict[str, Any]] = json.loads(run("list", tenant, "--json").stdout)["items"]
     return [item["adapter"] for item in items]
 
 
 def test_many_folders_are_published_by_their_names(run: Run, folders: list[Path]) -> None:
-    """A line for each in the order that they were given in, a count, and the new tenant; again, they are all there."""
+    """`publish` prints a line for each folder, in the given order, a count, and the new tenant."""
     done = run("publish", *folders, "--tenant", "climany")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
@@ -132,7 +132,7 @@ def test_many_folders_are_published_by_their_names(run: Run, folders: list[Path]
 def test_the_folder_where_one_stands_has_its_own_name(
     run: Run, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it is written as, a link too."""
+    """`publish .` uses the folder's own name, and a link its own."""
     (folders[0].parent / "link").symlink_to(folders[1])
     monkeypatch.chdir(folders[0])
     done = run("publish", ".", "../link", "--tenant", "clidot")
@@ -140,7 +140,7 @@ def test_the_folder_where_one_stands_has_its_own_name(
 
 
 def test_a_folder_that_fails_leaves_the_others_alone(run: Run, folders: list[Path]) -> None:
-    """Each error names its folder, and the status is 1."""
+    """The error names the folder, the others are published, and the status is 1."""
     (folders[1] / "adapter_model.safetensors").write_bytes(b"nothing")
     done = run("publish", *folders, "--tenant", "clibroken")
     assert done.returncode == 1
@@ -156,7 +156,7 @@ def test_a_folder_that_fails_leaves_the_others_alone(run: Run, folders: list[Pat
 
 
 def test_an_error_that_all_would_meet_ends_it(server: Server, tmp_path: Path) -> None:
-    """A key that may not publish is told by the first folders, and the rest is not tried."""
+    """A key that may not publish fails for the first folders, and the rest are not tried."""
     folders = [tmp_path / f"f{number}" for number in range(40)]
     for folder in folders:
         shutil.copytree(LLAMA, folder)
@@ -171,7 +171,7 @@ def test_an_error_that_all_would_meet_ends_it(server: Server, tmp_path: Path) ->
 
 
 def test_names_are_looked_at_before_anything_is_sent(run: Run, folders: list[Path], tmp_path: Path) -> None:
-    """A folder's name that no adapter can have, two folders of one name, and what is no folder."""
+    """`publish` refuses impossible names, repeated names and missing folders before it sends anything."""
     (tmp_path / "My Adapter").mkdir()
     shutil.copytree(LLAMA, tmp_path / "elsewhere" / "one")
     for words, status, said in (
@@ -195,14 +195,14 @@ def test_names_are_looked_at_before_anything_is_sent(run: Run, folders: list[Pat
     ],
 )
 def test_wrong_use_is_status_2(run: Run, folders: list[Path], words: tuple[str, ...], said: str) -> None:
-    """And says how to write it."""
+    """Wrong usage has status 2 and says how to write the command."""
     refused = run("publish", *(word.format(one=folders[0], two=folders[1]) for word in words))
     assert refused.returncode == 2
     assert said in " ".join(refused.stderr.replace("│", " ").split())
 
 
 def test_publish_names_another_kind_of_adapter(run: Run, tmp_path: Path) -> None:
-    """A LoRA folder is called that, whatever its weights are, and nothing is sent."""
+    """`publish` calls a LoRA folder by that name, whatever its weights, and sends nothing."""
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     for weights in ("adapter_model.safetensors", "adapter_model.bin"):
         (tmp_path / weights).write_bytes(b"")
@@ -213,7 +213,7 @@ def test_publish_names_another_kind_of_adapter(run: Run, tmp_path: Path) -> None
 
 
 def test_publish_with_a_card_and_annotations(run: Run, tmp_path: Path) -> None:
-    """The folder's README.md is the card, --note and --annotate are annotations; `inspect` shows all of them."""
+    """`publish` sends README.md as the card, `--note` and `--annotate` as annotations; `inspect` shows them all."""
     folder = Path(shutil.copytree(LLAMA, tmp_path / "adapter"))
     (folder / "README.md").write_bytes(b"# Capitals\r\n\n[red]bold[/red] \x1b[31m\n")
     annotations = ("--annotate", "run=17", "--annotate", "metric=a=b", "--note", "less data")
@@ -236,7 +236,7 @@ def test_publish_with_a_card_and_annotations(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_annotations_publish_nothing(run: Run, options: list[str], words: str) -> None:
-    """One line says what is wrong."""
+    """A wrong annotation is one line of error, and nothing is published."""
     refused = run("publish", LLAMA, "cli/undescribed", *options)
     assert refused.returncode == 1
     assert words in refused.stderr

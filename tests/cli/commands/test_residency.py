@@ -1,4 +1,4 @@
-"""`residency`: what is in memory, at a glance, and brought there by hand."""
+"""`residency` shows which versions are in memory, and loads, pins and unloads them."""
 
 import json
 
@@ -7,7 +7,7 @@ from tests.conftest import CORPUS
 
 
 def test_a_version_is_loaded_shown_and_unloaded(run: Run) -> None:
-    """The overview names it with its reason while it is there; --json is what the service says."""
+    """The overview names a version, and why it stays, while it is in memory; `--json` is the service's answer."""
     run("publish", CORPUS / "cases" / "llama-n20-emb" / "adapter", "climemory/a")
     done = run("residency", "load", "climemory/a@1", "--pin")
     assert (done.returncode, done.stderr) == (0, "")
@@ -26,7 +26,7 @@ def test_a_version_is_loaded_shown_and_unloaded(run: Run) -> None:
 
 
 def test_alone_it_is_the_overview_and_its_help_names_the_rest(run: Run) -> None:
-    """Options without a command are those of `show`; what is no command is wrong use."""
+    """Without a command `residency` is `show`; an unknown command is wrong usage."""
     assert "Memory" in run("residency").stdout
     assert "unload" in run("residency", "--help").stdout
     assert run("residency", "frobnicate").returncode == 2

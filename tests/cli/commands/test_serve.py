@@ -1,4 +1,4 @@
-"""`serve` and `openapi`: what who runs the service types."""
+"""`serve` and `openapi` as an operator runs them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.processes import eventually
 
 
 def test_version_and_help() -> None:
-    """The version is one line; every command has a help."""
+    """The version is one line, and each of these commands has a help."""
     assert run_command("--version").stdout == "prefix-service 0.1.0\n"
     worker = ("publish", "fetch", "list", "inspect", "alias", "rm", "convert")
     operators = (
@@ -43,21 +43,21 @@ def test_version_and_help() -> None:
 
 
 def test_a_second_service_on_a_folder_is_refused(server: Server) -> None:
-    """Two services never write to one folder."""
+    """`serve` refuses a folder on which another service runs."""
     second = run_forked("serve", "--data-dir", server.data_dir, "--port", "0")
     assert second.returncode == 1
     assert "another prefix-service runs on the data folder" in second.stderr
 
 
 def test_dev_mode_stays_on_loopback() -> None:
-    """Without keys nobody from outside may come in."""
+    """`serve --dev` refuses a host other than loopback, because there are no keys."""
     refused = run_forked("serve", "--dev", "--host", "0.0.0.0")  # noqa: S104 - it is refused
     assert refused.returncode == 1
     assert "loopback only" in refused.stderr
 
 
 def test_dev_mode_needs_no_key_and_says_so(tmp_path: Path) -> None:
-    """Everybody on this machine may do everything, and no bootstrap key is made."""
+    """In dev mode requests need no key, the log says so, and no bootstrap key is made."""
     with running_server(tmp_path / "data", "--dev") as dev:
         assert httpx.get(f"{dev.url}/v1/tenants").status_code == 200
         assert "dev mode: no keys" in dev.log.read_text()
@@ -65,7 +65,7 @@ def test_dev_mode_needs_no_key_and_says_so(tmp_path: Path) -> None:
 
 
 def test_several_workers_serve_one_folder(tmp_path: Path) -> None:
-    """`--workers 2`: what one process published the other serves."""
+    """With `--workers 2` each process serves what another has published."""
     with running_server(tmp_path / "data", "--workers", "2") as server:
         config = {"peft_type": "PREFIX_TUNING", "num_layers": 2, "token_dim": 8, "num_attention_heads": 2}
         path = "/v1/tenants/acme/adapters/a"
@@ -75,7 +75,7 @@ def test_several_workers_serve_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
-    """SIGTERM: exit status 0, nothing printed but lines of the log, and the key never."""
+    """SIGTERM ends the service with status 0; it prints only lines of the log, and never the key."""
     with running_server(tmp_path / "data") as server:
         key = server.admin_key
         server.process.send_signal(signal.SIGTERM)
@@ -89,7 +89,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:
-    """Once it listens: where it is, its documentation, and how to take its key; then one line for each request."""
+    """Once it listens, `serve` prints its address, documentation and how to take its key, then one line a request."""
     port, folder = free_port(), tmp_path / "data"
     command = [*PREFIX_SERVICE, "serve", "--port", str(port), "--data-dir", str(folder)]
 
@@ -119,8 +119,9 @@ def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:
 
 
 def test_a_terminal_that_is_not_read_stops_nobody(tmp_path: Path) -> None:
-    """As one that is paused (Ctrl+S, tmux): requests are answered, and once it is read again the log is whole. With
-    --json it is lines of JSON there too, and standard output says where the service listens."""
+    """While a terminal is paused (Ctrl+S, tmux) requests are answered, and afterwards the log is whole. With `--json`
+    the log has lines of JSON there too, and standard output says where the service listens.
+    """
     controller, terminal = pty.openpty()
     command = [*PREFIX_SERVICE, "serve", "--json", "--port", "0", "--data-dir", str(tmp_path / "data")]
     serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
@@ -158,7 +159,7 @@ def _answers(client: httpx.Client) -> bool:
 
 
 def test_help_shows_defaults_and_variables() -> None:
-    """As the settings have them, and on one screen."""
+    """The help shows each option's default and variable, as the settings have them."""
     shown = " ".join(run_command("serve", "--help").stdout.split())
     for name in ("host", "port", "uds", "data_dir", "device", "workers", "dev", "read_only"):
         default = Settings.model_fields[name].default
@@ -170,14 +171,14 @@ def test_help_shows_defaults_and_variables() -> None:
 
 
 def test_openapi_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    """Before the work begins."""
+    """`openapi` refuses an output file that it cannot write, and names the missing folder."""
     refused = run_command("openapi", "-o", tmp_path / "none" / "openapi.json")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert f"there is no folder {tmp_path}/none" in refused.stderr
 
 
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
-    """A GPU that this machine lacks, and a word that is no device."""
+    """`serve` refuses a GPU that this machine lacks, and a word that is no device."""
     for device, words in (("cuda:99", "is not there"), ("abacus", "must be auto, cpu, cuda")):
         refused = run_forked("serve", "--device", device, "--data-dir", tmp_path)
         assert refused.returncode == 1
@@ -185,7 +186,7 @@ def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_settings_from_the_environment_are_checked(tmp_path: Path) -> None:
-    """A value out of bounds is named with its variable."""
+    """The error names the variable whose value is out of bounds."""
     refused = run_forked("serve", "--data-dir", tmp_path, environment={"PREFIX_MAX_BATCH_SIZE": "0"})
     assert refused.returncode == 1
     assert "PREFIX_MAX_BATCH_SIZE" in refused.stderr

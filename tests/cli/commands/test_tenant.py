@@ -1,4 +1,4 @@
-"""`tenant` and `audit`: quotas as a person writes them, usage beside them, and who changed what."""
+"""`tenant` sets quotas and shows usage, and `audit` shows who changed what."""
 
 import json
 from typing import Any
@@ -14,12 +14,12 @@ LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 
 
 def told(run: Run, *arguments: str) -> Any:
-    """What a command tells a script."""
+    """Returns what a command prints for a script."""
     return json.loads(run(*arguments, "--json").stdout)
 
 
 def test_set_makes_a_tenant_and_keeps_what_is_not_given(run: Run) -> None:
-    """Each quota changes alone, `none` lifts it, and without any a tenant is only made."""
+    """`set` changes each quota alone, `none` lifts it, and without quotas only makes the tenant."""
     quotas = ("max_adapters", "max_bytes", "requests_per_second")
 
     def after(*options: str) -> list[int | None]:
@@ -35,7 +35,7 @@ def test_set_makes_a_tenant_and_keeps_what_is_not_given(run: Run) -> None:
 
 
 def test_tables_show_usage_beside_quotas(run: Run) -> None:
-    """`show` and `list` agree; what has no quota stands alone."""
+    """`show` and `list` print the same usage, next to its quota if there is one."""
     run("tenant", "set", "usage", "--max-bytes", "1MiB")
     run("publish", LLAMA, "usage/one")
     shown = run("tenant", "show", "usage").stdout
@@ -47,7 +47,7 @@ def test_tables_show_usage_beside_quotas(run: Run) -> None:
 
 
 def test_what_is_no_quota_is_told(run: Run) -> None:
-    """A size or a number that cannot be read, and one that the service refuses."""
+    """The error names a size or number that cannot be read, or that the service refuses."""
     for option, value, words in (
         ("--max-bytes", "plenty", "'plenty' is not a size"),
         ("--max-adapters", "7.5", "'7.5' is not a number"),
@@ -61,7 +61,7 @@ def test_what_is_no_quota_is_told(run: Run) -> None:
 
 
 def test_rm_says_what_would_go(run: Run) -> None:
-    """On a terminal it asks with figures; without one it needs --yes."""
+    """On a terminal `rm` asks with figures; without one it needs `--yes`."""
     run("publish", LLAMA, "leaving/one")
     refused = run("tenant", "rm", "leaving")
     assert refused.returncode == 1
@@ -74,7 +74,7 @@ def test_rm_says_what_would_go(run: Run) -> None:
 
 
 def test_audit_is_a_table_of_who_did_what(run: Run, server: Server) -> None:
-    """Newest first, no more than --limit; a tenant's admin sees its own, the platform's sees all."""
+    """`audit` lists the newest first, up to `--limit`: a tenant's admin its own entries, the platform's all."""
     run("publish", LLAMA, "audited/one")
     run("alias", "set", "audited/one", "prod", "1")
     items = told(run, "audit", "audited")["items"]
@@ -95,5 +95,5 @@ def test_audit_is_a_table_of_who_did_what(run: Run, server: Server) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (10 << 30, "10.0 GiB"), (3 << 50, "3072.0 TiB")],
 )
 def test_sizes_as_they_are_shown(nbytes: int, shown: str) -> None:
-    """Binary units up to TiB."""
+    """Sizes are shown in binary units up to TiB."""
     assert human_bytes(nbytes) == shown

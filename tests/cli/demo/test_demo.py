@@ -1,4 +1,4 @@
-"""The demo, and the real model: what a person sees is what PEFT made the model say."""
+"""The demo, and the real model, show a person what PEFT made the model say."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ADAPTERS = ("capitals-json", "sentiment", "sentiment-trainstate", "handbook-cart
 
 
 def questions(adapter: str) -> list[dict[str, Any]]:
-    """What PEFT made the model say."""
+    """Returns the questions, with what PEFT made the model say."""
     every = json.loads((FOLDER / "questions.json").read_text())
     asked: list[dict[str, Any]] = every[adapter.removesuffix("-trainstate")]
     return asked
@@ -33,7 +33,7 @@ def questions(adapter: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """SmolLM2-135M-Instruct, as `load_model` dequantised it."""
+    """Returns SmolLM2-135M-Instruct, as `load_model` dequantised it."""
     folder = smollm2(tmp_path_factory)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return LanguageModel(loaded.requires_grad_(False), AutoTokenizer.from_pretrained(folder))
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(scope="module", params=ADAPTERS)
 def spoken(request: pytest.FixtureRequest, server: Server) -> tuple[str, Prefix]:
-    """An adapter, published and fetched over HTTP."""
+    """Returns an adapter that was published and fetched over HTTP."""
     name: str = request.param
     upload = prepare_upload(FOLDER / "adapters" / name)
     with PrefixClient(server.url, server.admin_key) as client, upload.weights as weights:
@@ -50,21 +50,21 @@ def spoken(request: pytest.FixtureRequest, server: Server) -> tuple[str, Prefix]
 
 
 def test_the_model_says_what_peft_made_it_say(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
-    """Each question on its own: token for token."""
+    """The model answers each question with PEFT's tokens."""
     name, prefix = spoken
     for question in questions(name)[:3]:
         assert model.answer([question["prompt"]], prefix) == [question["with_ids"]]
 
 
 def test_a_batch_says_the_same_padded_left(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
-    """All questions in one left-padded batch."""
+    """The model answers all questions in one left-padded batch with PEFT's tokens."""
     name, prefix = spoken
     asked = questions(name)
     assert model.answer([question["prompt"] for question in asked], prefix) == [q["with_ids"] for q in asked]
 
 
 def test_a_batch_says_the_same_padded_right(model: LanguageModel, spoken: tuple[str, Prefix]) -> None:
-    """All questions in one right-padded batch: each row equals that row alone."""
+    """In a right-padded batch each row equals that row alone."""
     name, prefix = spoken
     asked = questions(name)
     inputs = model.tokenizer(
@@ -78,7 +78,7 @@ def test_a_batch_says_the_same_padded_right(model: LanguageModel, spoken: tuple[
 
 
 def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> None:
-    """The bare model is the one that PEFT had."""
+    """Without a prefix the model answers as PEFT's base model does."""
     asked = questions("capitals-json")
     assert model.answer([question["prompt"] for question in asked]) == [q["without_ids"] for q in asked]
     assert torch.is_grad_enabled()
@@ -86,7 +86,7 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
 
 @pytest.mark.usefixtures("model")
 def test_the_demo_shows_it_all() -> None:
-    """Four steps, tensors, sizes, times, every answer side by side, and what to type next, in 80 columns."""
+    """In 80 columns the demo shows four steps, tensors, sizes, times, answers side by side, and what to type next."""
     status, shown = on_terminal(80, [*PREFIX_SERVICE, "demo"])
     assert status == 0, shown
     assert "24 of 24 answers equal PEFT's own, token for token." in shown
@@ -100,7 +100,7 @@ def test_the_demo_shows_it_all() -> None:
 
 
 def test_without_the_model_the_demo_says_how_to_get_it() -> None:
-    """The tensors are shown all the same; with --json a document holds them, and the story is on standard error."""
+    """Without the model the demo still shows the tensors; `--json` prints them as a document."""
     hidden = "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; "
     hidden += "sys.argv = ['x', 'demo', '--json']; main()"
     done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)

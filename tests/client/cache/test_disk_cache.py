@@ -1,4 +1,4 @@
-"""Prefixes that outlive a worker: what is found again, and what never is."""
+"""Prefixes on disk outlive a worker, and are found only by their own question, service and key."""
 
 import os
 import shutil
@@ -23,14 +23,14 @@ from tests.conftest import Server, running_server
 
 @pytest.fixture(scope="module")
 def adapter(server: Server) -> str:
-    """An adapter to fetch."""
+    """Publishes an adapter, and returns its name."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "disk/a")
     return "disk/a"
 
 
 def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[torch.Tensor, list[int]]:
-    """A fetch by a worker that has just started: its tensor, and the statuses of its requests."""
+    """Fetches as a worker that has just started; returns the tensor, and the statuses of its requests."""
     through = Counting()
     key = options.pop("key", server.admin_key)
     with PrefixClient(server.url, key, cache_dir=folder, http=through, **options) as client:
@@ -38,12 +38,12 @@ def get(server: Server, folder: Path, reference: str, **options: Any) -> tuple[t
 
 
 def files(folder: Path) -> list[Path]:
-    """What is kept."""
+    """Returns the files of the cache."""
     return sorted(folder.glob("*.prefix"))
 
 
 def test_a_version_is_found_again_without_a_request(server: Server, adapter: str, tmp_path: Path) -> None:
-    """Bit for bit; each form on its own."""
+    """A new worker finds a version bit for bit without a request, and each form of it on its own."""
     first, statuses = get(server, tmp_path, f"{adapter}@1")
     again, none = get(server, tmp_path, f"{adapter}@1")
     assert (statuses, none) == ([200], [])
@@ -68,21 +68,21 @@ def test_what_may_move_is_revalidated(server: Server, tmp_path: Path) -> None:
 
 
 def flip_last(path: Path) -> None:
-    """A bit rots."""
+    """Flips a bit of the last byte."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
 def change_etag(path: Path) -> None:
-    """Another entity tag beside the same body."""
+    """Changes the entity tag of the same body."""
     data = path.read_bytes()
     at = data.index(b'"etag": "\\"') + len(b'"etag": "\\"')
     path.write_bytes(data[:at] + b"0" * 8 + data[at + 8 :])
 
 
 def become_a_folder(path: Path) -> None:
-    """Nothing that can be replaced."""
+    """Replaces the file by a folder, which the cache cannot replace."""
     path.unlink()
     path.mkdir()
 
@@ -103,7 +103,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_damaged_is_fetched_again(damage: str, server: Server, adapter: str, tmp_path: Path) -> None:
-    """Never an error, never its tensors; and what can be replaced is sound afterwards."""
+    """The client fetches instead of a damaged entry, raises nothing, and replaces the entry if it can."""
     right, _ = get(server, tmp_path, f"{adapter}@1")
     (path,) = files(tmp_path)
     DAMAGE[damage](path)
@@ -115,7 +115,7 @@ def test_what_is_damaged_is_fetched_again(damage: str, server: Server, adapter: 
 
 
 def test_a_body_is_never_paired_with_another_ones_tag(server: Server, adapter: str, tmp_path: Path) -> None:
-    """An entry under another's name is no entry; body and tag are in one file, replaced in one step."""
+    """An entry under another entry's name is ignored; body and tag are in one file."""
     get(server, tmp_path, f"{adapter}@1")
     (first,) = files(tmp_path)
     with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
@@ -128,7 +128,7 @@ def test_a_body_is_never_paired_with_another_ones_tag(server: Server, adapter: s
 
 
 def test_other_callers_and_services_find_nothing(server: Server, adapter: str, tmp_path: Path) -> None:
-    """A file is found under the URL and the key that it was fetched with alone."""
+    """An entry is found only with the URL and the key with which it was fetched."""
     get(server, tmp_path, f"{adapter}@1")
     assert get(server, tmp_path, f"{adapter}@1", key=server.key("read", "disk"))[1] == [200]
     port = server.url.rpartition(":")[2]
@@ -139,7 +139,7 @@ def test_other_callers_and_services_find_nothing(server: Server, adapter: str, t
 
 
 def test_without_a_key_versions_are_revalidated(tmp_path: Path) -> None:
-    """Nothing else tells a `--dev` service from an earlier one at its address, whose version 1 was another."""
+    """Without a key versions are revalidated, because an earlier `--dev` service at the address may have had others."""
     cache = tmp_path / "cache"
     with running_server(tmp_path / "one", "--dev") as first:
         port = first.url.rpartition(":")[2]
@@ -157,7 +157,7 @@ def test_without_a_key_versions_are_revalidated(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_bounded(server: Server, tmp_path: Path) -> None:
-    """What was used least recently leaves, also when an earlier process fetched it; what is too large is not kept."""
+    """The least recently used entry is removed, whichever process fetched it, and one that is too large is not kept."""
     with PrefixClient(server.url, server.admin_key) as client:
         for name in ("one", "two", "three"):
             published(client, f"diskbound/{name}")  # 7,680 bytes each, and a header
@@ -172,7 +172,7 @@ def test_the_folder_is_bounded(server: Server, tmp_path: Path) -> None:
 
 
 def test_files_are_private(server: Server, adapter: str, tmp_path: Path) -> None:
-    """0600 in a folder of 0700; a folder that others write to is refused."""
+    """Files have mode 0600 in a folder of 0700, and a folder that others can write to is refused."""
     get(server, tmp_path / "own", f"{adapter}@1")
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
     assert [stat.S_IMODE(path.stat().st_mode) for path in files(tmp_path / "own")] == [0o600]
@@ -185,7 +185,7 @@ def test_files_are_private(server: Server, adapter: str, tmp_path: Path) -> None
 
 
 def test_clear_cache_empties_the_folder_of_ours(server: Server, adapter: str, tmp_path: Path) -> None:
-    """What others put there stays."""
+    """`clear_cache` removes the client's files, and no others."""
     (tmp_path / "notes.txt").write_text("keep")
     (tmp_path / ".writing-abandoned").write_text("half")
     with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:
@@ -198,7 +198,7 @@ def test_clear_cache_empties_the_folder_of_ours(server: Server, adapter: str, tm
 def test_a_disk_that_refuses_costs_no_fetch(
     server: Server, adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The prefix arrives, and the log says that it is not kept."""
+    """If the disk refuses, the fetch succeeds, and the log says that the prefix is not kept."""
     with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path / "gone") as client:
         (tmp_path / "gone").rmdir()
         assert client.get(f"{adapter}@1").version == 1
@@ -206,7 +206,7 @@ def test_a_disk_that_refuses_costs_no_fetch(
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """A file that nobody has written to for an hour leaves when room is made; a young one may still be finished."""
+    """Making room removes unfinished files that are older than an hour, because younger ones may be completed."""
     old, young = tmp_path / ".writing-old", tmp_path / ".writing-young"
     for path in (old, young):
         path.write_bytes(b"half")
@@ -216,24 +216,24 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def old_entry(folder: Path, digit: str = "a") -> Path:
-    """An entry as earlier releases kept it."""
+    """Writes an entry as earlier releases kept it."""
     path = folder / f"{digit * 64}.prefix"
     path.write_bytes(b"PREFIX\x00\x01" + bytes(100))
     return path
 
 
 def open_again(server: Server, folder: Path) -> None:
-    """A worker starts."""
+    """Starts and ends a worker."""
     PrefixClient(server.url, server.admin_key, cache_dir=folder).close()
 
 
 def make_room(_: Server, folder: Path) -> None:
-    """Another prefix is kept."""
+    """Stores another prefix."""
     DISKS[folder].store(("k",), Entry(bytearray(b"body"), '"e"'))
 
 
 def clear(_: Server, folder: Path) -> None:
-    """Everything is forgotten."""
+    """Clears the cache."""
     DISKS[folder].clear()
 
 
@@ -244,7 +244,7 @@ DISKS: dict[Path, DiskCache] = {}
 def test_entries_of_earlier_releases_are_removed(
     server: Server, tmp_path: Path, occasion: Callable[[Server, Path], None]
 ) -> None:
-    """At each of these; what is not ours stays, also under such a name or with such a content."""
+    """Each of these occasions removes old entries, and no other files, whatever their names or contents."""
     DISKS[tmp_path] = DiskCache(tmp_path, 1 << 20, ("u",))
     old = old_entry(tmp_path)
     others = {
@@ -263,7 +263,7 @@ def test_entries_of_earlier_releases_are_removed(
 
 
 def test_entries_of_earlier_releases_are_not_read(server: Server, adapter: str, tmp_path: Path) -> None:
-    """Under their own name or under today's."""
+    """Old entries are not read, neither under their own names nor under today's."""
     get(server, tmp_path, f"{adapter}@1")
     (path,) = files(tmp_path)
     content = path.read_bytes()
@@ -288,7 +288,7 @@ for turn in range(15):
 
 
 def test_threads_and_processes_share_a_folder(server: Server, tmp_path: Path) -> None:
-    """Under a budget that holds two of three, each always gets what it asked for, and the bound holds at the end."""
+    """With room for two of three, each thread and process gets what it asked for, and no unfinished file is left."""
     with PrefixClient(server.url, server.admin_key) as client:
         for name in ("one", "two", "three"):
             published(client, f"diskshared/{name}")

@@ -1,4 +1,4 @@
-"""`client.cache.fingerprints`: bounded in number."""
+"""`client.cache.fingerprints` keeps a bounded number."""
 
 from prefix_service.client.cache import fingerprints
 from prefix_service.client.cache.fingerprints import Fingerprints
@@ -6,7 +6,7 @@ from prefix_service.prefix.fingerprint import Fingerprint
 
 
 def test_what_was_read_first_leaves_first() -> None:
-    """Reading it again makes it the last one."""
+    """The oldest fingerprint is dropped, and reading one again makes it the newest."""
     known = Fingerprints()
     for number in range(fingerprints._MOST):
         known.put(f"a/b@{number}", Fingerprint(tokenizer=str(number)))

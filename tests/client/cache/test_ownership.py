@@ -1,4 +1,4 @@
-"""What `get` returned is the caller's own: no other call, cache, thread or process sees what is written to it."""
+"""The result of `get` is the caller's own: no other call, cache, thread or process sees what is written to it."""
 
 import asyncio
 import ctypes
@@ -23,13 +23,13 @@ from tests.client.hostile import answer, hostile_server, prefix_body, says
 from tests.conftest import Server
 from tests.sharing import sharing_server
 
-# 2 layers, 2 heads of 8, float32: 256 bytes a token. A small body is copied for each caller, a large one is mapped.
+# 2 layers, 2 heads of 8, float32 make 256 bytes a token. A small body is copied for each caller, a large one is mapped.
 TOKENS = {"small": 4, "large": 16 << 10}
 HUGE = 128 << 10  # tokens: 32 MiB
 
 
 def config(tokens: int) -> dict[str, Any]:
-    """An adapter of so many tokens."""
+    """Returns the config of an adapter of so many tokens."""
     return {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -42,7 +42,7 @@ def config(tokens: int) -> dict[str, Any]:
 
 
 def publish_all(server: Server) -> None:
-    """Untrained versions of each size."""
+    """Publishes untrained versions of each size."""
     with server.client() as http:
         for name, tokens in {**TOKENS, "huge": HUGE}.items():
             made = http.post(f"/v1/tenants/own/adapters/{name}/versions", json={"config": config(tokens)})
@@ -51,7 +51,7 @@ def publish_all(server: Server) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def adapters(server: Server) -> None:
-    """Adapters of each size."""
+    """Publishes adapters of each size."""
     publish_all(server)
 
 
@@ -59,27 +59,27 @@ sizes = pytest.mark.parametrize("size", TOKENS)
 
 
 def zero(tensor: Tensor) -> None:
-    """Torch's own way."""
+    """Writes by torch's own means."""
     tensor.zero_()
 
 
 def zero_by_numpy(tensor: Tensor) -> None:
-    """A view that torch does not watch."""
+    """Writes by a view that torch does not watch."""
     tensor.numpy()[...] = 0
 
 
 def zero_data(tensor: Tensor) -> None:
-    """Past autograd and version counters."""
+    """Writes past autograd and version counters."""
     tensor.data.fill_(0)
 
 
 def zero_by_dlpack(tensor: Tensor) -> None:
-    """Another library's view."""
+    """Writes by another library's view."""
     from_dlpack(tensor).zero_()
 
 
 def zero_storage(tensor: Tensor) -> None:
-    """All memory that the tensor has."""
+    """Writes to all memory that the tensor has."""
     storage = tensor.untyped_storage()
     ctypes.memset(storage.data_ptr(), 0, storage.nbytes())
 
@@ -93,7 +93,7 @@ WAYS = [zero, zero_by_numpy, zero_data, zero_by_dlpack, zero_storage]
 def test_what_is_written_reaches_no_other_call(
     connect: Callable[..., Any], server: Server, size: str, write: Callable[[Tensor], None], reference: str
 ) -> None:
-    """Neither a later get, nor one that was made before; the first get is as safe as a cached one."""
+    """Writing to a result changes neither later results nor earlier ones, cached or not."""
     name = reference.format(size)
     client = connect(server.url)
     with PrefixClient(server.url, server.admin_key) as other:
@@ -124,7 +124,7 @@ FORMS: list[dict[str, Any]] = [
 def test_every_form_is_the_callers_own(
     connect: Callable[..., Any], server: Server, size: str, form: dict[str, Any]
 ) -> None:
-    """Rows of a batch, decoded float8, ranges, and what a materialised prefix keeps beside its rows."""
+    """Rows of a batch, decoded float8, ranges, and materialised prefixes are each caller's own."""
     client = connect(server.url)
     first = client.get(f"own/{size}@1", **form)
     right = first.kv.tensor.clone()
@@ -139,7 +139,7 @@ def test_every_form_is_the_callers_own(
 @sizes
 @pytest.mark.parametrize("lane", ["disk", "disk and memory", "httpx", "no cache", "ranges", "verified"])
 def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, size: str, lane: str) -> None:
-    """Whatever the bytes came through, also a cache that is no longer written to."""
+    """A result is the caller's own however its bytes came: by disk, httpx, ranges, or without a cache."""
     options: dict[str, dict[str, Any]] = {
         "disk": {"cache_dir": tmp_path, "cache_bytes": 0},
         "disk and memory": {"cache_dir": tmp_path},
@@ -161,7 +161,7 @@ def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
 @sizes
 def test_a_shared_file_is_mapped_for_each_call(shared: Server, kind: str, size: str) -> None:
-    """Also the second call of one client, and a later revalidation."""
+    """Each call maps a shared file again, also a second call and a revalidation."""
 
     async def fetch() -> list[Tensor]:
         found = []
@@ -185,14 +185,14 @@ def test_a_shared_file_is_mapped_for_each_call(shared: Server, kind: str, size: 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service that shares its files."""
+    """Yields a service that shares its files."""
     with sharing_server(tmp_path_factory.mktemp("sharing")) as server:
         publish_all(server)
         yield server
 
 
 def test_metadata_is_the_callers_own(client: Any) -> None:
-    """Nested lists too; a wrong range in the cache would be another prefix."""
+    """Metadata is the caller's own, nested lists too: a wrong range in the cache would be another prefix."""
     first = client.get("own/small@1")
     right = {**first.metadata, "layers": list(first.metadata["layers"])}
     first.metadata["layers"][0] = 1
@@ -204,7 +204,7 @@ def test_metadata_is_the_callers_own(client: Any) -> None:
 
 @sizes
 def test_a_batch_of_get_many_is_the_callers_own(client: Any, size: str) -> None:
-    """Its rows neither share memory with the cache nor with another batch."""
+    """A batch's rows share memory neither with the cache nor with another batch."""
     rows = [f"own/{size}@1", None, f"own/{size}@1"]
     first = client.get_many(rows)
     right = first.stacked.clone()
@@ -216,7 +216,7 @@ def test_a_batch_of_get_many_is_the_callers_own(client: Any, size: str) -> None:
 
 @sizes
 def test_threads_do_not_see_each_other(server: Server, size: str) -> None:
-    """Each writes to what it gets while the others compare."""
+    """Each thread writes to its results while the others compare theirs."""
     wrong: list[int] = []
     with PrefixClient(server.url, server.admin_key) as client:
         right = client.get(f"own/{size}@1").kv.tensor.clone()
@@ -237,7 +237,7 @@ def test_threads_do_not_see_each_other(server: Server, size: str) -> None:
 
 
 def in_child(work: Callable[[], bool]) -> bool:
-    """Whether work is true in a forked process."""
+    """Returns whether `work` returns a true value in a forked process."""
     if not (pid := os.fork()):
         os._exit(0 if work() else 1)
     return os.waitpid(pid, 0)[1] == 0
@@ -247,7 +247,7 @@ def in_child(work: Callable[[], bool]) -> bool:
 @sizes
 @pytest.mark.parametrize("cache_bytes", [1 << 30, 0])
 def test_a_forked_process_writes_to_its_own(server: Server, size: str, cache_bytes: int) -> None:
-    """To what it inherited and to what it gets of the inherited cache; neither side sees the other's."""
+    """A child writes to inherited results and to those of the inherited cache, and neither side sees the other's."""
     with PrefixClient(server.url, server.admin_key, cache_bytes=cache_bytes) as client:
         inherited = client.get(f"own/{size}@1").kv.tensor
         right = inherited.clone()
@@ -267,7 +267,7 @@ def test_a_forked_process_writes_to_its_own(server: Server, size: str, cache_byt
 
 
 def test_what_get_returned_can_be_sent_to_another_process(server: Server) -> None:
-    """As a DataLoader's worker does: torch moves the tensor to shared memory of its own."""
+    """A tensor can be sent to another process, as by a DataLoader's worker: torch copies it to shared memory."""
     with PrefixClient(server.url, server.admin_key) as client:
         found = client.get("own/large@1").kv.tensor
         right = found.clone()
@@ -278,7 +278,7 @@ def test_what_get_returned_can_be_sent_to_another_process(server: Server) -> Non
 
 
 def proportional_bytes() -> int:
-    """Memory of this process; what is mapped several times counts once."""
+    """Returns the memory of this process, in which what is mapped several times counts once."""
     gc.collect()
     found = re.search(r"^Pss:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
     assert found is not None
@@ -287,7 +287,7 @@ def proportional_bytes() -> int:
 
 @pytest.mark.parametrize("way", ["received", "float8", "disk"])
 def test_results_that_nobody_writes_to_cost_no_memory(server: Server, tmp_path: Path, way: str) -> None:
-    """The cache holds 32 MiB, and eight results, all read, hold next to nothing; a written page is one page."""
+    """Eight results that are read take next to nothing beyond the cache's 32 MiB, and writing a page takes a page."""
     options: dict[str, Any] = {"cache_dir": tmp_path} if way == "disk" else {}
     form: dict[str, Any] = {"dtype": "float8_e4m3fn"} if way == "float8" else {}
     with PrefixClient(server.url, server.admin_key, **options) as client:
@@ -306,13 +306,13 @@ def test_results_that_nobody_writes_to_cost_no_memory(server: Server, tmp_path: 
 
 
 def open_files() -> int:
-    """File descriptors of this process."""
+    """Returns the number of file descriptors of this process."""
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_results_hold_no_file_and_the_cache_one_each(server: Server) -> None:
-    """Files close when the cache lets go of a prefix; results live on."""
+    """The cache closes a prefix's file when it drops the prefix, and results outlive that."""
     with PrefixClient(server.url, server.admin_key) as client:
         client.get("own/small@1")
         before = open_files()
@@ -328,7 +328,7 @@ def test_results_hold_no_file_and_the_cache_one_each(server: Server) -> None:
 def test_where_too_many_files_are_open_results_are_copies(
     server: Server, shared: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Received or mapped, they are no less the caller's own."""
+    """With too many open files results are copies, and as much the caller's own."""
     monkeypatch.setattr(memory, "_MOST_OPEN", 0)
     before = open_files()
     for url, uds in ((server.url, None), (shared.url, shared.uds)):
@@ -342,7 +342,7 @@ def test_where_too_many_files_are_open_results_are_copies(
 
 
 def test_a_tensor_that_is_not_aligned_is_never_taken_from_elsewhere() -> None:
-    """The service aligns what it sends; another server's body is copied out of the file that it arrived in."""
+    """A body that is not aligned, as another server may send it, is copied from the file that it arrived in."""
     body = prefix_body(tokens=8_000)  # 3 MB
     length = int.from_bytes(body[:8], "little")
     shifted = (length + 1).to_bytes(8, "little") + body[8 : 8 + length] + b" " + body[8 + length :]
@@ -355,7 +355,7 @@ def test_a_tensor_that_is_not_aligned_is_never_taken_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("size", ["large"])
 def test_a_descriptor_that_the_program_closed_is_never_read(server: Server, size: str, tmp_path: Path) -> None:
-    """A daemon closes every descriptor, and the number of a cached body's file becomes another file's."""
+    """If a program closed all descriptors, the client does not read the file that reuses a number."""
     other = tmp_path / "other"
     other.write_bytes(b"another tenant" * (1 << 19))
     with PrefixClient(server.url, server.admin_key) as client:

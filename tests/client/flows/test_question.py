@@ -1,4 +1,4 @@
-"""An answer is compared with its question in every lane: what answers another one is an error, and is never cached."""
+"""The client compares each answer with its question on every way, and neither returns nor caches a wrong one."""
 
 import asyncio
 import io
@@ -35,7 +35,7 @@ ADAPTERS = (("swap", "a"), ("swap", "a"), ("swap", "b"), ("other", "a"))  # of o
 
 
 def publish_all(server: Server) -> None:
-    """Untrained versions, each of other random values."""
+    """Publishes untrained versions, each with other random values."""
     with server.client() as http:
         for seed, (tenant, name) in enumerate(ADAPTERS):
             path = f"/v1/tenants/{tenant}/adapters/{name}/versions"
@@ -45,23 +45,23 @@ def publish_all(server: Server) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def adapters(server: Server) -> None:
-    """Four versions to take for each other."""
+    """Publishes four versions that could be mistaken for each other."""
     publish_all(server)
 
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Meddler]:
-    """A proxy to the service that may ask it something else."""
+    """Yields a proxy to the service that can change the question."""
     with meddling_proxy(server.url) as meddler:
         yield meddler
 
 
 def is_same(one: Prefix, other: Prefix) -> bool:
-    """Whether two prefixes are one version in one form."""
+    """Returns whether two prefixes are one version in one form."""
     return one.metadata == other.metadata and torch.equal(one.kv.tensor, other.kv.tensor)
 
 
-# What is asked, what the request says, and what the service is asked instead.
+# Each row has the reference, the form, what the request says, and what the service is asked instead.
 SWAPS: dict[str, tuple[str, dict[str, Any], bytes, bytes]] = {
     "adapter": ("swap/a@1", {}, b"/adapters/a@1/", b"/adapters/b@1/"),
     "adapter of latest": ("swap/a", {}, b"/adapters/a/", b"/adapters/b/"),
@@ -93,7 +93,7 @@ LANES: dict[str, dict[str, Any]] = {
 def test_an_answer_to_another_question_is_an_error_and_is_not_cached(
     connect: Callable[..., Any], server: Server, proxy: Meddler, tmp_path: Path, lane: str, swap: str
 ) -> None:
-    """Also when a proxy confuses two requests; the next call asks again and gets its own answer."""
+    """If a proxy confuses two requests, the call raises, and the next call gets its own answer."""
     reference, form, asked, other = SWAPS[swap]
     with PrefixClient(server.url, server.admin_key) as direct:
         digest = direct.inspect("swap/a@1")["digest"]
@@ -111,7 +111,7 @@ def test_an_answer_to_another_question_is_an_error_and_is_not_cached(
 
 
 def test_the_error_says_what_was_asked_and_what_came(proxy: Meddler, server: Server) -> None:
-    """Each difference, by name."""
+    """The error names the question and each difference."""
     proxy.swaps = {b"/tenants/swap/adapters/a@1/": b"/tenants/other/adapters/a@1/", b"layers=0%3A1": b"layers=1%3A2"}
     with PrefixClient(proxy.url, server.admin_key) as client, pytest.raises(InvalidResponse) as raised:
         client.get("swap/a@1", layers=(0, 1), dtype="float16")
@@ -122,14 +122,14 @@ def test_the_error_says_what_was_asked_and_what_came(proxy: Meddler, server: Ser
 
 
 def test_an_httpx_transport_of_ones_own_is_compared_too(proxy: Meddler, server: Server) -> None:
-    """The lane that takes the place of the client's own."""
+    """Answers of a caller's own httpx transport are compared too."""
     proxy.swaps = {b"/adapters/a@1/": b"/adapters/b@1/"}
     with PrefixClient(proxy.url, server.admin_key, http=Counting()) as client, pytest.raises(InvalidResponse):
         client.get("swap/a@1")
 
 
 def test_get_many_names_the_row_that_came_wrong(connect: Callable[..., Any], proxy: Meddler) -> None:
-    """A batch is made of right answers only."""
+    """The error names the row, and a batch is made only of right answers."""
     client = connect(proxy.url)
     proxy.swaps = {b"/adapters/b@1/": b"/adapters/a@1/"}
     with pytest.raises(InvalidResponse, match=r"row 1: .*adapter 'a' instead of 'b'"):
@@ -148,7 +148,7 @@ def test_get_many_names_the_row_that_came_wrong(connect: Callable[..., Any], pro
     ids=["dtype", "exact", "found"],
 )
 def test_float8_error_compares_one_version(connect: Callable[..., Any], proxy: Meddler, swaps: Any) -> None:
-    """Neither another adapter's values nor those of another dtype are taken for the loss."""
+    """`float8_error` does not compare another adapter's values, or those of another dtype."""
     client = connect(proxy.url)
     if b"a@sha256:" in swaps:
         digest = client.inspect("swap/a")["digest"].encode()
@@ -173,14 +173,14 @@ def test_float8_error_compares_one_version(connect: Callable[..., Any], proxy: M
 def test_inspect_describes_the_version_that_was_asked_for(
     connect: Callable[..., Any], proxy: Meddler, reference: str, swaps: dict[bytes, bytes], told: str
 ) -> None:
-    """Another version's description is an error."""
+    """Another version's description raises InvalidResponse."""
     proxy.swaps = swaps
     with pytest.raises(InvalidResponse, match=told):
         connect(proxy.url).inspect(reference)
 
 
 def test_publish_and_compose_report_the_adapter_that_was_meant(connect: Callable[..., Any], proxy: Meddler) -> None:
-    """A version that came into being elsewhere is not reported as success."""
+    """A version that was made of another adapter is not reported as success."""
     client = connect(proxy.url)
     config = json.dumps({**CONFIG, "num_transformer_submodules": 1, "prefix_projection": False}).encode()
     weights = save({"prompt_embeddings": torch.ones(4, 2 * 2 * 16)})
@@ -206,7 +206,7 @@ NOT_MODIFIED = "304 Not Modified"
     ],
 )
 def test_a_304_is_about_the_cached_answer(lines: tuple[str, ...], told: str) -> None:
-    """Its entity tag, version and digest are those of what was asked about; it does not spoil the cache."""
+    """A 304 must have the entity tag, version and digest of the cached answer, and a wrong one does not spoil it."""
     head = f"HTTP/1.1 {NOT_MODIFIED}\r\n" + "".join(f"{line}\r\n" for line in lines) + "\r\n"
     sound = b'HTTP/1.1 304 Not Modified\r\nETag: W/"e"\r\nPrefix-Version: 1\r\n\r\n'
     with hostile_server(says(answer(), head.encode(), sound)) as server, PrefixClient(server.url, timeout=60) as client:
@@ -217,7 +217,7 @@ def test_a_304_is_about_the_cached_answer(lines: tuple[str, ...], told: str) -> 
 
 
 def test_a_304_for_another_adapter_is_an_error(connect: Callable[..., Any], proxy: Meddler, server: Server) -> None:
-    """A proxy that confuses two revalidations makes nobody keep an outdated prefix."""
+    """A proxy that confuses two revalidations cannot make the client keep an outdated prefix."""
     client = connect(proxy.url)
     client.get("swap/a")
     with server.client() as http:
@@ -230,7 +230,7 @@ def test_a_304_for_another_adapter_is_an_error(connect: Callable[..., Any], prox
 
 @pytest.mark.parametrize("line", ["Prefix-Version: 2", "Prefix-Digest: sha256:" + "1" * 64])
 def test_headers_that_contradict_the_body_are_an_error(line: str) -> None:
-    """They name one version, the body another."""
+    """Headers that name another version than the body raise InvalidResponse."""
     with (
         hostile_server(says(answer(BODY, line))) as server,
         PrefixClient(server.url, timeout=60) as client,
@@ -246,7 +246,7 @@ def test_headers_that_contradict_the_body_are_an_error(line: str) -> None:
 def test_a_wrong_body_in_the_cache_on_disk_is_removed_and_fetched_again(
     connect: Callable[..., Any], server: Server, tmp_path: Path, reference: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever wrote it there under this question, with the entity tag of the right one."""
+    """A wrong body with the right entity tag, stored under this question, is removed and fetched again."""
     query = "prefix?layout=stacked&expand=false"
     with server.client() as http:
         wrong = http.get(f"/v1/tenants/swap/adapters/b@1/{query}").content
@@ -265,7 +265,7 @@ def test_a_wrong_body_in_the_cache_on_disk_is_removed_and_fetched_again(
 
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A service that shares its files, and its folder."""
+    """Yields a service that shares its files, and its folder."""
     folder = tmp_path_factory.mktemp("sharing")
     with sharing_server(folder) as server:
         publish_all(server)
@@ -276,7 +276,7 @@ def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
 def beside(
     request: pytest.FixtureRequest, sharing: tuple[Server, Path], tmp_path: Path
 ) -> Iterator[tuple[Any, Meddler]]:
-    """A client on a Unix socket with a proxy behind it."""
+    """Yields a client on a Unix socket with a proxy to the service."""
     server, _ = sharing
     with meddling_proxy(server.url, server.uds, tmp_path / "s") as proxy:
         if request.param == "blocking":
@@ -297,7 +297,7 @@ SHARED_SWAPS = ["adapter", "tenant of latest", "version", "layers", "dtype of th
 def test_a_shared_file_that_holds_something_else_is_not_used(
     beside: tuple[Any, Meddler], sharing: tuple[Server, Path], swap: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The bytes are asked for; if they are wrong too, that is an error."""
+    """The client asks for bytes instead, and raises if they are wrong too."""
     (client, proxy), (server, _) = beside, sharing
     reference, form, asked, other = SWAPS[swap]
     proxy.swaps = {asked: other}

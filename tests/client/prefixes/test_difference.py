@@ -1,4 +1,4 @@
-"""How far two prefixes differ: figures that can be computed by hand, and their bounds."""
+"""The difference of two prefixes has figures that can be computed by hand, within their bounds."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from prefix_service.prefix.kv import PrefixKV
 
 
 def prefix(tensor: Tensor) -> Prefix:
-    """A prefix of `[L, 2, H, N, D]`."""
+    """Returns a prefix of `[L, 2, H, N, D]`."""
     return Prefix(PrefixKV.whole(tensor), {})
 
 
@@ -31,14 +31,14 @@ def prefix(tensor: Tensor) -> Prefix:
     ],
 )
 def test_figures(first: list[float], second: list[float], expected: tuple[float, float, float]) -> None:
-    """Largest difference, distance over the larger norm, cosine."""
+    """A difference has the largest difference, the distance over the larger norm, and the cosine."""
     found = Difference.between(torch.tensor(first), torch.tensor(second))
     assert (found.max_absolute, found.relative, found.cosine) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equal_tensors_are_exactly_equal(dtype: torch.dtype) -> None:
-    """Whatever roundings would make of it; and the bounds hold for nearly equal and nearly opposite ones."""
+    """Equal tensors differ by exactly nothing, and the bounds hold for nearly equal and nearly opposite ones."""
     tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert Difference.between(tensor, tensor.clone()) == Difference(0.0, 0.0, 1.0)
     near = tensor.clone()
@@ -48,14 +48,14 @@ def test_equal_tensors_are_exactly_equal(dtype: torch.dtype) -> None:
 
 
 def test_the_largest_numbers_do_not_overflow() -> None:
-    """float32's, whose squares float32 does not hold."""
+    """float32's largest numbers, whose squares float32 cannot hold, are compared."""
     largest = torch.full((4,), torch.finfo(torch.float32).max)
     found = Difference.between(largest, -largest)
     assert (found.relative, found.cosine) == pytest.approx((2, -1))
 
 
 def test_layers_are_compared_with_their_like() -> None:
-    """Keys with keys and values with values, in the order of the layers, whatever their dtypes."""
+    """Keys are compared with keys and values with values, layer by layer, whatever their dtypes."""
     first = torch.randn(3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
     second = first.float()
     second[2, 0] *= 3
@@ -68,6 +68,6 @@ def test_layers_are_compared_with_their_like() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 2, 2, 5, 4), (3, 2, 1, 5, 4), (3, 2, 2, 6, 4), (3, 2, 2, 5, 8)])
 def test_other_shapes_are_not_compared(shape: Any) -> None:
-    """The error names both."""
+    """The error names both shapes."""
     with pytest.raises(InvalidRequest, match="3 layers of 2 heads, 5 tokens and head size 4 and "):
         differences(prefix(torch.zeros(3, 2, 2, 5, 4)), prefix(torch.zeros(shape)))

@@ -1,4 +1,4 @@
-"""A batch whose rows have prefixes of their own: what `get_many` gives, and what a model makes of it."""
+"""`get_many` returns a batch whose rows have prefixes of their own, and a model continues each row from its own."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,15 +23,15 @@ from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Publish, Server
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name.
+    # This is PEFT's warning, for an adapter saved without a base model's name.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
-# Five adapters of different lengths and two tenants.
+# The five adapters have different lengths and two tenants.
 LENGTHS = {"mixeda/six": 6, "mixedb/two": 2, "mixeda/nine": 9, "mixedb/one": 1, "mixedb/four": 4}
-# Eight rows: each adapter, two of them one behind the other, none, and one again.
+# The eight rows are each adapter, two of them in a row, none, and one again.
 ROWS: list[Any] = [*LENGTHS, ["mixedb/four", "mixeda/six"], None, "mixedb/two"]
 TOKENS = torch.randint(3, VOCABULARY, (8, 7), generator=torch.Generator().manual_seed(3))
 INPUTS = (7, 4, 5, 1, 6, 3, 7, 2)
@@ -45,7 +45,7 @@ masks = pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
 
 
 def _named(name: str, row: Any) -> Any:
-    """A row of ROWS with adapters of that architecture."""
+    """Returns a row of ROWS with adapters of that architecture."""
     if row is None:
         return None
     return [_named(name, reference) for reference in row] if isinstance(row, list) else f"{row}-{name}"
@@ -53,7 +53,7 @@ def _named(name: str, row: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """An adapter that PEFT saved, by architecture and name in LENGTHS."""
+    """Returns the folder of an adapter that PEFT saved, by architecture and name in LENGTHS."""
 
     def save(name: str, adapter: str) -> Path:
         architecture = replace(NAMED[name], num_virtual_tokens=LENGTHS[adapter])
@@ -64,7 +64,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 
 @pytest.fixture(scope="session")
 def mixed_of(folder_of: Callable[[str, str], Path], server: Server) -> Callable[[str], MixedPrefix]:
-    """ROWS of an architecture, published to the real server and fetched from it."""
+    """Returns ROWS of an architecture, published to the real server and fetched from it."""
 
     def fetch(name: str) -> MixedPrefix:
         with PrefixClient(server.url, server.admin_key) as client:
@@ -82,7 +82,7 @@ Alone = list[list[tuple[Tensor, Tensor]] | None]
 
 @pytest.fixture(scope="session")
 def alone_of(mixed_of: Callable[[str], MixedPrefix], server: Server) -> Callable[[str], Alone]:
-    """What each row has by itself, `[1, H, n, D]`; several prefixes are joined here. None for no prefix."""
+    """Returns each row by itself, `[1, H, n, D]`, with several prefixes joined; None for no prefix."""
 
     def fetch(name: str) -> Alone:
         mixed_of(name)
@@ -119,8 +119,9 @@ def _logits(name: str, pairs: list[tuple[Tensor, Tensor]] | None, ids: Tensor, m
 def test_one_forward_pass_gives_each_row_what_it_gets_alone(
     name: str, mask: Tensor, mixed_of: Callable[[str], MixedPrefix], alone_of: Callable[[str], Alone]
 ) -> None:
-    """Logits of all eight rows, padded on either side; by itself a row has its tokens alone, unless the model's
-    windows count padding, as they do in PEFT."""
+    """All eight rows, padded on either side, have the logits of the row alone; alone, a row has no padding, unless the
+    model's windows count it, as they do in PEFT.
+    """
     mixed = mixed_of(name).for_inputs(mask)
     own = {"attention_mask": mixed.attention_mask, "position_ids": mixed.position_ids}
     found = base(name)(input_ids=TOKENS * mask, past_key_values=mixed.to_cache(base(name).config), **own).logits
@@ -137,7 +138,7 @@ def test_one_forward_pass_gives_each_row_what_it_gets_alone(
 def test_rows_with_one_adapter_have_pefts_logits(
     name: str, mixed_of: Callable[[str], MixedPrefix], folder_of: Callable[[str, str], Path]
 ) -> None:
-    """PEFT itself, with the adapter of the row."""
+    """Each row with one adapter has the logits of PEFT's model with that adapter."""
     mixed = mixed_of(name).for_inputs(LEFT)
     own = {"attention_mask": mixed.attention_mask, "position_ids": mixed.position_ids}
     found = base(name)(input_ids=TOKENS * LEFT, past_key_values=mixed.to_cache(base(name).config), **own).logits
@@ -151,7 +152,7 @@ def test_rows_with_one_adapter_have_pefts_logits(
 
 @models
 def test_every_prefix_matters(name: str, mixed_of: Callable[[str], MixedPrefix]) -> None:
-    """Else equality of logits would prove nothing: rows in another order have other logits."""
+    """Rows in another order have other logits, or equal logits would prove nothing."""
     mixed = mixed_of(name).for_inputs(RIGHT)
     turned = replace(mixed, stacked=mixed.stacked.roll(1, 0))
     own = {"attention_mask": mixed.attention_mask, "position_ids": mixed.position_ids}
@@ -171,7 +172,7 @@ def test_every_prefix_matters(name: str, mixed_of: Callable[[str], MixedPrefix])
 def test_greedy_tokens_are_those_of_each_row_alone(
     name: str, mask: Tensor, mixed_of: Callable[[str], MixedPrefix], alone_of: Callable[[str], Alone]
 ) -> None:
-    """`mixed.generate(model, **inputs)`, whichever side is padded; also with the mask that was given before."""
+    """`generate` returns each row's own tokens, whichever side is padded, also for a mask that was given before."""
     inputs = {"input_ids": TOKENS * mask, "attention_mask": mask}
     found = mixed_of(name).generate(base(name), **inputs, **NEW)
     assert torch.equal(found, mixed_of(name).for_inputs(mask).generate(base(name), TOKENS * mask, **NEW))
@@ -185,7 +186,7 @@ def test_greedy_tokens_are_those_of_each_row_alone(
 
 
 def test_options_of_generate(mixed_of: Callable[[str], MixedPrefix], alone_of: Callable[[str], Alone]) -> None:
-    """Beams and several sequences a row are each row's own."""
+    """With beams and several sequences a row has what it gets alone."""
     options = NEW | {"num_beams": 3, "num_return_sequences": 2}
     found = mixed_of("llama").generate(base("llama"), TOKENS, torch.ones_like(TOKENS), **options).view(8, 2, -1)
     for row, pairs in enumerate(alone_of("llama")):
@@ -201,12 +202,12 @@ def test_half_precision_models(mixed_of: Callable[[str], MixedPrefix]) -> None:
 
 
 def test_a_model_that_it_does_not_fit(mixed_of: Callable[[str], MixedPrefix]) -> None:
-    """The dimensions are named."""
+    """The error names the dimensions."""
     with pytest.raises(DimensionMismatch, match="the prefix has 3 layers"):
         mixed_of("llama").to_cache(base("gemma3").config)
 
 
-# --- What get_many gives ---
+# --- get_many ---
 
 FORMS: list[dict[str, Any]] = [
     {},
@@ -221,7 +222,7 @@ FORMS: list[dict[str, Any]] = [
 def test_it_is_what_the_service_sends(
     client: Any, admin: httpx.Client, options: dict[str, Any], mixed_of: Callable[[str], MixedPrefix]
 ) -> None:
-    """Put together here from the cache, or there and sent: the same bits, masks, positions and metadata."""
+    """A batch made from the cache has the bits, masks, positions and metadata of the service's."""
     mixed_of("llama")
     rows = [_named("llama", row) for row in ROWS]
     found = client.get_many(rows, attention_mask=LEFT, **options)
@@ -239,7 +240,7 @@ def test_it_is_what_the_service_sends(
 
 
 def test_shapes(mixed_of: Callable[[str], MixedPrefix]) -> None:
-    """Padding is on the left, zeros that the mask hides."""
+    """Padding is on the left, with zeros that the mask hides."""
     mixed = mixed_of("gpt2")
     assert (mixed.batch_size, mixed.num_virtual_tokens) == (8, 10)
     lengths = [6, 2, 9, 1, 4, 10, 0, 2]
@@ -258,7 +259,7 @@ def test_shapes(mixed_of: Callable[[str], MixedPrefix]) -> None:
 
 
 def test_its_memory_is_its_own(server: Server, publish: Publish) -> None:
-    """What is written to a batch does not reach the cache."""
+    """Writing to a batch does not change the cache."""
     publish("mixedc", "llama", LLAMA)
     with PrefixClient(server.url, server.admin_key) as client:
         before = client.get("mixedc/llama@1").kv.tensor.clone()
@@ -267,7 +268,7 @@ def test_its_memory_is_its_own(server: Server, publish: Publish) -> None:
 
 
 def test_each_prefix_is_fetched_once(server: Server, mixed_of: Callable[[str], MixedPrefix]) -> None:
-    """However many rows have it; versions never again, what may move costs a 304."""
+    """A prefix is fetched once, however many rows have it; versions never again, and others cost a 304."""
     mixed_of("llama")
     counting = Counting()
     rows = ["mixeda/six-llama@1", None, ["mixedb/two-llama", "mixeda/six-llama@1"], "mixedb/two-llama"]
@@ -294,7 +295,7 @@ def test_each_prefix_is_fetched_once(server: Server, mixed_of: Callable[[str], M
     ],
 )
 def test_errors_name_the_row(client: Any, publish: Publish, rows: list[Any], error: type[Exception], said: str) -> None:
-    """As the service's own do."""
+    """The error names the row, as the service's own errors do."""
     publish("mixedc", "llama", LLAMA)
     publish("mixedc", "gpt2", GPT2)
     publish("mixedc", "half", CORPUS / "cases" / "llama-n20-emb-stored_bf16-on_fp32" / "adapter")
@@ -303,7 +304,7 @@ def test_errors_name_the_row(client: Any, publish: Publish, rows: list[Any], err
 
 
 def test_other_refusals(client: Any, publish: Publish) -> None:
-    """A number of rows that contradicts them."""
+    """A batch size or a mask that contradicts the rows is refused."""
     publish("mixedc", "llama", LLAMA)
     with pytest.raises(InvalidRequest, match="batch_size is 3, and there are 2 rows"):
         client.get_many(["mixedc/llama", None], batch_size=3)
@@ -313,7 +314,7 @@ def test_other_refusals(client: Any, publish: Publish) -> None:
 
 
 def test_a_service_that_is_not_there() -> None:
-    """The first row says so."""
+    """The error of a service that cannot be reached names the first row."""
     with (
         PrefixClient("http://127.0.0.1:9", "pfx_x", timeout=0.2) as client,
         pytest.raises(ConnectionFailed, match=r"^row 0: "),

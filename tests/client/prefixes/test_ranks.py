@@ -1,4 +1,4 @@
-"""Ranks of a sharded model: each fetches its own layers and heads, and no other byte."""
+"""Each rank of a sharded model fetches its own layers and heads, and no other byte."""
 
 import io
 import json
@@ -21,7 +21,7 @@ LAYERS, TOKENS, DIM = 4, 64, 32
 
 
 def published(client: Any, adapter: str, heads: int) -> None:
-    """An adapter of this many key/value heads, 16 KiB a layer and head."""
+    """Publishes an adapter of so many key/value heads, 16 KiB a layer and head."""
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
@@ -38,14 +38,13 @@ def published(client: Any, adapter: str, heads: int) -> None:
 
 @pytest.fixture(autouse=True)
 def adapters(server: Server) -> None:
-    """The same for each test: publishing again is no new version."""
+    """Publishes the adapter for each test; publishing again makes no new version."""
     with PrefixClient(server.url, server.admin_key) as client:
         published(client, "ranks/eight", 8)
 
 
 def test_two_ranks_fetch_half_each(connect: Callable[..., Any], server: Server) -> None:
-    """On the socket each rank's answer has half the bytes, but for its head and the mask, and together they are the
-    whole."""
+    """Each of two ranks receives half the bytes, besides its head and the mask, and together they are the whole."""
     with counting_proxy(server.url) as proxy:
         client = connect(proxy.url)
         whole = client.get("ranks/eight").kv.tensor
@@ -64,7 +63,7 @@ def test_two_ranks_fetch_half_each(connect: Callable[..., Any], server: Server) 
 
 
 def test_more_ranks_than_heads(client: Any) -> None:
-    """Each head is on as many neighbouring ranks; they fetch the same, under one entity tag."""
+    """Each head is on equally many neighbouring ranks, which fetch the same, with one entity tag."""
     published(client, "ranks/two", 2)
     whole = client.get("ranks/two").kv.tensor
     for rank in range(8):
@@ -86,14 +85,15 @@ def test_more_ranks_than_heads(client: Any) -> None:
     ],
 )
 def test_ranks_that_cannot_be(client: Any, options: dict[str, Any], told: str) -> None:
-    """What contradicts itself, is no rank, or does not divide is refused in words, with the numbers."""
+    """The error has the numbers that contradict each other, are no rank, or do not divide."""
     with pytest.raises(InvalidRequest, match=told):
         client.get("ranks/eight", **options)
 
 
 def test_a_rank_costs_one_request_and_follows_its_alias(server: Server) -> None:
-    """A first fetch is one request, the next a 304; where the alias moves to a version with other dimensions, the same
-    rank gets its heads of that one."""
+    """A first fetch is one request, and the next a 304; if the alias moves to a version with other dimensions, the same
+    rank gets its heads of that version.
+    """
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through) as client:
         published(client, "ranks/moving", 8)
@@ -110,7 +110,7 @@ def test_a_rank_costs_one_request_and_follows_its_alias(server: Server) -> None:
 
 
 def test_ranks_are_kept_apart_on_disk(server: Server, tmp_path: Path) -> None:
-    """A cache on disk that ranks share gives each its own heads."""
+    """Ranks that share a cache on disk each get their own heads."""
     for _ in range(2):
         for rank in range(2):
             with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path) as client:

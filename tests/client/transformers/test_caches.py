@@ -1,4 +1,4 @@
-"""A prefix in transformers gives what PEFT gives: keys, values, logits and greedy tokens, for every architecture."""
+"""A prefix in transformers gives PEFT's keys, values, logits and greedy tokens, for every architecture."""
 
 from collections.abc import Callable
 from itertools import zip_longest
@@ -31,12 +31,12 @@ from tests.architectures import (
 from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name, and for Gemma 4's layers that take no prefix.
+    # This is PEFT's warning, for an adapter without a base model's name, and for Gemma 4's layers without a prefix.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning"),
-    # transformers', for a call that leaves the number of new tokens to it.
+    # This is transformers' warning, for a call that leaves the number of new tokens to it.
     pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning"),
 ]
 
@@ -322,7 +322,7 @@ def test_rows_with_their_own_prefixes_have_the_logits_of_each_row_alone(pairs: P
         torch.testing.assert_close(output.logits[step][1], without[0], rtol=0, atol=5e-5)
 
 
-# --- What generate refuses ---
+# --- Refusals of generate ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models spread over devices: the keys and values of each layer go to the device on which the layer computes.
+"""In a model that is spread over devices the keys and values of each layer are on the device on which it computes.
 
 `meta` stands for a second device where there is only one: tensors there have a device and shapes, but no values.
 """
@@ -20,9 +20,9 @@ from tests.architectures import LEFT, NAMED, base, padded
 from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name.
+    # This is PEFT's warning, for an adapter saved without a base model's name.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
@@ -61,7 +61,7 @@ def test_an_encoder_elsewhere_does_not_matter(pairs: Pairs) -> None:
 
 
 def test_with_the_model_itself_the_cache_takes_its_dtype(pairs: Pairs) -> None:
-    """With a config the prefix stays as it is; `Prefix.to_cache` passes both on."""
+    """With a model `Prefix.to_cache` casts the prefix, and with a config it does not."""
     model = NAMED["llama"].build().to(torch.bfloat16)
     layers = [torch.stack([key[0], value[0]]) for key, value in pairs("llama")]
     prefix = Prefix(PrefixKV.whole(torch.stack(layers)), {})
@@ -86,7 +86,7 @@ def test_rows_that_share_memory_are_moved_once(pairs: Pairs) -> None:
 def test_offloaded_layers_get_their_prefix_where_they_compute(
     name: str, kind: str, pairs: Pairs, tmp_path: Path
 ) -> None:
-    """accelerate keeps their weights on `meta` between calls; tokens are those of the model in memory."""
+    """Offloaded layers, whose weights accelerate keeps on `meta`, generate the tokens of the model in memory."""
     model = NAMED[name].build()
     if kind == "disk":
         disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_offloaded_layers_get_their_prefix_where_they_compute(
 
 
 def _children(model: Any) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of layers, by path; not the lists inside of layers."""
+    """Returns the lists of layers by path, without the lists inside of layers."""
     found = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     return [(path, part) for path, part in found if not any(path.startswith(f"{other}.") for other, _ in found)]
 
@@ -117,7 +117,7 @@ def _direct(part: nn.Module) -> bool:
 
 
 def test_layers_that_cannot_be_found_are_an_error(pairs: Pairs) -> None:
-    """A model of one device needs no search for its layers."""
+    """Layers that cannot be found raise only if the model is spread over devices."""
     model = NAMED["llama"].build()
     model.model.layers = nn.Sequential(*model.model.layers)
     assert _devices(to_cache(pairs("llama"), model)) == ["cpu"] * 3
@@ -128,7 +128,7 @@ def test_layers_that_cannot_be_found_are_an_error(pairs: Pairs) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_model_on_a_card_and_in_memory_is_filled_as_by_peft(name: str, pairs: Pairs, peft_model: Peft) -> None:
-    """Layer 1 is offloaded to memory and computes on the card, as PEFT sees it too."""
+    """Layer 1, which is offloaded to memory and computes on the card, gets its prefix as from PEFT."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     theirs = NAMED[name].build()

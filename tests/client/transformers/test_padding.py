@@ -1,4 +1,4 @@
-"""Padding between prefix and row: where a model counts it, rows padded on the right are generated without it."""
+"""If a model counts padding between prefix and row, rows padded on the right are generated without it."""
 
 from functools import partial
 from typing import Any
@@ -29,9 +29,9 @@ from tests.architectures import (
 from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name, and for the types of tokens that it drops.
+    # This is PEFT's warning, for an adapter without a base model's name, and for the types of tokens that it drops.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Token type ids are not supported:UserWarning"),
     pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning"),
@@ -92,7 +92,7 @@ BATCH_COUNTING = [
 
 
 def _drawn() -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of two layers with four heads of eight."""
+    """Returns keys and values of two layers with four heads of eight."""
     draw = torch.Generator().manual_seed(4)
     return [tuple(torch.randn(2, 1, 4, NUM_VIRTUAL_TOKENS, 8, generator=draw)) for _ in range(2)]
 
@@ -101,7 +101,7 @@ def _drawn() -> list[tuple[Tensor, Tensor]]:
 def test_first_logits_of_a_right_padded_row_are_those_of_the_row_alone(
     name: str, pairs: Pairs, peft_model: Peft
 ) -> None:
-    """And so are its tokens, as PEFT generates them from the row alone."""
+    """The first logits are the row's own, and its tokens those that PEFT generates from the row alone."""
     assert padding_shows(base(name), 10)
     scores: list[Tensor] = []
     hook = base(name).register_forward_hook(lambda _model, _inputs, output: scores.append(output.logits[:, -1]))
@@ -116,7 +116,7 @@ def test_first_logits_of_a_right_padded_row_are_those_of_the_row_alone(
 
 @pytest.mark.parametrize("architecture", OWN_ATTENTION, ids=lambda architecture: architecture.name)
 def test_models_with_an_attention_of_their_own_that_follows_the_mask(architecture: Architecture) -> None:
-    """They were read and found to see all tokens of the mask: rows stay in one batch, and equal each row alone."""
+    """These models see all tokens of the mask: rows stay in one batch, and equal each row alone."""
     model = architecture.build()
     assert not padding_shows(model, 96)
     output = generate(model, _drawn(), padded(RIGHT), RIGHT, **LOGITS)
@@ -128,7 +128,7 @@ def test_models_with_an_attention_of_their_own_that_follows_the_mask(architectur
 
 @pytest.mark.parametrize("architecture", BATCH_COUNTING, ids=lambda architecture: architecture.name)
 def test_no_longer_row_of_the_batch_changes_a_row(architecture: Architecture) -> None:
-    """Frequencies by the longest row (longrope, dynamic), a scale by slots (Llama 4): rows go by length then."""
+    """Rows go by length if the longest row sets frequencies (longrope, dynamic) or slots set a scale (Llama 4)."""
     options: dict[str, Any] = {"max_new_tokens": 10}
     assert padding_shows(architecture.build(), 15)
     assert not padding_shows(architecture.build(), 3)
@@ -140,7 +140,7 @@ def test_no_longer_row_of_the_batch_changes_a_row(architecture: Architecture) ->
 
 @pytest.mark.parametrize("name", [architecture.name for architecture in DECODERS])
 def test_padding_shows_in_windows_alone_where_positions_follow_the_mask(name: str) -> None:
-    """As long as a row is shorter than each window, it stays in one batch."""
+    """A batch stays together as long as its rows are shorter than each window."""
     window = getattr(base(name).config, "sliding_window", None)
     assert padding_shows(base(name), 17) == (window is not None)
     assert not padding_shows(base(name), window or 17)
@@ -160,7 +160,7 @@ def test_what_cannot_be_taken_apart_is_refused(name: str, pairs: Pairs) -> None:
 
 @slot_counting
 def test_the_shortest_length_counts_padding_no_more(name: str, pairs: Pairs, peft_model: Peft) -> None:
-    """Like `max_length`: a row ends where it ends on its own, with so much less as it had padding."""
+    """`min_length` is less by a row's padding, like `max_length`, so that the row ends where it ends alone."""
     row, width = 2, RIGHT.shape[1]
     alone = partial(peft_model(name).generate, input_ids=ROWS[row])
     end = int(alone(max_new_tokens=3)[0, LENGTHS[row] + 1])  # would end the row at its second token, or its first
@@ -182,7 +182,7 @@ def test_a_row_without_a_token_is_refused(name: str, mask: list[list[int]], pair
 
 @slot_counting
 def test_prefixes_of_several_lengths_need_positions_that_follow_the_mask(name: str, pairs: Pairs) -> None:
-    """GPT-Neo takes position_ids; MPT and BART would count the slots in front of a shorter prefix."""
+    """GPT-Neo takes position_ids; MPT and BART would count the slots before a shorter prefix, and are refused."""
     prefix_mask = torch.ones(3, NUM_VIRTUAL_TOKENS).tril(NUM_VIRTUAL_TOKENS - 3).flip(1)
     mixed = partial(generate, base(name), pairs(name, 3), padded(RIGHT), RIGHT, prefix_mask=prefix_mask, **NEW)
     if name == "gpt-neo-local":
@@ -193,7 +193,7 @@ def test_prefixes_of_several_lengths_need_positions_that_follow_the_mask(name: s
 
 
 def test_token_types_are_dropped_as_in_peft(pairs: Pairs, peft_model: Peft) -> None:
-    """PEFT drops them in training too, so an adapter has never seen them."""
+    """Types of tokens are dropped, as PEFT does in training too, so no adapter has seen them."""
     inputs = {"input_ids": ROWS[0], "token_type_ids": torch.full_like(ROWS[0], 5), **LOGITS}
     expected = peft_model("gpt2").generate(**inputs)
     found = generate(base("gpt2"), pairs("gpt2"), **inputs)
@@ -217,7 +217,7 @@ def test_layers_without_keys_and_values_are_refused(config: Any, message: str) -
 
 
 def test_a_model_that_takes_no_cache_is_refused() -> None:
-    """RWKV would ignore the prefix without a word."""
+    """RWKV would ignore the prefix silently, and is refused."""
     config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
     with pytest.raises(InvalidRequest, match="RwkvForCausalLM takes no past_key_values"):
         generate(RwkvForCausalLM(config), _drawn(), ROWS[0], **NEW)
@@ -227,7 +227,7 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
 
 
 def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
-    """BLIP-2 generates with the language model inside of it, past the prefix; PEFT's prefix is lost there too."""
+    """BLIP-2, which generates with its inner model without the prefix, is refused; PEFT's prefix is lost there too."""
     text = {"model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Blip2Config(
@@ -242,7 +242,7 @@ def test_a_model_with_a_generate_of_its_own_is_refused() -> None:
 
 @pytest.mark.parametrize("architecture", [_PHI3, _PHIMOE], ids=lambda architecture: architecture.name)
 def test_an_input_that_makes_the_model_drop_its_cache_is_refused(architecture: Architecture) -> None:
-    """A longrope model computes an input afresh that is longer than its first range, and forgets the prefix."""
+    """An input longer than a longrope model's first range, at which it forgets the prefix, is refused."""
     model = architecture.build()
     ids = torch.randint(3, VOCABULARY, (1, 15), generator=torch.Generator().manual_seed(3))
     assert generate(model, _drawn(), ids[:, 1:], **NEW).shape == (1, 18)
@@ -251,7 +251,7 @@ def test_an_input_that_makes_the_model_drop_its_cache_is_refused(architecture: A
 
 
 class _Super(LlamaForCausalLM):  # type: ignore[no-untyped-call]
-    """As Janus and others."""
+    """A model whose `generate` calls the parent's, as in Janus and others."""
 
     @torch.no_grad()
     def generate(self, *args: Any, **options: Any) -> Any:
@@ -290,7 +290,7 @@ def _lora(**options: Any) -> Any:
     ids=["super", "by-name", "compiled", "lora", "lora-without-task"],
 )
 def test_what_wraps_a_model_is_served(wrapped: Any, pairs: Pairs) -> None:
-    """The prefix reaches the model inside, in `generate` and in `to_cache`."""
+    """The prefix reaches the wrapped model, in `generate` and in `to_cache`."""
     model = wrapped()
     expected = generate(base("llama"), pairs("llama"), ROWS[0], **NEW)
     assert torch.equal(generate(model, pairs("llama"), ROWS[0], **NEW), expected)
@@ -312,6 +312,6 @@ def test_adapters_that_act_in_pefts_wrapper_are_refused(pairs: Pairs, peft_model
 
 
 def test_a_generate_that_drops_the_prefix_is_refused(pairs: Pairs) -> None:
-    """Whatever else it drops."""
+    """A `generate` that forgets the prefix raises, instead of answering without it."""
     with pytest.raises(InvalidRequest, match=r"_Forgetting\.generate did not continue from the prefix"):
         generate(_of(_Forgetting), pairs("llama"), ROWS[0], **NEW)

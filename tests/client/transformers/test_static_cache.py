@@ -1,4 +1,4 @@
-"""A prefix in transformers' static cache: the same tokens as PEFT's, and one compilation for all adapters and steps."""
+"""A prefix in transformers' static cache gives PEFT's tokens, with one compilation for all adapters and steps."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,12 +27,12 @@ from tests.architectures import (
 from tests.client.conftest import Pairs, Peft
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name, and for Gemma 4's layers that take no prefix.
+    # This is PEFT's warning, for an adapter without a base model's name, and for Gemma 4's layers without a prefix.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning"),
-    # transformers', for a call that leaves the number of new tokens to it.
+    # This is transformers' warning, for a call that leaves the number of new tokens to it.
     pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning"),
 ]
 
@@ -49,7 +49,7 @@ static = pytest.mark.parametrize(
 
 @static
 def test_a_static_cache_generates_what_peft_generates(name: str, pairs: Pairs, peft_model: Peft) -> None:
-    """For every architecture that has one, its cache is static and its tokens are PEFT's."""
+    """In every architecture that has one, the cache is static and the tokens are PEFT's."""
     inputs = {"input_ids": padded(LEFT), "attention_mask": LEFT, **NEW}
     found = generate(base(name), pairs(name), **inputs, **STATIC, return_dict_in_generate=True)
     assert torch.equal(found.sequences, peft_model(name).generate(**inputs))
@@ -60,7 +60,7 @@ def test_a_static_cache_generates_what_peft_generates(name: str, pairs: Pairs, p
 
 @static
 def test_the_logits_behind_a_static_cache(name: str, pairs: Pairs) -> None:
-    """`to_cache` with room is the same prefix to the model, whatever is still empty."""
+    """A model has the same logits after `to_cache` with room, whatever part of it is empty."""
     model, given = base(name), pairs(name, 3)
     mask = pad(extend_mask(LEFT, NUM_VIRTUAL_TOKENS), (0, ROOM - 13))  # BLOOM's bias wants all of the cache's length
     inputs: dict[str, Any] = {"input_ids": padded(LEFT), "attention_mask": mask}
@@ -76,7 +76,7 @@ def test_the_logits_behind_a_static_cache(name: str, pairs: Pairs) -> None:
 
 
 def test_what_a_static_cache_is_made_of(pairs: Pairs) -> None:
-    """Full layers have room for all, sliding ones for their window; encoders are told apart from decoders."""
+    """Full layers have room for all, sliding ones for their window; encoders and decoders have caches of their own."""
     name = "gemma3-short-window"
     layers: list[Any] = to_cache(pairs(name, 2), base(name).config, max_cache_len=ROOM).layers
     assert [layer.keys.shape[2] for layer in layers] == [4, ROOM] * 2
@@ -103,7 +103,7 @@ def test_what_a_static_cache_is_made_of(pairs: Pairs) -> None:
 def test_options_do_what_they_do_with_a_dynamic_cache(
     name: str, options: dict[str, Any], mask: Tensor, pairs: Pairs
 ) -> None:
-    """Beams, bounds and padding of any kind; `max_cache_len` gives room, and never takes what is needed."""
+    """Beams, bounds and padding work as usual; `max_cache_len` adds room, and never takes needed room away."""
     inputs = {"input_ids": padded(mask), "attention_mask": mask, **NEW, **options}
     dynamic = {key: value for key, value in inputs.items() if key != "max_cache_len"}
     expected = generate(base(name), pairs(name), **dynamic, cache_implementation="dynamic")
@@ -111,7 +111,7 @@ def test_options_do_what_they_do_with_a_dynamic_cache(
 
 
 def test_the_choice_may_stand_in_a_generation_config(pairs: Pairs) -> None:
-    """In the call's or in the model's own, as `model.generate` takes it."""
+    """The choice is accepted in the call's config or in the model's own, as by `model.generate`."""
     model = NAMED["llama"].build()
     expected = generate(model, pairs("llama"), TOKENS, **NEW)
     in_config = GenerationConfig(**NEW, **STATIC, return_dict_in_generate=True)  # type: ignore[no-untyped-call]
@@ -127,7 +127,7 @@ def test_the_choice_may_stand_in_a_generation_config(pairs: Pairs) -> None:
 
 @pytest.fixture
 def graphs() -> Iterator[Any]:
-    """The graphs that Dynamo has made since this was called last."""
+    """Returns a function that returns how many graphs Dynamo has made since its last call."""
     torch._dynamo.reset()
     counters.clear()
 
@@ -141,7 +141,7 @@ def graphs() -> Iterator[Any]:
 
 
 def _drawn(name: str, tokens: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Another adapter for an architecture, of `tokens` virtual tokens, one row."""
+    """Returns another adapter for an architecture, of `tokens` virtual tokens, one row."""
     config, draw = base(name).config, torch.Generator().manual_seed(seed)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = 2, 1, getattr(config, "num_key_value_heads", config.num_attention_heads), tokens, head_dim
@@ -154,8 +154,9 @@ ADAPTERS = [(6, 1), (6, 2), (9, 3), (12, 4)]  # virtual tokens, seed
 @pytest.mark.parametrize(("name", "first"), [("llama", 1), ("gpt2", 1), ("gemma3-short-window", 2), ("mistral", 3)])
 @torch.no_grad()
 def test_one_compilation_serves_all_adapters_and_steps(name: str, first: int, graphs: Any) -> None:
-    """A decoding step is one graph, for adapters of the same and of other lengths. Sliding layers keep their length as
-    a number too: another graph when that number has moved, another when they are full; then never again."""
+    """A decoding step is one graph, for adapters of equal and of other lengths. Sliding layers keep their length as a
+    number too: they need another graph once that has moved, another once they are full, and then no more.
+    """
     model = base(name)
     step = torch.compile(model, backend="eager", fullgraph=True)
 
@@ -180,7 +181,7 @@ def test_one_compilation_serves_all_adapters_and_steps(name: str, first: int, gr
 
 @pytest.mark.parametrize("mask", [torch.ones_like(LEFT), LEFT], ids=["full", "left"])
 def test_generate_compiles_once_for_all_adapters(mask: Tensor, graphs: Any) -> None:
-    """transformers' own compilation of `generate` holds for all adapters, where `max_cache_len` fixes the size."""
+    """transformers compiles `generate` once for all adapters if `max_cache_len` fixes the size."""
     config: Any = CompileConfig(backend="eager", fullgraph=True)
     config.mode, config._compile_all_devices = None, True  # "eager" has no modes; the CPU is left out otherwise
     model = NAMED["llama"].build()
@@ -194,11 +195,11 @@ def test_generate_compiles_once_for_all_adapters(mask: Tensor, graphs: Any) -> N
     assert made == [1, 0, 0, 0]
 
 
-# --- What is refused ---
+# --- Refusals ---
 
 
 def test_an_architecture_without_a_static_cache_is_refused(pairs: Pairs) -> None:
-    """Where transformers itself cannot, the error says so, whoever asks."""
+    """An architecture that transformers cannot run with a static cache is refused by the prefix too."""
     with pytest.raises(InvalidRequest, match="runs bert models of this config with a dynamic cache alone"):
         to_cache(pairs("bert-token"), BertConfig(**NAMED["bert-token"].config), max_cache_len=ROOM)
     for name in WITHOUT:
@@ -211,12 +212,12 @@ def test_an_architecture_without_a_static_cache_is_refused(pairs: Pairs) -> None
 
 @pytest.mark.parametrize("room", [0, NUM_VIRTUAL_TOKENS])
 def test_a_static_cache_without_room_is_refused(room: int, pairs: Pairs) -> None:
-    """At least one token must follow the prefix."""
+    """A static cache must have room for the prefix and one token."""
     with pytest.raises(InvalidRequest, match=f"counts the 6 virtual tokens and all that follow, got {room}"):
         to_cache(pairs("llama"), base("llama").config, max_cache_len=room)
 
 
 def test_dimensions_are_checked_as_for_a_dynamic_cache(pairs: Pairs) -> None:
-    """The prefix of another model is refused before it is copied."""
+    """Another model's prefix is refused before it is copied."""
     with pytest.raises(DimensionMismatch, match="4 key/value heads of size 8, layer 0 of the model has 2 of size 8"):
         to_cache(pairs("gpt2"), base("llama").config, max_cache_len=ROOM)

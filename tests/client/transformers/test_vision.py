@@ -1,4 +1,4 @@
-"""A prefix in models that take images: `generate` gives what PEFT's gives, positions of several dimensions included."""
+"""In models that take images `generate` gives PEFT's tokens, positions of several dimensions included."""
 
 from functools import cache
 from typing import Any
@@ -15,9 +15,9 @@ from tests.client.conftest import Pairs, Peft
 from tests.vision import INPUTS, VISION
 
 pytestmark = [
-    # transformers', for a property that PEFT reads.
+    # This is transformers' warning, for a property that PEFT reads.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # PEFT's, for an adapter saved without a base model's name, and for the types of tokens that it drops.
+    # This is PEFT's warning, for an adapter without a base model's name, and for the types of tokens that it drops.
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:Token type ids are not supported:UserWarning"),
 ]
@@ -51,7 +51,7 @@ def test_beams_have_their_own_image(name: str, pairs: Pairs, peft_model: Peft) -
 
 @pytest.mark.parametrize("name", PATCHED)
 def test_positions_have_the_dimensions_that_the_model_gives_them(name: str, pairs: Pairs) -> None:
-    """Time, height and width of a patch, each behind the prefix; a row of text alone has one position a token."""
+    """A patch's time, height and width follow the prefix, and a text's token has one position."""
     seen = []
     model = VISION[name].build()
     decoder = model.get_decoder()
@@ -65,7 +65,7 @@ def test_positions_have_the_dimensions_that_the_model_gives_them(name: str, pair
 
 @vision
 def test_right_padded_rows_with_images(name: str, pairs: Pairs, peft_model: Peft) -> None:
-    """Types of tokens move with them; images find their tokens by the placeholders."""
+    """Types of tokens move with right-padded rows, and images find their tokens by the placeholders."""
     inputs = INPUTS[name]()
     expected = peft_model(name).generate(**inputs, **OPTIONS)
     for kind in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
@@ -103,14 +103,14 @@ def _mllama() -> Any:
 
 
 def test_a_mask_of_cross_attention_is_refused(pairs: Pairs) -> None:
-    """The prefix fills the cross-attention layers of Mllama too, which then do not fit their mask; so in PEFT."""
+    """The prefix fills Mllama's cross-attention layers too, as in PEFT, which then do not fit their mask."""
     inputs = {"pixel_values": torch.zeros(1, 1, 1, 3, 8, 8), "cross_attention_mask": torch.ones(1, 4, 1, 1)}
     with pytest.raises(InvalidRequest, match="cross_attention_mask cannot be served behind a prefix"):
         generate(_mllama(), pairs("llava"), torch.ones(1, 4).long(), **inputs)
 
 
 def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
-    """Without an image they attend to the prefix in the order of the input, so right-padded rows go without padding."""
+    """Without an image these layers read the prefix in the input's order, so right-padded rows go without padding."""
     model = _mllama().eval()
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(7))
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
@@ -124,7 +124,7 @@ def test_cross_attention_layers_count_padding(pairs: Pairs) -> None:
 
 
 def test_a_model_that_drops_its_positions_counts_padding(pairs: Pairs, peft_model: Peft) -> None:
-    """Its forward takes positions, but `generate` gives it none: it counts from the cache's length."""
+    """A model whose `generate` passes no positions counts from the cache's length, and so counts padding."""
     assert padding_shows(base("hyperclovax"), 12)
     ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(7))
     mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])

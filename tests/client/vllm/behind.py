@@ -1,4 +1,4 @@
-"""An application behind `PrefixMiddleware`, with the state that vLLM's application has."""
+"""An application behind `PrefixMiddleware`, with the state of vLLM's application."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ async def ignore(message: Any) -> None:
 
 
 class Models:
-    """vLLM's `OpenAIServingModels`, with a model of two names and a LoRA."""
+    """A stand-in for vLLM's `OpenAIServingModels`, with a model of two names and a LoRA."""
 
     def __init__(self) -> None:
         self.base_model_paths = [SimpleNamespace(name="base"), SimpleNamespace(name="org/base")]
@@ -40,28 +40,28 @@ class Models:
         self.resolvable: set[str] = set()  # LoRAs that a resolver finds
 
     def is_base_model(self, model_name: str) -> bool:
-        """As vLLM's."""
+        """Returns whether a name is the base model's, as vLLM does."""
         return any(model.name == model_name for model in self.base_model_paths)
 
     def model_name(self, lora_request: Any = None) -> str:
-        """As vLLM's."""
+        """Returns the name of the LoRA or the base model, as vLLM does."""
         name: str = self.base_model_paths[0].name if lora_request is None else lora_request.lora_name
         return name
 
     async def resolve_lora(self, lora_name: str) -> None:
-        """As vLLM's: loads what a resolver finds."""
+        """Loads a LoRA that a resolver finds, as vLLM does."""
         if lora_name in self.resolvable:
             self.lora_requests[lora_name] = SimpleNamespace(lora_name=lora_name)
 
     async def show_available_models(self) -> Any:
-        """As vLLM's."""
+        """Returns the list of models, as vLLM does."""
         cards = [{"id": one.name, "parent": None} for one in self.base_model_paths]
         cards += [{"id": name, "parent": "base"} for name in self.lora_requests]
         return SimpleNamespace(model_dump=lambda: {"object": "list", "data": cards})
 
 
 class Behind:
-    """An application that answers with what it was sent, as vLLM's has its state."""
+    """An application that answers with the request that it got, and has vLLM's state."""
 
     def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
         self.url, self.key = url, os.environ["PREFIX_API_KEY"]
@@ -91,7 +91,7 @@ class Behind:
         self.reached.append(sampling_params)
 
     def serve_models(self) -> None:
-        """Have a table of served models, and answer with it as vLLM's routes do."""
+        """Adds a table of served models, and answers with it as vLLM's routes do."""
         self.state.openai_serving_models = self.models
         self.routes.append("/v1/models")
 
@@ -126,7 +126,7 @@ class Behind:
         )
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-        """What it answers, in a life of its own."""
+        """Returns the application's answer, in a life of its own."""
         app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
         app.state = State(vars(self.state))
         for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost

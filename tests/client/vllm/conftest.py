@@ -1,4 +1,4 @@
-"""An application that has an adapter which fits its model."""
+"""Gives an application an adapter which fits its model."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.conftest import Publish, Server
 
 @pytest.fixture
 def behind(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    """Behind the middleware, with an adapter that fits."""
+    """Returns an application behind the middleware, with an adapter that fits."""
     publish("vllm", "fits", GPT2)
     monkeypatch.setenv("PREFIX_API_KEY", server.admin_key)
     with PrefixClient(server.url, server.admin_key) as client:

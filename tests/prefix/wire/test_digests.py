@@ -1,4 +1,4 @@
-"""`prefix.wire.digests`: digests as HTTP writes them."""
+"""`prefix.wire.digests` writes and parses digests as HTTP fields hold them."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ CHECKED = b"123456789"
 
 
 def test_crc32c_has_the_known_check_value() -> None:
-    """RFC 3720, appendix B.4, and every catalogue of checksums: 0xE3069283 of "123456789", also in pieces."""
+    """The CRC-32C of "123456789", whole or in pieces, is 0xE3069283, as in RFC 3720, appendix B.4."""
     hasher = new_hasher("crc32c")
     for piece in (CHECKED[:4], bytearray(CHECKED[4:5]), memoryview(CHECKED)[5:]):
         hasher.update(piece)
@@ -19,7 +19,7 @@ def test_crc32c_has_the_known_check_value() -> None:
 
 
 def test_sha_256_is_hashlibs() -> None:
-    """The other algorithm."""
+    """The hasher for sha-256 gives hashlib's digest."""
     hasher = new_hasher("sha-256")
     hasher.update(CHECKED)
     assert hasher.digest() == hashlib.sha256(CHECKED).digest()
@@ -44,12 +44,12 @@ def test_sha_256_is_hashlibs() -> None:
     ],
 )
 def test_the_highest_preference_is_wanted(field: str, algorithm: Algorithm | None) -> None:
-    """Unknown algorithms are ignored, zero excludes one, and nonsense behind a known name is a wish for it."""
+    """Unknown algorithms are ignored, zero excludes one, and a malformed preference counts as a wish."""
     assert wanted_algorithm(field) == algorithm
 
 
 def test_digests_are_read_by_algorithm() -> None:
-    """Several in one field; malformed ones, unknown ones and ones of another length are left out."""
+    """Parsing returns a field's digests but for those that are malformed, unknown or of a wrong length."""
     sha256 = hashlib.sha256(CHECKED).digest()
     field = ", ".join([format_digest("sha-256", sha256), "crc32c=:4waSgw==:", "md5=:AAAA:"])
     assert parse_digests(field) == {"sha-256": sha256, "crc32c": bytes.fromhex("e3069283")}

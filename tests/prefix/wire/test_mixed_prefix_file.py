@@ -1,4 +1,4 @@
-"""A mixed batch of long prefixes: sent where they lie, in bounded pieces."""
+"""A mixed batch of long prefixes is sent from where they lie, in bounded pieces."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ def _part(tokens: int) -> RowPrefix:
 
 @pytest.fixture(scope="module")
 def tensors() -> list[Tensor]:
-    """`[1, 2, 2, n, 8]` each."""
+    """Returns tensors `[1, 2, 2, n, 8]`, one for each length."""
     return [torch.randn(1, 2, 2, tokens, 8) for tokens in LENGTHS]
 
 
 @pytest.mark.parametrize("layout", ["layers", "stacked"])
 def test_long_rows_are_sent_where_they_lie(layout: Layout, tensors: list[Tensor]) -> None:
-    """What is copied are small pieces; nothing is larger than 8 MiB; the bytes are those of the assembled tensor."""
+    """Only small pieces are copied, no chunk exceeds 8 MiB, and the bytes are those of the assembled tensor."""
     long, short, middle = (_part(tokens) for tokens in LENGTHS)
     rows = [Row((long,)), Row((short,)), Row(), Row((middle, short), is_list=True)]
     batch = MixedBatch.of(rows)

@@ -1,4 +1,4 @@
-"""`prefix.wire.prefix_file`: canonical bytes that every safetensors reader understands, without copies."""
+"""`prefix.wire.prefix_file` writes canonical bytes that every safetensors reader understands, without copies."""
 
 import json
 import struct
@@ -85,7 +85,7 @@ GOLDEN = (
 
 
 def test_golden_bytes() -> None:
-    """The exact bytes of a tiny answer: whoever changes one of them changes every ETag and digest in the world."""
+    """A tiny answer has exactly these bytes: changing one of them would change every ETag and digest in the world."""
     variant = Variant("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
     file = PrefixFile(TINY_IDENTITY, variant, {"attention_mask": AttentionMask(2, 1, torch.int64)})
     assert body_of(file, TINY) == GOLDEN
@@ -93,7 +93,7 @@ def test_golden_bytes() -> None:
 
 @given(st.text(max_size=20))
 def test_the_metadata_is_canonical_json(name: str) -> None:
-    """RFC 8785, whatever the base model is called."""
+    """The metadata is canonical JSON (RFC 8785), whatever the base model's name."""
     file = file_of(asked(), identity=replace(IDENTITY, base_model_name_or_path=name))
     text = json.loads(file.header[8:])["__metadata__"]["prefix"]
     assert text.encode() == rfc8785.dumps(json.loads(text))
@@ -101,7 +101,7 @@ def test_the_metadata_is_canonical_json(name: str) -> None:
 
 
 def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
-    """What the contract promises, from the rendering."""
+    """Returns the tensors that the contract promises, made from the rendering."""
     rendering = rendering_of(variant)
     values = rendering.values.expand(variant.rows, *rendering.values.shape)
     found = {"attention_mask": mask}
@@ -120,7 +120,7 @@ def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
 
 @given(files)
 def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
-    """Names, shapes, dtypes and values, read by safetensors itself, in every variant."""
+    """safetensors itself reads the right names, shapes, dtypes and values, in every variant."""
     body = body_of(file)
     assert len(body) == file.content_length
     wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
@@ -133,7 +133,7 @@ def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
 
 @given(files)
 def test_the_client_reads_it_too(file: PrefixFile) -> None:
-    """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
+    """The client reads the tensors and the metadata that the contract promises."""
     data = bytearray(body_of(file))
     received = read_prefix_file(data)
     wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
@@ -145,7 +145,7 @@ def test_the_client_reads_it_too(file: PrefixFile) -> None:
 
 @given(files)
 def test_every_tensor_is_aligned(file: PrefixFile) -> None:
-    """The data begins at a multiple of 64, and each tensor at one of its element's size: it can be mapped."""
+    """The data begins at a multiple of 64 and each tensor at one of its element's size, so the file can be mapped."""
     (length,) = struct.unpack("<Q", file.header[:8])
     fields = json.loads(file.header[8:])
     del fields["__metadata__"]
@@ -157,7 +157,7 @@ def test_every_tensor_is_aligned(file: PrefixFile) -> None:
 
 @given(files)
 def test_the_same_question_has_the_same_bytes(file: PrefixFile) -> None:
-    """Two files planned apart agree, whatever order their tensors were named in."""
+    """Two files that are planned apart from equal requests have equal bytes."""
     again = PrefixFile(replace(file.identity), replace(file.variant), dict(file.extras))
     assert body_of(again) == body_of(file)
 
@@ -165,7 +165,7 @@ def test_the_same_question_has_the_same_bytes(file: PrefixFile) -> None:
 @settings(deadline=None, max_examples=200)
 @given(files, st.data())
 def test_a_range_is_that_slice_of_the_whole(file: PrefixFile, data: st.DataObject) -> None:
-    """Every `start:stop` of the body, header included."""
+    """`chunks` sends any `start:stop` of the body, header included, as that slice of the whole."""
     whole = body_of(file)
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
@@ -174,7 +174,7 @@ def test_a_range_is_that_slice_of_the_whole(file: PrefixFile, data: st.DataObjec
 
 @given(files)
 def test_a_tensor_alone_is_that_part_of_the_whole(file: PrefixFile) -> None:
-    """The tensors in their order are all that stands behind the header; of each, its own bytes are told."""
+    """Header and tensors in their order are the whole body, and each tensor has the bytes that the file announces."""
     rendering = rendering_of(file.variant)
     bodies = {name: b"".join(file.chunks_of(name, rendering)) for name in file.tensors}
     assert file.header + b"".join(bodies.values()) == body_of(file)
@@ -184,7 +184,7 @@ def test_a_tensor_alone_is_that_part_of_the_whole(file: PrefixFile) -> None:
 
 
 def test_chunks_are_small_enough_for_a_slow_reader() -> None:
-    """At most 8 MiB each, at any offset, and together the whole."""
+    """Chunks from any offset have at most 8 MiB each and are together the rest of the body."""
     kv = PrefixKV.whole(torch.zeros(1, 2, 1, 5, 1 << 19))
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, head_dim=1 << 19)
     file = PrefixFile(identity, asked(layers=(0, 1), heads=(0, 1)), {})
@@ -194,7 +194,7 @@ def test_chunks_are_small_enough_for_a_slow_reader() -> None:
 
 
 def test_chunks_share_memory_with_the_rendering() -> None:
-    """Every long row is the rendering's own memory, sent again."""
+    """Every long row is the rendering's own memory, sent again for each row."""
     kv = PrefixKV.whole(torch.randn(1, 2, 1, 1, 1 << 14))  # rows of 64 KiB
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, num_virtual_tokens=1, head_dim=1 << 14)
     file = file_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
@@ -207,7 +207,7 @@ def test_chunks_share_memory_with_the_rendering() -> None:
 
 
 def test_short_rows_are_joined() -> None:
-    """A thousand rows of 40 bytes are a few chunks, not a thousand."""
+    """A thousand rows of 40 bytes are sent in fewer than five chunks."""
     file = file_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
     chunks = list(file.chunks(rendering_of(file.variant)))
     assert b"".join(chunks) == body_of(file)
@@ -215,7 +215,7 @@ def test_short_rows_are_joined() -> None:
 
 
 def test_a_large_batch_takes_no_memory() -> None:
-    """256 rows of 1.3 MB are sent from one."""
+    """256 rows of 1.3 MB are sent from the memory of one."""
     kv = PrefixKV.whole(torch.zeros(4, 2, 8, 20, 256))
     identity = replace(IDENTITY, num_layers=4, num_kv_heads=8, num_virtual_tokens=20, head_dim=256)
     variant = asked(rows=256, layers=(0, 4), heads=(0, 8))
@@ -230,14 +230,14 @@ def test_a_large_batch_takes_no_memory() -> None:
 
 
 def test_bytes_outlive_their_tensor() -> None:
-    """A view keeps the memory alive, as a transfer under way must when its version is evicted."""
+    """A view keeps its memory alive, so a transfer can go on when its version is evicted."""
     view = bytes_of(torch.full((1000,), 7, dtype=torch.int64))
     torch.full((1000,), 8, dtype=torch.int64)
     assert bytes(view) == struct.pack("<Q", 7) * 1000
 
 
 def test_unexpanded_values_come_once() -> None:
-    """With `expand=false` keys and values have one row, and the mask has them all."""
+    """With `expand=false` keys and values have one row, and the mask has all rows."""
     received = read_prefix_file(bytearray(body_of(file_of(asked(rows=5, expand=False)))))
     assert received.tensors["past_key_values.0.key"].shape == (1, H, N, D)
     assert received.tensors["attention_mask"].shape == (5, N)
@@ -246,7 +246,7 @@ def test_unexpanded_values_come_once() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_rounded_to_nearest_even(dtype: KVDtype) -> None:
-    """As torch's own cast."""
+    """Rendering rounds to a half as torch's own cast does."""
     assert torch.equal(render(WHOLE, dtype).values, WHOLE.tensor.to(KV_DTYPES[dtype]))
 
 
@@ -255,7 +255,7 @@ tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N *
 
 @given(tensors, st.sampled_from([1.0, 1e-20, 1e-38, 1e-44, 1e30]))
 def test_float8_is_within_its_error(values: list[float], magnitude: float) -> None:
-    """With the largest of a head at 448, a value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
+    """With a head's largest value at 448, any value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
     exact = (torch.tensor(values) * magnitude).view(1, 1, 1, N, D).expand(1, 2, 1, N, D)
     rendering = render(PrefixKV.whole(exact), "float8_e4m3fn")
     assert rendering.scales is not None
@@ -265,7 +265,7 @@ def test_float8_is_within_its_error(values: list[float], magnitude: float) -> No
 
 
 def test_float8_scales_belong_to_layer_and_head() -> None:
-    """The largest of each reaches 448; a head of zeros stays zero, and its scale is positive."""
+    """Each layer's and head's largest value reaches 448; a head of zeros stays zero and has a positive scale."""
     kv = WHOLE.tensor.clone()
     kv[0, 0, 0] = 0
     kv[1] *= 1000
@@ -280,7 +280,7 @@ def test_float8_scales_belong_to_layer_and_head() -> None:
 
 @pytest.mark.parametrize("dtype", list(KV_DTYPES))
 def test_a_stacked_row_comes_back_as_a_prefix(dtype: KVDtype) -> None:
-    """The value that was sent, with the model's numbers; float8 as float32."""
+    """`read_kv` returns the value that was sent, with the model's numbers, and float8 as float32."""
     variant = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
     kv = read_kv(read_prefix_file(bytearray(body_of(file_of(variant)))))
     assert (kv.layers, kv.kv_heads, kv.num_layers, kv.num_kv_heads) == ((1, 3), (1, 2), L, H)
@@ -312,7 +312,7 @@ def foreign(prefix: str | None) -> bytes:
     ids=["truncated", "trailing", "empty", "html", "foreign", "list", "newer", "half", "deep"],
 )
 def test_an_answer_that_is_no_prefix(data: bytes, message: str) -> None:
-    """Whatever came, the reader says InvalidResponse."""
+    """The reader raises InvalidResponse for any bytes that are not a prefix."""
     with pytest.raises(InvalidResponse, match=message):
         read_prefix_file(bytearray(data))
 
@@ -351,6 +351,6 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_answer_that_contradicts_itself(received: Received, message: str) -> None:
-    """Metadata and tensors must agree before a prefix is made of them."""
+    """The reader makes a prefix only of metadata and tensors that agree."""
     with pytest.raises(InvalidResponse, match=message):
         read_kv(received)
