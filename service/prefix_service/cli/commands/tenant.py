@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 tenant_app = typer.Typer(help="Tenants and their quotas; for the platform's admin.")
 
-_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "requests/s"]
+_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "uncollected", "requests/s"]
 
 Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant.")]
 
@@ -123,7 +123,8 @@ def _change(entry: Mapping[str, Any]) -> list[object]:
 def _shown(item: Mapping[str, Any]) -> list[object]:
     adapters = used_of(item["adapters"], item["max_adapters"])
     nbytes = used_of(item["bytes"], item["max_bytes"], human_bytes)
-    return [item["tenant"], human_time(item["created"]), adapters, nbytes, item["requests_per_second"] or "no limit"]
+    rate = item["requests_per_second"] or "no limit"
+    return [item["tenant"], human_time(item["created"]), adapters, nbytes, human_bytes(item["uncollected"]), rate]
 
 
 def _print(item: Mapping[str, Any], *, as_json: bool) -> None:
