@@ -51,6 +51,10 @@ DEV: Final = Principal("dev", None, "admin", has_key=False)
 """Every caller of a service in dev mode, which has no keys."""
 
 
+WITHOUT_KEY: Final = frozenset(by.key_id for by in (SERVICE, COMMAND_LINE, DEV))
+"""What stands in the audit in place of a key's id."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quotas:
     """What a tenant may have, and ask for in a second; None is no limit."""

@@ -139,11 +139,15 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         pass
 
 
-def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
-    """An answer under way is finished first; the exit status is 0, and the workers are gone."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_several_workers_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    """An answer under way is finished first; the exit status is 0, and the workers are gone. A terminal that closes
+    sends SIGHUP to all of them."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
-        server.process.send_signal(signal.SIGTERM)
+        for pid in workers if number == signal.SIGHUP else ():
+            os.kill(pid, number)
+        server.process.send_signal(number)
         assert server.process.wait(timeout=90) == 0
         assert not any(map(is_alive, workers))
         ended = [line["reason"] for line in lines_of(server.log, "a worker has ended")]

@@ -102,11 +102,11 @@ def test_it_fails_if_no_worker_can_ever_start(tmp_path: Path) -> None:
     assert "no worker could start: the folder is broken" in supervised.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_its_workers(supervised: Supervised, number: signal.Signals) -> None:
     """In order: the exit status is 0, of the workers too."""
     supervised.two_ready()
-    if number == signal.SIGINT:
+    if number != signal.SIGTERM:
         os.killpg(supervised.process.pid, number)  # as a terminal does
     else:
         supervised.process.send_signal(number)

@@ -116,7 +116,7 @@ def _change(entry: Mapping[str, Any]) -> list[object]:
     # A digest would break every line, and the version's number names the same.
     given = {name: "none" if value is None else value for name, value in entry["details"].items() if name != "digest"}
     details = " ".join(f"{name}={value}" for name, value in given.items())
-    who = " ".join(filter(None, (entry["actor"], entry["key_name"], entry["key_id"])))
+    who = " ".join(dict.fromkeys(filter(None, (entry["actor"], entry["key_name"], entry["key_id"]))))
     return [human_time(entry["at"]), who, f"{entry['action']} {entry['target']} {details}".rstrip()]
 
 
