@@ -1,13 +1,22 @@
 """Finds the processes of a service that tests kill and stop, and the lines of its log."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 T = TypeVar("T")
+
+
+def skip_under_nohup(number: signal.Signals) -> None:
+    """Skips a test of SIGHUP if the tests run under `nohup`: the services that they start ignore it too."""
+    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("the tests run under nohup")
 
 
 def workers_of(supervisor: int) -> list[int]:

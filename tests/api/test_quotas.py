@@ -130,6 +130,30 @@ def changed(server: Server) -> int:
     return (server.data_dir / "blobs" / "staging").stat().st_mtime_ns
 
 
+def test_what_was_deleted_counts_until_it_is_collected(server: Server, tenant: str) -> None:
+    """So publishing and deleting in turn fills twice the quota of the disk and no more; the tenant sees what counts."""
+    admin, config = server.client(), {**CONFIG, "num_virtual_tokens": 1024, "num_layers": 16}
+    before, made = blobs(server), 0
+    while made < 20:
+        wanted = {"config": config, "init_weights": "random", "seed": 1000 + made}  # 1 MiB, and as much again
+        answer = admin.post(versions_path(tenant, f"a{made}"), json=wanted)
+        if answer.status_code != 201:
+            break
+        assert admin.delete(f"/v1/tenants/{tenant}/adapters/a{made}").status_code == 204
+        made += 1
+    refused = problem(answer, 507, "quota-exceeded")["detail"]
+    assert "bytes that it deleted are still on the disk, and what it makes now takes at least" in refused
+    assert "more than twice its quota together: try again once they have been collected" in refused
+    found = admin.get(f"/v1/tenants/{tenant}").json()
+    assert (found["adapters"], found["bytes"]) == (0, 0)
+    assert QUOTA < blobs(server) - before <= found["uncollected"] <= 2 * QUOTA
+
+
+def blobs(server: Server) -> int:
+    """Bytes of all blobs on the disk."""
+    return sum(path.stat().st_size for path in (server.data_dir / "blobs").glob("??/*"))
+
+
 def test_a_quota_of_adapters_is_looked_at_first(server: Server, tenant: str) -> None:
     """Before the body is read."""
     server.client().put(f"/v1/tenants/{tenant}", json={"max_adapters": 0})

@@ -25,10 +25,15 @@ from tests.attack.wire import (
     request,
 )
 
-Key = Literal["none", "read", "write", "admin"]
+Key = Literal["none", "read", "write", "admin", "small"]
 Run = Callable[[Target, Answers], Coroutine[None, None, None]]
 
 TENANT: Final = "attacker"
+SMALL_TENANT: Final = "small-attacker"
+"""Has a small quota; the key `small` is one of scope `write` of this tenant."""
+SMALL_QUOTA: Final = 2 << 20
+QUOTA: Final = 1 << 30
+"""Bytes that the attacker may have."""
 ADAPTERS: Final = f"/v1/tenants/{TENANT}/adapters"
 WIDE, LARGE, MANY = f"{ADAPTERS}/wide", f"{ADAPTERS}/large", f"{ADAPTERS}/many"
 WIDE_TOKENS: Final = 16_384
@@ -41,13 +46,15 @@ _JSON: Final = (1 << 20) - 1000
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One attack. `allowed` lists the statuses that it may be answered with, beside a connection that is cut off."""
+    """One attack. `allowed` lists the statuses that it may be answered with, beside a connection that is cut off. It
+    may make so many bytes on the `disk`: twice its tenant's quota."""
 
     name: str
     key: Key
     says: str
     run: Run
     allowed: frozenset[int]
+    disk: int
 
 
 ATTACKS: dict[str, Attack] = {}
@@ -59,7 +66,8 @@ def attack(key: Key, *allowed: int) -> Callable[[Run], Run]:
     def add(run: Run) -> Run:
         name = run.__name__.replace("_", "-")
         says = (run.__doc__ or "").partition("\n")[0]
-        ATTACKS[name] = Attack(name, key, says, run, frozenset(allowed))
+        disk = 2 * (SMALL_QUOTA if key == "small" else QUOTA)
+        ATTACKS[name] = Attack(name, key, says, run, frozenset(allowed), disk)
         return run
 
     return add
@@ -299,6 +307,25 @@ async def untrained(target: Target, answers: Answers) -> None:
     config = _config(num_virtual_tokens=WIDE_TOKENS, num_layers=128, token_dim=64)
     body = as_json({"config": config, "init_weights": "random", "seed": 1})
     await _posting(f"{ADAPTERS}/untrained/versions", "write", lambda: body, 4)(target, answers)
+
+
+@attack("small", 201, 204, 503, 507)
+async def publish_and_delete(target: Target, answers: Answers) -> None:
+    """Untrained versions of a megabyte, each deleted as soon as it exists."""
+    config = _config(num_virtual_tokens=1024, token_dim=64)
+    body = as_json({"config": config, "init_weights": "random"})
+    numbers = itertools.count()
+
+    async def step(connection: Connection) -> int | None:
+        path = f"/v1/tenants/{SMALL_TENANT}/adapters/a{next(numbers)}"
+        fresh = body[:-1] + b',"seed":%d}' % secrets.randbelow(1 << 60)
+        await connection.send(request(target, "POST", f"{path}/versions", "small", fresh))
+        if await connection.answer() == 201:
+            await connection.send(request(target, "DELETE", path, "small"))
+            return await connection.answer()
+        return None if connection.reader.at_eof() else 507
+
+    await repeatedly(target, answers, 2, step)
 
 
 @attack("write", 413, 422, 503, 507)

@@ -16,7 +16,18 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.attack.attacks import DEEP_LAYERS, LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
+from tests.attack.attacks import (
+    DEEP_LAYERS,
+    LARGE_LAYERS,
+    MANY,
+    QUOTA,
+    SMALL_QUOTA,
+    SMALL_TENANT,
+    TENANT,
+    VERSIONS,
+    WIDE_TOKENS,
+    Attack,
+)
 from tests.attack.neighbour import Seen
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.conftest import Server, running_server
@@ -32,7 +43,6 @@ _SLOWER: Final = 3  # times the neighbour's own undisturbed p99
 LIMITS: Final = {"PREFIX_MAX_CONNECTIONS": "1000", "PREFIX_MAX_IN_FLIGHT_TENANT": "256"}
 SLACK: Final = 256 * _MIB
 """Bytes of memory that an attack may take beside the budgets."""
-QUOTA: Final = 1 << 30
 _WARM, _COLD = Shape(head_dim=16), Shape(head_dim=32)  # 320 and 640 KiB
 _COLDS: Final = 110  # more than the device's budget holds
 _LARGE: Final = {"num_virtual_tokens": 128, "num_layers": LARGE_LAYERS, "num_attention_heads": 8, "token_dim": 1024}
@@ -64,8 +74,8 @@ def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> It
     environment = {name: str(nbytes) for name, nbytes in BUDGETS.items()} | LIMITS | settings
     with running_server(folder / "data", environment=environment) as server:
         admin = server.client()
-        for tenant in ("neighbour", TENANT):
-            _made(admin.put(f"/v1/tenants/{tenant}", json={"max_bytes": QUOTA}))
+        for tenant, quota in (("neighbour", QUOTA), (TENANT, QUOTA), (SMALL_TENANT, SMALL_QUOTA)):
+            _made(admin.put(f"/v1/tenants/{tenant}", json={"max_bytes": quota}))
         progress("publishing the neighbour's adapters")
         wanted = [("neighbour", f"n-{number:03}", _COLD if number else _WARM) for number in range(_COLDS + 1)]
         hosted = publish_all(server.url, server.admin_key, wanted, 2, lambda: None)
@@ -81,6 +91,7 @@ def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> It
                 _made(admin.post(f"/v1/tenants/{TENANT}/adapters/{name}/versions", json=body))
         _made(admin.get(f"{MANY}@{count}"))
         keys = {scope: server.key(scope, TENANT) for scope in ("read", "write", "admin")}
+        keys["small"] = server.key("write", SMALL_TENANT)
         bodies = {one.path: _body(admin.get(one.path), one) for one in hosted}
         stage = Stage(server, bodies, server.key("write", "neighbour"), keys, 0)
         _watch(stage, 2.0)
@@ -108,6 +119,11 @@ def memory(server: Server) -> int:
     """Returns the bytes that the service has in memory now."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+
+def on_disk(server: Server) -> int:
+    """Returns the bytes of all blobs that the service has on the disk now."""
+    return sum(path.stat().st_size for path in (server.data_dir / "blobs").glob("??/*"))
 
 
 class _Watcher(threading.Thread):
@@ -160,11 +176,13 @@ def _watch(stage: Stage, seconds: float, *others: subprocess.Popen[str]) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """What the neighbour and the attacker saw, and the most memory that the service had, in bytes."""
+    """What the neighbour and the attacker saw, the most memory that the service had, and the blobs that came on the
+    disk, in bytes."""
 
     seen: Seen
     answers: Mapping[str, int]
     memory: int
+    disk: int
     is_alive: bool
 
     def broken(self, stage: Stage, attack: Attack) -> list[str]:
@@ -172,6 +190,8 @@ class Attacked:
         found = [] if self.is_alive else ["the process died"]
         if self.memory > stage.most_memory:
             found.append(f"{self.memory / _MIB:.0f} MiB of memory, more than {stage.most_memory / _MIB:.0f}")
+        if self.disk > attack.disk:
+            found.append(f"{self.disk / _MIB:.0f} MiB came on the disk, more than {attack.disk / _MIB:.0f}")
         wrong = {status for status in self.answers if status.isdigit() and int(status) not in attack.allowed}
         if wrong:
             found.append(f"the attacker was answered {', '.join(sorted(wrong))}")
@@ -186,10 +206,12 @@ def attacked(stage: Stage, attack: Attack, seconds: float) -> Attacked:
     """Attack for so many seconds, while the neighbour watches."""
     address = urlsplit(stage.server.url)
     target = {"host": address.hostname, "port": address.port, "keys": stage.attacker_keys, "seconds": seconds}
+    before = on_disk(stage.server)
     attacker = _started("tests.attack.attacker", {"attack": attack.name, "target": target})
     with _Watcher(stage.server) as watcher:
         seen, (answers,) = _watch(stage, seconds, attacker)
-    return Attacked(seen, json.loads(answers), watcher.most, stage.server.process.poll() is None)
+    disk = on_disk(stage.server) - before
+    return Attacked(seen, json.loads(answers), watcher.most, disk, stage.server.process.poll() is None)
 
 
 @dataclass(slots=True)

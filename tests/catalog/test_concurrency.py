@@ -91,7 +91,7 @@ class Worker:
 
     def collect(self) -> None:
         self._garbage.wanted([self._content(word).digest for word in "stuvwxyz"], 0)
-        self._garbage.forget(0)
+        self._garbage.forget(self._garbage.expired(0))
         self._deletions.remove_slice()
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -66,6 +67,28 @@ def test_own_changes_are_heard_before_the_writer_goes_on(catalog: Catalog, heard
     assert heard == ["alias-moved"]
     catalog.put_alias("acme", "a", "dev", 2, BY)
     assert heard == ["alias-moved", "alias-moved"]
+
+
+def test_own_changes_need_no_read(
+    feed: ChangeFeed, catalog: Catalog, heard: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer would wait for it behind the next commit."""
+    monkeypatch.setattr(feed, "catch_up", lambda: pytest.fail("it was read"))
+    catalog.put_alias("acme", "a", "prod", 2, BY)
+    catalog.put_alias("acme", "a", "prod", 2, BY)  # changes nothing
+    catalog.delete("acme", parse_reference("a@1"), BY)
+    assert heard == ["alias-moved", "version-deleted"]
+
+
+def test_changes_of_others_before_ones_own_are_heard_before_them(
+    catalog: Catalog, heard: list[str], elsewhere: Database
+) -> None:
+    """Nobody has looked since; none is heard twice afterwards."""
+    Tenants(elsewhere).put("beta", BY)
+    catalog.put_alias("acme", "a", "prod", 2, BY)
+    assert heard == ["tenant-created", "alias-moved"]
+    catalog.delete_alias("acme", "a", "prod", BY)
+    assert heard == ["tenant-created", "alias-moved", "alias-deleted"]
 
 
 def test_a_listener_that_raises_keeps_no_other_from_hearing(
@@ -293,21 +316,30 @@ def test_a_tenant_displaces_what_is_remembered_of_its_own(
     assert remembered.get("acme", parse_reference("b5")) is not None
 
 
+def refuse(*_: object) -> NoReturn:
+    raise StorageFailed("the catalog is away")
+
+
 @on_sqlite
 def test_without_the_catalog_what_is_remembered_holds_for_a_while(
-    remembered: RememberedVersions, feed: ChangeFeed, database: Database, monkeypatch: pytest.MonkeyPatch
+    remembered: RememberedVersions,
+    feed: ChangeFeed,
+    tenants: Tenants,
+    elsewhere: Database,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Resident adapters are served meanwhile; after that nobody is told what may be long untrue."""
     reference = parse_reference("a@prod")
     remembered.resolve("acme", reference)
-    with database.writing() as connection:
-        connection.exec_driver_sql("ALTER TABLE changes RENAME TO away")
-    # The writer's own look has failed: nothing is relied on until one succeeds.
-    assert remembered.get("acme", reference) is None
-    with pytest.raises(StorageFailed):
-        feed.catch_up()
-    with database.writing() as connection:
-        connection.exec_driver_sql("ALTER TABLE away RENAME TO changes")
+    Tenants(elsewhere).put("beta", BY)
+    with monkeypatch.context() as away:
+        away.setattr(module, "changes_after", refuse)
+        tenants.put("gamma", BY)
+        # What another process did before is not known: nothing is relied on until a look succeeds.
+        assert remembered.get("acme", reference) is None
+        with pytest.raises(StorageFailed):
+            feed.catch_up()
+    feed.catch_up()
     assert remembered.get("acme", reference) is not None
     monkeypatch.setattr(module, "_STALE", 1.0)
     time.sleep(1.1)

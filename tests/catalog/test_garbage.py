@@ -118,12 +118,12 @@ def test_what_was_let_go_long_ago_is_forgotten(catalog: Catalog, garbage: Garbag
     """What was let go lately is not."""
     publish(catalog, "acme", "a", version(1))
     delete(catalog, "acme", "a")
-    garbage.forget(GRACE)
+    garbage.forget(garbage.expired(GRACE))
     assert held(database) == {"w1", "kv1"}
     age(database, GRACE + 1)
     publish(catalog, "acme", "a", version(2))
     delete(catalog, "acme", "a")
-    garbage.forget(GRACE)
+    garbage.forget(garbage.expired(GRACE))
     assert held(database) == {"w2", "kv2"}
 
 
@@ -135,7 +135,7 @@ def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: 
     again = sa.update(let_go).values(since=sa.func.now()).where(let_go.c.digest == "w1")
     with ThreadPoolExecutor(1) as pool, database.writing() as connection:
         connection.execute(again)
-        pool.submit(garbage.forget, 0).result(60)
+        pool.submit(garbage.forget, garbage.expired(0)).result(60)
     assert held(database) == {"w1"}
 
 

@@ -20,7 +20,7 @@ from prefix_service.catalog.access import Patience
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.errors import NotFound, ReadOnly, StorageFailed
+from prefix_service.errors import NotFound, Overloaded, ReadOnly, StorageFailed
 from prefix_service.system.turns import ASKING
 from tests.catalog.conftest import BY
 
@@ -121,6 +121,21 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
     assert not release.is_set()
     release.set()
     assert await read_catalog(int, "3") == 3
+
+
+async def test_who_waits_behind_its_own_reads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalog answers, and is not blamed: of one tenant's many reads those are refused whose turn never comes."""
+    monkeypatch.setattr(reads, "DEADLINE", 1.0)
+    ASKING.set("acme")
+    asked = [asyncio.create_task(read_catalog(time.sleep, 0.4)) for _ in range(100)]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    waited = [one for one in found if isinstance(one, Overloaded)]
+    assert len(waited) > 50
+    assert waited[0].retry_after == 1
+    assert waited[0].message == (
+        "this request has waited 1 seconds for its turn to read the catalog, behind other requests of tenant 'acme': "
+        "send fewer at a time, and try again"
+    )
 
 
 @pytest.mark.parametrize("ask", [read_catalog, write_catalog])

@@ -1,14 +1,18 @@
 """What the library does where its rooms fall out of step."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.reads import write_catalog
 from prefix_service.catalog.records import COMMAND_LINE, Quotas, Version
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from prefix_service.library.encodings import EncodedAgain
@@ -279,3 +283,28 @@ async def test_the_bytes_that_count_are_those_that_are_kept(library: Library, tm
             version, _ = await library.publisher.publish(TARGET, config, upload)
         stored = load_file(blob(tmp_path, version.key_values))
         assert sum(tensor.nbytes for tensor in stored.values()) == version.key_values_bytes
+
+
+@pytest.mark.parametrize("end", ["refused", "cancelled"])
+async def test_blobs_of_a_version_that_never_was_count_until_they_are_collected(
+    library: Library, tmp_path: Path, end: str
+) -> None:
+    """Whether the transaction refused it or its client left while it waited for its turn."""
+    free = threading.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write_catalog, free.wait, 60)  # the tenant's one turn
+        publishing = asyncio.create_task(published(library, "llama-n20-emb"))
+        while len(list((tmp_path / "blobs").glob("??/*"))) < 2:
+            await asyncio.sleep(0.01)
+            assert not publishing.done()
+        if end == "refused":
+            library.tenants.put("acme", COMMAND_LINE, Quotas(max_adapters=0))
+        else:
+            publishing.cancel()
+        free.set()
+        with pytest.raises(QuotaExceeded if end == "refused" else asyncio.CancelledError):
+            await publishing
+    stored = sum(path.stat().st_size for path in (tmp_path / "blobs").glob("??/*"))
+    found = library.tenants.get("acme")
+    assert found.adapters == 0
+    assert 0 <= stored - found.uncollected < 256  # the header of the keys and values, which never counts

@@ -14,7 +14,8 @@ from prefix_service.errors import NotFound
 
 log = logging.getLogger("prefix_service")
 
-_PLATFORM: Final = "platform"
+PLATFORM: Final = "platform"
+"""The actor of changes by keys of the platform."""
 ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
 """The rows of the audit log, as `AuditEntry` takes them."""
 
@@ -26,7 +27,7 @@ def record(
     `tenant` or of the platform."""
     if connection.get_execution_options()["by"] != by:
         raise AssertionError("a change is recorded outside a transaction that proved who makes it")
-    actor = by.tenant or _PLATFORM
+    actor = by.tenant or PLATFORM
     # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
     owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}

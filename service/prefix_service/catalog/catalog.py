@@ -21,10 +21,11 @@ from prefix_service.catalog.changes import (
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_adapter, let_go
 from prefix_service.catalog.descriptions import nbytes_of, store
+from prefix_service.catalog.freed import note
 from prefix_service.catalog.records import SERVICE, NewVersion, Principal, Room, Version
 from prefix_service.catalog.rows import VERSION, aliases_of, find_adapter, missing, version_of
 from prefix_service.catalog.schema import adapters, aliases, numbers, tenants, versions
-from prefix_service.catalog.tenants import count, lock, make, require_room, room
+from prefix_service.catalog.tenants import count, lock, make, require_room_for_version, room
 from prefix_service.errors import Conflict, NotFound, PreconditionFailed
 from prefix_service.prefix.description import EMPTY, Description
 from prefix_service.prefix.references import Reference
@@ -66,7 +67,7 @@ class Catalog:
                 raise NotFound(f"there is no tenant {tenant!r}")
             existing = _same(connection, owner.id, adapter, digest)
             if existing is None:
-                require_room(connection, owner, adapter, nbytes)
+                require_room_for_version(connection, owner, adapter, nbytes)
             return existing
 
     def room(self, tenant: str, adapter: str, *, make_tenant: bool = False) -> Room:
@@ -111,7 +112,7 @@ class Catalog:
             if existing is not None:
                 return existing, False
             nbytes = new.nbytes + description.nbytes
-            require_room(connection, owner, adapter, nbytes)
+            require_room_for_version(connection, owner, adapter, nbytes)
             made = insert(connection, adapters).values(tenant_id=owner.id, name=adapter).on_conflict_do_nothing()
             is_first = connection.scalar(made.returning(adapters.c.id)) is not None
             adapter_id = find_adapter(connection, tenant, adapter)
@@ -124,6 +125,13 @@ class Catalog:
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
             announce(connection, VersionPublished(tenant, adapter, number, new.digest))
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
+
+    def abandon(self, tenant: str, adapter: str, digest: str, nbytes: int) -> None:
+        """Counts the stored bytes of a version that did not come into being, like those of one that was deleted."""
+        with self._database.writing() as connection:
+            owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
+            if owner is not None and _same(connection, owner, adapter, digest) is None:
+                note(connection, {owner: nbytes})
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now.

@@ -217,19 +217,21 @@ def announce(connection: sa.Connection, change: TenantChange | KeyChange | Adapt
     """Store a change at the end of a write transaction; its tenant is the one that has the name now."""
     owner = sa.select(tenants.c.id).where(tenants.c.name == change.tenant)
     tenant_id = None if change.tenant is None else connection.scalar(owner)
-    row = {"kind": change.kind, "tenant_id": tenant_id, **dataclasses.asdict(change)}
-    connection.get_execution_options()["announced"].append(row)
+    connection.get_execution_options()["announced"].append((tenant_id, change))
 
 
-def store(connection: sa.Connection, announced: Sequence[Mapping[str, Any]]) -> None:
-    """Store what a transaction has announced. Its end follows: other writers wait for the row of `catalog`."""
+def store(connection: sa.Connection, announced: Sequence[tuple[int | None, Change]]) -> int:
+    """Store what a transaction has announced, each with its tenant's id; returns the revision of the last, 0 without
+    any. The end of the transaction follows: other writers wait for the row of `catalog`."""
     if not announced:
-        return
+        return 0
     taken = sa.update(catalog).values(revision=catalog.c.revision + len(announced))
     last: int = connection.execute(taken.returning(catalog.c.revision)).scalar_one()
     first = last - len(announced) + 1
-    for revision, row in enumerate(announced, first):
+    for revision, (tenant_id, change) in enumerate(announced, first):
+        row = {"kind": change.kind, "tenant_id": tenant_id, **dataclasses.asdict(change)}
         connection.execute(sa.insert(changes).values(revision=revision, **row))
+    return last
 
 
 def revision_of(connection: sa.Connection) -> int:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from prefix_service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
-from prefix_service.catalog.changes import revision_of, store
+from prefix_service.catalog.changes import Change, revision_of, store
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import ReadOnly, StorageFailed
 from prefix_service.system.reserve import Reserve, reserve_file
@@ -40,7 +40,7 @@ class Database:
         self._writes = Access(engine_of(place, patience, writes=True, read_only=read_only), patience.writes)
         self._reserve = Reserve(reserve_file(place)) if isinstance(place, Path) else None
         self._read_only = read_only
-        self._after_writes: list[Callable[[], object]] = []
+        self._after_writes: list[Callable[[int, list[Change]], object]] = []
         try:
             self._migrate(place)
         except BaseException:
@@ -73,7 +73,7 @@ class Database:
         if self._read_only:
             raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
         calls: list[Callable[[], object]] = []
-        announced: list[dict[str, Any]] = []
+        announced: list[tuple[int | None, Change]] = []
         with contextlib.ExitStack() as stack:
             plain = stack.enter_context(self._writes.connected())
             if frees and self._reserve is not None:
@@ -81,12 +81,16 @@ class Database:
             connection = plain.execution_options(afterwards=calls, by=by, announced=announced)
             stack.enter_context(connection.begin())
             yield connection
-            store(connection, announced)
-        for call in (*calls, *self._after_writes):
+            last = store(connection, announced)
+        for call in calls:
             call()
+        if announced:
+            for follow in self._after_writes:
+                follow(last, [change for _, change in announced])
 
-    def after_writes(self, call: Callable[[], object]) -> None:
-        """Call this after every write transaction of this process that is durable, before its writer goes on."""
+    def after_writes(self, call: Callable[[int, list[Change]], object]) -> None:
+        """Call this with the changes of every write transaction of this process that is durable, and the revision of
+        the last of them, before its writer goes on."""
         self._after_writes.append(call)
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.freed import note
 from prefix_service.catalog.garbage import SLICE
 from prefix_service.catalog.schema import (
     adapters,
@@ -50,11 +51,21 @@ def _hide(connection: sa.Connection, table: sa.Table, row_id: int) -> None:
 
 
 def let_go(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> None:
-    """Before versions are deleted: note their blobs, whose grace period begins now."""
+    """Before versions are deleted: note their blobs, whose grace period begins now, and how many bytes of whom these
+    are."""
+    owned = sa.select(adapters.c.tenant_id, _blob_bytes()).select_from(versions.join(adapters)).where(condition)
+    # Before the blobs: on PostgreSQL others lock the rows of these two tables in the same order.
+    note(connection, {row[0]: row[1] for row in connection.execute(owned.group_by(adapters.c.tenant_id))})
     found = sa.union(*(sa.select(column).where(condition) for column in (versions.c.weights, versions.c.key_values)))
     # In order: tenants share blobs, and on PostgreSQL two who locked these rows each in its own order would deadlock.
     statement = insert(connection, garbage).from_select(["digest"], found.order_by(sa.text("1")))
     connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_={"since": sa.func.now()}))
+
+
+def _blob_bytes() -> sa.ColumnElement[int]:
+    """Returns the bytes of the blobs of versions together; 0 without any."""
+    total = sa.func.sum(versions.c.weights_bytes + versions.c.key_values_bytes)
+    return sa.cast(sa.func.coalesce(total, 0), sa.BigInteger)
 
 
 class Deletions:
@@ -126,10 +137,11 @@ def _remove_adapters(connection: sa.Connection, found: Sequence[sa.Row[Any]]) ->
         return
     oldest = sa.select(versions.c.id).where(versions.c.adapter_id == first.id).order_by(versions.c.number).limit(SLICE)
     ids = connection.scalars(oldest).all()
+    nbytes = connection.scalar(sa.select(_blob_bytes()).where(versions.c.id.in_(ids)))
     if not _remove_versions(connection, versions.c.id.in_(ids)):
         return
-    left = first.versions - SLICE if len(ids) == SLICE else 0
-    connection.execute(sa.update(adapters).where(adapters.c.id == first.id).values(versions=left))
+    left = {"versions": first.versions - SLICE if len(ids) == SLICE else 0, "bytes": adapters.c.bytes - nbytes}
+    connection.execute(sa.update(adapters).where(adapters.c.id == first.id).values(left))
 
 
 def _remove_versions(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> bool:

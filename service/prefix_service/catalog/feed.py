@@ -75,13 +75,22 @@ class ChangeFeed:
             if latest != self._revision:
                 # Revisions have no gaps. A smaller one: an older copy of the catalog was put in its place.
                 is_complete = len(found) == latest - self._revision <= _MOST
-                changes: list[Change] = [stored.change for stored in found] if is_complete else [EverythingChanged()]
-                self._revision = latest
-                for listener in self._listeners:
-                    call(listener, changes)
+                self._hear(latest, [stored.change for stored in found] if is_complete else [EverythingChanged()])
             self._read_at = began
 
-    def _after_write(self) -> None:
+    def _hear(self, revision: int, changes: list[Change]) -> None:
+        """Call the listeners with the changes up to a revision; the caller holds the lock."""
+        self._revision = revision
+        for listener in self._listeners:
+            call(listener, changes)
+
+    def _after_write(self, last: int, changes: list[Change]) -> None:
+        with self._lock:
+            # Mostly nobody else has written since: then the changes are known, and the writer waits for no read, which
+            # could come behind the next commit.
+            if last - len(changes) == self._revision:
+                self._hear(last, changes)
+                return
         try:
             self.catch_up()
         except PrefixServiceError:

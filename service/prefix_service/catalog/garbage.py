@@ -1,11 +1,12 @@
 """Which blobs the catalog names, and which it let go only lately."""
 
 from collections.abc import Collection, Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import sqlalchemy as sa
 
+from prefix_service.catalog import freed
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.rows import OWNED, PRESENT
 from prefix_service.catalog.schema import adapters, garbage, tenants, versions
@@ -33,14 +34,21 @@ class Garbage:
             )
             return {digest for query in queries for digest in connection.scalars(query)}
 
-    def forget(self, grace: float) -> bool:
-        """Forgets some of what was let go longer ago than `grace` seconds; returns whether there may be more."""
-        with self._database.writing() as connection:
-            early = garbage.c.since <= now(connection) - timedelta(seconds=grace)
+    def expired(self, grace: float) -> datetime:
+        """Returns the moment `grace` seconds ago: a collection that begins now removes what was let go before it."""
+        with self._database.reading() as connection:
+            return now(connection) - timedelta(seconds=grace)
+
+    def forget(self, before: datetime) -> bool:
+        """Forgets some of what was let go before a moment, and has been collected since; returns whether there may be
+        more."""
+        with self._database.writing(frees=True) as connection:
+            early = garbage.c.since <= before
             # Another transaction holds a row to let it go again, or to forget it.
             free = sa.select(garbage.c.digest).where(early).order_by(garbage.c.since).limit(SLICE)
             statement = sa.delete(garbage).where(garbage.c.digest.in_(free.with_for_update(skip_locked=True)))
-            return connection.execute(statement).rowcount == SLICE
+            more = connection.execute(statement).rowcount == SLICE
+            return freed.forget(connection, before, SLICE) or more
 
     def named(self) -> Iterator[tuple[str, str, str]]:
         """Every version as `tenant/adapter@number`, with the digests of its weights and of its keys and values."""

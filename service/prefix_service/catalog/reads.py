@@ -3,6 +3,7 @@
 Both have a few threads of their own, in which tenants take turns; `ASKING` says whose turn a call takes.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
@@ -10,7 +11,7 @@ from typing import Final, TypeVar
 import anyio
 from anyio.lowlevel import RunVar
 
-from prefix_service.errors import StorageFailed
+from prefix_service.errors import Overloaded, StorageFailed
 from prefix_service.system.turns import ASKING, Turns
 
 T = TypeVar("T")
@@ -33,13 +34,26 @@ async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
     apart from those of other work, which a hanging catalog must not stop.
 
     Raises:
+        Overloaded: the catalog answers, and the tenant's other reads took its turns for so long.
         StorageFailed: no answer in time, or what the call raises.
     """
-    turns = _turns(_readers, _READS, _READS_OF_TENANT)
+    turns, tenant = _turns(_readers, _READS, _READS_OF_TENANT), ASKING.get()
+    completed, begun = turns.completed, threading.Event()
+
+    def begin() -> T:
+        begun.set()
+        return call(*arguments)
+
     try:
         with anyio.fail_after(DEADLINE):
-            return await turns.run(ASKING.get(), partial(call, *arguments), abandons=True)
+            return await turns.run(tenant, begin, abandons=True)
     except TimeoutError as error:
+        if turns.completed > completed and not begun.is_set():
+            whose = f"tenant {tenant!r}" if tenant else "the platform's admins"
+            raise Overloaded(
+                f"this request has waited {DEADLINE:g} seconds for its turn to read the catalog, behind other requests "
+                f"of {whose}: send fewer at a time, and try again"
+            ) from error
         raise StorageFailed(f"the catalog has not answered within {DEADLINE:g} seconds") from error
 
 

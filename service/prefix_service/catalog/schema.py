@@ -136,6 +136,16 @@ garbage = sa.Table(
     sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
 )
 
+# Bytes that deletions let go, by tenant and second: they count towards the tenant's quota until their blobs have been
+# collected. Without a foreign key: a row whose tenant is gone is forgotten like any other.
+freed = sa.Table(
+    "freed",
+    metadata,
+    sa.Column("tenant_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("since", _Made, primary_key=True, index=True),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+)
+
 # `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not. `key_name` is
 # that of the key, which may have been revoked since; NULL without a key.
 audit = sa.Table(

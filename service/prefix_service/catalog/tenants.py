@@ -11,11 +11,13 @@ from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.changes import QuotasChanged, TenantCreated, TenantDeleted, announce
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_tenant
+from prefix_service.catalog.freed import uncollected
 from prefix_service.catalog.records import Principal, Quotas, Room, Tenant
 from prefix_service.catalog.schema import adapters, tenants, versions
 from prefix_service.errors import NotFound, QuotaExceeded
 
 _NBYTES: Final = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
+_SHOWN: Final = sa.select(tenants, uncollected())
 
 
 class Tenants:
@@ -62,7 +64,7 @@ class Tenants:
             NotFound: there is no such tenant.
         """
         with self._database.reading() as connection:
-            row = connection.execute(sa.select(tenants).where(tenants.c.name == name)).one_or_none()
+            row = connection.execute(_SHOWN.where(tenants.c.name == name)).one_or_none()
         if row is None:
             raise NotFound(f"there is no tenant {name!r}")
         return _tenant(row)
@@ -70,7 +72,7 @@ class Tenants:
     def listed(self, after: str, limit: int) -> list[Tenant]:
         """Up to `limit` tenants in the order of their names, beginning behind `after`."""
         behind = sa.and_(tenants.c.name > after, sa.not_(tenants.c.deleted))
-        query = sa.select(tenants).where(behind).order_by(tenants.c.name).limit(limit)
+        query = _SHOWN.where(behind).order_by(tenants.c.name).limit(limit)
         with self._database.reading() as connection:
             return [_tenant(row) for row in connection.execute(query)]
 
@@ -95,7 +97,7 @@ class Tenants:
 
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
-    return Tenant(row.name, row.created, _quotas(row), row.adapters, row.bytes)
+    return Tenant(row.name, row.created, _quotas(row), row.adapters, row.bytes, row.uncollected)
 
 
 def _quotas(row: sa.Row[Any]) -> Quotas:
@@ -153,7 +155,24 @@ def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
         return Room()
     named = sa.and_(adapters.c.tenant_id == owner.id, adapters.c.name == adapter)
     largest = connection.scalar(sa.select(sa.func.max(_NBYTES)).select_from(versions.join(adapters)).where(named))
-    return Room(quotas.max_bytes - owner.bytes, quotas.max_bytes, largest or 0)
+    return Room(quotas.max_bytes - owner.bytes, quotas.max_bytes, largest or 0, _uncollected(connection, owner))
+
+
+def require_room_for_version(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
+    """That a new version of so many bytes fits its tenant's quotas, and what the tenant deleted beside it.
+
+    Raises:
+        QuotaExceeded: says which quota, what is used of it, and what to do.
+    """
+    require_room(connection, owner, adapter, nbytes)
+    if owner.max_bytes is not None:
+        left = Room(owner.max_bytes - owner.bytes, owner.max_bytes, uncollected=_uncollected(connection, owner))
+        left.require_collected(owner.name, nbytes, "this version takes")
+
+
+def _uncollected(connection: sa.Connection, owner: sa.Row[Any]) -> int:
+    nbytes: int = connection.execute(sa.select(uncollected()).where(tenants.c.id == owner.id)).scalar_one()
+    return nbytes
 
 
 def require_room(

@@ -118,8 +118,9 @@ class Housekeeping:
                 collected = time.monotonic()
 
     def _collect(self, stop: threading.Event) -> None:
+        before = self._garbage.expired(self._grace)
         self._collector.collect()
-        in_slices(lambda: self._garbage.forget(self._grace), stop)
+        in_slices(lambda: self._garbage.forget(before), stop)
         in_slices(lambda: expire_audit(self._database, self._retention.audit), stop)
         in_slices(lambda: expire_changes(self._database, self._retention.changes), stop)
         in_slices(lambda: expire_usage(self._database, self._retention.usage), stop)

@@ -56,6 +56,7 @@ class Arrival:
     def __init__(self, tenant: str, by: Principal, room: Room, of_tenants: Counter[str]) -> None:
         self.tenant, self.by = tenant, by
         self._room, self._of_tenants = room, of_tenants
+        self.is_stored = False  # whether blobs of the version are visible on the disk
         self._held = 0
         self._refusal: PrefixServiceError | None = None
 
@@ -86,6 +87,8 @@ class Arrival:
                 f"tenant {self.tenant!r} has {room.quota - room.left} of {room.quota} bytes{coming}, and this version "
                 f"takes at least {nbytes}: delete versions, or ask the platform for more"
             )
+        if not may_be_known:
+            room.require_collected(self.tenant, others + nbytes, "what it makes now takes at least")
         self._of_tenants[self.tenant] = others + nbytes
         self._held = nbytes
 

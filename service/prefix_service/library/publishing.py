@@ -6,6 +6,7 @@ and again in the transaction that adds the version.
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 import rfc8785
 import torch
-from anyio import to_thread
+from anyio import CancelScope, to_thread
 from torch import Tensor
 
 from prefix_service.blobs.folder import BlobStore, StagedBlob
@@ -21,7 +22,7 @@ from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
 from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import NewVersion, Principal, Version
-from prefix_service.errors import InvalidConfig
+from prefix_service.errors import InvalidConfig, PrefixServiceError
 from prefix_service.library.arrivals import Arrival, Arrivals
 from prefix_service.library.encodings import Encodings
 from prefix_service.prefix.buffers import bytes_of
@@ -35,6 +36,8 @@ from prefix_service.prefix.safetensors_tensors import header_of
 from prefix_service.prefix.wire.rendering import KV_DTYPES
 from prefix_service.registry.admission import Admission
 from prefix_service.system.turns import in_thread
+
+log = logging.getLogger("prefix_service")
 
 _PARSED: Final = 32  # bytes of memory that parsing takes per byte of a header, at most (measured: 27)
 _LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
@@ -148,22 +151,39 @@ class Publisher:
             self._mended(existing)
             return existing, False
         upload.arrival.hold(nbytes)
-        async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
-            new = await work.compute(self._storing(draft, config, file, weights))
-        upload.arrival.end()  # ended before the transaction, which counts the bytes too
-        add = partial(
-            self._catalog.add_version,
-            target.tenant,
-            target.adapter,
-            new,
-            target.by,
-            description=description,
-            make_tenant=target.make_tenant,
-        )
-        version, is_new = await write_catalog(add)
+        try:
+            async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
+                new = await work.compute(self._storing(draft, config, file, upload))
+            upload.arrival.end()  # ended before the transaction, which counts the bytes too
+            add = partial(
+                self._catalog.add_version,
+                target.tenant,
+                target.adapter,
+                new,
+                target.by,
+                description=description,
+                make_tenant=target.make_tenant,
+            )
+            version, is_new = await write_catalog(add)
+        except BaseException:
+            if upload.arrival.is_stored:
+                await self._abandon(target, draft)
+            raise
         if not is_new:
             self._mended(version)
         return version, is_new
+
+    async def _abandon(self, target: Target, draft: NewVersion) -> None:
+        """Has the bytes of a refused or cancelled version counted until they are collected: otherwise a client that
+        hangs up at the right moment would fill the disk.
+        """
+        nbytes = draft.weights_bytes + draft.key_values_bytes
+        abandon = partial(self._catalog.abandon, target.tenant, target.adapter, draft.digest, nbytes)
+        try:
+            with CancelScope(shield=True):
+                await write_catalog(abandon)
+        except PrefixServiceError as error:
+            log.warning("abandoned bytes not counted: %s", error, extra={"tenant": target.tenant, "bytes": nbytes})
 
     def _find(self, target: Target, digest: str, nbytes: int, weights: StagedBlob) -> Version | None:
         """Returns the version if its content is known; raises QuotaExceeded if there is no room for it. Then nothing
@@ -176,11 +196,12 @@ class Publisher:
         return existing
 
     def _storing(
-        self, draft: NewVersion, config: PrefixConfig, file: LocatedPrefix, weights: StagedBlob
+        self, draft: NewVersion, config: PrefixConfig, file: LocatedPrefix, upload: Upload
     ) -> Generator[None, None, NewVersion]:
-        kv = yield from self._encodings.encoding(config, file, weights.read)
+        kv = yield from self._encodings.encoding(config, file, upload.weights.read)
         key_values = yield from self._encodings.storing(kv)
-        weights.commit()
+        upload.arrival.is_stored = True
+        upload.weights.commit()
         return replace(draft, key_values=key_values)
 
     async def publish_fresh(

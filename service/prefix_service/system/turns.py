@@ -28,6 +28,7 @@ class Turns:
         self._threads = CapacityLimiter(places)
         self._running: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self.completed = 0  # calls that have returned to a caller that still waited
 
     async def run(self, tenant: str, call: Callable[[], T], *, abandons: bool = False) -> T:
         """Runs `call` in a thread once it is the tenant's turn; returns its result.
@@ -38,8 +39,11 @@ class Turns:
         await self._begin(tenant)
         try:
             if abandons:
-                return await to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=True)
-            return await in_thread(call, self._threads)
+                result = await to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=True)
+            else:
+                result = await in_thread(call, self._threads)
+            self.completed += 1
+            return result
         finally:
             self._end(tenant)
 

@@ -29,6 +29,7 @@ def work(signs: socket.socket, started_by: int, folder: Path) -> None:
         signs.sendall(b"the folder is broken")
         sys.exit(3)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if (folder / "stubborn").exists() else _end)
     while True:
         if not (folder / "slow").exists():

@@ -14,7 +14,7 @@ import pytest
 from tests.commands import run_process
 from tests.conftest import Server, free_port, running_server
 from tests.forked import run_forked
-from tests.processes import eventually, is_alive, lines_of, within, workers_of
+from tests.processes import eventually, is_alive, lines_of, skip_under_nohup, within, workers_of
 
 _HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))\n"
 _LOST = "import os\nif 'PROMETHEUS_MULTIPROC_DIR' in os.environ: os.environ['PROMETHEUS_MULTIPROC_DIR'] = '/nowhere'\n"
@@ -140,11 +140,16 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         pass
 
 
-def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
-    """SIGTERM ends the service with status 0 once its workers have ended in order."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_several_workers_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM, or the SIGHUP that a terminal sends to all processes as it closes, ends the service with status 0 once
+    its workers have ended in order."""
+    skip_under_nohup(number)
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
-        server.process.send_signal(signal.SIGTERM)
+        for pid in workers if number == signal.SIGHUP else ():
+            os.kill(pid, number)
+        server.process.send_signal(number)
         assert server.process.wait(timeout=90) == 0
         assert not any(map(is_alive, workers))
         ended = [line["reason"] for line in lines_of(server.log, "a worker has ended")]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.api.processes.supervised import PATIENCE
-from tests.processes import eventually, is_alive, lines_of, within, workers_of
+from tests.processes import eventually, is_alive, lines_of, skip_under_nohup, within, workers_of
 
 
 class Supervised:
@@ -102,11 +102,12 @@ def test_it_fails_if_no_worker_can_ever_start(tmp_path: Path) -> None:
     assert "no worker could start: the folder is broken" in supervised.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_with_its_workers(supervised: Supervised, number: signal.Signals) -> None:
     """A signal ends supervisor and workers in order, with status 0."""
+    skip_under_nohup(number)
     supervised.two_ready()
-    if number == signal.SIGINT:
+    if number != signal.SIGTERM:
         os.killpg(supervised.process.pid, number)  # as a terminal does
     else:
         supervised.process.send_signal(number)

@@ -117,6 +117,20 @@ def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
     assert last[1]["key_id"] == "command-line"
 
 
+def test_a_tenant_sees_no_id_of_a_platforms_key(
+    server: Server, admin: httpx.Client, own: tuple[str, httpx.Client]
+) -> None:
+    """Nor one that the audit has no name for; the platform sees them, and both see what was done without a key."""
+    platform_id = admin.get("/v1/whoami").json()["id"]
+    admin.put(f"/v1/tenants/{TENANT}", json={"max_adapters": 5})
+    seen, known = entries(own[1]), entries(admin, f"/v1/tenants/{TENANT}/audit")
+    assert platform_id not in str(seen)
+    ids = {entry["key_id"] for entry in seen if entry["actor"] == "platform"}
+    assert ids == {"platform"}
+    assert {entry["key_name"] for entry in seen if entry["actor"] == "platform"} == {"bootstrap"}
+    assert platform_id in {entry["key_id"] for entry in known}
+
+
 def test_it_holds_no_secret(server: Server, own: tuple[str, httpx.Client]) -> None:
     """An entry has a key's id, and never its text."""
     _, client = own

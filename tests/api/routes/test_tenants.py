@@ -43,6 +43,7 @@ def test_a_tenant_is_made_and_told(admin: httpx.Client) -> None:
     assert first.json() == {"tenant": "tenants-made", "created": first.json()["created"], **quotas} | {
         "adapters": 0,
         "bytes": 0,
+        "uncollected": 0,
     }
     again = admin.put("/v1/tenants/tenants-made")
     assert (again.status_code, again.json()) == (200, first.json())

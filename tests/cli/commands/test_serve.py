@@ -5,18 +5,22 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 from prefix_service.settings import Settings
+from tests.api.helpers import head
 from tests.cli.conftest import on_terminal
 from tests.commands import PREFIX_SERVICE, run_command
 from tests.conftest import Server, free_port, running_server
 from tests.forked import run_forked
-from tests.processes import eventually
+from tests.processes import eventually, skip_under_nohup
 
 
 def test_version_and_help() -> None:
@@ -74,11 +78,22 @@ def test_several_workers_serve_one_folder(tmp_path: Path) -> None:
         assert answers == {200}
 
 
-def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
-    """SIGTERM ends the service with status 0; it prints only lines of the log, and never the key."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM, or the SIGHUP of a terminal that closes, ends the service with status 0 once it has answered the request
+    under way; it prints only lines of the log, and never the key."""
+    skip_under_nohup(number)
     with running_server(tmp_path / "data") as server:
-        key = server.admin_key
-        server.process.send_signal(signal.SIGTERM)
+        key, body = server.admin_key, b'{"max_adapters": 3}'
+        fields = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"}
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=60) as one:
+            one.sendall(head("PUT", "/v1/tenants/late", **fields, Content_Length=str(len(body)), Expect="100-continue"))
+            assert one.recv(100).startswith(b"HTTP/1.1 100")
+            server.process.send_signal(number)
+            eventually(lambda: not _is_listening(server.url))
+            one.sendall(body)
+            assert one.recv(100).startswith(b"HTTP/1.1 201")
         assert server.process.wait(timeout=90) == 0
         printed = server.log.read_text()
     lines = [json.loads(line) for line in printed.splitlines()]
@@ -86,6 +101,15 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
     assert (serving["version"], serving["at"]) == ("0.1.0", server.url)
     assert "Traceback" not in printed
     assert key not in printed
+
+
+def _is_listening(url: str) -> bool:
+    address = urlsplit(url)
+    try:
+        socket.create_connection((address.hostname, address.port), timeout=60).close()
+    except ConnectionError:
+        return False
+    return True
 
 
 def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:

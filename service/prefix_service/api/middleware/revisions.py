@@ -9,7 +9,7 @@ from prefix_service.api.http.revisions import Revisions
 from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal
-from prefix_service.errors import StorageFailed, Unavailable
+from prefix_service.errors import Overloaded, StorageFailed, Unavailable
 
 WRITES: Final = "writes"
 """In the scope of a request that needs a key of scope `write` or `admin`, and changes something."""
@@ -48,7 +48,7 @@ class RevisionMiddleware:
             try:
                 with anyio.fail_after(_PATIENCE):
                     await read_catalog(self._feed.catch_up)
-            except (TimeoutError, StorageFailed) as error:
+            except (TimeoutError, Overloaded, StorageFailed) as error:
                 raise _too_early() from error
         if self._feed.revision < revision:
             raise _too_early()

@@ -52,6 +52,9 @@ def _serve(settings: Settings, *, as_json: bool) -> None:
     if settings.shared_dir is not None:
         _check_shared(settings.shared_dir, settings.uds)
     end_in_order_on(signal.SIGTERM, signal.SIGINT)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is under nohup
+        # The terminal closes: the same as SIGTERM, which uvicorn knows.
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     with opened(settings) as lock, listening(settings) as sockets:
         on_ready = partial(announce, settings, address(sockets), device, as_json=as_json)
         if settings.workers == 1:

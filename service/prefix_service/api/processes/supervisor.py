@@ -100,7 +100,7 @@ class Supervisor:
         self._is_ending = False
 
     def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then lets the workers finish; a second signal kills them.
+        """Serves until SIGTERM, SIGINT or SIGHUP, then lets the workers finish; a second signal kills them.
 
         Raises:
             Unavailable: no worker could start.
@@ -235,12 +235,15 @@ def _how(exitcode: int | None) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Yields a socket on which SIGTERM and SIGINT arrive, one byte each, so that one call can wait for them too."""
+    """Yields a socket on which SIGTERM, SIGINT and SIGHUP arrive, one byte each, so that one call can wait for them
+    too. A SIGHUP that is ignored, as under `nohup`, stays so."""
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.setblocking(False)
         writer.setblocking(False)
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:

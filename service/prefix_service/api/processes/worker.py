@@ -61,7 +61,9 @@ def work(
         as_json: whether to log JSON on a terminal too.
     """
     die_with(started_by)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process; the supervisor decides
+    # Ctrl+C and the end of a terminal reach every process; the supervisor decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     configure(settings.log_level, as_json=as_json)
     try:
         _serve(supervisor, settings, sockets)

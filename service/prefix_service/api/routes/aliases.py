@@ -51,9 +51,9 @@ async def put_alias(
     _check(name, alias)
     require_media_type(request.headers, "application/json")
     target = await read_model(request, AliasTarget)
-    await library.require_authority(by)
     expected = await _expected(request, library, tenant, name, alias)
     if target.preload:
+        await library.require_authority(by)  # before the work; the write proves it itself
         reference = Reference(name, str(target.version), explicit=True)
         await library.load(await library.resolve(tenant, reference))
     put = library.catalog.put_alias

@@ -7,18 +7,19 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
-from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
+from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.records import AuditEntry
+from prefix_service.catalog.audit import PLATFORM
+from prefix_service.catalog.records import WITHOUT_KEY, AuditEntry
 
 router = APIRouter(tags=["audit"])
 
 
 class AuditItem(BaseModel):
     """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what.
-    `key_name` is what that key is called, or was before it was revoked; null if there was none. The id is opaque:
-    neither order nor gaps of ids say what others do."""
+    `key_name` is what that key is called, or was before it was revoked; null if there was none. To a tenant `key_id` is
+    `platform` for each key of the platform. The id is opaque: neither order nor gaps of ids say what others do."""
 
     id: str
     at: Moment
@@ -42,13 +43,14 @@ class AuditPage(BaseModel):
 async def tenant_audit(
     request: Request,
     tenant: AdministeredTenant,
+    caller: Caller,
     _memory: HeldPage,
     state: StateOf,
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, state, tenant, limit, cursor)
+    return await _page(request, state, tenant, limit, cursor, hides_platform=caller.tenant is not None)
 
 
 @router.get("/v1/audit", response_model=AuditPage)
@@ -61,17 +63,21 @@ async def audit(
     cursor: Cursor = None,
 ) -> Response:
     """Every change, newest first."""
-    return await _page(request, state, None, limit, cursor)
+    return await _page(request, state, None, limit, cursor, hides_platform=False)
 
 
-async def _page(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
+async def _page(
+    request: Request, state: State, tenant: str | None, limit: int, cursor: str | None, *, hides_platform: bool
+) -> Response:
     ids, audit = state.audit_ids, state.library.audit
 
     def load(place: str, limit: int) -> list[AuditEntry]:
         return audit.listed(tenant, before=ids.number(place) if place else None, limit=limit)
 
     def item(entry: AuditEntry) -> AuditItem:
-        return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id)})
+        is_hidden = hides_platform and entry.actor == PLATFORM and entry.key_id not in WITHOUT_KEY
+        key_id = PLATFORM if is_hidden else entry.key_id
+        return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id), "key_id": key_id})
 
     listing = Listing(load, lambda entry: ids.text(entry.id), item)
     return await answer_page(request, tenant, listing, decode_cursor(cursor, ids.holds), limit)

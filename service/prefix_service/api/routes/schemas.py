@@ -290,7 +290,7 @@ class TenantQuotas(RequestModel):
 
 
 class TenantItem(BaseModel):
-    """A tenant, its quotas, and what it has: adapters, and bytes of all their versions."""
+    """A tenant, its quotas, and what it has: adapters, bytes of all their versions, and bytes that it deleted."""
 
     tenant: str
     created: Moment
@@ -299,11 +299,15 @@ class TenantItem(BaseModel):
     requests_per_second: int | None
     adapters: int
     bytes: int
+    uncollected: int = Field(
+        description="bytes that the tenant deleted and that are still on the disk; together with `bytes` they may be "
+        "twice `max_bytes`"
+    )
 
     @classmethod
     def of(cls, tenant: Tenant) -> "TenantItem":
         """From the catalog's row."""
-        used = {"adapters": tenant.adapters, "bytes": tenant.bytes}
+        used = {"adapters": tenant.adapters, "bytes": tenant.bytes, "uncollected": tenant.uncollected}
         return cls(tenant=tenant.name, created=tenant.created, **asdict(tenant.quotas), **used)
 
 

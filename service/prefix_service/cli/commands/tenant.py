@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 tenant_app = typer.Typer(help="Tenants and their quotas; for the platform's admin.")
 
-_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "requests/s"]
+_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "uncollected", "requests/s"]
 
 Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant.")]
 
@@ -116,14 +116,15 @@ def _change(entry: Mapping[str, Any]) -> list[object]:
     # A digest would break every line, and the version's number names the same.
     given = {name: "none" if value is None else value for name, value in entry["details"].items() if name != "digest"}
     details = " ".join(f"{name}={value}" for name, value in given.items())
-    who = " ".join(filter(None, (entry["actor"], entry["key_name"], entry["key_id"])))
+    who = " ".join(dict.fromkeys(filter(None, (entry["actor"], entry["key_name"], entry["key_id"]))))
     return [human_time(entry["at"]), who, f"{entry['action']} {entry['target']} {details}".rstrip()]
 
 
 def _shown(item: Mapping[str, Any]) -> list[object]:
     adapters = used_of(item["adapters"], item["max_adapters"])
     nbytes = used_of(item["bytes"], item["max_bytes"], human_bytes)
-    return [item["tenant"], human_time(item["created"]), adapters, nbytes, item["requests_per_second"] or "no limit"]
+    rate = item["requests_per_second"] or "no limit"
+    return [item["tenant"], human_time(item["created"]), adapters, nbytes, human_bytes(item["uncollected"]), rate]
 
 
 def _print(item: Mapping[str, Any], *, as_json: bool) -> None:

@@ -1,0 +1,148 @@
+"""`catalog.freed`: what a tenant deleted counts until it has been collected, so versions and deleted bytes take at
+most twice the quota of the disk together."""
+
+import pytest
+import sqlalchemy as sa
+
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.descriptions import Descriptions
+from prefix_service.catalog.garbage import SLICE, Garbage
+from prefix_service.catalog.records import NewVersion, Quotas, Version
+from prefix_service.catalog.schema import adapters, versions
+from prefix_service.catalog.schema import tenants as tenants_table
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import QuotaExceeded
+from prefix_service.prefix.description import Description
+from prefix_service.prefix.references import parse_reference
+from tests.catalog.conftest import BY, remove_deleted
+
+GRACE = 3600.0
+BLOBS = 30
+QUOTA = 2 * (BLOBS + 2)
+"""Room for two versions, with their manifests."""
+
+
+def version(n: int) -> NewVersion:
+    """30 bytes of blobs, and 2 of the manifest."""
+    return NewVersion(f"d{n}", "{}", None, f"w{n}", 10, "bfloat16", f"kv{n}", 20)
+
+
+def publish(catalog: Catalog, adapter: str, n: int, tenant: str = "acme") -> Version:
+    return catalog.add_version(tenant, adapter, version(n), BY, make_tenant=True)[0]
+
+
+def publish_and_delete(catalog: Catalog, first: int, *, whole: bool) -> int:
+    """Until it is refused, but a hundred times at most; returns how often it was not."""
+    for n in range(100):
+        try:
+            new = publish(catalog, f"a{n}" if whole else "a", first + n)
+        except QuotaExceeded:
+            return n
+        catalog.delete("acme", parse_reference(f"a{n}" if whole else f"a@{new.number}"), BY)
+    return 100
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["versions", "adapters"])
+@pytest.mark.parametrize("is_removed", [False, True], ids=["rows-there", "rows-removed"])
+def test_versions_and_what_was_deleted_take_twice_the_quota(
+    catalog: Catalog, tenants: Tenants, garbage: Garbage, database: Database, whole: bool, is_removed: bool
+) -> None:
+    """At most, however it is deleted, until all of it has been collected."""
+    tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
+    publish(catalog, "a", 0)
+    if not whole:
+        publish(catalog, "kept", 0)
+        catalog.delete("acme", parse_reference("kept"), BY)
+    remove_deleted(database)
+    assert 0 < publish_and_delete(catalog, 1, whole=whole) < 5
+    if is_removed:
+        remove_deleted(database)
+    found = tenants.get("acme")
+    assert QUOTA < found.bytes + found.uncollected <= 2 * QUOTA
+    assert [one.uncollected for one in tenants.listed("", 9)] == [found.uncollected]
+    remove_deleted(database)
+    garbage.forget(garbage.expired(GRACE))
+    with pytest.raises(QuotaExceeded, match=r"'acme' has 32 of 64 bytes, (90|60) bytes that it deleted are still on"):
+        publish(catalog, "late", 99)
+    garbage.forget(garbage.expired(-60))  # as if a minute had gone by, and the grace were over
+    assert tenants.get("acme").uncollected == 0
+    publish(catalog, "late", 99)
+
+
+def test_rooms_know_what_waits(catalog: Catalog, tenants: Tenants) -> None:
+    """Before an upload arrives, and before it is encoded."""
+    tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
+    publish_and_delete(catalog, 0, whole=True)
+    room = catalog.room("acme", "b")
+    assert (room.left, room.quota) == (QUOTA, QUOTA)
+    assert room.uncollected == tenants.get("acme").uncollected
+    with pytest.raises(QuotaExceeded, match="still on the disk, and this version takes 32"):
+        catalog.find("acme", "b", "d99", 32, BY)
+
+
+def test_the_same_content_and_descriptions_need_no_room(
+    catalog: Catalog, tenants: Tenants, descriptions: Descriptions
+) -> None:
+    """They bring no blobs."""
+    tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
+    kept = publish(catalog, "kept", 0)
+    publish_and_delete(catalog, 1, whole=True)
+    assert publish(catalog, "kept", 0) == kept
+    descriptions.change(kept, BY, "card", lambda _: Description("0123456789"))
+
+
+def test_without_a_quota_there_is_no_limit(catalog: Catalog, tenants: Tenants) -> None:
+    """What was deleted is counted nevertheless: a quota may come."""
+    assert publish_and_delete(catalog, 0, whole=False) == 100
+    assert tenants.get("acme").uncollected >= 99 * BLOBS
+
+
+def test_tenants_count_by_themselves(catalog: Catalog, tenants: Tenants, database: Database) -> None:
+    """Whoever deleted the same bytes; a tenant that is made again has deleted nothing."""
+    for tenant in ("acme", "beta"):
+        publish(catalog, "a", 0, tenant)
+        publish(catalog, "b", 0, tenant)
+    catalog.delete("acme", parse_reference("a"), BY)
+    assert [one.uncollected for one in tenants.listed("", 9)] == [BLOBS + 2, 0]
+    remove_deleted(database)
+    assert [one.uncollected for one in tenants.listed("", 9)] == [BLOBS, 0]
+    tenants.delete("acme", BY)
+    tenants.put("acme", BY)
+    remove_deleted(database)
+    assert [one.uncollected for one in tenants.listed("", 9)] == [0, 0]
+
+
+def test_an_adapter_counts_once_while_its_rows_are_removed(
+    catalog: Catalog, tenants: Tenants, database: Database
+) -> None:
+    """Slice by slice: what has been removed counts as deleted bytes, the rest as a deleted adapter."""
+    publish(catalog, "a", 0)
+    more = 2 * SLICE
+    with database.writing() as connection:
+        row = connection.execute(sa.select(versions)).one()._asdict()
+        row.pop("id")
+        rows = [row | {"number": 2 + n, "digest": f"d{1 + n}"} for n in range(more)]
+        connection.execute(sa.insert(versions), rows)
+        total = {"versions": more + 1, "bytes": (more + 1) * (BLOBS + 2)}
+        connection.execute(sa.update(adapters).values(total))
+        connection.execute(sa.update(tenants_table).values(bytes=total["bytes"]))
+    catalog.delete("acme", parse_reference("a"), BY)
+    seen = [tenants.get("acme").uncollected]
+    while Deletions(database).remove_slice():
+        seen.append(tenants.get("acme").uncollected)
+    assert (seen[0], seen[-1]) == ((more + 1) * (BLOBS + 2), (more + 1) * BLOBS)
+    assert len(seen) > 3
+    assert all(seen[-1] <= count <= seen[0] for count in seen)
+
+
+def test_bytes_of_a_version_that_did_not_come_into_being(catalog: Catalog, tenants: Tenants) -> None:
+    """Count, unless its content is known after all; without a tenant they are nobody's."""
+    publish(catalog, "a", 0)
+    catalog.abandon("acme", "a", "d0", BLOBS)
+    assert tenants.get("acme").uncollected == 0
+    catalog.abandon("acme", "a", "d1", BLOBS)
+    catalog.abandon("acme", "b", "d0", BLOBS)
+    catalog.abandon("ghost", "a", "d0", BLOBS)
+    assert tenants.get("acme").uncollected == 2 * BLOBS
