@@ -19,6 +19,7 @@ from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
@@ -32,6 +33,7 @@ from prefix_service.api.routes import (
     aliases,
     audit,
     descriptions,
+    front,
     keys,
     mixed,
     ops,
@@ -49,6 +51,7 @@ from prefix_service.catalog.changes import Listener, tell
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import AuditEntry
+from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
@@ -126,6 +129,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
     app.include_router(ops.router)
+    app.include_router(front.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
     for room in (adapters, aliases, residency, tenants, keys, audit, usage):
@@ -166,7 +170,8 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     keyring = Keyring(database, settings.secret_file)
     changes = library.changes
     known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
-    authenticator = Authenticator(None if settings.dev else known_keys)
+    browser_sessions = BrowserSessions(Sessions(database), known_keys)
+    authenticator = Authenticator(None if settings.dev else known_keys, browser_sessions)
     rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
     statistics = InferenceStatistics()
     usage = UsageStore(database)
@@ -180,6 +185,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         admission=admission,
         keyring=keyring,
         known_keys=known_keys,
+        browser_sessions=browser_sessions,
         audit_ids=OpaqueNumbers(keyring.derived("audit ids")),
         authenticator=authenticator,
         rates=rates,

@@ -10,6 +10,7 @@ from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
@@ -30,6 +31,7 @@ class State:
     admission: Admission
     keyring: Keyring
     known_keys: KnownKeys
+    browser_sessions: BrowserSessions
     audit_ids: OpaqueNumbers
     authenticator: Authenticator
     rates: RateLimits

@@ -13,7 +13,7 @@ from prefix_service.blobs.folder import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.retention import expire_audit, expire_usage
+from prefix_service.catalog.retention import expire_audit, expire_sessions, expire_usage
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -92,8 +92,8 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """What the collector's thread does: it removes what was deleted, frees blobs, and keeps the audit `audit_days`
-    and usage `usage_days`."""
+    """What the collector's thread does: it removes what was deleted, and sessions that ended; it frees blobs, and keeps
+    the audit `audit_days` and usage `usage_days`."""
 
     def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> None:
         self._database, self._grace = database, grace
@@ -117,6 +117,7 @@ class Housekeeping:
         in_slices(lambda: self._garbage.forget(self._grace), stop)
         in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
         in_slices(lambda: expire_usage(self._database, self._usage_days), stop)
+        in_slices(lambda: expire_sessions(self._database), stop)
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
@@ -17,31 +19,44 @@ from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
 """All that a key of scope `metrics` is for."""
-PUBLIC: Final = HEALTH | {"/openapi.json", *REFERENCE_FILES}
+PUBLIC: Final = HEALTH | {"/", "/openapi.json", "/ui/session", *REFERENCE_FILES, *PAGE_FILES}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)
 
 
 class Authenticator:
-    """From an `Authorization` header to a principal. Without keys (dev mode) everyone is a platform admin."""
+    """From a request's key, or its session, to a principal. Without keys (dev mode) everyone is a platform admin."""
 
-    def __init__(self, keys: KnownKeys | None) -> None:
-        self._keys = keys
+    def __init__(self, keys: KnownKeys | None, sessions: BrowserSessions) -> None:
+        self._keys, self._sessions = keys, sessions
 
     def remembered(self, header: bytes) -> Principal | None:
         """Returns who asks, if the key has been verified before and is still good."""
         return DEV if self._keys is None else self._keys.recall(header)
 
-    async def authenticate(self, header: bytes) -> Principal:
-        """Returns who asks, by the value of an `Authorization` header; empty for none.
+    async def authenticate(self, scope: Scope, *, notes_use: bool = True) -> Principal:
+        """Returns who asks: by the request's `Authorization` header, or without one by its session, whose use is noted
+        unless `notes_use` is False.
+
+        Raises:
+            Unauthenticated: no key and no session, or not a valid one.
+            Overloaded, StorageFailed: the key or session is not known here, and cannot be looked up now.
+        """
+        header = _header(scope, b"authorization")
+        if (known := self.remembered(header)) is not None:
+            return known
+        if not header and (principal := await self._sessions.find(scope, notes_use=notes_use)) is not None:
+            return principal
+        return await self.verify(header)
+
+    async def verify(self, header: bytes) -> Principal:
+        """Returns whose key an `Authorization` header holds.
 
         Raises:
             Unauthenticated: no key, or not a valid one.
-            Overloaded, StorageFailed: the key is not known here, and cannot be looked up now.
+            Overloaded, StorageFailed: as `authenticate`.
         """
-        if (known := self.remembered(header)) is not None:
-            return known
         scheme, _, key = header.decode("latin-1").partition(" ")
         if self._keys is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
@@ -59,9 +74,9 @@ class AuthenticationMiddleware:
         """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
         if scope["path"] not in PUBLIC:
             authenticator, header = self._authenticator(), _header(scope, b"authorization")
-            principal = authenticator.remembered(header) or await authenticator.authenticate(header)
+            principal = authenticator.remembered(header) or await authenticator.authenticate(scope)
             if principal is DEV:
-                _require_local(scope)
+                require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
             about.get()["key_id"] = principal.key_id
             # Here, before remembered answers and the routes that any key may ask.
@@ -78,7 +93,7 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
     return b""
 
 
-def _require_local(scope: Scope) -> None:
+def require_local(scope: Scope) -> None:
     """Refuse what a web page sends that a browser on this machine has opened: without keys it could read and change
     everything (DNS rebinding: the page's own name leads to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
 

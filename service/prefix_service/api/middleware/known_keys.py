@@ -75,6 +75,15 @@ class KnownKeys:
         _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
         return principal
 
+    def admit_stranger(self) -> None:
+        """Count a lookup of an id, of a key or a session, that this process has never heard of.
+
+        Raises:
+            Overloaded: too many have been looked up within a second.
+        """
+        if not self._strangers.hit(_STRANGERS, "unknown ids"):
+            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
+
     def hear(self, changes: Sequence[AuditEntry]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""
         for change in changes:
@@ -104,8 +113,8 @@ class KnownKeys:
         known = self._keys.get(key_id)
         if self._are_known() and (known is not None or key_id in self._missing):
             return known
-        if key_id not in self._keys and not self._strangers.hit(_STRANGERS, "unknown ids"):
-            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
+        if key_id not in self._keys:
+            self.admit_stranger()
         heard = self._heard
         try:
             async with asyncio.timeout(_PATIENCE):

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current
+from prefix_service.api.http.page_files import PAGE_FILES, PAGE_FOLDER
 from prefix_service.api.http.paths import REFERENCE_FILES
 from prefix_service.api.middleware.auth import PUBLIC
 
@@ -24,8 +25,8 @@ CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""What a browser may load for `/docs`: files of this service alone, no script or style inside the page. Swagger UI's
-style sheet has its pictures inside itself, as `data:` addresses."""
+"""What a browser may load for `/docs` and `/ui`: files of this service alone, no script or style inside a page. Swagger
+UI's style sheet has its pictures inside itself, as `data:` addresses."""
 
 _SWAGGER_UI: Final = Path(__file__).parents[1] / "swagger_ui"
 
@@ -58,15 +59,18 @@ class Page(Response):
 
 
 def pages(app: FastAPI) -> dict[str, Callable[[Request], Awaitable[Response]]]:
-    """Returns the endpoints of the public pages by their paths: the document, and Swagger UI, which shows it."""
+    """Returns the endpoints of the public pages by their paths: the document, Swagger UI, which shows it, and the files
+    of the page at `/ui`."""
     made: dict[str, Callable[[], Response]] = {"/openapi.json": lambda: JSONResponse(app.openapi())}
     for path, (file, media_type) in REFERENCE_FILES.items():
-        made[path] = partial(_read, file, media_type)
+        made[path] = partial(_read, _SWAGGER_UI / file, media_type)
+    for path, (file, media_type) in PAGE_FILES.items():
+        made[path] = partial(_read, PAGE_FOLDER / file, media_type)
     return {path: _made_once(make) for path, make in made.items()}
 
 
-def _read(file: str, media_type: str) -> Response:
-    return Response((_SWAGGER_UI / file).read_bytes(), media_type=media_type)
+def _read(file: Path, media_type: str) -> Response:
+    return Response(file.read_bytes(), media_type=media_type)
 
 
 def _made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
