@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     max_connections: Annotated[
         int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
     ] = 8192
+    max_watchers: Annotated[
+        int, Field(gt=0, description="streams of live numbers that a process has open; a tenant may have a quarter")
+    ] = 256
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600

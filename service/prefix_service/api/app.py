@@ -15,7 +15,9 @@ from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.http.watchers import Watchers
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
@@ -35,6 +37,7 @@ from prefix_service.api.routes import (
     descriptions,
     front,
     keys,
+    live,
     mixed,
     ops,
     prefixes,
@@ -80,7 +83,7 @@ class _App(FastAPI):
         behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
         behind = InFlightMiddleware(behind, lambda: state.admission)
         behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.live)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -105,10 +108,10 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
-                state = _compose(settings, database, metrics, shared_files)
+                state = _compose(settings, database, metrics, shared_files, app.state.ending)
                 app.open(state)
                 with state.library.changes.followed(), state.known_keys.running():
-                    async with metrics.sampled(), state.usage_counts.running():
+                    async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
                         yield
         finally:
             database.close()
@@ -124,12 +127,14 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
         dependencies=[Depends(require_known_parameters)],
     )
+    app.state.ending = asyncio.Event()  # set when the service is asked to end: streams end then
     problems.install(app)
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
     app.include_router(ops.router)
     app.include_router(front.router)
+    app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
     for room in (adapters, aliases, residency, tenants, keys, audit, usage):
@@ -154,7 +159,13 @@ def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[Share
     return contextlib.closing(SharedFiles(settings.shared_dir))
 
 
-def _compose(settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None) -> State:
+def _compose(
+    settings: Settings,
+    database: Database,
+    metrics: Metrics,
+    shared_files: SharedFiles | None,
+    ending: asyncio.Event,
+) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
@@ -165,6 +176,8 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         processors=os.cpu_count() or 1,
     )
     metrics.watch(registry.tiers, admission.report)
+    numbers = Live(metrics.place)
+    numbers.watch(registry.tiers, admission.requests)
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
@@ -190,6 +203,9 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         authenticator=authenticator,
         rates=rates,
         metrics=metrics,
+        live=numbers,
+        watchers=Watchers(settings.max_watchers),
+        ending=ending,
         answers=Answers(library),
         inference_statistics=statistics,
         usage_counts=usage_counts,

@@ -1,12 +1,15 @@
 """What the composition root hands to the routes."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from prefix_service.api.http.opaque import OpaqueNumbers
+from prefix_service.api.http.watchers import Watchers
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
@@ -36,6 +39,9 @@ class State:
     authenticator: Authenticator
     rates: RateLimits
     metrics: Metrics
+    live: Live
+    watchers: Watchers
+    ending: asyncio.Event
     answers: Answers
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts

@@ -63,6 +63,14 @@ def test_signing_in_and_out(server: Server, page: dict[str, str], signed_in: htt
     assert "has ended" in problem(httpx.get(f"{server.url}/v1/whoami", headers=kept), 401, "unauthenticated")["detail"]
 
 
+def test_who_is_signed_in(page: dict[str, str], signed_in: httpx.Client) -> None:
+    """The page asks this first; without a session it is null, and no error."""
+    assert signed_in.get("/ui/session", headers=page).json()["tenant"] == TENANT
+    assert signed_in.get("/ui/session").json() is None
+    assert signed_in.delete("/ui/session", headers=page).status_code == 204
+    assert signed_in.get("/ui/session", headers=page).json() is None
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_cookie(server: Server, anyone: httpx.Client, scheme: str) -> None:
     """No script reads it, no other site sends it, and behind TLS it never travels without."""
@@ -180,5 +188,6 @@ def test_dev_mode_needs_no_session(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["id"]) == (201, "dev")
         assert "set-cookie" not in answer.headers
         assert client.get("/v1/whoami").json()["scope"] == "admin"
+        assert client.get("/ui/session").json()["id"] == "dev"
         host = {**page, "Host": "evil.example", "Origin": "http://evil.example"}
         problem(client.post("/ui/session", content=json.dumps({"key": ""}), headers=host), 415)

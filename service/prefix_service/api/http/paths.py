@@ -1,5 +1,6 @@
 """The parameters of paths, for the OpenAPI document. Routes check their values themselves, with our error codes."""
 
+import re
 from typing import Annotated, Final
 
 from fastapi import Path
@@ -14,6 +15,9 @@ from prefix_service.prefix.references import (
 
 HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """The paths of the health routes, which need no key and are always answered."""
+
+LIVE: Final = re.compile(r"/v1/(?:tenants/[^/]+/)?live")
+"""The paths whose answers can be streams."""
 
 REFERENCE_FILES: Final = {
     "/docs": ("page.html", "text/html; charset=utf-8"),

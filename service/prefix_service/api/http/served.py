@@ -48,3 +48,8 @@ def note_load(scope: Scope, version: Version) -> None:
 def is_loaded(scope: Scope, part: Served) -> bool:
     """Returns whether a version was loaded for this request."""
     return (part.tenant, part.adapter, part.version) in scope.get(_LOADED, ())
+
+
+def is_any_loaded(scope: Scope) -> bool:
+    """Returns whether any version was loaded for this request."""
+    return _LOADED in scope

@@ -8,8 +8,11 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefix_service.api.http.event_stream import STREAM
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
+from prefix_service.api.http.served import is_any_loaded
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
@@ -29,9 +32,9 @@ class RequestMiddleware:
     Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, live: Live) -> None:
         self._app = app
-        self._metrics, self._usage = metrics, usage
+        self._metrics, self._usage, self._live = metrics, usage, live
         self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,6 +63,8 @@ class RequestMiddleware:
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
         self._usage.count(scope, outcome.status, sent)
+        if route not in _QUIET and STREAM not in scope:
+            self._count_live(scope, outcome.status, seconds, sent)
         level = _level(route, outcome.status)
         if not self._log.tells(level):
             return
@@ -74,6 +79,10 @@ class RequestMiddleware:
             "code": scope.get("problem"),
         }
         self._log.line(level, fields)
+
+    def _count_live(self, scope: Scope, status: int, seconds: float, sent: int) -> None:
+        code = scope.get("problem") or ("aborted" if not status else None)
+        self._live.count(scope.get("tenant"), code, seconds, sent, is_cold=is_any_loaded(scope))
 
 
 class _Outcome:

@@ -1,5 +1,6 @@
 """The front door: what this service is, and how a person signs in to its page."""
 
+import contextlib
 from importlib.metadata import version
 from typing import Final
 
@@ -17,7 +18,7 @@ from prefix_service.api.routes.keys import identity
 from prefix_service.api.routes.schemas import Identity
 from prefix_service.api.state import StateOf
 from prefix_service.catalog.records import DEV
-from prefix_service.errors import Forbidden
+from prefix_service.errors import Forbidden, Unauthenticated
 from prefix_service.library.request_model import RequestModel
 
 router = APIRouter(tags=["page"])
@@ -72,6 +73,19 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
     session_id = await state.browser_sessions.begin(caller)
     response.headers["Set-Cookie"] = session_cookie(session_id, request.scope)
     return await identity(state, caller)
+
+
+@router.get("/ui/session", openapi_extra=_OF_PAGE)
+async def who_is_signed_in(request: Request, response: Response, state: StateOf) -> Identity | None:
+    """The key that the page is signed in with; null without a session. In dev mode everybody on this machine is."""
+    response.headers["Cache-Control"] = "no-store"
+    if state.settings.dev:
+        require_local(request.scope)
+        return await identity(state, DEV)
+    with contextlib.suppress(Unauthenticated):
+        if (caller := await state.browser_sessions.find(request.scope)) is not None:
+            return await identity(state, caller)
+    return None
 
 
 @router.delete("/ui/session", status_code=204, openapi_extra=_OF_PAGE)

@@ -64,7 +64,8 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish the requests under way, then close the app."""
+        """End the streams, finish the requests under way, then close the app."""
+        self._app.state.ending.set()
         async with self._opened:
             await self._acceptor.close()
             await super().shutdown(sockets)
