@@ -1,6 +1,5 @@
 """The front door: `/`, and sessions of the page: a cookie counts in calls of the page itself alone."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,4 +189,4 @@ def test_dev_mode_needs_no_session(tmp_path: Path) -> None:
         assert client.get("/v1/whoami").json()["scope"] == "admin"
         assert client.get("/ui/session").json()["id"] == "dev"
         host = {**page, "Host": "evil.example", "Origin": "http://evil.example"}
-        problem(client.post("/ui/session", content=json.dumps({"key": ""}), headers=host), 415)
+        problem(client.post("/ui/session", json={"key": ""}, headers=host), 403, "forbidden")

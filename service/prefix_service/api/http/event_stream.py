@@ -1,8 +1,8 @@
 """Server-sent events: a stream that ends with its reader, its key or its service."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final
 
 from starlette.responses import Response
@@ -30,10 +30,10 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[tuple[str, bytes] | None],
+        events: AsyncGenerator[tuple[str, bytes] | None, None],
         ending: asyncio.Event,
         require_authority: Callable[[], Awaitable[object]],
-        place: AbstractContextManager[None],
+        place: contextlib.AbstractContextManager[None],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -50,15 +50,16 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         clock = asyncio.get_running_loop().time
         last = clock()
-        async for event in self._events:
-            if event is not None:
-                await _body(send, b"id: %b\ndata: %b\n\n" % (event[0].encode(), event[1]))
-                last = clock()
-            elif clock() - last >= _PING:
-                await _body(send, b":\n\n")
-                last = clock()
-            if await self._has_ended():
-                break
+        async with contextlib.aclosing(self._events) as events:
+            async for event in events:
+                if event is not None:
+                    await _body(send, b"id: %b\ndata: %b\n\n" % (event[0].encode(), event[1]))
+                    last = clock()
+                elif clock() - last >= _PING:
+                    await _body(send, b":\n\n")
+                    last = clock()
+                if await self._has_ended():
+                    break
         await send({"type": "http.response.body", "body": b""})
 
     async def _has_ended(self) -> bool:

@@ -72,9 +72,10 @@ class Live:
                 await sampling
 
     async def _keep_sampling(self) -> None:
+        slot = int(time.time() / self.seconds)
         while True:
-            slot = int(time.time() / self.seconds)
-            await asyncio.sleep((slot + 1) * self.seconds - time.time())
+            left = (slot + 1) * self.seconds - time.time()
+            await asyncio.sleep(min(max(left, 0.0), self.seconds))
             sample = self._sample(slot)
             self._own.append(sample)
             if self._place is not None:
@@ -82,6 +83,8 @@ class Live:
                     await in_thread(lambda place=self._place, sample=sample: _write(place, sample))
                 except OSError as error:
                     log.warning("live numbers cannot be shared with other workers now: %s", error)
+            # Never a slot twice: a timer may ring early, and a clock may be put back.
+            slot = max(slot + 1, int(time.time() / self.seconds))
 
     def _sample(self, slot: int) -> Sample:
         tenants, self._now = self._now, {}

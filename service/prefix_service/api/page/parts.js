@@ -29,7 +29,7 @@ export function Toast() {
 }
 
 // What others wrote: never markup, whatever it holds.
-export const Text = ({ children }) => html`<bdi>${visible(children ?? "")}</bdi>`;
+export const Text = ({ children }) => html`<bdi>${visible([children].flat().join(""))}</bdi>`;
 
 export const Moment = ({ at }) => html`<time dateTime=${at || ""} title=${moment(at)}>${ago(at)}</time>`;
 

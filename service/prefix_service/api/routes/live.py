@@ -1,6 +1,6 @@
 """Live numbers of the last hour: as one document, or as a stream that goes on."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import UTC
 from functools import partial
 from typing import Annotated, Any
@@ -91,7 +91,7 @@ async def _answer(request: Request, state: State, tenant: str | None, since: flo
     return Response(await _document(state, tenant, since), media_type="application/json")
 
 
-async def _events(state: State, tenant: str | None, since: float) -> AsyncIterator[tuple[str, bytes] | None]:
+async def _events(state: State, tenant: str | None, since: float) -> AsyncGenerator[tuple[str, bytes] | None, None]:
     seen = -1
     while True:
         last = state.live.last_slot()

@@ -10,7 +10,7 @@ const MOST = 1000;
 const TIERS = { device: "On the device", host: "Renderings in host memory" };
 const REASONS = {
   loading: "it is being loaded", reading: "it is being read", pinned: "it is pinned",
-  share: "within its tenant's guaranteed share", kept: "kept while there is room",
+  share: "it is within its tenant's guaranteed share", kept: "there is room",
 };
 
 export default function Residency() {
@@ -64,8 +64,8 @@ function One({ one, onDone }) {
   return html`<div class="card" role="region" aria-label="The chosen version"><div class="bar"><h2><a href="#/adapters/${one.tenant}/${one.adapter}@${one.version}"><${Text}>${nameOf(one)}</${Text}></a></h2>
     ${may("write") && html`<div class="row">${one.pinned ? html`<${Act} run=${act("PUT", { pinned: false })}>Unpin</${Act}>` : html`<${Act} run=${act("PUT", { pinned: true })}>Pin</${Act}>`}
       <${Act} run=${act("DELETE")}>Unload</${Act}></div>`}</div>
-    <p>${bytes(one.device_bytes)} on the device, ${number(one.renderings)} renderings of ${bytes(one.host_bytes)}; ${number(one.uses)} lookups,
-      ${number(one.readers)} readers now; it stays because ${REASONS[one.reason] || one.reason}.</p></div>`;
+    <p>${bytes(one.device_bytes)} on the device, ${bytes(one.host_bytes)} of renderings in host memory. Lookups: ${number(one.uses)}, readers now: ${number(one.readers)}.
+      It stays because ${REASONS[one.reason] || one.reason}.</p></div>`;
 }
 
 function Map_({ resident, chosen, onChoose }) {
