@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
 
 from tests.api.page.conftest import HOSTILE, Seen
@@ -56,7 +57,7 @@ def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> Non
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 400)])
 def test_every_view(admin_page: Seen, scheme: str, width: int) -> None:
-    """Each has its heading, shows no failure, and fits into the window."""
+    """Each has its heading, shows no failure, fits into the window, and axe finds nothing serious in it."""
     page = admin_page.page
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 900})
@@ -65,6 +66,8 @@ def test_every_view(admin_page: Seen, scheme: str, width: int) -> None:
         page.wait_for_load_state("networkidle") if view != "now" else page.get_by_text("requests a second").wait_for()
         expect(page.get_by_role("alert")).to_have_count(0)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        found = Axe().run(page).response["violations"]
+        assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == [], view
 
 
 def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
@@ -191,6 +194,18 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     told.get_by_role("button", name="Roll back").click()
     expect(page.get_by_text("prod points at 1 again")).to_be_visible()
     assert service.client().get(alias).json()["version"] == 1
+
+
+def test_two_versions_are_compared(admin_page: Seen) -> None:
+    """Only what differs between the configs is shown; the life of a version has its publication and its reads."""
+    page = admin_page.page
+    admin_page.open("adapters/acme/summarize@1", "acme/summarize")
+    page.get_by_label("Compare with version").select_option("2")
+    rows = page.get_by_role("row").filter(has=page.get_by_role("cell", name="note", exact=True))
+    expect(rows).to_contain_text("10")
+    expect(page.get_by_role("row").filter(has_text="peft_type")).to_have_count(0)
+    life = page.get_by_role("list").filter(has_text="published")
+    expect(life).to_contain_text("prod was pointed at it")
 
 
 def test_an_alias_that_somebody_else_moved(service: Server, admin_page: Seen) -> None:

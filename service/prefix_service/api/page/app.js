@@ -39,8 +39,8 @@ function Frame() {
   const chosen = VIEWS[name] && VIEWS[name][3]() ? name : null;
   const who = me.value.tenant === null ? (me.value.id === "dev" ? "dev mode" : "the platform") : me.value.tenant;
   return html`
-    <a class="skip" href="#/${name}" onClick=${skip}>Skip to the content</a>
     <header class="top">
+      <a class="skip" href="#/${name}" onClick=${skip}>Skip to the content</a>
       <a class="brand" href="#/now">prefix-service</a>
       <nav aria-label="Views">${Object.entries(VIEWS).filter(([, view]) => view[3]()).map(([key, [label]]) =>
         html`<a key=${key} href="#/${key}" aria-current=${key === chosen ? "page" : undefined}>${label}</a>`)}</nav>

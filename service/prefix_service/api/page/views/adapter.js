@@ -4,8 +4,9 @@ import { useState } from "../vendor/hooks.js";
 import { call, get, items, may, query, tenantPath } from "../api.js";
 import { bytes, moment, number, shortDigest, visible } from "../format.js";
 import { Act, Confirm, Copy, Failure, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
-import { MoveAlias } from "./alias.js";
+import { Differences, differences, MoveAlias } from "./alias.js";
 import { snippets } from "./snippets.js";
+import { Timeline } from "./timeline.js";
 
 export default function Adapter({ names: [tenant, reference] }) {
   const name = reference.split("@")[0];
@@ -52,16 +53,29 @@ export default function Adapter({ names: [tenant, reference] }) {
       <section class="card"><h2>Use it</h2><${Tabs} label="How to use it" tabs=${snippets(version).map(([label, text]) => [label, () => html`<pre>${text}</pre><${Copy} text=${text} />`])} /></section>
     </div>
     <${Description} path=${path} />
-    ${may("admin") && html`<${Used} tenant=${tenant} name=${name} />`}
+    ${may("admin") && html`<div class="two"><${Used} tenant=${tenant} name=${name} /><${Timeline} tenant=${tenant} name=${name} version=${version.version} /></div>`}
     <section class="card"><h2>Versions</h2><div class="wide"><table><thead><tr><th>Version</th><th>Aliases</th><th>Published</th>
       <th class="number">Weights</th><th class="wideonly">Digest</th></tr></thead><tbody>
       ${(versions || []).map((one) => html`<tr><td><a href="#/adapters/${tenant}/${name}@${one.version}">${one.version}</a></td>
         <td>${one.aliases.join(", ") || "–"}</td><td><${Moment} at=${one.created} /></td><td class="number">${bytes(one.size.weights)}</td>
         <td class="mono wideonly">${shortDigest(one.digest)}</td></tr>`)}</tbody></table></div>
       ${versions?.more && html`<p class="soft">The newest 200 are shown.</p>`}</section>
-    <section class="card"><h2>Config</h2><pre tabindex="0" aria-label="The adapter's config">${visible(JSON.stringify(version.config, null, 2))}</pre></section>
+    <${Config} version=${version} versions=${versions || [version]} />
     ${moving !== null && html`<${MoveAlias} tenant=${tenant} name=${name} alias=${moving} to=${version} versions=${versions || [version]}
       onClose=${() => setMoving(null)} onMoved=${changed} />`}`;
+}
+
+function Config({ version, versions }) {
+  const [other, setOther] = useState("");
+  const path = tenantPath(version.tenant, "adapters", `${version.adapter}@${other}`);
+  const [before, error] = useLoaded(() => (other ? get(path) : Promise.resolve(null)), [other]);
+  const found = before ? differences(before.config, version.config) : null;
+  return html`<section class="card"><div class="bar"><h2>Config</h2>
+      <label class="row">Compare with version<select value=${other} onChange=${(event) => setOther(event.target.value)}><option value="">none</option>
+        ${versions.filter((one) => one.version !== version.version).map((one) => html`<option value=${String(one.version)}>${one.version}</option>`)}</select></label></div>
+    <${Failure} error=${error} />
+    ${found ? html`<${Differences} found=${found} before=${before.version} after=${version.version} />`
+      : html`<pre tabindex="0" aria-label="The adapter's config">${visible(JSON.stringify(version.config, null, 2))}</pre>`}</section>`;
 }
 
 function ResidencyButtons({ path, state, onDone }) {

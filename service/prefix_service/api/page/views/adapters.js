@@ -124,10 +124,10 @@ function List({ tenant, parameters }) {
 function Row({ item, index }) {
   const aliases = Object.entries(item.aliases).map(([name, version]) => `${name} → ${version}`).join(", ");
   const model = item.latest.base_model_name_or_path;
-  return html`<a role="row" aria-rowindex=${index + 2} href="#/adapters/${item.tenant}/${item.adapter}">
-    <span role="cell" class="name">${item.adapter}</span><span role="cell">${item.latest.version}</span>
+  return html`<div class="line" role="row" aria-rowindex=${index + 2}>
+    <span role="cell" class="name"><a href="#/adapters/${item.tenant}/${item.adapter}">${item.adapter}</a></span><span role="cell">${item.latest.version}</span>
     <span role="cell" class="wideonly" title=${aliases}>${aliases || "–"}</span>
     <span role="cell" class="wideonly" title=${visible((model || "").slice(0, 400))}><bdi>${shortened(model || "–")}</bdi></span>
     <span role="cell">${bytes(item.bytes)}</span>
-    <span role="cell" class="wideonly"><${Moment} at=${item.latest.created} /></span></a>`;
+    <span role="cell" class="wideonly"><${Moment} at=${item.latest.created} /></span></div>`;
 }

@@ -50,11 +50,14 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
 }
 
 function Changes({ before, after }) {
-  const found = differences(before.config, after.config);
   if (before.version === after.version) return html`<p class="soft">It points there already.</p>`;
-  return html`<div><b>What changes</b>${found.length === 0 ? html`<p class="soft">The weights alone: the configs are equal.</p>`
-    : html`<div class="wide"><table><thead><tr><th>In the config</th><th>${before.version}</th><th>${after.version}</th></tr></thead>
-      <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${key}</${Text}></code></td><td><bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`}</div>`;
+  return html`<div><b>What changes</b><${Differences} found=${differences(before.config, after.config)} before=${before.version} after=${after.version} /></div>`;
+}
+
+export function Differences({ found, before, after }) {
+  if (found.length === 0) return html`<p class="soft">The weights alone: the configs are equal.</p>`;
+  return html`<div class="wide"><table><thead><tr><th>In the config</th><th>Version ${before}</th><th>Version ${after}</th></tr></thead>
+    <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${shortened(key)}</${Text}></code></td><td><bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;
 }
 
 // How many keys have read the old version in the last hour and not yet the new one, in words; only an admin sees it.
