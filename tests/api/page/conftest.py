@@ -25,8 +25,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running_server(tmp_path_factory.mktemp("page") / "data") as running:
         admin = running.client()
         for seed in range(3):
-            publish(admin, "summarize", {**CONFIG, "note": seed}, seed, "# Summaries", {"author": "Ada"})
-        hostile = {**CONFIG, "base_model_name_or_path": HOSTILE, "note": HOSTILE, "long": "y" * 50_000}
+            publish(admin, "summarize", {**CONFIG, "revision": f"r{seed}"}, seed, "# Summaries", {"author": "Ada"})
+        hostile = {**CONFIG, "base_model_name_or_path": HOSTILE, "revision": HOSTILE + "y" * 20_000}
         card = f"# {HOSTILE}\n" + "z" * 200_000
         publish(admin, "hostile", hostile, 9, card, {"note": HOSTILE, "long": LONG})
         admin.put("/v1/tenants/acme/adapters/summarize/aliases/prod", json={"version": 1})

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -24,21 +24,32 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def _numbers(client: httpx.Client, path: str, requests: int) -> dict[str, Any]:
-    """The document, once it has so many requests."""
+def _until(client: httpx.Client, path: str, holds: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """The document, once something holds of it."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         found: dict[str, Any] = client.get(path).json()
-        if sum(found["requests"]) >= requests:
+        if holds(found):
             return found
         time.sleep(0.2)
     raise AssertionError(found)
+
+
+def _missing(found: dict[str, Any]) -> int:
+    return sum(found["problems"].get("not-found", []))
 
 
 def _events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in answer.iter_lines():
         if line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
+
+
+def _ends(events: Iterator[dict[str, Any]]) -> None:
+    """Assert that a stream ends; it would go on for ever."""
+    until = time.monotonic() + 60
+    for _ in events:
+        assert time.monotonic() < until
 
 
 def _new_key(server: Server, tenant: str | None) -> dict[str, Any]:
@@ -56,13 +67,12 @@ def test_numbers_of_all_workers(server: Server) -> None:
         assert answer.status_code == 200
         missing = server.client().get("/v1/tenants/beta/adapters/none/prefix")
         problem(missing, 404)
-    acme = _numbers(server.client(), "/v1/tenants/acme/live", 20)
-    beta = _numbers(server.client(), "/v1/tenants/beta/live", 20)
-    assert sum(acme["bytes"]) >= 20 * len(answer.content)
+    least = 20 * len(answer.content)
+    acme = _until(server.client(), "/v1/tenants/acme/live", lambda found: sum(found["bytes"]) >= least)
     assert acme["problems"] == {}
-    assert sum(beta["problems"]["not-found"]) == 20
     assert any(acme["p99"])
-    whole = _numbers(server.client(), "/v1/live", 40)
+    _until(server.client(), "/v1/tenants/beta/live", lambda found: _missing(found) == 20)
+    whole = _until(server.client(), "/v1/live", lambda found: _missing(found) == 20)
     assert {tier["name"] for tier in whole["tiers"]} == {"device", "host"}
     assert {one["tenant"] for one in whole["tenants"]} >= {"acme", "beta"}
     problem(server.client().get("/v1/tenants/none/live"), 404, "not-found")
@@ -74,14 +84,15 @@ def test_a_tenant_that_was_made_again_sees_nothing_of_before(server: Server) -> 
     admin.put("/v1/tenants/again")
     for _ in range(5):
         problem(admin.get("/v1/tenants/again/adapters/none"), 404)
-    _numbers(admin, "/v1/tenants/again/live", 5)
+    _until(admin, "/v1/tenants/again/live", lambda found: _missing(found) == 5)
     assert admin.delete("/v1/tenants/again").status_code == 204
     assert admin.put("/v1/tenants/again").status_code == 201
-    assert sum(admin.get("/v1/tenants/again/live").json()["problems"].get("not-found", [])) == 0
+    assert _missing(admin.get("/v1/tenants/again/live").json()) == 0
 
 
 def test_a_stream_goes_on(server: Server) -> None:
     """The first event has what was, the next one what came since; all requests are in them once."""
+    _until(server.client(), "/v1/tenants/acme/live", lambda found: found["at"])
     with server.client().stream("GET", "/v1/tenants/acme/live", headers=STREAM, timeout=60) as answer:
         assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
         assert answer.headers["cache-control"] == "no-store"
@@ -89,7 +100,6 @@ def test_a_stream_goes_on(server: Server) -> None:
         first = next(events)
         second = next(events)
         assert second["at"][0] == first["at"][-1] + first["seconds"]
-        assert len(second["at"]) == 1
 
 
 def test_too_many_streams(server: Server) -> None:
@@ -121,8 +131,7 @@ def test_a_stream_ends_with_its_key(server: Server, tenant: str | None) -> None:
         events = _events(answer)
         next(events)
         assert server.client().delete(f"{owner}/{made['id']}").status_code == 204
-        for _ in events:
-            pass
+        _ends(events)
 
 
 def test_a_stream_ends_with_its_session(server: Server) -> None:
@@ -134,8 +143,7 @@ def test_a_stream_ends_with_its_session(server: Server) -> None:
             events = _events(answer)
             next(events)
             assert client.delete("/ui/session", headers=page).status_code == 204
-            for _ in events:
-                pass
+            _ends(events)
 
 
 def test_a_stream_ends_with_the_service(server: Server) -> None:
@@ -146,5 +154,4 @@ def test_a_stream_ends_with_the_service(server: Server) -> None:
         next(events)
         server.process.terminate()
         assert server.process.wait(25) == 0  # requests have 30 seconds
-        for _ in events:
-            pass
+        _ends(events)
