@@ -74,7 +74,7 @@ class Seen:
 
     def sign_in(self, key: str) -> None:
         self.page.goto(f"{self.url}/ui")
-        self.page.get_by_label("Key").fill(key)
+        self.page.get_by_label("Key", exact=True).fill(key)
         self.page.get_by_role("button", name="Sign in").click()
         self.page.get_by_role("navigation").wait_for()
 

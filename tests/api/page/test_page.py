@@ -29,11 +29,11 @@ def test_signing_in_and_out(service: Server, seen: Seen) -> None:
     page = seen.page
     page.goto(f"{service.url}/")
     assert page.url == f"{service.url}/ui"
-    page.get_by_label("Key").fill("pfx_wrong")
+    page.get_by_label("Key", exact=True).fill("pfx_wrong")
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("malformed")
     seen.expect_refusal(401)
-    page.get_by_label("Key").fill(service.admin_key)
+    page.get_by_label("Key", exact=True).fill(service.admin_key)
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Now")
     kept = page.evaluate("[...Object.values(localStorage), ...Object.values(sessionStorage), document.cookie].join()")
@@ -41,9 +41,9 @@ def test_signing_in_and_out(service: Server, seen: Seen) -> None:
     page.reload()
     expect(page.get_by_role("heading", level=1)).to_have_text("Now")
     page.get_by_role("button", name="Sign out").click()
-    expect(page.get_by_label("Key")).to_be_visible()
+    expect(page.get_by_label("Key", exact=True)).to_be_visible()
     page.reload()
-    expect(page.get_by_label("Key")).to_be_visible()
+    expect(page.get_by_label("Key", exact=True)).to_be_visible()
 
 
 def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> None:
@@ -51,7 +51,7 @@ def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> Non
     made = service.client().post("/v1/keys", json={"scope": "read"}).json()
     seen.sign_in(made["key"])
     assert service.client().delete(f"/v1/keys/{made['id']}").status_code == 204
-    expect(seen.page.get_by_label("Key")).to_be_visible(timeout=60_000)
+    expect(seen.page.get_by_label("Key", exact=True)).to_be_visible(timeout=60_000)
     seen.expect_refusal(401)
 
 
@@ -63,7 +63,9 @@ def test_every_view(admin_page: Seen, scheme: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     for view, title in VIEWS.items():
         admin_page.open(view, title)
-        page.wait_for_load_state("networkidle") if view != "now" else page.get_by_text("requests a second").wait_for()
+        page.wait_for_load_state("networkidle") if view != "now" else page.get_by_text(
+            "requests a second", exact=True
+        ).wait_for()
         expect(page.get_by_role("alert")).to_have_count(0)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, view
         found = Axe().run(page).response["violations"]
@@ -75,7 +77,7 @@ def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
     made = service.client().post("/v1/tenants/acme/keys", json={"scope": "read"}).json()
     seen.sign_in(made["key"])
     expect(seen.page.get_by_role("navigation").get_by_role("link")).to_have_text(["Now", "Adapters", "Console"])
-    seen.page.get_by_text("requests a second").wait_for()
+    seen.page.get_by_text("requests a second", exact=True).wait_for()
     seen.open("adapters", "Adapters of acme")
     expect(seen.page.get_by_text("Drop an adapter's folder")).to_have_count(0)
     seen.open("adapters/acme/summarize", "acme/summarize")
@@ -85,7 +87,7 @@ def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
 def test_now_is_live(service: Server, admin_page: Seen) -> None:
     """What is asked for after the view was opened comes in by itself, and refusals are explained."""
     page = admin_page.page
-    page.get_by_text("requests a second").wait_for()
+    page.get_by_text("requests a second", exact=True).wait_for()
     assert service.client().get("/v1/tenants/acme/adapters/now-missing").status_code == 404
     row = page.get_by_role("row").filter(has_text="not-found")
     expect(row).to_contain_text("belongs to another tenant", timeout=60_000)

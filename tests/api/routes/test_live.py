@@ -60,6 +60,8 @@ def _new_key(server: Server, tenant: str | None) -> dict[str, Any]:
 
 def test_numbers_of_all_workers(server: Server) -> None:
     """Requests that different workers answered are in one document; a tenant's has its own alone."""
+    for tenant in ("acme", "beta"):  # its numbers begin with the first slot that begins after it came into being
+        _until(server.client(), f"/v1/tenants/{tenant}/live", lambda found: found["at"])
     for _ in range(20):
         answer = httpx.get(
             f"{server.url}/v1/tenants/acme/adapters/a/prefix", headers={"Authorization": f"Bearer {server.admin_key}"}
@@ -82,6 +84,7 @@ def test_a_tenant_that_was_made_again_sees_nothing_of_before(server: Server) -> 
     """Names are given again, numbers are not."""
     admin = server.client()
     admin.put("/v1/tenants/again")
+    _until(admin, "/v1/tenants/again/live", lambda found: found["at"])
     for _ in range(5):
         problem(admin.get("/v1/tenants/again/adapters/none"), 404)
     _until(admin, "/v1/tenants/again/live", lambda found: _missing(found) == 5)

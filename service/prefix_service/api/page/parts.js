@@ -4,6 +4,8 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import { signal } from "./vendor/signals.js";
 import { ago, bytes, moment, number, visible } from "./format.js";
 
+const MOST_SHOWN = 10000; // characters of a long text
+
 export const toast = signal(null); // {text, action: {label, run}, kind}
 
 export function say(text, action = null, kind = "good") {
@@ -137,4 +139,12 @@ export function Tabs({ label, tabs }) {
       ${tabs.map(([name], index) => html`<button type="button" role="tab" aria-selected=${index === chosen}
         tabindex=${index === chosen ? 0 : -1} onClick=${() => setChosen(index)}>${name}</button>`)}
     </div><div role="tabpanel">${tabs[chosen][1]()}</div></div>`;
+}
+
+// A long text of others: its beginning, and the rest when it is asked for, which a browser takes seconds to lay out.
+export function Long({ text, label }) {
+  const [whole, setWhole] = useState(false);
+  const cut = !whole && text.length > MOST_SHOWN;
+  return html`<pre dir="auto" tabindex="0" role="region" aria-label=${label}>${visible(cut ? text.slice(0, MOST_SHOWN) : text)}</pre>
+    ${cut && html`<p><button type="button" onClick=${() => setWhole(true)}>Show all ${number(text.length)} characters</button></p>`}`;
 }

@@ -2,8 +2,8 @@
 import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
 import { call, get, items, may, query, tenantPath } from "../api.js";
-import { bytes, moment, number, shortDigest, visible } from "../format.js";
-import { Act, Confirm, Copy, Failure, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
+import { bytes, moment, number, shortDigest } from "../format.js";
+import { Act, Confirm, Copy, Failure, Long, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
 import { Differences, differences, MoveAlias } from "./alias.js";
 import { snippets } from "./snippets.js";
 import { Timeline } from "./timeline.js";
@@ -75,7 +75,7 @@ function Config({ version, versions }) {
         ${versions.filter((one) => one.version !== version.version).map((one) => html`<option value=${String(one.version)}>${one.version}</option>`)}</select></label></div>
     <${Failure} error=${error} />
     ${found ? html`<${Differences} found=${found} before=${before.version} after=${version.version} />`
-      : html`<pre tabindex="0" aria-label="The adapter's config">${visible(JSON.stringify(version.config, null, 2))}</pre>`}</section>`;
+      : html`<${Long} text=${JSON.stringify(version.config, null, 2)} label="The adapter's config" />`}</section>`;
 }
 
 function ResidencyButtons({ path, state, onDone }) {
@@ -97,7 +97,7 @@ function Description({ path }) {
   const [annotations, error] = useLoaded(() => get(`${path}/annotations`), [path]);
   const pairs = Object.entries(annotations || {});
   return html`<div class="two">
-    <section class="card"><h2>Card</h2>${card ? html`<pre dir="auto" tabindex="0" aria-label="The model card">${visible(card)}</pre>` : html`<p class="soft">No card was published with it.</p>`}
+    <section class="card"><h2>Card</h2>${card ? html`<${Long} text=${card} label="The model card" />` : html`<p class="soft">No card was published with it.</p>`}
       <${Failure} error=${cardError} /></section>
     <section class="card"><h2>Annotations</h2>${pairs.length ? html`<dl>${pairs.map(([key, value]) => html`<dt><${Text}>${key}</${Text}></dt><dd><${Text}>${value}</${Text}></dd>`)}</dl>` : html`<p class="soft">None.</p>`}
       <${Failure} error=${error} /></section></div>`;

@@ -2,10 +2,7 @@
 import { html } from "../html.js";
 import { useState } from "../vendor/hooks.js";
 import { call, calls } from "../api.js";
-import { visible } from "../format.js";
-import { Copy, Failure, Title } from "../parts.js";
-
-const MOST_SHOWN = 20000; // characters
+import { Copy, Failure, Long, Title } from "../parts.js";
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -32,8 +29,8 @@ export default function Console() {
       const path = draft.path.trim().replace(/^[a-z]+:/i, "").replace(/^[/\\]+/, "");
       const json = draft.body.trim() ? JSON.parse(draft.body) : undefined;
       const { value, status, headers } = await call(draft.method, path, { json, whole: true });
-      const text = typeof value === "string" ? value : JSON.stringify(value, null, 2);
-      setAnswer({ status, type: headers.get("Content-Type"), text: text.slice(0, MOST_SHOWN), cut: text.length > MOST_SHOWN });
+      const text = typeof value === "string" ? value : value === null ? "" : JSON.stringify(value, null, 2);
+      setAnswer({ status, type: headers.get("Content-Type"), text });
     } catch (found) {
       setError(found instanceof SyntaxError ? { message: `The body is not JSON: ${found.message}` } : found);
     }
@@ -47,8 +44,7 @@ export default function Console() {
       <div class="row"><button class="main">Send</button><${Copy} text=${curl(ready)} label="Copy as curl" /><a href="docs">All routes</a></div>
       <pre>${curl(ready)}</pre></form>
     <${Failure} error=${error} />
-    ${answer && html`<section class="card" aria-live="polite"><h2>${answer.status} · ${answer.type || "no body"}</h2><pre tabindex="0" aria-label="The answer">${visible(answer.text)}</pre>
-      ${answer.cut && html`<p class="soft">The first ${MOST_SHOWN} characters.</p>`}</section>`}
+    ${answer && html`<section class="card" aria-live="polite"><h2>${answer.status} · ${answer.type || "no body"}</h2><${Long} key=${answer.text} text=${answer.text} label="The answer" /></section>`}
     <section class="card"><h2>What the views asked</h2>${earlier.length === 0 ? html`<p class="soft">Nothing yet.</p>` : earlier.map((one) => html`<div class="bar">
       <pre style=${{ flex: "1 1 20rem", minWidth: 0 }}>${curl(one)}</pre><span class="row"><${Copy} text=${curl(one)} />
       ${!one.body?.startsWith("-F ") && html`<button type="button" onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change it</button>`}</span></div>`)}</section>`;
