@@ -51,7 +51,8 @@ function Frame() {
       </div>
     </header>
     <main>${chosen ? html`<${Lazy} key=${`${chosen}/${rest.join("/")}`} load=${VIEWS[chosen][2]} names=${rest} />`
-      : html`<div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a></div>`}
+      : html`<div class="notice">There is no such view, or your key may not see it. <a href="#/now">Go to Now</a>
+        </div>`}
     </main>
     ${helpIsOpen.value && html`<${Help} />`}
     <${Toast} />`;
@@ -70,7 +71,8 @@ function Help() {
   const rows = Object.values(VIEWS).filter((view) => view[3]()).map(([label, key]) => [`g ${key}`, `Go to ${label}`]);
   const all = [["/", "Search, where a view can"], ["?", "Show these shortcuts"], ["Esc", "Close a dialog"], ...rows];
   return html`<${Dialog} title="Keyboard shortcuts" onClose=${() => (helpIsOpen.value = false)}>
-    <table><tbody>${all.map(([keys, what]) => html`<tr><td><kbd>${keys}</kbd></td><td>${what}</td></tr>`)}</tbody></table>
+    <table><tbody>${all.map(([keys, what]) => html`<tr><td><kbd>${keys}</kbd></td><td>${what}</td></tr>`)}</tbody>
+      </table>
     <p class="row"><label class="check"><input type="checkbox" checked=${inUtc.value}
       onChange=${(event) => (inUtc.value = event.target.checked)} />Show times in UTC</label></p>
     <form method="dialog"><button>Close</button></form>

@@ -145,6 +145,8 @@ export function Tabs({ label, tabs }) {
 export function Long({ text, label }) {
   const [whole, setWhole] = useState(false);
   const cut = !whole && text.length > MOST_SHOWN;
-  return html`<pre dir="auto" tabindex="0" role="region" aria-label=${label}>${visible(cut ? text.slice(0, MOST_SHOWN) : text)}</pre>
-    ${cut && html`<p><button type="button" onClick=${() => setWhole(true)}>Show all ${number(text.length)} characters</button></p>`}`;
+  return html`<pre dir="auto" tabindex="0" role="region" aria-label=${label}>
+    ${visible(cut ? text.slice(0, MOST_SHOWN) : text)}</pre>
+    ${cut && html`<p><button type="button"
+      onClick=${() => setWhole(true)}>Show all ${number(text.length)} characters</button></p>`}`;
 }

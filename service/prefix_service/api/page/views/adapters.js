@@ -39,7 +39,8 @@ function NewTenant() {
   const [name, setName] = useState("");
   return html`<div class="card"><label>Name of the tenant<input value=${name}
       onInput=${(event) => setName(event.target.value.trim())} placeholder="acme" /></label>
-    ${name && html`<${Upload} tenant=${name} onDone=${() => (location.hash = `#/adapters/${encodeURIComponent(name)}`)} />`}</div>`;
+    ${name && html`<${Upload} tenant=${name}
+      onDone=${() => (location.hash = `#/adapters/${encodeURIComponent(name)}`)} />`}</div>`;
 }
 
 function OfTenant({ tenant, beside }) {
@@ -55,14 +56,17 @@ function OfTenant({ tenant, beside }) {
   };
   return html`<${Title} beside=${beside}>Adapters of ${tenant}</${Title}>
     <div class="row">
-      <label>Search by name<input type="search" onInput=${soon(setSearch)} placeholder="part of a name (press /)" maxlength="64" /></label>
+      <label>Search by name<input type="search" onInput=${soon(setSearch)} placeholder="part of a name (press /)"
+        maxlength="64" /></label>
       <label>Base model<input onInput=${soon(setModel)} placeholder="exactly, as in the config" /></label>
       <label>Sort by<select value=${sort} onChange=${(event) => setSort(event.target.value)}>
-        <option value="name">name</option><option value="-created">latest publication</option><option value="-bytes">bytes</option></select></label>
+        <option value="name">name</option><option value="-created">latest publication</option>
+          <option value="-bytes">bytes</option></select></label>
       <span class="soft">${owner ? `${number(owner.adapters)} adapters, ${bytes(owner.bytes)}` : ""}</span>
     </div>
     ${may("write") && html`<${Upload} tenant=${tenant} onDone=${() => setUploads((count) => count + 1)} />`}
-    <${List} key=${`${search}/${model}/${sort}/${uploads}`} tenant=${tenant} parameters=${{ search, base_model: model, sort }} />`;
+    <${List} key=${`${search}/${model}/${sort}/${uploads}`} tenant=${tenant}
+      parameters=${{ search, base_model: model, sort }} />`;
 }
 
 // Only rows in sight are in the page; pages of the API come as the end of what is loaded comes near.
@@ -109,25 +113,30 @@ function List({ tenant, parameters }) {
   return html`<${Failure} error=${error} retry=${load} />
     <div class="list" role="table" aria-label="Adapters" aria-rowcount=${ended ? count + 1 : -1}>
       <div class="head" role="row"><span role="columnheader">Adapter</span><span role="columnheader">Latest</span>
-        <span role="columnheader" class="wideonly">Aliases</span><span role="columnheader" class="wideonly">Base model</span>
+        <span role="columnheader" class="wideonly">Aliases</span>
+          <span role="columnheader" class="wideonly">Base model</span>
         <span role="columnheader">Bytes</span><span role="columnheader" class="wideonly">Published</span></div>
       <div class="scroll" ref=${box} onScroll=${scroll} role="rowgroup">
         <div style=${{ height: `${count * ROW}px`, position: "relative" }} role="presentation">
           <div style=${{ transform: `translateY(${first * ROW}px)` }} role="presentation">
-            ${shown.map((item, index) => html`<${Row} key=${item.adapter} item=${item} index=${first + index} />`)}</div></div>
+            ${shown.map((item, index) => html`<${Row} key=${item.adapter} item=${item}
+              index=${first + index} />`)}</div></div>
         ${ended && count === 0 && html`<p class="soft row" style=${{ padding: "1rem" }}>No adapter matches.</p>`}
       </div>
     </div>
-    <p class="soft" aria-live="polite">${ended ? `${number(count)} shown` : `${number(count)} loaded, more as you scroll`}</p>`;
+    <p class="soft" aria-live="polite">
+      ${ended ? `${number(count)} shown` : `${number(count)} loaded, more as you scroll`}</p>`;
 }
 
 function Row({ item, index }) {
   const aliases = Object.entries(item.aliases).map(([name, version]) => `${name} → ${version}`).join(", ");
   const model = item.latest.base_model_name_or_path;
   return html`<div class="line" role="row" aria-rowindex=${index + 2}>
-    <span role="cell" class="name"><a href="#/adapters/${item.tenant}/${item.adapter}">${item.adapter}</a></span><span role="cell">${item.latest.version}</span>
+    <span role="cell" class="name"><a href="#/adapters/${item.tenant}/${item.adapter}">${item.adapter}</a></span>
+      <span role="cell">${item.latest.version}</span>
     <span role="cell" class="wideonly" title=${aliases}>${aliases || "–"}</span>
-    <span role="cell" class="wideonly" title=${visible((model || "").slice(0, 400))}><bdi>${shortened(model || "–")}</bdi></span>
+    <span role="cell" class="wideonly" title=${visible((model || "").slice(0, 400))}>
+      <bdi>${shortened(model || "–")}</bdi></span>
     <span role="cell">${bytes(item.bytes)}</span>
     <span role="cell" class="wideonly"><${Moment} at=${item.latest.created} /></span></div>`;
 }

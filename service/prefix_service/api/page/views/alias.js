@@ -37,11 +37,15 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
     };
     say(`${called} points at ${target} now${await readers(tenant, name, current, Number(target))}`, { label: "Roll back", run: back });
   };
-  return html`<${Dialog} title=${alias ? `Move ${alias}` : "New alias"} onClose=${onClose}><form class="stack" method="dialog">
-    ${!alias && html`<label>Name<input value=${called} onInput=${(event) => setCalled(event.target.value.trim())} placeholder="prod" maxlength="64" /></label>`}
-    <label>${current ? `From version ${current} to` : "Version"}<select value=${target} onChange=${(event) => setTarget(event.target.value)}>
+  return html`<${Dialog} title=${alias ? `Move ${alias}` : "New alias"} onClose=${onClose}>
+    <form class="stack" method="dialog">
+    ${!alias && html`<label>Name<input value=${called} onInput=${(event) => setCalled(event.target.value.trim())}
+      placeholder="prod" maxlength="64" /></label>`}
+    <label>${current ? `From version ${current} to` : "Version"}<select value=${target}
+      onChange=${(event) => setTarget(event.target.value)}>
       ${versions.map((one) => html`<option value=${String(one.version)}>${one.version}</option>`)}</select></label>
-    <label class="check"><input type="checkbox" checked=${preload} onChange=${(event) => setPreload(event.target.checked)} />Load the version first, so that nobody waits for it</label>
+    <label class="check"><input type="checkbox" checked=${preload}
+      onChange=${(event) => setPreload(event.target.checked)} />Load the version first, so that nobody waits for it</label>
     <${Failure} error=${error} />
     ${pair && pair[0] && html`<${Changes} before=${pair[0]} after=${pair[1]} />`}
     <div class="row"><${Act} class="main" disabled=${!called} run=${move}>${current ? "Move it" : "Make it"}</${Act}>
@@ -51,13 +55,16 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
 
 function Changes({ before, after }) {
   if (before.version === after.version) return html`<p class="soft">It points there already.</p>`;
-  return html`<div><b>What changes</b><${Differences} found=${differences(before.config, after.config)} before=${before.version} after=${after.version} /></div>`;
+  return html`<div><b>What changes</b><${Differences} found=${differences(before.config, after.config)}
+    before=${before.version} after=${after.version} /></div>`;
 }
 
 export function Differences({ found, before, after }) {
   if (found.length === 0) return html`<p class="soft">The weights alone: the configs are equal.</p>`;
-  return html`<div class="wide"><table><thead><tr><th>In the config</th><th>Version ${before}</th><th>Version ${after}</th></tr></thead>
-    <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${shortened(key)}</${Text}></code></td><td><bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;
+  return html`<div class="wide"><table><thead><tr><th>In the config</th><th>Version ${before}</th>
+    <th>Version ${after}</th></tr></thead>
+    <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${shortened(key)}</${Text}></code></td><td>
+      <bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;
 }
 
 // How many keys have read the old version in the last hour and not yet the new one, in words; only an admin sees it.

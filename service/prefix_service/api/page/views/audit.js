@@ -24,13 +24,20 @@ export default function Audit({ names: [wanted] }) {
   const holds = (entry) => [entry.target, entry.actor, entry.key_id, entry.tenant || ""].some((text) => text.includes(part));
   const shown = entries.filter((entry) => (wanted ? entry.id === wanted : (!action || entry.action === action) && holds(entry)));
   return html`<${Title} beside=${wanted && html`<a href="#/audit">The whole audit</a>`}>Audit</${Title}>
-    ${!wanted && html`<div class="row"><label>Search<input type="search" onInput=${(event) => setPart(event.target.value.trim())} placeholder="adapter, tenant or key (press /)" /></label>
-      <label>What was done<select value=${action} onChange=${(event) => setAction(event.target.value)}><option value="">everything</option>${actions.map((one) => html`<option>${one}</option>`)}</select></label></div>`}
+    ${!wanted && html`<div class="row"><label>Search<input type="search"
+      onInput=${(event) => setPart(event.target.value.trim())} placeholder="adapter, tenant or key (press /)" /></label>
+      <label>What was done<select value=${action} onChange=${(event) => setAction(event.target.value)}>
+        <option value="">everything</option>${actions.map((one) => html`<option>${one}</option>`)}</select></label>
+        </div>`}
     <${Failure} error=${error} />
-    <div class="card wide"><table><thead><tr><th>When</th><th>What</th><th>Of what</th><th>By</th><th class="wideonly">Details</th></tr></thead>
-      <tbody>${shown.slice(0, 1000).map((entry) => html`<tr key=${entry.id}><td><a href="#/audit/${entry.id}">${moment(entry.at)}</a></td><td>${entry.action}</td>
-        <td><${Text}>${entry.target}</${Text}></td><td><${Text}>${entry.actor}</${Text}><div class="soft mono">${entry.key_id}</div></td>
-        <td class="mono wideonly">${Object.entries(entry.details).map(([key, value]) => html`<div>${key}: <bdi>${visible(JSON.stringify(value)).slice(0, 200)}</bdi></div>`)}</td></tr>`)}</tbody></table>
+    <div class="card wide"><table><thead><tr><th>When</th><th>What</th><th>Of what</th><th>By</th>
+      <th class="wideonly">Details</th></tr></thead>
+      <tbody>${shown.slice(0, 1000).map((entry) => html`<tr key=${entry.id}><td><a href="#/audit/${entry.id}">
+        ${moment(entry.at)}</a></td><td>${entry.action}</td>
+        <td><${Text}>${entry.target}</${Text}></td><td><${Text}>${entry.actor}</${Text}>
+          <div class="soft mono">${entry.key_id}</div></td>
+        <td class="mono wideonly">${Object.entries(entry.details).map(([key, value]) => html`<div>${key}: <bdi>
+          ${visible(JSON.stringify(value)).slice(0, 200)}</bdi></div>`)}</td></tr>`)}</tbody></table>
       ${shown.length === 0 && html`<p class="soft">Nothing here${next ? " in what is loaded" : ""}.</p>`}
       ${next && html`<${Act} run=${() => load(next)}>Load older ones</${Act}>`}</div>`;
 }

@@ -38,14 +38,21 @@ export default function Console() {
   const ready = { ...draft, body: draft.body.trim() || undefined };
   return html`<${Title}>Console</${Title}>
     <form class="card stack" onSubmit=${send}><h2>A call</h2><div class="row">
-      <label>Method<select value=${draft.method} onChange=${change("method")}>${["GET", "POST", "PUT", "DELETE"].map((one) => html`<option>${one}</option>`)}</select></label>
-      <label style=${{ flex: "1 1 14rem" }}>Path<input class="mono" value=${draft.path} onInput=${change("path")} spellcheck="false" /></label></div>
-      ${draft.method !== "GET" && html`<label>JSON<textarea value=${draft.body} onInput=${change("body")} spellcheck="false"></textarea></label>`}
-      <div class="row"><button class="main">Send</button><${Copy} text=${curl(ready)} label="Copy as curl" /><a href="docs">All routes</a></div>
+      <label>Method<select value=${draft.method} onChange=${change("method")}>
+        ${["GET", "POST", "PUT", "DELETE"].map((one) => html`<option>${one}</option>`)}</select></label>
+      <label style=${{ flex: "1 1 14rem" }}>Path<input class="mono" value=${draft.path} onInput=${change("path")}
+        spellcheck="false" /></label></div>
+      ${draft.method !== "GET" && html`<label>JSON<textarea value=${draft.body} onInput=${change("body")}
+        spellcheck="false"></textarea></label>`}
+      <div class="row"><button class="main">Send</button><${Copy} text=${curl(ready)} label="Copy as curl" />
+        <a href="docs">All routes</a></div>
       <pre>${curl(ready)}</pre></form>
     <${Failure} error=${error} />
-    ${answer && html`<section class="card" aria-live="polite"><h2>${answer.status} · ${answer.type || "no body"}</h2><${Long} key=${answer.text} text=${answer.text} label="The answer" /></section>`}
-    <section class="card"><h2>What the views asked</h2>${earlier.length === 0 ? html`<p class="soft">Nothing yet.</p>` : earlier.map((one) => html`<div class="bar">
+    ${answer && html`<section class="card" aria-live="polite"><h2>${answer.status} · ${answer.type || "no body"}</h2>
+      <${Long} key=${answer.text} text=${answer.text} label="The answer" /></section>`}
+    <section class="card"><h2>What the views asked</h2>${earlier.length === 0 ? html`<p
+      class="soft">Nothing yet.</p>` : earlier.map((one) => html`<div class="bar">
       <pre style=${{ flex: "1 1 20rem", minWidth: 0 }}>${curl(one)}</pre><span class="row"><${Copy} text=${curl(one)} />
-      ${!one.body?.startsWith("-F ") && html`<button type="button" onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change it</button>`}</span></div>`)}</section>`;
+      ${!one.body?.startsWith("-F ") && html`<button type="button"
+        onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change it</button>`}</span></div>`)}</section>`;
 }

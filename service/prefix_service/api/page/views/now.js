@@ -70,9 +70,11 @@ function Numbers({ data }) {
   const perSecond = (list) => list.map((value) => value / seconds);
   const states = findings(data);
   return html`
-    ${states.length === 0 && html`<div class="notice good">Nothing needs attention: there is room, and in the last minute
+    ${states.length === 0 && html`<div
+      class="notice good">Nothing needs attention: there is room, and in the last minute
       nothing was refused or failed but what callers got wrong themselves.</div>`}
-    ${states.map((state) => html`<div class="notice ${state.kind}" role="status"><b>${state.title}</b>${state.why}</div>`)}
+    ${states.map((state) => html`<div class="notice ${state.kind}" role="status">
+      <b>${state.title}</b>${state.why}</div>`)}
     <div class="tiles">
       <${Tile} name="requests a second" value=${number(rate(data.requests))} />
       <${Tile} name="bytes a second" value=${bytes(rate(data.bytes))} />
@@ -82,22 +84,28 @@ function Numbers({ data }) {
         value=${number(last(data.in_flight))} />
       <${Tile} name="refused or failed, last minute" value=${number(failed(data, RECENT))} />
       <${Tile} name="cold loads, last hour" value=${number(sum(data.cold_loads))} />
-      ${data.tiers.map((tier) => html`<${Tile} name=${`found in memory: ${tierName(tier.name)}`} value=${hitRatio(tier)} />`)}
+      ${data.tiers.map((tier) => html`<${Tile} name=${`found in memory: ${tierName(tier.name)}`}
+        value=${hitRatio(tier)} />`)}
     </div>
     <div class="two">
-      <${Panel} title="Requests a second"><${Chart} at=${data.at} lines=${[["requests", perSecond(data.requests), number]]} /></${Panel}>
+      <${Panel} title="Requests a second">
+        <${Chart} at=${data.at} lines=${[["requests", perSecond(data.requests), number]]} /></${Panel}>
       <${Panel} title="Time of a request"><${Chart} at=${data.at}
         lines=${[["half", data.p50, duration], ["99 %", data.p99, duration]]} /></${Panel}>
-      <${Panel} title="Bytes a second"><${Chart} at=${data.at} lines=${[["bytes", perSecond(data.bytes), bytes]]} /></${Panel}>
-      <${Panel} title="Requests in flight"><${Chart} at=${data.at} lines=${[["in flight", data.in_flight, number]]} /></${Panel}>
+      <${Panel} title="Bytes a second"><${Chart} at=${data.at} lines=${[["bytes", perSecond(data.bytes), bytes]]} />
+        </${Panel}>
+      <${Panel} title="Requests in flight"><${Chart} at=${data.at} lines=${[["in flight", data.in_flight, number]]} />
+        </${Panel}>
     </div>
-    ${data.tiers.length > 0 && html`<div class="card"><h2>Memory</h2><div class="two">${data.tiers.map((tier) => html`<div>
+    ${data.tiers.length > 0 && html`<div class="card"><h2>Memory</h2>
+      <div class="two">${data.tiers.map((tier) => html`<div>
       <b>${tierName(tier.name)}</b>
       <${BytesGauge} used=${last(tier.used)} most=${last(tier.budget)} what=${tierName(tier.name)} />
       <span class="soft">${number(last(tier.entries))} in memory, ${bytes(last(tier.pinned))} pinned, ${number(sum(tier.evictions))} evicted
         in the last hour</span></div>`)}</div>
       <p><a href="#/residency">What is in memory</a></p></div>`}
-    <div class="two"><${Problems} data=${data} />${data.tenants.length > 0 && html`<${Busiest} tenants=${data.tenants} />`}</div>`;
+    <div class="two"><${Problems} data=${data} />${data.tenants.length > 0 && html`<${Busiest}
+      tenants=${data.tenants} />`}</div>`;
 }
 
 const Tile = ({ name, value }) => html`<div class="tile"><b>${value}</b><span>${name}</span></div>`;
@@ -139,16 +147,21 @@ export function findings(data) {
 function Problems({ data }) {
   const rows = Object.entries(data.problems).map(([code, list]) => [code, sum(recent(list)), sum(list)]);
   rows.sort((a, b) => b[2] - a[2]);
-  return html`<section class="card"><h2>Refused and failed</h2>${rows.length === 0 ? html`<p class="soft">None in the last hour.</p>`
-    : html`<div class="wide"><table><thead><tr><th>What</th><th class="number">Minute</th><th class="number">Hour</th></tr></thead>
-      <tbody>${rows.map(([code, minute, hour]) => html`<tr><td><code>${code}</code><div class="soft">${words(code).why}</div></td>
-        <td class="number">${number(minute)}</td><td class="number">${number(hour)}</td></tr>`)}</tbody></table></div>`}</section>`;
+  return html`<section class="card"><h2>Refused and failed</h2>${rows.length === 0 ? html`<p
+    class="soft">None in the last hour.</p>`
+    : html`<div class="wide"><table><thead><tr><th>What</th><th class="number">Minute</th><th class="number">Hour</th>
+      </tr></thead>
+      <tbody>${rows.map(([code, minute, hour]) => html`<tr><td><code>${code}</code>
+        <div class="soft">${words(code).why}</div></td>
+        <td class="number">${number(minute)}</td><td class="number">${number(hour)}</td></tr>`)}</tbody></table>
+          </div>`}</section>`;
 }
 
 function Busiest({ tenants }) {
   return html`<section class="card"><h2>Busiest tenants of the last hour</h2><div class="wide"><table>
     <thead><tr><th>Tenant</th><th class="number">Requests</th><th class="number">Bytes</th></tr></thead>
-    <tbody>${tenants.map((tenant) => html`<tr><td><a href="#/adapters/${tenant.tenant}"><${Text}>${tenant.tenant}</${Text}></a></td>
+    <tbody>${tenants.map((tenant) => html`<tr><td><a href="#/adapters/${tenant.tenant}">
+      <${Text}>${tenant.tenant}</${Text}></a></td>
       <td class="number">${number(tenant.requests)}</td><td class="number">${bytes(tenant.bytes)}</td></tr>`)}</tbody>
   </table></div></section>`;
 }

@@ -32,10 +32,14 @@ export default function Residency() {
         These are the numbers of the process that answered; each worker has its own.</p>`}</section>
     ${known && html`<${One} one=${known} onDone=${reload} />`}
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide"><table>
-      <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th><th class="number">Lookups</th><th>Why it stays</th></tr></thead>
-      <tbody>${data.resident.slice(0, 200).map((one) => html`<tr><td><button class="link" type="button" onClick=${() => setChosen(one)}>
-        <${Text}>${nameOf(one)}</${Text}></button></td><td class="number">${bytes(one.device_bytes)}</td><td class="number">${bytes(one.host_bytes)}</td>
-        <td class="number">${number(one.uses)}</td><td>${REASONS[one.reason] || one.reason}</td></tr>`)}</tbody></table></div></section>`}`;
+      <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th>
+        <th class="number">Lookups</th><th>Why it stays</th></tr></thead>
+      <tbody>${data.resident.slice(0, 200).map((one) => html`<tr><td><button class="link" type="button"
+        onClick=${() => setChosen(one)}>
+        <${Text}>${nameOf(one)}</${Text}></button></td><td class="number">${bytes(one.device_bytes)}</td>
+          <td class="number">${bytes(one.host_bytes)}</td>
+        <td class="number">${number(one.uses)}</td><td>${REASONS[one.reason] || one.reason}</td></tr>`)}</tbody></table>
+          </div></section>`}`;
 }
 
 const nameOf = (one) => `${one.tenant}/${one.adapter}@${one.version}`;
@@ -61,8 +65,11 @@ function One({ one, onDone }) {
     await call(method, path, { json });
     onDone();
   };
-  return html`<div class="card" role="region" aria-label="The chosen version"><div class="bar"><h2><a href="#/adapters/${one.tenant}/${one.adapter}@${one.version}"><${Text}>${nameOf(one)}</${Text}></a></h2>
-    ${may("write") && html`<div class="row">${one.pinned ? html`<${Act} run=${act("PUT", { pinned: false })}>Unpin</${Act}>` : html`<${Act} run=${act("PUT", { pinned: true })}>Pin</${Act}>`}
+  return html`<div class="card" role="region" aria-label="The chosen version"><div class="bar"><h2>
+    <a href="#/adapters/${one.tenant}/${one.adapter}@${one.version}"><${Text}>${nameOf(one)}</${Text}></a></h2>
+    ${may("write") && html`<div class="row">${one.pinned ? html`<${Act}
+      run=${act("PUT", { pinned: false })}>Unpin</${Act}>` : html`<${Act}
+      run=${act("PUT", { pinned: true })}>Pin</${Act}>`}
       <${Act} run=${act("DELETE")}>Unload</${Act}></div>`}</div>
     <p>${bytes(one.device_bytes)} on the device, ${bytes(one.host_bytes)} of renderings in host memory. Lookups: ${number(one.uses)}, readers now: ${number(one.readers)}.
       It stays because ${REASONS[one.reason] || one.reason}.</p></div>`;

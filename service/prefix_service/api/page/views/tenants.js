@@ -17,14 +17,21 @@ function All() {
   const [tenants, error, reload] = useLoaded(() => items("v1/tenants", {}, 5000), []);
   const [part, setPart] = useState("");
   const shown = (tenants || []).filter((one) => one.tenant.includes(part)).slice(0, 500);
-  return html`<${Title} beside=${html`<${NewTenant} onDone=${reload} /><a class="button" href="#/tenants/@platform">Keys of the platform</a>`}>Tenants and keys</${Title}>
+  return html`<${Title} beside=${html`<${NewTenant} onDone=${reload} />
+    <a class="button" href="#/tenants/@platform">Keys of the platform</a>`}>Tenants and keys</${Title}>
     <${Failure} error=${error} retry=${reload} />
-    <label>Search by name<input type="search" value=${part} onInput=${(event) => setPart(event.target.value.trim())} placeholder="part of a name (press /)" /></label>
-    <div class="card wide"><table><thead><tr><th>Tenant</th><th>Adapters</th><th>Bytes</th><th class="number">Requests a second</th><th>Since</th></tr></thead>
-      <tbody>${shown.map((one) => html`<tr key=${one.tenant}><td><a href="#/tenants/${one.tenant}"><${Text}>${one.tenant}</${Text}></a></td>
-        <td><${Gauge} used=${one.adapters} most=${one.max_adapters} what="adapters" /></td><td><${BytesGauge} used=${one.bytes} most=${one.max_bytes} what="bytes" /></td>
-        <td class="number">${one.requests_per_second == null ? "no limit" : number(one.requests_per_second)}</td><td><${Moment} at=${one.created} /></td></tr>`)}</tbody></table>
-      ${tenants && shown.length === 0 && html`<p class="soft">${tenants.length ? "No tenant matches." : "There is no tenant yet."}</p>`}</div>`;
+    <label>Search by name<input type="search" value=${part} onInput=${(event) => setPart(event.target.value.trim())}
+      placeholder="part of a name (press /)" /></label>
+    <div class="card wide"><table><thead><tr><th>Tenant</th><th>Adapters</th><th>Bytes</th>
+      <th class="number">Requests a second</th><th>Since</th></tr></thead>
+      <tbody>${shown.map((one) => html`<tr key=${one.tenant}><td><a href="#/tenants/${one.tenant}">
+        <${Text}>${one.tenant}</${Text}></a></td>
+        <td><${Gauge} used=${one.adapters} most=${one.max_adapters} what="adapters" /></td><td>
+          <${BytesGauge} used=${one.bytes} most=${one.max_bytes} what="bytes" /></td>
+        <td class="number">${one.requests_per_second == null ? "no limit" : number(one.requests_per_second)}</td><td>
+          <${Moment} at=${one.created} /></td></tr>`)}</tbody></table>
+      ${tenants && shown.length === 0 && html`<p class="soft">
+        ${tenants.length ? "No tenant matches." : "There is no tenant yet."}</p>`}</div>`;
 }
 
 function NewTenant({ onDone }) {
@@ -36,20 +43,26 @@ function NewTenant({ onDone }) {
     say(`Tenant ${name} is there`);
     onDone();
   };
-  return html`<button type="button" onClick=${() => setOpen(true)}>New tenant</button>${open && html`<${Dialog} title="New tenant" onClose=${() => setOpen(false)}>
-    <form class="stack" method="dialog"><label>Name<input value=${name} onInput=${(event) => setName(event.target.value.trim())} maxlength="64" placeholder="acme" /></label>
-      <div class="row"><${Act} class="main" disabled=${!name} run=${make}>Make it</${Act}><button>Cancel</button></div></form></${Dialog}>`}`;
+  return html`<button type="button" onClick=${() => setOpen(true)}>New tenant</button>
+    ${open && html`<${Dialog} title="New tenant" onClose=${() => setOpen(false)}>
+    <form class="stack" method="dialog"><label>Name<input value=${name}
+      onInput=${(event) => setName(event.target.value.trim())} maxlength="64" placeholder="acme" /></label>
+      <div class="row"><${Act} class="main" disabled=${!name} run=${make}>Make it</${Act}><button>Cancel</button></div>
+        </form></${Dialog}>`}`;
 }
 
 function Tenant({ name }) {
   const [tenant, error, reload] = useLoaded(() => get(tenantPath(name)), [name]);
   return html`<${Title} beside=${isPlatform() && html`<a href="#/tenants">All tenants</a>`}>${name}</${Title}>
     <${Failure} error=${error} retry=${reload} />
-    ${tenant && html`<section class="card"><div class="bar"><h2>What it has and may have</h2><span class="row"><a href="#/adapters/${name}">Its adapters</a>
+    ${tenant && html`<section class="card"><div class="bar"><h2>What it has and may have</h2><span class="row">
+      <a href="#/adapters/${name}">Its adapters</a>
       ${isPlatform() && html`<${Quotas} tenant=${tenant} onDone=${reload} />`}</span></div>
-      <div class="two"><div>Adapters<${Gauge} used=${tenant.adapters} most=${tenant.max_adapters} what="adapters" /></div>
+      <div class="two"><div>Adapters<${Gauge} used=${tenant.adapters} most=${tenant.max_adapters} what="adapters" />
+        </div>
         <div>Bytes<${BytesGauge} used=${tenant.bytes} most=${tenant.max_bytes} what="bytes" /></div></div>
-      <p>Requests a second: ${tenant.requests_per_second == null ? "no limit" : number(tenant.requests_per_second)}</p></section>
+      <p>Requests a second: ${tenant.requests_per_second == null ? "no limit" : number(tenant.requests_per_second)}</p>
+        </section>
     <${Keys} owner=${name} path=${tenantPath(name, "keys")} scopes=${["read", "write", "admin"]} />`}`;
 }
 
@@ -77,12 +90,15 @@ function Quotas({ tenant, onDone }) {
       setError(found);
     }
   };
-  const field = (name, label, value, step) => html`<label>${label}<input name=${name} type="number" min="0" step=${step} value=${value ?? ""} placeholder="no limit" /></label>`;
-  return html`<button type="button" onClick=${() => setOpen(true)}>Change quotas</button>${open && html`<${Dialog} title=${`Quotas of ${tenant.tenant}`} onClose=${() => setOpen(false)}>
+  const field = (name, label, value, step) => html`<label>${label}<input name=${name} type="number" min="0" step=${step}
+    value=${value ?? ""} placeholder="no limit" /></label>`;
+  return html`<button type="button" onClick=${() => setOpen(true)}>Change quotas</button>
+    ${open && html`<${Dialog} title=${`Quotas of ${tenant.tenant}`} onClose=${() => setOpen(false)}>
     <form class="stack" onSubmit=${save}>${field("adapters", "Adapters", tenant.max_adapters, 1)}
       ${field("bytes", "GiB of all versions", tenant.max_bytes == null ? null : tenant.max_bytes / 2 ** 30, "any")}
       ${field("rate", "Requests a second", tenant.requests_per_second, 1)}
-      <${Failure} error=${error} /><div class="row"><button class="main">Save</button><button type="button" onClick=${() => setOpen(false)}>Cancel</button></div></form></${Dialog}>`}`;
+      <${Failure} error=${error} /><div class="row"><button class="main">Save</button>
+        <button type="button" onClick=${() => setOpen(false)}>Cancel</button></div></form></${Dialog}>`}`;
 }
 
 function Keys({ owner, path, scopes }) {
@@ -95,20 +111,27 @@ function Keys({ owner, path, scopes }) {
     if (!key.expires || key.expires > ends) await call("PUT", `${path}/${key.id}`, { json: { expires: ends } });
     reload();
   };
-  return html`<section class="card"><div class="bar"><h2>Keys</h2><${NewKey} path=${path} scopes=${scopes} onMade=${(key) => { setMade(key); reload(); }} /></div>
+  return html`<section class="card"><div class="bar"><h2>Keys</h2><${NewKey} path=${path} scopes=${scopes}
+    onMade=${(key) => { setMade(key); reload(); }} /></div>
     <${Failure} error=${error} retry=${reload} />
-    <div class="wide"><table><thead><tr><th>Name</th><th>Scope</th><th>Last use</th><th class="wideonly">Ends</th><th class="wideonly">Made</th><th class="wideonly">Id</th><th>Change</th></tr></thead>
-      <tbody>${(keys || []).map((key) => html`<tr key=${key.id}><td><${Text}>${key.name || "–"}</${Text}>${key.id === me.value.id ? html` <span class="chip">yours</span>` : ""}</td>
-        <td>${key.scope}</td><td><${Moment} at=${key.last_used} /></td><td class="wideonly">${key.expires ? moment(key.expires) : "never"}</td>
+    <div class="wide"><table><thead><tr><th>Name</th><th>Scope</th><th>Last use</th><th class="wideonly">Ends</th>
+      <th class="wideonly">Made</th><th class="wideonly">Id</th><th>Change</th></tr></thead>
+      <tbody>${(keys || []).map((key) => html`<tr key=${key.id}><td><${Text}>${key.name || "–"}</${Text}>
+        ${key.id === me.value.id ? html` <span class="chip">yours</span>` : ""}</td>
+        <td>${key.scope}</td><td><${Moment} at=${key.last_used} /></td>
+          <td class="wideonly">${key.expires ? moment(key.expires) : "never"}</td>
         <td class="wideonly"><${Moment} at=${key.created} /></td><td class="mono wideonly">${key.id}</td>
-        <td><div class="row"><${Confirm} label="Rotate" class="" title=${`Rotate key ${key.name || key.id}?`} run=${() => rotate(key)}>
+        <td><div class="row"><${Confirm} label="Rotate" class="" title=${`Rotate key ${key.name || key.id}?`}
+          run=${() => rotate(key)}>
           <p>A new key of the same scope is made, and shown once. The old one ends in 7 days.</p></${Confirm}>
-        <${Confirm} label="Revoke" title=${`Revoke key ${key.name || key.id}?`} run=${async () => { await call("DELETE", `${path}/${key.id}`); say("The key is revoked"); reload(); }}>
+        <${Confirm} label="Revoke" title=${`Revoke key ${key.name || key.id}?`}
+          run=${async () => { await call("DELETE", `${path}/${key.id}`); say("The key is revoked"); reload(); }}>
           <p>Whoever uses it gets 401 within a second. It was last used ${key.last_used ? moment(key.last_used) : "never"}.</p></${Confirm}></div></td></tr>`)}</tbody></table></div>
     ${keys && keys.length === 0 && html`<p class="soft">There is no key yet.</p>`}
     ${made && html`<${Dialog} title=${made.replaces ? "The new key" : "The key"} onClose=${() => setMade(null)}>
       <p>Copy it now: it is shown this once, and stored nowhere.</p><pre class="secret">${made.key}</pre>
-      <form method="dialog" class="row"><${Copy} text=${made.key} label="Copy the key" /><button>I have it</button></form></${Dialog}>`}</section>`;
+      <form method="dialog" class="row"><${Copy} text=${made.key} label="Copy the key" /><button>I have it</button>
+        </form></${Dialog}>`}</section>`;
 }
 
 function NewKey({ path, scopes, onMade }) {
@@ -126,9 +149,12 @@ function NewKey({ path, scopes, onMade }) {
       setError(found);
     }
   };
-  return html`<button type="button" onClick=${() => setOpen(true)}>New key</button>${open && html`<${Dialog} title="New key" onClose=${() => setOpen(false)}>
-    <form class="stack" onSubmit=${make}><label>What it is for<input name="name" maxlength="200" placeholder="vLLM workers" /></label>
+  return html`<button type="button" onClick=${() => setOpen(true)}>New key</button>
+    ${open && html`<${Dialog} title="New key" onClose=${() => setOpen(false)}>
+    <form class="stack" onSubmit=${make}><label>What it is for<input name="name" maxlength="200"
+      placeholder="vLLM workers" /></label>
       <label>Scope<select name="scope">${scopes.map((scope) => html`<option>${scope}</option>`)}</select></label>
       <label>Days until it ends<input name="days" type="number" min="1" max="3650" placeholder="never" /></label>
-      <${Failure} error=${error} /><div class="row"><button class="main">Make it</button><button type="button" onClick=${() => setOpen(false)}>Cancel</button></div></form></${Dialog}>`}`;
+      <${Failure} error=${error} /><div class="row"><button class="main">Make it</button>
+        <button type="button" onClick=${() => setOpen(false)}>Cancel</button></div></form></${Dialog}>`}`;
 }

@@ -33,6 +33,8 @@ export function Timeline({ tenant, name, version }) {
   const [events, error] = useLoaded(() => life(tenant, name, version), [tenant, name, version]);
   return html`<section class="card"><h2>Its life so far</h2><${Failure} error=${error} />
     ${events && events.length === 0 && html`<p class="soft">The last 1,000 entries of the audit do not mention it.</p>`}
-    <ol class="life">${(events || []).map((event) => html`<li><time dateTime=${event.at}>${event.id ? html`<a href="#/audit/${event.id}">${moment(event.at)}</a>` : moment(event.at)}</time>
-      <span><${Text}>${event.what}</${Text}>${event.by ? html`<span class="soft"> by <${Text}>${event.by}</${Text}></span>` : ""}</span></li>`)}</ol></section>`;
+    <ol class="life">${(events || []).map((event) => html`<li><time dateTime=${event.at}>
+      ${event.id ? html`<a href="#/audit/${event.id}">${moment(event.at)}</a>` : moment(event.at)}</time>
+      <span><${Text}>${event.what}</${Text}>${event.by ? html`<span class="soft"> by <${Text}>${event.by}</${Text}>
+        </span>` : ""}</span></li>`)}</ol></section>`;
 }

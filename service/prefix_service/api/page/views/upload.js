@@ -90,20 +90,27 @@ export function Upload({ tenant, onDone }) {
     setProgress(null);
   };
   const ready = files.length > 0 && !objection(files);
-  return html`<div class="drop ${over ? "over" : ""}" onDragOver=${(event) => { event.preventDefault(); setOver(true); }}
+  return html`<div class="drop ${over ? "over" : ""}"
+    onDragOver=${(event) => { event.preventDefault(); setOver(true); }}
       onDragLeave=${() => setOver(false)} onDrop=${drop}>
     <div class="row" style=${{ justifyContent: "center" }}><span>Drop an adapter's folder here, or</span>
       <button type="button" onClick=${() => picker.current.click()}>choose its files</button>
-      <input ref=${picker} type="file" multiple hidden onChange=${(event) => choose(listed(event.target.files))} aria-label="Files of an adapter" /></div>
+      <input ref=${picker} type="file" multiple hidden onChange=${(event) => choose(listed(event.target.files))}
+        aria-label="Files of an adapter" /></div>
     ${ready && html`<form class="row" style=${{ justifyContent: "center" }} onSubmit=${send}>
-      <label>Name of the adapter<input required value=${name} maxlength="64" pattern="[a-z0-9]([a-z0-9._\\-]{0,62}[a-z0-9])?"
-        title="small letters, digits, dots, hyphens and underscores" onInput=${(event) => setName(event.target.value)} /></label>
+      <label>Name of the adapter<input required value=${name} maxlength="64"
+        pattern="[a-z0-9]([a-z0-9._\\-]{0,62}[a-z0-9])?"
+        title="small letters, digits, dots, hyphens and underscores"
+          onInput=${(event) => setName(event.target.value)} /></label>
       <span class="soft">${files.length} files, ${bytes(files.reduce((all, one) => all + one.file.size, 0))}</span>
       <button class="main" disabled=${progress !== null}>Publish</button></form>`}
     ${progress && html`<progress max=${progress[1]} value=${progress[0]} aria-label="Upload"></progress>
-      <p class="soft" aria-live="polite">${progress[0] < progress[1] ? `${bytes(progress[0])} of ${bytes(progress[1])} sent` : "The service checks the files and computes keys and values…"}</p>`}
+      <p class="soft" aria-live="polite">
+        ${progress[0] < progress[1] ? `${bytes(progress[0])} of ${bytes(progress[1])} sent` : "The service checks the files and computes keys and values…"}</p>`}
     <${Failure} error=${error} />
-    ${made && html`<div class="notice good" role="status"><b>${made.isNew ? "Published: " : "The same content is a version already: "}<${Text}>${made.tenant}/${made.adapter}@${made.version}</${Text}></b>
+    ${made && html`<div class="notice good" role="status">
+      <b>${made.isNew ? "Published: " : "The same content is a version already: "}<${Text}>
+      ${made.tenant}/${made.adapter}@${made.version}</${Text}></b>
       <span>${made.num_layers} layers, ${made.num_kv_heads} key/value heads of ${made.head_dim}, ${made.num_virtual_tokens} virtual tokens,
         as ${made.dtype}; the weights have ${bytes(made.size.weights)}.</span>
       <p>In the worker:</p><pre>${worker(made)}</pre><div class="row"><${Copy} text=${worker(made)} />

@@ -28,16 +28,25 @@ export default function Usage() {
   const perHour = at.map((hour) => (rows || []).filter((row) => Date.parse(row.hour) / 1000 === hour).reduce((all, row) => all + row.requests, 0));
   return html`<${Title}>Usage</${Title}>
     <div class="row"><label>Count by<select value=${by} onChange=${(event) => setBy(event.target.value)}>
-        <option value="adapter">adapter</option><option value="version">version</option><option value="key">key</option><option value="">tenant</option></select></label>
+        <option value="adapter">adapter</option><option value="version">version</option><option value="key">key</option>
+          <option value="">tenant</option></select></label>
       <label>Of the last<select value=${String(hours)} onChange=${(event) => setHours(Number(event.target.value))}>
-        <option value="24">24 hours</option><option value="168">7 days</option><option value="720">30 days</option></select></label></div>
+        <option value="24">24 hours</option><option value="168">7 days</option><option value="720">30 days</option>
+          </select></label></div>
     <${Failure} error=${error} retry=${reload} />
-    ${rows && html`<section class="card"><h2>Requests an hour</h2><${Chart} key=${`${by}${hours}${rows.length}`} at=${at} lines=${[["requests", perHour, number]]} /></section>
-    <section class="card"><h2>In all</h2>${sorted.length === 0 ? html`<p class="soft">Nobody has read a prefix in this time. What is read is written within a minute.</p>` : html`<div class="wide"><table>
-      <thead><tr><th>What</th><th class="number">Requests</th><th class="number">Bytes</th><th class="number">Prefix tokens</th><th class="number">Cold loads</th></tr></thead>
-      <tbody>${sorted.map((sum) => html`<tr key=${sum.name}><td><${Text}>${sum.name}</${Text}></td><td class="number">${number(sum.requests)}</td><td class="number">${bytes(sum.bytes)}</td>
-        <td class="number">${number(sum.prefix_tokens)}</td><td class="number">${number(sum.cold_loads)}</td></tr>`)}</tbody></table></div>`}
-      ${rows.more && html`<p class="soft">There is more than the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;
+    ${rows && html`<section class="card"><h2>Requests an hour</h2><${Chart} key=${`${by}${hours}${rows.length}`}
+      at=${at} lines=${[["requests", perHour, number]]} /></section>
+    <section class="card"><h2>In all</h2>${sorted.length === 0 ? html`<p
+      class="soft">Nobody has read a prefix in this time. What is read is written within a minute.</p>` : html`<div
+      class="wide"><table>
+      <thead><tr><th>What</th><th class="number">Requests</th><th class="number">Bytes</th>
+        <th class="number">Prefix tokens</th><th class="number">Cold loads</th></tr></thead>
+      <tbody>${sorted.map((sum) => html`<tr key=${sum.name}><td><${Text}>${sum.name}</${Text}></td>
+        <td class="number">${number(sum.requests)}</td><td class="number">${bytes(sum.bytes)}</td>
+        <td class="number">${number(sum.prefix_tokens)}</td><td class="number">${number(sum.cold_loads)}</td>
+          </tr>`)}</tbody></table></div>`}
+      ${rows.more && html`<p
+        class="soft">There is more than the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;
 }
 
 function nameOf(row, by) {
