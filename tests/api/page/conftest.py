@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from tests.api.helpers import CONFIG, weights
 from tests.conftest import Server, running_server
@@ -17,6 +17,7 @@ from tests.missing import not_tested
 
 HOSTILE = '<script>window.pwned=1</script><svg onload="pwned=1"> [x](javascript:pwned=1) \u202egnp.exe'
 LONG = "x" * 4096
+PATIENCE = 60_000  # milliseconds that a test waits for what must come
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def browser() -> Iterator[Browser]:
     found = shutil.which("chromium")
     if found is None:
         not_tested("Chromium is not installed")
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])  # it refuses root with one
         yield browser
@@ -89,7 +91,7 @@ class Seen:
 def seen(service: Server, browser: Browser) -> Iterator[Seen]:
     """A browser that has not signed in. In the end nothing was asked of another origin, and nothing failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(PATIENCE)
     seen = Seen(context.new_page(), service.url)
     _watch(context, seen)
     yield seen
