@@ -5,8 +5,11 @@ import { call, get, items, may, query, tenantPath } from "../api.js";
 import { bytes, moment, number, shortDigest } from "../format.js";
 import { Act, Confirm, Copy, Failure, Long, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
 import { Differences, differences, MoveAlias } from "./alias.js";
+import { Chart } from "./chart.js";
 import { snippets } from "./snippets.js";
 import { Timeline } from "./timeline.js";
+
+const HOUR = 3600e3; // milliseconds
 
 export default function Adapter({ names: [tenant, reference] }) {
   const name = reference.split("@")[0];
@@ -122,19 +125,27 @@ function Description({ path }) {
 }
 
 function Used({ tenant, name }) {
-  const since = new Date(Date.now() - 24 * 3600e3).toISOString();
-  const [rows, error] = useLoaded(() => items(`${tenantPath(tenant, "usage")}`, { by: "version,key", since }, 5000), [tenant, name]);
+  const first = Math.floor(Date.now() / HOUR) * HOUR - 23 * HOUR;
+  const since = new Date(first).toISOString();
+  const parameters = { by: "version,key", since };
+  const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, 5000), [tenant, name]);
   const mine = (rows || []).filter((row) => row.adapter === name);
-  const versions = Map.groupBy(mine, (row) => row.version);
-  const total = (some, field) => some.reduce((sum, row) => sum + row[field], 0);
   return html`<section class="card"><h2>Last 24 hours</h2><${Failure} error=${error} />
-    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read it." : "Loading…"}</p>` : html`<div
-      class="wide"><table>
-    <thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
+    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read it." : "Loading…"}</p>`
+      : html`<${Reads} rows=${mine} first=${first} />`}
+    <p><a href="#/usage">All usage</a></p></section>`;
+}
+
+function Reads({ rows, first }) {
+  const versions = Map.groupBy(rows, (row) => row.version);
+  const total = (some, field) => some.reduce((sum, row) => sum + row[field], 0);
+  const at = Array.from({ length: 24 }, (_, hour) => (first + hour * HOUR) / 1000);
+  const perHour = at.map((hour) => total(rows.filter((row) => Date.parse(row.hour) / 1000 === hour), "requests"));
+  return html`<${Chart} at=${at} lines=${[["requests an hour", perHour, number]]} />
+    <div class="wide"><table><thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
       <th class="number">Cold loads</th><th class="number">Keys that read it</th></tr></thead>
     <tbody>${[...versions].sort(([a], [b]) => b - a).map(([version, some]) => html`<tr><td>${version}</td>
-      <td class="number">${number(total(some, "requests"))}</td>
-      <td class="number">${bytes(total(some, "bytes"))}</td><td class="number">${number(total(some, "cold_loads"))}</td>
-      <td class="number">${new Set(some.map((row) => row.key)).size}</td></tr>`)}</tbody></table></div>`}
-    <p><a href="#/usage">All usage</a></p></section>`;
+      <td class="number">${number(total(some, "requests"))}</td><td class="number">${bytes(total(some, "bytes"))}</td>
+      <td class="number">${number(total(some, "cold_loads"))}</td>
+      <td class="number">${new Set(some.map((row) => row.key)).size}</td></tr>`)}</tbody></table></div>`;
 }
