@@ -3,6 +3,7 @@
 import fcntl
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_workers_are_one_service(tmp_path: Path, slot: int) -> None:
         in_flight = InFlight(10, 5)
         in_flight.begin("acme")
         hits = iter((3 + number, 10))
-        live.watch(lambda number=number, hits=hits: [report(next(hits), 20)], in_flight)
+        live.watch(partial(lambda hits: [report(next(hits), 20)], hits), in_flight)
         live.count("acme", None, 0.004, 1000, is_cold=number == 0)
         live.count("beta", "not-found", 0.004, 50, is_cold=False)
         live.count(None, None, 0.004, 7, is_cold=False)

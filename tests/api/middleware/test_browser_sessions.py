@@ -88,7 +88,8 @@ async def test_a_stream_does_not_keep_a_session_alive(
     def unused() -> timedelta:
         with database.reading() as connection:
             row = connection.execute(sa.select(sessions.c.began, sessions.c.used)).one()
-        return row.began - row.used
+        passed: timedelta = row.began - row.used
+        return passed
 
     with database.writing() as connection:
         moment = connection.scalar(sa.select(sessions.c.began))

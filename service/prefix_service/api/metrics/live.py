@@ -7,6 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,7 +81,7 @@ class Live:
             self._own.append(sample)
             if self._place is not None:
                 try:
-                    await in_thread(lambda place=self._place, sample=sample: _write(place, sample))
+                    await in_thread(partial(_write, self._place, sample))
                 except OSError as error:
                     log.warning("live numbers cannot be shared with other workers now: %s", error)
             # Never a slot twice: a timer may ring early, and a clock may be put back.
@@ -119,7 +120,7 @@ class Live:
     def _read_others(self, first: int) -> list[Sample]:
         if self._place is None:
             return []
-        known, found = self._others, {}
+        known, found = self._others, dict[tuple[str, int], list[Sample]]()
         mine = f"live-{self._place.number}-"
         for file in sorted(self._place.folder.glob("live-*.jsonl")):
             number = int(file.stem.rpartition("-")[2])
