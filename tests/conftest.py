@@ -1,35 +1,41 @@
 """Real servers for every suite: started by `prefix-service serve`, in a process of their own."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
+import ssl
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
 
+from tests.commands import PREFIX_SERVICE, run_command
+from tests.forked import Forked
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
+from tests.turns import FilesInTurn, longest_first
 
-_LONG: Final = (
-    "test_hardening_crashes.py",
-    "tests/vllm/",
-    "test_demo.py",
-    "test_walk.py",
-    "test_hardening_servers.py",
-    "test_fuzz.py",
-    "test_snippets.py",
-)
+# Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more, and other examples each time.
+settings.register_profile("thorough", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gate", settings.get_profile("thorough"), derandomize=True, max_examples=50)
+settings.load_profile("gate")
 
 CORPUS = Path(__file__).parent / "data" / "corpus"
+NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Without authorities: to read those of the system takes longer than most tests."""
+
+
+Process = subprocess.Popen[bytes] | Forked
 
 
 @dataclass
@@ -39,7 +45,7 @@ class Server:
     url: str
     data_dir: Path
     admin_key: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     uds: Path | None = None
     _clients: list[httpx.Client] = field(default_factory=list)
@@ -48,7 +54,7 @@ class Server:
         """An HTTP client with this key; by default the platform admin's, "" for none."""
         key = self.admin_key if key is None else key
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        transport = httpx.HTTPTransport(uds=None if self.uds is None else str(self.uds))
+        transport = httpx.HTTPTransport(verify=NO_TLS, uds=None if self.uds is None else str(self.uds))
         client = httpx.Client(base_url=self.url, headers=headers, timeout=60, transport=transport)
         self._clients.append(client)
         return client
@@ -56,18 +62,8 @@ class Server:
     def key(self, scope: str, tenant: str | None = None) -> str:
         """A new key, made by the command line on the running service's folder."""
         owner = ["--platform"] if tenant is None else ["--tenant", tenant]
-        command = [
-            *PREFIX_SERVICE,
-            "key",
-            "create",
-            *owner,
-            "--scope",
-            scope,
-            "--data-dir",
-            str(self.data_dir),
-            "--json",
-        ]
-        made = subprocess.run(command, check=True, capture_output=True, text=True)
+        made = run_command("key", "create", *owner, "--scope", scope, "--data-dir", self.data_dir, "--json")
+        assert made.returncode == 0, made.stderr
         text: str = json.loads(made.stdout)["key"]
         return text
 
@@ -77,23 +73,23 @@ class Server:
             client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout=30)
+            self.process.wait(timeout=90)
 
 
-PREFIX_SERVICE = [sys.executable, "-m", "prefix_service.cli"]
-
-
-@contextmanager
+@contextlib.contextmanager
 def running_server(
-    data_dir: Path, *options: str, environment: dict[str, str] | None = None, uds: Path | None = None
+    data_dir: Path,
+    *options: str,
+    environment: dict[str, str] | None = None,
+    uds: Path | None = None,
+    program: Sequence[str] = PREFIX_SERVICE,
 ) -> Iterator[Server]:
     """`prefix-service serve`, ready, on a free port unless the options say another; stopped when the block ends."""
     port = options[options.index("--port") + 1] if "--port" in options else str(free_port())
     data_dir.mkdir(parents=True, exist_ok=True)
     log = data_dir / "serve.log"
-    command = [*PREFIX_SERVICE, "serve", "--port", port, "--data-dir", str(data_dir), *options]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+    arguments = ["serve", "--port", port, "--data-dir", str(data_dir), *options]
+    process = _started(program, arguments, log, environment or {})
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(url, process, log, uds)
@@ -108,17 +104,31 @@ def running_server(
         server.stop()
 
 
+_AT_IMPORT: Final = {"PYTHONPATH", "OMP_NUM_THREADS"}
+"""Variables that are read before a service runs."""
+
+
+def _started(program: Sequence[str], arguments: list[str], log: Path, more: dict[str, str]) -> Process:
+    environment = {**os.environ, **more}
+    is_alone = program == PREFIX_SERVICE and "--workers" not in arguments and not _AT_IMPORT & more.keys()
+    if is_alone and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
+        return Forked(arguments, log, environment)
+    with log.open("wb") as output:
+        return subprocess.Popen([*program, *arguments], stdout=output, stderr=output, env=environment)
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens on. The system hands out higher ones: it is still free a moment later."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds: Path | None) -> None:
-    deadline = time.monotonic() + 60
-    transport = httpx.HTTPTransport(uds=None if uds is None else str(uds))
+def _wait_until_ready(url: str, process: Process, log: Path, uds: Path | None) -> None:
+    deadline = time.monotonic() + 180
+    transport = httpx.HTTPTransport(verify=NO_TLS, uds=None if uds is None else str(uds))
     with httpx.Client(transport=transport) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -131,7 +141,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path, uds
                     return
             except httpx.TransportError:
                 time.sleep(0.05)
-    raise RuntimeError(f"the server is not ready after a minute:\n{log.read_text()}")
+    raise RuntimeError(f"the server is not ready after three minutes:\n{log.read_text()}")
 
 
 def _is_listening(uds: Path) -> bool:
@@ -181,5 +191,9 @@ def publish(admin: httpx.Client) -> Publish:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that take minutes begin first, or the last of them would run alone."""
-    items.sort(key=lambda item: not any(name in item.nodeid for name in _LONG))
+    longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FilesInTurn | None:
+    return FilesInTurn(config, log) if config.getoption("dist") == "loadfile" else None

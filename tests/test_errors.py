@@ -97,3 +97,9 @@ def test_the_table_holds_nothing_else() -> None:
     """No class that is unknown, and no status twice."""
     assert set(STATUSES) <= set(EVERY)
     assert len(set(STATUSES.values())) == len(STATUSES)
+
+
+def test_every_error_is_public() -> None:
+    """`__all__` names the classes that the module defines, and nothing else."""
+    defined = {name for name, value in vars(errors).items() if getattr(value, "__module__", None) == errors.__name__}
+    assert set(errors.__all__) == defined

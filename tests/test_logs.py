@@ -14,7 +14,7 @@ from prefix_service.logs import redacted
 KEY = "pfx_0123456789abcdef_" + "5" * 48 + "_89abcdef"
 _BEGIN = """
 import logging, structlog, warnings
-from prefix_service.logs import about, configure
+from prefix_service.logs import configure, request_context
 configure({level!r})
 log = structlog.stdlib.get_logger("prefix_service")
 """
@@ -31,7 +31,7 @@ def _run(code: str, level: str = "info") -> list[dict[str, Any]]:
 def test_structlog_and_the_standard_library_write_the_same_form() -> None:
     """Lines of JSON with time, level and what is bound, from either."""
     lines = _run("""
-about.set({"request_id": "r1", "key_id": "k1"})
+request_context.set({"request_id": "r1", "key_id": "k1"})
 log.info("audit", action="create", tenant="acme")
 logging.getLogger("prefix_service").warning("the values of %s are lost", "acme/a@1")
 logging.getLogger("uvicorn.error").error("no")
@@ -97,7 +97,7 @@ def test_no_key_is_logged_wherever_it_is() -> None:
     """In an event, a value, a name, the context, an exception, or another library's arguments."""
     lines = _run(f"""
 key = {KEY!r}
-about.set({{"request_id": key}})
+request_context.set({{"request_id": key}})
 log.info(key, value=key, nested={{"deep": [key]}}, **{{key: 1}})
 logging.getLogger("uvicorn.error").error("%s", key)
 try:
@@ -131,6 +131,31 @@ except ValueError:
     assert not shown.startswith("{")
     assert "5555" not in shown
     assert "a local value" not in shown
+
+
+def test_a_terminal_gets_readable_lines_of_requests() -> None:
+    """What was asked and what came of it; which prefix, and where the time went; and the id of an error."""
+    parent, child = pty.openpty()
+    code = """
+from prefix_service.logs import RequestLog
+plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "bytes": 7, "code": None}
+times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
+requests = RequestLog()
+requests.write("info", dict(plain))
+requests.write("info", {**plain, **times, "adapter": "a", "version": 7})
+requests.write("info", {**plain, **times, "cold": False, "versions": ["acme/a@7", "acme/b@1"], "num_versions": 17})
+requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id": "r1"})
+"""
+    subprocess.run([sys.executable, "-c", _BEGIN.format(level="info") + code], check=True, stderr=child)
+    os.close(child)
+    shown = [line.partition(" ")[2] for line in os.read(parent, 65536).decode().splitlines()]
+    os.close(parent)
+    assert shown == [
+        "200 GET /v1/x 12.3 ms 7 B",
+        "200 GET /v1/x 12.3 ms 7 B a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "404 GET /v1/x 12.3 ms 7 B not-found r1",
+    ]
 
 
 def test_a_log_that_cannot_be_written_fails_nothing() -> None:

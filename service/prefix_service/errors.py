@@ -1,18 +1,19 @@
-"""Every failure that prefix-service reports, service and client alike.
+"""The errors that prefix-service reports, in the service and in the client.
 
 PrefixServiceError
-├── InvalidInput                what was given cannot be accepted
-│   ├── InvalidReference        a tenant, adapter, version, alias or digest is not well formed
+├── InvalidInput                input that cannot be accepted
+│   ├── InvalidReference        a tenant, adapter, version, alias or digest is malformed
 │   ├── InvalidConfig           adapter_config.json or a base model's config.json
 │   ├── InvalidCheckpoint       a weights file: its bytes, tensors or layout
 │   │   └── UnsafeCheckpoint    a pickle, which the service never opens
 │   ├── InvalidRequest          a parameter, a body or an attention mask
 │   └── DimensionMismatch       a prefix that does not fit the base model
 ├── NotFound                    missing, or another tenant's
-├── Unauthenticated             no key, or not a valid one
+├── Unauthenticated             no key, or an invalid one
 ├── Forbidden                   the key's scope is too small
-│   └── ReadOnly                the service changes nothing, whoever asks
-├── Conflict                    the state of the resource forbids it
+│   └── ReadOnly                the service does not accept changes from anybody
+├── Conflict                    the state of the resource forbids the request
+├── Gone                        the resource existed, and is no longer kept
 ├── PreconditionFailed          If-Match or If-None-Match did not hold
 ├── TooLarge                    more bytes than the configured limit
 ├── RequestTimeout              a request did not arrive in time
@@ -20,30 +21,67 @@ PrefixServiceError
 ├── HeaderFieldsTooLarge        the head of a request, or one of its fields, is too large
 ├── UriTooLong                  path and query have too many bytes
 ├── NotAcceptable               no representation that the caller accepts
-├── UnsupportedMediaType        a content type or encoding that is not read here
+├── UnsupportedMediaType        a content type or encoding that is not supported
 ├── RangeNotSatisfiable         a byte range outside the body
 ├── OutOfSpace                  the disk or a memory budget is exhausted
-│   └── QuotaExceeded           the tenant has as much as it may have
+│   └── QuotaExceeded           the tenant's quota is exhausted
 ├── Unavailable                 try again later
 │   ├── RateLimited             more requests than the tenant's rate
 │   ├── Overloaded              too many requests in flight, or too much work in progress
-│   ├── CorruptBlob             stored bytes no longer match their digest
+│   ├── CorruptBlob             stored bytes do not match their digest
 │   └── StorageFailed           the disk or the catalog refused a write or a read
 ├── Internal                    a defect of the service
-├── InvalidResponse             (client) an answer that is not what the contract says
+├── InvalidResponse             (client) an answer that violates the contract
 └── ConnectionFailed            (client) no answer: refused, reset or timed out
 
-`code` is stable: a client may branch on it, and the HTTP API sends it. `prefix_service.api.http.problems` has
-the one table from these classes to HTTP statuses; nothing here knows HTTP.
+`code` is stable: a client can branch on it, and the HTTP API sends it. `prefix_service.api.http.problems` has the one
+table from these classes to HTTP statuses; this module knows no HTTP.
 """
 
 from typing import ClassVar, Self
 
+__all__ = [
+    "Conflict",
+    "ConnectionFailed",
+    "CorruptBlob",
+    "DimensionMismatch",
+    "Forbidden",
+    "Gone",
+    "HeaderFieldsTooLarge",
+    "Internal",
+    "InvalidCheckpoint",
+    "InvalidConfig",
+    "InvalidInput",
+    "InvalidReference",
+    "InvalidRequest",
+    "InvalidResponse",
+    "MalformedRequest",
+    "NotAcceptable",
+    "NotFound",
+    "OutOfSpace",
+    "Overloaded",
+    "PreconditionFailed",
+    "PrefixServiceError",
+    "QuotaExceeded",
+    "RangeNotSatisfiable",
+    "RateLimited",
+    "ReadOnly",
+    "RequestTimeout",
+    "StorageFailed",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+    "UnsafeCheckpoint",
+    "UnsupportedMediaType",
+    "UriTooLong",
+]
+
 
 class PrefixServiceError(Exception):
-    """The root: `code` names the failure, `str(error)` says what was wrong, with which value, and what to do.
+    """The root of all errors. `code` names the failure; `str(error)` says what was wrong, with which value, and what to
+    do.
 
-    `request_id` is set by the client: the id of the request that was answered so, by which the service's log has it. A
+    The client sets `request_id` to the id of the failed request, by which the service's log can be searched. A
     traceback shows it too.
     """
 
@@ -55,7 +93,7 @@ class PrefixServiceError(Exception):
         self.request_id: str | None = None
 
     def met_by(self, request_id: str | None) -> Self:
-        """Note which request met this error, unless that is noted already. Returns the error."""
+        """Sets the id of the request that failed, unless it is set already; returns the error."""
         if request_id is not None and self.request_id is None:
             self.request_id = request_id
             self.add_note(f"request id: {request_id}")
@@ -63,19 +101,19 @@ class PrefixServiceError(Exception):
 
 
 class InvalidInput(PrefixServiceError):
-    """What was given cannot be accepted as it is."""
+    """Input that cannot be accepted as it is."""
 
     code = "invalid-input"
 
 
 class InvalidReference(InvalidInput):
-    """A tenant, adapter, version, alias or digest that is not well formed."""
+    """A tenant, adapter, version, alias or digest that is malformed."""
 
     code = "invalid-reference"
 
 
 class InvalidConfig(InvalidInput):
-    """An adapter config or a base model's config that cannot be used."""
+    """An adapter's config or a base model's config that cannot be used."""
 
     code = "invalid-config"
 
@@ -87,7 +125,7 @@ class InvalidCheckpoint(InvalidInput):
 
 
 class UnsafeCheckpoint(InvalidCheckpoint):
-    """A pickle, or an archive of one: never opened here (CVE-2025-32434)."""
+    """A pickle, or an archive of one; the service never opens it (CVE-2025-32434)."""
 
     code = "unsafe-checkpoint"
 
@@ -105,33 +143,39 @@ class DimensionMismatch(InvalidInput):
 
 
 class NotFound(PrefixServiceError):
-    """Missing, or another tenant's: the two are not told apart."""
+    """A resource that is missing, or belongs to another tenant; callers cannot distinguish the two."""
 
     code = "not-found"
 
 
 class Unauthenticated(PrefixServiceError):
-    """No key was given, or it is unknown, expired or revoked."""
+    """The request has no key, or an unknown, expired or revoked one."""
 
     code = "unauthenticated"
 
 
 class Forbidden(PrefixServiceError):
-    """The key is valid, and its scope is too small."""
+    """The key is valid, but its scope is too small."""
 
     code = "forbidden"
 
 
 class ReadOnly(Forbidden):
-    """The service was started to serve what there is, and changes nothing."""
+    """The service runs read-only, and does not accept changes."""
 
     code = "read-only"
 
 
 class Conflict(PrefixServiceError):
-    """The resource's present state forbids the change."""
+    """The present state of the resource forbids the change."""
 
     code = "conflict"
+
+
+class Gone(PrefixServiceError):
+    """It was there, and is no longer kept."""
+
+    code = "gone"
 
 
 class PreconditionFailed(PrefixServiceError):
@@ -147,25 +191,25 @@ class TooLarge(PrefixServiceError):
 
 
 class RequestTimeout(PrefixServiceError):
-    """The head or the body of a request did not arrive in time; the connection ends."""
+    """The head or the body of a request did not arrive in time; the connection is closed."""
 
     code = "request-timeout"
 
 
 class MalformedRequest(PrefixServiceError):
-    """What came is not HTTP/1.1, or says two things about where it goes or ends; the connection ends."""
+    """A request that is not HTTP/1.1, or is ambiguous about its target or its end; the connection is closed."""
 
     code = "malformed-request"
 
 
 class HeaderFieldsTooLarge(PrefixServiceError):
-    """The head of a request, or one of its fields, is larger than any caller needs; the connection ends."""
+    """The head of a request, or one of its fields, is too large; the connection is closed."""
 
     code = "header-fields-too-large"
 
 
 class UriTooLong(PrefixServiceError):
-    """Path and query of a request have more bytes than any caller needs."""
+    """The path and query of a request have too many bytes."""
 
     code = "uri-too-long"
 
@@ -177,13 +221,13 @@ class NotAcceptable(PrefixServiceError):
 
 
 class UnsupportedMediaType(PrefixServiceError):
-    """A content type or content encoding that is not read here."""
+    """A content type or content encoding that the service does not support."""
 
     code = "unsupported-media-type"
 
 
 class RangeNotSatisfiable(PrefixServiceError):
-    """A byte range that lies outside the body of `length` bytes."""
+    """A byte range outside the body of `length` bytes."""
 
     code = "range-not-satisfiable"
 
@@ -199,13 +243,13 @@ class OutOfSpace(PrefixServiceError):
 
 
 class QuotaExceeded(OutOfSpace):
-    """The tenant has as many adapters or bytes as it may have."""
+    """The tenant has the most adapters or bytes that its quota allows."""
 
     code = "quota-exceeded"
 
 
 class Unavailable(PrefixServiceError):
-    """Not now: try again after `retry_after` seconds."""
+    """The service cannot answer now; try again after `retry_after` seconds."""
 
     code = "unavailable"
 
@@ -215,7 +259,7 @@ class Unavailable(PrefixServiceError):
 
 
 class RateLimited(Unavailable):
-    """More requests a second than the tenant may send."""
+    """The tenant sent more requests per second than its rate allows."""
 
     code = "rate-limited"
 
@@ -227,7 +271,7 @@ class Overloaded(Unavailable):
 
 
 class CorruptBlob(Unavailable):
-    """Stored bytes no longer match their digest; the version is quarantined, others are unaffected."""
+    """Stored bytes do not match their digest. The version is quarantined; other versions are unaffected."""
 
     code = "corrupt-blob"
 
@@ -239,18 +283,18 @@ class StorageFailed(Unavailable):
 
 
 class Internal(PrefixServiceError):
-    """A defect of the service; its details are in the log of the service alone."""
+    """A defect of the service; only the service's log has the details."""
 
     code = "internal"
 
 
 class InvalidResponse(PrefixServiceError):
-    """(client) The answer is not what the contract says: truncated, malformed, or of the wrong digest."""
+    """(client) The answer violates the contract: it is truncated, malformed, or does not match its digest."""
 
     code = "invalid-response"
 
 
 class ConnectionFailed(PrefixServiceError):
-    """(client) No answer: the connection was refused or reset, or the deadline passed."""
+    """(client) There was no answer: the connection was refused or reset, or the deadline passed."""
 
     code = "connection-failed"

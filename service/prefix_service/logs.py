@@ -1,6 +1,6 @@
-"""Structured logs: everything that a service says goes through one renderer, onto standard error."""
+"""Structured logs: everything that a service says goes through one renderer and one thread, onto standard error."""
 
-import asyncio
+import atexit
 import io
 import json
 import logging
@@ -16,44 +16,66 @@ from structlog.dev import plain_traceback
 from structlog.stdlib import ExtraAdder, ProcessorFormatter, add_logger_name
 from structlog.typing import EventDict, ExcInfo, Processor
 
+from prefix_service.system.line_writer import LineWriter
 from prefix_service.system.printable import printable, printable_lines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _KEY: Final = re.compile(r"pfx_\w+")
+_STANDARD_ERROR: Final = 2
 
 
-about: ContextVar[dict[str, str]] = ContextVar("about")
+def _tell_dropped(count: int) -> None:
+    logging.getLogger("prefix_service").warning(
+        "lines of the log were dropped: standard error was not read", extra={"lines": count}
+    )
+
+
+_writer: Final = LineWriter(_STANDARD_ERROR, _tell_dropped)
+write_line: Final = _writer.write
+"""Write a line to standard error behind those of the log; it never waits for who reads them."""
+
+_for_people = False
+
+request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
 """What every line of a request tells: its id, its key's id. One dictionary for each request, which grows."""
 
 
 def redacted(text: str) -> str:
-    """The text without what looks like a key, whole or cut off."""
+    """Returns the text with everything that looks like a key, even a truncated one, replaced."""
     return _KEY.sub("pfx_***", text) if "pfx_" in text else text
 
 
-def configure(level: LogLevel) -> None:
-    """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library.
+def for_people() -> bool:
+    """Whether lines are for a person at a terminal; they are JSON everywhere else."""
+    return _for_people
 
-    What `about` says comes with each. Other libraries are heard from warnings on.
+
+def configure(level: LogLevel, *, as_json: bool = False) -> None:
+    """Log lines of JSON, or in colours on a terminal: structlog's own, and those of the standard library. `as_json`
+    wants JSON on a terminal too.
+
+    Each line has the fields of `request_context`. Other libraries' loggers are set to warnings.
     """
+    global _for_people
+    _for_people = sys.stderr.isatty() and not as_json
     lowest = _NUMBERS[level]
     before: list[Processor] = [
         _with_context,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    after = _rendering(colours=sys.stderr.isatty())
+    after = _rendering(colours=_for_people)
     # Not through the standard library: half the time for a line.
     structlog.configure(
         processors=[*before, *after],
         wrapper_class=structlog.make_filtering_bound_logger(lowest),
-        logger_factory=lambda *_: _Lines(sys.stderr),
+        logger_factory=lambda *_: _Lines,
         cache_logger_on_first_use=True,
     )
     logging.raiseExceptions = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     handler.setFormatter(
         ProcessorFormatter(
             foreign_pre_chain=[*before, add_logger_name, ExtraAdder()],
@@ -64,64 +86,72 @@ def configure(level: LogLevel) -> None:
     logging.getLogger().setLevel(max(lowest, logging.WARNING))
     logging.getLogger("prefix_service").setLevel(lowest)
     logging.captureWarnings(capture=True)
+    atexit.register(_writer.flush)
+
+
+def finish() -> None:
+    """Wait until the log is written, for seconds at most, as the end of the process does otherwise."""
+    atexit.unregister(_writer.flush)
+    _writer.flush()
 
 
 class RequestLog:
-    """The lines of requests, in the form of all others.
+    """Writes the log lines of requests, in the format of all other lines.
 
-    Not through structlog, which takes 10 µs a line. JSON is written once for each turn of the event loop; on a terminal
-    each line tells a person the time, status, method, route, duration and size of a request, and the code and id of an
-    error.
+    Not through structlog, which takes 10 µs a line. On a terminal each line tells a person the time, status, method,
+    route, duration and size of a request; of prefixes, which they are and where the time went; and the code and id of
+    an error.
     """
 
     def __init__(self) -> None:
-        self._is_terminal = sys.stderr.isatty()
-        self._lines = _Lines(sys.stderr)
-        self._pending: list[str] = []
         self._lowest = logging.getLogger("prefix_service").getEffectiveLevel()
 
-    def tells(self, level: LogLevel) -> bool:
-        """Whether lines of this level are wanted."""
+    def is_enabled_for(self, level: LogLevel) -> bool:
+        """Returns whether lines of this level are logged."""
         return _NUMBERS[level] >= self._lowest
 
-    def line(self, level: LogLevel, fields: dict[str, Any]) -> None:
+    def write(self, level: LogLevel, fields: dict[str, Any]) -> None:
         """Tell of a request."""
-        if self._is_terminal:
-            self._lines.msg(printable(redacted(_for_people(fields))))
+        if _for_people:
+            text = _readable(fields)
         else:
             fields |= {"event": "request", "level": level, "timestamp": datetime.now(UTC)}
-            if not self._pending:
-                asyncio.get_running_loop().call_soon(self._write)
-            self._pending.append(printable(redacted(_json(fields))))
-
-    def _write(self) -> None:
-        self._lines.msg("\n".join(self._pending))
-        self._pending.clear()
+            text = _json(fields)
+        write_line(printable(redacted(text)))
 
 
-def _for_people(fields: dict[str, Any]) -> str:
+def _readable(fields: dict[str, Any]) -> str:
     now = datetime.now().astimezone().strftime("%H:%M:%S")
     took, size = f"{fields['seconds'] * 1000:.1f} ms", f"{fields['bytes']} B"
     words = [now, fields["status"], fields["method"], fields["route"], took, size]
+    if "cold" in fields:
+        words += _served_for_people(fields)
     if fields["code"] is not None:
         words += [fields["code"], fields.get("request_id")]
     return " ".join(map(str, words))
 
 
+def _served_for_people(fields: dict[str, Any]) -> list[str]:
+    if "adapter" in fields:
+        named = f"{fields['adapter']}@{fields['version']}"
+    else:
+        named = f"{fields['versions'][0]} and {fields['num_versions'] - 1} more"
+    times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("wait", "load", "send"))
+    return [named, f"({'cold' if fields['cold'] else 'warm'}: {times})"]
+
+
 class _Lines:
-    """What structlog writes to. A log whose disk is full, or whose reader is gone, must not fail what is logged."""
+    """What structlog writes to."""
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
+    msg = debug = info = warning = error = staticmethod(write_line)
 
-    def msg(self, line: str) -> None:
-        """Write a line, or not; standard error flushes by lines."""
-        try:  # noqa: SIM105 - a third of the time
-            self._file.write(line + "\n")
-        except OSError:
-            pass
 
-    debug = info = warning = error = msg
+class _Handler(logging.Handler):
+    """What the standard library's loggers write to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        write_line(self.format(record))
 
 
 def _rendering(*, colours: bool) -> list[Processor]:
@@ -132,8 +162,10 @@ def _rendering(*, colours: bool) -> list[Processor]:
 
 
 def _escape(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """Escape the texts of a line before it gets its colours; what is nested is shown by `repr`, which escapes too. The
-    event itself may have several lines, as uvicorn's tracebacks."""
+    """Escapes the texts of a line before it is coloured. Nested values are shown by `repr`, which escapes too.
+
+    The event itself may have several lines, such as uvicorn's tracebacks.
+    """
     shown = {printable(name): printable(value) if isinstance(value, str) else value for name, value in event.items()}
     return {**shown, "event": printable_lines(str(event.get("event", "")))}
 
@@ -149,7 +181,7 @@ def _harmless(_logger: Any, _method: str, line: Any) -> Any:
 
 
 def _with_context(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    return {**about.get({}), **event}
+    return {**request_context.get({}), **event}
 
 
 def _json(event: Any, **_options: Any) -> str:

@@ -1,4 +1,4 @@
-"""Every knob of the service, with its default; each is also an environment variable with the prefix `PREFIX_`."""
+"""The settings of the service with their defaults; each is an environment variable with the prefix `PREFIX_`."""
 
 import re
 from collections.abc import Iterable
@@ -26,10 +26,10 @@ NOT_SETTINGS: Final = {
     "PREFIX_TEST_IMAGE": "whether the tests build the image",
     "PREFIX_TEST_INSTALL": "whether the tests install the package in a fresh clone",
 }
-"""Variables with the settings' prefix that are none of the service's: who reads them, and what for."""
+"""Variables with the settings' prefix that the service does not read, each with its reader and purpose."""
 
-# Kubernetes writes these into every container for each Service of its namespace; here for those whose names begin with
-# `prefix`, as `prefix-service` does: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …
+# Kubernetes adds these variables to every container for each Service in its namespace; these are of Services named
+# `prefix…`, such as `prefix-service`: PREFIX_SERVICE_SERVICE_HOST, PREFIX_SERVICE_PORT=tcp://10.0.0.1:8080, …
 _LINK_NAME: Final = re.compile(
     r"PREFIX_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -37,7 +37,7 @@ _LINK_VALUE: Final = re.compile(r"(tcp|udp|sctp)://")
 
 
 def _bytes(value: object) -> object:
-    """Returns the bytes that a text names, and whatever else it is unchanged."""
+    """Returns the bytes that a text names, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -51,7 +51,7 @@ Size = Annotated[int, BeforeValidator(_bytes), Field(gt=0)]
 
 
 class Settings(BaseSettings):
-    """The configuration of one service, read once from the environment and never changed."""
+    """The configuration of one service, read once from the environment, and immutable."""
 
     model_config = SettingsConfigDict(env_prefix="PREFIX_", frozen=True, extra="ignore")
 
@@ -95,12 +95,20 @@ class Settings(BaseSettings):
         int, Field(gt=0, description="connections of a process; fewer if the limit of open files has no room for them")
     ] = 8192
     max_watchers: Annotated[
-        int, Field(gt=0, description="streams of live numbers that a process has open; a tenant may have a quarter")
-    ] = 256
+        int,
+        Field(
+            gt=0,
+            description="callers of a process that follow changes or live numbers, beside its requests; a quarter may "
+            "be of one tenant",
+        ),
+    ] = 4096
     garbage_grace: Annotated[
         float, Field(ge=1, description="seconds that the bytes of what was deleted, or never finished, stay")
     ] = 3600
     audit_days: Annotated[int, Field(ge=1, le=36_500, description="days that the audit keeps a change")] = 365
+    changes_days: Annotated[
+        int, Field(ge=1, le=36_500, description="days that changes are kept for processes and watchers that were away")
+    ] = 7
     usage_days: Annotated[int, Field(ge=1, le=36_500, description="days that usage by hour is kept")] = 90
     http_parser: Annotated[
         Literal["auto", "httptools", "h11"],
@@ -132,7 +140,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _without_service_links(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Leaves out what Kubernetes writes for a Service named `prefix`: PREFIX_PORT=tcp://10.0.0.1:8080."""
+        """Drops the variables that Kubernetes sets for a Service named `prefix`: PREFIX_PORT=tcp://10.0.0.1:8080."""
         return {name: value for name, value in given.items() if not _is_link(value)}
 
     @model_validator(mode="after")
@@ -143,14 +151,14 @@ class Settings(BaseSettings):
 
     @property
     def parser(self) -> Literal["httptools", "h11"]:
-        """The HTTP parser: the fast one where only this machine comes in, unless one is chosen."""
+        """The HTTP parser: unless one is chosen, the fast one if only this machine can connect, else the strict one."""
         if self.http_parser != "auto":
             return self.http_parser
         return "httptools" if self.uds or self.host in LOOPBACK else "h11"
 
     @property
     def secret_file(self) -> Path:
-        """Where the keys' secret is kept."""
+        """The path of the secret that keys are hashed with."""
         return self.key_secret_file or self.data_dir / "key.secret"
 
 
@@ -160,9 +168,9 @@ def variable(name: str) -> str:
 
 
 def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str, str | None]]:
-    """Returns variables with the settings' prefix that nothing reads, each with the setting that it may have meant.
+    """Returns variables with the settings' prefix that nothing reads, each with the setting that may be meant.
 
-    What `NOT_SETTINGS` lists is known, and so are Kubernetes' service links.
+    Variables in `NOT_SETTINGS` and Kubernetes' service links are left out.
     """
     known = {variable(name) for name in Settings.model_fields} | NOT_SETTINGS.keys()
     unknown = sorted(
@@ -177,7 +185,7 @@ def unknown_variables(environment: Iterable[tuple[str, str]]) -> list[tuple[str,
 
 
 def _meant(name: str) -> str | None:
-    """Returns the variable of the setting that a name resembles most, if one is near."""
+    """Returns the variable of the most similar setting; None if no setting is similar."""
     near = get_close_matches(name[len(_PREFIX) :].lower(), Settings.model_fields, n=1, cutoff=0.7)
     return variable(near[0]) if near else None
 

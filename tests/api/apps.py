@@ -16,7 +16,7 @@ def served(app: FastAPI) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not server.started and thread.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

@@ -138,7 +138,7 @@ class RawAnswer:
     body: bytes
 
 
-def raw(server: Server, *pieces: bytes, timeout: float = 20) -> RawAnswer:
+def raw(server: Server, *pieces: bytes, timeout: float = 60) -> RawAnswer:
     """Send bytes as they are, and read one answer; the request need not be complete."""
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=timeout) as connection:

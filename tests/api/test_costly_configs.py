@@ -17,7 +17,7 @@ from tests.conftest import Server, running_server
 
 MIB = 1 << 20
 WORK = 128 * MIB
-SILENCE = 3.0  # seconds; generous, since others work on this machine too
+SILENCE = 10.0  # seconds; generous, since others work on this machine too
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_two_tenants_with_large_bodies_leave_room_for_a_small_one(server: Server
         began = time.monotonic()
         answer = client.post("/v1/tenants/calm/adapters/a/prefix", json={"attention_mask": [[1]]})
         assert answer.status_code == 200, answer.text
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_long_configs_are_shown_in_their_tenants_turn(server: Server) -> None:

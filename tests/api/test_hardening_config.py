@@ -1,4 +1,4 @@
-"""HARDENING.md 13-18: malicious configs are refused with 422, and nothing that they name is imported or fetched."""
+"""Malicious configs are refused with 422, and nothing that they name is imported or fetched."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ def refused(server: Server, client: httpx.Client) -> Iterator[Refused]:
 
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"])
-def test_13_sizes_beyond_every_model(refused: Refused, name: str) -> None:
+def test_sizes_beyond_every_model(refused: Refused, name: str) -> None:
     """10^9 of anything is refused by itself, before it is multiplied with anything."""
     assert name in refused({**CONFIG, name: 10**9})["detail"]
 
@@ -49,17 +49,17 @@ def test_13_sizes_beyond_every_model(refused: Refused, name: str) -> None:
     [{"num_virtual_tokens": 4}, {"num_layers": 1}, {"token_dim": 16}, {"num_virtual_tokens": 6, "num_layers": 1}],
     ids=str,
 )
-def test_13_sizes_whose_product_is_not_that_of_the_tensors(refused: Refused, change: dict[str, int]) -> None:
+def test_sizes_whose_product_is_not_that_of_the_tensors(refused: Refused, change: dict[str, int]) -> None:
     """The config and the tensors agree in every dimension, not only in the number of bytes."""
     refused({**CONFIG, **change}, "invalid-checkpoint")
 
 
-def test_13_sizes_that_do_not_divide(refused: Refused) -> None:
+def test_sizes_that_do_not_divide(refused: Refused) -> None:
     """token_dim is a multiple of the heads."""
     refused({**CONFIG, "num_attention_heads": 3})
 
 
-def test_13_small_projection_that_describes_a_huge_prefix(refused: Refused) -> None:
+def test_small_projection_that_describes_a_huge_prefix(refused: Refused) -> None:
     """A few megabytes of a projection may not become gigabytes of keys and values."""
     config = {**CONFIG, "inference_mode": False, "prefix_projection": True, "encoder_hidden_size": 1}
     config |= {"num_virtual_tokens": 1 << 20, "num_layers": 1 << 10, "num_attention_heads": 1, "token_dim": 1}
@@ -81,7 +81,7 @@ def test_13_small_projection_that_describes_a_huge_prefix(refused: Refused) -> N
     ],
     ids=["prefix", "projection"],
 )
-def test_13_untrained_prefix_that_is_too_large(client: httpx.Client, server: Server, change: dict[str, Any]) -> None:
+def test_untrained_prefix_that_is_too_large(client: httpx.Client, server: Server, change: dict[str, Any]) -> None:
     """A hundred bytes of JSON may not allocate gigabytes, neither for the prefix nor for its projection."""
     config = {**CONFIG, "inference_mode": False, **change}
     problem(client.post(versions_path(TENANT, "refused"), json={"config": config}), 422, "invalid-config")
@@ -95,20 +95,20 @@ def _with(name: str, value: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"])
 @pytest.mark.parametrize("value", ["-1", "0", "true", "3.0", "3.5", '"3"', "[3]", "1e400"])
-def test_14_sizes_that_are_no_positive_integers(refused: Refused, name: str, value: str) -> None:
+def test_sizes_that_are_no_positive_integers(refused: Refused, name: str, value: str) -> None:
     """Negative, boolean, float and textual sizes are refused, not converted."""
     refused(_with(name, value))
 
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "unknown"])
 @pytest.mark.parametrize("value", ["9" * 60_000, "NaN", "9" * 300], ids=lambda v: f"{v[:9]}/{len(v)}")
-def test_14_numbers_that_json_or_its_canonical_form_cannot_hold(refused: Refused, name: str, value: str) -> None:
+def test_numbers_that_json_or_its_canonical_form_cannot_hold(refused: Refused, name: str, value: str) -> None:
     """Integers of 60,000 digits and NaN are refused wherever they stand."""
     refused(_with(name, value))
 
 
 @pytest.mark.parametrize("value", ["Infinity", "-Infinity", "1e999"])
-def test_14_infinities(refused: Refused, value: str) -> None:
+def test_infinities(refused: Refused, value: str) -> None:
     """An infinite size is refused; a key that nothing reads may be infinite, and is not stored."""
     refused(_with("num_virtual_tokens", value))
 
@@ -121,7 +121,7 @@ def test_14_infinities(refused: Refused, value: str) -> None:
     ],
     ids=["outer", "inner"],
 )
-def test_14_duplicate_keys(refused: Refused, config: bytes) -> None:
+def test_duplicate_keys(refused: Refused, config: bytes) -> None:
     """A key that stands twice is refused at every depth."""
     assert "duplicate" in refused(config)["detail"]
 
@@ -131,32 +131,32 @@ def test_14_duplicate_keys(refused: Refused, config: bytes) -> None:
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\xef\xbb\xbf{}", b'{"a":' * 10_000 + b"1" + b"}" * 10_000],
     ids=["empty", "cut", "list", "null", "not utf-8", "byte order mark", "10,000 deep"],
 )
-def test_14_config_that_is_no_json_object(refused: Refused, config: bytes) -> None:
+def test_config_that_is_no_json_object(refused: Refused, config: bytes) -> None:
     """The config is one JSON object of moderate depth."""
     refused(config)
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
-def test_14_config_that_is_nested_too_deep(refused: Refused, opening: str) -> None:
+def test_config_that_is_nested_too_deep(refused: Refused, opening: str) -> None:
     """Depth is bounded long before the parser's own stack is."""
     closing = "]" if opening == "[" else "}"
     refused(_with("unknown", opening * 40 + "1" + closing * 40))
 
 
 @pytest.mark.parametrize("where", ["base_model_name_or_path", "unknown", "more"])
-def test_14_text_that_utf_8_cannot_hold(refused: Refused, where: str) -> None:
+def test_text_that_utf_8_cannot_hold(refused: Refused, where: str) -> None:
     """A lone surrogate has no canonical form, and is refused wherever it stands."""
     value = '{"\\ud800": 1}' if where == "more" else '"\\ud800"'
     refused(_with(where, value))
 
 
-def test_14_config_of_more_than_a_megabyte(client: httpx.Client) -> None:
+def test_config_of_more_than_a_megabyte(client: httpx.Client) -> None:
     """A config has a bound of its own, far below that of the weights."""
     answer = upload(client, TENANT, "refused", {**CONFIG, "padding": "x" * (1 << 20)})
     problem(answer, 413, "too-large")
 
 
-def test_14_base_model_config_is_held_to_the_same_rules(client: httpx.Client) -> None:
+def test_base_model_config_is_held_to_the_same_rules(client: httpx.Client) -> None:
     """The base model's config fills dimensions, so its numbers are checked like the adapter's."""
     config = {**CONFIG, "num_layers": None}
     for base in ({"num_hidden_layers": -2}, {"num_hidden_layers": True}, {"num_hidden_layers": 10**9}, {}):
@@ -164,7 +164,7 @@ def test_14_base_model_config_is_held_to_the_same_rules(client: httpx.Client) ->
         problem(answer, 422, "invalid-config")
 
 
-def test_15_auto_mapping_is_kept_and_never_imported(tmp_path: Path) -> None:
+def test_auto_mapping_is_kept_and_never_imported(tmp_path: Path) -> None:
     """PEFT imports `auto_mapping.parent_library`; here it is data: stored, shown, and never a module."""
     (tmp_path / "canary_of_a_config.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     mapping = {"base_model_class": "Anything", "parent_library": "canary_of_a_config"}
@@ -179,7 +179,7 @@ def test_15_auto_mapping_is_kept_and_never_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "state.pt", "weights.pkl", "last.ckpt"])
-def test_16_field_named_like_a_pickle(client: httpx.Client, name: str) -> None:
+def test_field_named_like_a_pickle(client: httpx.Client, name: str) -> None:
     """A pickle is refused by its name, before a byte of it is read, with an error that names the converter."""
     parts = {"adapter_config.json": json.dumps(CONFIG).encode(), name: b"\x80\x04N."}
     answer = problem(client.post(versions_path(TENANT, "refused"), files=parts), 422, "unsafe-checkpoint")
@@ -187,7 +187,7 @@ def test_16_field_named_like_a_pickle(client: httpx.Client, name: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["http://127.0.0.1:1/adapter", "file:///etc/passwd", "/etc/passwd", "s3://b/k"])
-def test_17_paths_and_urls_are_no_sources(client: httpx.Client, server: Server, source: str) -> None:
+def test_paths_and_urls_are_no_sources(client: httpx.Client, server: Server, source: str) -> None:
     """Nothing is loaded from a path or URL that a request names (CVE-2023-43654, CVE-2026-0599)."""
     for body in ({"source": source}, {"config": CONFIG, "path": source}, {"config": source}, {"url": source}):
         problem(client.post(versions_path(TENANT, "refused"), json=body), 422, "invalid-request")
@@ -202,17 +202,17 @@ def test_17_paths_and_urls_are_no_sources(client: httpx.Client, server: Server, 
 @pytest.mark.parametrize(
     "peft_type", ["LORA", "PROMPT_TUNING", "P_TUNING", "prefix_tuning", "", None, 1, ["PREFIX_TUNING"]]
 )
-def test_18_wrong_peft_type(refused: Refused, peft_type: Any) -> None:
+def test_wrong_peft_type(refused: Refused, peft_type: Any) -> None:
     """Only the two kinds that are prefixes are taken, in PEFT's own spelling."""
     assert "peft_type" in refused({**CONFIG, "peft_type": peft_type})["detail"]
 
 
 @pytest.mark.parametrize("frozen", [4, -1, True, 1.0, 10**9])
-def test_18_frozen_tokens_above_the_virtual_ones(refused: Refused, frozen: Any) -> None:
+def test_frozen_tokens_above_the_virtual_ones(refused: Refused, frozen: Any) -> None:
     """A cartridge freezes some of its tokens, at most all of them."""
     refused({**CONFIG, "peft_type": "CARTRIDGE", "num_frozen_tokens": frozen})
 
 
-def test_18_missing_number_of_tokens(refused: Refused) -> None:
+def test_missing_number_of_tokens(refused: Refused) -> None:
     """PEFT always writes num_virtual_tokens; a config without it is not one of trained weights."""
     refused({name: value for name, value in CONFIG.items() if name != "num_virtual_tokens"})

@@ -1,4 +1,4 @@
-"""HARDENING.md 22, 23, 25-29, and keys before bodies: what a hostile HTTP client may try."""
+"""Abuse of HTTP: bodies, ranges, hosts, paths, limits, media types; and the key is checked before the body is read."""
 
 import gzip
 import json
@@ -84,7 +84,7 @@ def _chunked(server: Server, pieces: Iterator[bytes], path: str = f"{ADAPTER}/ve
     return answer.status, json.loads(answer.body)["code"]
 
 
-def test_22_chunked_upload_above_the_limit_in_flat_memory(small: Server) -> None:
+def test_chunked_upload_above_the_limit_in_flat_memory(small: Server) -> None:
     """400 MiB without a declared length: 413 while they stream, and no memory is taken for them."""
     before = peak_memory(small)
     assert _chunked(small, _multipart(400)) == (413, "too-large")
@@ -94,7 +94,7 @@ def test_22_chunked_upload_above_the_limit_in_flat_memory(small: Server) -> None
     assert_alive(small)
 
 
-def test_22_upload_below_the_limit_streams_to_the_disk(small: Server) -> None:
+def test_upload_below_the_limit_streams_to_the_disk(small: Server) -> None:
     """What is allowed is not collected in memory either: 60 MiB of zeros are refused for what they are."""
     before = peak_memory(small)
     status, code = _chunked(small, _multipart(60))
@@ -104,7 +104,7 @@ def test_22_upload_below_the_limit_streams_to_the_disk(small: Server) -> None:
 
 
 @pytest.mark.parametrize("where", ["preamble", "epilogue", "config", "part header"])
-def test_22_what_is_no_weights_is_bounded_too(small: Server, where: str) -> None:
+def test_what_is_no_weights_is_bounded_too(small: Server, where: str) -> None:
     """A body may not hide bytes in front of its parts, behind them, in their headers or in the config."""
     before, filler = peak_memory(small), b"x" * (1 << 20)
     if where == "preamble":
@@ -122,7 +122,7 @@ def test_22_what_is_no_weights_is_bounded_too(small: Server, where: str) -> None
 
 
 @pytest.mark.parametrize(("method", "path", "media_type"), WRITES, ids=[f"{w[1]} {w[2]}" for w in WRITES])
-def test_22_declared_length_above_the_limit(small: Server, method: str, path: str, media_type: str) -> None:
+def test_declared_length_above_the_limit(small: Server, method: str, path: str, media_type: str) -> None:
     """A Content-Length above the limit is 413 before a byte of the body was sent."""
     upload(small.client(), TENANT, "a")
     key = f"Bearer {small.admin_key}"
@@ -130,7 +130,7 @@ def test_22_declared_length_above_the_limit(small: Server, method: str, path: st
     assert (answer.status, json.loads(answer.body)["code"]) == (413, "too-large")
 
 
-def test_22_json_above_the_limit_chunked(small: Server) -> None:
+def test_json_above_the_limit_chunked(small: Server) -> None:
     """Bodies that are no uploads have a limit of their own, and chunks are counted."""
     client = small.client()
     upload(client, TENANT, "a")
@@ -147,7 +147,7 @@ def test_22_json_above_the_limit_chunked(small: Server) -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity", "GZIP"])
 @pytest.mark.parametrize(("method", "path", "media_type"), WRITES, ids=[f"{w[1]} {w[2]}" for w in WRITES])
-def test_23_compressed_bodies(client: httpx.Client, method: str, path: str, media_type: str, encoding: str) -> None:
+def test_compressed_bodies(client: httpx.Client, method: str, path: str, media_type: str, encoding: str) -> None:
     """Bodies are never decompressed: 415, whatever is in them."""
     headers = {"Content-Type": media_type, "Content-Encoding": encoding}
     body = gzip.compress(b'{"scope": "read", "version": 1}')
@@ -156,7 +156,7 @@ def test_23_compressed_bodies(client: httpx.Client, method: str, path: str, medi
 
 @pytest.mark.parametrize("path", ["prefix", "parameters"])
 @pytest.mark.parametrize("ranges", ["0-0,2-2", ",".join(f"{n}-{n}" for n in range(1_000)), "0-,0-,0-", "0-1,-1"])
-def test_25_many_ranges_are_ignored(client: httpx.Client, path: str, ranges: str) -> None:
+def test_many_ranges_are_ignored(client: httpx.Client, path: str, ranges: str) -> None:
     """Several ranges are answered with the whole, once (CVE-2025-62727)."""
     whole = client.get(f"{ADAPTER}/{path}")
     answer = client.get(f"{ADAPTER}/{path}", headers={"Range": f"bytes={ranges}"})
@@ -166,7 +166,7 @@ def test_25_many_ranges_are_ignored(client: httpx.Client, path: str, ranges: str
 
 @pytest.mark.parametrize("path", ["prefix", "parameters"])
 @pytest.mark.parametrize("value", ["100000000-", "100000000-200000000", "-0", f"{10**30}-"])
-def test_25_range_outside_the_body(client: httpx.Client, path: str, value: str) -> None:
+def test_range_outside_the_body(client: httpx.Client, path: str, value: str) -> None:
     """One range that cannot be satisfied is 416, with the length in Content-Range."""
     length = len(client.get(f"{ADAPTER}/{path}").content)
     answer = client.get(f"{ADAPTER}/{path}", headers={"Range": f"bytes={value}"})
@@ -175,7 +175,7 @@ def test_25_range_outside_the_body(client: httpx.Client, path: str, value: str) 
 
 
 @pytest.mark.parametrize("host", ["localhost/livez?", "localhost/livez#", "/livez", "x@localhost/docs", "[::1", "a b"])
-def test_26_host_header_does_not_move_the_request(server: Server, client: httpx.Client, host: str) -> None:
+def test_host_header_does_not_move_the_request(server: Server, client: httpx.Client, host: str) -> None:
     """Authorisation looks at the path as it was received, not at a URL that a Host header builds (CVE-2026-48710)."""
     answer = raw(server, head("GET", ADAPTER, Host=host))
     assert answer.status in (400, 401)
@@ -189,7 +189,7 @@ HOSTILE += ["x" * 65, "-a", "a..b", "%c3%a9", "a;b", "a@", "a@@1", "a@0", "a@01"
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_27_hostile_names(server: Server, client: httpx.Client, name: str) -> None:
+def test_hostile_names(server: Server, client: httpx.Client, name: str) -> None:
     """Names that are none, encoded once or twice, are 404 or 422 in every place of a path, never a file or a 500."""
     key = client.headers["Authorization"]
     paths = [f"/v1/tenants/{TENANT}/adapters/{name}{rest}" for rest in ("", "/prefix", "/parameters", "/residency")]
@@ -206,13 +206,13 @@ def test_27_hostile_names(server: Server, client: httpx.Client, name: str) -> No
 
 
 @pytest.mark.parametrize("rest", ["%2Fprefix", "%2fprefix", "%40latest%2Fprefix", "%2540latest/prefix", "%252e"])
-def test_27_slash_in_a_segment_and_double_encoding(server: Server, client: httpx.Client, rest: str) -> None:
+def test_slash_in_a_segment_and_double_encoding(server: Server, client: httpx.Client, rest: str) -> None:
     """`%2F` never becomes a slash between segments, and nothing is decoded twice: 404."""
     assert raw(server, head("GET", f"{ADAPTER}{rest}", Authorization=client.headers["Authorization"])).status == 404
 
 
 @pytest.mark.parametrize("path", [b"/v1/\xff", b"/v1/tenants/\xc3\xa9/adapters", b"/v1/tenants/a\x01"])
-def test_27_bytes_that_do_not_belong_into_a_path(server: Server, client: httpx.Client, path: bytes) -> None:
+def test_bytes_that_do_not_belong_into_a_path(server: Server, client: httpx.Client, path: bytes) -> None:
     """Raw bytes outside ASCII are refused, and the process lives."""
     lines = [b"GET " + path + b" HTTP/1.1", b"Host: x", b"Authorization: " + client.headers["Authorization"].encode()]
     assert raw(server, b"\r\n".join([*lines, b"", b""])).status in (400, 404, 422)
@@ -220,14 +220,14 @@ def test_27_bytes_that_do_not_belong_into_a_path(server: Server, client: httpx.C
 
 
 @pytest.mark.parametrize("limit", [10**9, 1001, 0, -1, "x", "1.5", "9" * 5000, ""])
-def test_28_limits_of_listings(client: httpx.Client, limit: Any) -> None:
+def test_limits_of_listings(client: httpx.Client, limit: Any) -> None:
     """A page has 1 to 1,000 entries."""
     for path in (f"/v1/tenants/{TENANT}/adapters", "/v1/tenants"):
         problem(client.get(path, params={"limit": limit}), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("size", [0, -1, 257, 10**6, 10**30, "x", "1.5", "9" * 5000, ""])
-def test_28_batch_sizes(client: httpx.Client, size: Any) -> None:
+def test_batch_sizes(client: httpx.Client, size: Any) -> None:
     """A batch has one row, up to the configured maximum."""
     problem(client.get(f"{ADAPTER}/prefix", params={"batch_size": size}), 422, "invalid-request")
     problem(client.post(f"{ADAPTER}/prefix", json={"batch_size": size}), 422, "invalid-request")
@@ -237,7 +237,7 @@ def test_28_batch_sizes(client: httpx.Client, size: Any) -> None:
     "media_type", ["", "text/plain", "application/xml", "application/json, text/plain", "json", "*/*"]
 )
 @pytest.mark.parametrize(("method", "path"), sorted({write[:2] for write in WRITES}))
-def test_29_wrong_media_types(client: httpx.Client, method: str, path: str, media_type: str) -> None:
+def test_wrong_media_types(client: httpx.Client, method: str, path: str, media_type: str) -> None:
     """A body of another media type, or of none, is 415: nothing is guessed."""
     headers = {"Content-Type": media_type} if media_type else {}
     answer = client.request(method, path, content=b'{"version": 1, "scope": "read"}', headers=headers)
@@ -245,14 +245,14 @@ def test_29_wrong_media_types(client: httpx.Client, method: str, path: str, medi
 
 
 @pytest.mark.parametrize("first", ["application/json", "application/json; charset=utf-8"])
-def test_29_two_media_types(server: Server, client: httpx.Client, first: str) -> None:
+def test_two_media_types(server: Server, client: httpx.Client, first: str) -> None:
     """Two Content-Type headers are a confusion that somebody profits from."""
     lines = head("POST", f"{ADAPTER}/prefix", Authorization=client.headers["Authorization"], Content_Length="2")
     both = f"Content-Type: {first}\r\nContent-Type: {MEDIA_TYPE}\r\n\r\n".encode()
     assert raw(server, lines.removesuffix(b"\r\n") + both + b"{}").status == 415
 
 
-def test_29_kinds_that_belong_elsewhere(client: httpx.Client) -> None:
+def test_kinds_that_belong_elsewhere(client: httpx.Client) -> None:
     """A media type that another route takes is refused here."""
     problem(client.post(f"{ADAPTER}/prefix", files={"attention_mask": b"1"}), 415)
     headers = {"Content-Type": MEDIA_TYPE}
@@ -261,7 +261,7 @@ def test_29_kinds_that_belong_elsewhere(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "x" * 300, "; boundary=other"])
-def test_29_multipart_with_a_bad_boundary(client: httpx.Client, boundary: str) -> None:
+def test_multipart_with_a_bad_boundary(client: httpx.Client, boundary: str) -> None:
     """A boundary that is missing, too long or not the one in the body is a 422."""
     headers = {"Content-Type": f"multipart/form-data{boundary}"}
     answer = client.post(f"{ADAPTER}/versions", content=b"".join(_multipart(0)), headers=headers)
@@ -272,7 +272,7 @@ def test_29_multipart_with_a_bad_boundary(client: httpx.Client, boundary: str) -
     "accept", ["text/html", "application/json;q=0, application/vnd.safetensors;q=0", "image/*", "x"]
 )
 @pytest.mark.parametrize("path", ["/prefix", "/parameters", "", "/versions"])
-def test_29_unacceptable_accept(client: httpx.Client, path: str, accept: str) -> None:
+def test_unacceptable_accept(client: httpx.Client, path: str, accept: str) -> None:
     """Who does not accept what there is gets a 406 that names it."""
     problem(client.get(f"{ADAPTER}{path}", headers={"Accept": accept}), 406, "not-acceptable")
 
@@ -281,35 +281,33 @@ def test_29_unacceptable_accept(client: httpx.Client, path: str, accept: str) ->
     "accept",
     ["*/*", "application/*", f"text/html, {MEDIA_TYPE};q=0.1", f"{MEDIA_TYPE}, */*;q=0", "", "TEXT/x, */*;q=0.01"],
 )
-def test_29_acceptable_accept(client: httpx.Client, accept: str) -> None:
+def test_acceptable_accept(client: httpx.Client, accept: str) -> None:
     """Wildcards and weights of RFC 9110 are understood."""
     assert client.get(f"{ADAPTER}/prefix", headers={"Accept": accept}).status_code == 200
 
 
 @pytest.mark.parametrize("key", ["", "Bearer pfx_0000000000000000_" + "0" * 48 + "_00000000", "Basic eDp4"])
 @pytest.mark.parametrize(("method", "path", "media_type"), WRITES, ids=[f"{w[1]} {w[2]}" for w in WRITES])
-def test_33_no_key_is_refused_before_the_body(
-    server: Server, method: str, path: str, media_type: str, key: str
-) -> None:
+def test_no_key_is_refused_before_the_body(server: Server, method: str, path: str, media_type: str, key: str) -> None:
     """A 401 arrives although not one byte of the announced body was sent, and without `100 Continue`."""
     fields = {"Content_Type": media_type, "Content_Length": str(1 << 30), "Expect": "100-continue"}
-    answer = raw(server, head(method, path, **fields, **({"Authorization": key} if key else {})), timeout=5)
+    answer = raw(server, head(method, path, **fields, **({"Authorization": key} if key else {})), timeout=60)
     assert answer.status == 401
     assert answer.headers["www-authenticate"].startswith("Bearer")
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_33_too_small_a_scope_is_refused_before_the_body(server: Server, client: httpx.Client) -> None:
+def test_too_small_a_scope_is_refused_before_the_body(server: Server, client: httpx.Client) -> None:
     """So is a key that may not write, and a foreign one."""
     fields = {"Content_Type": "application/json", "Content_Length": str(1 << 30)}
     key = client.post(f"/v1/tenants/{TENANT}/keys", json={"scope": "read"}).json()["key"]
-    answer = raw(server, head("POST", f"{ADAPTER}/versions", Authorization=f"Bearer {key}", **fields), timeout=5)
+    answer = raw(server, head("POST", f"{ADAPTER}/versions", Authorization=f"Bearer {key}", **fields), timeout=60)
     assert answer.status == 403
     answer = raw(server, head("POST", "/v1/tenants/other/adapters/a/versions", Authorization=f"Bearer {key}", **fields))
     assert answer.status == 404
 
 
-def test_36_errors_tell_nothing_of_the_inside(client: httpx.Client, server: Server) -> None:
+def test_errors_tell_nothing_of_the_inside(client: httpx.Client, server: Server) -> None:
     """No path, host or stack trace of the service stands in an error."""
     for path in ("/v1/tenants/none/adapters/x", "/nowhere", f"{ADAPTER}/prefix?dtype=x", f"{ADAPTER}@9/prefix"):
         text = client.get(path).text

@@ -1,4 +1,4 @@
-"""HARDENING.md 57 to 59: what is too much for memory, of one tenant, of the machine, of a broken adapter."""
+"""Too much for the memory, from one tenant, for the machine, of one broken adapter: refused, and others are served."""
 
 import resource
 import time

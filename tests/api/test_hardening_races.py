@@ -1,4 +1,4 @@
-"""HARDENING.md 38 to 44, but for 42: many at once, through the real server."""
+"""Many requests at once, through the real server: uploads, loads, deletions, aliases, cancellations."""
 
 import json
 import socket
@@ -123,7 +123,7 @@ class Transfer:
 def end_by_eviction(server: Server) -> None:
     """Ask for more others than there is room for."""
     for number in range(2, 8):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while server.client().get(prefix_path(number)).status_code == 503 and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -230,6 +230,6 @@ def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
         for fetching in [pool.submit(fetch, number) for number in range(16)]:
             fetching.result(90)
         stop.set()
-        watching.result(10)
+        watching.result(60)
     assert len(seen) > 10
     assert all(used <= budget for used, budget in seen)

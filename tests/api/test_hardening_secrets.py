@@ -1,4 +1,4 @@
-"""HARDENING.md 35-37: what must never be told, and what must stay bounded."""
+"""No log, URL, metric or error contains a key, a path or a host; labels of metrics are bounded."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Attack a service with the smallest keys, beside a neighbour that reads: `python -m tests.attack`.
+"""Attack a service with the smallest keys, beside a neighbour that reads and moves an alias: `python -m tests.attack`.
 
 About 15 minutes for all attacks. Exit status 1 if a promise did not hold.
 """
@@ -51,13 +51,15 @@ def _show(verdict: Verdict) -> None:
 
 
 def _table(verdicts: list[Verdict]) -> Table:
-    """Within 80 columns; times in milliseconds, medians of the rounds."""
+    """Times in milliseconds, medians of the rounds."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("attack", "key", "MiB", "silent", "warm p50", "warm p99", "cold p99", "held"):
+    for name in ("attack", "key", "MiB", "silent", "warm p50", "warm p99", "cold p99", "move p99", "held"):
         table.add_column(name, no_wrap=True, justify="left" if name in ("attack", "key") else "right")
     for verdict in verdicts:
         cells = [verdict.attack.name, verdict.attack.key, str(verdict.memory >> 20), f"{verdict.silence * 1000:.0f}"]
-        cells += [_beside_alone(verdict, *which) for which in (("warm", 0.5), ("warm", 0.99), ("cold", 0.99))]
+        cells += [
+            _beside_alone(verdict, *which) for which in (("warm", 0.5), ("warm", 0.99), ("cold", 0.99), ("move", 0.99))
+        ]
         table.add_row(*cells, "no" if verdict.broken or verdict.slow() else "yes")
     table.caption = "milliseconds; the neighbour's latencies beside the attack/alone"
     return table

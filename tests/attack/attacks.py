@@ -34,6 +34,7 @@ WIDE, LARGE, MANY = f"{ADAPTERS}/wide", f"{ADAPTERS}/large", f"{ADAPTERS}/many"
 WIDE_TOKENS: Final = 16_384
 VERSIONS: Final = 60
 LARGE_LAYERS: Final = 32
+DEEP, DEEP_LAYERS = f"{ADAPTERS}/deep", 1000
 _JSON: Final = (1 << 20) - 1000
 """Bytes of JSON that are just read; with a mask four times as many."""
 
@@ -440,6 +441,50 @@ async def long_computations(target: Target, answers: Answers) -> None:
     config |= {"prefix_projection": True, "inference_mode": False, "encoder_hidden_size": 4096}
     body = as_json({"config": config, "init_weights": "random", "seed": 1})
     await _posting(f"{ADAPTERS}/long/versions", "write", lambda: body, 4)(target, answers)
+
+
+@attack("read", 200, 503)
+async def plans_of_many_layers(target: Target, answers: Answers) -> None:
+    """HEAD for an adapter of 1,000 layers in a form that nobody asked for before, 200 at a time."""
+    numbers = itertools.count()
+
+    async def step(connection: Connection) -> tuple[int, int] | None:
+        layers, rows = divmod(next(numbers), 255)
+        query = f"dtype=float8_e4m3fn&batch_size={rows + 2}&layers=0:{DEEP_LAYERS - layers}"
+        await connection.send(request(target, "HEAD", f"{DEEP}/prefix?{query}", "read"))
+        return await connection.status()
+
+    await repeatedly(target, answers, 200, step)
+
+
+@attack("read", 200, 503)
+async def models_of_many_layers(target: Target, answers: Answers) -> None:
+    """Metadata and configuration of a model of 1,000 layers, 200 at a time."""
+    paths = itertools.cycle((f"/v2/models/{TENANT}/deep/config", f"/v2/models/{TENANT}/deep"))
+
+    async def step(connection: Connection) -> int | None:
+        await connection.send(request(target, "GET", next(paths), "read"))
+        return await connection.answer()
+
+    await repeatedly(target, answers, 200, step)
+
+
+# --- Writing ---
+
+
+@attack("write", 204, 413, 503, 507)
+async def other_cards(target: Target, answers: Answers) -> None:
+    """Cards of 256 KiB, each another than before, on 64 connections."""
+    numbers = itertools.count()
+    cards = [letter * (256 << 10) for letter in (b"a", b"b", b"c")]
+
+    async def step(connection: Connection) -> int | None:
+        card = cards[next(numbers) % len(cards)]
+        whole = request(target, "PUT", f"{LARGE}/card", "write", card, Content_Type="text/markdown")
+        await connection.send(whole)
+        return await connection.answer()
+
+    await repeatedly(target, answers, 64, step)
 
 
 # --- Without a key ---

@@ -17,8 +17,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_nobody_is_hurt(stage: Stage, attack: Attack) -> None:
-    """One second of each attack, beside a neighbour that reads."""
-    assert attacked(stage, attack, 1).broken(stage, attack) == []
+    """Half a second of each attack, beside a neighbour that reads."""
+    assert attacked(stage, attack, 0.5).broken(stage, attack) == []
 
 
 def test_nothing_is_a_defect(stage: Stage) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.attack.attacks import LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
+from tests.attack.attacks import DEEP_LAYERS, LARGE_LAYERS, MANY, TENANT, VERSIONS, WIDE_TOKENS, Attack
 from tests.attack.neighbour import Seen
 from tests.benchmarks.fleet import Hosted, Shape, percentile, publish_all
 from tests.conftest import Server, running_server
@@ -37,6 +37,8 @@ _WARM, _COLD = Shape(head_dim=16), Shape(head_dim=32)  # 320 and 640 KiB
 _COLDS: Final = 110  # more than the device's budget holds
 _LARGE: Final = {"num_virtual_tokens": 128, "num_layers": LARGE_LAYERS, "num_attention_heads": 8, "token_dim": 1024}
 _WIDE: Final = {"num_virtual_tokens": WIDE_TOKENS, "num_layers": 1, "num_attention_heads": 1, "token_dim": 2}
+_DEEP: Final = {"num_virtual_tokens": 4, "num_layers": DEEP_LAYERS, "num_attention_heads": 2, "token_dim": 16}
+_ALIAS: Final = "/v1/tenants/neighbour/adapters/n-000/aliases/moved"
 _MANY: Final = {"num_virtual_tokens": 20, "num_layers": 4, "num_attention_heads": 8, "token_dim": 256}
 
 
@@ -68,14 +70,19 @@ def staged(folder: Path, progress: Callable[[str], None], **settings: str) -> It
         wanted = [("neighbour", f"n-{number:03}", _COLD if number else _WARM) for number in range(_COLDS + 1)]
         hosted = publish_all(server.url, server.admin_key, wanted, 2, lambda: None)
         progress("publishing the attacker's adapters")
-        for name, sizes, count in (("large", _LARGE, 1), ("wide", _WIDE, 1), ("many", _MANY, VERSIONS)):
+        for name, sizes, count in (
+            ("large", _LARGE, 1),
+            ("wide", _WIDE, 1),
+            ("deep", _DEEP, 1),
+            ("many", _MANY, VERSIONS),
+        ):
             for seed in range(count):
                 body = {"config": _config(sizes), "init_weights": "random", "seed": seed}
                 _made(admin.post(f"/v1/tenants/{TENANT}/adapters/{name}/versions", json=body))
         _made(admin.get(f"{MANY}@{count}"))
         keys = {scope: server.key(scope, TENANT) for scope in ("read", "write", "admin")}
         bodies = {one.path: _body(admin.get(one.path), one) for one in hosted}
-        stage = Stage(server, bodies, server.key("read", "neighbour"), keys, 0)
+        stage = Stage(server, bodies, server.key("write", "neighbour"), keys, 0)
         _watch(stage, 2.0)
         yield replace(stage, idle=memory(server))
 
@@ -142,7 +149,8 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
 
 def _watch(stage: Stage, seconds: float, *others: subprocess.Popen[str]) -> tuple[Seen, list[str]]:
     """Let the neighbour watch, and others begin in the same moment; what each of them wrote."""
-    given = {"url": stage.server.url, "key": stage.neighbour_key, "bodies": stage.bodies, "seconds": seconds}
+    given: dict[str, Any] = {"url": stage.server.url, "key": stage.neighbour_key, "bodies": stage.bodies}
+    given |= {"alias": _ALIAS, "seconds": seconds}
     neighbour = _started("tests.attack.neighbour", given)
     for process in (neighbour, *others):
         _tell(process, "go")
@@ -215,7 +223,7 @@ class Verdict:
 
     def latency(self, kind: str, share: float) -> tuple[float, float]:
         """Returns the neighbour's percentile beside the attack and alone, in seconds: medians of the rounds. `kind` is
-        warm or cold."""
+        warm, cold or move."""
         rounds = ([one.seen for one in self.beside], self.alone)
         beside, alone = (statistics.median(percentile(getattr(one, kind), share) for one in seen) for seen in rounds)
         return beside, alone
@@ -223,7 +231,7 @@ class Verdict:
     def slow(self) -> list[str]:
         """Returns what took too long."""
         found = [f"/livez was silent for {self.silence * 1000:.0f} ms"] if self.silence > _SILENCE else []
-        for kind in ("warm", "cold"):
+        for kind in ("warm", "cold", "move"):
             pairs = zip(self.beside, self.alone, strict=True)
             ratios = [
                 percentile(getattr(one.seen, kind), 0.99) / percentile(getattr(alone, kind), 0.99)

@@ -211,7 +211,7 @@ def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
             with pytest.raises(TimeoutError):
                 removal.result(0.2)
             os.utime(folder.path(digest))
-        assert removal.result(10) == set()
+        assert removal.result(60) == set()
     assert folder.read(digest) == DATA
 
 

@@ -121,6 +121,19 @@ def test_every_change_is_one_row_and_one_line(
     }
 
 
+def test_an_entry_names_its_key(audit: AuditLog, catalog: Catalog, keyring: Keyring, own: Principal) -> None:
+    """By its name and its id, also once it was revoked, by itself too; without a key there is no name."""
+    catalog.put_alias("acme", "a", "prod", 2, own)
+    keyring.revoke("acme", own.key_id, own)
+    catalog.put_alias("acme", "a", "prod", 1, BY)
+    shown = [(entry.action, entry.key_id, entry.key_name) for entry in entries(audit, "acme")[:3]]
+    assert shown == [
+        ("alias.moved", BY.key_id, None),
+        ("key.revoked", own.key_id, "own"),
+        ("alias.moved", own.key_id, "own"),
+    ]
+
+
 def everything(database: Database) -> dict[str, list[Any]]:
     """Every row of every table."""
     with database.reading() as connection:

@@ -169,11 +169,11 @@ def test_a_revocation_that_commits_first_wins(
 
     with ThreadPoolExecutor(2) as pool:
         writing = pool.submit(write)
-        assert written.wait(10)
+        assert written.wait(60)
         revoking = pool.submit(keyring.revoke, owner, by.key_id, BY)
         revoking.add_done_callback(lambda _: revoked.set())
-        writing.result(10)
-        revoking.result(10)
+        writing.result(60)
+        revoking.result(60)
     with database.writing() as connection:
         connection.execute(
             sa.insert(keys).values(id=by.key_id, tenant_id=by.tenant_id, scope="admin", name="", hash="")
@@ -185,4 +185,4 @@ def test_a_revocation_that_commits_first_wins(
             with pytest.raises(TimeoutError):
                 refused.result(0.3)
         with pytest.raises(Unauthenticated):
-            refused.result(10)
+            refused.result(60)

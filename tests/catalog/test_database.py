@@ -32,7 +32,7 @@ def test_settings_are_on_in_every_connection(database: Database, name: str, valu
 
     def look() -> object:
         with database.reading() as connection:
-            barrier.wait(10)  # four connections are open at once
+            barrier.wait(60)  # four connections are open at once
             return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
 
     with ThreadPoolExecutor(4) as pool:

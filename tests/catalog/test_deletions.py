@@ -10,13 +10,14 @@ import sqlalchemy as sa
 from prefix_service.catalog import schema
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import MOST_ALIASES, Catalog
-from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.changes import Change, TenantDeleted
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.garbage import SLICE, Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import AuditEntry, Quotas
+from prefix_service.catalog.records import Quotas
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, Unauthenticated
 from prefix_service.prefix.references import parse_reference
@@ -157,12 +158,12 @@ def test_the_audit_of_a_deleted_tenant_stays(database: Database, tenants: Tenant
 def test_listeners_hear_of_one_deletion(database: Database, tenants: Tenants) -> None:
     """However many slices follow."""
     fill(database, "acme", [SLICE + 1])
-    changes, heard = Changes(database), list[AuditEntry]()
-    changes.listen(heard.extend)
+    feed, heard = ChangeFeed(database), list[Change]()
+    feed.listen(heard.extend)
     tenants.delete("acme", BY)
     remove_deleted(database)
-    changes.catch_up()
-    assert [(entry.action, entry.target) for entry in heard] == [("tenant.deleted", "acme")]
+    feed.catch_up()
+    assert heard == [TenantDeleted("acme")]
 
 
 REMOVING = textwrap.dedent(

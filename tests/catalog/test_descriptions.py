@@ -1,4 +1,4 @@
-"""`catalog.descriptions`: model cards and annotations of versions, and what they count."""
+"""`catalog.descriptions`: what stands beside versions, and what it counts."""
 
 from dataclasses import replace
 
@@ -81,6 +81,19 @@ def test_a_quota_bounds_it(
     with pytest.raises(QuotaExceeded):
         catalog.add_version("acme", "a", content("y"), BY, description=Description("x"))
     assert catalog.add_version("acme", "a", content("y"), BY)[1]
+
+
+def test_config_file_and_fingerprint_are_stored_and_counted(
+    catalog: Catalog, descriptions: Descriptions, tenants: Tenants, content: Content
+) -> None:
+    """Any bytes of a file, which stay when something else is replaced."""
+    whole = Description("é", {"run": "17"}, '{"architecture":"x"}', b"\xff\x00 {}")
+    version = catalog.add_version("acme", "a", content("x"), BY, description=whole, make_tenant=True)[0]
+    assert descriptions.get(version) == whole
+    assert tenants.get("acme").bytes == version.nbytes + 2 + 5 + 20 + 5
+    changed = descriptions.change(version, BY, "base-model", lambda old: replace(old, fingerprint=""))
+    assert descriptions.get(version) == changed == replace(whole, fingerprint="")
+    assert tenants.get("acme").bytes == version.nbytes + 2 + 5 + 5
 
 
 def test_a_change_that_is_refused_changes_nothing(descriptions: Descriptions, version: Version) -> None:

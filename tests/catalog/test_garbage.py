@@ -135,7 +135,7 @@ def test_what_is_being_let_go_again_is_not_forgotten(catalog: Catalog, garbage: 
     again = sa.update(let_go).values(since=sa.func.now()).where(let_go.c.digest == "w1")
     with ThreadPoolExecutor(1) as pool, database.writing() as connection:
         connection.execute(again)
-        pool.submit(garbage.forget, 0).result(10)
+        pool.submit(garbage.forget, 0).result(60)
     assert held(database) == {"w1"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+import prefix_service.catalog.keys as module
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
@@ -237,6 +238,21 @@ def test_listings_come_in_pages(keyring: Keyring, tenants: Tenants) -> None:
         after = page[-1].created, page[-1].id
     assert found == keyring.listed("acme")
     assert {key.id for key in found} == {key.id for key in made}
+
+
+@pytest.mark.parametrize("owner", ["acme", None])
+def test_an_owner_has_so_many_keys_and_no_more(
+    keyring: Keyring, monkeypatch: pytest.MonkeyPatch, owner: str | None
+) -> None:
+    """Each process knows a bounded number of keys, which one owner must not fill; a revoked key makes room."""
+    monkeypatch.setattr(module, "MOST_KEYS", 2)
+    first, _ = keyring.create(owner, "read", "", BY)
+    keyring.create(owner, "read", "", BY)
+    with pytest.raises(Conflict, match="has 2 keys, and may have 2: revoke those that nobody uses"):
+        keyring.create(owner, "read", "", BY)
+    keyring.create("acme" if owner is None else None, "read", "", BY)  # others are not concerned
+    keyring.revoke(owner, first.id, BY)
+    keyring.create(owner, "read", "", BY)
 
 
 def test_a_key_needs_its_tenant(keyring: Keyring) -> None:

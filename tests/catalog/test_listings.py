@@ -11,6 +11,7 @@ from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import AdapterOrder, AdapterPlace
 from prefix_service.catalog.schema import versions
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.usage import UsageStore, Use
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content
 
@@ -57,6 +58,42 @@ def test_bytes_are_those_of_all_versions(listings: Listings) -> None:
     """As they count towards the quota."""
     found = listings.adapters("acme", after=None, limit=9)
     assert {one.latest.adapter: one.bytes for one in found if one.versions > 1} == {"mid": 300, "new-b": 200}
+
+
+@pytest.fixture
+def used(database: Database) -> UsageStore:
+    """`old_a` is used most, `new-b` and `mid` equally often, by several versions and keys; the others never."""
+    store = UsageStore(database)
+    store.add([Use(_NOON, "acme", "mid", number, "k", requests=1) for number in (1, 2)])
+    store.add([Use(_NOON, "acme", "new-b", 1, key, requests=1) for key in "kl"])
+    store.add([Use(_NOON, "acme", "old_a", 1, "k", requests=1 << 40), Use(_NOON, "acme", "", 0, "", requests=7)])
+    return store
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 9])
+def test_the_most_used_come_first(listings: Listings, used: UsageStore, limit: int) -> None:
+    """By the requests of all versions and keys; those used equally often, and never, by their names."""
+    assert walked(listings, "-used", limit) == ["old_a", "mid", "new-b", "new-a", "old.c", "oldxb"]
+    used.add([Use(_NOON + timedelta(hours=1), "acme", "oldxb", 1, "k", requests=1 << 41)])
+    assert walked(listings, "-used", limit, "old") == ["oldxb", "old_a", "old.c"]
+    assert {one.latest.adapter: one.used for one in listings.adapters("acme", after=None, limit=9)} == {
+        **dict.fromkeys(("new-a", "old.c"), 0),
+        **dict.fromkeys(("mid", "new-b"), 2),
+        "old_a": 1 << 40,
+        "oldxb": 1 << 41,
+    }
+
+
+def test_what_was_deleted_was_used_by_nobody_s_namesake(
+    listings: Listings, used: UsageStore, catalog: Catalog, content: Content
+) -> None:
+    """An adapter that is made again begins at 0; another tenant's was never used."""
+    catalog.delete("acme", parse_reference("old_a"), BY)
+    used.add([Use(_NOON, "acme", "old_a", 1, "k", requests=1)])
+    catalog.add_version("acme", "old_a", content("again"), BY)
+    (found,) = listings.adapters("acme", after=None, limit=9, search="old_a")
+    assert found.used == 0
+    assert [one.used for one in listings.adapters("beta", after=None, limit=9, order="-used")] == [0]
 
 
 def test_a_search_is_a_part_of_the_name(listings: Listings) -> None:

@@ -17,6 +17,7 @@ from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, V
 from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.usage import UsageStore, Use
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_sqlite, remove_deleted
@@ -62,6 +63,7 @@ def test_no_table_is_read_whole(
     asked: Asked,
 ) -> None:
     """Reading, publishing, moving, deleting, counting and listing; `named` alone goes through all there is."""
+    usage = UsageStore(database)
     tenants.put("acme", BY, Quotas(9, 10**9))
     for word in "xy":
         catalog.find("acme", "a", content(word).digest, 1, BY)
@@ -80,6 +82,7 @@ def test_no_table_is_read_whole(
         "name": AdapterPlace(None, "A"),
         "-created": AdapterPlace(datetime(2099, 1, 1), "A"),  # noqa: DTZ001 - as the catalog has it, in UTC
         "-bytes": AdapterPlace(10**9, "A"),
+        "-used": AdapterPlace(0, "A"),
     }
     for order, place in orders.items():
         for after in (None, place):
@@ -88,6 +91,7 @@ def test_no_table_is_read_whole(
     for tenant in (None, "acme"):
         for name in (None, VersionName("acme", "a", 1, "")):
             listings.index(tenant, after=name, limit=9)
+    usage.add([Use(datetime(2026, 1, 1), "acme", "a", 1, "k", requests=1)])  # noqa: DTZ001 - as the catalog has it
     key, text = keyring.create("acme", "read", "", BY)
     keyring.verify(text)
     keyring.listed("acme")
@@ -108,3 +112,22 @@ def test_no_table_is_read_whole(
     assert {step.split()[1] for step in plan(database, asked) if step.startswith("SCAN")} & set(
         metadata.tables
     ) == set()
+
+
+@on_sqlite
+def test_the_most_used_are_read_in_the_order_of_an_index(
+    database: Database, catalog: Catalog, listings: Listings, content: Content, asked: Asked
+) -> None:
+    """A page takes time for its own adapters alone: none are sorted, and none before its place are looked at."""
+    catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
+    asked.clear()
+    for after in (None, AdapterPlace(7, "a")):
+        listings.adapters("acme", after=after, limit=9, order="-used")
+    pages = [one for one in asked if "adapters.used" in one[0] and "LIMIT" in one[0]]
+    steps = plan(database, pages)
+    assert [step.partition("(")[2] for step in steps if "ix_adapters_tenant_id_used_name" in step] == [
+        "tenant_id=?)",
+        "tenant_id=? AND used=? AND name>?)",
+        "tenant_id=? AND used<?)",
+    ]
+    assert not [step for step in steps if "TEMP B-TREE" in step]

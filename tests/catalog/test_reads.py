@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +18,10 @@ from prefix_service.catalog import access as module
 from prefix_service.catalog import reads
 from prefix_service.catalog.access import Patience
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, ReadOnly, StorageFailed
+from prefix_service.system.turns import ASKING
 from tests.catalog.conftest import BY
 
 HURRIED = Patience(reads=0.2, writes=0.2, turn=1)
@@ -57,7 +58,7 @@ def test_a_locked_catalog_refuses_in_time_and_then_immediately(
 ) -> None:
     """Two hundred readers and writers on forty threads end together with the first: nobody queues for a lock. As soon
     as the lock is gone and the moment of refusal is over, everything works."""
-    monkeypatch.setattr(module, "_REFUSING", 5.0)
+    monkeypatch.setattr(module, "_REFUSING", 60.0)
 
     def ask(number: int) -> str:
         with pytest.raises(StorageFailed) as refused:
@@ -68,14 +69,13 @@ def test_a_locked_catalog_refuses_in_time_and_then_immediately(
         began = time.monotonic()
         with ThreadPoolExecutor(40) as pool:
             said = set(pool.map(ask, range(200)))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # one after the other, they would wait for 40
     busy = "the catalog has no free connection: it is busy, or does not answer"
     assert {"the catalog is locked by another process"} <= said <= {"the catalog is locked by another process", busy}
-    began = time.monotonic()
-    with pytest.raises(StorageFailed):
+    with pytest.raises(StorageFailed):  # though nobody has the lock any more
         tenants.require("acme")
-    assert time.monotonic() - began < 0.1
-    monkeypatch.setattr(time, "monotonic", lambda: began + 6)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     tenants.require("acme")
     assert tenants.put("beta", BY)
 
@@ -96,17 +96,15 @@ def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
 
     def hang() -> None:
         with tenants._database.reading():
-            hanging.wait(10)
-            release.wait(10)
+            hanging.wait(60)
+            release.wait(60)
 
     with ThreadPoolExecutor(module.READERS + 1) as pool:
         for _ in range(module.READERS + 1):
             pool.submit(hang)
-        hanging.wait(10)
-        began = time.monotonic()
-        with pytest.raises(StorageFailed, match="no free connection"):
+        hanging.wait(60)
+        with pytest.raises(StorageFailed, match="no free connection"):  # while those still hang
             tenants.require("acme")
-        assert time.monotonic() - began < 1
         release.set()
 
 
@@ -114,16 +112,35 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
     """Its callers get an error after the deadline, more of them than there are threads for reads."""
     monkeypatch.setattr(reads, "DEADLINE", 0.2)
     release = threading.Event()
-    began = time.monotonic()
-    asked = [asyncio.create_task(read_catalog(release.wait, 10)) for _ in range(2 * reads._THREADS)]
+    asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * reads._READS)]
     await asyncio.sleep(0)
     assert await to_thread.run_sync(lambda: 7) == 7
     for outcome in await asyncio.gather(*asked, return_exceptions=True):
         assert isinstance(outcome, StorageFailed)
         assert outcome.message == "the catalog has not answered within 0.2 seconds"
-    assert time.monotonic() - began < 2
+    assert not release.is_set()
     release.set()
     assert await read_catalog(int, "3") == 3
+
+
+@pytest.mark.parametrize("ask", [read_catalog, write_catalog])
+async def test_a_tenant_that_asks_for_much_keeps_no_other_waiting(
+    ask: Callable[..., Awaitable[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred calls of one wait in its turn, on a part of the threads; another's call and an operator's go on."""
+    monkeypatch.setattr(reads, "DEADLINE", 60)
+    release = threading.Event()
+
+    async def asked_by(tenant: str, call: Callable[[], object]) -> object:
+        ASKING.set(tenant)
+        return await ask(call)
+
+    many = [asyncio.create_task(asked_by("many", lambda: release.wait(60))) for _ in range(100)]
+    await asyncio.sleep(0)
+    for tenant in ("other", ""):
+        assert await asyncio.wait_for(asyncio.create_task(asked_by(tenant, lambda: 7)), 30) == 7
+    release.set()
+    assert await asyncio.gather(*many) == [True] * 100
 
 
 def test_a_read_only_catalog_is_read_while_another_process_writes(tenants: Tenants, path: Path) -> None:

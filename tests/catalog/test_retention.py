@@ -1,16 +1,17 @@
-"""`catalog.retention`: old entries of the audit go in slices, and the change feed notices nothing."""
+"""`catalog.retention`: old entries of the audit and old changes go in slices, and the feed notices nothing."""
 
 from datetime import timedelta
 
 import sqlalchemy as sa
 
 from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.changes import Change, TenantCreated
 from prefix_service.catalog.database import Database, now
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.garbage import SLICE
-from prefix_service.catalog.records import AuditEntry
-from prefix_service.catalog.retention import expire_audit
+from prefix_service.catalog.retention import expire_audit, expire_changes
 from prefix_service.catalog.schema import audit as audit_table
+from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from tests.catalog.conftest import BY
 
@@ -39,14 +40,40 @@ def test_what_is_older_goes_and_the_rest_stays(audit: AuditLog, database: Databa
     assert not expire_audit(database, 30)
 
 
-def test_who_follows_changes_misses_none(audit: AuditLog, database: Database, tenants: Tenants) -> None:
-    """The newest entry stays, however old: an id that is given again would not be heard."""
+def test_the_newest_entry_stays(audit: AuditLog, database: Database, tenants: Tenants) -> None:
+    """However old: SQLite would give its id again."""
     add(audit, database, 9, days_ago=900)
-    changes, heard = Changes(database), list[AuditEntry]()
-    changes.listen(heard.extend)
     last = ids(audit)[0]
     expire_audit(database, 1)
     assert ids(audit) == [last]
     tenants.put("acme", BY)
-    changes.catch_up()
-    assert [(entry.id, entry.action) for entry in heard] == [(last + 1, "tenant.created")]
+    assert ids(audit) == [last + 1, last]
+
+
+def test_old_changes_go_and_revisions_count_on(database: Database, tenants: Tenants) -> None:
+    """Slice by slice, to the last one: the feed of a process that knows them misses nothing."""
+    for number in range(3):
+        tenants.put(f"t{number}", BY)
+    with database.writing() as connection:
+        early = now(connection) - timedelta(days=8)
+        connection.execute(sa.update(changes).where(changes.c.revision < 3).values(at=early))
+    feed, heard = ChangeFeed(database), list[Change]()
+    feed.listen(heard.extend)
+    assert not expire_changes(database, 7)
+    assert revisions(database) == [3]
+    with database.writing() as connection:
+        connection.execute(sa.update(changes).values(at=early))
+        row = {"kind": "tenant-created", "at": early}
+        connection.execute(sa.insert(changes), [row | {"revision": 100 + number} for number in range(SLICE)])
+    assert expire_changes(database, 7)
+    assert revisions(database) == [99 + SLICE]
+    assert not expire_changes(database, 7)
+    assert revisions(database) == []
+    tenants.put("acme", BY)
+    assert revisions(database) == [4]
+    assert heard == [TenantCreated("acme")]
+
+
+def revisions(database: Database) -> list[int]:
+    with database.reading() as connection:
+        return list(connection.scalars(sa.select(changes.c.revision).order_by(changes.c.revision)))

@@ -160,7 +160,7 @@ def test_many_who_publish_at_once_do_not_exceed_a_quota(
 def test_a_tenant_goes_with_everything(
     tenants: Tenants, catalog: Catalog, keyring: Keyring, database: Database, content: Content
 ) -> None:
-    """Keys, adapters, versions and aliases; only numbers, the audit, and what was let go stay."""
+    """Keys, adapters, versions and aliases; only numbers, the audit, changes, and what was let go stay."""
     tenants.put("acme", BY)
     _, text = keyring.create("acme", "admin", "", BY)
     catalog.add_version("acme", "a", content("x"), BY)
@@ -174,7 +174,7 @@ def test_a_tenant_goes_with_everything(
             name: connection.scalar(sa.select(sa.func.count()).select_from(table))
             for name, table in metadata.tables.items()
         }
-    left = {"numbers": 1, "audit": 5, "garbage": 1}
+    left = {"numbers": 1, "audit": 5, "garbage": 1, "catalog": 1, "changes": 5}
     assert counts == {**dict.fromkeys(counts, 0), **left}
     with pytest.raises(NotFound, match="there is no tenant 'acme'"):
         tenants.delete("acme", BY)

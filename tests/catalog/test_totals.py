@@ -26,7 +26,9 @@ TENANTS = st.sampled_from(["acme", "beta"])
 ADAPTERS = st.sampled_from("abc")
 NUMBERS = st.integers(1, 6)
 _TEXT = st.sampled_from(["", "x", "é" * 9])
-DESCRIPTIONS = st.builds(Description, _TEXT, st.dictionaries(st.sampled_from("kl"), _TEXT))
+DESCRIPTIONS = st.builds(
+    Description, _TEXT, st.dictionaries(st.sampled_from("kl"), _TEXT), _TEXT, st.binary(max_size=9)
+)
 
 _NBYTES = versions.c.weights_bytes + versions.c.key_values_bytes + versions.c.manifest_bytes
 
@@ -116,4 +118,4 @@ class Totals(RuleBasedStateMachine):
 
 
 TestTotals = Totals.TestCase
-TestTotals.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+TestTotals.settings = settings(max_examples=20, stateful_step_count=30)

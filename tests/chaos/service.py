@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import PREFIX_SERVICE, free_port
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import free_port
 from tests.processes import eventually, lines_of, workers_of
 
 _ENVIRONMENT = {

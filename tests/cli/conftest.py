@@ -1,4 +1,4 @@
-"""The command line as a person types it: a process of its own."""
+"""The command line as a person types it."""
 
 import os
 import pty
@@ -11,25 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PREFIX_SERVICE, Server
+from tests.commands import Finished, run_command, run_process
+from tests.conftest import Server
 
-Finished = subprocess.CompletedProcess[str]
 Run = Callable[..., Finished]
-
-
-def run_command(
-    *arguments: str | Path, environment: dict[str, str] | None = None, stdin: int = subprocess.DEVNULL
-) -> Finished:
-    """Run `prefix-service …` to its end."""
-    command = [*PREFIX_SERVICE, *(str(argument) for argument in arguments)]
-    return subprocess.run(
-        command,
-        check=False,
-        stdin=stdin,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "200", **(environment or {})},
-    )
 
 
 def on_terminal(
@@ -59,7 +44,7 @@ def on_terminal(
             until = None
     os.close(parent)
     plain = _STYLES.sub("", shown.decode()).replace("\r\n", "\n")
-    return process.wait(timeout=60), plain
+    return process.wait(timeout=90), plain
 
 
 def _read(terminal: int) -> bytes:
@@ -83,7 +68,7 @@ def run(server: Server) -> Run:
         keyboard, terminal = pty.openpty()
         os.write(keyboard, typed.encode())
         try:
-            return run_command(*arguments, environment=environment, stdin=terminal)
+            return run_process(*arguments, environment=environment, stdin=terminal)
         finally:
             os.close(keyboard)
             os.close(terminal)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -62,10 +62,13 @@ def test_names_are_offered(environment: dict[str, str], words: str, offered: lis
 
 
 def test_a_tenants_key_completes_its_own_adapters(server: Server, environment: dict[str, str]) -> None:
-    """Others are not there for it, and the list of tenants is not its to see."""
+    """Without a word of its tenant; others are not there for it."""
     reader = {**environment, "PREFIX_API_KEY": server.key("read", "clitab-a")}
     assert completed("prefix-service inspect clitab-a/capi", **reader).stdout.split() == ["clitab-a/capitals"]
-    for words in ("prefix-service inspect clitab-b/", "prefix-service inspect clitab-"):
+    own = ["clitab-a/capitals", "clitab-a/caps", "clitab-a/my-cap"]
+    for words in ("prefix-service inspect ", "prefix-service inspect clitab-"):
+        assert completed(words, **reader).stdout.split() == own
+    for words in ("prefix-service inspect clitab-b/", "prefix-service inspect clitab-b"):
         done = completed(words, **reader)
         assert (done.stdout.split(), done.stderr) == ([], "")
 
@@ -78,4 +81,4 @@ def test_a_service_that_is_not_there_is_no_noise(url: str) -> None:
     began = time.monotonic()
     done = completed("prefix-service inspect acme/", PREFIX_URL=url)
     assert (done.stdout.split(), done.stderr) == ([], "")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40

@@ -83,6 +83,28 @@ def test_fields_on_80_columns() -> None:
     assert lines[-1] == "version  7"
 
 
+def test_a_head_is_folded_as_its_column_is() -> None:
+    """So that each name stands above its cells."""
+    rows = '[["2026-11-26 04:07:15", "a-name-of-thirty-characters-00", 123456]]'
+    lines = shown(50, f'print_table("t", ["created (UTC)", "name", "prefix tokens"], {rows})')
+    assert lines[1:] == [
+        "created     name                            prefix",
+        "(UTC)                                       tokens",
+        "----------  ------------------------------  ------",
+        "2026-11-26  a-name-of-thirty-characters-00  123456",
+        "04:07:15",
+    ]
+
+
+def test_a_sentence_is_folded_between_words() -> None:
+    """On a terminal; in a pipe it is one line, and so is what is meant to be copied."""
+    sentence = "a sentence of some words (request 0123456789abcdef)"
+    code = f"say({sentence!r})\nsay('  export PREFIX_URL=http://127.0.0.1:8080')"
+    copied = "  export PREFIX_URL=http://127.0.0.1:8080"
+    assert shown(40, code) == ["a sentence of some words (request", "0123456789abcdef)", copied]
+    assert piped(code) == [sentence, copied]
+
+
 def test_wide_characters_take_two_columns() -> None:
     """Columns stand below each other in every script."""
     lines = piped('print_table("t", ["a", "b"], [["\u65e5\u672c", "x"], ["abcd", "y"]])')
@@ -97,7 +119,7 @@ def test_an_empty_table_has_its_head() -> None:
 def test_who_waits_sees_for_whom() -> None:
     """After two seconds, on a terminal; not before, not once the block has ended, and not in a pipe."""
     code = "import time\nwith waiting_for('http://a:8080'):\n    time.sleep({})\ntime.sleep(1.5)"
-    assert shown(80, code.format(1.0)) == []
+    assert shown(80, code.format(0.2)) == []
     assert shown(80, code.format(2.5)) == ["waiting for http://a:8080 …"]
     command = [sys.executable, "-c", _BEGIN + code.format(2.5)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """`convert`: pickles and foreign layouts become a safe folder, as strictly as works."""
 
+import itertools
 import json
 import pickle
 import zipfile
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import nn
 
 from prefix_service.checkpoints.convert import convert, write
+from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import PrefixClient
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, StorageFailed, UnsafeCheckpoint
 from tests.cli.conftest import Run
@@ -70,6 +72,21 @@ class Harmful:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (self.path,))
+
+
+def test_what_is_cut_out_is_the_file_that_safetensors_writes(tmp_path: Path) -> None:
+    """Byte for byte, whatever the dtypes: the same prefix is the same version, however it was cut."""
+    source = VARIANTS / "peft_full-accelerate-gpt2-proj"
+    tensors = load_file(source / "model.safetensors")
+    for name, dtype in zip(sorted(tensors), itertools.cycle([torch.float32, torch.bfloat16, torch.float16])):
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    upload = prepare_upload(tmp_path)
+    assert upload.cut_from is not None
+    cut = upload.weights.read()
+    assert len({str(tensor.dtype) for tensor in load(cut).values()}) == 3
+    assert cut == save({name: tensors[name] for name in load(cut)})
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(run: Run, tmp_path: Path) -> None:
@@ -132,7 +149,7 @@ def test_a_cartridge_in_training_takes_its_config_from_its_tensors(tmp_path: Pat
 def test_what_cannot_be_converted_is_told(tmp_path: Path) -> None:
     """Damaged files, files without a prefix, and folders with several checkpoints, each in words."""
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
-    with pytest.raises(InvalidCheckpoint, match=r"no file that torch\.save wrote"):
+    with pytest.raises(InvalidCheckpoint, match=r"was not written by torch\.save"):
         convert(tmp_path / "cut.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InvalidCheckpoint, match="holds a list"):
@@ -165,7 +182,7 @@ def cartridge(kind: str, frozen: int = 1, trainable: int = 5) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
 @pytest.mark.parametrize("as_lists", [False, True], ids=["ParameterList", "list"])
-def test_09_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
+def test_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, as_lists: bool) -> None:
     """By today's name and by the older one: one frozen and five trainable tokens are six, in that order."""
     state = cartridge(kind)
     torch.save({n: [p.detach() for p in v] for n, v in state.items()} if as_lists else state, tmp_path / "cache.pt")
@@ -186,14 +203,14 @@ def test_09_frozen_tokens_of_a_cartridge_come_first(tmp_path: Path, kind: str, a
 
 
 @pytest.mark.parametrize("kind", ["frozen", "fixed"])
-def test_09_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
+def test_a_cartridge_without_frozen_tokens(tmp_path: Path, kind: str) -> None:
     """Its lists are empty then."""
     torch.save(cartridge(kind, frozen=0), tmp_path / "cache.pt")
     config = convert(tmp_path / "cache.pt").config
     assert (config["num_virtual_tokens"], config["num_frozen_tokens"]) == (5, 0)
 
 
-def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None:
     """Nothing of a cartridge is dropped: what is not known is an error that names it, and nothing is written."""
     torch.save({**cartridge("frozen"), "pinned_keys": [torch.zeros(1, 2, 3, 8)] * 3}, tmp_path / "cache.pt")
     done = run("convert", tmp_path / "cache.pt", tmp_path / "out")
@@ -217,14 +234,14 @@ def test_09_a_list_of_an_unknown_name_is_named(run: Run, tmp_path: Path) -> None
         ({"trainable_keys": torch.zeros(3)}, "trainable_keys"),
     ],
 )
-def test_09_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_cartridge_that_does_not_fit_together(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     """Each contradiction has its words."""
     torch.save({**cartridge("frozen"), **change}, tmp_path / "cache.pt")
     with pytest.raises(InvalidCheckpoint, match=message):
         convert(tmp_path / "cache.pt")
 
 
-def test_09_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
+def test_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
     """A config that is given is not ignored."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     config = {**convert(tmp_path / "cache.pt").config, "revision": "main"}
@@ -235,7 +252,7 @@ def test_09_a_config_that_contradicts_a_cartridge(tmp_path: Path) -> None:
         convert(tmp_path / "cache.pt", config=tmp_path / "config.json")
 
 
-def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
+def test_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     """Of a training checkpoint: the base model, the optimizer's tensors, and objects that may hold more."""
     state = {
         "state_dict": {"lm_head.weight": torch.zeros(2), "prompt_encoder.default.embedding.weight": torch.ones(20, 96)},
@@ -251,7 +268,7 @@ def test_09_what_is_left_out_is_told(run: Run, tmp_path: Path) -> None:
     assert sorted(json.loads(as_json.stdout)["left_out"]) == names.split(", ")
 
 
-def test_90_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
+def test_what_a_pickle_may_do_to_its_reader(tmp_path: Path) -> None:
     """Cycles, two tensors of one name, sparse and repeated tensors, and a folder in a file's place."""
     config = CORPUS / "cases/llama-n20-emb/adapter/adapter_config.json"
     cycle: dict[str, Any] = {"a": 1}
@@ -283,7 +300,7 @@ def test_an_output_that_exists_is_not_written_over(run: Run, tmp_path: Path) -> 
     assert "exists: choose an empty folder" in again.stderr
 
 
-def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     """torch.load does not compare a zip's checksums, and would return another number."""
     torch.save(cartridge("frozen"), tmp_path / "cache.pt")
     with zipfile.ZipFile(tmp_path / "cache.pt") as archive:
@@ -299,11 +316,11 @@ def test_90_a_flipped_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b"just a text", "no file that torch.save wrote"),
-        (b"", "no file that torch.save wrote"),
+        (b"just a text", "was not written by torch.save"),
+        (b"", "was not written by torch.save"),
     ],
 )
-def test_90_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     """Nobody is advised to open it with --unsafe."""
     (tmp_path / "cache.pt").write_bytes(content)
     with pytest.raises(InvalidCheckpoint, match=message):

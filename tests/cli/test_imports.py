@@ -8,22 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
 
-from prefix_service.cli import _OF_SERVER
+from prefix_service.cli.app import OF_SERVER, app
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import opened
 from prefix_service.settings import Settings
+from tests.cli.test_options import commands
 from tests.client.test_client import published
 from tests.conftest import CORPUS, Server
 
-_WITHOUT_TORCH = """
+# One process runs many commands, which spares their starts. The first that fails or imports too much ends it.
+_EACH = """
 import sys
 from prefix_service.cli import main
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-assert not {"torch", "numpy"} & sys.modules.keys()
+for words in sys.argv[1:]:
+    sys.argv = ["prefix-service", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+    assert not {"torch", "numpy"} & sys.modules.keys(), words
 """
 # As if nothing of the extra `server` was installed.
 _WITHOUT_SERVER = """
@@ -36,6 +41,8 @@ class Missing(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
+"""
+_MAIN = """
 from prefix_service.cli import main
 main()
 """
@@ -64,42 +71,64 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return data_dir
 
 
-ON_A_SERVICE = (
-    f"publish {CORPUS / 'cases' / 'llama-n20-emb' / 'adapter'} imports/published",
-    "compose imports/composed imports/a imports/a",
-    *("list imports", "versions imports/a", "inspect imports/a", "rm imports/leaving --yes"),
-    *("alias set imports/a prod 1", "alias list imports/a", "alias rm imports/a prod"),
-    *("residency load imports/a", "residency", "residency unload imports/a"),
-    *("tenant set imports", "tenant show imports", "tenant list", "tenant rm imports-none --yes"),
-    *("key create --tenant imports --scope read", "key list", "whoami", "audit"),
-)
+COMPUTE = {"serve", "demo", "openapi", "fetch", "diff", "bench", "doctor", "convert"}
+"""These need torch: for tensors, for the device (`doctor`), or for the service, which computes (`serve`, `openapi`)."""
 
 
-@pytest.mark.parametrize("command", ON_A_SERVICE)
-def test_commands_on_a_service_do_without_torch(service: dict[str, str], command: str) -> None:
-    """Only who fetches tensors waits for it."""
-    if "imports-none" in command:
-        run(_WITHOUT_TORCH, "tenant", "set", "imports-none", **service)
-    done = run(_WITHOUT_TORCH, *command.split(), **service)
+@pytest.fixture(scope="module")
+def commands_on_a_service(server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Every other command that talks to a service, one after another."""
+    scratch = tmp_path_factory.mktemp("commands")
+    with PrefixClient(server.url, server.admin_key) as client:
+        rotated, revoked = (client.create_key("read")["id"] for _ in range(2))
+        client.put_tenant("imports-none")
+    return [
+        f"publish {CORPUS / 'cases' / 'llama-n20-emb' / 'adapter'} imports/published --note why",
+        f"publish {CORPUS / 'variants' / 'peft_full-accelerate-gpt2-proj'} imports/cut",
+        *("compose imports/composed imports/a imports/a", f"pull imports/a {scratch / 'pulled'}"),
+        *("list imports", "versions imports/a", "inspect imports/a"),
+        *("alias set imports/a prod 1", "alias list imports/a", "alias rm imports/a prod"),
+        *("compose imports/a imports/a imports/a", "alias set imports/a prod 1", "alias set imports/a prod 2"),
+        *("alias rollback imports/a@prod", "rm imports/leaving --yes"),
+        *("residency load imports/a", "residency", "residency show", "residency unload imports/a"),
+        *("tenant set imports", "tenant show imports", "tenant list", "tenant rm imports-none --yes"),
+        *("key create --tenant imports --scope read", "key list", f"key rotate {rotated} --platform"),
+        *(f"key revoke {revoked} --platform", "whoami", "audit", "usage imports"),
+    ]
+
+
+def test_every_command_is_here(commands_on_a_service: list[str]) -> None:
+    """One that is new needs its line."""
+    every = {names[0] for names, _ in commands(typer.main.get_command(app))}
+    assert {words.split()[0] for words in [*commands_on_a_service, *ON_A_FOLDER]} | COMPUTE == every
+
+
+def test_commands_on_a_service_do_without_torch(service: dict[str, str], commands_on_a_service: list[str]) -> None:
+    """Only who fetches tensors waits for it. Publishing cuts a prefix out of a checkpoint without it."""
+    done = run(_EACH, *commands_on_a_service, **service)
     assert done.returncode == 0, done.stderr
+    assert "cut out the prefix: " in done.stderr
 
 
-@pytest.mark.parametrize("command", ["key create --platform --scope read", "key list", "backup {copy}"])
-def test_commands_on_a_folder_do_without_torch(folder: Path, tmp_path: Path, command: str) -> None:
+ON_A_FOLDER = ("key create --platform --scope read", "key list", "backup")
+
+
+def test_commands_on_a_folder_do_without_torch(folder: Path, tmp_path: Path) -> None:
     """Keys and bytes are no tensors."""
-    done = run(_WITHOUT_TORCH, *command.format(copy=tmp_path / "copy").split(), "--data-dir", str(folder))
+    asked = [f"{words} {tmp_path / 'copy' if words == 'backup' else ''} --data-dir {folder}" for words in ON_A_FOLDER]
+    done = run(_EACH, *asked)
     assert done.returncode == 0, done.stderr
 
 
 def without_server() -> str:
-    return _WITHOUT_SERVER.replace("SERVER", repr(set(_OF_SERVER - {"anyio"})))  # anyio comes with httpx too
+    return _WITHOUT_SERVER.replace("SERVER", repr(set(OF_SERVER - {"anyio"})))  # anyio comes with httpx too
 
 
-# What the others remove is gone.
-@pytest.mark.parametrize("command", [command for command in ON_A_SERVICE if " --yes" not in command])
-def test_commands_on_a_service_need_no_extra(service: dict[str, str], command: str) -> None:
+def test_commands_on_a_service_need_no_extra(service: dict[str, str], commands_on_a_service: list[str]) -> None:
     """What `pip install prefix-service` brings is enough to publish and to manage."""
-    done = run(without_server(), *command.split(), **service)
+    once = (" --yes", "key rotate", "key revoke", "pull", "rollback", "alias rm")  # done already
+    again = [words for words in commands_on_a_service if not any(one in words for one in once)]
+    done = run(without_server() + _EACH, *again, **service)
     assert done.returncode == 0, done.stderr
 
 
@@ -107,7 +136,7 @@ def test_commands_on_a_service_need_no_extra(service: dict[str, str], command: s
 def test_a_command_that_lacks_the_extra_says_so(folder: Path, command: str) -> None:
     """In one line that can be pasted."""
     of_folder = () if command == "openapi" else ("--data-dir", str(folder))
-    done = run(without_server(), *command.split(), *of_folder)
+    done = run(without_server() + _MAIN, *command.split(), *of_folder)
     assert done.returncode == 1
     assert done.stderr.endswith("pip install 'prefix-service[server]'\n"), done.stderr
     assert done.stderr.count("\n") == 1
@@ -121,5 +150,5 @@ def _required(extra: str | None) -> Iterator[str]:
 
 def test_the_extra_is_what_pyproject_says() -> None:
     """And the command line itself needs none of it."""
-    assert set(_required("server")) == _OF_SERVER
+    assert set(_required("server")) == OF_SERVER
     assert {"typer", "rich"} <= set(_required(None))

@@ -9,8 +9,9 @@ import pytest
 import typer.main
 
 from prefix_service.cli.app import app
-from tests.cli.conftest import run_command
+from tests.cli.test_completion import completed
 from tests.client.transport.test_transport import tls_in_front_of
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server, running_server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -62,6 +63,8 @@ def test_a_service_behind_a_unix_socket_is_managed(on_socket: Server) -> None:
     made = told("key", "create", "--tenant", "acme", "--scope", "read")
     environment = {"PREFIX_API_KEY": made["key"]}
     assert json.loads(run_command("whoami", *way, "--json", environment=environment).stdout)["id"] == made["id"]
+    words = f"prefix-service inspect --uds {on_socket.uds} "
+    assert completed(words, **environment).stdout.split() == ["acme/a"]
     away = run_command("list", "acme", "--uds", f"{on_socket.uds}-none", environment=admin)
     assert away.returncode == 1
     assert f"unix:{on_socket.uds}-none" in away.stderr

@@ -13,7 +13,7 @@ from torch import Tensor
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.client import AsyncPrefixClient, Prefix, PrefixClient
 from tests.architectures import NAMED
-from tests.conftest import CORPUS, Server
+from tests.conftest import CORPUS, NO_TLS, Server
 from tests.vision import VISION
 
 ARCHITECTURES = NAMED | VISION
@@ -25,7 +25,7 @@ class Counting(httpx.HTTPTransport):
     """httpx's own transport, remembering what went through and able to damage it."""
 
     def __init__(self, damage: Callable[[bytes], bytes] | None = None) -> None:
-        super().__init__()
+        super().__init__(verify=NO_TLS)
         self.statuses: list[int] = []
         self._damage = damage
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from prefix_service.client import PrefixClient
+from prefix_service.client import Fingerprint, PrefixClient
+from prefix_service.client.cache import fingerprints
 from prefix_service.errors import (
     Forbidden,
     InvalidConfig,
@@ -104,7 +107,8 @@ def test_a_folder_that_cannot_be_published_is_named(client: Any, tmp_path: Path)
 
 
 def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) -> None:
-    """What `get` says of a version, by one small request, whatever the reference."""
+    """What `get` says of a version, by one small request, whatever the reference; the base model of a version is asked
+    for once in a minute."""
     through = Counting()
     with PrefixClient(server.url, server.admin_key, http=through) as client:
         first, second = published(client, "clients/resolved"), published(client, "clients/resolved", GPT2)
@@ -115,13 +119,72 @@ def test_resolve_tells_version_and_dimensions_without_tensors(server: Server) ->
             assert (found.version, found.digest, found.dtype) == (1, first["digest"], "float32")
             assert found.reference == f"clients/resolved@{first['digest']}"
         assert client.resolve("clients/resolved").digest == second["digest"]
-        assert through.statuses == [200] * 4
+        assert through.statuses == [200] * 6
         told = client.get("clients/resolved@1").metadata
         sizes = ("tenant", "adapter", "peft_type", "base_model_name_or_path", "num_virtual_tokens", "num_layers")
         for name in (*sizes, "num_kv_heads", "head_dim"):
             assert getattr(found, name) == told[name]
         with pytest.raises(NotFound):
             client.resolve("clients/none")
+
+
+def test_resolve_knows_the_base_model(
+    client: Any, connect: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was within the last minute, its absence too; the client that changes it knows immediately."""
+    version = f"clients/known-{next(_names)}"
+    published(client, version)
+    other = connect(server.url)
+    assert client.resolve(version).base_model == other.resolve(version).base_model == Fingerprint()
+    known = Fingerprint("LlamaForCausalLM", sizes={"hidden_size": 64}, tokenizer="sha256:1")
+    client.put_base_model(version, known)
+    assert client.base_model(version) == client.resolve(f"{version}@1").base_model == known
+    assert other.resolve(version).base_model == Fingerprint()
+    assert fingerprints._FRESH <= 60
+    with monkeypatch.context() as later:
+        later.setattr(fingerprints, "_FRESH", 0)
+        assert other.resolve(version).base_model == known
+    client.put_base_model(version, Fingerprint())
+    assert other.resolve(version).base_model == known
+    other.clear_cache()
+    assert client.resolve(version).base_model == other.resolve(version).base_model == Fingerprint()
+    with pytest.raises(NotFound):
+        client.base_model("clients/none")
+
+
+def test_resolve_takes_a_service_without_base_models(connect: Any) -> None:
+    """An older one answers 404; what is no fingerprint is refused."""
+    about = {"tenant": "a", "adapter": "b", "version": 1, "digest": "sha256:" + "0" * 64, "peft_type": "PREFIX_TUNING"}
+    about |= {"num_virtual_tokens": 1, "num_layers": 1, "num_kv_heads": 1, "head_dim": 1, "dtype": "float32"}
+    kind = "Content-Type: application/json"
+    found, wrong = answer(json.dumps(about).encode(), kind), answer(b'{"tokenizer": 7}', kind)
+    none = answer(b'{"code": "not-found", "detail": "x"}', "Content-Type: application/problem+json", status="404 X")
+    with hostile_server(says(found, none, found)) as hostile:
+        client = connect(hostile.url)
+        assert [client.resolve("a/b").base_model for _ in range(2)] == [Fingerprint()] * 2
+    with (
+        hostile_server(says(found, wrong)) as hostile,
+        pytest.raises(InvalidResponse, match="tokenizer must be a text"),
+    ):
+        connect(hostile.url).resolve("a/b")
+
+
+def test_adapters_come_page_by_page(client: Any) -> None:
+    """Each page with the cursor of the next; the last one has none."""
+    for name in ("one", "three", "two"):
+        published(client, f"clients-paged/{name}")
+    first, cursor = client.list_page("clients-paged", limit=2)
+    rest, end = client.list_page("clients-paged", cursor=cursor)
+    assert [item["adapter"] for item in first] == ["one", "three"]
+    assert ([item["adapter"] for item in rest], end) == (["two"], None)
+    assert [item["adapter"] for item in client.list("clients-paged", sort="-used")] == ["one", "three", "two"]
+
+
+def test_a_service_tells_its_release_and_clock(client: Any) -> None:
+    """Without a key, too."""
+    found = client.service()
+    assert found.version == installed("prefix-service")
+    assert abs((found.time - datetime.now(UTC)).total_seconds()) < 30
 
 
 def test_resolve_refuses_a_description_that_is_none(connect: Any) -> None:

@@ -1,4 +1,4 @@
-"""HARDENING.md 90: `convert` ends every damaged or foreign file with one documented error."""
+"""`convert` ends every damaged or foreign file with one documented error."""
 
 import random
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 from tests.client.damaged import DOCUMENTED, attempts, damaged, originals
 
 
-def test_90_every_damaged_file_ends_in_one_line() -> None:
+def test_every_damaged_file_ends_in_one_line() -> None:
     """A few hundred mutations of every format, seeded: nothing but documented errors, each of one line."""
     kinds: Counter[str] = Counter()
     for name, number, error in attempts(480):

@@ -182,7 +182,7 @@ def test_a_fork_while_a_thread_fetches(kind: type[Any], verify_digest: bool, num
     def half(connection: Any) -> None:
         read_request(connection)
         connection.sendall(answer()[:500])
-        goes_on.wait(20)
+        goes_on.wait(60)
         connection.sendall(answer()[500:])
 
     with hostile_server(half, says(answer())) as server, closing(kind(server.url, cache_bytes=0)) as client:
@@ -270,7 +270,7 @@ def test_a_transport_of_the_callers_own_stays_in_its_process(numbered: Server) -
 def test_a_client_travels_as_its_arguments(kind: type[Any], numbered: Server, tmp_path: Path) -> None:
     """A pickled client is another one with the same arguments; its text has neither key nor password."""
     url = numbered.url.replace("http://", "http://user:password@")
-    with closing(kind(url, numbered.admin_key, cache_dir=tmp_path / "c", timeout=7)) as client:
+    with closing(kind(url, numbered.admin_key, cache_dir=tmp_path / "c", timeout=60)) as client:
         called(client, "forks/a1")
         travelled = pickle.dumps(client)
     with closing(pickle.loads(travelled)) as again:  # noqa: S301 - of this test

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client import AsyncPrefixClient, Fingerprint, PrefixClient
 from prefix_service.errors import InvalidInput, InvalidRequest
 from tests.client.conftest import LLAMA
 from tests.client.hostile import answer, hostile_server, says
@@ -55,6 +55,11 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "annotations": ("a/b",),
     "put_annotations": ("a/b", {}),
     "usage": (),
+    "list_page": ("a",),
+    "base_model": ("a/b",),
+    "put_base_model": ("a/b", Fingerprint()),
+    "config_file": ("a/b",),
+    "service": (),
 }
 
 
@@ -198,6 +203,7 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
     cases += [("get", {"materialise": "yes"}), ("get_many", {"batch_size": 2})]
     cases += [("prefetch", {"concurrency": value}) for value in (0, "2", None)]
     cases += [("list", {"limit": value}) for value in (0, "2", True)]
+    cases += [("list_page", {"limit": value}) for value in (0, "2", True)]
     cases += [(name, {"progress": 1}) for name in ("get", "publish")]
     cases += [("publish", {"base_model_config": 1})]
     with hostile_server(says(answer())) as server:
@@ -216,6 +222,9 @@ def test_an_option_of_a_method_that_is_wrong_is_named_before_a_request(kind: typ
             outcome(client, "publish_files", "a/b", b"{}", io.StringIO(""))
         with pytest.raises(InvalidInput, match="weights must be a file"):
             outcome(client, "publish_files", "a/b", b"{}", "adapter_model.safetensors")
+        for given in ({"tokenizer": "x"}, None, Fingerprint(tokenizer=""), Fingerprint(sizes={"x": {1}})):
+            with pytest.raises(InvalidInput, match=r"fingerprint|tokenizer"):
+                outcome(client, "put_base_model", "a/b", given)
         for folder in (None, b"folder", 7):
             with pytest.raises(InvalidInput, match="folder must be a path"):
                 outcome(client, "publish", "a/b", folder)

@@ -107,7 +107,7 @@ async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
         weights = hashlib.sha256(file.read()).hexdigest()
     plan = library.plan(version, PrefixRequest())
     async with library.rendering(plan) as rendering:
-        body = b"".join(plan.message.chunks(rendering))
+        body = b"".join(plan.file.chunks(rendering))
     return version.digest, weights, hashlib.sha256(body).hexdigest()
 
 

@@ -52,7 +52,7 @@ def traced(pid: int, output: Path, *inject: str, calls: str = CALLS) -> Iterator
     finally:
         process.send_signal(signal.SIGINT)  # detach, if the process still lives
         process.stderr.close()
-        process.wait(timeout=30)
+        process.wait(timeout=90)
 
 
 def calls_in(output: Path) -> list[Call]:

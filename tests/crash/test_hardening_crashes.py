@@ -1,4 +1,4 @@
-"""HARDENING 42 and 45-47: kills and failing calls at every write of a change, and what order they come in."""
+"""A process that is killed, or a call that fails, at every write of a change; and the order of these writes."""
 
 import re
 import time
@@ -22,7 +22,7 @@ from tests.crash.folder import serving
 from tests.crash.operations import CASES, publish, start
 from tests.crash.trial import KILL, Verdict, attempted_twice
 
-KILLS, FAILURES = 240, 120
+KILLS, FAILURES = 240, 120  # `python -m tests.crash` makes thousands
 
 
 @pytest.fixture(scope="module")

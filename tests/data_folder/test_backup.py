@@ -6,17 +6,28 @@ import shutil
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
+from prefix_service.catalog.audit import AuditLog
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.changes import catalog_id, changes_after
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.descriptions import Descriptions
+from prefix_service.catalog.listings import Listings
+from prefix_service.catalog.records import COMMAND_LINE, NewVersion
+from prefix_service.catalog.usage import UsageStore, Use
 from prefix_service.data_folder.backup import back_up
-from prefix_service.data_folder.opening import opened
+from prefix_service.data_folder.opening import catalog_file, keys_of, opened
 from prefix_service.errors import Conflict, NotFound
+from prefix_service.prefix.description import Description
 from prefix_service.settings import Settings
 from tests.api.helpers import upload, weights
-from tests.cli.conftest import run_command
+from tests.commands import run_command
 from tests.conftest import Server, running_server
 
 
@@ -89,19 +100,50 @@ def test_secrets_stay_private_and_the_first_key_stays_behind(settings: Settings,
     assert not (tmp_path / "second" / "key.secret").exists()
 
 
+def test_what_stands_beside_versions_is_in_the_copy(settings: Settings, tmp_path: Path) -> None:
+    """Model card, annotations, base model and config file; uses, and the names of keys in the audit."""
+    digest = f"sha256:{'0' * 64}"
+    new = NewVersion(digest, "{}", None, digest, 1, "float32", digest, 1)
+    described = Description("card", {"run": "17"}, '{"tokenizer":"x"}', b'{ "peft_type": 1 }')
+    hour = datetime(2026, 11, 26, 5)  # noqa: DTZ001 - as the catalog has it, in UTC
+    with keys_of(settings) as (keyring, _), closing(Database(catalog_file(settings.data_dir))) as database:
+        own = keyring.verify(keyring.create(None, "admin", "mine", COMMAND_LINE)[1])
+        Catalog(database).add_version("acme", "a", new, own, description=described, make_tenant=True)
+        UsageStore(database).add([Use(hour, "acme", "a", 1, own.key_id, requests=3)])
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    with closing(Database(catalog_file(tmp_path / "copy"))) as copied:
+        (item,) = Listings(copied).adapters("acme", after=None, limit=9, order="-used")
+        assert Descriptions(copied).get(item.latest) == described
+        assert item.used == 3
+        assert {entry.key_name for entry in AuditLog(copied).listed("acme", before=None, limit=9)} == {"mine"}
+
+
+def test_a_backup_is_the_same_catalog(settings: Settings, tmp_path: Path) -> None:
+    """By its id, which clients know it by; its changes are there, too."""
+    back_up(settings, tmp_path / "copy", lambda _: None)
+    found = []
+    for folder in (settings.data_dir, tmp_path / "copy"):
+        database = Database(catalog_file(folder))
+        with database.reading() as connection:
+            found.append((catalog_id(connection), changes_after(connection, 0, 9)))
+        database.close()
+    assert found[0] == found[1]
+    assert found[0][1][0] == 1
+
+
 def test_a_backup_overwrites_nothing(settings: Settings, tmp_path: Path) -> None:
     """Neither an older backup nor anything else; what an interrupted one left does not count."""
     (tmp_path / "copy.partial").mkdir()
     (tmp_path / "copy.partial" / "half").touch()
     back_up(settings, tmp_path / "copy", lambda _: None)
     assert not (tmp_path / "copy" / "half").exists()
-    with pytest.raises(Conflict, match="is there already"):
+    with pytest.raises(Conflict, match="copy exists"):
         back_up(settings, tmp_path / "copy", lambda _: None)
 
 
 def test_a_folder_without_a_catalog(tmp_path: Path) -> None:
     """A mistyped folder is told, and not made."""
-    with pytest.raises(NotFound, match="is no data folder"):
+    with pytest.raises(NotFound, match="is not a data folder"):
         back_up(Settings(data_dir=tmp_path / "none"), tmp_path / "copy", lambda _: None)
     assert list(tmp_path.iterdir()) == []
 

@@ -16,6 +16,7 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.records import COMMAND_LINE, NewVersion
+from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.schema import garbage
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import Collected, Collector, Lost, collecting
@@ -199,8 +200,8 @@ def test_collecting_while_everybody_publishes_and_deletes(database: Database, bl
 def test_it_runs_in_the_background(database: Database, blobs: FolderBlobStore) -> None:
     """First what is lost is told, then it collects again and again; a failure does not end it."""
     digest = stored(blobs, b"x", hours_ago=2)
-    with collecting(database, blobs, grace=0, audit_days=1, usage_days=1):
-        until = time.monotonic() + 10
+    with collecting(database, blobs, grace=0, retention=Retention(audit=1, changes=1, usage=1)):
+        until = time.monotonic() + 60
         while blobs.exists(digest) and time.monotonic() < until:
             time.sleep(0.05)
         assert not blobs.exists(digest)

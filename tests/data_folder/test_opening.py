@@ -18,7 +18,8 @@ from prefix_service.data_folder.opening import bootstrap_file, catalog_file, key
 from prefix_service.errors import Conflict, NotFound, StorageFailed, Unauthenticated
 from prefix_service.settings import Settings
 from tests.api.helpers import upload
-from tests.conftest import PREFIX_SERVICE, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import running_server
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_keys_are_in_a_folder_that_a_service_made(settings: Settings) -> None:
     folder = settings.data_dir
     for _ in range(2):
         with (
-            pytest.raises(NotFound, match=r"is no data folder of a service: .*catalog\.sqlite is missing"),
+            pytest.raises(NotFound, match=r"is not a data folder of a service: .*catalog\.sqlite is missing"),
             keys_of(settings),
         ):
             pass

@@ -45,6 +45,7 @@ def fuzzed(folder: Path, examples: int, seed: int, *, with_key: bool) -> Report:
 
 def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
     """Publish adapters. Returns parameters of what exists: for every operation, and for some alone by their path."""
+    since = client.get("/v1/changes").raise_for_status().json()["revision"]
     for adapter in ("acme/summarize", "acme/deleted", "other/summarize", "gone/summarize"):
         tenant, _, name = adapter.partition("/")
         for seed in range(3):
@@ -56,6 +57,7 @@ def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
         "": {"tenant": "acme", "name": "summarize", "ref": "summarize", "version": "1"},
         "GET /v1/tenants/{tenant}/adapters/{name}/aliases/{alias}": {"alias": "prod"},
         "DELETE /v1/tenants/{tenant}/adapters/{ref}": {"ref": "deleted"},
+        "GET /v1/changes": {"since": since},
         # Quotas of the tenant that the others use would let them reach nothing.
         "PUT /v1/tenants/{tenant}": {"tenant": "other"},
         "DELETE /v1/tenants/{tenant}": {"tenant": "gone"},
@@ -101,7 +103,7 @@ include-name = "GET /v1/tenants/{tenant}/adapters/{ref}/card"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404]
 
 [[operations]]
-include-path-regex = "/annotations$"
+include-path-regex = "/(annotations|base-model|config)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
 
 # Whatever comes as text/markdown is text.

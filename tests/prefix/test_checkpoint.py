@@ -224,7 +224,7 @@ BAD_VALUE = torch.zeros(N, WIDTH).index_fill_(0, torch.tensor([2]), float("nan")
         (
             {"prompt_embeddings": torch.zeros(WIDTH, N)},
             PLAIN,
-            r"prompt_embeddings has shape \[48, 5\], the config wants",
+            r"prompt_embeddings has shape \[48, 5\], the config requires",
         ),
         (
             hf_peft_ex(PROJECTION) | {"transform.w1": torch.zeros(HIDDEN, TOKEN_DIM)},

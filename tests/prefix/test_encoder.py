@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig
 from prefix_service.prefix import checkpoint, encoder
-from prefix_service.prefix.checkpoint import PrefixFile, header_nbytes, load_weights, locate_prefix, read_rows
+from prefix_service.prefix.checkpoint import LocatedPrefix, header_nbytes, load_weights, locate_prefix, read_rows
 from prefix_service.prefix.config import PrefixConfig, parse_config
 from prefix_service.prefix.encoder import PrefixEncoder, assemble, encoding_nbytes
 from prefix_service.prefix.kv import PrefixKV
@@ -274,5 +274,5 @@ def test_the_estimate_of_an_encoding() -> None:
     assert encoding_nbytes(projected, located(projected, bytearray(save(tensors)))) == expected
 
 
-def located(wanted: PrefixConfig, data: bytearray) -> PrefixFile:
+def located(wanted: PrefixConfig, data: bytearray) -> LocatedPrefix:
     return locate_prefix(lambda start, stop: memoryview(data)[start:stop], len(data), wanted)

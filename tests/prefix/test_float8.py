@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_service.prefix.form import Form, Identity
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import Identity, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
-from prefix_service.prefix.wire.message import Message
-from prefix_service.prefix.wire.received import read_kv, read_message
+from prefix_service.prefix.wire.prefix_file import PrefixFile
+from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering, render
 
 L, H, N, D = 2, 3, 5, 16
@@ -91,7 +91,7 @@ def test_what_is_not_finite_stays_in_its_head(wrong: float) -> None:
 def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
     """One byte instead of two for each value, and four for each layer, part and head."""
     half, float8 = (
-        Message(IDENTITY, Form(dtype, 1, (0, L), (0, H), "stacked", expand=False), {})
+        PrefixFile(IDENTITY, Variant(dtype, 1, (0, L), (0, H), "stacked", expand=False), {})
         for dtype in ("bfloat16", "float8_e4m3fn")
     )
     assert float8.rendering_nbytes == half.rendering_nbytes // 2 + 4 * L * 2 * H
@@ -99,6 +99,6 @@ def test_it_has_half_the_bytes_of_bfloat16_and_its_scales() -> None:
 
 def sent(rendering: Rendering) -> PrefixKV:
     """A rendering, sent and read."""
-    form = Form("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
-    message = Message(IDENTITY, form, {"attention_mask": AttentionMask(1, IDENTITY.num_virtual_tokens, torch.int64)})
-    return read_kv(read_message(bytearray(b"".join(message.chunks(rendering)))))
+    variant = Variant("float8_e4m3fn", 1, (0, L), (0, H), "stacked", expand=False)
+    file = PrefixFile(IDENTITY, variant, {"attention_mask": AttentionMask(1, IDENTITY.num_virtual_tokens, torch.int64)})
+    return read_kv(read_prefix_file(bytearray(b"".join(file.chunks(rendering)))))

@@ -49,7 +49,7 @@ def test_values_that_are_given_stand() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"prefix_projection": True}, "encoder_hidden_size required"),
+        ({"prefix_projection": True}, "encoder_hidden_size is required"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1"),
         ({"prefix_projection": True, "encoder_hidden_size": 0}, "encoder_hidden_size must be positive"),
     ],

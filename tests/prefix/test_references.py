@@ -1,4 +1,4 @@
-"""`prefix.references`: names and references as API.md writes them."""
+"""`prefix.references`: which names and references are valid, and what each refers to."""
 
 import re
 

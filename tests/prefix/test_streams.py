@@ -6,9 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from prefix_service.prefix.form import KVDtype
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
+from prefix_service.prefix.variant import KVDtype
 from prefix_service.prefix.wire.rendering import render, to_host
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: this test has streams on one")

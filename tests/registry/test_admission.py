@@ -329,13 +329,13 @@ async def test_a_long_computation_leaves_a_place_for_others() -> None:
 
     async def compute(tenant: str, call: threading.Event) -> bool:
         async with of.work(tenant, 10) as work:
-            return await work.run(lambda: call.wait(10))
+            return await work.run(lambda: call.wait(60))
 
     long = [asyncio.create_task(compute("many", go)) for _ in range(5)]
     await settled()
     done = threading.Event()
     done.set()
-    assert await asyncio.wait_for(compute("one", done), 10)
+    assert await asyncio.wait_for(compute("one", done), 60)
     assert not any(task.done() for task in long)
     go.set()
     assert await asyncio.gather(*long) == [True] * 5
@@ -349,7 +349,7 @@ async def test_long_computations_take_turns_and_delay_no_short_call(monkeypatch:
     def steps(tenant: str) -> Generator[None, None, str]:
         for _ in range(3):
             order.append(tenant)
-            assert gate.acquire(timeout=10)
+            assert gate.acquire(timeout=60)
             yield
         return tenant
 
@@ -360,8 +360,8 @@ async def test_long_computations_take_turns_and_delay_no_short_call(monkeypatch:
     tasks = [asyncio.create_task(compute(tenant)) for tenant in "ab"]
     await settled()
     async with of.work("c", 10) as work:
-        assert await asyncio.wait_for(work.run(lambda: 7), 10) == 7
-    assert await asyncio.wait_for(of.run("a", lambda: 8), 10) == 8
+        assert await asyncio.wait_for(work.run(lambda: 7), 60) == 7
+    assert await asyncio.wait_for(of.run("a", lambda: 8), 60) == 8
     gate.release(8)
     assert await asyncio.gather(*tasks) == ["a", "b"]
     assert order == ["a", "b"] * 3
@@ -375,7 +375,7 @@ async def test_a_cancelled_computation_ends_with_its_step() -> None:
         try:
             while True:
                 begun.set()
-                assert go.wait(10)
+                assert go.wait(60)
                 yield
         finally:
             closed.append(of.report().used)

@@ -20,7 +20,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def together(registry: AdapterRegistry, loaders: Sequence[Loader]) -> Leases[RenderingKey, Rendering, VersionKey]:
+def together(registry: AdapterRegistry, loaders: Sequence[Loader]) -> Leases[RenderingKey, Rendering]:
     """Renderings of the versions that these loaders bring."""
     return Leases([registry.rendering(whole(load.number), SIZE, SIZE, load) for load in loaders])
 

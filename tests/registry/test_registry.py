@@ -55,7 +55,7 @@ class Loader:
     def __call__(self) -> PrefixKV:
         self.calls += 1
         self.started.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         if self.error is not None:
             raise self.error
         return kv_of(self.number)
@@ -294,7 +294,7 @@ async def test_a_prefix_stays_while_it_is_rendered(monkeypatch: pytest.MonkeyPat
 
     def slow(*args: object) -> Rendering:
         rendering.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return render(kv_of(), "float32")
 
     monkeypatch.setattr("prefix_service.registry.registry._render", slow)
@@ -336,7 +336,7 @@ async def test_what_one_tenant_pins_leaves_room_for_others() -> None:
 
 async def test_a_version_that_left_cannot_be_pinned() -> None:
     """Between a load and its pin another request may have evicted it: come again."""
-    with pytest.raises(Unavailable, match="left memory"):
+    with pytest.raises(Unavailable, match="was evicted"):
         registry_of().pin(version(), pinned=True)
     registry_of().pin(version(), pinned=False)
 

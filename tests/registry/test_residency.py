@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from prefix_service.errors import OutOfSpace, Overloaded, Unavailable
+from prefix_service.registry.accounts import Entry
 from prefix_service.registry.residency import Residency
-from prefix_service.registry.tenants import Entry
 
 BUDGET = 24
 KEYS = [tenant + name for tenant in "abc" for name in "123456"]
@@ -124,9 +124,9 @@ class Rules(RuleBasedStateMachine):
             assert free + sum(entry.nbytes for entry in loose) < nbytes
 
     @rule(tenant=st.sampled_from("abc"))
-    def spare(self, tenant: str) -> None:
+    def evict_all_for(self, tenant: str) -> None:
         share = self.share(tenant)
-        victims = self.residency.spare(tenant)
+        victims = self.residency.evict_all_for(tenant)
         self.check_victims(tenant, victims, share)
         for victim in victims:
             del self.known[victim]
@@ -210,7 +210,7 @@ class Rules(RuleBasedStateMachine):
 # Any sequence of calls: the budget holds, what is leased or pinned stays, no tenant takes what is another's share, and
 # none holds more than is left to the others.
 TestRules = Rules.TestCase
-TestRules.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestRules.settings = settings(max_examples=2 * settings().max_examples, stateful_step_count=40)
 
 
 def full(budget: int = 10) -> Residency[str]:
@@ -417,7 +417,7 @@ def test_what_could_not_make_enough_room_keeps_its_place() -> None:
         residency.admit(f"other{number}", 1, "other")
     for number in range(4, 9):
         residency.lease(f"k{number}")
-    with pytest.raises(Unavailable, match="no more can leave"):
+    with pytest.raises(Unavailable, match="no more can be evicted"):
         residency.admit("large", 9, "k", own=5)
     assert [residency.admit(f"next{nbytes}", nbytes, "k", own=5) for nbytes in (5, 1)] == [["k0"], ["k1"]]
 
@@ -444,10 +444,10 @@ def test_memory_itself_is_exhausted() -> None:
         residency.admit(f"b{number}", 1, "b")
     for number in range(40):
         residency.lease(f"a{number}")
-    assert residency.spare("a") == []
+    assert residency.evict_all_for("a") == []
     residency.release(residency.entry("a0"))
-    assert residency.spare("a") == ["a0"]
-    assert sorted(residency.spare("b")) == [f"b{number}" for number in range(10)]
+    assert residency.evict_all_for("a") == ["a0"]
+    assert sorted(residency.evict_all_for("b")) == [f"b{number}" for number in range(10)]
 
 
 def test_what_proves_itself_while_room_is_made_may_leave() -> None:

@@ -8,7 +8,7 @@ from tests.soak.flat import line
 
 def test_what_is_opened_is_closed(tmp_path: Path) -> None:
     """Descriptors and threads do not climb while callers come and go; memory is judged by the long form alone."""
-    samples, churn = soaked(tmp_path, 0.3, lambda _part: None)
+    samples, churn = soaked(tmp_path, 0.15, lambda _part: None)
     assert not churn.unexpected
     assert all(churn.done.values())
     for name in ("descriptors", "threads"):

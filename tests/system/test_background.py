@@ -17,11 +17,11 @@ def test_work_that_raises_begins_again(caplog: pytest.LogCaptureFixture) -> None
         if len(begun) < 3:
             raise ZeroDivisionError(f"failure {len(begun)}")
         goes_on.set()
-        assert stop.wait(10)
+        assert stop.wait(60)
         ended.set()
 
     with in_background("a work", work, pause=0.01):
-        assert goes_on.wait(10)
+        assert goes_on.wait(60)
     assert ended.is_set()
     assert begun == ["a work"] * 3
     failures = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -42,6 +42,6 @@ def test_the_end_does_not_wait_for_a_pause() -> None:
         raise ZeroDivisionError
 
     with in_background("a work", work, pause=3600):
-        assert failing.wait(10)
+        assert failing.wait(60)
     assert begun == [1]
     assert not any(thread.name == "a work" for thread in threading.enumerate())

@@ -45,3 +45,14 @@ def test_the_oldest_goes_first_and_what_is_too_large_is_not_kept() -> None:
     shares.put("other", "mine", "mine")
     shares.pop_tenant("t")
     assert (shares.size, shares.get("mine"), shares.get("first")) == (1, "mine", None)
+
+
+def test_everything_can_be_forgotten() -> None:
+    """Then all of it is free again."""
+    shares: Shares[str, int] = Shares(2)
+    for tenant in ("t", "u"):
+        shares.put(tenant, tenant, 1)
+    shares.clear()
+    assert (shares.size, shares.size_of("t"), shares.get("t")) == (0, 0, None)
+    shares.put("u", "a", 1, 2)
+    assert shares.get("a") == 1

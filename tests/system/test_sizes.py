@@ -34,7 +34,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_a_part_of_a_byte() -> None:
     """Sizes are exact: nothing is rounded."""
-    with pytest.raises(InvalidInput, match="no whole number of bytes"):
+    with pytest.raises(InvalidInput, match="not a whole number of bytes"):
         parse_bytes("1.0001KB")
 
 

@@ -1,5 +1,6 @@
 """An engine of vLLM that is held to what PEFT says."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from tests.vllm.driver import Engine, engine, multi_config, transfer_config
 from tests.vllm.reference import Reference
 
 TOKENS_SAID: Final = 24
+Adapter = str | list[str] | None
+"""What a request names: one adapter, several in a list, or none."""
 _CLOSE: Final = 5e-5  # of log probabilities, float32
 
 
@@ -20,21 +23,43 @@ class Asking:
     def __init__(self, engine: Engine, reference: Reference, server: Server) -> None:
         self.engine, self.reference, self.server = engine, reference, server
 
-    def job(self, adapter: str | None, prompt: str, **more: Any) -> dict[str, Any]:
-        """A request; `adapter` is one of the tenant's, with or without a selector."""
-        named = {} if adapter is None else {"adapter": f"acme/{adapter}"}
-        return {"prompt": self.reference.prompts[prompt], **named, **more}
+    def job(self, adapter: Adapter, prompt: str, **more: Any) -> dict[str, Any]:
+        """A request; its adapters are the tenant's, with or without a selector."""
+        named: Any = [f"acme/{one}" for one in adapter] if isinstance(adapter, list) else f"acme/{adapter}"
+        return {"prompt": self.reference.prompts[prompt], **({} if adapter is None else {"adapter": named}), **more}
 
-    def run(self, *rows: tuple[str | None, str], count: int = TOKENS_SAID) -> list[dict[str, Any]]:
+    def run(self, *rows: tuple[Adapter, str], count: int = TOKENS_SAID) -> list[dict[str, Any]]:
         """Ask for all in one batch, and hold each to what PEFT says."""
         outputs: list[dict[str, Any]] = self.engine.run([self.job(*row) for row in rows], count)["outputs"]
         for row, output in zip(rows, outputs, strict=True):
             self.check(output, *row, count=count)
         return outputs
 
-    def check(self, output: dict[str, Any], adapter: str | None, prompt: str, *, count: int = TOKENS_SAID) -> None:
+    def metrics(self) -> dict[str, float]:
+        """vLLM's metrics of adapters, without the labels that all metrics have."""
+        lines = self.engine.ask({"metrics": True})["lines"]
+        values = {}
+        for line in lines:
+            name, value = line.rsplit(" ", 1)
+            values[re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace(",}", "}").replace("{}", "")] = float(
+                value
+            )
+        return values
+
+    def loaded(self) -> dict[str, list[str]]:
+        """The adapters that the metrics have as loaded, by level."""
+        found: dict[str, list[str]] = {"cpu": [], "gpu": []}
+        for name, value in self.metrics().items():
+            match = re.fullmatch(r'vllm:prefix_adapter_loaded\{adapter_name="(.*)",level="(.*)"\}', name)
+            if match:
+                assert value == 1
+                found[match[2]].append(match[1])
+        return {level: sorted(names) for level, names in found.items()}
+
+    def check(self, output: dict[str, Any], adapter: Adapter, prompt: str, *, count: int = TOKENS_SAID) -> None:
         """The tokens of PEFT's `generate`, and the log probability of each."""
-        said = self.reference.says(adapter and adapter.partition("@")[0], prompt, count)
+        one = self.reference.join(*adapter) if isinstance(adapter, list) else adapter
+        said = self.reference.says(one and one.partition("@")[0], prompt, count)
         assert output["tokens"] == said.tokens, (adapter, prompt, output)
         apart = [abs(one - other) for one, other in zip(output["logprobs"], said.logprobs, strict=True)]
         assert max(apart) < _CLOSE, (adapter, prompt, apart)

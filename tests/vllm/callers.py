@@ -1,7 +1,8 @@
 """Run by .venv-vllm's Python: asks vLLM's server through SDKs as they are. Imports nothing of the tests.
 
-Reads one line of JSON from stdin, `{"url", "key", "sdk", "rows": [[model, question, prompt]], "missing": model}`, and
-writes one: for each row what each call of the SDK answered, all rows under way together; for `openai` the models too.
+Reads one line of JSON from stdin, `{"url", "key", "sdk", "batches": [[{"model", "question", "prompt", "header"}]],
+"alone": [model]}`, and writes one: for each row what each call of the SDK answered, all rows of a batch under way
+together; what it raises for a model that is not there; and for `openai` the list of models, and some of them alone.
 """
 
 import json
@@ -19,13 +20,20 @@ def main() -> None:
     asked = json.loads(sys.stdin.readline())
     make: Callable[[str, str], Any] = {"openai": OpenAI, "litellm": LiteLLM, "anthropic": Anthropic}[asked["sdk"]]
     caller = make(asked["url"], asked["key"])
-    with ThreadPoolExecutor(len(asked["rows"])) as threads:
-        rows = list(threads.map(lambda row: caller.ask(*row), asked["rows"]))
-    json.dump({"rows": rows, "models": caller.models(), "missing": caller.missing(asked["missing"])}, sys.stdout)
+    rows: list[Any] = []
+    for batch in asked["batches"]:
+        with ThreadPoolExecutor(len(batch)) as threads:
+            rows += threads.map(lambda row: caller.ask(**row), batch)
+    models = caller.models(asked["alone"])
+    json.dump({"rows": rows, "models": models, "missing": caller.missing("demo/nosuch")}, sys.stdout)
 
 
 def _messages(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
+
+
+def _headers(header: str | None) -> dict[str, Any]:
+    return {} if header is None else {"extra_headers": {"X-Prefix-Adapter": header}}
 
 
 def _told(model: str, text: str, parameters: Any = None) -> dict[str, Any]:
@@ -40,9 +48,9 @@ class OpenAI:
 
         self._sdk, self._client = openai, openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
-    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+    def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
         """Chat, completions and responses, each streamed too."""
-        options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT}
+        options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT, **_headers(header)}
         chats, completions = self._client.chat.completions, self._client.completions
         chat = chats.create(messages=_messages(question), **options)
         completion = completions.create(prompt=prompt, **options)
@@ -50,12 +58,9 @@ class OpenAI:
         usage = {"include_usage": True}
         pieces = list(completions.create(prompt=prompt, stream=True, stream_options=usage, **options))
         raw = chats.with_raw_response.create(messages=_messages(question), **options)
-        responded = self._client.responses.create(model=model, input=question, temperature=0, max_output_tokens=COUNT)
-        events = list(
-            self._client.responses.create(
-                model=model, input=question, temperature=0, max_output_tokens=COUNT, stream=True
-            )
-        )
+        options = {"model": model, "temperature": 0, "max_output_tokens": COUNT, **_headers(header)}
+        responded = self._client.responses.create(input=question, **options)
+        events = list(self._client.responses.create(input=question, stream=True, **options))
         done: Any = events[-1]
         return {
             "chat": _told(chat.model, chat.choices[0].message.content, _extra(chat)),
@@ -75,11 +80,10 @@ class OpenAI:
             "headers": [raw.headers.get("prefix-version"), raw.headers.get("prefix-digest")],
         }
 
-    def models(self) -> dict[str, Any]:
-        """The list, and each of it alone."""
+    def models(self, alone: list[str]) -> dict[str, Any]:
+        """The list, and some models alone."""
         listed = [model.model_dump() for model in self._client.models.list()]
-        alone = [self._client.models.retrieve(model["id"]).model_dump() for model in listed]
-        return {"listed": listed, "alone": alone}
+        return {"listed": listed, "alone": [self._client.models.retrieve(name).model_dump() for name in alone]}
 
     def missing(self, model: str) -> str:
         """What the SDK raises for a model that is not there."""
@@ -103,9 +107,10 @@ class LiteLLM:
 
         self._sdk, self._options = litellm, {"api_base": f"{url}/v1", "api_key": key, "num_retries": 0}
 
-    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+    def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
         """Chat and completions, each streamed too."""
         options: Any = {"model": f"hosted_vllm/{model}", "temperature": 0, "max_tokens": COUNT, **self._options}
+        options |= _headers(header)
         chat = self._sdk.completion(messages=_messages(question), **options)
         chunks = list(self._sdk.completion(messages=_messages(question), stream=True, **options))
         completion = self._sdk.text_completion(prompt=prompt, **options)
@@ -117,7 +122,7 @@ class LiteLLM:
             "completion": _told(completion.model, completion.choices[0].text),
         }
 
-    def models(self) -> None:
+    def models(self, alone: list[str]) -> None:
         """LiteLLM has its own list."""
 
     def missing(self, model: str) -> str:
@@ -138,9 +143,9 @@ class Anthropic:
         self._sdk = anthropic
         self._client = anthropic.Anthropic(base_url=url, auth_token=key, max_retries=0)
 
-    def ask(self, model: str, question: str, prompt: str) -> dict[str, Any]:
+    def ask(self, model: str, question: str, prompt: str, header: str | None) -> dict[str, Any]:
         """Messages, streamed too."""
-        options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question)}
+        options: Any = {"model": model, "max_tokens": COUNT, "messages": _messages(question), **_headers(header)}
         options["extra_body"] = {"temperature": 0}  # newer versions of the SDK have no argument for it
         message = self._client.messages.create(**options)
         events = list(self._client.messages.create(stream=True, **options))
@@ -151,7 +156,7 @@ class Anthropic:
             "message streamed": _told(first.message.model, "".join(texts), _extra(events[-1])),
         }
 
-    def models(self) -> None:
+    def models(self, alone: list[str]) -> None:
         """The list has OpenAI's form."""
 
     def missing(self, model: str) -> str:

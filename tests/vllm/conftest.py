@@ -1,6 +1,5 @@
 """What the tests of vLLM share: the environment that it lives in, a small model, and a service with its adapters."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +23,6 @@ def needs_vllm() -> None:
     if not _INSTALLED.exists():
         told = os.environ.get("VLLM_NOT_INSTALLED", "tests/vllm/install makes .venv-vllm")
         pytest.skip(f"NOT TESTED: vLLM is not installed: {told}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(needs_vllm: None) -> Iterator[None]:
-    """One module at a time has vLLM running, whichever process of pytest-xdist it is in."""
-    with _INSTALLED.open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import httpx
 from tests.conftest import free_port
 
 ROOT: Final = Path(__file__).parents[2]
-PYTHON: Final = ROOT / ".venv-vllm" / "bin" / "python"
+PYTHON: Final = ROOT / os.environ.get("VLLM_ENVIRONMENT", ".venv-vllm") / "bin" / "python"
 _ENVIRONMENT: Final = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -69,24 +69,24 @@ class Engine:
 
     def run(self, jobs: Sequence[dict[str, Any]], max_tokens: int = 24) -> dict[str, Any]:
         """Generate all jobs in one batch."""
-        return self.ask({"jobs": list(jobs), "max_tokens": max_tokens})
+        answer: dict[str, Any] = self.ask({"jobs": list(jobs), "max_tokens": max_tokens})
+        return answer
 
     def begin(self, jobs: Sequence[dict[str, Any]], max_tokens: int = 24) -> None:
         """The same without waiting: `answer` gives it."""
         self._say({"jobs": list(jobs), "max_tokens": max_tokens})
 
-    def ask(self, what: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, what: dict[str, Any]) -> Any:
         """Say something, and wait for the answer."""
         self._say(what)
         return self.answer()
 
-    def answer(self) -> dict[str, Any]:
+    def answer(self) -> Any:
         """What comes next."""
         line = self._answers.readline()
         if not line:
             raise RuntimeError(f"vLLM ended:\n{self.log()[-4000:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)
 
     def log(self) -> str:
         """What it has printed."""
@@ -139,7 +139,7 @@ def engine(
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(timeout=60)
+            process.wait(timeout=90)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def openai_server(
             yield client
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=90)
 
 
 def _wait(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:

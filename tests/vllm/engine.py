@@ -7,6 +7,10 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"hidden": false}`: partners see requests with adapters
 - `{"connect": {<kv_transfer_config>}}`: another connector for this engine, as if it had started with it
 - `{"hooks": true}`: vLLM's hooks that take a request, of which partners are kept from some
+- `{"metrics": true}`: the lines of its metrics that are ours
+- `{"series": [names, …], "shared": …}`: the series of what is loaded after each list in turn, with or without files
+  that several servers share
+- `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
 Writes a line of JSON for each, on the descriptor in argv[1].
@@ -36,6 +40,12 @@ def main() -> None:
             _say(answers, _open_hooks())
         elif "connect" in asked:
             _say(answers, _connect(llm, asked["connect"]))
+        elif "metrics" in asked:
+            _say(answers, _metrics())
+        elif "series" in asked:
+            _say(answers, _series(llm, asked["series"], asked["shared"]))
+        elif "loaded" in asked:
+            _say(answers, _digest_loaded(llm, asked["loaded"]))
         elif "forget" in asked:
             _say(answers, _forget(llm, asked["forget"]))
         else:
@@ -141,6 +151,66 @@ def _open_hooks() -> dict[str, list[str]]:
     own = [(name, hook) for name, hook in found if not name.startswith("__")]
     hooks = {name for name, hook in own if of_requests & set(inspect.signature(hook).parameters)}
     return {"open": sorted(hooks - set(vars(_Unseeing))), "closed": sorted(hooks & set(vars(_Unseeing)))}
+
+
+def _metrics() -> dict[str, list[str]]:
+    import prometheus_client
+
+    lines = prometheus_client.generate_latest().decode().splitlines()
+    return {"lines": [line for line in lines if line.startswith("vllm:prefix_adapter_")]}
+
+
+def _series(llm: Any, readings: list[list[str]], shared: bool) -> list[list[float]]:
+    import functools
+
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+    from prefix_service.client.vllm.metrics import PrefixMetrics
+
+    registry = CollectorRegistry()
+    kinds = {kind: functools.partial(kind, registry=registry) for kind in (Gauge, Counter, Histogram)}
+    if shared:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = "/"
+    try:
+        made = PrefixMetrics(llm.llm_engine.vllm_config, kinds, ["engine"], {0: ["0"]})
+    finally:
+        os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    values = []
+    for names in readings:
+        counted: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
+        made.observe({**counted, "loaded": [[name, "cpu"] for name in names]})
+        samples = [sample for metric in registry.collect() for sample in metric.samples]
+        values.append([sample.value for sample in samples if sample.name == "vllm:prefix_adapter_loaded"])
+    return values
+
+
+def _digest_loaded(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Load into a cache that was set to zero, and read each layer's blocks of the request back."""
+    import hashlib
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    half = get_kv_transfer_group().half
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    llm.reset_prefix_cache()
+    for layer in half._layers.values():
+        layer.kv_cache.zero_()
+    digest, tokens, write = hashlib.sha256(), [], half._write
+
+    def write_and_read(load: Any, prefixes: Any) -> None:
+        write(load, prefixes)
+        tokens.append(load.end - load.start)
+        for layer in half._layers.values():
+            axis = list(layer.kv_cache.shape).index(blocks)
+            for block in load.block_ids:
+                digest.update(layer.kv_cache.select(axis, block).contiguous().numpy().tobytes())
+
+    half._write = write_and_read
+    try:
+        _run(llm, [job], 1)
+    finally:
+        half._write = write
+    return {"digest": digest.hexdigest(), "tokens": tokens}
 
 
 class _Unsalted:

@@ -1,11 +1,14 @@
 """A small Llama with random weights, adapters of PEFT for it, and what PEFT makes it say."""
 
+import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY: Final = 1000
@@ -39,6 +42,19 @@ class Reference:
     def adapter(self, name: str) -> Path:
         """The folder that PEFT wrote."""
         return self.folder / name
+
+    def join(self, *names: str) -> str:
+        """The name of a further adapter of PEFT: the tokens of these adapters, one behind the other."""
+        name = "+".join(names)
+        if not self.adapter(name).exists():
+            shutil.copytree(self.adapter(names[0]), self.adapter(name))
+            parts = [load_file(self.adapter(one) / "adapter_model.safetensors")["prompt_embeddings"] for one in names]
+            joined = torch.cat(parts)  # (tokens, layers*2*heads*dim)
+            save_file({"prompt_embeddings": joined}, self.adapter(name) / "adapter_model.safetensors")
+            config = json.loads((self.adapter(name) / "adapter_config.json").read_text())
+            config["num_virtual_tokens"] = len(joined)
+            (self.adapter(name) / "adapter_config.json").write_text(json.dumps(config))
+        return name
 
     def says(self, adapter: str | None, prompt: str, count: int) -> Said:
         """What PEFT generates greedily, in float32."""

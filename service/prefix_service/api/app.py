@@ -15,18 +15,20 @@ from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.watchers import Watchers
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
-from prefix_service.api.middleware.answers import Answers, AnswersMiddleware
+from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
 from prefix_service.api.middleware.browser_sessions import BrowserSessions
+from prefix_service.api.middleware.charging import ChargingMiddleware
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
-from prefix_service.api.middleware.rates import RateLimitMiddleware, RateLimits
+from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
+from prefix_service.api.middleware.revisions import RevisionMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
@@ -34,6 +36,7 @@ from prefix_service.api.routes import (
     adapters,
     aliases,
     audit,
+    changes,
     descriptions,
     front,
     keys,
@@ -50,10 +53,10 @@ from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
-from prefix_service.catalog.changes import Listener, tell
+from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.feed import Listener, call
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import AuditEntry
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
@@ -61,6 +64,7 @@ from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
@@ -71,19 +75,17 @@ _DESCRIPTION = (
 )
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """Runs our own middleware in front of FastAPI, so that a cached answer never enters FastAPI's stack."""
 
     def open(self, state: State) -> None:
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
-        behind: ASGIApp = AnswersMiddleware(super().__call__, lambda: state.answers)
-        behind = RateLimitMiddleware(behind, lambda: state.rates)
-        # Most tenants have no limit: what is known of them needs no look at the path.
-        behind = AnswersMiddleware(behind, lambda: state.answers, lambda tenant: state.rates.lets_through(tenant))
-        behind = InFlightMiddleware(behind, lambda: state.admission)
-        behind = AuthenticationMiddleware(behind, lambda: state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.live)
+        behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
+        behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
+        behind = InFlightMiddleware(behind, state.admission)
+        behind = AuthenticationMiddleware(behind, state.authenticator)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.live, state.library.catalog_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -99,24 +101,24 @@ class _App(FastAPI):
         return self.openapi_schema
 
 
-def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     """The ASGI app of one process; the data folder is opened when its lifespan begins."""
     metrics = metrics or Metrics()
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: _App) -> AsyncIterator[None]:
+    async def lifespan(app: App) -> AsyncIterator[None]:
         database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
-                state = _compose(settings, database, metrics, shared_files, app.state.ending)
+                state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.changes.followed(), state.known_keys.running():
+                with state.library.feed.followed(), state.known_keys.running():
                     async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
                         yield
         finally:
             database.close()
 
-    app = _App(
+    app = App(
         title="prefix-service",
         version=version("prefix-service"),
         description=_DESCRIPTION,
@@ -127,11 +129,11 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
         responses={"default": {"model": Problem, "description": "application/problem+json (RFC 9457)"}},
         dependencies=[Depends(require_known_parameters)],
     )
-    app.state.ending = asyncio.Event()  # set when the service is asked to end: streams end then
     problems.install(app)
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
+    app.include_router(changes.router)
     app.include_router(ops.router)
     app.include_router(front.router)
     app.include_router(live.router)
@@ -143,14 +145,20 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> FastAPI:
     return app
 
 
+def end_watching(app: FastAPI) -> None:
+    """End the answers of an app that wait for changes: nobody waits for them at its end."""
+    app.state.prefix_service.watchers.end()
+
+
 def _on_this_loop(listener: Listener) -> Listener:
-    """Before anything that its thread hands to the loop afterwards: a caller finds its own change heard."""
+    """Schedules the listener before the writing thread's own result, so that a caller always sees the effect of its own
+    change."""
     loop = asyncio.get_running_loop()
 
-    def hear(changes: Sequence[AuditEntry]) -> None:
-        loop.call_soon_threadsafe(tell, listener, changes)
+    def on_changes(changes: Sequence[Change]) -> None:
+        loop.call_soon_threadsafe(call, listener, changes)
 
-    return hear
+    return on_changes
 
 
 def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[SharedFiles | None]:
@@ -159,13 +167,7 @@ def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[Share
     return contextlib.closing(SharedFiles(settings.shared_dir))
 
 
-def _compose(
-    settings: Settings,
-    database: Database,
-    metrics: Metrics,
-    shared_files: SharedFiles | None,
-    ending: asyncio.Event,
-) -> State:
+def _compose(settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None) -> State:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
@@ -181,17 +183,19 @@ def _compose(
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
-    changes = library.changes
-    known_keys = KnownKeys(keyring, lambda: changes.are_known, notes_uses=not settings.read_only)
+    feed = library.feed
+    known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
     browser_sessions = BrowserSessions(Sessions(database), known_keys)
     authenticator = Authenticator(None if settings.dev else known_keys, browser_sessions)
-    rates = RateLimits(library.tenants.requests_per_second, lambda: changes.are_known)
+    rates = RateLimits(library.tenants.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage = UsageStore(database)
     usage_counts = UsageCounts(None if settings.read_only else usage)
     readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
-    for hear in (library.hear, known_keys.hear, rates.hear, statistics.hear, usage_counts.hear):
-        changes.listen(_on_this_loop(hear))
+    watchers = Watchers(database, settings.max_watchers)
+    # Watchers last: when they wake, a revoked key is known to be.
+    for listening in (library, known_keys, rates, statistics, usage_counts, watchers):
+        feed.listen(_on_this_loop(listening.on_changes))
     return State(
         settings=settings,
         library=library,
@@ -204,11 +208,11 @@ def _compose(
         rates=rates,
         metrics=metrics,
         live=numbers,
-        watchers=Watchers(settings.max_watchers),
-        ending=ending,
         answers=Answers(library),
         inference_statistics=statistics,
         usage_counts=usage_counts,
         usage=usage,
         readiness=readiness,
+        revisions=Revisions(keyring.derived),
+        watchers=watchers,
     )

@@ -1,13 +1,12 @@
-"""What the composition root hands to the routes."""
+"""The collaborators that the composition root passes to the routes."""
 
-import asyncio
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.watchers import Watchers
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
@@ -21,6 +20,7 @@ from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
+from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
 
@@ -40,17 +40,17 @@ class State:
     rates: RateLimits
     metrics: Metrics
     live: Live
-    watchers: Watchers
-    ending: asyncio.Event
     answers: Answers
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     usage: UsageStore
     readiness: Readiness
+    revisions: Revisions
+    watchers: Watchers
 
 
 def state_of(request: Request) -> State:
-    """Those of the app that a request came to."""
+    """Returns the collaborators of the app that received this request."""
     state: State = request.app.state.prefix_service
     return state
 

@@ -1,4 +1,4 @@
-"""Content-addressed bytes in a folder: durable before they are visible, verified whenever they are read."""
+"""Content-addressed bytes in a folder: durable before they are visible, verified on every read."""
 
 import contextlib
 import errno
@@ -16,23 +16,24 @@ from typing import BinaryIO, Final, Protocol
 from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
 from prefix_service.system.host_memory import host_memory
+from prefix_service.system.locks import locked
 
 log = logging.getLogger("prefix_service")
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _REMOVED_TOGETHER: Final = 50
-_PIECE: Final = 1 << 20  # read, and hashed while it is in the processor's cache
+_PIECE: Final = 1 << 20  # bytes, read and then hashed while they are in the processor's cache
 
-Memory = Callable[[int], memoryview]
-"""Where a blob is read into: so many writable bytes."""
+Allocate = Callable[[int], memoryview]
+"""Allocates the writable memory of `n` bytes that a blob is read into."""
 
-Beside = Callable[[memoryview], object]
-"""Called with each piece of a blob in order, before any of it is verified."""
+ChunkObserver = Callable[[memoryview], object]
+"""Is called with each chunk of a blob in order, before the blob is verified."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBlob:
-    """A blob in a listing: its bytes, and seconds since it was last committed, by the store's own clock."""
+    """A blob in a listing: its size in bytes, and the seconds since its last commit by the file system's clock."""
 
     digest: str
     size: int
@@ -40,7 +41,7 @@ class StoredBlob:
 
 
 class StagedBlob(Protocol):
-    """Bytes on their way in; not visible until `commit`."""
+    """A blob while it is written; it is not visible until `commit`."""
 
     size: int
 
@@ -53,10 +54,10 @@ class StagedBlob(Protocol):
 
 
 class BlobStore(Protocol):
-    """What the library needs of a store of bytes; digests are `sha256:<64 hex>`."""
+    """The interface of a blob store that the library needs; digests are `sha256:<64 hex>`."""
 
     def stage(self) -> StagedBlob: ...
-    def read(self, digest: str, memory: Memory = ..., beside: Beside | None = None) -> memoryview: ...
+    def read(self, digest: str, allocate: Allocate = ..., observer: ChunkObserver | None = None) -> memoryview: ...
     def open(self, digest: str) -> BinaryIO: ...
     def exists(self, digest: str) -> bool: ...
     def check(self) -> None: ...
@@ -66,20 +67,20 @@ class BlobStore(Protocol):
 
 
 class FolderBlobStore:
-    """Blobs as files `<root>/<first two hex>/<64 hex>`; what damage took is kept aside in `<root>/quarantine`.
+    """Blobs as files `<root>/<first two hex>/<64 hex>`; damaged files are kept in `<root>/quarantine`.
 
-    A blob is written to a temporary sibling, flushed to the disk, renamed, and its folder flushed, so after a crash
-    it is whole or absent. A file is read into memory and hashed, never mapped: a mapped file that shrinks kills.
-    Renames hold the file `<root>/lock` shared, removals exclusively, each for microseconds: nothing that was
-    committed a moment ago is removed for what it was before.
+    A blob is written to a temporary sibling, flushed to disk and renamed, and its folder is flushed, so after a crash
+    it is whole or absent. A file is read into memory and hashed, never mapped: a process dies if a file that it maps
+    shrinks. Renames hold the file `<root>/lock` shared, removals exclusively, each for microseconds, so that a removal
+    never takes a blob that was committed a moment ago.
 
-    A store that is `read_only` makes, moves and removes nothing, not even what is damaged.
+    A store that is `read_only` creates, moves and removes nothing, not even damaged files.
     """
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self._root, self._read_only = root, read_only
         self._staging, self._quarantine = root / "staging", root / "quarantine"
-        self._flushed: set[Path] = set()  # folders whose own entry is on the disk for certain
+        self._flushed: set[Path] = set()  # folders whose own entry is certainly on disk
         if read_only:
             return
         with translated("make the blob folder"):
@@ -88,7 +89,7 @@ class FolderBlobStore:
             sync_folder(root.parent)
 
     def check(self) -> None:
-        """Look whether blobs could be read and written now.
+        """Checks that blobs can be read and written now.
 
         Raises:
             OutOfSpace: the disk is full, or nearly.
@@ -99,13 +100,17 @@ class FolderBlobStore:
             require_writable(self._staging, "the blob folder")
 
     def sweep(self, older_than: float) -> int:
-        """Remove what unfinished uploads left behind at least so many seconds ago. Returns how many."""
+        """Removes unfinished uploads that were last written at least `older_than` seconds ago; returns their number.
+
+        Raises:
+            OutOfSpace, Unavailable, StorageFailed: the disk refused.
+        """
         limit = self._now() - older_than
         with translated("sweep unfinished uploads"):
             return sum(_remove_unless_written(path, limit) for path in self._staging.iterdir())
 
     def listed(self) -> Iterator[StoredBlob]:
-        """Every blob, in no order; what else lies there is not this store's.
+        """Yields every blob, in no order; ignores other files in the folder.
 
         Raises:
             StorageFailed: the disk refused.
@@ -117,9 +122,10 @@ class FolderBlobStore:
             yield from found
 
     def exists(self, digest: str) -> bool:
-        """Whether there is such a blob, sound or not.
+        """Returns whether the blob exists, sound or damaged.
 
         Raises:
+            NotFound: `digest` is malformed.
             Unavailable: the whole folder is gone.
             StorageFailed: the disk refused.
         """
@@ -130,7 +136,7 @@ class FolderBlobStore:
         return found
 
     def _require_reachable(self) -> None:
-        """A folder without an entry is a mount point without its disk: no blob was lost, all are elsewhere."""
+        """Raises Unavailable if the folder is empty: it is then a mount point without its disk, and no blob is lost."""
         with (
             translated("look into the blob folder"),
             contextlib.suppress(FileNotFoundError),
@@ -141,11 +147,13 @@ class FolderBlobStore:
         raise Unavailable(f"the blob folder {self._root.name} is gone: mount it again, or bring it back")
 
     def remove(self, digests: Sequence[str], older_than: float) -> set[str]:
-        """Removes blobs that were not committed again within the last `older_than` seconds; returns those that are
-        gone. Commits wait for `_REMOVED_TOGETHER` removals at most.
+        """Removes blobs that were not committed again within the last `older_than` seconds; returns the removed
+        digests.
+
+        A commit waits for at most `_REMOVED_TOGETHER` removals.
 
         Raises:
-            StorageFailed: the disk refused; some may be gone.
+            StorageFailed: the disk refused; some blobs may be removed.
         """
         limit = self._now() - older_than
         gone = set()
@@ -160,29 +168,25 @@ class FolderBlobStore:
         return gone
 
     def _now(self) -> float:
-        """The file system's time, which may not be this machine's."""
+        """Returns the file system's time, which can differ from this machine's."""
         with translated("read the time of the blob folder"), tempfile.TemporaryFile(dir=self._staging) as probe:
             return os.fstat(probe.fileno()).st_mtime
 
     @contextlib.contextmanager
     def locked(self, how: int) -> Iterator[None]:
-        """Keep removals away (`fcntl.LOCK_SH`), or every change of what blobs there are (`fcntl.LOCK_EX`)."""
-        handle = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, how)
+        """Holds the store's lock: `fcntl.LOCK_SH` excludes removals, `fcntl.LOCK_EX` excludes commits too."""
+        with locked(self._root / "lock", how):
             yield
-        finally:
-            os.close(handle)
 
     def prepare(self, folder: Path) -> None:
-        """Have a folder of blobs; that it exists does not say that it would outlive a power loss."""
+        """Creates a folder of blobs durably; a folder that exists could still be lost in a power failure."""
         if folder not in self._flushed:
             folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self._root)
             self._flushed.add(folder)
 
     def stage(self) -> "StagedFile":
-        """Begin a blob.
+        """Begins a blob.
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused.
@@ -192,25 +196,27 @@ class FolderBlobStore:
             raise ReadOnly("this service is read-only (--read-only): publish to the one that writes")
         with translated("begin a blob"):
             handle, name = tempfile.mkstemp(dir=self._staging)
-            fcntl.flock(handle, fcntl.LOCK_SH)  # until it is closed: no sweep takes it away
+            fcntl.flock(handle, fcntl.LOCK_SH)  # held until the file is closed, so that no sweep removes it
             return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
 
-    def read(self, digest: str, memory: Memory = host_memory, beside: Beside | None = None) -> memoryview:
-        """All bytes of a blob, verified, in new `memory`; `beside` is for who may work on them meanwhile in private.
+    def read(self, digest: str, allocate: Allocate = host_memory, observer: ChunkObserver | None = None) -> memoryview:
+        """Returns all bytes of a blob, verified, in memory from `allocate`.
+
+        `observer` sees each chunk before the digest is compared, and must not publish it before `read` returns.
 
         Raises:
             NotFound: there is no such blob.
-            CorruptBlob: its bytes no longer match its digest.
+            CorruptBlob: the bytes do not match the digest.
             Unavailable: the whole folder is gone, or no file can be opened now.
             StorageFailed: the disk refused.
         """
         found, length = hashlib.sha256(), 0
         with self._existing(digest) as file:
             with translated(f"read blob {digest}"):
-                data = memory(os.fstat(file.fileno()).st_size)
+                data = allocate(os.fstat(file.fileno()).st_size)
                 for piece in _pieces(file, data):
-                    if beside is not None:
-                        beside(piece)
+                    if observer is not None:
+                        observer(piece)
                     found.update(piece)
                     length += len(piece)
             if length != len(data) or _digest(found) != digest:
@@ -218,10 +224,13 @@ class FolderBlobStore:
             return data
 
     def open(self, digest: str) -> BinaryIO:
-        """A blob as a file, verified, for what is too large for memory; the caller closes it.
+        """Returns a blob as a verified file, for blobs that are too large for memory. The caller closes it.
 
         Raises:
-            NotFound, CorruptBlob, Unavailable, StorageFailed: as `read`.
+            NotFound: there is no such blob.
+            CorruptBlob: the bytes do not match the digest.
+            Unavailable: the whole folder is gone, or no file can be opened now.
+            StorageFailed: the disk refused.
         """
         with contextlib.ExitStack() as closing:
             file = closing.enter_context(self._existing(digest))
@@ -234,11 +243,14 @@ class FolderBlobStore:
             return file
 
     def copy(self, digest: str, target: Path) -> int:
-        """Copies a blob to a file outside the store, verified while it is read; returns its bytes. The caller flushes
-        it to the disk.
+        """Copies a blob to a file outside the store, verified while it is read; returns its size in bytes.
+
+        The caller flushes the file to disk.
 
         Raises:
-            NotFound, CorruptBlob, StorageFailed: as `read`; there is no file then.
+            NotFound: there is no such blob.
+            CorruptBlob: the bytes do not match the digest; the copy is removed.
+            StorageFailed: the disk refused.
             OutOfSpace: the target's disk is full.
         """
         found, length = hashlib.sha256(), 0
@@ -261,8 +273,11 @@ class FolderBlobStore:
                 raise NotFound(f"there is no blob {digest}") from error
 
     def _damaged(self, digest: str, file: BinaryIO) -> CorruptBlob:
-        """Move a damaged file out of the way, unless the same content was committed again meanwhile."""
-        kept = self._put_aside(self.path(digest), file)
+        """Moves a damaged file to the quarantine, unless the content was committed again in the meantime.
+
+        Returns the error.
+        """
+        kept = self._quarantined(self.path(digest), file)
         log.error("blob damaged", extra={"digest": digest, "kept": kept})
         return CorruptBlob(
             f"the stored bytes of {digest} no longer match their digest; publish the same files again to mend the "
@@ -270,8 +285,8 @@ class FolderBlobStore:
             retry_after=60,
         )
 
-    def _put_aside(self, path: Path, file: BinaryIO) -> str:
-        """Return where the damaged file is now; a disk that takes no change keeps it where it is."""
+    def _quarantined(self, path: Path, file: BinaryIO) -> str:
+        """Moves a damaged file to the quarantine, unless the disk is read-only; returns its path."""
         aside = self._quarantine / path.name
         if not self._read_only:
             with contextlib.suppress(OSError), self.locked(fcntl.LOCK_EX):
@@ -281,7 +296,11 @@ class FolderBlobStore:
         return str(path.relative_to(self._root))
 
     def path(self, digest: str) -> Path:
-        """The file that holds a blob, whether or not it exists."""
+        """Returns the path of a blob's file, whether or not the file exists.
+
+        Raises:
+            NotFound: `digest` is malformed.
+        """
         if not _DIGEST.fullmatch(digest):
             raise NotFound(f"{digest!r:.100} is not a digest")
         name = digest.removeprefix("sha256:")
@@ -289,7 +308,7 @@ class FolderBlobStore:
 
 
 class StagedFile:
-    """A blob while it is written; `size` counts the bytes so far."""
+    """A blob while it is written; `size` counts the bytes written so far."""
 
     def __init__(self, store: FolderBlobStore, file: BinaryIO, path: Path) -> None:
         self.size = 0
@@ -297,7 +316,7 @@ class StagedFile:
         self._hash = hashlib.sha256()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append.
+        """Appends bytes.
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused; discard the blob.
@@ -309,11 +328,11 @@ class StagedFile:
 
     @property
     def digest(self) -> str:
-        """The digest of the bytes so far."""
+        """The digest of the bytes written so far."""
         return _digest(self._hash)
 
     def read(self, start: int = 0, stop: int | None = None) -> memoryview:
-        """Returns the bytes `start:stop` of those so far, in new memory; writes go on at the end.
+        """Returns the bytes `start:stop` of those written so far, in new memory; later writes still append.
 
         Raises:
             StorageFailed: the disk refused.
@@ -324,16 +343,16 @@ class StagedFile:
         return data
 
     def commit(self) -> str:
-        """Make the blob durable and visible; its digest.
+        """Makes the blob durable and visible; returns its digest.
 
         Raises:
-            OutOfSpace, StorageFailed: the disk refused; nothing is visible, and the upload must be done anew.
+            OutOfSpace, StorageFailed: the disk refused; nothing is visible, and the upload must be repeated.
         """
         digest = self.digest
         target = self._store.path(digest)
         with translated(f"store blob {digest}"):
             self._file.flush()
-            os.utime(self._file.fileno())  # its age counts from here
+            os.utime(self._file.fileno())  # the blob's age counts from here
             os.fsync(self._file.fileno())
             self._store.prepare(target.parent)
             with self._store.locked(fcntl.LOCK_SH):
@@ -343,10 +362,10 @@ class StagedFile:
         return digest
 
     def discard(self) -> None:
-        """Forget a blob that was not committed; harmless afterwards."""
+        """Removes a blob that was not committed; does nothing after `commit`."""
         with contextlib.suppress(OSError):
             self._file.close()
-        with contextlib.suppress(OSError):  # a sweep takes what stays
+        with contextlib.suppress(OSError):  # a sweep removes a file that stays
             self._path.unlink()
 
 
@@ -369,7 +388,7 @@ def _digest(sha256: "hashlib._Hash") -> str:
 
 
 def _pieces(file: BinaryIO, data: memoryview) -> Iterator[memoryview]:
-    """Fill memory from a file, one piece after another; fewer if the file has become shorter."""
+    """Fills `data` from a file, and yields each chunk; stops early if the file has become shorter."""
     at = 0
     while count := file.readinto(data[at : at + _PIECE]):  # type: ignore[attr-defined]  # BufferedReader alone has it
         yield data[at : at + count]
@@ -385,7 +404,10 @@ def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:
 
 
 def _remove_unless_written(path: Path, limit: float) -> bool:
-    """Remove a file that was last written before `limit`, and that nobody has open for writing; whether it is gone."""
+    """Removes a file that was last written before `limit`, unless a process is writing it.
+
+    Returns whether it is removed.
+    """
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_mtime <= limit:

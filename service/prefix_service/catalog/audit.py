@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.database import Database, afterwards
 from prefix_service.catalog.records import AuditEntry, Principal
-from prefix_service.catalog.schema import audit, tenants
+from prefix_service.catalog.schema import audit, keys, tenants
 from prefix_service.errors import NotFound
 
 log = logging.getLogger("prefix_service")
@@ -30,7 +30,10 @@ def record(
     # Held, or PostgreSQL would refuse the row of a tenant that goes meanwhile.
     owner = sa.select(tenants.c.id).where(tenants.c.name == tenant).with_for_update(read=True, key_share=True)
     row = {"tenant": tenant, "actor": actor, "key_id": by.key_id, "action": action, "target": target}
-    connection.execute(sa.insert(audit).values(tenant_id=owner.scalar_subquery(), details=details, **row))
+    named = sa.select(keys.c.name).where(keys.c.id == by.key_id).scalar_subquery()
+    connection.execute(
+        sa.insert(audit).values(tenant_id=owner.scalar_subquery(), key_name=named, details=details, **row)
+    )
     afterwards(connection, partial(log.info, "audit", extra={**row, "details": details}))
 
 

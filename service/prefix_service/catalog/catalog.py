@@ -9,6 +9,15 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import prove_in, writing_for
+from prefix_service.catalog.changes import (
+    AdapterDeleted,
+    AliasDeleted,
+    AliasMoved,
+    VersionDeleted,
+    VersionEncoded,
+    VersionPublished,
+    announce,
+)
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_adapter, let_go
 from prefix_service.catalog.descriptions import nbytes_of, store
@@ -113,6 +122,7 @@ class Catalog:
                 store(connection, version_id, description)
             count(connection, adapter_id, adapters_more=int(is_first), versions_more=1, bytes_more=nbytes)
             record(connection, by, "version.published", tenant, f"{tenant}/{adapter}@{number}", digest=new.digest)
+            announce(connection, VersionPublished(tenant, adapter, number, new.digest))
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
@@ -129,8 +139,8 @@ class Catalog:
         return found
 
     def replace_key_values(self, version: Version, digest: str) -> Version:
-        """Name another blob for a version's keys and values, unless the named one was replaced meanwhile; return the
-        version as it is then.
+        """Makes `digest` the blob of a version's keys and values, unless another call has replaced that blob since
+        `version` was read; returns the version as the catalog has it now.
 
         Raises:
             NotFound: the version was deleted meanwhile.
@@ -143,6 +153,8 @@ class Catalog:
             if connection.execute(sa.update(versions).where(*row, expected).values(key_values=digest)).rowcount:
                 details = {"digest": version.digest, "key_values": digest}
                 record(connection, SERVICE, "version.encoded", version.tenant, target, **details)
+                change = VersionEncoded(version.tenant, version.adapter, version.number, version.digest)
+                announce(connection, change)
             current = _one(connection, adapter_id, versions.c.number == version.number)
         if current is None:
             raise NotFound(f"there is no {target}")
@@ -158,6 +170,20 @@ class Catalog:
             adapter_id = find_adapter(connection, tenant, adapter)
             return aliases_of(connection, [adapter_id])[adapter_id]
 
+    def alias(self, tenant: str, adapter: str, alias: str) -> tuple[int, int | None]:
+        """Returns the number of the version that an alias points at, and of the one that it pointed at before, if any.
+
+        Raises:
+            NotFound: there is no such adapter or alias.
+        """
+        with self._database.reading() as connection:
+            adapter_id = find_adapter(connection, tenant, adapter)
+            query = sa.select(aliases.c.number, aliases.c.previous)
+            found = connection.execute(query.where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)).first()
+        if found is None:
+            raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
+        return found.number, found.previous
+
     def put_alias(
         self, tenant: str, adapter: str, alias: str, number: int, by: Principal, expected: int | None = -1
     ) -> bool:
@@ -171,18 +197,19 @@ class Catalog:
             Conflict: the adapter has as many aliases as it may have.
         """
         with self._changing(tenant, adapter, by) as (connection, adapter_id):
-            if _one(connection, adapter_id, _numbered(number)) is None:
+            version = _one(connection, adapter_id, _numbered(number))
+            if version is None:
                 raise NotFound(f"there is no {tenant}/{adapter}@{number}")
             current = _require_target(connection, adapter_id, alias, expected)
             if current is None:
                 _require_room_for_alias(connection, adapter_id, f"{tenant}/{adapter}")
-            values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, number=number)
-            connection.execute(
-                values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_={"number": number})
-            )
             if current != number:
+                moved = {"number": number, "previous": current}
+                values = insert(connection, aliases).values(adapter_id=adapter_id, name=alias, **moved)
+                connection.execute(values.on_conflict_do_update(index_elements=["adapter_id", "name"], set_=moved))
                 target = f"{tenant}/{adapter}@{alias}"
                 record(connection, by, "alias.moved", tenant, target, version=number, before=current)
+                announce(connection, AliasMoved(tenant, adapter, alias, number, version.digest))
             return current is None
 
     def delete_alias(self, tenant: str, adapter: str, alias: str, by: Principal, expected: int | None = -1) -> None:
@@ -199,6 +226,7 @@ class Catalog:
             if connection.execute(gone).rowcount == 0:
                 raise NotFound(f"{tenant}/{adapter} has no alias {alias!r}")
             record(connection, by, "alias.deleted", tenant, f"{tenant}/{adapter}@{alias}", before=current)
+            announce(connection, AliasDeleted(tenant, adapter, alias))
 
     def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
         """Deletes an adapter, or one version of it. An adapter is deleted with its last version.
@@ -217,11 +245,13 @@ class Catalog:
                 left = _delete_version(connection, adapter_id, gone)
                 details = {"versions": [gone.number], "digests": [gone.digest]}
                 record(connection, by, "version.deleted", tenant, f"{tenant}/{reference}", **details)
+                announce(connection, VersionDeleted(tenant, reference.adapter, gone.number, gone.digest))
                 if left:
                     return
             else:
                 total = connection.scalar(sa.select(adapters.c.versions).where(adapters.c.id == adapter_id))
                 record(connection, by, "adapter.deleted", tenant, f"{tenant}/{reference}", versions=total)
+                announce(connection, AdapterDeleted(tenant, reference.adapter))
             hide_adapter(connection, adapter_id)
 
     @contextlib.contextmanager

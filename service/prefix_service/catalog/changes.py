@@ -1,112 +1,281 @@
-"""What changed in the catalog, whoever changed it: this process, another worker, or the command line."""
+"""The typed changes of a catalog: each mutation announces what it changed, and its transaction stores that.
 
-import contextlib
-import logging
-import math
-import threading
-import time
-from collections.abc import Callable, Sequence
-from typing import Final
+A stored change has a revision. Revisions count from 1 without gaps. A transaction takes its own when it ends, from the
+row of `catalog`, which stays locked until the commit: no revision becomes visible before all smaller ones. So whoever
+knows the changes up to a revision asks for the later ones, and misses none.
+
+The audit is written beside this, for people; no code reads it to find out what changed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, Final
 
 import sqlalchemy as sa
 
-from prefix_service.catalog.audit import ENTRY
-from prefix_service.catalog.database import Database
-from prefix_service.catalog.records import AuditEntry
-from prefix_service.catalog.schema import audit
-from prefix_service.errors import PrefixServiceError
-from prefix_service.system.background import in_background
-
-log = logging.getLogger("prefix_service")
-
-Listener = Callable[[Sequence[AuditEntry]], None]
-"""Hears changes in their order, in the thread that found them; it must not block."""
-
-_PAUSE: Final = 0.25  # seconds between two looks
-_STALE: Final = 30.0  # seconds that what is known holds while the catalog cannot be read
+from prefix_service.catalog.records import Principal
+from prefix_service.catalog.schema import catalog, changes, tenants
+from prefix_service.errors import Gone
 
 
-def tell(listener: Listener, changes: Sequence[AuditEntry]) -> None:
-    """Calls a listener. If it raises, the error is logged, and the caller goes on to the next listener and changes."""
-    try:
-        listener(changes)
-    except Exception:
-        log.exception("a listener failed on changes of the catalog", extra={"changes": len(changes)})
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Anything that changed in the catalog. `kind` names its type in the database and over HTTP."""
+
+    kind: ClassVar[str]
 
 
-class Changes:
-    """The audit log, followed: each listener hears of each change once. Safe to share between threads.
+@dataclass(frozen=True, slots=True)
+class EverythingChanged(Change):
+    """Changes were missed: anything that is remembered may be untrue. It is never stored."""
 
-    Changes of this process are heard before its writer goes on, those of others within `_PAUSE` while the block of
-    `followed` runs. The audit's ids are in the order of commits on SQLite, whose write transactions exclude each other.
+
+@dataclass(frozen=True, slots=True)
+class TenantChange(Change):
+    """A change of a tenant itself."""
+
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantCreated(TenantChange):
+    """A tenant came into being."""
+
+    kind = "tenant-created"
+
+
+@dataclass(frozen=True, slots=True)
+class QuotasChanged(TenantChange):
+    """A tenant has other quotas."""
+
+    kind = "quotas-changed"
+
+
+@dataclass(frozen=True, slots=True)
+class TenantDeleted(TenantChange):
+    """A tenant was deleted, with its keys, adapters, versions and aliases."""
+
+    kind = "tenant-deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange(Change):
+    """A change of one key of a tenant, or with None of the platform."""
+
+    tenant: str | None
+    key_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCreated(KeyChange):
+    """A key was made."""
+
+    kind = "key-created"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyShortened(KeyChange):
+    """A key ends earlier than before."""
+
+    kind = "key-shortened"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRevoked(KeyChange):
+    """A key was revoked."""
+
+    kind = "key-revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChange(Change):
+    """A change of an adapter, its versions or its aliases."""
+
+    tenant: str
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDeleted(AdapterChange):
+    """An adapter was deleted, with its versions and aliases."""
+
+    kind = "adapter-deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMoved(AdapterChange):
+    """An alias points at another version than before, or is new."""
+
+    kind = "alias-moved"
+    alias: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AliasDeleted(AdapterChange):
+    """An alias was deleted."""
+
+    kind = "alias-deleted"
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionChange(AdapterChange):
+    """A change of one version."""
+
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionPublished(VersionChange):
+    """A version was published: `latest` means it."""
+
+    kind = "version-published"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionEncoded(VersionChange):
+    """Other keys and values replaced those of a version, which were lost."""
+
+    kind = "version-encoded"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionDeleted(VersionChange):
+    """A version was deleted; its adapter too, if it was the last one."""
+
+    kind = "version-deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class CardChanged(VersionChange):
+    """A version has another model card."""
+
+    kind = "card-changed"
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationsChanged(VersionChange):
+    """A version has other annotations."""
+
+    kind = "annotations-changed"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelChanged(VersionChange):
+    """A version has another fingerprint of its base model."""
+
+    kind = "base-model-changed"
+
+
+_STORED: Final[tuple[type[Change], ...]] = (
+    TenantCreated,
+    QuotasChanged,
+    TenantDeleted,
+    KeyCreated,
+    KeyShortened,
+    KeyRevoked,
+    AdapterDeleted,
+    AliasMoved,
+    AliasDeleted,
+    VersionPublished,
+    VersionEncoded,
+    VersionDeleted,
+    CardChanged,
+    AnnotationsChanged,
+    BaseModelChanged,
+)
+KINDS: Final[Mapping[str, type[Change]]] = {found.kind: found for found in _STORED}
+"""The types of stored changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChange:
+    """A change with its revision and the moment of its transaction."""
+
+    revision: int
+    time: datetime
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class SeenChanges:
+    """Changes that one caller may see, and the revision up to which they are complete."""
+
+    revision: int
+    changes: list[StoredChange]
+
+
+_OF_ADMINS: Final = [kind for kind, found in KINDS.items() if issubclass(found, KeyChange | QuotasChanged)]
+
+
+def announce(connection: sa.Connection, change: TenantChange | KeyChange | AdapterChange) -> None:
+    """Store a change at the end of a write transaction; its tenant is the one that has the name now."""
+    owner = sa.select(tenants.c.id).where(tenants.c.name == change.tenant)
+    tenant_id = None if change.tenant is None else connection.scalar(owner)
+    row = {"kind": change.kind, "tenant_id": tenant_id, **dataclasses.asdict(change)}
+    connection.get_execution_options()["announced"].append(row)
+
+
+def store(connection: sa.Connection, announced: Sequence[Mapping[str, Any]]) -> None:
+    """Store what a transaction has announced. Its end follows: other writers wait for the row of `catalog`."""
+    if not announced:
+        return
+    taken = sa.update(catalog).values(revision=catalog.c.revision + len(announced))
+    last: int = connection.execute(taken.returning(catalog.c.revision)).scalar_one()
+    first = last - len(announced) + 1
+    for revision, row in enumerate(announced, first):
+        connection.execute(sa.insert(changes).values(revision=revision, **row))
+
+
+def revision_of(connection: sa.Connection) -> int:
+    """Returns the revision of the latest change; 0 before the first."""
+    found: int = connection.execute(sa.select(catalog.c.revision)).scalar_one()
+    return found
+
+
+def catalog_id(connection: sa.Connection) -> str:
+    """Returns the random id of the catalog, which it keeps for ever, in backups too."""
+    found: str = connection.execute(sa.select(catalog.c.id)).scalar_one()
+    return found
+
+
+def changes_after(connection: sa.Connection, revision: int, limit: int) -> tuple[int, list[StoredChange]]:
+    """Returns the catalog's revision, and up to `limit` of the changes after another one, oldest first."""
+    later = catalog.outerjoin(changes, changes.c.revision > sa.literal(revision, sa.BigInteger))
+    query = sa.select(catalog.c.revision.label("latest"), changes).select_from(later)
+    rows = connection.execute(query.order_by(changes.c.revision).limit(limit)).all()
+    return rows[0].latest, [stored_change(row) for row in rows if row.kind is not None]
+
+
+def seen_changes(connection: sa.Connection, by: Principal, since: int | None, limit: int) -> SeenChanges:
+    """Returns up to `limit` changes after a revision, oldest first, that a caller may see: those of its own tenant, or
+    for the platform of all. Changes of keys and quotas are for admins. None for the present revision and no changes.
+
+    Raises:
+        Gone: some of the changes since then are no longer kept, or they are another catalog's.
     """
+    latest = revision_of(connection)
+    if since is None or since == latest:
+        return SeenChanges(latest, [])
+    oldest = connection.scalar(sa.select(sa.func.min(changes.c.revision)))
+    if since > latest or oldest is None or since + 1 < oldest:
+        raise Gone("changes since this revision are no longer kept: read everything again, then follow from now on")
+    query = sa.select(changes).where(changes.c.revision > since).order_by(changes.c.revision).limit(limit)
+    if by.tenant is not None:
+        query = query.where(changes.c.tenant_id == by.tenant_id)
+    if not by.has("admin"):
+        query = query.where(changes.c.kind.not_in(_OF_ADMINS))
+    found = [stored_change(row) for row in connection.execute(query)]
+    return SeenChanges(found[-1].revision if len(found) == limit else latest, found)
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._lock = threading.Lock()
-        self._listeners: list[Listener] = []
-        with database.reading() as connection:
-            self._last: int = connection.scalar(sa.select(sa.func.coalesce(sa.func.max(audit.c.id), 0))) or 0
-        self._read_at = time.monotonic()
-        database.after_writes(self._after_write)
 
-    def listen(self, listener: Listener) -> None:
-        """Tell this listener too, from now on."""
-        self._listeners.append(listener)
-
-    @property
-    def are_known(self) -> bool:
-        """Whether the catalog could be read lately: what was remembered of it may be relied on."""
-        return time.monotonic() - self._read_at < _STALE
-
-    def catch_up(self) -> None:
-        """Hear what has been committed so far.
-
-        Raises:
-            StorageFailed: the database refused.
-        """
-        with self._lock:
-            began = time.monotonic()
-            with self._database.reading() as connection:
-                query = ENTRY.where(audit.c.id > self._last).order_by(audit.c.id)
-                entries = [AuditEntry(*row) for row in connection.execute(query)]
-            if entries:
-                self._last = entries[-1].id
-                for listener in self._listeners:
-                    tell(listener, entries)
-            self._read_at = began
-
-    def _after_write(self) -> None:
-        try:
-            self.catch_up()
-        except PrefixServiceError:
-            # The change was made, and is not known here: nothing that is remembered may be relied on.
-            self._read_at = -math.inf
-
-    def followed(self) -> contextlib.AbstractContextManager[None]:
-        """Look again and again, in a thread, while the block runs."""
-        return in_background("changes", self._follow)
-
-    def _follow(self, stop: threading.Event) -> None:
-        failing = False
-        while not stop.is_set():
-            try:
-                with self._database.glancing() as may_have_changed:
-                    while not stop.wait(_PAUSE):
-                        self._look(may_have_changed)
-                        failing = False
-            except PrefixServiceError as error:
-                if not failing:
-                    log.error("changes of the catalog cannot be read: %s", error)  # noqa: TRY400 - its words say it all
-                failing = True
-                stop.wait(_PAUSE)
-
-    def _look(self, may_have_changed: Callable[[], bool]) -> None:
-        """Mostly nothing has changed: a glance costs the event loop next to nothing."""
-        began = time.monotonic()
-        if may_have_changed() or self._read_at == -math.inf:
-            self.catch_up()
-            return
-        with self._lock:
-            if self._read_at != -math.inf:  # a change of this process that is not known here came in between
-                self._read_at = began
+def stored_change(row: sa.Row[Any]) -> StoredChange:
+    """Returns the change in a row of `changes`."""
+    make: Callable[..., Change] = KINDS[row.kind]
+    names = (field.name for field in dataclasses.fields(KINDS[row.kind]))
+    return StoredChange(row.revision, row.at, make(**{name: row._mapping[name] for name in names}))

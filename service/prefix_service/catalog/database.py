@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -10,6 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from prefix_service.catalog.access import PATIENT, Access, Patience, engine_of, refused, translated
+from prefix_service.catalog.changes import revision_of, store
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import ReadOnly, StorageFailed
 from prefix_service.system.reserve import Reserve, reserve_file
@@ -58,9 +60,10 @@ class Database:
 
     @contextlib.contextmanager
     def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
-        """A transaction that writes, durable when the block ends; then what was given to `afterwards` is called, and
-        what was given to `after_writes`. `by` is who was given the transaction (`authority.writing_for`); without it
-        nothing can be recorded in the audit. One that `frees` space may use the reserve while the disk is full.
+        """A transaction that writes, durable when the block ends, with the changes that were announced in it; then what
+        was given to `afterwards` is called, and what was given to `after_writes`. `by` is who was given the transaction
+        (`authority.writing_for`); without it nothing can be recorded in the audit. One that `frees` space may use the
+        reserve while the disk is full.
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
@@ -70,13 +73,15 @@ class Database:
         if self._read_only:
             raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
         calls: list[Callable[[], object]] = []
+        announced: list[dict[str, Any]] = []
         with contextlib.ExitStack() as stack:
             plain = stack.enter_context(self._writes.connected())
             if frees and self._reserve is not None:
                 stack.enter_context(self._reserve.lent())
-            connection = plain.execution_options(afterwards=calls, by=by)
+            connection = plain.execution_options(afterwards=calls, by=by, announced=announced)
             stack.enter_context(connection.begin())
             yield connection
+            store(connection, announced)
         for call in (*calls, *self._after_writes):
             call()
 
@@ -86,25 +91,23 @@ class Database:
 
     @contextlib.contextmanager
     def glancing(self) -> Iterator[Callable[[], bool]]:
-        """Whether anyone may have written since the last call of what is given; it belongs to one thread. On SQLite
-        that is one statement without a transaction (`PRAGMA data_version`), elsewhere always so.
+        """Yields a function that returns whether anything may have changed since its last call; it belongs to one
+        thread. A call is one statement without a transaction: on SQLite `PRAGMA data_version`, which another
+        connection's commit changes, on PostgreSQL the catalog's revision.
 
         Raises:
             StorageFailed: the database refused.
         """
-        if self._reads.engine.dialect.name != "sqlite":
-            yield lambda: True
-            return
+        last: int | None = None
         with translated(), self._reads.engine.connect() as connection:
-            driver: Any = connection.connection.driver_connection
-            last: int | None = None
+            look = partial(_data_version, connection.connection.driver_connection)
+            if connection.dialect.name != "sqlite":
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                look = partial(revision_of, connection)
 
             def may_have_changed() -> bool:
                 nonlocal last
-                try:
-                    found: int = driver.execute("PRAGMA data_version").fetchone()[0]
-                except driver.Error as error:
-                    raise refused(error) from error
+                found = look()
                 changed, last = found != last, found
                 return changed
 
@@ -142,6 +145,14 @@ class Database:
         # SQLite's PRAGMAs would describe the old schema. A pool's first connection is made under a lock: let it be now.
         self._reads.engine.dispose()
         self._reads.engine.connect().close()
+
+
+def _data_version(driver: Any) -> int:
+    try:
+        found: int = driver.execute("PRAGMA data_version").fetchone()[0]
+    except driver.Error as error:
+        raise refused(error) from error
+    return found
 
 
 def _require_known(found: str | None, known: set[str], place: Path | str) -> None:

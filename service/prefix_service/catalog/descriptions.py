@@ -1,4 +1,4 @@
-"""Model cards and annotations of versions: read, stored with a new version, and replaced."""
+"""Reads, stores and replaces the descriptions of versions, which their digests do not cover."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.changes import AnnotationsChanged, BaseModelChanged, CardChanged, announce
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.rows import OWNED, PRESENT, missing
@@ -61,12 +62,25 @@ class Descriptions:
             store(connection, version_id, after)
             target = f"{version.tenant}/{version.adapter}@{version.number}"
             record(connection, by, f"{what}.changed", version.tenant, target, bytes=after.nbytes)
+            names = version.tenant, version.adapter, version.number, version.digest
+            if after.card != before.card:
+                announce(connection, CardChanged(*names))
+            if after.annotations != before.annotations:
+                announce(connection, AnnotationsChanged(*names))
+            if after.fingerprint != before.fingerprint:
+                announce(connection, BaseModelChanged(*names))
             return after
 
 
 def store(connection: sa.Connection, version_id: int, description: Description) -> None:
     """Stores the description of a version, in place of any other."""
-    row = {"card": description.card, "annotations": dict(description.annotations), "bytes": description.nbytes}
+    row = {
+        "card": description.card,
+        "annotations": dict(description.annotations),
+        "fingerprint": description.fingerprint,
+        "config_file": description.config_file or None,
+        "bytes": description.nbytes,
+    }
     statement = insert(connection, descriptions).values(version_id=version_id, **row)
     connection.execute(statement.on_conflict_do_update(index_elements=["version_id"], set_=row))
 
@@ -89,6 +103,8 @@ def _find(connection: sa.Connection, version: Version) -> tuple[int, int, Descri
     found = connection.execute(query).one_or_none()
     if found is None:
         raise NotFound(f"there is no {version.tenant}/{version.adapter}@{version.number}")
-    own = sa.select(descriptions.c.card, descriptions.c.annotations).where(descriptions.c.version_id == found.id)
-    row = connection.execute(own).one_or_none()
-    return found.id, found.adapter_id, EMPTY if row is None else Description(row.card, row.annotations)
+    row = connection.execute(sa.select(descriptions).where(descriptions.c.version_id == found.id)).one_or_none()
+    if row is None:
+        return found.id, found.adapter_id, EMPTY
+    described = Description(row.card, row.annotations, row.fingerprint, row.config_file or b"")
+    return found.id, found.adapter_id, described

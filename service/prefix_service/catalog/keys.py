@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.changes import KeyCreated, KeyRevoked, KeyShortened, announce
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.records import Key, Principal, Scope
 from prefix_service.catalog.schema import keys, tenants
@@ -27,6 +28,9 @@ from prefix_service.system.disk import sync_folder, translated, write_private
 
 # Recognisable to secret scanners: a fixed beginning, and a checksum that tells a key from a look-alike.
 _KEY: Final = re.compile(r"(pfx_([0-9a-f]{16})_[0-9a-f]{48})_([0-9a-f]{8})")
+MOST_KEYS: Final = 4096
+"""Keys of a tenant, and of the platform: each process knows some 65,000, and one tenant must not fill that."""
+
 USE_GRANULARITY: Final = timedelta(seconds=60)
 """Time between two notes of a key's last use."""
 
@@ -73,6 +77,7 @@ class Keyring:
             InvalidRequest: `expires` is not in the future, or a tenant's key would have the scope `metrics`.
             Unauthenticated: `by` has no authority any more.
             NotFound: there is no such tenant.
+            Conflict: it has as many keys as it may have.
         """
         if scope == "metrics" and tenant is not None:
             raise InvalidRequest("a key of scope metrics belongs to the platform: the metrics are of all tenants")
@@ -84,9 +89,11 @@ class Keyring:
             owner = _changed(connection, tenant)
             if ends is not None:
                 _require_future(connection, ends)
+            _require_room(connection, owner, tenant)
             row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": ends}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
+            announce(connection, KeyCreated(tenant, key_id))
             return self._key(connection, key_id), text
 
     def parse(self, text: str) -> tuple[str, str]:
@@ -200,6 +207,7 @@ class Keyring:
             if row.expires != ends:
                 connection.execute(sa.update(keys).where(keys.c.id == key_id).values(expires=ends))
                 record(connection, by, "key.changed", tenant, key_id, expires=_shown(ends))
+                announce(connection, KeyShortened(tenant, key_id))
             return self._key(connection, key_id)
 
     def revoke(self, tenant: str | None, key_id: str, by: Principal) -> None:
@@ -211,10 +219,11 @@ class Keyring:
         """
         with writing_for(self._database, by, frees=True) as connection:
             owner = _changed(connection, tenant)
+            record(connection, by, "key.revoked", tenant, key_id)  # first: a key that revokes itself has a name yet
             gone = sa.delete(keys).where(keys.c.id == key_id, keys.c.tenant_id == owner)
             if connection.execute(gone).rowcount == 0:
                 raise _missing(tenant, key_id)
-            record(connection, by, "key.revoked", tenant, key_id)
+            announce(connection, KeyRevoked(tenant, key_id))
 
     def _key(self, connection: sa.Connection, key_id: str) -> Key:
         return Key(*connection.execute(_KEY_ROW.where(keys.c.id == key_id)).one())
@@ -262,6 +271,13 @@ def _require_future(connection: sa.Connection, ends: datetime) -> None:
             f"expires: {_shown(ends)} is in the past, it is {_shown(moment)} now: name a later moment; a key that is "
             "to end immediately is revoked"
         )
+
+
+def _require_room(connection: sa.Connection, owner: int | None, tenant: str | None) -> None:
+    found = connection.scalar(sa.select(sa.func.count()).where(keys.c.tenant_id.is_not_distinct_from(owner))) or 0
+    if found >= MOST_KEYS:
+        whose = "the platform" if tenant is None else f"tenant {tenant!r}"
+        raise Conflict(f"{whose} has {found} keys, and may have {MOST_KEYS}: revoke those that nobody uses")
 
 
 def _shown(moment: datetime) -> str:

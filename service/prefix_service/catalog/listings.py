@@ -15,13 +15,13 @@ _ORDER: Final = (tenants.c.name, adapters.c.name, versions.c.number)
 _FROM: Final = tenants.join(adapters, adapters.c.tenant_id == tenants.c.id + 0).join(
     versions, versions.c.adapter_id == adapters.c.id + 0
 )
-_SORTED_BY: Final = {"-created": versions.c.created, "-bytes": adapters.c.bytes}
+_SORTED_BY: Final = {"-created": versions.c.created, "-bytes": adapters.c.bytes, "-used": adapters.c.used}
 _NAME: Final = sa.select(*_ORDER, versions.c.digest).select_from(_FROM).where(PRESENT).order_by(*_ORDER)
 
 
 class Listings:
     """Blocking; call it from a thread. Every page is one transaction, and takes time for its own rows alone, unless it
-    is sorted by something else than names, or searched: then it takes time for all adapters of its tenant.
+    is sorted by moments or bytes, or searched: then it takes time for all adapters of its tenant.
 
     Any method may also raise StorageFailed, when the database refuses.
     """
@@ -56,21 +56,23 @@ class Listings:
             .select_from(OWNED)
             .where(PRESENT, tenants.c.name == tenant)
             .where(versions.c.number == newest.correlate(adapters).scalar_subquery())
-            .limit(limit)
         )
-        query = _sorted(query, order, after)
         if search is not None:
             query = query.where(adapters.c.name.contains(search.lower(), autoescape=True))
         if base_model is not None:
             query = query.where(versions.c.base_model == base_model)
         with self._database.reading() as connection:
             # The database sorts numbers, not rows with their manifests.
-            ids = list(connection.scalars(query))
-            found = VERSION.add_columns(adapters.c.versions, adapters.c.bytes)
+            ids: list[int] = []
+            for part in _sorted(query, order, after):
+                ids += connection.scalars(part.limit(limit - len(ids)))
+                if len(ids) == limit:
+                    break
+            found = VERSION.add_columns(adapters.c.versions, adapters.c.bytes, adapters.c.used)
             rows = {row.id: row for row in connection.execute(found.where(versions.c.id.in_(ids)))}
             named = aliases_of(connection, [row.adapter_id for row in rows.values()])
         ordered = [rows[version_id] for version_id in ids]
-        return [Adapter(version_of(row), row.versions, row.bytes, named[row.adapter_id]) for row in ordered]
+        return [Adapter(version_of(row), row.versions, row.bytes, row.used, named[row.adapter_id]) for row in ordered]
 
     def versions(self, tenant: str, adapter: str, *, before: int | None, limit: int) -> list[Version]:
         """Returns up to `limit` versions of an adapter, the newest first, beginning below the number `before`.
@@ -112,16 +114,19 @@ class Listings:
         return found
 
 
-def _sorted(query: sa.Select[Any], order: AdapterOrder, after: AdapterPlace | None) -> sa.Select[Any]:
-    """Returns a query of adapters sorted by `order`, those behind the place `after` alone."""
+def _sorted(query: sa.Select[Any], order: AdapterOrder, after: AdapterPlace | None) -> Iterator[sa.Select[Any]]:
+    """Yields queries that follow each other, of adapters sorted by `order`, those behind the place `after` alone: the
+    rest of those with the same key, and those behind them. An index could not answer both in one query."""
     name = adapters.c.name
     if order == "name":
-        return query.order_by(name) if after is None else query.where(name > after.name).order_by(name)
+        yield query.order_by(name) if after is None else query.where(name > after.name).order_by(name)
+        return
     column = _SORTED_BY[order]
     if after is not None:
         key = sa.literal(after.key, column.type)
-        query = query.where(sa.or_(column < key, sa.and_(column == key, name > after.name)))
-    return query.order_by(column.desc(), name)
+        yield query.where(column == key, name > after.name).order_by(name)
+        query = query.where(column < key)
+    yield query.order_by(column.desc(), name)
 
 
 def _behind(tenant: str | None, adapter: str | None, after: VersionName) -> Iterator[sa.Select[Any]]:

@@ -1,21 +1,29 @@
-"""Reads of the catalog from an event loop, which cannot wait for a disk or a server that hangs."""
+"""Reads and writes of the catalog from an event loop, which cannot wait for a disk or a server that hangs.
+
+Both have a few threads of their own, in which tenants take turns; `ASKING` says whose turn a call takes.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 
 from prefix_service.errors import StorageFailed
+from prefix_service.system.turns import ASKING, Turns
 
 T = TypeVar("T")
 
 DEADLINE: Final = 2.0
 """Seconds that a caller waits for a read."""
 
-_THREADS: Final = 16
-_threads: RunVar[CapacityLimiter] = RunVar("prefix_service catalog reads")
+_READS: Final = 8  # at a time; as many as there are connections for readers
+_READS_OF_TENANT: Final = 4
+_WRITES: Final = 4  # at a time: SQLite has one writer, and so has PostgreSQL for each tenant
+_WRITES_OF_TENANT: Final = 1
+_readers: RunVar[Turns] = RunVar("prefix_service catalog reads")
+_writers: RunVar[Turns] = RunVar("prefix_service catalog writes")
 
 
 async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
@@ -27,13 +35,26 @@ async def read_catalog(call: Callable[..., T], *arguments: object) -> T:
     Raises:
         StorageFailed: no answer in time, or what the call raises.
     """
-    try:
-        limiter = _threads.get()
-    except LookupError:
-        limiter = CapacityLimiter(_THREADS)
-        _threads.set(limiter)
+    turns = _turns(_readers, _READS, _READS_OF_TENANT)
     try:
         with anyio.fail_after(DEADLINE):
-            return await to_thread.run_sync(call, *arguments, limiter=limiter, abandon_on_cancel=True)
+            return await turns.run(ASKING.get(), partial(call, *arguments), abandons=True)
     except TimeoutError as error:
         raise StorageFailed(f"the catalog has not answered within {DEADLINE:g} seconds") from error
+
+
+async def write_catalog(call: Callable[..., T], *arguments: object) -> T:
+    """Call something that writes to the catalog, in a thread. A caller that is cancelled waits until it has ended.
+
+    Raises:
+        StorageFailed: as `Database.writing`, or what the call raises.
+    """
+    return await _turns(_writers, _WRITES, _WRITES_OF_TENANT).run(ASKING.get(), partial(call, *arguments))
+
+
+def _turns(of_loop: RunVar[Turns], places: int, most: int) -> Turns:
+    try:
+        return of_loop.get()
+    except LookupError:
+        of_loop.set(turns := Turns(places, most))
+        return turns

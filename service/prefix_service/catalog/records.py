@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Final, Literal
 
 from prefix_service.prefix.config import PrefixConfig, parse_read_fields
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 Scope = Literal["metrics", "read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("metrics", "read", "write", "admin")
@@ -116,6 +116,9 @@ class Version(NewVersion):
     number: int
     created: datetime
 
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
+
     @property
     def config(self) -> dict[str, Any]:
         """The adapter's config, dimensions filled: parsed each time, which takes milliseconds where it is long."""
@@ -142,26 +145,30 @@ class VersionName:
     number: int
     digest: str
 
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.adapter}@{self.number}"
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter in a listing: its newest version, how many there are, the bytes of all of them that count towards the
-    tenant's quota, and its aliases."""
+    tenant's quota, the requests for its prefixes that usage has counted, and its aliases."""
 
     latest: Version
     versions: int
     bytes: int
+    used: int
     aliases: dict[str, int]
 
 
-AdapterOrder = Literal["name", "-created", "-bytes"]
-"""How a listing of adapters is sorted: by name; the latest publication first; the most bytes first."""
+AdapterOrder = Literal["name", "-created", "-bytes", "-used"]
+"""How a listing of adapters is sorted: by name; the latest publication, the most bytes, or the most used first."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlace:
     """Where an adapter stands in a listing. `key` is what the listing is sorted by before the name: None by name, the
-    moment of the newest version with `-created`, the bytes of all versions with `-bytes`."""
+    moment of the newest version with `-created`, the bytes of all versions with `-bytes`, requests with `-used`."""
 
     key: datetime | int | None
     name: str
@@ -169,8 +176,9 @@ class AdapterPlace:
     @classmethod
     def of(cls, adapter: Adapter, order: AdapterOrder) -> "AdapterPlace":
         """Returns the place of an adapter in a listing that is sorted so."""
-        key = {"name": None, "-created": adapter.latest.created, "-bytes": adapter.bytes}[order]
-        return cls(key, adapter.latest.adapter)
+        latest = adapter.latest
+        key = {"name": None, "-created": latest.created, "-bytes": adapter.bytes, "-used": adapter.used}[order]
+        return cls(key, latest.adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,8 @@ class Key:
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
     """One change: who did what to which resource, and when. `tenant` is whose resource it was (None: the platform's),
-    `actor` is the key's tenant, or `platform`."""
+    `actor` is the key's tenant, or `platform`. `key_name` is what the key is called, or was until it was revoked; None
+    if there was no key, or the audit no longer says."""
 
     id: int
     at: datetime
@@ -199,3 +208,4 @@ class AuditEntry:
     action: str
     target: str
     details: dict[str, Any]
+    key_name: str | None = None

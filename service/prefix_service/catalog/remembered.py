@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.changes import Changes
-from prefix_service.catalog.records import AuditEntry, Version
+from prefix_service.catalog.changes import AdapterChange, Change, EverythingChanged, TenantDeleted
+from prefix_service.catalog.feed import ChangeFeed
+from prefix_service.catalog.records import Version
 from prefix_service.prefix.references import Reference
 from prefix_service.system.shares import Shares
 
@@ -20,18 +21,18 @@ _Known = dict[str, Version]
 class RememberedVersions:
     """Safe to share between threads. What is missing is not remembered: it may be there the next moment."""
 
-    def __init__(self, catalog: Catalog, changes: Changes) -> None:
+    def __init__(self, catalog: Catalog, feed: ChangeFeed) -> None:
         self._catalog = catalog
-        self._changes = changes
+        self._feed = feed
         self._lock = threading.Lock()
         self._forgotten = 0
         self._known: Shares[tuple[str, str], _Known] = Shares(_MOST_BYTES)
-        changes.listen(self._hear)
+        feed.listen(self._on_changes)
 
     def get(self, tenant: str, reference: Reference) -> Version | None:
         """The version that a reference means, if that is known without a look into the catalog."""
         known = self._known.get((tenant, reference.adapter))
-        return known.get(reference.selector) if known is not None and self._changes.are_known else None
+        return known.get(reference.selector) if known is not None and self._feed.are_known else None
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now. Blocking.
@@ -54,13 +55,14 @@ class RememberedVersions:
         kept = dict(list(known.items())[-_OF_ADAPTER + 1 :]) | {reference.selector: version}
         self._known.put(tenant, key, kept, sum(version.memory for version in kept.values()))
 
-    def _hear(self, entries: Sequence[AuditEntry]) -> None:
+    def _on_changes(self, changes: Sequence[Change]) -> None:
         with self._lock:
             self._forgotten += 1
-            for entry in entries:
-                if entry.action == "tenant.deleted":
-                    self._known.pop_tenant(entry.target)
-                elif entry.tenant is not None:
-                    # The target of what concerns an adapter is tenant/adapter or tenant/adapter@selector.
-                    adapter = entry.target.partition("/")[2].partition("@")[0]
-                    self._known.pop((entry.tenant, adapter))
+            for change in changes:
+                match change:
+                    case AdapterChange(tenant, adapter):
+                        self._known.pop((tenant, adapter))
+                    case TenantDeleted(tenant):
+                        self._known.pop_tenant(tenant)
+                    case EverythingChanged():
+                        self._known.clear()

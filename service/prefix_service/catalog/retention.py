@@ -1,18 +1,28 @@
-"""How long the audit, usage and ended sessions are kept."""
+"""How long the audit, changes, usage and ended sessions are kept."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.garbage import SLICE
-from prefix_service.catalog.schema import audit, sessions, usage
+from prefix_service.catalog.schema import audit, changes, sessions, usage
 from prefix_service.catalog.sessions import IDLE
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Days that each is kept."""
+
+    audit: int
+    changes: int
+    usage: int
 
 
 def expire_audit(database: Database, days: int) -> bool:
     """Removes some of the oldest entries of the audit that are older than `days`, and returns whether there may be
-    more. The newest entry stays: ids go on from it, and who follows changes would miss one that is used again.
+    more. The newest entry stays: ids go on from it, so that none is given twice.
 
     Raises:
         OutOfSpace, StorageFailed: the database refused; nothing was removed.
@@ -26,6 +36,24 @@ def expire_audit(database: Database, days: int) -> bool:
         return False
     with database.writing() as connection:
         connection.execute(sa.delete(audit).where(audit.c.id.in_(expired)))
+    return len(expired) == SLICE
+
+
+def expire_changes(database: Database, days: int) -> bool:
+    """Removes some of the oldest changes that are older than `days`, and returns whether there may be more. A process
+    that has not read them yet forgets everything instead.
+
+    Raises:
+        OutOfSpace, StorageFailed: the database refused; nothing was removed.
+    """
+    with database.reading() as connection:
+        limit = now(connection) - timedelta(days=days)
+        first = sa.select(changes.c.revision, changes.c.at).order_by(changes.c.revision).limit(SLICE)
+        expired = [row.revision for row in connection.execute(first) if row.at < limit]
+    if not expired:
+        return False
+    with database.writing(frees=True) as connection:
+        connection.execute(sa.delete(changes).where(changes.c.revision.in_(expired)))
     return len(expired) == SLICE
 
 

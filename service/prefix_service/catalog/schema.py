@@ -18,6 +18,9 @@ Name = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 # As SQLite's own clock writes it, without fractions: texts of the same moment must be equal.
 _Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), "sqlite")  # type: ignore[no-untyped-call]
 
+# SQLite counts its rows by this key itself, without another index.
+Revision = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def _being_removed() -> sa.Index:
     """Finds the rows that were deleted, of which the collector removes what hangs on them."""
@@ -55,7 +58,8 @@ keys = sa.Table(
     sa.Index(None, "tenant_id", "created", "id"),
 )
 
-# `versions` and `bytes` are running totals, too.
+# `versions` and `bytes` are running totals, too; `used` is one of the requests that usage has counted, also those whose
+# hours have been removed since.
 adapters = sa.Table(
     "adapters",
     metadata,
@@ -65,7 +69,9 @@ adapters = sa.Table(
     sa.Column("versions", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("bytes", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.Column("deleted", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("used", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     sa.UniqueConstraint("tenant_id", "name"),
+    sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
 )
 
@@ -98,8 +104,9 @@ versions = sa.Table(
     sa.UniqueConstraint("adapter_id", "digest"),
 )
 
-# What people say of a version, in a table of its own: whoever fetches a prefix reads the version's row. `bytes` is the
-# size of its texts in UTF-8, which counts in the totals of adapter and tenant. Without a row all of it is empty.
+# What a version's digest does not cover, in a table of its own: whoever fetches a prefix reads the version's row.
+# `bytes` is the size of all of it, texts in UTF-8, which counts in the totals of adapter and tenant. Without a row all
+# of it is empty. `config_file` is NULL where no file was uploaded, or to an older release.
 descriptions = sa.Table(
     "descriptions",
     metadata,
@@ -107,14 +114,18 @@ descriptions = sa.Table(
     sa.Column("card", sa.Text, nullable=False),
     sa.Column("annotations", sa.JSON, nullable=False),
     sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False, server_default=""),
+    sa.Column("config_file", sa.LargeBinary),
 )
 
+# `previous` is the version that the alias named before `number`, for whoever moves it back; null if there is none.
 aliases = sa.Table(
     "aliases",
     metadata,
     sa.Column("adapter_id", sa.ForeignKey("adapters.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("name", Name, primary_key=True),
     sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("previous", sa.Integer),
 )
 
 # Blobs that a deletion let go, and since when: their bytes stay for the grace period.
@@ -125,7 +136,8 @@ garbage = sa.Table(
     sa.Column("since", sa.DateTime, nullable=False, server_default=sa.func.now(), index=True),
 )
 
-# `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not.
+# `tenant` is a name for people; `tenant_id` says who may read the row, so a namesake made later may not. `key_name` is
+# that of the key, which may have been revoked since; NULL without a key.
 audit = sa.Table(
     "audit",
     metadata,
@@ -138,7 +150,34 @@ audit = sa.Table(
     sa.Column("action", sa.Text, nullable=False),
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),
+    sa.Column("key_name", sa.Text),
     sa.Index(None, "tenant_id", "id"),
+)
+
+# One row: the random id of this catalog, which a backup keeps, and the revision of its latest change.
+catalog = sa.Table(
+    "catalog",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+)
+
+# What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row
+# outlives its tenant. The columns behind it are what the types of changes have; a type leaves the others empty.
+changes = sa.Table(
+    "changes",
+    metadata,
+    sa.Column("revision", Revision, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.DateTime, nullable=False, server_default=sa.func.now()),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("tenant_id", sa.Integer),
+    sa.Column("tenant", sa.Text),
+    sa.Column("key_id", sa.Text),
+    sa.Column("adapter", sa.Text),
+    sa.Column("alias", sa.Text),
+    sa.Column("version", sa.Integer),
+    sa.Column("digest", sa.Text),
+    sa.Index(None, "tenant_id", "revision"),
 )
 
 # By hour, named by its beginning. Adapter "", version 0 and key "" are what a tenant used beyond the rows that one hour

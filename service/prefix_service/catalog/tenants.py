@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
+from prefix_service.catalog.changes import QuotasChanged, TenantCreated, TenantDeleted, announce
 from prefix_service.catalog.database import Database, insert
 from prefix_service.catalog.deletions import hide_tenant
 from prefix_service.catalog.records import Principal, Quotas, Room, Tenant
@@ -38,6 +39,7 @@ class Tenants:
             if quotas is not None and any(before._mapping[quota] != value for quota, value in values.items()):
                 connection.execute(sa.update(tenants).where(tenants.c.name == name).values(values))
                 record(connection, by, "tenant.changed", name, name, **values)
+                announce(connection, QuotasChanged(name))
             return False
 
     def delete(self, name: str, by: Principal) -> None:
@@ -50,6 +52,7 @@ class Tenants:
         with writing_for(self._database, by, frees=True) as connection:
             owner = lock(connection, name)
             record(connection, by, "tenant.deleted", name, name)
+            announce(connection, TenantDeleted(name))
             hide_tenant(connection, owner.id)
 
     def get(self, name: str) -> Tenant:
@@ -108,6 +111,7 @@ def make(connection: sa.Connection, name: str, by: Principal, quotas: Quotas | N
     if connection.scalar(statement.returning(tenants.c.id)) is None:
         return False
     record(connection, by, "tenant.created", name, name, **given)
+    announce(connection, TenantCreated(name))
     return True
 
 

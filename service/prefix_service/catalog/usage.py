@@ -1,6 +1,7 @@
-"""Usage by hour: the versions that were handed out, and the keys that fetched them."""
+"""Usage: the versions that were handed out and the keys that fetched them, by hour; and requests for each adapter."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -8,7 +9,7 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, insert
-from prefix_service.catalog.schema import tenants, usage
+from prefix_service.catalog.schema import adapters, tenants, usage
 from prefix_service.errors import NotFound
 
 Dimension = Literal["adapter", "version", "key"]
@@ -60,7 +61,7 @@ class UsageStore:
         self._database = database
 
     def add(self, uses: Iterable[Use]) -> None:
-        """Adds to what was counted before, of tenants that still exist."""
+        """Adds to what was counted before, of tenants and adapters that still exist."""
         rows = sorted(uses, key=lambda use: use.place)  # in one order: on PostgreSQL two writers would deadlock else
         with self._database.writing() as connection:
             wanted = {use.tenant for use in rows}
@@ -71,6 +72,7 @@ class UsageStore:
                 statement = insert(connection, usage)
                 added = {name: usage.c[name] + statement.excluded[name] for name in _COUNTS}
                 connection.execute(statement.on_conflict_do_update(index_elements=_KEY, set_=added), values)
+                _add_to_adapters(connection, values)
 
     def listed(
         self,
@@ -105,6 +107,22 @@ class UsageStore:
                 if len(found) == limit:
                     break
         return found
+
+
+def _add_to_adapters(connection: sa.Connection, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds the requests in these rows of usage to the totals of their adapters.
+
+    On PostgreSQL no deadlock can follow: whoever changes adapters has locked their tenant's row before, for which the
+    rows of usage had to wait.
+    """
+    requests = Counter[tuple[int, str]]()
+    for row in rows:
+        requests[row["tenant_id"], row["adapter"]] += row["requests"]
+    same = (adapters.c.tenant_id == sa.bindparam("owner"), adapters.c.name == sa.bindparam("adapter"))
+    more = sa.update(adapters).where(*same).values(used=adapters.c.used + sa.bindparam("more"))
+    connection.execute(
+        more, [{"owner": owner, "adapter": name, "more": count} for (owner, name), count in sorted(requests.items())]
+    )
 
 
 def _row(use: Use, tenant_id: int) -> dict[str, Any]:

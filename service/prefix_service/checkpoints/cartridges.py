@@ -1,6 +1,6 @@
-"""The `.pt` files of Cartridges (HazyResearch), whose lists hold one `[1, heads, tokens, size]` tensor a layer.
+"""Reads the `.pt` files of Cartridges (HazyResearch): lists with one `[1, heads, tokens, size]` tensor per layer.
 
-`trainable_keys` and `trainable_values` are there always. Frozen tokens, which come first in the prefix, are in
+`trainable_keys` and `trainable_values` always exist. Frozen tokens, which come first in the prefix, are in
 `frozen_keys` and `frozen_values`; files of an earlier trainer call them `fixed_keys` and `fixed_values`.
 """
 
@@ -21,15 +21,15 @@ Lists = Mapping[str, list[Tensor]]
 
 
 def is_cartridge(names: Collection[str]) -> bool:
-    """Whether tensors of these names, as `trainable_keys.0`, are a cartridge."""
+    """Returns whether tensors with these names, such as `trainable_keys.0`, are a cartridge."""
     return any((found := _MEMBER.fullmatch(name)) and found[1] == "trainable" for name in names)
 
 
 def flat_cartridge(names: Collection[str], tensor_of: Callable[[str], Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """Returns the config's values that follow from a cartridge, and its prefix, `[tokens, layers*2*heads*size]`.
+    """Returns the config values that follow from a cartridge, and its flat prefix `[tokens, layers*2*heads*size]`.
 
     Raises:
-        InvalidCheckpoint: a tensor of an unknown name, a list that lacks layers, or shapes that do not fit together.
+        InvalidCheckpoint: a tensor has an unknown name, a list lacks layers, or shapes contradict each other.
     """
     lists = _lists(names, tensor_of)
     frozen_kind = _frozen_kind(lists)
@@ -85,7 +85,11 @@ def _frozen_kind(lists: Lists) -> str | None:
 
 
 def _tokens(lists: Lists, kind: str, layers: int) -> int:
-    """Returns the number of tokens that every tensor of this kind has."""
+    """Returns the number of tokens that all tensors of this kind have.
+
+    Raises:
+        InvalidCheckpoint: a list is missing or has another length, or the tensors' shapes differ.
+    """
     first = lists["trainable_keys"][0].shape
     sizes = set()
     for part in ("keys", "values"):

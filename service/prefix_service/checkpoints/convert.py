@@ -1,4 +1,4 @@
-"""Foreign and pickled checkpoints, turned into a safe adapter folder on their owner's own machine."""
+"""Converts foreign and pickled checkpoints to a safe adapter folder, on their owner's machine."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,19 +10,22 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from prefix_service.checkpoints.cartridges import flat_cartridge, is_cartridge
-from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.checkpoints.pickles import read_pickle
-from prefix_service.checkpoints.sources import PICKLES, TensorFiles, readable, weight_files
+from prefix_service.checkpoints.sources import TensorFiles, readable, weight_files
 from prefix_service.errors import Conflict, InvalidCheckpoint, InvalidConfig, StorageFailed
 from prefix_service.prefix.checkpoint import Match, Shape, find_prefix, load_weights, shown_names
 from prefix_service.prefix.config import PrefixConfig, parse_config
+from prefix_service.prefix.file_names import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import parse_config_json
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was converted: how the source was opened, what was found, the config and tensors that came of it, and the
-    names of the tensors and objects that are not part of the prefix."""
+    """The result of a conversion.
+
+    `opened` describes how the source was opened, `found` the prefix in it; `config` and `tensors` are the adapter's;
+    `left_out` names the tensors and objects that are not part of the prefix.
+    """
 
     opened: str
     found: str
@@ -33,7 +36,9 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class _Checkpoint:
-    """An opened checkpoint: the shapes of its state dict, how to get a tensor of it, and the names of all the rest."""
+    """An opened checkpoint: the shapes of its state dict, a function that reads a tensor of it, and the names of all
+    other contents.
+    """
 
     opened: str
     shapes: Mapping[str, Shape]
@@ -44,30 +49,30 @@ class _Checkpoint:
 def convert(
     source: Path, *, config: Path | None = None, base_config: Path | None = None, unsafe: bool = False
 ) -> Conversion:
-    """Read a checkpoint, a file or a folder, into a safe adapter; `unsafe` allows pickles that may run code.
+    """Reads a checkpoint, a file or a folder, and returns a safe adapter; `unsafe` allows pickles that can run code.
 
-    The config is `config`, or the adapter_config.json beside the checkpoint, or follows from the tensors and
-    `base_config`, the base model's config.json. The service accepts what this returns.
+    The config is `config`, or the adapter_config.json next to the checkpoint, or follows from the tensors and
+    `base_config`, the base model's config.json. The service accepts the result.
 
     Raises:
-        UnsafeCheckpoint: a pickle that needs more than tensors and torch's containers.
-        InvalidCheckpoint: it cannot be read, or holds no prefix, an incomplete one, more than one, one that contradicts
-            the config, or beside a cartridge's tensors some of unknown names.
-        InvalidConfig: there is no config, and not enough to infer one.
+        UnsafeCheckpoint: a pickle needs more than tensors and torch's containers.
+        InvalidCheckpoint: the checkpoint cannot be read; has no prefix, several or an incomplete one; contradicts the
+            config; or is a cartridge with tensors of unknown names.
+        InvalidConfig: there is no config, and too little information to infer one.
     """
     base = None if base_config is None else _read_config(base_config)
     checkpoint = _opened(source, unsafe=unsafe)
     read = _cartridge if is_cartridge(checkpoint.shapes) else _prefix
-    conversion = read(checkpoint, config or _beside(source), base)
+    conversion = read(checkpoint, config or _config_next_to(source), base)
     load_weights(bytearray(save(dict(conversion.tensors))), parse_config(conversion.config))
     return conversion
 
 
 def write(conversion: Conversion, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors.
+    """Writes adapter_config.json and adapter_model.safetensors to a folder, which is created if it does not exist.
 
     Raises:
-        Conflict: the folder holds one of them already.
+        Conflict: the folder contains one of the files already.
         StorageFailed: the folder cannot be written.
     """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -111,8 +116,8 @@ def _cartridge(checkpoint: _Checkpoint, path: Path | None, base: dict[str, Any] 
     values, flat = flat_cartridge(checkpoint.shapes, checkpoint.tensor)
     config = parse_config({"base_model_name_or_path": _name_of(base), **values})
     if path is not None:
-        told = parse_config(_read_config(path), from_file=True)
-        given = told if base is None else told.filled(base)
+        written = parse_config(_read_config(path), from_file=True)
+        given = written if base is None else written.filled(base)
         if contradictions := [
             n for n in values if n not in ("task_type", "inference_mode") and getattr(given, n, None) != values[n]
         ]:
@@ -131,17 +136,17 @@ def _find(source: Path) -> Path:
     if not source.is_dir():
         raise InvalidCheckpoint(f"there is no {source}")
     with readable(source):
-        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+        pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
         if any(source.glob("*.safetensors")):
             return weight_files(source)[0]
-    # Trainers leave their own pickles beside the weights.
+    # Trainers leave their own pickles next to the weights.
     weights = [p for p in pickles if p.stem not in ("training_args", "optimizer", "scheduler") and "rng" not in p.stem]
     if len(weights) != 1:
         raise InvalidCheckpoint(f"{source} holds {len(weights)} checkpoints: name one of {[p.name for p in weights]}")
     return weights[0]
 
 
-def _beside(source: Path) -> Path | None:
+def _config_next_to(source: Path) -> Path | None:
     path = (source if source.is_dir() else source.parent) / CONFIG_NAME
     return path if path.exists() else None
 

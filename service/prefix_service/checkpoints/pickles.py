@@ -1,9 +1,9 @@
-"""The tensors of a pickled checkpoint, read on its owner's own machine.
+"""Reads the tensors of a pickled checkpoint, on its owner's machine.
 
-Opening a pickle can run code, so it happens where the owner asks for it, and never in the service: first with
-`torch.load(weights_only=True)`, then with nothing but torch's own containers allowed beside it, and only on request
-without restriction (CVE-2025-32434). Objects from a pickle are foreign, and a damaged one fails anywhere: only this
-module touches them, and only plain tensors leave it.
+Opening a pickle can run code, so it happens only where the owner asks for it, and never in the service: first with
+`torch.load(weights_only=True)`, then with torch's own containers allowed too, and only on request without restriction
+(CVE-2025-32434). Objects from a pickle are foreign, and a damaged pickle can fail anywhere: only this module touches
+them, and only plain tensors leave it.
 """
 
 import io
@@ -27,14 +27,14 @@ from prefix_service.prefix.checkpoint import shown_names
 from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, require_name, shown_name
 from prefix_service.prefix.safetensors_tensors import NAMES
 
-# What training frameworks wrap a state dict in: Lightning, accelerate and torch recipes, DeepSpeed.
+# Keys under which training frameworks store a state dict: Lightning, accelerate and torch recipes, DeepSpeed.
 _CONTAINERS: Final = ("state_dict", "model_state_dict", "model", "module")
 _SAFE_CONTAINERS: Final[list[Callable[..., Any] | tuple[Callable[..., Any], str]]] = [
     nn.ParameterList,
     nn.ParameterDict,
 ]
 _PLAIN: Final = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
-# Python's own unpickler. That in C fills 64 GiB with zeros when a damaged byte makes it remember object 2^32.
+# Python's own unpickler: the one in C fills 64 GiB with zeros if a damaged byte makes it memoise object 2^32.
 _UNRESTRICTED: Final[Any] = SimpleNamespace(
     __name__="pickle", Unpickler=pickle.__dict__["_Unpickler"], load=pickle.__dict__["_load"]
 )
@@ -49,7 +49,7 @@ _MAX_VALUES: Final = 1 << 20
 class Pickled:
     """A pickled checkpoint: how it was opened, its tensors by dotted name, and the names of objects of other kinds.
 
-    `scope` is the beginning of the names of the state dict, where a training framework wrapped it.
+    `scope` is the prefix of the state dict's names if a training framework wrapped the state dict, else empty.
     """
 
     opened: str
@@ -61,7 +61,7 @@ class Pickled:
         """Returns a contiguous copy of a tensor.
 
         Raises:
-            InvalidCheckpoint: it is not a plain tensor of float32, float16 or bfloat16.
+            InvalidCheckpoint: the tensor is not plain, not of float32, float16 or bfloat16, or repeats its values.
         """
         tensor, shown = self.tensors[name], shown_name(name)
         require_name(name)
@@ -74,18 +74,18 @@ class Pickled:
                 f"{shown} has dtype {str(tensor.dtype).removeprefix('torch.')}, and a prefix is float32, float16 or "
                 "bfloat16"
             )
-        # A few damaged bytes make a view that repeats its memory a million times.
+        # A few damaged bytes can make a view that repeats its memory a million times.
         if tensor.nbytes > tensor.untyped_storage().nbytes():
             raise InvalidCheckpoint(f"{shown} of shape {list(tensor.shape)} repeats the values of a smaller tensor")
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_pickle(path: Path, *, unsafe: bool) -> Pickled:
-    """Unpickle as strictly as works, and collect the tensors.
+    """Opens a pickle with the strictest method that works, and collects its tensors.
 
     Raises:
-        UnsafeCheckpoint: it needs more than tensors and torch's containers, and `unsafe` is false.
-        InvalidCheckpoint: it is damaged, or no mapping.
+        UnsafeCheckpoint: the pickle needs more than tensors and torch's containers, and `unsafe` is false.
+        InvalidCheckpoint: the pickle is damaged, or is not a mapping.
     """
     _check_file(path)
     opened, state = _opened(path, unsafe=unsafe)
@@ -99,7 +99,7 @@ def read_pickle(path: Path, *, unsafe: bool) -> Pickled:
 
 
 def _check_file(path: Path) -> None:
-    """Raises InvalidCheckpoint if a file is no output of torch.save, or its checksums show damage."""
+    """Raises InvalidCheckpoint if the file was not written by torch.save, or its checksums show damage."""
     with _damage_of(path):
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
@@ -107,12 +107,12 @@ def _check_file(path: Path) -> None:
             if start == _LFS_POINTER:
                 raise InvalidCheckpoint(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`")
             if not start.startswith(pickle.PROTO):
-                raise InvalidCheckpoint(f"{path} is no file that torch.save wrote")
+                raise InvalidCheckpoint(f"{path} was not written by torch.save")
             return
         # torch.load does not compare the checksums of a zip's members.
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                if not member.CRC:  # torch.save writes 0 where it was configured to compute none
+                if not member.CRC:  # torch.save writes 0 if it is configured to compute none
                     continue
                 with archive.open(member) as content:
                     while content.read(_CHUNK):
@@ -144,16 +144,16 @@ def _opened(path: Path, *, unsafe: bool) -> tuple[str, Any]:
 
 def _load(path: Path, *, weights_only: bool) -> Any:
     module = None if weights_only else _UNRESTRICTED
-    # Warnings are on pickle protocols: it works or fails.
+    # The warnings are about pickle protocols, which either work or fail.
     with _damage_of(path), warnings.catch_warnings(action="ignore"), _BoundedReader(io.FileIO(path)) as file:
         return torch.load(file, map_location="cpu", pickle_module=module, weights_only=weights_only)
 
 
 class _BoundedReader(io.BufferedReader):
-    """A file that never allocates more than it holds: a damaged pickle asks for gigabytes, and Python obeys."""
+    """A file that never allocates more than it holds; a damaged pickle can ask Python to read gigabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Returns at most `size` bytes, fewer at the end."""
+        """Returns at most `size` bytes, fewer at the end of the file."""
         left = max(os.fstat(self.fileno()).st_size - self.tell(), 0)
         return super().read(left if size is None or size < 0 else min(size, left))
 
@@ -184,17 +184,17 @@ def _scope(state: Mapping[Any, Any]) -> str:
 
 @dataclass(slots=True)
 class _Collected:
-    """Tensors under dotted names, and names of objects that may hold tensors out of sight."""
+    """Tensors by dotted name, and the names of objects in which tensors may be hidden."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     objects: list[str] = field(default_factory=list)
     seen: int = 0
 
     def add(self, name: str, value: Any, depth: int) -> None:
-        """Collect the tensors in `value`, under names that begin with `name`.
+        """Collects the tensors in `value`, under names that begin with `name`.
 
         Raises:
-            InvalidCheckpoint: two tensors have one name, or the values are too many or nested too deeply.
+            InvalidCheckpoint: two tensors have the same name, or there are too many values, or too deeply nested ones.
         """
         self.seen += 1
         if depth > _MAX_DEPTH or self.seen > _MAX_VALUES:

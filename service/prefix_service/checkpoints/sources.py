@@ -1,4 +1,4 @@
-"""Checkpoints on their owner's machine: what there is in a folder, read lazily, and the prefix cut out of it."""
+"""Checkpoints on their owner's machine: finds the weights in a folder, reads them lazily, and cuts the prefix out."""
 
 import io
 import os
@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from prefix_service.checkpoints.names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.errors import InvalidCheckpoint, InvalidConfig, UnsafeCheckpoint
-from prefix_service.prefix.checkpoint import LAYOUTS, Match, Shape, find_prefix
+from prefix_service.prefix.checkpoint import CHECKPOINT_LAYOUTS, Match, Shape, find_prefix
 from prefix_service.prefix.config import config_type_of
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import parse_config_json
 from prefix_service.prefix.safetensors_header import (
     WEIGHT_DTYPES,
     Header,
     TensorEntry,
+    header_bytes,
     header_length,
     parse_checkpoint_header,
     require_dtype,
@@ -26,13 +27,17 @@ from prefix_service.prefix.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ORDER: Final = ("F32", "BF16", "F16")
+"""The order in which the safetensors library writes tensors of these dtypes, each by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is sent to the service: the config, the weights, what was cut out of which files, if anything was, and the
-    model card, if there is one."""
+    """The files of an upload.
+
+    `cut_from` describes which tensors of which layout were cut out of a larger checkpoint; None if the file is sent as
+    it is. `card` is the model card, or None.
+    """
 
     config: bytes
     weights: BinaryIO
@@ -43,17 +48,18 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class TensorFiles:
-    """The tensors of one or several safetensors files, by name; none is read before it is asked for."""
+    """The tensors of one or several safetensors files by name; each is read when it is asked for."""
 
     shapes: Mapping[str, Shape]
     _entries: Mapping[str, tuple[Path, TensorEntry]]
 
     @classmethod
     def open(cls, paths: list[Path]) -> "TensorFiles":
-        """Read the headers.
+        """Reads the headers of the files.
 
         Raises:
-            InvalidCheckpoint: a file cannot be read, is no sound safetensors file, or repeats a name of another.
+            InvalidCheckpoint: a file cannot be read, is not a sound safetensors file, or repeats a name of another
+            file.
             UnsafeCheckpoint: a file is a pickle.
         """
         entries: dict[str, tuple[Path, TensorEntry]] = {}
@@ -68,10 +74,19 @@ class TensorFiles:
         """Returns one tensor of the prefix.
 
         Raises:
-            InvalidCheckpoint: it is not float32, float16 or bfloat16, or the file became shorter.
+            InvalidCheckpoint: the tensor is not float32, float16 or bfloat16, or the file has become shorter.
         """
         from prefix_service.prefix.safetensors_tensors import tensor_at
 
+        entry, data = self.data(name)
+        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+
+    def data(self, name: str) -> tuple[TensorEntry, bytearray]:
+        """Returns the entry of one tensor of the prefix, and its bytes.
+
+        Raises:
+            InvalidCheckpoint: as `tensor` does.
+        """
         path, entry = self._entries[name]
         require_dtype(name, entry, WEIGHT_DTYPES)
         with readable(path), path.open("rb") as file:
@@ -79,7 +94,7 @@ class TensorFiles:
             data = bytearray(file.read(entry.stop - entry.start))
         if len(data) != entry.stop - entry.start:
             raise InvalidCheckpoint(f"{path} ends inside of {shown_name(name)}")
-        return tensor_at(memoryview(data), replace(entry, start=0, stop=len(data)))
+        return entry, data
 
 
 def _header(path: Path) -> Header:
@@ -95,7 +110,7 @@ def _header(path: Path) -> Header:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raises InvalidCheckpoint where the block cannot read the file or folder `path`."""
+    """Raises InvalidCheckpoint if the block cannot read the file or folder `path`."""
     try:
         yield
     except OSError as error:
@@ -103,20 +118,20 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def prepare_upload(source: Path, config: Path | None = None) -> Upload:
-    """The upload of an adapter's folder, or of a full training checkpoint's, whose prefix is cut out.
+    """Returns the upload of an adapter's folder, or of a full training checkpoint, whose prefix is cut out.
 
-    What `save_pretrained` wrote goes as it is, byte for byte, with the task head that may stand beside the prefix, and
-    with the folder's README.md as the model card.
+    Files that `save_pretrained` wrote are sent byte for byte, with a task head if they have one, and with the folder's
+    README.md as the model card.
 
     Raises:
-        InvalidConfig: there is no adapter_config.json, or it is that of another kind of adapter, as LORA.
-        UnsafeCheckpoint: there are only pickles.
-        InvalidCheckpoint: there are no weights, no one prefix among them, or a file cannot be read.
+        InvalidConfig: there is no adapter_config.json, or it belongs to another kind of adapter, such as LORA.
+        UnsafeCheckpoint: all weights are pickles.
+        InvalidCheckpoint: there are no weights, or none or several prefixes among them, or a file cannot be read.
     """
     folder = source if source.is_dir() else source.parent
     config_path = config or folder / CONFIG_NAME
     if not config_path.is_file():
-        raise InvalidConfig(f"there is no {config_path}: name the adapter's config with --config")
+        raise InvalidConfig(f"there is no {config_path}, the adapter's config, which PEFT writes beside the weights")
     with readable(config_path):
         config_json = config_path.read_bytes()
     config_type_of(parse_config_json(config_json, str(config_path)))
@@ -127,36 +142,40 @@ def prepare_upload(source: Path, config: Path | None = None) -> Upload:
     card_path = folder / CARD_NAME
     with readable(card_path):
         card = card_path.read_bytes() if source.is_dir() and card_path.is_file() else None
-    if len(paths) == 1 and (not others or match.layout is LAYOUTS[0]):
+    if len(paths) == 1 and (not others or match.layout is CHECKPOINT_LAYOUTS[0]):
         with readable(paths[0]):
             return Upload(config_json, paths[0].open("rb"), paths[0].stat().st_size, None, card)
-    from safetensors.torch import save
-
-    weights = save(cut(files, match))
+    weights = _cut(files, match)
     what = f"{len(match.tensors)} of {len(files.shapes)} tensors ({match.layout.name})"
     return Upload(config_json, io.BytesIO(weights), len(weights), what, card)
 
 
-def cut(files: TensorFiles, match: Match) -> "dict[str, Tensor]":
-    """The tensors of a prefix alone, under the names that they have."""
-    return {name: files.tensor(name) for name in match.tensors.values()}
+def _cut(files: TensorFiles, match: Match) -> bytes:
+    """Returns a safetensors file of the tensors of a prefix alone, by their names in the checkpoint.
+
+    The safetensors library, which needs torch, would write the same bytes.
+    """
+    read = {name: files.data(name) for name in match.tensors.values()}
+    order = sorted(read, key=lambda name: (_ORDER.index(read[name][0].dtype), name))
+    header = header_bytes({name: read[name][0] for name in order})
+    return b"".join([header, *(read[name][1] for name in order)])
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The safetensors files that hold the weights: the adapter's own, else every shard of a full checkpoint.
+    """Returns the safetensors files that hold the weights: the adapter's own, else every shard of a full checkpoint.
 
     Raises:
-        UnsafeCheckpoint: there are only pickles.
-        InvalidCheckpoint: there are none at all.
+        UnsafeCheckpoint: all weights are pickles.
+        InvalidCheckpoint: there are no weights.
     """
     if source.is_dir():
         own = source / WEIGHTS_NAME
         with readable(source):
             found = [own] if own.exists() else sorted(source.glob("*.safetensors"))
-            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLES)
+            pickles = sorted(path for path in source.iterdir() if path.suffix in PICKLE_SUFFIXES)
     else:
         found = [source] if source.suffix == ".safetensors" else []
-        pickles = [source] if source.suffix in PICKLES else []
+        pickles = [source] if source.suffix in PICKLE_SUFFIXES else []
     if found:
         return found
     if pickles:

@@ -22,7 +22,7 @@ from prefix_service.cli.commands import (
     tenant,
     usage,
 )
-from prefix_service.cli.console import complain, print_error
+from prefix_service.cli.console import complain, error_line, print_error
 from prefix_service.cli.options import with_way
 from prefix_service.errors import PrefixServiceError
 
@@ -35,6 +35,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _WRONG_USAGE: Final = 2
+OF_SERVER: Final = frozenset(
+    {
+        *("alembic", "anyio", "fastapi", "limits", "orjson", "prometheus_client", "pydantic_settings", "rfc8785"),
+        *("sqlalchemy", "starlette", "structlog", "uvicorn"),
+    }
+)
+"""What the extra `server` brings."""
+_NEEDS_SERVER: Final = "this command runs a service or works on its folder: pip install 'prefix-service[server]'"
 
 serve.register(app)
 publishing.register(app)
@@ -85,14 +93,22 @@ def run() -> None:
     try:
         app(prog_name="prefix-service")
     except PrefixServiceError as error:
-        request = "" if error.request_id is None else f" (request {error.request_id})"
-        complain(f"error ({error.code}): {error}{request}")
+        complain(error_line(error))
         if wants_json:
             print_error(error.code, str(error), error.request_id)
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in OF_SERVER:
+            raise
+        complain(f"error (extra-missing): {_NEEDS_SERVER}")
+        if wants_json:
+            print_error("extra-missing", _NEEDS_SERVER)
+        sys.exit(1)
     except SystemExit as end:
-        if end.code == _WRONG_USAGE and wants_json:
+        if wants_json and end.code == _WRONG_USAGE:
             print_error("wrong-usage", _reason(end))
+        elif wants_json and isinstance(end.__context__, typer.Abort):
+            print_error("aborted", "it was ended before it was done")
         raise
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from prefix_service.errors import PrefixServiceError
 from prefix_service.system.printable import printable, printable_lines
 
 console = Console()
@@ -51,13 +52,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
             _print_fields(names, row)
         return
     numeric = [bool(rows) and all(isinstance(row[index], int | float) for row in rows) for index in range(len(names))]
-    _print_line(_joined(names, widths, numeric), "bold")
+    _print_row(names, widths, numeric, "bold")
     _print_line((" " * _GAP).join("-" * width for width in widths), "dim")
     for row in cells:
-        folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for index in range(max(map(len, folded))):
-            line = [lines[index] if index < len(lines) else "" for lines in folded]
-            _print_line(_joined(line, widths, numeric))
+        _print_row(row, widths, numeric)
+
+
+def _print_row(cells: Sequence[str], widths: list[int], numeric: list[bool], style: str = "") -> None:
+    folded = [_folded(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    for index in range(max(map(len, folded))):
+        line = [lines[index] if index < len(lines) else "" for lines in folded]
+        _print_line(_joined(line, widths, numeric), style)
 
 
 def print_fields(title: str, fields: Mapping[str, object]) -> None:
@@ -141,8 +146,23 @@ def _print_line(line: str = "", style: str = "") -> None:
 
 
 def say(line: str = "") -> None:
-    """Write one line to standard output, never wrapped."""
-    _print_line(printable(line))
+    """Write a sentence to standard output."""
+    _print_sentence(console, line)
+
+
+def _print_sentence(to: Console, line: str, style: str = "") -> None:
+    """Print a line; a terminal that is narrower gets it folded between words. What is indented is meant to be copied,
+    and stays one line."""
+    text = printable(line)
+    fits = not to.is_terminal or text.startswith(" ")
+    for part in [text] if fits else _folded(text, to.width):
+        to.print(Text(part, style=style), soft_wrap=True)
+
+
+def error_line(error: PrefixServiceError) -> str:
+    """Returns an error as one line: its code, what was wrong, and the id of its request if there was one."""
+    request = "" if error.request_id is None else f" (request {error.request_id})"
+    return f"error ({error.code}): {error}{request}"
 
 
 def report(line: str, document: Mapping[str, Any], *, as_json: bool) -> None:
@@ -160,13 +180,13 @@ def say_lines(text: str) -> None:
 
 
 def note(line: str) -> None:
-    """Write one line to standard error, never wrapped."""
-    errors_console.print(Text(printable(line)), soft_wrap=True)
+    """Write a sentence to standard error."""
+    _print_sentence(errors_console, line)
 
 
 def complain(line: str) -> None:
-    """Write one line in red to standard error, never wrapped."""
-    errors_console.print(Text(printable(line), style="red"), soft_wrap=True)
+    """Write a sentence in red to standard error."""
+    _print_sentence(errors_console, line, "red")
 
 
 def working(what: str) -> Status:

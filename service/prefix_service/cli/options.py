@@ -5,10 +5,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 
 import typer
 from rich.prompt import Confirm
@@ -32,7 +33,7 @@ ApiKey = Annotated[
 ]
 Uds = Annotated[Path | None, typer.Option("--uds", help="The Unix socket that the service listens on.")]
 CaFile = Annotated[Path | None, typer.Option("--ca-file", help="Certificate authorities to trust, a PEM file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Ref = Annotated[
     str,
@@ -55,15 +56,61 @@ def with_way(command: Callable[..., Any]) -> Callable[..., Any]:
     options = {"uds": Uds, "ca_file": CaFile}
 
     @wraps(command)
-    def call(*args: Any, **given: Any) -> Any:
+    def call(**given: Any) -> Any:
         _way.set({name: given.pop(name) for name in options})
-        return command(*args, **given)
+        return command(**given)
 
     signature = inspect.signature(command)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    more = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in options.items()]
-    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])  # type: ignore[attr-defined]
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+        for name, option in options.items()
+    ]
+    call.__signature__ = signature.replace(parameters=_with_json_last([*signature.parameters.values(), *more]))  # type: ignore[attr-defined]
     return call
+
+
+def unfolded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an option for each field of its parameters that are dataclasses, which keep what commands share in
+    one place."""
+    signature = inspect.signature(command, eval_str=True)
+    shared: dict[str, Any] = {
+        name: it.annotation for name, it in signature.parameters.items() if is_dataclass(it.annotation)
+    }
+
+    @wraps(command)
+    def call(**given: Any) -> Any:
+        made = {
+            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)}) for name, kind in shared.items()
+        }
+        return command(**given, **made)
+
+    own = [it for name, it in signature.parameters.items() if name not in shared]
+    more = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
+        )
+        for annotations, kind in ((get_type_hints(kind, include_extras=True), kind) for kind in shared.values())
+        for field in fields(kind)
+    ]
+    call.__signature__ = signature.replace(parameters=_with_json_last([*own, *more]))  # type: ignore[attr-defined]
+    return call
+
+
+def _with_json_last(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    """Returns parameters as a help shows them: what a command does first, then how it leads to a service."""
+    keyword = [it.replace(kind=inspect.Parameter.KEYWORD_ONLY) for it in parameters]
+    return sorted(keyword, key=lambda it: it.name == "as_json")
+
+
+def chosen_socket() -> Path | None:
+    """Returns the Unix socket that the command was given."""
+    socket: Path | None = _way.get().get("uds")
+    return socket
+
+
+def address(url: str) -> str:
+    """Returns what a person is told of where the service is."""
+    return url if (socket := chosen_socket()) is None else f"unix:{socket}"
 
 
 @contextlib.contextmanager
@@ -82,9 +129,9 @@ def connect(
     from prefix_service.client import PrefixClient
 
     way = _way.get()
-    with waiting_for(url), PrefixClient(url, timeout=_PATIENCE, **way) as probe:
+    with waiting_for(address(url)), PrefixClient(url, timeout=_PATIENCE, **way) as probe:
         probe.is_ready()
-    said = contextlib.nullcontext() if shows_progress else waiting_for(url)
+    said = contextlib.nullcontext() if shows_progress else waiting_for(address(url))
     with said, PrefixClient(url, api_key, cache_bytes=cache_bytes, **way) as client:
         yield client
 

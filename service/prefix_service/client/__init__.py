@@ -1,4 +1,4 @@
-"""What a worker installs: a client that turns an adapter's id into `past_key_values`.
+"""The client that a worker installs: it turns an adapter's id into `past_key_values`.
 
 from prefix_service.client import PrefixClient
 
@@ -10,19 +10,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefix_service.client.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client.flows.management import ServiceInfo
 from prefix_service.client.flows.resolving import ResolvedVersion
+from prefix_service.prefix.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
 
-__all__ = ["AsyncPrefixClient", "MixedPrefix", "Prefix", "PrefixClient", "ResolvedVersion"]
+__all__ = [
+    "AsyncPrefixClient",
+    "Fingerprint",
+    "MixedPrefix",
+    "Prefix",
+    "PrefixClient",
+    "ResolvedVersion",
+    "ServiceInfo",
+]
 
 _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": "prefix_service.client.prefixes.prefix"}
 
 
 def __getattr__(name: str) -> Any:
-    """`Prefix` and `MixedPrefix` bring torch, which takes seconds: only who asks for them waits."""
+    """Returns `Prefix` or `MixedPrefix`; they import torch, which takes seconds, so they are imported on demand."""
     if name not in _NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_NEED_TORCH[name]), name)

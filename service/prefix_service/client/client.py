@@ -135,9 +135,11 @@ class _Client:
         return allocate_for_many(size, pinned=self._pin_memory)
 
     def clear_cache(self) -> None:
-        """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched.
-        Only this does: a deletion or a revoked key does not reach into the cache of a worker."""
+        """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched,
+        and the fingerprints of base models. Only this does: a deletion or a revoked key does not reach into the cache
+        of a worker."""
         self._reading.memory.clear()
+        self._reading.fingerprints.clear()
         if self._reading.disk is not None:
             self._reading.disk.clear()
 
@@ -159,12 +161,15 @@ class PrefixClient(_Client):
     get_many = blocking(calls.get_many)
     prefetch = blocking(calls.prefetch)
     resolve = blocking(calls.resolve)
+    base_model = blocking(calls.base_model)
+    put_base_model = blocking(calls.put_base_model)
     publish = blocking(calls.publish)
     publish_files = blocking(calls.publish_files)
     compose = blocking(calls.compose)
     inspect = blocking(calls.inspect)
     float8_error = blocking(calls.float8_error)
     list = blocking(calls.list_adapters)
+    list_page = blocking(calls.list_page)
     is_ready = blocking(calls.is_ready)
 
     versions = blocking(plain(management.versions))
@@ -192,6 +197,8 @@ class PrefixClient(_Client):
     put_card = blocking(plain(management.put_card))
     annotations = blocking(plain(management.annotations))
     put_annotations = blocking(plain(management.put_annotations))
+    config_file = blocking(plain(management.config_file))
+    service = blocking(plain(management.service))
     usage = blocking(plain(management.usage))
 
     def close(self) -> None:
@@ -222,12 +229,15 @@ class AsyncPrefixClient(_Client):
     get_many = awaited(calls.get_many)
     prefetch = awaited(calls.prefetch)
     resolve = awaited(calls.resolve)
+    base_model = awaited(calls.base_model)
+    put_base_model = awaited(calls.put_base_model)
     publish = awaited(calls.publish)
     publish_files = awaited(calls.publish_files)
     compose = awaited(calls.compose)
     inspect = awaited(calls.inspect)
     float8_error = awaited(calls.float8_error)
     list = awaited(calls.list_adapters)
+    list_page = awaited(calls.list_page)
     is_ready = awaited(calls.is_ready)
 
     versions = awaited(plain(management.versions))
@@ -255,6 +265,8 @@ class AsyncPrefixClient(_Client):
     put_card = awaited(plain(management.put_card))
     annotations = awaited(plain(management.annotations))
     put_annotations = awaited(plain(management.put_annotations))
+    config_file = awaited(plain(management.config_file))
+    service = awaited(plain(management.service))
     usage = awaited(plain(management.usage))
 
     async def close(self) -> None:

@@ -5,13 +5,14 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank, check_rank
+from prefix_service.prefix.variant import KVDtype, Span
 
 _DTYPES: Final = get_args(KVDtype)
 _DEFAULT_URL: Final = "http://127.0.0.1:8080"
@@ -31,7 +32,7 @@ class PrefixOptions(TypedDict, total=False):
     materialise: bool
 
 
-def form(
+def prefix_options(
     *,
     batch_size: int = 1,
     dtype: KVDtype | None = None,
@@ -145,6 +146,18 @@ def file(name: str, value: Any) -> BinaryIO:
     if not isinstance(value, bytes) and not callable(getattr(value, "read", None)):
         raise InvalidRequest(f"{name} must be a file that is open for reading in binary mode, got {value!r:.100}")
     return cast("BinaryIO", value)
+
+
+def fingerprint(name: str, value: Any) -> Mapping[str, Any]:
+    """Returns the JSON object of a fingerprint.
+
+    Raises:
+        InvalidRequest: the value is something else, or a field has another type.
+    """
+    if not isinstance(value, Fingerprint):
+        raise InvalidRequest(f"{name} must be a Fingerprint, got {value!r:.100}")
+    json_bytes(name, value.known())
+    return Fingerprint.of(value.known()).known()
 
 
 def references(value: Any) -> list[str]:

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 from prefix_service import errors
 from prefix_service.errors import InvalidResponse, PrefixServiceError, TooLarge, Unavailable
-from prefix_service.prefix.form import MEDIA_TYPE, KVDtype, Span
 from prefix_service.prefix.ranks import Rank
 from prefix_service.prefix.references import Reference, check_name
+from prefix_service.prefix.variant import MEDIA_TYPE, KVDtype, Span
 from prefix_service.prefix.wire.digests import Algorithm, digest_of, parse_digests
 
 Files = Mapping[str, bytes | BinaryIO]
@@ -79,7 +79,7 @@ class Answer:
         try:
             return json.loads(bytes(self.body))
         except (ValueError, RecursionError) as error:
-            raise self._invalid(f"the answer is not JSON that can be read: {bytes(self.body[:80])!r}") from error
+            raise InvalidResponse(f"the answer is not JSON that can be read: {bytes(self.body[:80])!r}") from error
 
     def json_object(self) -> dict[str, Any]:
         """Returns the JSON object in the body.
@@ -89,14 +89,11 @@ class Answer:
         """
         content_type = self.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "application/json":
-            raise self._invalid(f"the answer should be application/json, got {content_type or 'nothing'!r:.100}")
+            raise InvalidResponse(f"the answer should be application/json, got {content_type or 'nothing'!r:.100}")
         found = self.json()
         if not isinstance(found, dict):
-            raise self._invalid(f"the answer should be a JSON object, got {bytes(self.body[:80])!r}")
+            raise InvalidResponse(f"the answer should be a JSON object, got {bytes(self.body[:80])!r}")
         return found
-
-    def _invalid(self, reason: str) -> InvalidResponse:
-        return InvalidResponse(reason).met_by(self.request_id)
 
 
 @dataclass(frozen=True, slots=True)

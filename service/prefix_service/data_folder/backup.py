@@ -1,4 +1,4 @@
-"""A copy of a data folder while the service runs: itself a data folder, for `serve` to start on elsewhere."""
+"""Copies a data folder while the service runs. The copy is itself a data folder, which `serve` can start on."""
 
 import contextlib
 import os
@@ -19,8 +19,10 @@ from prefix_service.system.disk import PRIVATE_FOLDER, make_private, translated,
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """What was copied: blobs and their bytes, and the digests that the catalog names and the folder lacks, or holds
-    damaged."""
+    """The result of a backup: the number of copied blobs, their bytes, and the `lost` digests.
+
+    A digest is lost if the catalog names it, but its blob is missing or damaged.
+    """
 
     blobs: int
     nbytes: int
@@ -28,22 +30,22 @@ class Backup:
 
 
 def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -> Backup:
-    """Copy the data folder to `target`; `progress` is told the bytes of each blob that is there.
+    """Copies the data folder to `target`; calls `progress` with the size of each copied blob.
 
-    Blobs first, then a snapshot of the catalog, then the blobs that were published meanwhile: what the snapshot names
-    is there, since a blob that is let go stays for the grace period. Every blob is verified as it is read. The keys'
-    secret comes along where it is kept in the folder; `bootstrap.key` does not.
+    It copies the blobs, then a snapshot of the catalog, then the blobs that were published in the meantime. Every blob
+    that the snapshot names is thus copied, since a blob that is no longer needed stays for the grace period. Every blob
+    is verified as it is read. The keys' secret is copied if it is in the folder; `bootstrap.key` is not.
 
     Raises:
-        NotFound: the folder holds no catalog.
-        Conflict: there is something at `target`.
+        NotFound: the folder has no catalog.
+        Conflict: `target` exists.
         OutOfSpace, StorageFailed: the disk refused.
     """
     source = catalog_file(settings.data_dir)
     if not source.exists():
-        raise NotFound(f"{settings.data_dir} is no data folder: it has no {source.name}")
+        raise NotFound(f"{settings.data_dir} is not a data folder: it has no {source.name}")
     if target.exists():
-        raise Conflict(f"{target} is there already: name a folder that is not")
+        raise Conflict(f"{target} exists: name a new folder")
     partial = target.with_name(f"{target.name}.partial")
     with translated(f"write the backup {target}"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -70,7 +72,8 @@ class _Copy:
     def add(self, digests: Iterable[str]) -> None:
         for digest in digests:
             if digest not in self.done:
-                # Collected meanwhile, lost or damaged: whether it is missed, the catalog's snapshot tells.
+                # A blob that is collected, lost or damaged is skipped here; the catalog's snapshot decides whether it
+                # counts as lost.
                 with contextlib.suppress(NotFound, CorruptBlob):
                     self._copy(digest)
 
@@ -84,8 +87,8 @@ class _Copy:
 
 
 def _snapshot(source: Path, target: Path) -> None:
-    """Copies the catalog as it is at one moment. Writers wait meanwhile: nothing is flushed here, but in the end."""
-    make_private(target)  # SQLite takes the mode of a file that is there
+    """Copies the catalog as it is at one moment. Writers wait during the copy, so it is not flushed until the end."""
+    make_private(target)  # SQLite keeps the mode of an existing file
     with (
         contextlib.closing(sqlite3.connect(source, timeout=30)) as before,
         contextlib.closing(sqlite3.connect(target)) as after,

@@ -1,4 +1,4 @@
-"""Garbage collection: blobs that no version names any more go, while everything else goes on."""
+"""Garbage collection: removes blobs that no version names any more, while the service runs."""
 
 import contextlib
 import logging
@@ -13,7 +13,13 @@ from prefix_service.blobs.folder import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.retention import expire_audit, expire_sessions, expire_usage
+from prefix_service.catalog.retention import (
+    Retention,
+    expire_audit,
+    expire_changes,
+    expire_sessions,
+    expire_usage,
+)
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -21,13 +27,13 @@ log = logging.getLogger("prefix_service")
 
 _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
-_LOOK: Final = 0.5  # seconds between two looks for what was deleted
-_REST: Final = 0.05  # seconds, at least, that others can write between two slices
+_LOOK: Final = 0.5  # seconds between two checks for deletions
+_REST: Final = 0.05  # seconds, at least, in which others can write between two slices
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What one collection freed: blobs, their bytes, and leftovers of unfinished uploads."""
+    """The result of a collection: the removed blobs, their bytes, and the removed leftovers of unfinished uploads."""
 
     blobs: int
     nbytes: int
@@ -36,8 +42,11 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A version whose blobs are not all there. Lost keys and values are made again when they are asked for; lost
-    weights come back when the same files are published again."""
+    """A version with missing blobs.
+
+    Missing keys and values are computed again when they are asked for; missing weights are restored by publishing the
+    same files again.
+    """
 
     version: str
     weights: bool
@@ -45,17 +54,20 @@ class Lost:
 
 
 class Collector:
-    """Blocking. A blob goes when no version names it, none did within the last `grace` seconds, and it was not
-    committed within them either, so whatever a running upload has just stored stays."""
+    """Removes blobs that no version names. Its methods block.
+
+    A blob is removed if no version has named it within the last `grace` seconds, and it was not committed within them
+    either, so the blobs of a running upload stay.
+    """
 
     def __init__(self, garbage: Garbage, blobs: BlobStore, grace: float) -> None:
         self._garbage, self._blobs, self._grace = garbage, blobs, grace
 
     def collect(self) -> Collected:
-        """Free what nobody needs.
+        """Removes leftovers of uploads, and blobs that no version names; returns how many.
 
         Raises:
-            StorageFailed: the disk or the catalog refused; what went before it is gone.
+            OutOfSpace, Unavailable, StorageFailed: the disk or the catalog refused; some blobs may be removed.
         """
         leftovers = self._blobs.sweep(older_than=self._grace)
         blobs = nbytes = 0
@@ -70,7 +82,7 @@ class Collector:
         return Collected(blobs, nbytes, leftovers)
 
     def reconcile(self) -> list[Lost]:
-        """The versions whose blobs are not there, each told in the log too.
+        """Returns the versions with missing blobs, and logs each of them.
 
         Raises:
             StorageFailed: the disk or the catalog refused.
@@ -92,17 +104,16 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """What the collector's thread does: it removes what was deleted, and sessions that ended; it frees blobs, and keeps
-    the audit `audit_days` and usage `usage_days`."""
+    """What the collector's thread does: it removes what was deleted, frees blobs, and removes what is older than
+    `retention` says, and sessions that ended."""
 
-    def __init__(self, database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> None:
-        self._database, self._grace = database, grace
-        self._audit_days, self._usage_days = audit_days, usage_days
+    def __init__(self, database: Database, blobs: BlobStore, grace: float, retention: Retention) -> None:
+        self._database, self._grace, self._retention = database, grace, retention
         self._garbage, self._deletions = Garbage(database), Deletions(database)
         self._collector = Collector(self._garbage, blobs, grace)
 
     def work(self, stop: threading.Event) -> None:
-        """Goes on until `stop` is set."""
+        """Works until `stop` is set."""
         pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
         _logged(self._collector.reconcile)
         collected = time.monotonic()
@@ -115,14 +126,17 @@ class Housekeeping:
     def _collect(self, stop: threading.Event) -> None:
         self._collector.collect()
         in_slices(lambda: self._garbage.forget(self._grace), stop)
-        in_slices(lambda: expire_audit(self._database, self._audit_days), stop)
-        in_slices(lambda: expire_usage(self._database, self._usage_days), stop)
+        in_slices(lambda: expire_audit(self._database, self._retention.audit), stop)
+        in_slices(lambda: expire_changes(self._database, self._retention.changes), stop)
+        in_slices(lambda: expire_usage(self._database, self._retention.usage), stop)
         in_slices(lambda: expire_sessions(self._database), stop)
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:
-    """Calls until there is nothing more, or `stop` is set. Between two calls others can write for as long as a call
-    took."""
+    """Calls `remove` until it returns False, or `stop` is set.
+
+    Between two calls, it pauses for as long as the call took, so that others can write.
+    """
     more = True
     while more:
         began = time.monotonic()
@@ -135,13 +149,13 @@ def _logged(call: Callable[[], object]) -> None:
     try:
         call()
     except PrefixServiceError as error:
-        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its words say it all
-    except Exception:  # the other tasks of the thread go on
+        log.error("garbage collection failed: %s", error)  # noqa: TRY400 - its message says everything
+    except Exception:  # the other tasks of the thread continue
         log.exception("garbage collection failed")
 
 
 @contextlib.contextmanager
-def collecting(database: Database, blobs: BlobStore, grace: float, audit_days: int, usage_days: int) -> Iterator[None]:
+def collecting(database: Database, blobs: BlobStore, grace: float, retention: Retention) -> Iterator[None]:
     """Looks for lost blobs once, then removes again and again what nobody needs, in a thread, while the block runs."""
-    with in_background("collector", Housekeeping(database, blobs, grace, audit_days, usage_days).work):
+    with in_background("collector", Housekeeping(database, blobs, grace, retention).work):
         yield

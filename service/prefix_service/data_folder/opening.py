@@ -1,4 +1,4 @@
-"""The data folder of an embedded service: who may use it, and what a first start puts there."""
+"""Opens the data folder of an embedded service: locks it, and creates its contents at the first start."""
 
 import contextlib
 import errno
@@ -11,6 +11,7 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import collecting
 from prefix_service.errors import Conflict, NotFound, StorageFailed
@@ -20,44 +21,44 @@ from prefix_service.system.reserve import Reserve, reserve_file
 
 
 def catalog_file(data_dir: Path) -> Path:
-    """The catalog's SQLite file."""
+    """Returns the path of the catalog's SQLite file."""
     return data_dir / "catalog.sqlite"
 
 
 def blob_folder(data_dir: Path) -> Path:
-    """Where the blobs are."""
+    """Returns the path of the blob folder."""
     return data_dir / "blobs"
 
 
 def bootstrap_file(data_dir: Path) -> Path:
-    """Where a first start writes the platform admin's key."""
+    """Returns the path of the file to which a first start writes the platform admin's key."""
     return data_dir / "bootstrap.key"
 
 
 def check(settings: Settings) -> None:
-    """Look whether the catalog could be read and written now.
+    """Checks that the catalog can be read and written now.
 
     Raises:
         OutOfSpace: the disk is full, or nearly.
         StorageFailed: the folder is gone, or the disk refused.
     """
     with translated(f"look for {catalog_file(settings.data_dir)}"):
-        catalog_file(settings.data_dir).stat()  # a connection may read on from a file that has been removed
+        catalog_file(settings.data_dir).stat()  # a connection can go on reading a file that was removed
     if not settings.read_only:
         require_writable(settings.data_dir, "the data folder")
 
 
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[int | None]:
-    """Keep the folder for one service: lock, migrate, make the first key, and collect garbage meanwhile. With
-    `read_only` it is left as it is, and another service may write to it meanwhile.
+    """Locks the folder for one service, migrates the catalog, makes the first key, and collects garbage while the block
+    runs. With `read_only` the folder is not changed, and another service may write to it.
 
-    Yields the lock's file descriptor, None with `read_only`. The lock holds until every process that inherited the
+    Yields the lock's file descriptor, or None with `read_only`. The lock holds until every process that inherited the
     descriptor has ended.
 
     Raises:
-        Conflict: another service runs on it.
-        NotFound: there is no catalog or no secret, and the service may make none.
+        Conflict: another service runs on the folder.
+        NotFound: with `read_only`, there is no catalog or no secret.
         StorageFailed, OutOfSpace: the disk refused.
     """
     data_dir = settings.data_dir
@@ -93,13 +94,13 @@ def _require_complete(settings: Settings) -> None:
         with translated(f"look for {path}"):
             if not path.exists():
                 raise NotFound(
-                    f"{settings.data_dir} is no data folder that can be served --read-only: {path} is missing"
+                    f"{settings.data_dir} is not a data folder that can be served --read-only: {path} is missing"
                 )
 
 
 @contextlib.contextmanager
 def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
-    """The keyring and the tenants of a folder that a service has made, whether or not one runs on it.
+    """Yields the keyring and the tenants of a service's folder, whether or not a service runs on it.
 
     Raises:
         NotFound: there is no catalog.
@@ -108,7 +109,7 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
     place = catalog_file(settings.data_dir)
     with translated(f"look for {place}"):
         if not place.exists():
-            raise NotFound(f"{settings.data_dir} is no data folder of a service: {place} is missing")
+            raise NotFound(f"{settings.data_dir} is not a data folder of a service: {place} is missing")
     database = Database(place)
     try:
         yield Keyring(database, settings.secret_file), Tenants(database)
@@ -117,7 +118,10 @@ def keys_of(settings: Settings) -> Iterator[tuple[Keyring, Tenants]]:
 
 
 def _tighten(settings: Settings) -> None:
-    """Close a folder that an older release, or a copy, left open to others; files of blobs lie in folders."""
+    """Takes a folder away from group and others that an older release, or a copy, left open to them.
+
+    Files of blobs are in folders, so only those folders are changed.
+    """
     data_dir, blobs = settings.data_dir, blob_folder(settings.data_dir)
     files = [data_dir / "lock", data_dir / "key.secret", bootstrap_file(data_dir)]
     found = [data_dir, *files, *data_dir.glob(f"{catalog_file(data_dir).name}*"), blobs, *blobs.glob("*")]
@@ -136,18 +140,19 @@ def _prepared(settings: Settings) -> Iterator[None]:
     Reserve(reserve_file(catalog_file(settings.data_dir))).fill()
     database = Database(catalog_file(settings.data_dir))
     try:
-        with collecting(database, blobs, settings.garbage_grace, settings.audit_days, settings.usage_days):
+        retention = Retention(settings.audit_days, settings.changes_days, settings.usage_days)
+        with collecting(database, blobs, settings.garbage_grace, retention):
             yield
     finally:
         database.close()
 
 
 def _make(settings: Settings) -> None:
-    """A first start: the catalog appears with the first key in it, whose file is there already, or not at all."""
+    """Makes the catalog of a first start. It appears with its first key, whose file exists already, or not at all."""
     place, first_key = catalog_file(settings.data_dir), bootstrap_file(settings.data_dir)
     aside = place.with_name(f"{place.name}.new")
     for left in (aside, first_key):
-        left.unlink(missing_ok=True)  # of a first start that was cut short: no catalog knows this key
+        left.unlink(missing_ok=True)  # left by a first start that was interrupted; no catalog knows this key
     database = Database(aside)
     try:
         if not settings.dev:

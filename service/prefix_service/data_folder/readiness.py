@@ -1,4 +1,4 @@
-"""Whether the next request could be answered: asked often, by many, and looked at once a second at most."""
+"""Checks whether the service can answer the next request, at most once a second however many callers ask."""
 
 import asyncio
 import logging
@@ -14,12 +14,14 @@ log = logging.getLogger("prefix_service")
 
 _REMEMBERED: Final = 1.0  # seconds
 DEADLINE: Final = 2.0
-"""Seconds that the checks may take together."""
+"""The most seconds that all checks together may take."""
 
 
 class Readiness:
-    """Runs `checks`, which block and raise PrefixServiceError, in one thread, however many callers ask. Used on one
-    event loop."""
+    """Runs `checks` in one thread, however many callers ask. Used from one event loop.
+
+    A check blocks, and raises PrefixServiceError if it fails.
+    """
 
     def __init__(self, checks: Sequence[Callable[[], object]], deadline: float = DEADLINE) -> None:
         self._checks = checks
@@ -31,10 +33,10 @@ class Readiness:
         self._valid_until = 0.0
 
     async def require(self) -> None:
-        """Return if all checks pass now, or passed within the last second.
+        """Returns if all checks pass now, or passed within the last second.
 
         Raises:
-            StorageFailed: one does not, or they take longer than the deadline; it says why.
+            StorageFailed: a check fails, or the checks exceed the deadline; the message has the reason.
         """
         if time.monotonic() >= self._valid_until:
             if self._running is None or self._running.done():

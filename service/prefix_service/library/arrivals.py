@@ -1,4 +1,4 @@
-"""Bytes of versions that are being made, counted as used by their tenants."""
+"""Bytes of versions that are being published, counted as used by their tenants."""
 
 import contextlib
 from collections import Counter
@@ -9,19 +9,22 @@ from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, U
 
 
 class Arrivals:
-    """Versions of this process that are being made. Pure state: the catalog's transaction decides in the end."""
+    """The versions that this process is publishing.
+
+    Pure state: in the end, the catalog's transaction decides on quotas.
+    """
 
     def __init__(self) -> None:
         self._bytes: Counter[str] = Counter()
         self._arriving: set[Arrival] = set()
 
     def of(self, tenant: str) -> int:
-        """Returns the bytes of a tenant's versions that are being made."""
+        """Returns the bytes of a tenant's versions that are being published."""
         return self._bytes[tenant]
 
     @contextlib.contextmanager
     def begin(self, tenant: str, by: Principal, room: Room, nbytes: int) -> Iterator["Arrival"]:
-        """Counts a version of at least so many bytes as used by its tenant while the block runs.
+        """Counts a version of at least `nbytes` bytes as used by its tenant while the block runs.
 
         Raises:
             QuotaExceeded: the quota leaves less.
@@ -36,8 +39,10 @@ class Arrivals:
             arrival.end()
 
     def refuse(self, tenants: Collection[str], keys: Collection[str]) -> None:
-        """Ends versions that are being made for tenants that were deleted, or by keys that were revoked: a tenant of
-        the same name that is made now has its whole quota."""
+        """Ends publications for tenants that were deleted, or by keys that were revoked.
+
+        A new tenant of the same name therefore has its whole quota.
+        """
         for arrival in self._arriving:
             if arrival.tenant in tenants and arrival.by.tenant is None:
                 arrival.refuse(NotFound("the tenant was deleted while the request was under way"))
@@ -46,7 +51,7 @@ class Arrivals:
 
 
 class Arrival:
-    """A version that is being made."""
+    """A version that is being published."""
 
     def __init__(self, tenant: str, by: Principal, room: Room, of_tenants: Counter[str]) -> None:
         self.tenant, self.by = tenant, by
@@ -55,19 +60,19 @@ class Arrival:
         self._refusal: PrefixServiceError | None = None
 
     def refuse(self, error: PrefixServiceError) -> None:
-        """Counts nothing any more, and raises this error at the next bytes."""
+        """Stops counting bytes, and raises `error` at the next `hold`."""
         self.end()
         self._refusal = error
 
     def hold(self, nbytes: int) -> None:
-        """Counts at least so many bytes.
+        """Counts at least `nbytes` bytes.
 
-        A version that is no larger than the largest of its adapter needs no room while the tenant makes no other: its
-        content may be known.
+        A version that is no larger than the largest of its adapter needs no room if the tenant publishes nothing else:
+        its content may be known already.
 
         Raises:
-            QuotaExceeded: with the tenant's other versions that are being made, this is more than the quota leaves.
-            Unauthenticated, NotFound: its maker's key or its tenant is gone.
+            QuotaExceeded: this version and the tenant's other publications exceed what the quota leaves.
+            Unauthenticated, NotFound: the publisher's key was revoked, or the tenant was deleted.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -85,7 +90,7 @@ class Arrival:
         self._held = nbytes
 
     def end(self) -> None:
-        """Counts nothing any more."""
+        """Stops counting bytes."""
         self._of_tenants[self.tenant] -= self._held
         if not self._of_tenants[self.tenant]:
             del self._of_tenants[self.tenant]

@@ -1,4 +1,4 @@
-"""What is stored of a version: its weights as they were uploaded, and the keys and values that were made of them."""
+"""The stored data of a version: its weights as uploaded, and the keys and values that were computed from them."""
 
 import contextlib
 import hashlib
@@ -11,12 +11,12 @@ from typing import BinaryIO, Final, TypeVar
 import torch
 from torch import Tensor
 
-from prefix_service.blobs.folder import Beside, BlobStore, Memory, read_range
+from prefix_service.blobs.folder import Allocate, BlobStore, ChunkObserver, read_range
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, ReadBytes, locate_prefix, read_rows, read_weights
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, ReadBytes, locate_prefix, read_rows, read_weights
 from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from prefix_service.prefix.kv import PrefixKV
@@ -30,28 +30,35 @@ log = logging.getLogger("prefix_service")
 
 T = TypeVar("T")
 _KEY_VALUES: Final = "past_key_values"
-_UNWATCHED: Final = contextlib.nullcontext[Beside | None](None)
+_UNOBSERVED: Final = contextlib.nullcontext[ChunkObserver | None](None)
 
 
 class EncodedAgain(Exception):
-    """The keys and values that were asked for are lost; `version` is the same one with the blob that replaced them,
-    whose bits differ. What was planned for the old bits, above all the entity tag, must be planned again."""
+    """The stored keys and values are lost, and others with different bits replaced them.
+
+    `version` is the same version with its new blob. Everything that was planned for the old bits, above all the entity
+    tag, must be planned again.
+    """
 
     def __init__(self, version: Version) -> None:
-        super().__init__(f"{version.tenant}/{version.adapter}@{version.number} was encoded again")
+        super().__init__(f"{version} was encoded again")
         self.version = version
 
 
 class Encodings:
-    """Stored weights, and the keys and values that the encoder makes of them once in a version's life, on a device:
-    a derived blob. Blocking; `memory` is what blobs are best read into for that device."""
+    """Stored weights, and the keys and values that the encoder computes from them once in a version's life.
 
-    def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, memory: Memory) -> None:
-        self._catalog, self._blobs, self._device, self._memory = catalog, blobs, device, memory
+    All methods block. The encoder runs on `device`; `allocate` returns the host memory that suits copies to it.
+    """
 
-    def encoding(self, config: PrefixConfig, file: PrefixFile, read: ReadBytes) -> Generator[None, None, PrefixKV]:
-        """Returns the keys and values of a prefix in a weights file, in host memory; in a step for each block of rows,
-        after one that reads an MLP's weights. Each step may run in another thread.
+    def __init__(self, catalog: Catalog, blobs: BlobStore, device: torch.device, allocate: Allocate) -> None:
+        self._catalog, self._blobs, self._device, self._allocate = catalog, blobs, device, allocate
+
+    def encoding(self, config: PrefixConfig, file: LocatedPrefix, read: ReadBytes) -> Generator[None, None, PrefixKV]:
+        """Returns the keys and values of a prefix in a weights file, in host memory.
+
+        The first step reads an MLP's weights, each further step encodes one block of rows. Each step may run in another
+        thread.
 
         Raises:
             InvalidCheckpoint: a weight, or the result of an MLP, is not finite.
@@ -67,7 +74,7 @@ class Encodings:
         return replace(kv, tensor=host)
 
     def storing(self, kv: PrefixKV) -> Generator[None, None, str]:
-        """Keeps keys and values, some megabytes in each step; returns the digest of the blob.
+        """Stores keys and values, some megabytes per step; returns the digest of the blob.
 
         Raises:
             OutOfSpace, StorageFailed: the disk refused.
@@ -84,29 +91,32 @@ class Encodings:
             staged.discard()
 
     def load(
-        self, version: Version, watching: contextlib.AbstractContextManager[Beside | None] = _UNWATCHED
+        self, version: Version, observing: contextlib.AbstractContextManager[ChunkObserver | None] = _UNOBSERVED
     ) -> PrefixKV:
-        """Read the stored keys and values; encode them again from the weights if their blob is lost or damaged.
-        `watching` is entered for the read; the observer that it yields receives the chunks.
+        """Returns the stored keys and values; encodes them again from the weights if their blob is lost or damaged.
+
+        `observing` is entered for the read; the observer that it yields receives the chunks.
 
         Raises:
-            EncodedAgain: the new bits differ from the old ones, or another process has replaced them before.
-            NotFound: the version was deleted meanwhile.
+            EncodedAgain: the new bits differ from the old ones, or another process has replaced the blob.
+            NotFound: the version was deleted during the read.
             CorruptBlob: the weights are lost or damaged too.
             Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
         """
         try:
-            with watching as observer:
-                data = self._blobs.read(version.key_values, self._memory, observer)
+            with observing as observer:
+                data = self._blobs.read(version.key_values, self._allocate, observer)
         except (NotFound, CorruptBlob):
             return self._encode_again(version)
         return PrefixKV.whole(tensor_at(data, parse_header(data, dtypes=WEIGHT_DTYPES).tensors[_KEY_VALUES]))
 
     def load_current(self, version: Version) -> PrefixKV:
-        """Read the keys and values as `load` does, or the ones that replaced them.
+        """Returns the stored keys and values, or those that replaced them.
 
         Raises:
-            NotFound, CorruptBlob, Unavailable, StorageFailed, OutOfSpace: as `load`.
+            NotFound: the version was deleted during the read.
+            CorruptBlob: the weights are lost or damaged too.
+            Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
         """
         try:
             return self.load(version)
@@ -117,7 +127,7 @@ class Encodings:
                 raise unstable(repeated) from repeated
 
     def _encode_again(self, version: Version) -> PrefixKV:
-        name = f"{version.tenant}/{version.adapter}@{version.number}"
+        name = str(version)
         current = self._catalog.resolve(version.tenant, parse_reference(f"{version.adapter}@{version.number}"))
         if current.key_values != version.key_values:
             raise EncodedAgain(current)
@@ -129,13 +139,13 @@ class Encodings:
             sha256.update(piece)
         digest = f"sha256:{sha256.hexdigest()}"
         if digest == version.key_values:
-            # These are the very bytes: they can be served, whether or not the disk takes them.
+            # The bytes are identical, so they can be served whether or not the disk takes them.
             try:
                 finished(self.storing(kv))
             except (OutOfSpace, Unavailable, ReadOnly) as error:
-                log.warning("keys and values are lost, and stay so: %s", error, extra={"version": name})
+                log.warning("keys and values are lost, and cannot be stored again: %s", error, extra={"version": name})
             return kv
-        # An MLP on another processor may give other last bits.
+        # An MLP can give other last bits on another processor.
         try:
             finished(self.storing(kv))
             raise EncodedAgain(self._catalog.replace_key_values(version, digest))
@@ -150,6 +160,7 @@ class Encodings:
         """Yields the prefix as PEFT saves it, some rows `[n, L * 2 * H * D]` at a time.
 
         Raises:
+            NotFound: the version was deleted during the read.
             CorruptBlob, StorageFailed: the stored bytes cannot be read.
         """
         config = version.prefix_config
@@ -158,7 +169,7 @@ class Encodings:
             step = max(1, BLOCK // (kv.nbytes // kv.num_virtual_tokens))
             yield from (kv.flat(first, first + step) for first in range(0, kv.num_virtual_tokens, step))
             return
-        # The layers of two submodules are served in another order, and not all.
+        # With two submodules, keys and values have another order of layers than the weights, and lack some.
         with self._weights(version) as (file, read):
             if file.is_projected:
                 yield from PrefixEncoder.from_weights(config, read_weights(file, read), torch.device("cpu")).rows()
@@ -166,16 +177,17 @@ class Encodings:
                 yield from read_rows(file, read)
 
     def rows_nbytes(self, version: Version) -> int:
-        """Returns the most bytes of memory that `rows` takes at a time, without a look into the stored bytes."""
+        """Returns the most bytes of memory that `rows` takes; estimated without reading the stored bytes."""
         config = version.prefix_config
         block = max(BLOCK, version.key_values_bytes // config.num_virtual_tokens)
         if config.num_transformer_submodules == 1:
             return version.key_values_bytes + block
-        # In float32 beside halves, the weights come three times; an MLP's result has the size of the keys and values.
+        # For weights in half precision, weights and their float32 copy are three times their size; an MLP's result has
+        # the size of the keys and values.
         return 3 * version.weights_bytes + HIDDEN_BLOCK + version.key_values_bytes + block
 
     def open_weights(self, version: Version) -> BinaryIO:
-        """The weights file, byte for byte as it was uploaded, verified; the caller closes it.
+        """Returns the weights file, byte for byte as it was uploaded, verified. The caller closes it.
 
         Raises:
             CorruptBlob, StorageFailed: the stored bytes cannot be read.
@@ -184,15 +196,17 @@ class Encodings:
             return self._blobs.open(version.weights)
 
     @contextlib.contextmanager
-    def _weights(self, version: Version) -> Iterator[tuple[PrefixFile, ReadBytes]]:
+    def _weights(self, version: Version) -> Iterator[tuple[LocatedPrefix, ReadBytes]]:
         with self.open_weights(version) as stored:
             read = partial(read_range, stored)
             yield locate_prefix(read, version.weights_bytes, version.prefix_config), read
 
 
 def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Generator[None, None, T]:
-    """Runs each step of a generator on a stream of the thread that takes the step, in inference mode: both belong to
-    threads."""
+    """Runs each step of a generator in inference mode, on a stream of the thread that takes the step.
+
+    Streams and inference mode belong to threads.
+    """
     while True:
         with own_stream(device), torch.inference_mode():
             try:
@@ -204,18 +218,20 @@ def _on_own_stream(device: torch.device, steps: Generator[None, None, T]) -> Gen
 
 
 def unstable(again: EncodedAgain) -> Unavailable:
-    """Return the error for a version whose keys and values were lost twice during one request."""
+    """Returns the error for a version whose keys and values were lost twice during one request."""
     return Unavailable(f"{again}, twice during this request: look at the disk of the blob folder, and try again")
 
 
 def _pieces(kv: PrefixKV) -> tuple[bytes, memoryview]:
-    """Returns the safetensors file that keys and values are stored as, without a copy of them."""
+    """Returns the safetensors file in which keys and values are stored, as header and data, without a copy."""
     return header_of(_KEY_VALUES, kv.tensor.dtype, kv.tensor.shape), bytes_of(kv.tensor)
 
 
 @contextlib.contextmanager
 def _expected(digest: str) -> Iterator[None]:
-    """A blob that the catalog names and the store lacks is damage, not a missing resource."""
+    """Raises CorruptBlob for a blob that is missing: the catalog names it,
+    so this is damage and not a missing resource.
+    """
     try:
         yield
     except NotFound as error:

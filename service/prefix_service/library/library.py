@@ -1,22 +1,30 @@
-"""The use cases: resolve, fetch, delete, load. The only place where the rooms meet; no HTTP here."""
+"""The use cases: resolve, plan, fetch, load and delete. The only module where the rooms meet; there is no HTTP here."""
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-
-from anyio import to_thread
 
 from prefix_service.blobs.folder import BlobStore
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.authority import prove
 from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.changes import Changes
+from prefix_service.catalog.changes import (
+    AdapterDeleted,
+    Change,
+    EverythingChanged,
+    TenantDeleted,
+    VersionDeleted,
+    VersionEncoded,
+    catalog_id,
+)
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
+from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog
-from prefix_service.catalog.records import AuditEntry, Principal, Version, VersionName
+from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.catalog.records import Principal, Version, VersionName
 from prefix_service.catalog.remembered import RememberedVersions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import InvalidRequest, NotFound
@@ -35,7 +43,7 @@ from prefix_service.library.plan import (
 from prefix_service.library.publishing import Publisher
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.prefix.kv import PrefixKV
-from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.references import Reference
 from prefix_service.prefix.wire.digests import Algorithm
 from prefix_service.prefix.wire.extras import InputMask
 from prefix_service.prefix.wire.rendering import Rendering
@@ -46,12 +54,12 @@ from prefix_service.registry.tier import Lease, Leases
 
 log = logging.getLogger("prefix_service")
 
-OnLoad = Callable[[Version], object]
-"""Is called with a version whose tensors are being loaded."""
+OnLoad = Callable[[Version, float], object]
+"""Is called with a version whose tensors were read, and the seconds that it took, also if it failed."""
 
 
 class Library:
-    """What the service does, for callers that have been authorised already."""
+    """The service's use cases, for callers that are already authorised."""
 
     def __init__(
         self,
@@ -66,8 +74,10 @@ class Library:
         self.catalog = Catalog(database)
         self.descriptions = Descriptions(database)
         self.listings = Listings(database)
-        self.changes = Changes(database)
-        self._versions = RememberedVersions(self.catalog, self.changes)
+        self.feed = ChangeFeed(database)
+        with database.reading() as connection:
+            self.catalog_id = catalog_id(connection)
+        self._versions = RememberedVersions(self.catalog, self.feed)
         self.tenants = Tenants(database)
         self.audit = AuditLog(database)
         self.limits = limits
@@ -80,41 +90,41 @@ class Library:
             self.encodings,
             admission,
             limits.upload_bytes,
-            mended=lambda version: registry.forgive(_key(version)),
+            mended=lambda version: registry.clear_failures(_key(version)),
         )
         self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
     async def resolve(self, tenant: str, reference: Reference) -> Version:
-        """The version that a reference means now.
+        """Returns the version that a reference means now.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such version.
         """
         known = self._versions.get(tenant, reference)
         return await read_catalog(self._resolve, tenant, reference) if known is None else known
 
     def _resolve(self, tenant: str, reference: Reference) -> Version:
         version = self._versions.resolve(tenant, reference)
-        _ = version.prefix_config  # parsed here, where no event loop waits for it
+        _ = version.prefix_config  # parsed here, so that the event loop need not
         return version
 
     async def resolve_for(self, by: Principal, tenant: str, reference: Reference) -> Version:
-        """The same for a caller who may not see every tenant.
+        """Returns the version that a reference means now, for a caller that may not see every tenant.
 
         Raises:
-            NotFound: there is none, or it is another tenant's; in the same words.
+            NotFound: there is no such version, or it is another tenant's; the message is the same.
         """
         if not by.may_see(tenant):
             raise NotFound(f"there is no {tenant}/{reference}")
         return await self.resolve(tenant, reference)
 
     def is_current(self, version: Version, reference: Reference) -> bool:
-        """Whether a reference is known to mean this version still, without a look into the catalog."""
+        """Returns whether a reference is known to mean this version still, without reading the catalog."""
         return self._versions.get(version.tenant, reference) is version
 
     def plan(self, version: Version, request: PrefixRequest, mask: InputMask | None = None) -> Plan:
-        """Everything of an answer but its tensors.
+        """Everything of an answer but its tensors. It takes milliseconds where there are many layers: blocking.
 
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
@@ -122,22 +132,24 @@ class Library:
         return make_plan(version, request, mask, self.limits)
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
-        """Everything of an answer for many adapters but its tensors.
+        """Everything of an answer for many adapters but its tensors. Blocking.
 
         Raises:
-            InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+            InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
         """
         return make_mixed_plan(rows, request, mask, self.limits)
 
     @contextlib.asynccontextmanager
     async def renderings(self, plan: MixedPlan, on_load: OnLoad | None = None) -> AsyncIterator[list[list[Rendering]]]:
-        """The renderings of every prefix in a plan's rows, together in host memory while the block runs; one of each
-        version. Nothing else of such an answer depends on the stored bits, so versions that are encoded again meanwhile
-        change no plan.
+        """Leases the renderings of every prefix in a plan's rows, in host memory while the block runs; one per version.
 
-        The block raises:
-            OutOfSpace: they do not fit the memory budget together.
-            CorruptBlob, StorageFailed, Unavailable: as for one.
+        Nothing else in such an answer depends on the stored bits, so the plan stays valid if a version is encoded
+        again.
+
+        Raises:
+            OutOfSpace: together they do not fit the memory budget.
+            CorruptBlob, StorageFailed: stored tensors cannot be read.
+            Unavailable, Overloaded: the memory budget does not allow it now.
         """
         plans = {planned.etag: planned for row in plan.rows for planned in row}
         async with contextlib.AsyncExitStack() as stack:
@@ -148,7 +160,7 @@ class Library:
     async def _entered(
         self, stack: contextlib.AsyncExitStack, plans: list[Plan], on_load: OnLoad | None
     ) -> list[Rendering]:
-        """Begin a lease of each plan, or of the plan that replaces it."""
+        """Enters a lease of each plan, or of the plan that replaces it after its version was encoded again."""
         renewed: set[Version] = set()
         while True:
             try:
@@ -162,11 +174,13 @@ class Library:
 
     @contextlib.asynccontextmanager
     async def current_rendering(self, plan: Plan, on_load: OnLoad | None = None) -> AsyncIterator[Rendering]:
-        """The tensors of an answer whose head does not depend on the stored bits: those of the plan, or of a version
-        that was encoded again meanwhile.
+        """Leases the tensors of an answer whose head does not depend on the stored bits.
 
-        The block raises:
-            CorruptBlob, StorageFailed, OutOfSpace, Unavailable: as `rendering`.
+        They are the plan's, or those of the version after it was encoded again.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored tensors cannot be read.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         async with contextlib.AsyncExitStack() as stack:
             (rendering,) = await self._entered(stack, [plan], on_load)
@@ -174,39 +188,50 @@ class Library:
 
     def rendering(
         self, plan: Plan, digest: Algorithm | None = None, on_load: OnLoad | None = None
-    ) -> Lease[RenderingKey, Rendering, VersionKey]:
-        """The tensors of a plan, in host memory while the block runs. `digest` names the algorithm that the caller will
-        pass to `body_digest`, if any: it can be computed while the tensors are read.
+    ) -> Lease[RenderingKey, Rendering]:
+        """Returns a lease of a plan's tensors, which are in host memory while its block runs.
 
-        If they are in no memory, `on_load` is called, in a thread, for the one caller for whom they are loaded.
+        `digest` is the algorithm that the caller will pass to `body_digest`, if any: the digest can then be computed
+        while the tensors are read. If the tensors are not in memory, `on_load` is called in a thread, for the one
+        caller whose lease loads them.
 
         The block raises:
             EncodedAgain: the stored tensors were lost, and others replaced them: plan again (`Plan.renewed`).
             CorruptBlob, StorageFailed: the stored tensors cannot be read.
-            OutOfSpace, Unavailable: the memory budget does not allow it now.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
-        version, form = plan.version, plan.message.form
-        key = RenderingKey(_key(version), form.dtype, form.layers, form.kv_heads)
+        version, variant = plan.version, plan.file.variant
+        key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
-        place = None if self._shared_files is None else partial(self._shared_files.place, plan.message)
-        return self.registry.rendering(key, plan.message.rendering_nbytes, version.key_values_bytes, load, place)
+        share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
+        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
 
     async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
-        """Returns the digest of the whole body (RFC 9530), computed once for each entity tag and algorithm; None for
-        the SHA-256 of a long body that repeats rows."""
+        """Returns the digest of the whole body (RFC 9530), computed once per entity tag and algorithm.
+
+        Returns None for the SHA-256 of a long body that repeats rows.
+        """
         return await self._digests.of(plan, rendering, algorithm)
 
     def known_digest(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
-        """Returns the digest of the whole body if it was computed before."""
+        """Returns the digest of the whole body if it was computed before, else None."""
         return self._digests.known(plan, algorithm)
 
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None, on_load: OnLoad | None) -> PrefixKV:
-        if on_load is not None:
-            on_load(version)
-        return self.encodings.load(version, self._digests.observing(plan, digest))
+        began = time.perf_counter()
+        try:
+            return self.encodings.load(version, self._digests.observing(plan, digest))
+        finally:
+            if on_load is not None:
+                on_load(version, time.perf_counter() - began)
 
     async def load(self, version: Version) -> Version:
-        """Bring a version into memory now, and wait; return it, with other keys and values if it was encoded again."""
+        """Loads a version into memory; returns it, with other keys and values if it was encoded again.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored tensors cannot be read.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
+        """
         try:
             return await self._load_now(version)
         except EncodedAgain as again:
@@ -220,31 +245,34 @@ class Library:
         return version
 
     async def require_authority(self, by: Principal) -> None:
-        """Check once more who asks for a change, after its body has arrived and before anything is read or loaded for
-        it. The transaction that writes checks it again.
+        """Checks the caller's authority once more: after the body has arrived, and before anything is read or loaded
+        for it.
+
+        The transaction that writes checks it again.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more.
+            Unauthenticated, NotFound: `by` has lost its authority.
         """
         await read_catalog(prove, self._database, by)
 
     async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """Load a version because a caller wishes it; `pinned` keeps it in memory.
+        """Loads a version on request, records it in the audit log, and pins it if `pinned`.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more; nothing is pinned then.
+            Unauthenticated, NotFound: `by` has lost its authority; nothing is pinned.
+            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         await self.load(version)
-        add = partial(self.audit.add, by, "residency.loaded", version.tenant, _name(version), pinned=pinned)
-        await to_thread.run_sync(add)
+        add = partial(self.audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
+        await write_catalog(add)
         loaded = await self.load(version)  # it may have been evicted while the change was recorded
         self.registry.pin(_key(loaded), pinned=pinned)
 
     async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
-        """Takes all versions of an adapter out of memory; the audit names the latest one, and those that were there.
+        """Evicts all versions of an adapter; the audit log names the latest version, and those that were in memory.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more, or there is no such adapter.
+            Unauthenticated, NotFound: `by` has lost its authority, or there is no such adapter.
         """
         latest = await self.resolve(tenant, Reference(adapter))
         present = [VersionName(*key[:4]) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
@@ -254,59 +282,57 @@ class Library:
                 await self.unload(version, by)
 
     async def unload(self, version: Version | VersionName, by: Principal) -> None:
-        """Take a version out of memory; the next request loads it again.
+        """Evicts a version; the next request loads it again.
 
         Raises:
-            Unauthenticated, NotFound: `by` has no authority any more; the version stays in memory then.
+            Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
         """
-        await to_thread.run_sync(self.audit.add, by, "residency.unloaded", version.tenant, _name(version))
+        await write_catalog(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
         self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
-        """Whether a version is resident and pinned, and on which device."""
+        """Returns whether a version is resident and pinned, and on which device."""
         return self.registry.state(VersionKey(version.tenant, version.adapter, version.number, version.digest))
 
     async def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
-        """Delete an adapter, or the version that a number or digest names; transfers under way complete.
+        """Deletes an adapter, or the version that a number or digest names. Transfers in progress complete.
 
         Raises:
-            InvalidRequest: another selector.
-            NotFound: there is no such thing.
-            Conflict: an alias points at the version.
+            InvalidRequest: the selector is an alias or `latest`.
+            NotFound: there is no such adapter or version.
+            Conflict: an alias points to the version.
+            Unauthenticated: `by` has lost its authority.
         """
         if reference.explicit and not reference.immutable:
             raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        await to_thread.run_sync(self.catalog.delete, tenant, reference, by)
+        await write_catalog(self.catalog.delete, tenant, reference, by)
 
     async def delete_tenant(self, tenant: str, by: Principal) -> None:
-        """Delete a tenant with all it has; transfers under way complete.
+        """Deletes a tenant with everything it has. Transfers in progress complete.
 
         Raises:
             NotFound: there is no such tenant.
+            Unauthenticated: `by` has lost its authority.
         """
-        await to_thread.run_sync(self.tenants.delete, tenant, by)
+        await write_catalog(self.tenants.delete, tenant, by)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Forget what was deleted or encoded again, here or by another process: it leaves memory. Uploads that have
-        lost their key or tenant end."""
-        self.publisher.hear(changes)
-        tenants = {change.target for change in changes if change.action == "tenant.deleted"}
-        adapters = {tuple(change.target.split("/")) for change in changes if change.action == "adapter.deleted"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Take what was deleted or encoded again out of memory, whichever process did it, and end uploads that have
+        lost their key or tenant."""
+        self.publisher.on_changes(changes)
+        tenants, adapters = set[str](), set[tuple[str, str]]()
+        for change in changes:
+            match change:
+                case TenantDeleted(tenant):
+                    tenants.add(tenant)
+                case AdapterDeleted(tenant, adapter):
+                    adapters.add((tenant, adapter))
+                case VersionDeleted() | VersionEncoded():
+                    self.registry.forget(VersionKey(change.tenant, change.adapter, change.version, change.digest))
+                case EverythingChanged():
+                    self.registry.forget_where(lambda _: True)
         if tenants or adapters:
             self.registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
-        for change in changes:
-            if change.action == "version.deleted":
-                tenant, reference = parse_qualified(change.target)
-                for number, digest in zip(change.details["versions"], change.details["digests"], strict=True):
-                    self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-            elif change.action == "version.encoded":
-                tenant, reference = parse_qualified(change.target)
-                number, digest = reference.version or 0, change.details["digest"]
-                self.registry.forget(VersionKey(tenant, reference.adapter, number, digest))
-
-
-def _name(version: Version | VersionName) -> str:
-    return f"{version.tenant}/{version.adapter}@{version.number}"
 
 
 def _key(version: Version) -> VersionKey:

@@ -1,4 +1,6 @@
-"""An answer before a tensor is touched: what was asked, checked against a version, with its length and entity tag."""
+"""Plans an answer before a tensor is touched: checks a request against a
+version, and computes length and entity tag.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,21 +16,21 @@ from prefix_service.errors import InvalidRequest
 from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.config import PrefixConfig
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from prefix_service.prefix.kv import check_span
-from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Part, Row
+from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Row, RowPrefix
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.extras import AttentionMask, Extra, InputMask, PositionIds
-from prefix_service.prefix.wire.message import MASK_DTYPES, Message
-from prefix_service.prefix.wire.mixed_message import MixedMessage
+from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 
 _RANGE = r"^[0-9]{1,4}:[0-9]{1,4}$"
 _RANK = r"^[0-9]{1,4}/[0-9]{1,4}$"
 
 
 class PrefixRequest(RequestModel):
-    """The options of one prefix, as a query has them; a default of None means what the version or the mask says."""
+    """The options of one prefix, as query parameters. None means the version's own value, or the mask's."""
 
     model_config = ConfigDict(frozen=True, strict=False)
 
@@ -59,7 +61,7 @@ class PrefixBody(PrefixRequest):
 QualifiedReference = Annotated[
     str, Field(min_length=1, max_length=300, json_schema_extra={"pattern": QUALIFIED_PATTERN})
 ]
-"""`tenant/reference`, which is parsed after the model was validated."""
+"""`tenant/reference`; the reference is parsed after the model was validated."""
 _References = Annotated[list[QualifiedReference], Field(min_length=1, max_length=MOST_IN_A_ROW, fail_fast=True)]
 _MOST_ROWS = 65536  # the largest PREFIX_MAX_BATCH_SIZE
 
@@ -78,7 +80,7 @@ class MixedRequest(PrefixBody):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what one request may ask for: rows, tokens a row, bytes of a weights file."""
+    """Bounds on one request: rows of a batch, tokens of a row, bytes of a weights file."""
 
     batch_size: int
     sequence_length: int
@@ -87,38 +89,38 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A planned answer: its version, its message, and its strong entity tag (RFC 9110)."""
+    """A planned answer: its version, its file, and its strong entity tag (RFC 9110)."""
 
     version: Version
-    message: Message
+    file: PrefixFile
     etag: str
 
     @property
     def is_one_rendering(self) -> bool:
-        """Whether keys and values are sent once."""
-        return self.message.form.rows == 1
+        """Whether keys and values are sent once, without repeated rows."""
+        return self.file.variant.rows == 1
 
     @property
     def is_stored(self) -> bool:
-        """Whether the body holds the version's stored keys and values as they are, once and in one piece."""
-        identity, form = self.message.identity, self.message.form
-        whole = (form.layers, form.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
-        return self.is_one_rendering and whole and form.dtype == self.version.weights_dtype
+        """Whether the body contains the version's stored keys and values unchanged, once and in one piece."""
+        identity, variant = self.file.identity, self.file.variant
+        whole = (variant.layers, variant.kv_heads) == ((0, identity.num_layers), (0, identity.num_kv_heads))
+        return self.is_one_rendering and whole and variant.dtype == self.version.weights_dtype
 
     def renewed(self, version: Version) -> "Plan":
-        """Return the plan of the same answer after the version's keys and values were encoded again."""
-        return replace(self, version=version, etag=_entity_tag(version, self.message))
+        """Returns the plan of the same answer for a version whose keys and values were encoded again."""
+        return replace(self, version=version, etag=_entity_tag(version, self.file))
 
 
 def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, limits: Limits) -> Plan:
-    """Check a request against a version; `mask` is the input's.
+    """Checks a request against a version, and returns the plan of its answer; `mask` is the input's.
 
     Raises:
         InvalidRequest: an option is out of bounds, or contradicts the mask.
     """
     config = version.prefix_config
     identity = _identity(version, config)
-    form = Form(
+    variant = Variant(
         dtype=request.dtype or version.weights_dtype,
         batch_size=_batch_size(request, mask, limits),
         layers=check_span("layers", _span(request.layers), identity.num_layers),
@@ -129,57 +131,60 @@ def make_plan(version: Version, request: PrefixRequest, mask: InputMask | None, 
     mask_dtype = None if request.mask_dtype is None else MASK_DTYPES[request.mask_dtype]
     tokens = identity.num_virtual_tokens
     mask_dtype = mask_dtype or (torch.int64 if mask is None else mask.dtype)
-    extras: dict[str, Extra] = {"attention_mask": AttentionMask(form.batch_size, tokens, mask_dtype, mask)}
+    extras: dict[str, Extra] = {"attention_mask": AttentionMask(variant.batch_size, tokens, mask_dtype, mask)}
     if mask is not None and config.num_transformer_submodules == 1:
         extras["position_ids"] = PositionIds(tokens, mask)
-    message = Message(identity, form, extras)
-    return Plan(version, message, _entity_tag(version, message))
+    file = PrefixFile(identity, variant, extras)
+    _ = file.content_length, file.rendering_nbytes, file.planned_nbytes  # here, and not on the event loop
+    return Plan(version, file, _entity_tag(version, file))
 
 
-def _entity_tag(version: Version, message: Message) -> str:
-    """Hash everything that the body depends on: stored bits, form, and the input's mask."""
-    tag = hashlib.sha256(version.key_values.encode() + message.header)
-    mask = message.extras["attention_mask"]
+def _entity_tag(version: Version, file: PrefixFile) -> str:
+    """Returns the hash of everything that the body depends on: stored bits, variant, and the input's mask."""
+    tag = hashlib.sha256(version.key_values.encode() + file.header)
+    mask = file.extras["attention_mask"]
     if isinstance(mask, AttentionMask) and mask.input is not None:
         tag.update(bytes_of(mask.input.flags))
     return f'"{tag.hexdigest()[:40]}"'
 
 
 MixedVersions = Sequence[Sequence[tuple[str, Version]]]
-"""The prefixes of each row: the reference as it was asked for, and what it means."""
+"""The prefixes of each row: the reference as the caller wrote it, and its version."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPlan:
-    """A planned batch for many adapters: its message, and for each prefix in its rows the plan that its rendering is
-    made by; the same plan where it is the same version."""
+    """A planned batch for many adapters.
 
-    message: MixedMessage
+    `rows` has, for each prefix of a row, the plan that makes its rendering; prefixes of one version share a plan.
+    """
+
+    file: MixedPrefixFile
     rows: list[list[Plan]]
 
 
 def make_mixed_plan(rows: MixedVersions, request: MixedRequest, mask: InputMask | None, limits: Limits) -> MixedPlan:
-    """Check the rows of a request; `mask` is the input's.
+    """Checks the rows of a request, and returns the plan of their answer; `mask` is the input's.
 
     Raises:
-        InvalidRequest: rows do not agree, or an option is out of bounds or contradicts rows or mask.
+        InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
     """
     _check_mixed(request, mask, limits)
-    parts = {ref: _part(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
+    prefixes = {ref: _row_prefix(ref, version) for ref, version in dict(chain.from_iterable(rows)).items()}
     asked = zip(rows, request.rows, strict=True)
-    found = [Row(tuple(parts[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
+    found = [Row(tuple(prefixes[ref] for ref, _ in row), isinstance(ask, list)) for row, ask in asked]
     batch = MixedBatch.of(found, request.dtype)
-    # The form in which this project's client asks for one prefix: what is made for either serves the other.
+    # The variant in which this project's client asks for one prefix, so that both share renderings.
     options = request.model_dump(exclude={"rows", "mask_dtype"})
     options |= {"batch_size": 1, "dtype": batch.dtype, "layout": "stacked", "expand": False}
     single = PrefixRequest.model_validate(options)
-    versions = {_name(version): version for row in rows for _, version in row}
+    versions = {_key(version): version for row in rows for _, version in row}
     plans = {name: make_plan(version, single, None, limits) for name, version in versions.items()}
-    planned = [[plans[_name(version)] for _, version in row] for row in rows]
-    form = replace(next(iter(plans.values())).message.form, batch_size=len(rows), layout=request.layout, expand=True)
-    message = MixedMessage(batch, form, _mixed_extras(batch, request, mask))
-    _ = message.content_length  # its header takes milliseconds: here, and not where it is sent
-    return MixedPlan(message, planned)
+    planned = [[plans[_key(version)] for _, version in row] for row in rows]
+    variant = replace(next(iter(plans.values())).file.variant, batch_size=len(rows), layout=request.layout, expand=True)
+    file = MixedPrefixFile(batch, variant, _mixed_extras(batch, request, mask))
+    _ = file.content_length  # writing the header takes milliseconds, so it is not left to the response
+    return MixedPlan(file, planned)
 
 
 def _check_mixed(request: MixedRequest, mask: InputMask | None, limits: Limits) -> None:
@@ -209,13 +214,13 @@ def _mixed_extras(batch: MixedBatch, request: MixedRequest, mask: InputMask | No
     return extras
 
 
-def _part(ref: str, version: Version) -> Part:
+def _row_prefix(ref: str, version: Version) -> RowPrefix:
     config = version.prefix_config
     is_encoder_decoder = config.num_transformer_submodules == 2
-    return Part(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
+    return RowPrefix(ref, _identity(version, config), version.weights_dtype, is_encoder_decoder)
 
 
-def _name(version: Version) -> tuple[str, str, int, str]:
+def _key(version: Version) -> tuple[str, str, int, str]:
     return version.tenant, version.adapter, version.number, version.digest
 
 

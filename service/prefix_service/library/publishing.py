@@ -1,7 +1,7 @@
-"""How a version comes into being: uploaded, untrained, or composed of others.
+"""Makes versions: uploaded, untrained, or composed of others.
 
-Whatever it allocates is estimated from config and header, and reserved before it is allocated. Quotas are looked at
-before the work, and decide in the transaction that makes the version.
+All memory is estimated from config and header, and reserved before it is allocated. Quotas are checked before the work,
+and again in the transaction that adds the version.
 """
 
 import contextlib
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from prefix_service.blobs.folder import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.reads import read_catalog
-from prefix_service.catalog.records import AuditEntry, NewVersion, Principal, Version
+from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
+from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.catalog.records import NewVersion, Principal, Version
 from prefix_service.errors import InvalidConfig
 from prefix_service.library.arrivals import Arrival, Arrivals
 from prefix_service.library.encodings import Encodings
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, header_nbytes, locate_prefix
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, header_nbytes, locate_prefix
 from prefix_service.prefix.compose import composed_config
 from prefix_service.prefix.config import PrefixConfig, PrefixTuningConfig, parse_config
 from prefix_service.prefix.description import EMPTY, Description
@@ -33,16 +34,19 @@ from prefix_service.prefix.json_text import MAX_CONFIG_BYTES
 from prefix_service.prefix.safetensors_tensors import header_of
 from prefix_service.prefix.wire.rendering import KV_DTYPES
 from prefix_service.registry.admission import Admission
-from prefix_service.registry.turns import in_thread
+from prefix_service.system.turns import in_thread
 
-_PARSED: Final = 32  # bytes of memory that a byte of a header takes while it is parsed, at most (measured: 27)
+_PARSED: Final = 32  # bytes of memory that parsing takes per byte of a header, at most (measured: 27)
 _LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
-_FLAT: Final = "prompt_embeddings"  # the tensor's name in what PEFT saves
+_FLAT: Final = "prompt_embeddings"  # the tensor's name in files that PEFT saves
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a version is published, and by whom; `make_tenant` lets the tenant come into being with it."""
+    """The adapter that a version is published to, and its publisher.
+
+    `make_tenant` creates the tenant with the version.
+    """
 
     tenant: str
     adapter: str
@@ -52,16 +56,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A version on its way in: its weights while they are written, and its bytes that count as used."""
+    """A version that is being uploaded: its weights while they are written, and its bytes that count as used."""
 
     weights: StagedBlob
     arrival: Arrival
 
 
 class Publisher:
-    """Makes versions, for callers that have been authorised already.
+    """Publishes versions, for callers that are already authorised.
 
-    `most` bounds every size that a config makes, in bytes. `mended` is called with a version that was published again.
+    `most` bounds each size that follows from a config, in bytes. `mended` is called with a version that was published
+    again, since that restores its blobs.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Publisher:
 
     @contextlib.asynccontextmanager
     async def receiving(self, target: Target, nbytes: int) -> AsyncIterator[Upload]:
-        """Begins a version of at least so many bytes, before any of them arrives; the block writes its weights.
+        """Begins a version of at least `nbytes` bytes before any of them arrives; the block writes the weights.
 
         Raises:
             NotFound: there is no such tenant.
@@ -95,25 +100,28 @@ class Publisher:
             finally:
                 await in_thread(weights.discard)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted."""
-        gone = {change.target for change in changes if change.action == "tenant.deleted"}
-        revoked = {change.target for change in changes if change.action == "key.revoked"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Refuse the rest of uploads whose key was revoked, or whose tenant was deleted. An upload that this misses is
+        refused by the transaction that would publish it."""
+        gone = {change.tenant for change in changes if isinstance(change, TenantDeleted)}
+        revoked = {change.key_id for change in changes if isinstance(change, KeyRevoked)}
         if gone or revoked:
             self._arrivals.refuse(gone, revoked)
 
     async def publish(
         self, target: Target, config: PrefixConfig, upload: Upload, description: Description = EMPTY
     ) -> tuple[Version, bool]:
-        """Makes weights that have arrived a version. Returns it, and whether it is new: the same content again is the
-        same version, and keeps its description.
+        """Publishes weights that have arrived. Returns the version, and whether it is new.
+
+        Publishing the same content again returns the existing version, with its own description. Nothing is visible if
+        this raises.
 
         Raises:
-            InvalidConfig, InvalidCheckpoint: nothing is visible then.
-            Unauthenticated: the caller has no authority any more.
+            InvalidConfig, InvalidCheckpoint, UnsafeCheckpoint: the config or the weights are not acceptable.
+            Unauthenticated: the caller has lost its authority.
             NotFound: there is no such tenant.
             QuotaExceeded: the tenant's quotas do not allow it.
-            OutOfSpace, StorageFailed: the disk or the catalog refused, or it takes too much memory.
+            OutOfSpace, StorageFailed: the disk or the catalog refused, or the work takes too much memory.
             Overloaded: other work held the memory for too long.
         """
         weights, admission = upload.weights, self._admission
@@ -142,7 +150,7 @@ class Publisher:
         upload.arrival.hold(nbytes)
         async with admission.work(target.tenant, encoding_nbytes(config, file)) as work:
             new = await work.compute(self._storing(draft, config, file, weights))
-        upload.arrival.end()  # or its bytes would count twice for who looks behind the transaction
+        upload.arrival.end()  # ended before the transaction, which counts the bytes too
         add = partial(
             self._catalog.add_version,
             target.tenant,
@@ -152,13 +160,15 @@ class Publisher:
             description=description,
             make_tenant=target.make_tenant,
         )
-        version, is_new = await in_thread(add)
+        version, is_new = await write_catalog(add)
         if not is_new:
             self._mended(version)
         return version, is_new
 
     def _find(self, target: Target, digest: str, nbytes: int, weights: StagedBlob) -> Version | None:
-        """Known content, or no room for it: nothing needs to be encoded."""
+        """Returns the version if its content is known; raises QuotaExceeded if there is no room for it. Then nothing
+        needs to be encoded.
+        """
         tenant, adapter, makes = target.tenant, target.adapter, target.make_tenant
         existing = self._catalog.find(tenant, adapter, digest, nbytes, target.by, make_tenant=makes)
         if existing is not None:
@@ -166,7 +176,7 @@ class Publisher:
         return existing
 
     def _storing(
-        self, draft: NewVersion, config: PrefixConfig, file: PrefixFile, weights: StagedBlob
+        self, draft: NewVersion, config: PrefixConfig, file: LocatedPrefix, weights: StagedBlob
     ) -> Generator[None, None, NewVersion]:
         kv = yield from self._encodings.encoding(config, file, weights.read)
         key_values = yield from self._encodings.storing(kv)
@@ -176,10 +186,13 @@ class Publisher:
     async def publish_fresh(
         self, target: Target, config: PrefixConfig, init: InitWeights, seed: int, description: Description = EMPTY
     ) -> tuple[Version, bool]:
-        """Makes an untrained prefix a version, as `publish`; its weights are stored as PEFT would save them.
+        """Publishes an untrained prefix, whose weights are stored as PEFT would save them.
+
+        Returns the version, and whether it is new.
 
         Raises:
-            InvalidConfig: a dimension is missing, or the sizes multiply to more than an upload may have.
+            InvalidConfig: a dimension is missing, or the sizes exceed those of an upload.
+            PrefixServiceError: any error of `publish`.
         """
         config.require_dimensions()
         trained = config.trainable_parameters or 0
@@ -198,12 +211,15 @@ class Publisher:
     async def publish_composed(
         self, target: Target, sources: Sequence[tuple[str, Version]], description: Description = EMPTY
     ) -> tuple[Version, bool]:
-        """Makes the concatenation of prefixes a version, as `publish`, under the names that they were asked by and in
-        their order; its weights are stored as PEFT would save them.
+        """Publishes the concatenation of prefixes, whose weights are stored as PEFT would save them.
+
+        `sources` are the versions in order, each with the name that the caller used. Returns the version, and whether
+        it is new.
 
         Raises:
-            InvalidRequest: they differ in a dimension or in their task.
-            InvalidConfig: together they are more than an upload may have.
+            InvalidRequest: the prefixes differ in a dimension or in their task.
+            InvalidConfig: the concatenation exceeds the sizes of an upload.
+            PrefixServiceError: any error of `publish`.
         """
         config, manifest = await self._admission.run(target.tenant, partial(_composed, sources))
         dtypes = {_stored_dtype(version) for _, version in sources}
@@ -223,7 +239,9 @@ class Publisher:
             yield from _writing(weights, rows.to(dtype))
 
     def _require_moderate(self, nbytes: int) -> None:
-        """Before they are allocated: a small projection may describe a huge prefix, a small config anything."""
+        """Raises InvalidConfig if a size is too large, before it is allocated:
+        a small config can describe a huge prefix.
+        """
         if nbytes > self._most:
             raise InvalidConfig(f"the config's sizes make {nbytes} bytes, more than {self._most}")
 
@@ -238,7 +256,7 @@ def _writing_fresh(
 
 
 def _writing(weights: StagedBlob, rows: Tensor) -> Generator[None, None, None]:
-    """Writes rows, some megabytes in each step, behind the step that computed them."""
+    """Writes rows, some megabytes per step, none of them in the step that computed the rows."""
     data = bytes_of(rows.contiguous())
     for first in range(0, len(data), BLOCK):
         yield
@@ -246,8 +264,10 @@ def _writing(weights: StagedBlob, rows: Tensor) -> Generator[None, None, None]:
 
 
 def _composed(sources: Sequence[tuple[str, Version]]) -> tuple[PrefixConfig, bytes]:
-    """Returns the config of a concatenation, and its manifest without a digest. The first config lasts whole, of the
-    others only what the service reads."""
+    """Returns the config of a concatenation, and its manifest without a digest.
+
+    The first config is kept whole; of the others, only the fields that the service reads.
+    """
     (first, version), *others = sources
     config = composed_config(
         [(first, parse_config(version.config)), *((name, version.prefix_config) for name, version in others)]
@@ -256,7 +276,9 @@ def _composed(sources: Sequence[tuple[str, Version]]) -> tuple[PrefixConfig, byt
 
 
 def _stored_dtype(version: Version) -> torch.dtype:
-    """Returns the dtype of a version's keys and values: float32 where an MLP made them of weights in half precision."""
+    """Returns the dtype of a version's keys and values: float32 if an MLP
+    computed them from weights in half precision.
+    """
     dtype = KV_DTYPES[version.weights_dtype]
     return dtype if version.key_values_bytes == _elements(version.prefix_config) * dtype.itemsize else torch.float32
 
@@ -266,7 +288,11 @@ def _elements(config: PrefixConfig) -> int:
 
 
 def _manifest(config: PrefixConfig, weights: str) -> bytes:
-    """Returns the canonical JSON (RFC 8785) of a version, whose hash is the version's digest."""
+    """Returns the canonical JSON (RFC 8785) of a version; its hash is the version's digest.
+
+    Raises:
+        InvalidConfig: the base model's name or the JSON is too long, or canonical JSON cannot hold a value.
+    """
     name = config.base_model_name_or_path or ""
     if len(name) > _LONGEST_NAME:
         raise InvalidConfig(f"base_model_name_or_path has {len(name)} characters, more than {_LONGEST_NAME}")

@@ -1,4 +1,4 @@
-"""The base of what callers send as JSON or as a query."""
+"""The base class of JSON bodies and query parameters."""
 
 from typing import Any, Final
 
@@ -10,14 +10,14 @@ def _integral(value: Any) -> Any:
 
 
 INTEGRAL: Final = BeforeValidator(_integral)
-"""Annotates an integer: JSON Schema has 5.0 for one as well as 5 (draft 2020-12, section 6.1.1)."""
+"""Annotates an integer that may be written as 5.0: in JSON Schema, it is an integer too (draft 2020-12, 6.1.1)."""
 
 
 class RequestModel(BaseModel):
-    """Refuses unknown fields, and looks at one of them alone. Takes no text or boolean for a number, nor a number for a
-    boolean.
+    """Rejects unknown fields, and validates only one of them. A number may not be sent as text or boolean, nor a
+    boolean as a number.
 
-    Every list, object and text of a subclass has a bound, and every list `fail_fast`: what a caller sends decides
+    Every list, object and text of a subclass has a bound, and every list has `fail_fast`, so that a caller determines
     neither how many items are validated nor how many errors are collected.
     """
 

@@ -1,8 +1,9 @@
 """Renderings as files in memory, which workers on this host map instead of receiving them.
 
-Each process has a folder of its own, locked as long as it lives. A file is a complete safetensors file and is never
-written again. Nobody can list the folder, and names cannot be guessed: who was told one opens the file if its owner or
-in its group. Its name goes with the rendering; whoever has mapped it by then keeps what it holds.
+Each process has a folder of its own, locked as long as the process lives. A file is a complete safetensors file, and is
+never changed. Nobody else can list the folder or guess a name: a worker that received a name can open the file if it
+runs as the file's owner or in its group. A file is unlinked with its rendering; a worker that has mapped it keeps the
+contents.
 """
 
 import contextlib
@@ -19,22 +20,23 @@ from pathlib import Path
 from typing import Final
 
 from prefix_service.errors import InvalidInput
-from prefix_service.prefix.wire.message import Message
-from prefix_service.prefix.wire.received import read_message
+from prefix_service.prefix.wire.prefix_file import PrefixFile
+from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.system.disk import translated
+from prefix_service.system.locks import locked
 
 _NAME: Final = "process-"
-_MOST: Final = 32_768  # each is a mapping, and Linux gives a process 65,530
+_MOST: Final = 32_768  # each file is a mapping, and Linux gives a process 65,530
 
 log = logging.getLogger("prefix_service")
 
 
 class SharedFiles:
-    """The files of this process, at most so many, below the folder `parent`, which is made if it is not there.
+    """The shared files of this process, at most `most`, in a folder below `parent`, which is created if it is missing.
 
     Raises:
-        InvalidInput: others may replace `parent`, or what lies in it.
+        InvalidInput: others can replace `parent` or its contents.
         StorageFailed, OutOfSpace: the system refused.
     """
 
@@ -45,67 +47,70 @@ class SharedFiles:
         with translated(f"share files in {parent}"):
             self._folder, self._lock = _own_folder(parent.absolute())
 
-    def place(self, message: Message, rendering: Rendering) -> Rendering:
-        """What a message is made of in a file of its own, or as it is where there is no room for one."""
+    def share(self, file: PrefixFile, rendering: Rendering) -> Rendering:
+        """Writes a rendering to a shared file, and returns it with the file's mapping as memory.
+
+        Returns the rendering unchanged if there is no room for a file.
+        """
         if len(self._files) >= self._most:
             return rendering
         path = self._folder / f"{secrets.token_hex(16)}.safetensors"
         try:
-            mapped = _written(path, message.canonical, rendering)
+            mapped = _written(path, file.canonical, rendering)
         except OSError as error:
             log.warning(
                 "a rendering is not shared: %s", os.strerror(error.errno or 0), extra={"folder": str(path.parent)}
             )
             _remove(path)
             return rendering
-        tensors = read_message(memoryview(mapped)).tensors
+        tensors = read_prefix_file(memoryview(mapped)).tensors
         scales = tensors.get("past_key_values_scale")
-        placed = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
+        shared = Rendering(tensors["past_key_values"][0], None if scales is None else scales[0], str(path))
         self._files.add(path)
-        weakref.finalize(placed, self._forget, path)
-        return placed
+        weakref.finalize(shared, self._forget, path)
+        return shared
 
     def _forget(self, path: Path) -> None:
         self._files.discard(path)
         _remove(path)
 
     def close(self) -> None:
-        """Remove the folder; who has mapped a file keeps what it holds."""
+        """Removes the folder; a worker that has mapped a file keeps the contents."""
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
 
 def sweep(parent: Path) -> None:
-    """Make the folder below which files are shared, and remove what processes that have ended left there.
+    """Creates the folder below which files are shared, and removes folders of processes that have ended.
 
     Raises:
-        InvalidInput, StorageFailed, OutOfSpace: as `SharedFiles`.
+        InvalidInput: others can replace `parent` or its contents.
+        StorageFailed, OutOfSpace: the system refused.
     """
     with translated(f"share files in {parent}"):
         with contextlib.suppress(FileExistsError):
             parent.mkdir(parents=True)
-            parent.chmod(0o711)  # whatever the umask: others pass, and list nothing
+            parent.chmod(0o711)  # whatever the umask: others can enter, but not list
         mode = parent.stat().st_mode
         if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
-            raise InvalidInput(f"others may replace what lies in {parent}: choose a folder of the service's own")
+            raise InvalidInput(
+                f"other users can replace the contents of {parent}: choose a folder of the service's own"
+            )
         _require_own(parent.absolute())
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
         for folder in parent.glob(f"{_NAME}*"):
-            with contextlib.suppress(OSError):  # another service's, or somebody else is removing it
-                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
-                finally:
-                    os.close(handle)
+            # It fails for another service's folder, or if another process is removing it.
+            with contextlib.suppress(OSError), locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB, flags):
+                shutil.rmtree(folder)
 
 
 def _require_own(folder: Path) -> None:
-    """Require that a folder and those above it belong to this process's user or to root: the owner of any of them could
-    put another in its place.
+    """Checks that a folder and all those above it belong to this process's user or to root, since the owner of any of
+    them could replace it.
 
     Raises:
-        InvalidInput: one of them belongs to somebody else.
-        OSError: one of them cannot be looked at.
+        InvalidInput: one of them belongs to another user.
+        OSError: one of them cannot be examined.
     """
     for each in (folder, *folder.parents):
         if (owner := each.stat().st_uid) not in (0, os.geteuid()):
@@ -116,32 +121,36 @@ def _require_own(folder: Path) -> None:
 
 
 def _own_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder, and the handle that locks it. Another process may sweep it away until it is locked."""
+    """Creates a folder and locks it; returns it and the handle that holds the lock.
+
+    Another process can sweep the folder until it is locked, so this retries.
+    """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_NAME, dir=parent))
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # The group passes, and lists nothing; the parent may have chosen it by its set-group-id bit.
+            # The group can enter, but not list; the parent's set-group-id bit may have chosen the group.
             os.fchmod(handle, 0o710 | (os.fstat(handle).st_mode & stat.S_ISGID))
             if folder.exists():
                 return folder, handle
             os.close(handle)
 
 
-def _written(path: Path, message: Message, rendering: Rendering) -> mmap.mmap:
-    """The message in a new file, mapped so that what is written to the mapping would not reach the file.
+def _written(path: Path, file: PrefixFile, rendering: Rendering) -> mmap.mmap:
+    """Writes the file, and returns a private mapping of it: writes to the mapping do not reach the file.
 
-    It is filled by `write`, which says so when there is no room; by a mapping that would end the process (SIGBUS).
+    The file is filled by `write`, which reports a full disk; filling it through a mapping would kill the process
+    (SIGBUS).
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o400)
     try:
-        for chunk in message.chunks(rendering):
+        for chunk in file.chunks(rendering):
             written = 0
             while written < len(chunk):
                 written += os.write(handle, chunk[written:])
         os.fchmod(handle, 0o440)
-        return mmap.mmap(handle, message.content_length, access=mmap.ACCESS_COPY)
+        return mmap.mmap(handle, file.content_length, access=mmap.ACCESS_COPY)
     finally:
         os.close(handle)
 

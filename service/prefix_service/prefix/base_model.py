@@ -1,6 +1,8 @@
-"""The dimensions of a prefix, from a base model's `config.json`, by the rules of PEFT 0.21's
-`_prepare_prompt_learning_config` and of the models that PEFT learned its rules from. Values that the file leaves out
-are those that transformers would fill in."""
+"""The dimensions of a prefix, read from a base model's `config.json`.
+
+The rules are those of PEFT 0.21's `_prepare_prompt_learning_config` and of the models that PEFT learned them from. A
+value that the file leaves out is the one that transformers would fill in.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +16,7 @@ _WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | None]:
-    """Returns `num_layers`, `num_attention_heads` (of keys and values) and `token_dim`; `None` for what is unknown.
+    """Returns `num_layers`, `num_attention_heads` (key/value heads) and `token_dim`; an unknown number is `None`.
 
     Raises:
         InvalidConfig: a number in the base model's config is not a positive integer.
@@ -34,7 +36,7 @@ def infer_dimensions(base_model_config: Mapping[str, Any]) -> dict[str, int | No
 
 
 def _key_value_shape(config: Mapping[str, Any], heads: int | None, width: int | None) -> tuple[int | None, int | None]:
-    """(heads of keys and values, head size). The head size is `None` where the whole width is the token's."""
+    """Returns (key/value heads, head size). The head size is `None` if `token_dim` is the model's whole width."""
     per_head = width // heads if width and heads else None
     if config.get("model_type") == "gpt_bigcode" and config.get("num_key_value_heads") is None:
         return (1, per_head) if config.get("multi_query", True) is True else (heads, None)
@@ -52,7 +54,9 @@ def _key_value_shape(config: Mapping[str, Any], heads: int | None, width: int | 
 
 
 def _widest_layer(config: Mapping[str, Any], kv_heads: int, head_dim: int | None) -> tuple[int, int | None]:
-    """Gemma 4's `per_layer_config` holds overrides; the prefix is provisioned for the largest head size."""
+    """Returns (key/value heads, head size) of the layer with the largest head size; Gemma 4's `per_layer_config`
+    overrides both for single layers, and a prefix is provisioned for the largest.
+    """
     overrides = config.get("per_layer_config") or {}
     if not isinstance(overrides, Mapping):
         raise InvalidConfig(f"per_layer_config in the base model's config must be an object, got {overrides!r:.80}")

@@ -35,7 +35,7 @@ def defaults_of(model_type: Any) -> Defaults:
 def text_config(config: Mapping[str, Any]) -> Any:
     """Returns the part of a base model's config that describes its language model, with its model type.
 
-    That is `text_config`, or what transformers puts in its place; the config itself for a model without one.
+    This is `text_config`, or the part that transformers uses in its place; the whole config for a model without one.
     """
     outer = defaults_of(config.get("model_type"))
     found = next((name for name in _TEXT if name in outer), None)
@@ -52,9 +52,10 @@ def text_config(config: Mapping[str, Any]) -> Any:
 
 
 def value_of(config: Mapping[str, Any], name: str) -> Any:
-    """Returns `config[name]`, or what transformers takes in its place; None if there is neither.
+    """Returns `config[name]`, or the value that transformers uses if it is missing; None if there is neither.
 
-    For a null, transformers takes the heads' number as that of key/value heads, and computes `head_dim`.
+    If `num_key_value_heads` is null, transformers uses the number of attention heads; if `head_dim` is null, it
+    computes it.
     """
     defaults = defaults_of(config.get("model_type"))
     if name == "head_dim" and name in config:

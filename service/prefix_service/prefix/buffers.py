@@ -1,4 +1,4 @@
-"""The memory of a tensor as bytes, and back; nothing is copied."""
+"""Views a tensor's memory as bytes, and bytes as a tensor, without a copy."""
 
 import ctypes
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, kept alive by the view."""
+    """Returns the memory of a contiguous CPU tensor as bytes; the view keeps the tensor alive."""
     if not tensor.nbytes:
         return memoryview(bytearray())  # ctypes cannot view an array without elements as bytes
     array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
@@ -16,7 +16,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def memory_of(view: memoryview) -> Tensor:
-    """uint8 `[len(view)]` over the same bytes. The tensor that `bytes_of` made a view of is found again: CUDA follows a
-    copy out of pinned memory by the storage that owns it, and would not know a new one over a part of it."""
+    """Returns a uint8 tensor `[len(view)]` that shares the memory of `view`.
+
+    For a view made by `bytes_of`, this is the tensor that owns the memory: CUDA tracks an asynchronous copy out of
+    pinned memory by the storage that owns it, and would not know a new storage over the same bytes.
+    """
     owner = getattr(view.obj, "tensor", None)
     return owner if isinstance(owner, Tensor) else torch.frombuffer(view, dtype=torch.uint8)

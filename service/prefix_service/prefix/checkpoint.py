@@ -1,9 +1,9 @@
-"""From the bytes of a trained checkpoint to the tensors of its prefix encoder: one table row for each layout.
+"""Reads the tensors of a prefix encoder from a trained checkpoint; one table row describes each layout.
 
-Formats: PEFT's `save_pretrained`, PEFT's training state (bare, or deep inside an accelerate, DeepSpeed, FSDP or
-Lightning checkpoint), hf_peft_ex, P-tuning v2 (and ChatGLM), CARTRIDGE saved and in training. Nothing here opens a
-pickle, and nothing is allocated before names, shapes and dtypes have been checked against the config. torch is
-imported with the first tensor: looking for a prefix needs none.
+Layouts: PEFT's `save_pretrained`, PEFT's training state (bare, or inside an accelerate, DeepSpeed, FSDP or Lightning
+checkpoint), hf_peft_ex, P-tuning v2 (and ChatGLM), CARTRIDGE as saved and as trained. This module opens no pickle, and
+allocates nothing before names, shapes and dtypes have been compared with the config. It imports torch only when it
+reads a tensor, since finding a prefix needs none.
 """
 
 import re
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 _MLP: Final = ("transform.w1", "transform.b1", "transform.w2", "transform.b2")
-_SHOWN: Final = 8  # names in a message
-# What training frameworks put between the names of modules.
+_SHOWN: Final = 8  # names that an error message lists
+# Names that training frameworks insert between the names of modules.
 _WRAPPERS: Final = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """How one project names the tensors of a prefix encoder.
 
-    `scope` is what may stand before a name; `roles` maps the rest of the name to this project's own; `linear` tells
-    that matrices are `[out, in]` (nn.Linear) rather than `[in, out]`; `complete` lists the sets that make a whole.
+    `scope` matches the part of a name in front of the tensor's own; `roles` maps the rest to the role names of this
+    project; `complete` lists the sets of roles that make a whole encoder. If `linear`, matrices are `[out, in]` as in
+    `nn.Linear`, else `[in, out]`.
     """
 
     name: str
@@ -60,22 +61,22 @@ def _roles(embedding: str, matrix: str, first: str, second: str, weight: str, bi
 _EMBEDDING_OR_MLP = (frozenset({"embedding"}), frozenset({"embedding", *_MLP}))
 _IN_PEFT_MODEL = re.compile(r"(?:(?:.+\.)?prompt_encoder\.[^.]+\.)?")
 
-LAYOUTS: Final = (
-    Layout(
+CHECKPOINT_LAYOUTS: Final = (
+    CheckpointLayout(
         "PEFT saved",
         (PrefixTuningConfig, CartridgeConfig),
         re.compile(""),
         {"prompt_embeddings": "prompt_embeddings"},
         (frozenset({"prompt_embeddings"}),),
     ),
-    Layout(
+    CheckpointLayout(
         "PEFT training state",
         (PrefixTuningConfig,),
         _IN_PEFT_MODEL,
         _roles("embedding.weight", "transform", "0", "2", "{}.weight", "{}.bias"),
         _EMBEDDING_OR_MLP,
     ),
-    Layout(
+    CheckpointLayout(
         "hf_peft_ex",
         (PrefixTuningConfig,),
         re.compile(r"(?:prefix_encoder\.)?"),
@@ -83,14 +84,14 @@ LAYOUTS: Final = (
         _EMBEDDING_OR_MLP,
         linear=False,
     ),
-    Layout(
+    CheckpointLayout(
         "P-tuning v2",
         (PrefixTuningConfig,),
         re.compile(r"(?:.+\.)?prefix_encoder\."),
         _roles("embedding.weight", "trans", "0", "2", "{}.weight", "{}.bias"),
         _EMBEDDING_OR_MLP,
     ),
-    Layout(
+    CheckpointLayout(
         "CARTRIDGE training state",
         (CartridgeConfig,),
         _IN_PEFT_MODEL,
@@ -102,9 +103,9 @@ LAYOUTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A prefix found in a checkpoint: its layout, where it stands, and which tensor plays which role."""
+    """A prefix found in a checkpoint: its layout, the scope of its names, and the name of each role's tensor."""
 
-    layout: Layout
+    layout: CheckpointLayout
     scope: str
     tensors: Mapping[str, str]
 
@@ -113,25 +114,28 @@ ReadBytes = Callable[[int, int], memoryview]
 """Returns the bytes `start:stop` of a file, in new memory that may be written to."""
 
 BLOCK: Final = 16 << 20
-"""Bytes of a prefix that are read at a time where it need not be in memory as a whole."""
+"""Bytes of a prefix that are read at a time when the whole need not be in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixFile:
-    """A prefix in a safetensors file: where the tensors of its roles stand. They fit the config; none is read yet."""
+class LocatedPrefix:
+    """A prefix located in a safetensors file: the position of each role's tensor.
 
-    layout: Layout
+    The tensors fit the config; none has been read.
+    """
+
+    layout: CheckpointLayout
     names: Mapping[str, str]
     entries: Mapping[str, TensorEntry]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """The size of the tensors in bytes."""
         return sum(entry.stop - entry.start for entry in self.entries.values())
 
     @property
     def dtype(self) -> "torch.dtype":
-        """The dtype of the tensors; float32 where they differ."""
+        """The dtype of the tensors; float32 if they differ."""
         import torch
 
         from prefix_service.prefix.safetensors_tensors import DTYPES
@@ -141,12 +145,12 @@ class PrefixFile:
 
     @property
     def is_projected(self) -> bool:
-        """Whether an MLP makes the prefix of these tensors."""
+        """Whether an MLP computes the prefix from these tensors."""
         return "transform.w1" in self.entries
 
     @property
     def encoded_dtype(self) -> "torch.dtype":
-        """The dtype of the keys and values: an MLP's result is float32, everything else stays as it was stored."""
+        """The dtype of the keys and values: float32 if an MLP computes them, else the stored dtype."""
         import torch
 
         return torch.float32 if self.is_projected else self.dtype
@@ -154,8 +158,10 @@ class PrefixFile:
 
 @dataclass(frozen=True, slots=True)
 class PrefixWeights:
-    """The validated tensors of a prefix encoder, under the role names of `prefix_service.prefix.encoder`, matrices
-    `[out, in]`; `dtype` is the one they were stored in."""
+    """The validated tensors of a prefix encoder, by the role names of `prefix_service.prefix.encoder`.
+
+    Matrices are `[out, in]`. `dtype` is the dtype in which they were stored.
+    """
 
     layout: str
     dtype: "torch.dtype"
@@ -163,19 +169,21 @@ class PrefixWeights:
 
 
 def header_nbytes(read: ReadBytes, size: int) -> int:
-    """Returns the bytes of the header of a safetensors file that has `size` bytes.
+    """Returns the size of the header of a safetensors file that has `size` bytes.
 
     Raises:
-        UnsafeCheckpoint, InvalidCheckpoint: the first bytes are not those of a safetensors file.
+        UnsafeCheckpoint: the file begins like a pickle or a zip archive.
+        InvalidCheckpoint: the file does not begin with the length of a safetensors header.
     """
     return header_length(read(0, min(size, 9)), size)
 
 
-def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFile:
-    """Returns where the prefix stands in a safetensors file of `size` bytes, of which the header alone is read.
+def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> LocatedPrefix:
+    """Returns the position of the prefix in a safetensors file of `size` bytes; reads the header alone.
 
     Raises:
-        InvalidCheckpoint: malformed, incomplete, ambiguous, or not as the config says.
+        UnsafeCheckpoint: the file is a pickle or a zip archive.
+        InvalidCheckpoint: the prefix is malformed, incomplete, ambiguous, or does not fit the config.
         InvalidConfig: the config lacks dimensions.
     """
     config.require_dimensions()
@@ -184,11 +192,13 @@ def locate_prefix(read: ReadBytes, size: int, config: PrefixConfig) -> PrefixFil
     for name in match.tensors.values():
         require_dtype(name, header.tensors[name], WEIGHT_DTYPES)
     check_shapes(match, config, lambda name: header.tensors[name].shape)
-    return PrefixFile(match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()})
+    return LocatedPrefix(
+        match.layout, match.tensors, {role: header.tensors[name] for role, name in match.tensors.items()}
+    )
 
 
-def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
-    """Returns the tensors of a prefix; nothing else of its file is read.
+def read_weights(file: LocatedPrefix, read: ReadBytes) -> PrefixWeights:
+    """Returns the tensors of a prefix; reads no other part of its file.
 
     Raises:
         InvalidCheckpoint: a value is not finite.
@@ -202,8 +212,8 @@ def read_weights(file: PrefixFile, read: ReadBytes) -> PrefixWeights:
     return PrefixWeights(file.layout.name, file.dtype, tensors)
 
 
-def read_rows(file: PrefixFile, read: ReadBytes) -> "Iterator[Tensor]":
-    """Yields the rows `[n, L * 2 * token_dim]` of a prefix that no MLP makes, about 16 MiB at a time.
+def read_rows(file: LocatedPrefix, read: ReadBytes) -> "Iterator[Tensor]":
+    """Yields the rows `[n, L * 2 * token_dim]` of a prefix without an MLP, about 16 MiB at a time.
 
     Raises:
         InvalidCheckpoint: a value is not finite.
@@ -217,7 +227,7 @@ def read_rows(file: PrefixFile, read: ReadBytes) -> "Iterator[Tensor]":
 
 
 def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int) -> "Tensor":
-    """Returns rows of a tensor; each row has as many bytes."""
+    """Returns the rows `first:last` of a tensor; all rows have the same number of bytes."""
     from prefix_service.prefix.safetensors_tensors import tensor_at
 
     row = (entry.stop - entry.start) // max(1, entry.shape[0])
@@ -225,17 +235,18 @@ def _read(read: ReadBytes, entry: TensorEntry, name: str, first: int, last: int)
     part = TensorEntry(entry.dtype, (last - first, *entry.shape[1:]), 0, nbytes)
     start = entry.start + row * first
     tensor = tensor_at(read(start, start + nbytes), part)
-    # The extremes are NaN if any value is, and take no memory.
+    # The extremes are NaN if any value is, and computing them allocates nothing.
     if tensor.numel() and not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
         raise InvalidCheckpoint(f"{shown_names([name])} holds NaN or infinite values")
     return tensor
 
 
 def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWeights:
-    """The weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
+    """Returns the weights of a prefix from the bytes of a safetensors file; the tensors share the memory of `data`.
 
     Raises:
-        InvalidCheckpoint: malformed, incomplete, ambiguous, not as the config says, or not finite.
+        UnsafeCheckpoint: the file is a pickle or a zip archive.
+        InvalidCheckpoint: the prefix is malformed, incomplete, ambiguous, not finite, or does not fit the config.
         InvalidConfig: the config lacks dimensions.
     """
     view = memoryview(data)
@@ -247,15 +258,15 @@ def load_weights(data: bytearray | memoryview, config: PrefixConfig) -> PrefixWe
 
 
 def find_prefix(names: Mapping[str, Shape]) -> Match:
-    """The one prefix among the tensors of a checkpoint; what belongs to the base model or a task head is ignored.
+    """Returns the one prefix among the tensors of a checkpoint; ignores tensors of the base model and of task heads.
 
     Raises:
-        InvalidCheckpoint: none, more than one, or an incomplete one; the message lists what was found.
+        InvalidCheckpoint: there is no prefix, more than one, or an incomplete one; the message lists the tensors found.
     """
-    matches = [match for layout in LAYOUTS for match in _matches(layout, names)]
+    matches = [match for layout in CHECKPOINT_LAYOUTS for match in _matches(layout, names)]
     if not matches:
         shown = shown_names(names)
-        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in LAYOUTS)
+        known = "; ".join(f"{layout.name}: {', '.join(sorted(layout.roles))}" for layout in CHECKPOINT_LAYOUTS)
         raise InvalidCheckpoint(f"no prefix encoder among {len(names)} tensors ({shown}); known layouts: {known}")
     if len(matches) > 1:
         found = "; ".join(f"{m.layout.name} ({shown_names(m.tensors.values())})" for m in matches[:8])
@@ -273,14 +284,14 @@ def find_prefix(names: Mapping[str, Shape]) -> Match:
 
 
 def shown_names(names: Collection[str]) -> str:
-    """Returns up to eight names of tensors for a message, sorted, escaped and shortened where they need it."""
+    """Returns up to eight tensor names for an error message: sorted, escaped, and shortened if they are long."""
     shown = [
         name if name.isprintable() and len(name) <= 80 else shown_name(name) for name in islice(sorted(names), _SHOWN)
     ]
     return ", ".join(shown) + (", …" if len(names) > _SHOWN else "")
 
 
-def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
+def _matches(layout: CheckpointLayout, names: Mapping[str, Shape]) -> list[Match]:
     scopes: dict[str, dict[str, str]] = {}
     for name in names:
         plain = _WRAPPERS.sub("", name)
@@ -296,10 +307,11 @@ def _matches(layout: Layout, names: Mapping[str, Shape]) -> list[Match]:
 
 
 def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], Shape]) -> None:
-    """Compare the shapes of a prefix with its config.
+    """Compares the shapes of a prefix with its config.
 
     Raises:
-        InvalidCheckpoint: the layout is not the config's kind, or a shape differs; names both values.
+        InvalidCheckpoint: the layout belongs to another `peft_type`, or a shape differs; the message has both values.
+        InvalidConfig: the config has a projection without a size.
     """
     if not isinstance(config, match.layout.config):
         raise InvalidCheckpoint(f"{match.layout.name} tensors do not belong to peft_type {config.peft_type}")
@@ -329,7 +341,7 @@ def check_shapes(match: Match, config: PrefixConfig, shape_of: Callable[[str], S
     for role, name in match.tensors.items():
         if found[role] != expected[role]:
             raise InvalidCheckpoint(
-                f"{shown_names([name])} has shape {list(shape_of(name))}, the config wants {_said(config)}"
+                f"{shown_names([name])} has shape {list(shape_of(name))}, the config requires {_sizes_of(config)}"
             )
 
 
@@ -350,7 +362,7 @@ def _expected_shapes(config: PrefixConfig, found: Mapping[str, Shape]) -> dict[s
     return {"embedding": (tokens, inner), **dict(zip(_MLP, shapes, strict=True))}
 
 
-def _said(config: PrefixConfig) -> str:
+def _sizes_of(config: PrefixConfig) -> str:
     names = ["num_virtual_tokens", "num_layers", "token_dim", "num_attention_heads"]
     names += ["num_frozen_tokens"] if isinstance(config, CartridgeConfig) else ["encoder_hidden_size"]
     return ", ".join(f"{name}={getattr(config, name)}" for name in names)

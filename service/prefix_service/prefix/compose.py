@@ -1,4 +1,4 @@
-"""Prefixes one behind the other as one adapter: a CARTRIDGE, as PEFT's `compose_cartridge_adapters` makes it."""
+"""Concatenates prefixes into one CARTRIDGE adapter, as PEFT's `compose_cartridge_adapters` does."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -10,14 +10,15 @@ _COMMON: Final = ("task_type", "token_dim", "num_layers", "num_attention_heads",
 
 
 def composed_config(named: Sequence[tuple[str, PrefixConfig]]) -> PrefixConfig:
-    """The config of a concatenation, from those of its prefixes in their order, with the names they go by.
+    """Returns the config of a concatenation of the named prefixes, in their order.
 
-    As in PEFT it is the first's, with the tokens of all, and with the first's frozen tokens: one attention sink. Of a
-    PREFIX_TUNING prefix nothing is frozen, and what concerns its projection is left out.
+    As in PEFT, it is the first prefix's config with the tokens of all prefixes, and with the frozen tokens (the
+    attention sink) of the first alone. A PREFIX_TUNING prefix has no frozen tokens; fields of its projection are left
+    out.
 
     Raises:
-        InvalidRequest: one differs from the first in a dimension or in its task.
-        InvalidConfig: together they have more tokens than a prefix may have.
+        InvalidRequest: a prefix differs from the first in a dimension or in its task.
+        InvalidConfig: the concatenation has more tokens than a prefix may have.
     """
     first_name, first = named[0]
     for name, config in named[1:]:

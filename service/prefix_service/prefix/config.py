@@ -1,12 +1,13 @@
-"""`adapter_config.json`, as Hugging Face PEFT writes it, validated; and the sizes that follow from it.
+"""`adapter_config.json` as Hugging Face PEFT writes it, validated, and the sizes that follow from it.
 
 `PrefixTuningConfig` and `CartridgeConfig` mirror `peft.PrefixTuningConfig` and `peft.CartridgeConfig` (0.3 … 0.21):
-the same fields, the same defaults, unknown keys kept. `parse_config` reads what came from outside.
+they have the same fields and defaults, and keep unknown keys. `parse_config` reads untrusted values.
 
-PEFT checks few of its fields, and ignores some of them beside trained weights. Fields that this service never reads
-therefore hold any JSON value; sizes, flags and names that it does read have one type.
+PEFT checks few of its fields, and ignores some of them for trained weights. Fields that this service never reads
+therefore hold any JSON value; the sizes, flags and names that it reads have one type.
 """
 
+import json
 import re
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -19,7 +20,7 @@ from prefix_service.prefix.json_text import shown
 
 _EXACT = (1 << 53) - 1  # the largest integer of canonical JSON
 
-# Far above every model in use, far below what could make a product of them dangerous.
+# Far above every model in use, and far below the values at which products of them become dangerous.
 _LIMITS = {
     "num_virtual_tokens": 1 << 20,
     "num_layers": 1 << 10,
@@ -28,9 +29,9 @@ _LIMITS = {
     "encoder_hidden_size": 1 << 18,
 }
 
-_PEFT_TYPE = re.compile("[A-Z][A-Z0-9_]{1,39}")  # as PEFT writes them
+_PEFT_TYPE = re.compile("[A-Z][A-Z0-9_]{1,39}")  # as PEFT writes its types
 
-# Every other key is stored and shown, and never read.
+# Every other key is stored and shown, but never read.
 _READ = frozenset(
     {
         *_LIMITS,
@@ -50,11 +51,12 @@ TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTIO
 
 
 class PromptLearningConfig(BaseModel):
-    """The fields that PEFT's prompt-learning configs share; `None` is what has yet to be filled from a base model.
+    """The fields that PEFT's prompt-learning configs share; a `None` has yet to be filled in from a base model's
+    config.
 
-    `token_dim` is `head_dim * num_attention_heads`, where the heads are those of keys and values (after PEFT's
-    adjustment for grouped-query attention). `num_transformer_submodules` follows from the task, as in PEFT: 2 for
-    `SEQ_2_SEQ_LM`, else 1.
+    `token_dim` is `head_dim * num_attention_heads`, where the heads are the key/value heads (after PEFT's adjustment
+    for grouped-query attention). `num_transformer_submodules` follows from the task, as in PEFT: 2 for `SEQ_2_SEQ_LM`,
+    else 1.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
@@ -94,7 +96,7 @@ class PromptLearningConfig(BaseModel):
                 raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError, and lets a TypeError through
                     f"{name} must be an integer, got {shown(value)}"
                 )
-            least = 0 if name == "encoder_hidden_size" else 1  # it is read only where a projection is run
+            least = 0 if name == "encoder_hidden_size" else 1  # it is read only if a projection is run
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
             if value > limit:
@@ -108,7 +110,7 @@ class PromptLearningConfig(BaseModel):
 
     @property
     def prefix_embedding_dim(self) -> int | None:
-        """`num_layers * 2 * token_dim`, the width of the flat prefix; `None` until the dimensions are known."""
+        """`num_layers * 2 * token_dim`, the width of the flat prefix; `None` until both numbers are known."""
         if self.num_layers is None or self.token_dim is None:
             return None
         return self.num_layers * 2 * self.token_dim
@@ -128,10 +130,10 @@ class PromptLearningConfig(BaseModel):
     def filled(self, base_model_config: dict[str, Any]) -> Self:
         """Returns this config with every missing dimension taken from a base model's `config.json`.
 
-        What the adapter's config says stands; PEFT wrote its final values there.
+        Dimensions that the adapter's config has are kept: PEFT wrote its final values there.
 
         Raises:
-            InvalidConfig: the base model's config lacks a number, or the result does not fit together.
+            InvalidConfig: the base model's config lacks a number, or the result is inconsistent.
         """
         missing = {
             name: value
@@ -151,10 +153,10 @@ class PromptLearningConfig(BaseModel):
         return [name for name in ("num_layers", "token_dim", "num_attention_heads") if getattr(self, name) is None]
 
     def require_dimensions(self) -> None:
-        """Refuse a config whose `num_layers`, `token_dim` or `num_attention_heads` is not known.
+        """Checks that `num_layers`, `token_dim` and `num_attention_heads` are known.
 
         Raises:
-            InvalidConfig: names what is missing.
+            InvalidConfig: a dimension is missing; the message names it.
         """
         if missing := self._unknown_dimensions():
             raise InvalidConfig(
@@ -166,7 +168,7 @@ class PromptLearningConfig(BaseModel):
 class PrefixTuningConfig(PromptLearningConfig):
     """PEFT's `PrefixTuningConfig` (Li & Liang 2021, https://arxiv.org/abs/2101.00190).
 
-    With `prefix_projection` the prefix is `tanh(E W1 + b1) W2 + b2`, with `encoder_hidden_size` columns in `W1`.
+    With `prefix_projection` the prefix is `tanh(E W1 + b1) W2 + b2`, and `W1` has `encoder_hidden_size` columns.
     """
 
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
@@ -175,21 +177,25 @@ class PrefixTuningConfig(PromptLearningConfig):
     prefix_projection: StrictBool = False
 
     def require_projection_size(self) -> None:
-        """Refuse a config whose projection is to be run and has no size.
+        """Checks that a projection which is about to run has a size.
 
-        Weights that are already flat need none: beside them `prefix_projection` is history, as in PEFT.
+        Weights that are already flat need no size: for them, `prefix_projection` is history, as in PEFT.
 
         Raises:
             InvalidConfig: `encoder_hidden_size` is missing or 0.
         """
         if self.encoder_hidden_size is None:
-            raise InvalidConfig("encoder_hidden_size required when prefix_projection is true")
+            raise InvalidConfig("encoder_hidden_size is required when prefix_projection is true")
         if not self.encoder_hidden_size:
             raise InvalidConfig("encoder_hidden_size must be positive when prefix_projection is true, got 0")
 
     @property
     def trainable_parameters(self) -> int | None:
-        """`N·L·2·d` without projection; `N·d + d·h + h + h·(L·2·d) + L·2·d` with it (d: `token_dim`, h: hidden)."""
+        """The number of parameters that training changes; `None` until the dimensions are known.
+
+        `N·L·2·d` without projection; `N·d + d·h + h + h·(L·2·d) + L·2·d` with it (d: `token_dim`, h:
+        `encoder_hidden_size`).
+        """
         width = self.prefix_embedding_dim
         if width is None or self.token_dim is None:
             return None
@@ -200,8 +206,10 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 class CartridgeConfig(PromptLearningConfig):
-    """PEFT's `CartridgeConfig` (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266): the first
-    `num_frozen_tokens` rows are not trained."""
+    """PEFT's `CartridgeConfig` (Eyuboglu et al. 2025, https://arxiv.org/abs/2506.06266).
+
+    The first `num_frozen_tokens` rows are not trained.
+    """
 
     peft_type: Literal["CARTRIDGE"] = "CARTRIDGE"
     num_frozen_tokens: Annotated[int, Field(strict=True, ge=0)] = 1
@@ -217,7 +225,10 @@ class CartridgeConfig(PromptLearningConfig):
 
     @property
     def trainable_parameters(self) -> int | None:
-        """`(N - num_frozen_tokens)·L·2·d`."""
+        """The number of parameters that training changes, `(N - num_frozen_tokens)·L·2·d`.
+
+        It is `None` until these numbers are known.
+        """
         width = self.prefix_embedding_dim
         return None if width is None else (self.num_virtual_tokens - self.num_frozen_tokens) * width
 
@@ -231,10 +242,10 @@ _CONFIGS: dict[str, type[PrefixTuningConfig] | type[CartridgeConfig]] = {
 
 
 def config_type_of(values: dict[str, Any]) -> type[PrefixConfig]:
-    """Returns the type of the config that `values` describe.
+    """Returns the config class for the `peft_type` of `values`.
 
     Raises:
-        InvalidConfig: another `peft_type`, or none.
+        InvalidConfig: `peft_type` is missing or not supported.
     """
     peft_type = values.get("peft_type")
     if isinstance(peft_type, str) and peft_type in _CONFIGS:
@@ -246,14 +257,14 @@ def config_type_of(values: dict[str, Any]) -> type[PrefixConfig]:
 
 
 def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixConfig:
-    """The config that `values` describe, by their `peft_type`.
+    """Returns the config that `values` describe, in the class of their `peft_type`.
 
-    A config `from_file` belongs to trained weights, so `num_virtual_tokens` must be there; PEFT always writes it.
-    A key that nothing reads is left out if canonical JSON cannot hold its value: an infinity, or an integer of 54 to
-    64 bits.
+    A config `from_file` belongs to trained weights and must have `num_virtual_tokens`, which PEFT always writes. A key
+    that this service does not read is dropped if canonical JSON cannot hold its value: an infinity, or an integer of 54
+    to 64 bits.
 
     Raises:
-        InvalidConfig: another `peft_type`, or a field that is missing, malformed or out of bounds.
+        InvalidConfig: `peft_type` is not supported, or a field is missing, malformed or out of bounds.
     """
     config_type = config_type_of(values)
     if from_file and values.get("num_virtual_tokens") is None:
@@ -262,17 +273,24 @@ def parse_config(values: dict[str, Any], *, from_file: bool = False) -> PrefixCo
 
 
 def parse_read_fields(values: dict[str, Any]) -> PrefixConfig:
-    """The config that stored `values` describe, with the fields alone that this service reads: small, whatever else is
-    stored.
+    """Returns the config that stored `values` describe, without the fields that this service does not read, so that it
+    is small whatever else is stored.
 
     Raises:
-        InvalidConfig: as `parse_config`.
+        InvalidConfig: `peft_type` is not supported, or a field is missing, malformed or out of bounds.
     """
     return parse_config({name: value for name, value in values.items() if name in _READ})
 
 
+def write_config(values: dict[str, Any]) -> bytes:
+    """Returns a config as PEFT's `save_pretrained` writes it."""
+    return json.dumps(values, indent=2, sort_keys=True).encode()
+
+
 def _is_storable(value: Any) -> bool:
-    """Whether canonical JSON (RFC 8785) can hold the value's numbers; integers of more than 64 bits are not excused."""
+    """Returns whether canonical JSON (RFC 8785) can hold the value's numbers. An integer of more than 64 bits counts as
+    storable here, so that it is refused later instead of dropped.
+    """
     if isinstance(value, dict):
         return all(_is_storable(child) for child in value.values())
     if isinstance(value, list):

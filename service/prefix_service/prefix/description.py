@@ -1,4 +1,5 @@
-"""What people say of a version: its model card and its annotations, checked and bounded."""
+"""What is stored beside a version and not in its digest: the model card, annotations, the base model's fingerprint, and
+the uploaded config file. Checked and bounded."""
 
 import re
 from collections.abc import Mapping
@@ -9,13 +10,13 @@ from prefix_service.errors import InvalidRequest, TooLarge
 from prefix_service.prefix.json_text import shown
 
 MOST_CARD: Final = 256 << 10
-"""Bytes of a model card in UTF-8."""
+"""The most bytes of a model card in UTF-8."""
 
 MOST_ANNOTATIONS: Final = 64
-"""Annotations of a version."""
+"""The most annotations of a version."""
 
 MOST_VALUE: Final = 4 << 10
-"""Bytes of an annotation's value in UTF-8."""
+"""The most bytes of an annotation's value in UTF-8."""
 
 KEY_PATTERN: Final = "^[A-Za-z0-9._/-]{1,63}$"
 _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
@@ -23,18 +24,22 @@ _KEY: Final = re.compile(r"[A-Za-z0-9._/-]{1,63}")
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A version's model card in Markdown, and its annotations; empty where there are none.
+    """What a version's digest does not cover; empty where there is none.
 
-    It can be replaced, so the version's digest does not cover it.
+    The model card in Markdown, annotations and `fingerprint`, that of the base model as `check_fingerprint` writes it,
+    can be replaced. `config_file` has the bytes of `adapter_config.json` as it was uploaded, and stays.
     """
 
     card: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+    config_file: bytes = b""
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its texts in UTF-8, which count towards the tenant's quota."""
-        return sum(len(text.encode()) for text in (self.card, *self.annotations, *self.annotations.values()))
+        """The bytes of all of it, texts in UTF-8, which count towards the tenant's quota."""
+        texts = (self.card, self.fingerprint, *self.annotations, *self.annotations.values())
+        return sum(len(text.encode()) for text in texts) + len(self.config_file)
 
 
 EMPTY: Final = Description()
@@ -44,8 +49,8 @@ def decode_card(data: bytes | bytearray) -> str:
     """Returns the text of a model card.
 
     Raises:
-        TooLarge: it has more than `MOST_CARD` bytes.
-        InvalidRequest: it is not UTF-8, or contains a NUL.
+        TooLarge: the card has more than `MOST_CARD` bytes.
+        InvalidRequest: the card is not UTF-8, or contains a NUL.
     """
     try:
         return check_card(data.decode())
@@ -59,7 +64,8 @@ def check_card(text: str) -> str:
     """Returns a model card unchanged.
 
     Raises:
-        TooLarge, InvalidRequest: as `decode_card`.
+        TooLarge: the card has more than `MOST_CARD` bytes of UTF-8.
+        InvalidRequest: the card contains a NUL.
     """
     if len(text) > MOST_CARD or (nbytes := len(text.encode())) > MOST_CARD:
         size = f"{len(text)} characters" if len(text) > MOST_CARD else f"{nbytes} bytes"
@@ -71,8 +77,9 @@ def check_annotations(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns annotations in the order of their keys.
 
     Raises:
-        InvalidRequest: there are too many, a key has other characters or more of them than it may have, or a value is
-            no text, is too long, or contains a NUL.
+        InvalidRequest: there are too many annotations, a key is malformed, or a value is not text, too long, or
+        contains a
+            NUL.
     """
     if len(values) > MOST_ANNOTATIONS:
         raise InvalidRequest(f"there are {len(values)} annotations, and a version may have {MOST_ANNOTATIONS}")
@@ -92,6 +99,6 @@ def _checked(key: str, value: Any) -> str:
 
 
 def _without_nul(what: str, text: str) -> str:
-    if "\0" in text:  # which no PostgreSQL text can hold
+    if "\0" in text:  # PostgreSQL's texts cannot hold one
         raise InvalidRequest(f"{what} contains a NUL at character {text.index(chr(0))}: send text alone")
     return text

@@ -1,4 +1,4 @@
-"""`PrefixEncoder`: trained weights on a device, run once to the keys and values of a prefix."""
+"""`PrefixEncoder` runs trained weights once on a device, and returns the keys and values of a prefix."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial, reduce
@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - its customary name
 from torch import Tensor, nn
 
 from prefix_service.errors import InvalidCheckpoint
-from prefix_service.prefix.checkpoint import BLOCK, PrefixFile, PrefixWeights
+from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, PrefixWeights
 from prefix_service.prefix.config import CartridgeConfig, PrefixConfig, PrefixTuningConfig
 from prefix_service.prefix.kv import PrefixKV
 
@@ -18,14 +18,16 @@ T = TypeVar("T")
 InitWeights = Literal["random", "zero"]
 
 HIDDEN_BLOCK: Final = 64 << 20
-"""Bytes of an MLP's hidden activations, above which its rows are computed in blocks."""
+"""The size of an MLP's hidden activations in bytes above which its rows are computed in blocks."""
 
 BLOCK_FLOPS: Final = 1 << 37
-"""Floating-point operations of an MLP, above which its rows are computed in blocks: about two seconds of one core. For
-Llama 2 7B (32 layers, 4096) that is 63 tokens with 4096 hidden units, or 253 with 1024: what is usual is computed in
-one block, as PEFT does, since other shapes may give other last bits."""
+"""The floating-point operations of an MLP above which its rows are computed in blocks: about two seconds of one core.
 
-_DRAWN: Final = 1 << 24  # random numbers that are drawn in one step; a multiple of the 16 that torch draws together
+For Llama 2 7B (32 layers, 4096) this is 63 tokens with 4096 hidden units, or 253 with 1024. Usual sizes are computed in
+one block, as PEFT does, since other shapes can give other last bits.
+"""
+
+_DRAWN: Final = 1 << 24  # random numbers drawn per step; a multiple of the 16 that torch draws together
 
 _ROWS: Final = ("prompt_embeddings", "embedding", "frozen_embedding", "trainable_embedding")
 
@@ -34,11 +36,15 @@ _TRANSPOSED = frozenset({"transform.w1", "transform.w2"})
 
 
 class PrefixEncoder:
-    """An embedding of virtual tokens, with or without a two-layer MLP behind it (Li & Liang 2021, section 4.3).
+    """An embedding of virtual tokens, optionally followed by a two-layer MLP (Li & Liang 2021, section 4.3).
 
-    `P = tanh(E W1 + b1) W2 + b2`, or `P = E`; PEFT's `PrefixEncoder` and `CartridgeEncoder`. The MLP runs in float32
-    whatever the weights were stored in, on batch 1: its rows are all equal. Values that need no MLP are never
-    changed, so they stay bit-identical to PEFT's.
+    `P = E`, or `P = tanh(E W1 + b1) W2 + b2`, as in PEFT's `PrefixEncoder` and `CartridgeEncoder`. The MLP runs in
+    float32 whatever the stored dtype is, and on batch 1, since all rows of a batch are equal. Without an MLP the stored
+    values are never changed, so they stay bit-identical to PEFT's.
+
+    The service calls the constructors, `rows`, `encode` and `encoding`. `forward`, `trainable_parameters` and
+    `set_trainable_parameters` have no caller in the service: they are the interface of hf_peft_ex's encoder, for
+    training code that uses this class as a library.
     """
 
     def __init__(self, config: PrefixConfig, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -48,15 +54,15 @@ class PrefixEncoder:
 
     @classmethod
     def from_weights(cls, config: PrefixConfig, weights: PrefixWeights, device: torch.device) -> Self:
-        """The encoder of a checkpoint that `prefix_service.prefix.checkpoint.load_weights` read for this config."""
+        """Returns the encoder of weights that `prefix_service.prefix.checkpoint.load_weights` read for this config."""
         return cls(config, weights.tensors, device)
 
     @classmethod
     def fresh(cls, config: PrefixConfig, init: InitWeights, seed: int, device: torch.device) -> Self:
-        """An untrained encoder, float32, with the distributions of `nn.Embedding` and `nn.Linear`.
+        """Returns an untrained float32 encoder, with the distributions of `nn.Embedding` and `nn.Linear`.
 
-        `zero` makes every key and value zero, as PEFT's `init_weights="zero"` does. The same seed gives the same
-        weights on every device.
+        With `zero`, every key and value is zero, as with PEFT's `init_weights="zero"`. A seed gives the same weights on
+        every device.
 
         Raises:
             InvalidConfig: a dimension is missing.
@@ -67,7 +73,7 @@ class PrefixEncoder:
     def drawing(
         cls, config: PrefixConfig, init: InitWeights, seed: int, device: torch.device
     ) -> Generator[None, None, Self]:
-        """Returns what `fresh` returns, in steps of at most 32 million random numbers each.
+        """Draws an untrained encoder in steps of at most 32 million random numbers, and returns it as `fresh` does.
 
         Raises:
             InvalidConfig: a dimension is missing.
@@ -101,8 +107,8 @@ class PrefixEncoder:
     def rows(self) -> Iterator[Tensor]:
         """Yields the prefix as PEFT saves it, `[n, L * 2 * token_dim]`: float32 from an MLP, else in the stored dtype.
 
-        The rows come in one piece, unless an MLP's hidden activations exceed `HIDDEN_BLOCK` bytes, or its work
-        exceeds `BLOCK_FLOPS`. Nothing but a single row takes more of either.
+        All rows come in one block, unless an MLP's hidden activations exceed `HIDDEN_BLOCK` bytes or its work exceeds
+        `BLOCK_FLOPS`. A block exceeds either bound only if it is a single row.
 
         Raises:
             InvalidCheckpoint: the MLP's result is not finite.
@@ -129,12 +135,17 @@ class PrefixEncoder:
         return torch.cat([first, *others]) if others else first
 
     def encode(self) -> PrefixKV:
-        """The keys and values of the prefix, on the encoder's device."""
+        """Returns the keys and values of the prefix, on the encoder's device.
+
+        Raises:
+            InvalidCheckpoint: the MLP's result is not finite.
+        """
         with torch.inference_mode():
             return finished(self.encoding())
 
     def encoding(self) -> Generator[None, None, PrefixKV]:
-        """Returns what `encode` returns, in a step for each block of rows. Run each step in inference mode.
+        """Computes the keys and values in one step per block of rows, and returns them. Run each step in inference
+        mode.
 
         Raises:
             InvalidCheckpoint: the MLP's result is not finite.
@@ -143,12 +154,19 @@ class PrefixEncoder:
         return assembling(self.config, self.rows(), dtype, self.device)
 
     def forward(self, batch_size: int) -> Tensor:
-        """`past_key_values` of a batch, `[B, L, 2, H, N, D]`; the rows are one memory."""
+        """Returns `past_key_values` of a batch, `[B, L, 2, H, N, D]`; its rows share one memory, so do not write to it.
+
+        Raises:
+            InvalidCheckpoint: the MLP's result is not finite.
+        """
         return self.encode().stacked(batch_size)
 
     def trainable_parameters(self) -> dict[str, Tensor]:
-        """What training moves, by stable name (hf_peft_ex's): `embedding`, and with a projection `transform.w1`
-        `[in, out]`, `transform.b1`, `transform.w2`, `transform.b2`; for a cartridge `trainable_embedding`."""
+        """Returns the tensors that training changes, by hf_peft_ex's names.
+
+        These are `embedding` and, with a projection, `transform.w1` `[in, out]`, `transform.b1`, `transform.w2` and
+        `transform.b2`; for a CARTRIDGE `trainable_embedding`.
+        """
         return {
             name: tensor.T if name in _TRANSPOSED else tensor
             for name, tensor in self._tensors.items()
@@ -156,10 +174,10 @@ class PrefixEncoder:
         }
 
     def set_trainable_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Replace parameters by name; those not named stay.
+        """Replaces the named parameters; the others keep their values.
 
         Raises:
-            InvalidCheckpoint: an unknown name, or a shape that differs.
+            InvalidCheckpoint: a name is unknown, or a shape differs.
         """
         current = self.trainable_parameters()
         for name, tensor in parameters.items():
@@ -172,7 +190,7 @@ class PrefixEncoder:
 
 
 def finished(steps: Generator[None, None, T]) -> T:
-    """Runs a generator to its end, and returns what it returns."""
+    """Runs a generator to its end, and returns its return value."""
     while True:
         try:
             next(steps)
@@ -182,14 +200,14 @@ def finished(steps: Generator[None, None, T]) -> T:
 
 
 def assemble(config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> PrefixKV:
-    """Returns the keys and values that the rows of a flat prefix hold, `[n, L * 2 * token_dim]` at a time."""
+    """Returns the keys and values in the rows of a flat prefix, given as blocks `[n, L * 2 * token_dim]`."""
     return finished(assembling(config, rows, dtype, device))
 
 
 def assembling(
     config: PrefixConfig, rows: Iterable[Tensor], dtype: torch.dtype, device: torch.device
 ) -> Generator[None, None, PrefixKV]:
-    """Returns the keys and values that the rows of a flat prefix hold, `[n, L * 2 * token_dim]` a step."""
+    """Returns the keys and values in the rows of a flat prefix; each step takes one block `[n, L * 2 * token_dim]`."""
     shape = (
         config.num_layers or 0,
         2,
@@ -206,8 +224,10 @@ def assembling(
 
 
 def _filled(tensor: Tensor, fill: Callable[[Tensor], object]) -> Iterator[None]:
-    """Fills a tensor with random numbers, some in each step: the numbers that one call would draw. The last part is no
-    shorter than the others, since torch draws fewer than 16 normal numbers in another way."""
+    """Fills a tensor with the random numbers that one call would draw, a part of it in each step.
+
+    The last part is at least as long as the others, since torch draws fewer than 16 normal numbers in another way.
+    """
     flat = tensor.view(-1)
     count = max(1, len(flat) // _DRAWN)
     for part in range(count):
@@ -216,14 +236,13 @@ def _filled(tensor: Tensor, fill: Callable[[Tensor], object]) -> Iterator[None]:
 
 
 def hidden_nbytes(config: PrefixConfig) -> int:
-    """Returns the bytes of the hidden activations of all tokens, of a config whose projection is run."""
+    """Returns the size in bytes of the MLP's hidden activations of all tokens."""
     hidden = config.encoder_hidden_size if isinstance(config, PrefixTuningConfig) else None
     return 4 * config.num_virtual_tokens * (hidden or 0)
 
 
-def encoding_nbytes(config: PrefixConfig, file: PrefixFile) -> int:
-    """Returns the most bytes of host memory that it takes to read a prefix and to encode it; its keys and values are
-    among them."""
+def encoding_nbytes(config: PrefixConfig, file: LocatedPrefix) -> int:
+    """Returns the peak host memory, in bytes, of reading and encoding a prefix, its keys and values included."""
     width = config.prefix_embedding_dim or 0
     key_values = config.num_virtual_tokens * width * file.encoded_dtype.itemsize
     if not file.is_projected:
@@ -235,14 +254,14 @@ def encoding_nbytes(config: PrefixConfig, file: PrefixFile) -> int:
 
 
 def fresh_nbytes(config: PrefixConfig) -> int:
-    """Returns the most bytes of host memory that it takes to make an untrained prefix, and its rows."""
+    """Returns the peak host memory, in bytes, of making an untrained prefix and its rows."""
     if isinstance(config, PrefixTuningConfig) and config.prefix_projection and not config.inference_mode:
         return 4 * (config.trainable_parameters or 0) + _running_nbytes(config)
     return 4 * config.num_virtual_tokens * (config.prefix_embedding_dim or 0)
 
 
 def _running_nbytes(config: PrefixConfig) -> int:
-    """Returns the bytes of one block of an MLP's activations and of its result."""
+    """Returns the size in bytes of the MLP's activations for one block, and of its result."""
     tokens = min(config.num_virtual_tokens, _rows_in_block(config))
     return tokens * (hidden_nbytes(config) // config.num_virtual_tokens + 4 * (config.prefix_embedding_dim or 0))
 

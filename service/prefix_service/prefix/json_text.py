@@ -1,46 +1,51 @@
-"""JSON from outside: counted before it is parsed, and parsed strictly."""
+"""Parses JSON from outside strictly, and counts its values before it is parsed."""
 
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from math import isfinite
 from typing import Any, Final, NoReturn
 
 from prefix_service.errors import InvalidConfig
 
 MAX_CONFIG_BYTES: Final = 64 << 10  # PEFT writes about one KiB
-MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # is not stored; a classifier's names of 21,000 labels have half a megabyte
+MAX_BASE_CONFIG_BYTES: Final = 1 << 20  # it is not stored; the 21,000 label names of a classifier take half a megabyte
 
 MOST_VALUES: Final = 1 << 20
-"""Values that JSON may have: a mask has as many."""
+"""The most values in a JSON text; a mask has that many."""
 
 _MOST_CONTAINERS: Final = 1 << 17  # lists and objects
 _MOST_NAMES: Final = 1 << 16
-"""Names of members, at most as many as colons."""
+"""The most names of members: at most the number of colons."""
 
 _AT_ONCE: Final = 1 << 18
-"""Bytes of JSON that are parsed without a call into Python for each integer. `json.loads` holds Python's lock between
-such calls: for 60 ms of 2 MiB without them, for 40 ms at most of 4 MiB with them, which take four times as long."""
+"""The most bytes of JSON that are parsed without a call into Python for each integer.
+
+`json.loads` holds the GIL between such calls: without them for 60 ms for 2 MiB, with them for at most 40 ms for 4 MiB,
+at four times the cost.
+"""
 
 _MEMORY: Final = 40
-"""Bytes of memory that a byte of JSON may take while it is parsed: measured are 36, of lists in lists."""
+"""Bytes of memory that a byte of JSON can take while it is parsed; lists in lists take 36."""
 
 _MAX_DEPTH: Final = 32
-_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, which is no text without the other half
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair; it is not a character without the other half
 
 
 def json_memory(nbytes: int) -> int:
-    """Returns the bytes of memory that parsing so many bytes of JSON takes."""
+    """Returns the bytes of memory that parsing `nbytes` bytes of JSON can take."""
     return _MEMORY * nbytes
 
 
 def parse_config_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Returns the JSON object of a config file, which may hold infinities, as `json.dump` writes them.
+    """Returns the JSON object of a config file. It may hold infinities, since `json.dump` writes them.
 
-    `parse_config` leaves them out where nothing reads them, and refuses them elsewhere.
+    `parse_config` drops an infinity in a field that this service does not read, and refuses it in others.
 
     Raises:
-        InvalidConfig: as `parse_json`.
+        InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN or
+            lone surrogates. The message begins with `what`.
     """
     return _parse(data, what, limit, float, _refuse_nan)
 
@@ -49,8 +54,8 @@ def parse_json(data: bytes, what: str, limit: int = MAX_CONFIG_BYTES) -> dict[st
     """Returns a JSON object from outside: UTF-8, at most `limit` bytes, and moderately nested.
 
     Raises:
-        InvalidConfig: too many bytes, values or names, too deep, duplicate keys, NaN, infinities or lone surrogates;
-            names `what`.
+        InvalidConfig: the text has too many bytes, values or names, is nested too deeply, or has duplicate keys, NaN,
+            infinities or lone surrogates. The message begins with `what`.
     """
     return _parse(data, what, limit, _finite, _refuse_constant)
 
@@ -71,7 +76,7 @@ def _parse(
             parse_constant=parse_constant,
         )
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            _require_text(value)
     except (ValueError, RecursionError) as error:
         raise InvalidConfig(f"{what} is not usable JSON: {error}") from error
     if not isinstance(value, dict):
@@ -82,7 +87,9 @@ def _parse(
 
 
 def _require_few_values(data: bytes, what: str) -> None:
-    """Counts before anything is made of the text; what stands in strings counts too."""
+    """Raises InvalidConfig if the text has too many values or names. Counts characters before anything is parsed, so
+    those in strings count too.
+    """
     containers = data.count(b"[") + data.count(b"{")
     values = containers + data.count(b",")
     if values > MOST_VALUES + _MOST_CONTAINERS or containers > _MOST_CONTAINERS:
@@ -94,17 +101,46 @@ def _require_few_values(data: bytes, what: str) -> None:
         raise InvalidConfig(f"{what} has {names} colons, and at most {_MOST_NAMES} are read: it names too much")
 
 
-def shown(value: Any) -> str:
-    """Returns a value as Python writes it, shortened to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shown(value: Any, most: int = 80) -> str:
+    """Returns a value as Python writes it, shortened to `most` characters; looks at little of it, whatever its size."""
+    text = repr(_beginning(value, most, 3))
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _beginning(value: Any, most: int, levels: int) -> Any:
+    if isinstance(value, str):
+        return value[: most + 1]
+    if isinstance(value, list):
+        return [_beginning(item, most // 2, levels - 1) for item in value[: most // 2]] if levels else ...
+    if isinstance(value, dict):
+        items = islice(value.items(), most // 4)
+        return (
+            {_beginning(key, most, 0): _beginning(item, most // 2, levels - 1) for key, item in items}
+            if levels
+            else ...
+        )
+    return value
+
+
+def _require_text(value: Any) -> None:
+    """Raises ValueError if a string holds half of a surrogate pair. In Python: one call of `json.dumps` would hold
+    Python's lock for all of it."""
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            key.encode()
+            _require_text(item)
+    elif isinstance(value, list):
+        for item in value:
+            _require_text(item)
 
 
 def _deeper_than(levels: int, value: dict[str, Any] | list[Any]) -> bool:
     if levels < 0:
         return True
     children = value.values() if isinstance(value, dict) else value
-    if {dict, list}.isdisjoint(map(type, children)):  # a million numbers are not looked at in Python
+    if {dict, list}.isdisjoint(map(type, children)):  # so that Python does not visit the numbers of a mask one by one
         return False
     return any(_deeper_than(levels - 1, child) for child in children if isinstance(child, dict | list))
 

@@ -1,4 +1,4 @@
-"""`PrefixKV`, the value that everything else handles: the keys and values of one prefix, batch 1."""
+"""`PrefixKV`: the keys and values of one prefix, batch 1, which every other module passes around."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -15,8 +15,8 @@ class PrefixKV:
     """The keys and values of a prefix for a range of layers and heads.
 
     `tensor` is `[L', 2, H', N, D]`: layer, key or value, key/value head, virtual token, head size. `layers` and
-    `kv_heads` tell which of the model's `num_layers` layers and `num_kv_heads` heads those are. Keys are used as they
-    are: they stand after the rotary embedding and are never rotated (PEFT).
+    `kv_heads` are the half-open ranges that it covers of the model's `num_layers` layers and `num_kv_heads` heads. Keys
+    enter attention as they are: as in PEFT, they are not rotated by the rotary embedding.
     """
 
     tensor: Tensor
@@ -34,16 +34,17 @@ class PrefixKV:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Self:
-        """All layers and heads of a prefix, from `[L, 2, H, N, D]`."""
+        """Returns all layers and heads of a prefix, from a tensor `[L, 2, H, N, D]`."""
         layers, _, heads, _, _ = tensor.shape
         return cls(tensor, (0, layers), (0, heads), layers, heads)
 
     @classmethod
     def from_flat(cls, flat: Tensor, *, num_layers: int, num_kv_heads: int, num_transformer_submodules: int) -> Self:
-        """From PEFT's flat prefix `[N, L * 2 * H * D]`, as `peft.PeftModel.get_prompt` reads it.
+        """Returns the keys and values of PEFT's flat prefix `[N, L * 2 * H * D]`, as `peft.PeftModel.get_prompt` reads
+        it.
 
-        With two submodules (encoder-decoder) PEFT doubles the tensor and groups it by four, so that decoder layer
-        `i` receives pair `2i mod L`; adapters were trained that way.
+        With two submodules (encoder-decoder) PEFT doubles the tensor and groups it by four, so that decoder layer `i`
+        receives pair `2i mod L`; adapters were trained that way.
         """
         tokens, width = flat.shape
         tensor = flat.new_empty(num_layers, 2, num_kv_heads, tokens, width // (num_layers * 2 * num_kv_heads))
@@ -52,8 +53,10 @@ class PrefixKV:
         return made
 
     def put_rows(self, first: int, flat: Tensor, num_transformer_submodules: int) -> None:
-        """Write the tokens that begin with `first`, from rows of the flat prefix `[n, L * 2 * H * D]`, as `from_flat`
-        reads them."""
+        """Writes the tokens from `first` on, from rows `[n, L * 2 * H * D]` of the flat prefix.
+
+        With two submodules, layer `i` receives pair `2i mod L` of a row, as in PEFT.
+        """
         layers, _, heads, _, size = self.tensor.shape
         # (n, L*2*H*D) -> (n, L, 2, H, D) -> (L, 2, H, n, D)
         found = flat.view(len(flat), layers, 2, heads, size).permute(1, 2, 3, 0, 4)
@@ -67,35 +70,35 @@ class PrefixKV:
     def flat(self, first: int = 0, last: int | None = None) -> Tensor:
         """Returns the tokens `first:last` as PEFT saves them, `[n, L * 2 * H * D]`.
 
-        This is `from_flat` the other way round, but not for two submodules, where that leaves layers out.
+        It inverts `from_flat` for one submodule; with two, `from_flat` leaves layers out, so they cannot be restored.
         """
         # (L, 2, H, n, D) -> (n, L, 2, H, D) -> (n, L*2*H*D)
         return self.tensor[:, :, :, first:last].permute(3, 0, 1, 2, 4).flatten(1)
 
     @property
     def num_virtual_tokens(self) -> int:
-        """N."""
+        """N, the number of virtual tokens."""
         return self.tensor.shape[3]
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """D, the size of a head."""
         return self.tensor.shape[4]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values."""
+        """The size of the keys and values in bytes."""
         return self.tensor.nbytes
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """On another device, or rounded to another dtype (to nearest even)."""
+        """Returns the prefix on another device, or rounded (to nearest even) to another dtype."""
         return replace(self, tensor=self.tensor.to(device=device, dtype=dtype))
 
     def sliced(self, layers: Span | None = None, kv_heads: Span | None = None) -> Self:
-        """The layers and heads of these half-open ranges, numbered as in the model; a view.
+        """Returns a view of the given layers and heads, half-open ranges in the model's numbering; None means all.
 
         Raises:
-            InvalidRequest: a range that is empty or reaches outside.
+            InvalidRequest: a range is empty or reaches outside the model.
         """
         first_layer, last_layer = check_span("layers", layers, self.num_layers)
         first_head, last_head = check_span("kv_heads", kv_heads, self.num_kv_heads)
@@ -103,18 +106,18 @@ class PrefixKV:
         return replace(self, tensor=tensor, layers=(first_layer, last_layer), kv_heads=(first_head, last_head))
 
     def pairs(self, batch_size: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """One `(key, value)` a layer, each `[B, H', N, D]`; rows share memory: do not write."""
+        """Returns one `(key, value)` per layer, each `[B, H', N, D]`; rows share memory, so do not write to them."""
         # (L', 2, H', N, D) -> L' x 2 x (B, H', N, D)
         rows = self.tensor.unsqueeze(2).expand(-1, -1, batch_size, -1, -1, -1)
         return [(layer[0], layer[1]) for layer in rows]
 
     def stacked(self, batch_size: int = 1) -> Tensor:
-        """`[B, L', 2, H', N, D]`; rows share memory: do not write."""
+        """Returns one tensor `[B, L', 2, H', N, D]`; rows share memory, so do not write to them."""
         return self.tensor.unsqueeze(0).expand(batch_size, -1, -1, -1, -1, -1)
 
 
 def check_span(name: str, span: Span | None, size: int) -> Span:
-    """`span`, or all of `size` where it is None.
+    """Returns `span`, or `(0, size)` if it is None.
 
     Raises:
         InvalidRequest: the range is empty or reaches outside `0:size`.
@@ -127,14 +130,15 @@ def check_span(name: str, span: Span | None, size: int) -> Span:
 
 
 def prefix_mask(batch_size: int, num_virtual_tokens: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The mask of the prefix alone: ones, `[B, N]`."""
+    """Returns the attention mask of the prefix alone: ones, `[B, N]`."""
     return torch.ones(batch_size, num_virtual_tokens, dtype=dtype)
 
 
 def extend_mask(attention_mask: Tensor, num_virtual_tokens: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Ones for the prefix in front of an input's mask: `[B, S]` -> `[B, N + S]`, in the mask's own dtype by default.
+    """Returns the attention mask of prefix and input, `[B, S]` -> `[B, N + S]`, with ones for the prefix.
 
-    PEFT makes it float32 whatever came in; models accept integers too, but for Falcon with ALiBi and 16 or more heads.
+    Its dtype is the mask's own by default. PEFT always makes it float32; models accept integers too, except Falcon with
+    ALiBi and 16 or more heads.
     """
     mask = attention_mask.to(dtype or attention_mask.dtype)
     ones = mask.new_ones(mask.shape[0], num_virtual_tokens)
@@ -142,6 +146,8 @@ def extend_mask(attention_mask: Tensor, num_virtual_tokens: int, dtype: torch.dt
 
 
 def position_ids(attention_mask: Tensor, num_virtual_tokens: int | Tensor) -> Tensor:
-    """`N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`: right for left and for right padding. N is one number, or
-    `[B, 1]`."""
+    """Returns `N + clamp(cumsum(mask) - 1, min=0)`, int64 `[B, S]`, which is right for left and for right padding.
+
+    `num_virtual_tokens` is one number N, or one per row as `[B, 1]`.
+    """
     return num_virtual_tokens + (attention_mask.to(torch.int64).cumsum(dim=1) - 1).clamp(min=0)

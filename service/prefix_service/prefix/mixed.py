@@ -1,9 +1,8 @@
-"""One batch for many adapters: the rows of one forward pass of a base model, each behind a prefix of its own.
+"""One batch for many adapters: the rows of one forward pass of a base model, each with a prefix of its own.
 
-Prefixes of several lengths stand at the right end of `[…, N, D]`, N being the longest: in front of shorter ones there
-are zeros, and the mask is 0 there. A row may have several prefixes, one behind the other, or none. Here it is said
-which bytes lie where; nothing is copied, so that the service sends them and a client writes them into memory of its
-own.
+Prefixes of several lengths are right-aligned in `[…, N, D]`, where N is the longest: shorter rows have zeros in front,
+and the mask is 0 there. A row may have several prefixes, concatenated, or none. This module computes which bytes are
+where and copies none, so that the service can send them and a client can write them into its own memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,21 +16,21 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import Identity, KVDtype
+from prefix_service.prefix.variant import Identity, KVDtype
 
 MOST_IN_A_ROW: Final = 32
-"""Prefixes that one row may be made of."""
+"""The most prefixes that one row may have."""
 
-_JOINED: Final = 1 << 18  # bytes of short lines that are made together
-_MANY: Final = 16  # of them, from which on it is faster than one by one
+_JOINED: Final = 1 << 18  # bytes of short heads that are joined in one step
+_MANY: Final = 16  # heads, from which joining is faster than sending one by one
 _ZEROS: Final = memoryview(bytes(1 << 20))
 
 Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A prefix in a row: how it was asked for, which one it is, and the dtype that it has unless another is asked."""
+class RowPrefix:
+    """One prefix of a row: the reference that was asked for, its identity, and its stored dtype."""
 
     ref: str
     identity: Identity
@@ -40,12 +39,14 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int, int, bool]:
-        """What the prefixes of one base model have in common."""
+        """The properties that the prefixes of one base model share: layers, key/value heads, head size, and whether the
+        model is an encoder-decoder.
+        """
         identity = self.identity
         return identity.num_layers, identity.num_kv_heads, identity.head_dim, self.is_encoder_decoder
 
-    def told(self) -> dict[str, Any]:
-        """As metadata."""
+    def as_metadata(self) -> dict[str, Any]:
+        """Returns the prefix as metadata: `ref`, `version`, `digest` and `num_virtual_tokens`."""
         about = {name: getattr(self.identity, name) for name in ("version", "digest", "num_virtual_tokens")}
         return {"ref": self.ref, **about}
 
@@ -57,95 +58,100 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The prefixes of a row, in their order; none where it has no prefix. `is_list` tells how it was asked for."""
+    """The prefixes of one row in order; empty if it has none. `is_list` is whether the caller sent a list."""
 
-    parts: tuple[Part, ...] = ()
+    prefixes: tuple[RowPrefix, ...] = ()
     is_list: bool = False
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens of its prefixes together."""
-        return sum(part.identity.num_virtual_tokens for part in self.parts)
+        """The virtual tokens of its prefixes together."""
+        return sum(prefix.identity.num_virtual_tokens for prefix in self.prefixes)
 
-    def told(self) -> Any:
-        """As metadata: of a prefix `ref`, `version`, `digest` and `num_virtual_tokens`; a list; or None."""
-        told = [part.told() for part in self.parts]
+    def as_metadata(self) -> Any:
+        """Returns the row as metadata: a prefix with `ref`, `version`, `digest` and `num_virtual_tokens`, a list of
+        them, or None.
+        """
+        told = [prefix.as_metadata() for prefix in self.prefixes]
         return told if self.is_list else told[0] if told else None
 
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Rows that agree, in one dtype."""
+    """Rows whose prefixes fit one base model, in one dtype."""
 
     rows: tuple[Row, ...]
     dtype: KVDtype
 
     @classmethod
     def of(cls, rows: Sequence[Row], dtype: KVDtype | None = None) -> "MixedBatch":
-        """Check rows against each other.
+        """Checks rows against each other, and returns their batch.
 
         Raises:
-            InvalidRequest: no row has a prefix; one differs from the first in layers, heads or head size; or stored
-                dtypes differ and no `dtype` was asked for.
+            InvalidRequest: no row has a prefix; a prefix differs from the first in layers, heads or head size; or
+            stored dtypes
+                differ and the caller asked for no `dtype`.
         """
-        found = [(index, part) for index, row in enumerate(rows) for part in row.parts]
+        found = [(index, prefix) for index, row in enumerate(rows) for prefix in row.prefixes]
         if not found:
             raise InvalidRequest("no row has a prefix: ask for a batch only where one has")
         first_index, first = found[0]
-        for index, part in found:
-            if part.shape != first.shape:
+        for index, prefix in found:
+            if prefix.shape != first.shape:
                 raise InvalidRequest(
-                    f"row {index}: {part}, but row {first_index}: {first}; the rows of a batch share one base model"
+                    f"row {index}: {prefix}, but row {first_index}: {first}; the rows of a batch share one base model"
                 )
-            if dtype is None and part.dtype != first.dtype:
+            if dtype is None and prefix.dtype != first.dtype:
                 raise InvalidRequest(
-                    f"row {index}: {part.ref} is stored as {part.dtype}, but row {first_index}: {first.ref} as "
+                    f"row {index}: {prefix.ref} is stored as {prefix.dtype}, but row {first_index}: {first.ref} as "
                     f"{first.dtype}; say in dtype which one is wanted"
                 )
         return cls(tuple(rows), dtype or first.dtype)
 
     @cached_property
-    def first(self) -> Part:
-        """The first prefix; the others agree with it."""
-        return next(chain.from_iterable(row.parts for row in self.rows))
+    def first(self) -> RowPrefix:
+        """The first prefix; the others have the same dimensions."""
+        return next(chain.from_iterable(row.prefixes for row in self.rows))
 
     @cached_property
     def num_virtual_tokens(self) -> int:
-        """N, that of the longest row."""
+        """N, the virtual tokens of the longest row."""
         return max(row.num_virtual_tokens for row in self.rows)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """Virtual tokens of each row, int64 `[B, 1]`."""
+        """The virtual tokens of each row, int64 `[B, 1]`."""
         return torch.tensor([[row.num_virtual_tokens] for row in self.rows])
 
-    def runs(self, sources: Sequence[Sequence["Source"]], heads: int, cells: range) -> Iterator[Bytes]:
-        """The bytes of `cells` (a layer's keys are one, its values the next), row by row, head by head, in order.
+    def byte_runs(self, sources: Sequence[Sequence["TensorBytes"]], heads: int, cells: range) -> Iterator[Bytes]:
+        """Yields the bytes of `cells` in order: row by row, head by head.
 
-        `sources` has the tensor of each prefix, as `rows` has them; the runs are parts of these, and zeros.
+        A cell is one layer's keys or one layer's values: layer `i` has the cells `2i` and `2i + 1`. `sources` has one
+        tensor per prefix, nested as in `rows`; the runs are bytes of these tensors, and zeros.
         """
         width = next(source.width for source in chain.from_iterable(sources))
-        for row, parts in zip(self.rows, sources, strict=True):
+        for row, tensors in zip(self.rows, sources, strict=True):
             padding = self.num_virtual_tokens - row.num_virtual_tokens
-            if len(parts) == 1 and not padding:
-                yield from parts[0].whole(cells, heads)
+            if len(tensors) == 1 and not padding:
+                yield from tensors[0].cell_bytes(cells, heads)
                 continue
-            if not parts:
+            if not tensors:
                 yield from _zeros(len(cells) * heads * padding * width)
                 continue
             first, last = cells.start * heads, cells.stop * heads
             for start, stop in _blocks(first, last, self.num_virtual_tokens * width):
                 if stop - start > 1:
-                    yield _joined(parts, start, stop, padding * width)
+                    yield _joined(tensors, start, stop, padding * width)
                     continue
                 yield from _zeros(padding * width)
-                for part in parts:
-                    yield part.line(start)
+                for tensor in tensors:
+                    yield tensor.head_bytes(start)
 
 
 def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yields the lines `start:stop`, of `size` bytes each, in ranges that are made together: many where they are short,
-    else one by one."""
+    """Yields the heads `start:stop` in ranges that are joined in one step: many heads per range if they are short, else
+    one. A head has `size` bytes.
+    """
     together = min(_JOINED // size, stop - start)
     if together < _MANY:
         together = 1
@@ -153,64 +159,69 @@ def _blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
         yield at, min(at + together, stop)
 
 
-def _joined(parts: Sequence["Source"], start: int, stop: int, padding: int) -> Bytes:
-    """Lines `start:stop` of prefixes one behind the other, in memory of their own, each behind `padding` zeros."""
+def _joined(tensors: Sequence["TensorBytes"], start: int, stop: int, padding: int) -> Bytes:
+    """Returns the heads `start:stop` of concatenated prefixes in new memory, each behind `padding` zeros."""
     zeros = torch.zeros(stop - start, padding, dtype=torch.uint8)
-    return bytes_of(torch.cat([zeros, *(part.lines(start, stop) for part in parts)], dim=1))
+    return bytes_of(torch.cat([zeros, *(tensor.stacked_heads(start, stop) for tensor in tensors)], dim=1))
 
 
 def mixed_mask(lengths: Tensor) -> Tensor:
-    """From the virtual tokens of each row, `[B, 1]`: int64 `[B, N]`, N being the largest, 0 on the left."""
+    """Returns the attention mask, int64 `[B, N]`, of rows with `lengths` `[B, 1]` virtual tokens. N is the largest
+    length; shorter rows have zeros on the left.
+    """
     tokens = int(lengths.max())
     return (torch.arange(tokens, device=lengths.device) >= tokens - lengths).to(torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor `[L', 2, H', n, X]` in memory; `width` is bytes of X."""
+class TensorBytes:
+    """The memory of a tensor `[L', 2, H', n, X]`: `tokens` is n, `width` is the bytes of X.
+
+    Heads are numbered in the order of memory, 0 … L' * 2 * H' - 1.
+    """
 
     data: memoryview
     tokens: int
     width: int
 
-    def line(self, line: int) -> Bytes:
-        """The tokens of one head: the lines are those of `[L' * 2 * H']`."""
+    def head_bytes(self, head: int) -> Bytes:
+        """Returns the bytes of one head's tokens."""
         size = self.tokens * self.width
-        return self.data[line * size : (line + 1) * size]
+        return self.data[head * size : (head + 1) * size]
 
-    def lines(self, start: int, stop: int) -> Tensor:
-        """The tokens of several heads, uint8 `[lines, n * width]`."""
+    def stacked_heads(self, start: int, stop: int) -> Tensor:
+        """Returns the tokens of the heads `start:stop`, uint8 `[stop - start, n * width]`."""
         size = self.tokens * self.width
         return torch.frombuffer(self.data, dtype=torch.uint8)[start * size : stop * size].view(stop - start, size)
 
-    def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
-        """The lines of cells in one piece."""
+    def cell_bytes(self, cells: range, heads: int) -> Iterator[Bytes]:
+        """Yields the bytes of whole cells, each of `heads` heads, in one piece."""
         size = heads * self.tokens * self.width
         yield self.data[cells.start * size : cells.stop * size]
 
 
-class Repeated(Source):
-    """A tensor `[L', 2, H', 1, X]` of which each token has the same."""
+class RepeatedBytes(TensorBytes):
+    """The memory of a tensor `[L', 2, H', 1, X]` whose only token stands for all `tokens` tokens."""
 
-    def line(self, line: int) -> Bytes:
-        """As `Source.line`."""
-        return bytes(self.data[line * self.width : (line + 1) * self.width]) * self.tokens
+    def head_bytes(self, head: int) -> Bytes:
+        """Returns the bytes of one head's tokens."""
+        return bytes(self.data[head * self.width : (head + 1) * self.width]) * self.tokens
 
-    def lines(self, start: int, stop: int) -> Tensor:
-        """As `Source.lines`."""
+    def stacked_heads(self, start: int, stop: int) -> Tensor:
+        """Returns the tokens of the heads `start:stop`, uint8 `[stop - start, n * width]`."""
         once = torch.frombuffer(self.data, dtype=torch.uint8)[start * self.width : stop * self.width].view(
             stop - start, self.width
         )
         return once.repeat(1, self.tokens)
 
-    def whole(self, cells: range, heads: int) -> Iterator[Bytes]:
-        """As `Source.whole`, some lines at a time."""
+    def cell_bytes(self, cells: range, heads: int) -> Iterator[Bytes]:
+        """Yields the bytes of whole cells, some heads at a time."""
         for start, stop in _blocks(cells.start * heads, cells.stop * heads, self.tokens * self.width):
-            yield _joined([self], start, stop, 0) if stop - start > 1 else self.line(start)
+            yield _joined([self], start, stop, 0) if stop - start > 1 else self.head_bytes(start)
 
 
 def _zeros(size: int) -> Iterator[Bytes]:
-    """So many bytes, of one memory for all."""
+    """Yields `size` zeros, as views of one shared block."""
     while size > 0:
         yield _ZEROS[:size]
         size -= len(_ZEROS)

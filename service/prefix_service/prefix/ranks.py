@@ -1,17 +1,17 @@
-"""Which key/value heads a rank of a tensor-parallel model holds: numbers alone, without torch."""
+"""Maps the ranks of a tensor-parallel model to the key/value heads that they hold: numbers alone, without torch."""
 
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 Rank = tuple[int, int]
 """`(rank, size)`: one of `size` ranks, counted from 0."""
 
 
 def check_rank(tp: Rank) -> Rank:
-    """`tp`, if it is one of the ranks 0 … size-1.
+    """Returns `tp` if its rank is one of 0 … size-1.
 
     Raises:
-        InvalidRequest: it is not.
+        InvalidRequest: there is no such rank.
     """
     rank, size = tp
     if not 0 <= rank < size:
@@ -20,13 +20,13 @@ def check_rank(tp: Rank) -> Rank:
 
 
 def kv_heads_of_rank(num_kv_heads: int, tp: Rank) -> Span:
-    """The heads of `tp = (rank, size)`, a half-open range of the model's `num_kv_heads`.
+    """Returns the heads of `tp = (rank, size)` as a half-open range of the model's `num_kv_heads`.
 
-    As vLLM (`QKVParallelLinear`) and Megatron-Core (`SelfAttention`) place them: consecutive heads, as many on each
-    rank; with more ranks than heads, each head on `size / num_kv_heads` consecutive ranks.
+    Heads are placed as by vLLM (`QKVParallelLinear`) and Megatron-Core (`SelfAttention`): consecutive heads, equally
+    many on each rank; with more ranks than heads, each head on `size / num_kv_heads` consecutive ranks.
 
     Raises:
-        InvalidRequest: no such rank, or heads and ranks do not divide.
+        InvalidRequest: there is no such rank, or the heads cannot be divided evenly.
     """
     rank, size = check_rank(tp)
     if size <= num_kv_heads:

@@ -1,4 +1,4 @@
-"""Names and references of API.md: who owns what, and which version of it is meant."""
+"""Names and references: `tenant/adapter@version`, where a version is a number, `latest`, an alias or a digest."""
 
 import re
 from dataclasses import dataclass
@@ -20,42 +20,42 @@ SELECTOR_PATTERN: Final = f"^{_NO_DOTS}(?:{_DIGEST.pattern}|{_VERSION.pattern}|{
 DELETABLE_PATTERN: Final = f"^{_NO_DOTS}{_NAME.pattern}(?:@(?:{_DIGEST.pattern}|{_VERSION.pattern}))?$"
 REFERENCE_PATTERN: Final = f"^{_NO_DOTS}{_REFERENCE}$"
 QUALIFIED_PATTERN: Final = f"^{_NO_DOTS}{_NAME.pattern}/{_REFERENCE}$"
-"""What the functions below accept, as patterns (ECMA-262) for the OpenAPI document."""
+"""The names and references that the functions below accept, as patterns (ECMA-262) for the OpenAPI document."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An adapter, and the selector behind `@`: a version number, a digest, an alias, or `latest`."""
+    """An adapter and the selector behind `@`: a version number, a digest, an alias, or `latest`."""
 
     adapter: str
     selector: str = LATEST
     explicit: bool = False
-    """Whether a selector was written."""
+    """Whether the text of the reference has a selector."""
 
     def __str__(self) -> str:
         return f"{self.adapter}@{self.selector}" if self.explicit else self.adapter
 
     @property
     def version(self) -> int | None:
-        """The version number, if that is what the selector is."""
+        """The version number, if the selector is one."""
         return int(self.selector) if self.selector.isdigit() else None
 
     @property
     def digest(self) -> str | None:
-        """The digest, if that is what the selector is."""
+        """The digest, if the selector is one."""
         return self.selector if self.selector.startswith("sha256:") else None
 
     @property
     def immutable(self) -> bool:
-        """Whether it always means the same version."""
+        """Whether the reference always means the same version."""
         return self.version is not None or self.digest is not None
 
 
 def check_name(kind: str, name: str) -> str:
-    """A well-formed tenant, adapter or alias.
+    """Returns the name of a tenant, adapter or alias if it is well-formed.
 
     Raises:
-        InvalidReference: it is not.
+        InvalidReference: the name is malformed.
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidReference(
@@ -66,10 +66,10 @@ def check_name(kind: str, name: str) -> str:
 
 
 def check_alias(name: str) -> str:
-    """A well-formed alias: a name that is neither all digits nor `latest`.
+    """Returns an alias if it is well-formed: a name that is neither all digits nor `latest`.
 
     Raises:
-        InvalidReference: it is not.
+        InvalidReference: the alias is malformed.
     """
     check_name("alias", name)
     if name.isdigit() or name == LATEST:
@@ -80,10 +80,10 @@ def check_alias(name: str) -> str:
 
 
 def parse_reference(text: str) -> Reference:
-    """`name`, `name@7`, `name@prod`, `name@latest` or `name@sha256:<64 hex>`.
+    """Returns the reference `name`, `name@7`, `name@prod`, `name@latest` or `name@sha256:<64 hex>`.
 
     Raises:
-        InvalidReference: anything else.
+        InvalidReference: the text has another form.
     """
     adapter, at, selector = text.partition("@")
     check_name("adapter", adapter)
@@ -98,10 +98,10 @@ def parse_reference(text: str) -> Reference:
 
 
 def parse_qualified(text: str) -> tuple[str, Reference]:
-    """`tenant/reference`.
+    """Returns the tenant and the reference in `tenant/reference`.
 
     Raises:
-        InvalidReference: it is not of that form.
+        InvalidReference: the text has another form.
     """
     tenant, slash, rest = str(text).partition("/")
     if not slash:

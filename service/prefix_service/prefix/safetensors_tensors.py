@@ -1,17 +1,15 @@
-"""Tensors of a safetensors file: their dtypes, and one tensor from bytes or as bytes.
+"""Tensors of a safetensors file: their dtypes, one tensor from bytes, and the header of a file with one tensor.
 
-They are kept apart from `safetensors_header`, so that code that only reads headers does not import torch.
+`safetensors_header` is a module of its own so that code that only reads headers does not import torch.
 """
 
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Final
 
 import torch
 
-from prefix_service.prefix.safetensors_header import TensorEntry
+from prefix_service.prefix.safetensors_header import TensorEntry, header_bytes
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F32": torch.float32,
@@ -21,13 +19,13 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-"""Every dtype that this project reads or writes, under the name that safetensors gives it."""
+"""Every dtype that this project reads or writes, by the name that safetensors gives it."""
 
 NAMES: Final[Mapping[torch.dtype, str]] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
-    """The tensor that `entry` describes, sharing the memory of `data`, which must be writable."""
+    """Returns the tensor that `entry` describes. It shares the memory of `data`, which must be writable."""
     dtype, count = DTYPES[entry.dtype], prod(entry.shape)
     if not count:  # `frombuffer` refuses a count of zero
         return torch.empty(entry.shape, dtype=dtype)
@@ -38,8 +36,4 @@ def tensor_at(data: memoryview, entry: TensorEntry) -> torch.Tensor:
 def header_of(name: str, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Returns length and header of a file with one tensor, whose bytes follow; the safetensors library writes the
     same bytes."""
-    nbytes = prod(shape) * dtype.itemsize
-    fields = {name: {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes({name: TensorEntry(NAMES[dtype], tuple(shape), 0, prod(shape) * dtype.itemsize)})

@@ -1,4 +1,4 @@
-"""Work on a CUDA device that does not wait for other threads' work."""
+"""CUDA streams per thread, so that a thread does not wait for the work of others."""
 
 import contextlib
 import threading
@@ -11,10 +11,10 @@ _of_thread = threading.local()
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Run the block's kernels and copies on a stream of the calling thread, and wait for these alone in the end.
+    """Runs the block's kernels and copies on a stream of the calling thread, and waits for them at its end.
 
-    So nothing is under way when the block has ended, and what it used may be freed, or used on any other stream,
-    without more ado. On the CPU it does nothing.
+    Nothing is pending when the block has ended, so memory that it used can be freed, or used on any other stream. On
+    the CPU this does nothing.
     """
     if device.type != "cuda":
         yield
@@ -24,7 +24,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        # The thread sleeps meanwhile.
+        # A blocking event lets the thread sleep while it waits.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(stream)
         done.synchronize()

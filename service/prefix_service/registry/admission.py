@@ -1,7 +1,7 @@
-"""What may begin now: requests in flight, and the memory and processor time of work in progress.
+"""Decides which requests and which work may begin: counts requests in flight, and budgets memory and processor time.
 
-Everything that allocates, or computes for long, by what a caller sent asks here first, in the name of the tenant that
-pays for it. Refusals come before the work and cost nothing.
+All code that allocates memory or computes for long, depending on a caller's input, asks here first in the name of the
+tenant that pays for it. A refusal comes before the work and costs nothing.
 """
 
 import asyncio
@@ -13,16 +13,18 @@ from functools import partial
 from typing import Final, Literal, TypeVar, cast, get_args
 
 from prefix_service.errors import OutOfSpace, Overloaded, PrefixServiceError
-from prefix_service.registry.turns import Turns, in_thread
 from prefix_service.registry.work_budget import Job, WorkBudget
+from prefix_service.system.turns import Turns, in_thread
 
 T = TypeVar("T")
 
 Refusal = Literal["requests", "size", "memory"]
-"""Too many requests in flight; work that takes more than one request may; work that waited too long for memory."""
+"""Why something was refused: too many requests in flight (`requests`), more memory than one request may take (`size`),
+or too long a wait for memory (`memory`).
+"""
 
 PLATFORM: Final = "(the platform)"
-"""Pays for what the platform's own keys ask for beside tenants' adapters; no tenant's name has a space."""
+"""The payer for requests of the platform's own keys outside tenants' adapters; no tenant's name has a space."""
 
 PATIENCE: Final = 30.0
 """Seconds that work waits for memory before its request is refused."""
@@ -32,11 +34,11 @@ RESERVE: Final = 16
 
 _SLICE: Final = 0.25  # seconds after which a long computation gives its turn back
 _STRANGERS: Final = 16
-"""Requests of callers without a key have places of their own: one for so many that the process takes of others."""
+"""Requests in flight per one request that callers without a key may have, counted separately."""
 
 
 class InFlight:
-    """Counts requests, in all and of each tenant. Pure state."""
+    """Counts requests in flight, in total and per tenant. Pure state."""
 
     def __init__(self, most: int, most_of_tenant: int) -> None:
         self.total = self.strangers = 0
@@ -50,15 +52,17 @@ class InFlight:
         return self._of
 
     def of(self, tenant: str) -> int:
-        """Returns the requests in flight of one tenant."""
+        """Returns a tenant's requests in flight."""
         return self._of.get(tenant, 0)
 
     def begin(self, tenant: str | None, *, reserved: bool = False) -> None:
-        """Counts a request. `tenant` is None where nobody's adapters are asked for; `reserved` requests may also take
-        the last `RESERVE` places of the process.
+        """Counts a request.
+
+        `tenant` is None if the request is for no tenant's adapters. `reserved` requests may also take the last
+        `RESERVE` places of the process.
 
         Raises:
-            Overloaded: there are too many; the request is not counted.
+            Overloaded: there are too many in flight; the request is not counted.
         """
         if self.total >= self.most + (RESERVE if reserved else 0):
             raise Overloaded(f"{self.total} requests are in flight, the most that this process takes: try again")
@@ -71,10 +75,10 @@ class InFlight:
         self.total += 1
 
     def begin_stranger(self) -> None:
-        """Counts a request of a caller without a key, apart from all others; end it with `end_stranger`.
+        """Counts a request of a caller without a key, apart from all others. End it with `end_stranger`.
 
         Raises:
-            Overloaded: there are too many; the request is not counted.
+            Overloaded: there are too many in flight; the request is not counted.
         """
         if self.strangers >= self._most_strangers:
             raise Overloaded(
@@ -83,11 +87,11 @@ class InFlight:
         self.strangers += 1
 
     def end_stranger(self) -> None:
-        """Ends what `begin_stranger` counted."""
+        """Ends a request that `begin_stranger` counted."""
         self.strangers -= 1
 
     def end(self, tenant: str | None) -> None:
-        """Ends what `begin` counted."""
+        """Ends a request that `begin` counted."""
         self.total -= 1
         if tenant is not None:
             left = self._of.pop(tenant) - 1
@@ -96,20 +100,24 @@ class InFlight:
 
 
 class Work:
-    """Admitted work of a tenant: `run` is for short calls, `compute` for long computations. They have separate turns,
-    so a short call never waits for a long computation."""
+    """A tenant's admitted work: `run` is for short calls, `compute` for long computations.
+
+    Both have separate turns, so a short call never waits for a long computation.
+    """
 
     def __init__(self, tenant: str, short: Turns, long: Turns) -> None:
         self._tenant, self._short, self._long = tenant, short, long
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Calls in a thread, once it is the tenant's turn."""
+        """Runs `call` in a thread, once it is the tenant's turn; returns its result."""
         return await self._short.run(self._tenant, call)
 
     async def compute(self, steps: Generator[None, None, T]) -> T:
-        """Returns what a generator returns; its steps run in threads, in the tenant's turns. A turn ends with the first
-        step that ends later than `_SLICE` seconds after its beginning. A caller that is cancelled waits for the step
-        that runs, if any; then the generator is closed."""
+        """Runs a generator's steps in threads, in the tenant's turns; returns the generator's return value.
+
+        A turn ends with the first step that ends later than `_SLICE` seconds after the turn's beginning. If the caller
+        is cancelled, it waits for the running step, and then the generator is closed.
+        """
         try:
             while True:
                 ended, value = await self._long.run(self._tenant, partial(_some_steps, steps))
@@ -121,7 +129,7 @@ class Work:
 
 
 def _some_steps(steps: Generator[None, None, T]) -> tuple[bool, T | None]:
-    """Takes steps until a slice of time is over. Returns whether the generator has ended, and what it returned."""
+    """Takes steps until a slice of time is over; returns whether the generator has ended, and its return value."""
     until = time.monotonic() + _SLICE
     try:
         while True:
@@ -134,7 +142,7 @@ def _some_steps(steps: Generator[None, None, T]) -> tuple[bool, T | None]:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionReport:
-    """Bytes of the work budget, those that are held, jobs that wait; and refusals by kind since the start."""
+    """The work budget, its used bytes and its waiting jobs, and the refusals by kind since the process started."""
 
     budget: int
     used: int
@@ -145,8 +153,8 @@ class AdmissionReport:
 class Admission:
     """The one place that decides whether requests and work may begin in this process. Used from one event loop.
 
-    `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. `processors` short
-    calls run in parallel, at least two, and half as many long computations, at least one; tenants in turn.
+    `in_flight` and `in_flight_tenant` bound requests, `work_bytes` the memory of work in progress. Up to `processors`
+    short calls (at least two) and half as many long computations (at least one) run in parallel; tenants take turns.
     """
 
     def __init__(
@@ -163,11 +171,14 @@ class Admission:
         self._short = Turns(max(processors, 2))
         self._long = Turns(max(processors // 2, 1))
         self._patience = patience
-        self._admitted: dict[Job, asyncio.Event] = {}  # of the jobs that wait
+        self._admitted: dict[Job, asyncio.Event] = {}  # of the waiting jobs
         self._refused: dict[Refusal, int] = dict.fromkeys(get_args(Refusal), 0)
 
     def begin(self, tenant: str | None, *, reserved: bool = False) -> None:
-        """Counts a request in flight, as `InFlight.begin`; end it with `requests.end`.
+        """Counts a request in flight. End it with `requests.end`.
+
+        `tenant` is None if the request is for no tenant's adapters; `reserved` requests may also take the last
+        `RESERVE` places.
 
         Raises:
             Overloaded: there are too many in flight.
@@ -176,7 +187,7 @@ class Admission:
             self.requests.begin(tenant, reserved=reserved)
 
     def begin_stranger(self) -> None:
-        """Counts a request without a key, as `InFlight.begin_stranger`; end it with `requests.end_stranger`.
+        """Counts a request without a key. End it with `requests.end_stranger`.
 
         Raises:
             Overloaded: there are too many in flight.
@@ -189,7 +200,7 @@ class Admission:
         """Reserves memory for a tenant's work while the block runs; waits for it in the tenant's turn.
 
         Raises:
-            OutOfSpace: one request may not take as much.
+            OutOfSpace: one request may not take that much.
             Overloaded: other work held the memory for too long.
         """
         with self._counting("size", OutOfSpace):
@@ -228,9 +239,9 @@ class Admission:
             raise
 
     async def run(self, tenant: str, call: Callable[[], T]) -> T:
-        """Calls in a thread, once it is the tenant's turn; for work that takes time and no memory to speak of."""
+        """Runs `call` in a thread once it is the tenant's turn; for work that takes time, but little memory."""
         return await self._short.run(tenant, call)
 
     def report(self) -> AdmissionReport:
-        """Returns the state of this moment."""
+        """Returns the current state."""
         return AdmissionReport(self.memory.budget, self.memory.used, self.memory.waiting, dict(self._refused))

@@ -1,4 +1,4 @@
-"""Loads that failed, remembered for a moment: a storm on a broken version reads its bytes once."""
+"""Failed loads, remembered for a moment, so that many requests for a broken version read its bytes once."""
 
 import copy
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from prefix_service.errors import CorruptBlob, InvalidInput, PrefixServiceError, StorageFailed
-from prefix_service.registry.tenants import K
+from prefix_service.registry.accounts import K
 
 REMEMBERED_SECONDS: Final = 3.0
 _REMEMBERED_KEYS: Final = 1_000
@@ -15,21 +15,21 @@ _LASTING: Final = (CorruptBlob, StorageFailed, InvalidInput)
 
 
 class Failures(Generic[K]):
-    """The errors of what cannot be loaded. Missing memory is not among them: it may be there at the next try."""
+    """The errors of keys that cannot be loaded. A lack of memory is not remembered: the next attempt may find some."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._errors: OrderedDict[K, tuple[float, PrefixServiceError]] = OrderedDict()  # in the order of time
+        self._errors: OrderedDict[K, tuple[float, PrefixServiceError]] = OrderedDict()  # in order of expiry
 
     def remember(self, key: K, error: BaseException) -> None:
-        """Keep what stays true for a while; a key that is remembered already is not kept any longer."""
+        """Remembers a lasting error; a key that is remembered already keeps its expiry."""
         if isinstance(error, _LASTING) and self._known(key) is None:
             self._errors[key] = (self._clock() + REMEMBERED_SECONDS, _fresh(error))
             if len(self._errors) > _REMEMBERED_KEYS:
                 self._errors.popitem(last=False)
 
     def check(self, key: K) -> None:
-        """Raise the error that is remembered for a key, if any."""
+        """Raises the error that is remembered for a key, if any."""
         if (error := self._known(key)) is not None:
             raise _fresh(error)
 
@@ -41,11 +41,11 @@ class Failures(Generic[K]):
         return error
 
     def forget(self, matches: Callable[[K], bool]) -> None:
-        """What was wrong may have been put right."""
+        """Forgets the errors of all keys that match, since their cause may be repaired."""
         for key in [key for key in self._errors if matches(key)]:
             del self._errors[key]
 
 
 def _fresh(error: PrefixServiceError) -> PrefixServiceError:
-    """The same error without its traceback, which would grow with each raise and keep what its frames hold."""
+    """Returns a copy of the error without its traceback, which would grow with each raise and keep its frames alive."""
     return copy.copy(error)

@@ -1,21 +1,21 @@
-"""How much of a budget of bytes may be held, that is leased or pinned, so that it cannot be evicted. Pure state."""
+"""How much of a byte budget may be held: leased or pinned, so that it cannot be evicted. Pure state."""
 
 from typing import Final, Generic
 
 from prefix_service.errors import OutOfSpace, Overloaded
-from prefix_service.registry.tenants import Entry, K, Tenant
+from prefix_service.registry.accounts import Entry, K, Tenant
 
-_PART: Final = 2  # one request, and all pins together, may hold a half
+_PART: Final = 2  # one request, and all pins together, may hold one half
 
 
 class Holdings(Generic[K]):
-    """Counts what is held, and refuses to a tenant what others would miss.
+    """Counts the held bytes, and refuses leases and pins that would starve other tenants.
 
     Dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998):
-    a tenant may lease as many bytes as nobody holds afterwards. So the readers of one tenant, however slowly they read,
-    hold a half of the budget at most, and those of the next tenant a half of the rest. A tenant that leases nothing may
-    lease what one request needs, if so much is not held. What tenants pin stays within a half of the budget, by the
-    same rule, and does not count against what its owner leases.
+    a tenant may lease as many bytes as remain unheld afterwards. The readers of one tenant, however slowly they read,
+    thus hold at most half of the budget, and those of the next tenant half of the rest. A tenant without leases may
+    lease the bytes of one request, if that many are not held. Pins of all tenants stay within half of the budget, by
+    the same rule; they do not count towards the leases of their owner.
     """
 
     def __init__(self, budget: int, setting: str) -> None:
@@ -26,23 +26,23 @@ class Holdings(Generic[K]):
         self._setting = setting
 
     def require_size(self, nbytes: int) -> None:
-        """Checks the bytes that one request holds.
+        """Checks the bytes that one request would hold.
 
         Raises:
-            OutOfSpace: it is more than one request may hold.
+            OutOfSpace: they are more than one request may hold.
         """
         if nbytes > self.most:
             raise OutOfSpace(
-                f"{nbytes} bytes are needed in memory, and one request may hold {self.most}: ask for less at once, or "
-                f"raise {self._setting}, of which that is a half"
+                f"{nbytes} bytes are needed in memory, and one request may hold {self.most}: ask for less, or "
+                f"raise {self._setting} (the limit is half of it)"
             )
 
     def require_lease(self, owner: Tenant[K], nbytes: int, *, held: bool, own: int) -> None:
-        """Checks a lease of an entry that nobody leases; `held` says whether it is pinned. The request that asks leases
-        `own` bytes of this tenant already.
+        """Checks a lease of an entry without leases. `held` is whether the entry is pinned; the request that asks
+        already leases `own` bytes of this tenant.
 
         Raises:
-            Overloaded: the tenant's readers would hold more than nobody holds.
+            Overloaded: the tenant's readers would hold more bytes than remain unheld.
         """
         free = self.budget - self.held - (0 if held else nbytes)
         if free < (owner.leased + nbytes if owner.leased > own else 0):
@@ -55,21 +55,21 @@ class Holdings(Generic[K]):
         """Checks a pin of an entry that is not pinned.
 
         Raises:
-            OutOfSpace: the tenant would pin more than nobody has pinned of the half that may be.
+            OutOfSpace: the tenant would have pinned more bytes than remain unpinned of the half that may be pinned.
         """
         owner = entry.owner
         if owner.pinned + entry.nbytes > self.most - self.pinned - entry.nbytes:
             raise OutOfSpace(
                 f"tenant {owner.name!r} has pinned {owner.pinned} bytes, and {entry.nbytes} more would leave too "
-                f"little to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting}, of "
-                "which that is a half"
+                f"little to others, of {self.most} bytes that all may pin: unpin some, or raise {self._setting} "
+                "(the limit is half of it)"
             )
 
     def lease(self, entry: Entry[K], own: int) -> None:
-        """Counts the first lease of an entry.
+        """Counts the first lease of an entry; the request that asks already leases `own` bytes of this tenant.
 
         Raises:
-            Overloaded: as `require_lease`.
+            Overloaded: the tenant's readers would hold more bytes than remain unheld.
         """
         owner, nbytes = entry.owner, entry.nbytes
         self.require_lease(owner, nbytes, held=entry.pinned, own=own)

@@ -1,14 +1,17 @@
-"""The identity of what is in memory."""
+"""The identities of entries in memory."""
 
 from typing import NamedTuple
 
-from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.variant import KVDtype, Span
 
 
 class VersionKey(NamedTuple):
-    """The identity of what is resident: never a name alone, so that no tenant meets another's tensors, and with the
-    digest of the stored keys and values, so that no bits are sent as others. Without it, all that is resident of a
-    version is meant."""
+    """The identity of a resident prefix.
+
+    It is never a name alone, so no tenant can receive another's tensors. It includes the digest of the stored keys and
+    values, so bits are never sent for others. A key without that digest stands for everything that is resident of a
+    version.
+    """
 
     tenant: str
     adapter: str
@@ -18,7 +21,7 @@ class VersionKey(NamedTuple):
 
     @property
     def whole(self) -> "VersionKey":
-        """The version, whatever its keys and values are."""
+        """The key of the version, whatever its keys and values are."""
         return self._replace(key_values="")
 
     def __str__(self) -> str:
@@ -26,7 +29,7 @@ class VersionKey(NamedTuple):
 
 
 class RenderingKey(NamedTuple):
-    """The identity of a rendering: a version, and what was made of it."""
+    """The identity of a rendering: a version, and the dtype and ranges that it was rendered with."""
 
     version: VersionKey
     dtype: KVDtype

@@ -1,4 +1,4 @@
-"""Host memory that a device copies from, and what an allocator says when there is none left."""
+"""Allocates host memory that suits a device, and recognises the errors of exhausted memory."""
 
 from collections.abc import Callable
 from typing import Final
@@ -12,7 +12,7 @@ _HOST: Final = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocat
 
 
 def memory_for(device: torch.device) -> Callable[[int], memoryview]:
-    """Allocates so many bytes of host memory; pinned where they go on to a CUDA device."""
+    """Returns the allocator of host memory for a device: pinned if the bytes go on to a CUDA device."""
     return _pinned if device.type == "cuda" else host_memory
 
 
@@ -21,12 +21,12 @@ def _pinned(nbytes: int) -> memoryview:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether memory itself ran out, whatever the budgets say."""
+    """Returns whether an error means that memory itself ran out, whatever the budgets say."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST)
 
 
 def of_device(error: BaseException) -> bool:
-    """Whether it was the memory of the accelerator."""
+    """Returns whether an error means that the accelerator's memory ran out."""
     return isinstance(error, torch.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""What a registry tells of itself: where bytes are, why they are there, and what was asked for."""
+"""Reports of a registry: the bytes of each budget, the versions in memory, and the tenants' shares."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,14 +6,18 @@ from typing import Literal
 TierName = Literal["device", "host"]
 Reason = Literal["loading", "reading", "pinned", "share", "kept"]
 """Why a version is in memory: it is being loaded or read, it is pinned, its tenant is within its guaranteed share, or
-the policy has kept it so far."""
+the eviction policy has kept it so far.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """One budget of bytes. `used` holds `pinned`; `readers` are the leases of this moment. The rest are counts since
-    the start: of lookups that found their value (`hits`), began its load (`misses`) or joined one under way (`waits`);
-    of entries that left for others; of loads that ended well and badly, and seconds spent in them."""
+    """The state of one budget, in bytes, and its counts.
+
+    `pinned` is a part of `used`; `readers` are the current leases. The other counts are totals since the start: lookups
+    that found their value (`hits`), started its load (`misses`) or joined one in progress (`waits`); `evictions`; loads
+    that succeeded (`loads`) and failed (`failures`), and the seconds that loads took.
+    """
 
     name: TierName
     place: str
@@ -34,8 +38,11 @@ class TierReport:
 
 @dataclass(frozen=True, slots=True)
 class ResidentReport:
-    """One version in memory: bytes of its prefix on the device, of its `renderings` in host memory, lookups since it
-    came (`uses`), leases of this moment, and why it stays."""
+    """One version in memory.
+
+    `device_bytes` and `host_bytes` are the bytes of its prefix on the device and of its `renderings` in host memory,
+    `uses` the lookups since it was loaded, `readers` its current leases, and `reason` why it stays.
+    """
 
     tenant: str
     adapter: str
@@ -52,7 +59,7 @@ class ResidentReport:
 
 @dataclass(frozen=True, slots=True)
 class ShareReport:
-    """What a tenant has in one tier, in bytes, beside the share of the budget that is guaranteed to it."""
+    """The bytes that a tenant has in one tier, and the share of the budget that is guaranteed to it."""
 
     tenant: str
     tier: TierName

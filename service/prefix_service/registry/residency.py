@@ -1,9 +1,9 @@
-"""What may stay in memory under a budget of bytes that tenants share: pure state.
+"""Decides which entries stay in memory under a byte budget that tenants share. Pure state.
 
-S3-FIFO by bytes (Yang, Zhang, Qiu, Yue and Vigfusson, "FIFO queues are all you need for cache eviction", SOSP 2023):
-what is new stands on probation, a tenth of the bytes; what was used again there, or comes back soon after it left,
-moves to the main queue, and stays for as many rounds as it was used. So what is read once passes through the tenth and
-leaves the rest alone.
+S3-FIFO by bytes (Yang, Zhang, Qiu, Yue and Vigfusson, "FIFO queues are all you need for cache eviction", SOSP 2023): a
+new entry is on probation, in a tenth of the bytes. An entry that is used again there, or is loaded again soon after it
+was evicted, moves to the main queue, and stays for as many rounds as it was used. Entries that are read once therefore
+pass through that tenth and displace nothing else.
 """
 
 import heapq
@@ -12,26 +12,27 @@ from collections.abc import Callable, Iterator
 from typing import Final, Generic
 
 from prefix_service.errors import Unavailable
+from prefix_service.registry.accounts import Entry, K, Tenant
 from prefix_service.registry.holdings import Holdings
-from prefix_service.registry.tenants import Entry, K, Tenant
 
 _PROBATION: Final = 0.1
-_PROMOTED: Final = 2  # uses on probation that lead to the main queue
-_ROUNDS: Final = 4  # in which every entry of the main queue has lost its credit
-_GUARANTEED: Final = 2  # the part of the budget that is divided among the tenants: one half
+_PROMOTED: Final = 2  # uses on probation that move an entry to the main queue
+_ROUNDS: Final = 4  # after which every entry of the main queue has lost its credit
+_GUARANTEED: Final = 2  # half of the budget is divided among the tenants
 
 
 class Residency(Generic[K]):
-    """Which keys are resident, and which must leave for another to come.
+    """The resident keys, and the choice of those that are evicted for another.
 
-    No I/O and no locks: the owner calls it from one thread, and frees what `admit` returns. Bytes are reserved
-    before they are allocated. What is leased or pinned is never evicted, and bounded for each tenant as `Holdings`
-    says. An entry that is removed while it is leased goes on counting until the last lease ends.
+    There is no I/O and no lock: the owner calls it from one thread, and frees the keys that `admit` returns. Bytes are
+    reserved before they are allocated. Leased and pinned entries are never evicted; `Holdings` bounds them for each
+    tenant. An entry that is removed while it is leased counts until its last lease ends.
 
-    Half of the budget is divided among the tenants that have something resident: a tenant within that share loses
-    nothing to others, unless it asked for nothing while as much as the whole budget was admitted. The other half goes
-    to what is used, whoever's it is: the order is one for all. On probation each pays for itself, then the one with
-    the most there, so a scan takes nothing but a tenth of an equal part.
+    Half of the budget is divided equally among the tenants that have resident entries: a tenant within that share loses
+    nothing to others, unless it used nothing while as many bytes as the whole budget were admitted. The other half is
+    for entries that are used, whichever tenant they belong to: all tenants share one order. Probation space is
+    reclaimed first from the tenant that asks, if it exceeds its tenth, then from the tenant with the most bytes there.
+    A scan therefore displaces at most a tenth of one equal share.
     """
 
     def __init__(self, budget: int, setting: str = "the budget") -> None:
@@ -42,7 +43,7 @@ class Residency(Generic[K]):
         self._tenants: dict[str, Tenant[K]] = {}
         self._main: OrderedDict[K, Entry[K]] = OrderedDict()
         self._on_probation = 0
-        self._most: list[tuple[int, str]] = []  # a heap of (-bytes on probation, tenant); what is outdated is skipped
+        self._most: list[tuple[int, str]] = []  # a heap of (-bytes on probation, tenant); outdated items are skipped
         self._admitted = 0  # bytes since the start: the clock of `Tenant.seen`
 
     def __contains__(self, key: K) -> bool:
@@ -52,30 +53,32 @@ class Residency(Generic[K]):
         return len(self._entries)
 
     def items(self) -> Iterator[tuple[K, Entry[K]]]:
-        """All that is resident."""
+        """Returns all resident keys and their entries."""
         return iter(self._entries.items())
 
     def entry(self, key: K) -> Entry[K]:
-        """That of a resident key."""
+        """Returns the entry of a resident key."""
         return self._entries[key]
 
     @property
     def share(self) -> int:
-        """What is guaranteed to each tenant that has something resident, in bytes."""
+        """The bytes that are guaranteed to each tenant with resident entries."""
         return self.budget // (_GUARANTEED * max(1, len(self._tenants)))
 
     def tenants(self) -> Iterator[Tenant[K]]:
-        """All that have something resident."""
+        """Returns all tenants with resident entries."""
         return iter(self._tenants.values())
 
     def admit(self, key: K, nbytes: int, tenant: str, own: int = 0) -> list[K]:
-        """Reserve a tenant's `nbytes` for a key that is not resident, and that will be leased by a request that leases
-        `own` bytes of this tenant already; the keys that had to leave, already removed.
+        """Reserves `nbytes` of a tenant for a key that is not resident; returns the evicted keys, which are already
+        removed.
+
+        The request that will lease the key already leases `own` bytes of this tenant.
 
         Raises:
-            OutOfSpace: it is more than one request may hold.
-            Overloaded: the tenant's leases would take more than `Holdings` allows.
-            Unavailable: what could leave is not enough, because the rest is in use, pinned, or guaranteed to others.
+            OutOfSpace: the bytes are more than one request may hold.
+            Overloaded: the tenant's leases would exceed what `Holdings` allows.
+            Unavailable: too little can be evicted, because the rest is in use, pinned, or guaranteed to others.
         """
         self.holdings.require_size(nbytes)
         owner = self._tenants.get(tenant) or Tenant(tenant)
@@ -90,15 +93,19 @@ class Residency(Generic[K]):
         self._count(entry, nbytes)
         return victims
 
-    def spare(self, tenant: str) -> list[K]:
-        """The keys that may leave for a tenant, already removed: memory itself is exhausted, whatever the budget."""
+    def evict_all_for(self, tenant: str) -> list[K]:
+        """Evicts all entries that may be evicted for a tenant, and returns their keys: memory itself is exhausted."""
         return self._evict(self._tenants.get(tenant) or Tenant(tenant), lambda: True)
 
     def _make_room(self, owner: Tenant[K], nbytes: int) -> list[K]:
         return self._evict(owner, lambda: self.budget - self.used < nbytes, nbytes)
 
     def _evict(self, owner: Tenant[K], more: Callable[[], bool], needed: int | None = None) -> list[K]:
-        """Let leave what may leave for `owner` while there is to be `more`; all or nothing if bytes are `needed`."""
+        """Evicts entries that may be evicted for `owner` while `more()`; all or nothing if bytes are `needed`.
+
+        Raises:
+            Unavailable: the `needed` bytes cannot be freed.
+        """
         part = self.budget // (len(self._tenants) + (owner.name not in self._tenants))
         leaving: list[tuple[K, Entry[K]]] = []
         while more():
@@ -119,44 +126,50 @@ class Residency(Generic[K]):
         return [key for key, _ in leaving]
 
     def _victim(self, owner: Tenant[K], part: int) -> tuple[K, Entry[K]] | None:
-        """What leaves next for one of `owner`, whose equal part of the budget this is; still in its queue."""
+        """Returns the next entry to evict for `owner`, still in its queue; None if there is none.
+
+        `part` is `owner`'s equal part of the budget.
+        """
         share = part // _GUARANTEED
 
-        def spared(tenant: Tenant[K]) -> bool:
+        def is_protected(tenant: Tenant[K]) -> bool:
             awake = self._admitted - tenant.seen <= self.budget
             return tenant is not owner and tenant.used <= share and awake
 
         found = None
         if owner.on_probation > _PROBATION * max(part, owner.used):
             found = self._leaving(owner)
-        found = found or self._next(spared)
+        found = found or self._next(is_protected)
         if found is None and owner.used <= share:
             found = self._next(lambda tenant: False)
         return found
 
-    def _next(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+    def _next(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         if self._on_probation > _PROBATION * self.budget:
-            return self._from_probation(spared) or self._from_main(spared)
-        # What proves itself on the way out of probation goes to the main queue, and may leave from there.
-        return self._from_main(spared) or self._from_probation(spared) or self._from_main(spared)
+            return self._from_probation(is_protected) or self._from_main(is_protected)
+        # An entry that proved itself on probation moves to the main queue here, and can be evicted from there.
+        return self._from_main(is_protected) or self._from_probation(is_protected) or self._from_main(is_protected)
 
-    def _from_main(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+    def _from_main(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
         for _ in range(_ROUNDS * len(self._main)):
             key, entry = next(iter(self._main.items()))
-            if not (entry.leases or entry.credit or spared(entry.owner)):
+            if not (entry.leases or entry.credit or is_protected(entry.owner)):
                 return key, entry
             entry.credit = max(entry.credit - 1, 0)
             self._main.move_to_end(key)
         return None
 
-    def _from_probation(self, spared: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
-        while (tenant := self._with_most(spared)) is not None:
+    def _from_probation(self, is_protected: Callable[[Tenant[K]], bool]) -> tuple[K, Entry[K]] | None:
+        while (tenant := self._with_most(is_protected)) is not None:
             if (found := self._leaving(tenant)) is not None:
                 return found
         return None
 
     def _leaving(self, tenant: Tenant[K]) -> tuple[K, Entry[K]] | None:
-        """What leaves a tenant's probation; what proved itself there moves to the main queue on the way."""
+        """Returns the next entry to evict from a tenant's probation.
+
+        Entries that proved themselves move to the main queue.
+        """
         while (found := tenant.first_on_probation()) is not None and found[1].credit >= _PROMOTED:
             key, entry = found
             self._dequeue(key, entry)
@@ -164,15 +177,15 @@ class Residency(Generic[K]):
             self._enqueue(key, entry)
         return found
 
-    def _with_most(self, spared: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
-        """The tenant with the most bytes on probation that gives something."""
+    def _with_most(self, is_protected: Callable[[Tenant[K]], bool]) -> Tenant[K] | None:
+        """Returns the tenant with the most bytes on probation that may lose one of its entries."""
         found, passed = None, []
         while self._most and found is None:
             nbytes, name = self._most[0]
             tenant = self._tenants.get(name)
             if tenant is None or tenant.on_probation != -nbytes:
                 heapq.heappop(self._most)
-            elif spared(tenant) or tenant.first_on_probation() is None:
+            elif is_protected(tenant) or tenant.first_on_probation() is None:
                 passed.append(heapq.heappop(self._most))
             else:
                 found = tenant
@@ -181,7 +194,7 @@ class Residency(Generic[K]):
         return found
 
     def _enqueue(self, key: K, entry: Entry[K], *, first: bool = False) -> None:
-        """Let an entry stand in its queue, at the end or at the exit."""
+        """Adds an entry to its queue, at the end or, if `first`, where the next eviction looks."""
         queue = self._main if entry.proven else entry.owner.probation
         queue[key] = entry
         queue.move_to_end(key, last=not first)
@@ -220,22 +233,23 @@ class Residency(Generic[K]):
     def _why_not(self, nbytes: int) -> str:
         pinned, held = self.holdings.pinned, self.holdings.held
         return (
-            f"{nbytes} bytes are needed and no more can leave: of {self.budget} bytes {pinned} are pinned, "
+            f"{nbytes} bytes are needed and no more can be evicted: of {self.budget} bytes {pinned} are pinned, "
             f"{held - pinned} in use, and the rest is not enough or guaranteed to other tenants"
         )
 
     def touch(self, key: K) -> None:
-        """Note a use."""
+        """Counts a use of a resident key."""
         entry = self._entries[key]
         entry.use()
         entry.owner.seen = self._admitted
 
     def lease(self, key: K, own: int = 0) -> Entry[K]:
-        """Keep a resident key while it is being used; give what this returns to `release`. The request that asks leases
-        `own` bytes of this tenant already.
+        """Leases a resident key, so that it is not evicted; returns its entry, to be passed to `release`.
+
+        The request that asks already leases `own` bytes of this tenant.
 
         Raises:
-            Overloaded: the tenant's leases would take more than `Holdings` allows.
+            Overloaded: the tenant's leases would exceed what `Holdings` allows.
         """
         entry = self._entries[key]
         if not entry.leases:
@@ -244,7 +258,7 @@ class Residency(Generic[K]):
         return entry
 
     def release(self, entry: Entry[K]) -> None:
-        """The end of a lease, also of a key that was removed in the meantime: then the last one frees its bytes."""
+        """Ends a lease. The last one of an entry that was removed in the meantime frees its bytes."""
         entry.leases -= 1
         if entry.leases:
             return
@@ -254,11 +268,11 @@ class Residency(Generic[K]):
             self._forget(entry)
 
     def holds(self, key: K, entry: Entry[K]) -> bool:
-        """Whether this very entry is resident: a key may have been removed and admitted again."""
+        """Returns whether this very entry is resident; its key may have been removed and admitted again."""
         return self._entries.get(key) is entry
 
     def pin(self, key: K, *, pinned: bool) -> None:
-        """Keep a resident key until it is unpinned, outside the queues; it counts as used again then.
+        """Pins a resident key outside the queues, or unpins it; an unpinned key counts as proven.
 
         Raises:
             OutOfSpace: the tenant would pin more than `Holdings` allows.
@@ -275,11 +289,11 @@ class Residency(Generic[K]):
             self._enqueue(key, entry)
 
     def is_pinned(self, key: K) -> bool:
-        """Whether a key is resident and pinned."""
+        """Returns whether a key is resident and pinned."""
         return key in self._entries and self._entries[key].pinned
 
     def remove(self, key: K) -> None:
-        """Forget a key; harmless if it is not resident."""
+        """Removes a key; does nothing if it is not resident."""
         if (entry := self._entries.get(key)) is None:
             return
         if entry.pinned:

@@ -1,4 +1,4 @@
-"""What was in memory at one moment, to be looked through in a thread while the registry goes on."""
+"""The state of the registry's memory at one moment, which a thread can examine while the registry goes on."""
 
 import heapq
 from collections import Counter
@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, get_args
 
+from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.report import Reason, ResidentReport, ShareReport, TierName
-from prefix_service.registry.tenants import Entry, K
 
 Place: TypeAlias = tuple[int, VersionKey]
-"""A version's place in the order of `Snapshot.resident`: its bytes, negative, and its key."""
+"""A version's position in the order of `Snapshot.resident`: its bytes, negated, and its key."""
 
 _SUMS: Final = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
 
 
 @dataclass(frozen=True, slots=True)
 class TierSnapshot(Generic[K]):
-    """The entries of one tier, the keys that were being loaded, and each tenant's bytes beside its `share`. What an
-    entry counts may go on changing."""
+    """The entries of one tier, the keys that were being loaded, and each tenant's bytes and guaranteed `share`.
+
+    The counts of an entry can change after the snapshot was taken.
+    """
 
     name: TierName
     entries: Sequence[tuple[K, Entry[K]]]
@@ -28,7 +30,7 @@ class TierSnapshot(Generic[K]):
     share: int
 
     def reason(self, key: K, entry: Entry[K]) -> Reason:
-        """Returns why an entry stays."""
+        """Returns why an entry stays in memory."""
         if key in self.loading:
             return "loading"
         if entry.leases:
@@ -38,24 +40,24 @@ class TierSnapshot(Generic[K]):
         return "share" if entry.owner.used <= self.share else "kept"
 
     def shares(self, limit: int) -> list[ShareReport]:
-        """Returns what the `limit` tenants with the most have, the largest first."""
+        """Returns the shares of the `limit` tenants with the most bytes, the largest first."""
         most = heapq.nsmallest(limit, self.tenants, key=lambda tenant: (-tenant[1], tenant[0]))
         return [ShareReport(name, self.name, used, self.share) for name, used in most]
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Both tiers."""
+    """The state of both tiers."""
 
     prefixes: TierSnapshot[VersionKey]
     renderings: TierSnapshot[RenderingKey]
 
     def shares(self, limit: int) -> list[ShareReport]:
-        """Returns what up to `limit` tenants have of each tier, the device first, the largest first."""
+        """Returns the shares of up to `limit` tenants in each tier, the device first, the largest first."""
         return [*self.prefixes.shares(limit), *self.renderings.shares(limit)]
 
     def resident(self, limit: int, after: Place | None = None) -> list[ResidentReport]:
-        """Returns up to `limit` versions that are in memory, the largest first, beginning behind a place."""
+        """Returns up to `limit` versions in memory, the largest first, starting behind the position `after`."""
         totals: Counter[VersionKey] = Counter()
         for key, entry in self.prefixes.entries:
             totals[key.whole] += entry.nbytes
@@ -79,12 +81,12 @@ class Snapshot:
 
 
 def place_of(row: ResidentReport) -> Place:
-    """Returns the place of a version in `Snapshot.resident`."""
+    """Returns the position of a version in `Snapshot.resident`."""
     return -(row.device_bytes + row.host_bytes), VersionKey(row.tenant, row.adapter, row.version, row.digest)
 
 
 def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
-    readers = entry.leases - (reason == "loading")  # a load leases what it brings
+    readers = entry.leases - (reason == "loading")  # a load holds one lease of its own
     return ResidentReport(
         key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
     )

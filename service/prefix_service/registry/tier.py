@@ -1,22 +1,23 @@
-"""One budget of bytes and the values under it, loaded once for all who wait."""
+"""One byte budget and its values, each loaded once for all waiters."""
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 from prefix_service.errors import Overloaded, Unavailable
+from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.failures import Failures
+from prefix_service.registry.keys import VersionKey
 from prefix_service.registry.report import TierName, TierReport
 from prefix_service.registry.residency import Residency
-from prefix_service.registry.room import Room
 from prefix_service.registry.snapshot import TierSnapshot
-from prefix_service.registry.tenants import Entry, K
+from prefix_service.registry.waiting_room import WaitingRoom
 
 
 class Sized(Protocol):
-    """Something that takes memory."""
+    """A value that takes memory."""
 
     @property
     def nbytes(self) -> int: ...
@@ -25,20 +26,24 @@ class Sized(Protocol):
 _SETTINGS: Final[dict[TierName, str]] = {"device": "PREFIX_DEVICE_BYTES", "host": "PREFIX_RENDERING_BYTES"}
 
 V = TypeVar("V", bound=Sized)
-G = TypeVar("G", bound=Hashable)
 
 
-class Tier(Generic[K, V, G]):
-    """Loads are single-flight and outlive the waiters that give up; those that failed are remembered for a moment.
-    What finds no room, or more of it than its tenant may lease, waits up to `patience` seconds for leases to end.
-    Each key belongs to a `group`, with which it is forgotten."""
+class Tier(Generic[K, V]):
+    """A byte budget with the values under it.
 
-    def __init__(self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], G]) -> None:
+    Each key is loaded once for all waiters, and a load outlives waiters that give up. Failed loads are remembered for a
+    moment. A request that finds no room, or exceeds what its tenant may lease, waits up to `patience` seconds for
+    leases to end. Each key belongs to a `group`; the keys of a group are removed together.
+    """
+
+    def __init__(
+        self, name: TierName, place: str, budget: int, patience: float, group: Callable[[K], VersionKey]
+    ) -> None:
         self.residency: Residency[K] = Residency(budget, _SETTINGS[name])
         self._group = group
-        self._groups: dict[G, set[K]] = {}  # of what is resident
+        self._groups: dict[VersionKey, set[K]] = {}  # of resident keys
         self._name, self._place, self._patience = name, place, patience
-        self._room = Room()
+        self._waiting_room = WaitingRoom()
         self._values: dict[K, V] = {}
         self._loads: dict[K, asyncio.Task[V]] = {}
         self._failures: Failures[K] = Failures()
@@ -47,23 +52,27 @@ class Tier(Generic[K, V, G]):
         self._load_seconds = 0.0
 
     async def get(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> V:
-        """The value of a tenant's `key`; its bytes are reserved before `load` allocates them."""
+        """Returns the value of a tenant's `key`; its `nbytes` are reserved before `load` allocates them.
+
+        Raises:
+            PrefixServiceError: any error of `lease`.
+        """
         async with self.lease(key, tenant, nbytes, load) as value:
             return value
 
-    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V, G]":
-        """The value of a tenant's `key`, not evicted from the reservation of its bytes until the block ends.
+    def lease(self, key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> "Lease[K, V]":
+        """Returns a lease of a tenant's `key`, whose value is not evicted until the lease's block ends.
 
         The block raises:
-            OutOfSpace: it is more than one request may hold.
+            OutOfSpace: the value is more than one request may hold.
             Overloaded: other readers of the tenant held its part of the budget for too long.
-            Unavailable: what may leave is not enough, and did not become so in time.
-            PrefixServiceError: what `load` raised, now or a moment ago.
+            Unavailable: too little can be evicted, and that did not change in time.
+            PrefixServiceError: the error of `load`, now or a moment ago.
         """
         return Lease(self, key, tenant, nbytes, load)
 
-    async def enter(self, lease: "Lease[K, V, G]") -> V:
-        """Begins a lease."""
+    async def enter(self, lease: "Lease[K, V]") -> V:
+        """Begins a lease, and returns its value."""
         value = self._values.get(lease.key)
         if value is not None:
             try:
@@ -78,12 +87,14 @@ class Tier(Generic[K, V, G]):
         (value,) = await self.enter_all([lease])
         return value
 
-    async def enter_all(self, leases: Sequence["Lease[K, V, G]"]) -> list[V]:
-        """Begins leases of different keys together: all or none; what has to be loaded is loaded side by side.
+    async def enter_all(self, leases: Sequence["Lease[K, V]"]) -> list[V]:
+        """Begins leases of different keys, all or none; missing values are loaded in parallel.
 
         Raises:
             OutOfSpace: together they are more than one request may hold.
-            Overloaded, Unavailable, PrefixServiceError: as for one.
+            Overloaded: other readers of a tenant held its part of the budget for too long.
+            Unavailable: too little can be evicted, and that did not change in time.
+            PrefixServiceError: the error of a `load`, now or a moment ago.
         """
         self.residency.holdings.require_size(sum(lease.nbytes for lease in leases))
         for lease in leases:
@@ -93,10 +104,10 @@ class Tier(Generic[K, V, G]):
             self._misses += not known and lease.key not in self._loads
         await self._begin(leases)
         try:
-            # A waiter that is cancelled must not take the load away from the others.
+            # The load is shielded: a waiter that is cancelled must not cancel it for the others.
             loads = [asyncio.shield(self._loads[lease.key]) for lease in leases if lease.key in self._loads]
             found = [self._values.get(lease.key) for lease in leases]
-            # Failures wait for each other: which one is told does not hang on the order of loads.
+            # Waits for all loads, so that the error that is raised does not depend on their order.
             await asyncio.gather(*loads, return_exceptions=True)
             loaded = iter(loads)
             return [next(loaded).result() if value is None else value for value in found]
@@ -105,10 +116,10 @@ class Tier(Generic[K, V, G]):
                 self.leave(lease)
             raise
 
-    async def _begin(self, leases: Sequence["Lease[K, V, G]"]) -> None:
-        """Begins leases now, or once there is room for all of them: until then they hold nothing."""
+    async def _begin(self, leases: Sequence["Lease[K, V]"]) -> None:
+        """Begins leases once there is room for all of them; until then they hold nothing."""
         until = time.monotonic() + self._patience
-        place = None
+        waiter = None
         try:
             while True:
                 for lease in leases:
@@ -117,23 +128,23 @@ class Tier(Generic[K, V, G]):
                 try:
                     self._take(leases)
                 except Unavailable:
-                    place = place or self._room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
-                    if not await place.may_try_before(until):
+                    waiter = waiter or self._waiting_room.enter(tuple(dict.fromkeys(lease.tenant for lease in leases)))
+                    if not await waiter.may_try_before(until):
                         raise
                 else:
                     return
         finally:
-            if place is not None:
-                self._room.leave(place)
+            if waiter is not None:
+                self._waiting_room.leave(waiter)
 
-    def _take(self, leases: Sequence["Lease[K, V, G]"]) -> None:
-        """Begins leases, and loads of what is not resident.
+    def _take(self, leases: Sequence["Lease[K, V]"]) -> None:
+        """Begins leases, and loads of values that are not resident.
 
         Raises:
-            Overloaded, Unavailable: there is no room for one; then none has begun.
+            OutOfSpace, Overloaded, Unavailable: there is no room for one of them; none has begun.
         """
-        taken: list[Lease[K, V, G]] = []
-        new: set[Lease[K, V, G]] = set()
+        taken: list[Lease[K, V]] = []
+        new: set[Lease[K, V]] = set()
         own: Counter[str] = Counter()
         try:
             for lease in leases:
@@ -160,14 +171,14 @@ class Tier(Generic[K, V, G]):
                 self._load(lease.key, self.residency.lease(lease.key), lease.load)
             )
 
-    def leave(self, lease: "Lease[K, V, G]") -> None:
-        """End a lease."""
+    def leave(self, lease: "Lease[K, V]") -> None:
+        """Ends a lease."""
         self._readers -= 1
         self._release(lease.entry)
 
     def _release(self, entry: Entry[K]) -> None:
         self.residency.release(entry)
-        self._room.announce()
+        self._waiting_room.announce()
 
     async def _load(self, key: K, reservation: Entry[K], load: Callable[[], Awaitable[V]]) -> V:
         began = time.monotonic()
@@ -190,9 +201,9 @@ class Tier(Generic[K, V, G]):
             self._values[key] = value
         return value
 
-    def spare(self, tenant: str) -> None:
-        """Let go what may leave for a tenant: the memory itself is exhausted."""
-        self._free(self.residency.spare(tenant))
+    def evict_all_for(self, tenant: str) -> None:
+        """Evicts everything that may be evicted for a tenant, because memory itself is exhausted."""
+        self._free(self.residency.evict_all_for(tenant))
 
     def _free(self, victims: list[K]) -> None:
         self._evictions += len(victims)
@@ -206,36 +217,43 @@ class Tier(Generic[K, V, G]):
         if not self._groups[group]:
             del self._groups[group]
 
-    def members(self, group: G) -> frozenset[K]:
-        """Return the keys of a group that are resident, or being loaded."""
+    def members(self, group: VersionKey) -> frozenset[K]:
+        """Returns the keys of a group that are resident or being loaded."""
         return frozenset(self._groups.get(group, ()))
 
     def pin(self, key: K, *, pinned: bool) -> None:
-        """Keep a resident key, or let it go again."""
-        self.residency.pin(key, pinned=pinned)
-        self._room.announce()
+        """Pins a resident key, or unpins it.
 
-    def forgive(self, group: G) -> None:
-        """Forget that loads failed: what was wrong has been put right."""
+        Raises:
+            OutOfSpace: the tenant would pin more than it may.
+        """
+        self.residency.pin(key, pinned=pinned)
+        self._waiting_room.announce()
+
+    def clear_failures(self, group: VersionKey) -> None:
+        """Forgets that loads of a group failed, because their cause was repaired."""
         self._failures.forget(lambda key: self._group(key) == group)
 
-    def remove(self, group: G) -> None:
-        """Forget values, loads and failures; what is being sent stays alive until its last byte has left."""
-        self.forgive(group)
+    def remove(self, group: VersionKey) -> None:
+        """Removes the values, loads and failures of a group.
+
+        A value that is being sent stays alive until its last byte left.
+        """
+        self.clear_failures(group)
         for key in self._groups.pop(group, ()):
             self._values.pop(key, None)
             self._loads.pop(key, None)
             self.residency.remove(key)
-        self._room.announce()
+        self._waiting_room.announce()
 
-    def remove_where(self, matches: Callable[[G], bool]) -> None:
-        """The same for all groups that match."""
+    def remove_where(self, matches: Callable[[VersionKey], bool]) -> None:
+        """Removes the values, loads and failures of all groups that match."""
         self._failures.forget(lambda key: matches(self._group(key)))
         for group in [group for group in self._groups if matches(group)]:
             self.remove(group)
 
     def report(self) -> TierReport:
-        """The budget, what is under it, and the counts since the start."""
+        """Returns the state of the budget, and the counts since the start."""
         return TierReport(
             name=self._name,
             place=self._place,
@@ -255,20 +273,22 @@ class Tier(Generic[K, V, G]):
         )
 
     def snapshot(self) -> TierSnapshot[K]:
-        """What is under the budget at this moment."""
+        """Returns a copy of the current entries."""
         residency = self.residency
         tenants = [(tenant.name, tenant.used) for tenant in residency.tenants()]
         return TierSnapshot(self._name, list(residency.items()), frozenset(self._loads), tenants, residency.share)
 
 
-class Lease(Generic[K, V, G]):
-    """`async with` it; see `Tier.lease`. A class, since a generator takes longer than all it does here."""
+class Lease(Generic[K, V]):
+    """A lease as an async context manager; see `Tier.lease`. It is a class because a generator would cost more than all
+    the rest of it.
+    """
 
     __slots__ = ("entry", "key", "load", "nbytes", "tenant", "tier")
 
     entry: Entry[K]
 
-    def __init__(self, tier: Tier[K, V, G], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
+    def __init__(self, tier: Tier[K, V], key: K, tenant: str, nbytes: int, load: Callable[[], Awaitable[V]]) -> None:
         self.tier, self.key, self.tenant, self.nbytes, self.load = tier, key, tenant, nbytes, load
 
     async def __aenter__(self) -> V:
@@ -278,10 +298,12 @@ class Lease(Generic[K, V, G]):
         self.tier.leave(self)
 
 
-class Leases(Generic[K, V, G]):
-    """`async with` it for the values of leases that begin and end together, in their order; see `Tier.enter_all`."""
+class Leases(Generic[K, V]):
+    """An async context manager of leases that begin and end together; yields their values in order. See
+    `Tier.enter_all`.
+    """
 
-    def __init__(self, leases: Sequence[Lease[K, V, G]]) -> None:
+    def __init__(self, leases: Sequence[Lease[K, V]]) -> None:
         self._leases = leases
 
     async def __aenter__(self) -> list[V]:

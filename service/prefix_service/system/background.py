@@ -1,4 +1,4 @@
-"""Work that goes on in a thread while a block runs."""
+"""Runs work in a thread while a block runs."""
 
 import contextlib
 import logging
@@ -9,16 +9,17 @@ from typing import Final
 
 log = logging.getLogger("prefix_service")
 
-_LONGEST_END: Final = 5.0  # seconds that the end of a block waits for its thread
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between a failure and the next beginning
+_LONGEST_END: Final = 5.0  # seconds that the end of the block waits for the thread
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds between a failure and the next attempt
 
 
 @contextlib.contextmanager
 def in_background(name: str, work: Callable[[threading.Event], None], pause: float = _FIRST_PAUSE) -> Iterator[None]:
-    """Calls `work` in a thread of that name; the event that it is given is set when the block ends.
+    """Calls `work` in a thread called `name` while the block runs; sets the event that `work` receives when the block
+    ends.
 
-    If `work` raises, the error is logged and `work` is called again after `pause` seconds; the pause doubles with each
-    failure, up to a minute, until `work` has gone on for a minute.
+    If `work` raises, the error is logged and `work` is called again after `pause` seconds. The pause doubles with each
+    failure, up to a minute, and is reset once `work` has run for a minute.
     """
     stop = threading.Event()
     thread = threading.Thread(target=_keep_going, args=(name, work, stop, pause), name=name, daemon=True)
@@ -39,7 +40,7 @@ def _keep_going(name: str, work: Callable[[threading.Event], None], stop: thread
         except Exception:
             if time.monotonic() - began >= _LONGEST_PAUSE:
                 pause = first_pause
-            log.exception("work in the background failed, and begins again", extra={"work": name, "seconds": pause})
+            log.exception("background work failed, and is started again", extra={"work": name, "seconds": pause})
             if stop.wait(pause):
                 return
             pause = min(2 * pause, _LONGEST_PAUSE)

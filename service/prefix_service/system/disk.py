@@ -1,4 +1,4 @@
-"""The operating system's files: what it says in this project's words, and files that only their owner may read."""
+"""Files of the operating system: its errors as this project's errors, and files that only their owner can read."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from prefix_service.errors import OutOfSpace, StorageFailed, Unavailable
 log = logging.getLogger("prefix_service")
 
 PRIVATE_FOLDER: Final = 0o700
-"""The mode of a folder that only its owner may enter."""
+"""The mode of a folder that only its owner can enter."""
 _PRIVATE_FILE: Final = 0o600
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -23,17 +23,17 @@ _PASSING: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
 LEAST_FREE_BYTES: Final = 16 << 20
-"""Disk space below which a service says that it is not ready."""
+"""The free disk space in bytes below which a service reports that it is not ready."""
 
 
 @contextlib.contextmanager
 def translated(action: str) -> Iterator[None]:
-    """Turn what the operating system says into this project's errors.
+    """Turns the operating system's errors into this project's; `action` completes "cannot …" in their messages.
 
     Raises:
         OutOfSpace: the disk or its quota is full.
-        Unavailable: no file descriptors are left, or the file server is away.
-        StorageFailed: anything else.
+        Unavailable: no file descriptors are left, or the file server does not answer.
+        StorageFailed: any other error of the operating system.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def translated(action: str) -> Iterator[None]:
 
 
 def require_writable(folder: Path, name: str) -> None:
-    """Write and flush a few bytes in a file of `folder` that nobody sees; `name` stands for the folder in errors.
+    """Writes and flushes a few bytes in an unnamed file of `folder`; error messages call the folder `name`.
 
     Raises:
         OutOfSpace: the disk is full, or nearly.
@@ -64,7 +64,7 @@ def require_writable(folder: Path, name: str) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder to the disk, and with it the names that were made, moved or removed in it.
+    """Flushes a folder to disk, and with it the names that were created, moved or removed in it.
 
     Raises:
         OSError: the disk refused.
@@ -77,7 +77,7 @@ def sync_folder(path: Path) -> None:
 
 
 def private_opener(path: str, flags: int) -> int:
-    """Open a file for `open(…, opener=…)`; one that is made only its owner may read, whatever the umask.
+    """Opens a file for `open(…, opener=…)`; a new file is readable by its owner alone, whatever the umask.
 
     Raises:
         OSError: the disk refused.
@@ -86,7 +86,7 @@ def private_opener(path: str, flags: int) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Make an empty file that only its owner may read, whatever the umask; one that is there stays as it is.
+    """Creates an empty file that only its owner can read, whatever the umask; does not change a file that exists.
 
     Raises:
         OSError: the disk refused.
@@ -95,11 +95,12 @@ def make_private(path: Path) -> None:
 
 
 def tighten(path: Path) -> None:
-    """Take from group and others what they may do with a file or folder of this process's user. Logs a warning where
-    that is impossible; a folder with the sticky bit is shared on purpose, and stays.
+    """Takes a file or folder of this process's user away from group and others.
+
+    Logs a warning if that is impossible. A folder with the sticky bit is shared on purpose, and is not changed.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: the path cannot be examined.
     """
     found = path.stat()
     mode = stat.S_IMODE(found.st_mode)
@@ -117,10 +118,10 @@ def tighten(path: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, durably; refuse one that exists, and leave none that is not whole.
+    """Writes a new file that only its owner can read, durably; leaves no incomplete file behind.
 
     Raises:
-        FileExistsError: it exists.
+        FileExistsError: the file exists already.
         OSError: the disk refused.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_FILE)

@@ -1,17 +1,17 @@
-"""How many files this process may open, and how many of them are for connections."""
+"""The number of files that this process can open, and the share of them that connections get."""
 
 import resource
 from typing import Final
 
 RESERVE: Final = 256
-"""Files that connections leave to the catalog, blobs, listening sockets and the event loop."""
+"""Files that are kept for the catalog, blobs, listening sockets and the event loop."""
 
 _ENOUGH: Final = 1 << 20
 _EACH: Final = 2  # a connection's socket, and the file that it reads or writes
 
 
 def raise_file_limit() -> None:
-    """Raises the soft limit of open files to the hard one, as child processes inherit it."""
+    """Raises the soft limit of open files to the hard limit; child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -19,7 +19,7 @@ def raise_file_limit() -> None:
 
 
 def most_connections(wanted: int) -> int:
-    """Returns how many connections may be open: `wanted`, or as many as the limit of files has room for."""
+    """Returns the most connections that may be open: `wanted`, or fewer if the limit of open files is lower."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return wanted

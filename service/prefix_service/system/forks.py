@@ -1,9 +1,9 @@
-"""State that belongs to one process, and what becomes of it in a child that `fork()` made.
+"""State that belongs to one process, and its renewal in a child that `fork()` made.
 
-The child has copies of the parent's sockets, which lead to the parent's connections, and of its locks, which threads
-may have held that the child does not have. CPython calls one hook in the child before `fork()` returns there; the hook
-closes the copied sockets (the child's descriptors alone: nothing is sent or shut down) and renews every object that was
-registered. Both are held by weak references.
+The child has copies of the parent's sockets, which lead to the parent's connections, and of its locks, which may be
+held by threads that the child does not have. CPython calls one hook in the child before `fork()` returns there. The
+hook closes the copied sockets (only the child's descriptors: nothing is sent or shut down) and renews every registered
+object. Sockets and objects are held by weak references.
 """
 
 import os
@@ -13,10 +13,12 @@ from typing import Protocol
 
 
 class ProcessBound(Protocol):
-    """An object with locks, threads or connections of the process that it was made in."""
+    """An object with locks, threads or connections of the process that created it."""
 
     def renew(self) -> None:
-        """Replace them, in a child that `fork()` has just made: no other thread runs there."""
+        """Replaces its locks, threads and connections, in a child that `fork()`
+        has just made: no other thread runs there.
+        """
 
 
 _bound: "weakref.WeakSet[ProcessBound]" = weakref.WeakSet()
@@ -24,12 +26,12 @@ _sockets: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
 def renew_in_child(bound: ProcessBound) -> None:
-    """Call `bound.renew()` in every child, as long as the object lives."""
+    """Calls `bound.renew()` in every child of a fork, as long as the object lives."""
     _bound.add(bound)
 
 
 def close_in_child(opened: socket.socket) -> None:
-    """Close the copy of a socket in every child; the parent's connection stays as it is."""
+    """Closes the copy of a socket in every child of a fork; the parent's connection stays open."""
     _sockets.add(opened)
 
 

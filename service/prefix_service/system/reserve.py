@@ -1,12 +1,13 @@
-"""A file that keeps disk space free for deletions, which need some before they free any."""
+"""A file that keeps disk space free for deletions, which need some space before they free any."""
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from prefix_service.system.locks import locked
 
 log = logging.getLogger("prefix_service")
 
@@ -14,19 +15,21 @@ RESERVED_BYTES: Final = 4 << 20
 
 
 def reserve_file(catalog: Path) -> Path:
-    """Return where the reserve of a catalog's disk lies."""
+    """Returns the path of the reserve on a catalog's disk."""
     return catalog.with_name("reserve")
 
 
 class Reserve:
-    """Holds up to `nbytes` of disk space. Safe to share between threads and processes: while the space is lent, others
-    that need it wait."""
+    """Holds up to `nbytes` of disk space, for threads and processes to share.
+
+    While one deletion uses the space, other deletions that need it wait.
+    """
 
     def __init__(self, path: Path, nbytes: int = RESERVED_BYTES) -> None:
         self._path, self._nbytes = path, nbytes
 
     def fill(self) -> None:
-        """Take the space, or as much of it as the disk has."""
+        """Allocates the space, or as much of it as the disk has."""
         try:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -41,20 +44,18 @@ class Reserve:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Free the space while the block runs, if the disk has less than that left."""
+        """Frees the space while the block runs, if the disk has less than `nbytes` left."""
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # the block will say what is wrong with the disk
+            with contextlib.suppress(OSError):  # the block itself reports what is wrong with the disk
                 if _free_bytes(self._path.parent) < self._nbytes:
-                    handle = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-                    stack.callback(os.close, handle)
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    handle = stack.enter_context(locked(self._path, flags=os.O_RDWR))
                     os.ftruncate(handle, 0)
                     stack.callback(_allocate, handle, self._nbytes)
             yield
 
 
 def _allocate(handle: int, nbytes: int) -> int:
-    """Allocate so many bytes, or what the disk has; return how many the file has then."""
+    """Allocates `nbytes`, or as much as the disk has; returns the size of the file afterwards."""
     for wanted in (nbytes, min(nbytes, _free_bytes(handle)), nbytes // 2, nbytes // 4, nbytes // 8):
         with contextlib.suppress(OSError):
             os.posix_fallocate(handle, 0, max(wanted, 1))

@@ -1,4 +1,4 @@
-"""A bounded memory of things that can be found again, in which no tenant displaces another's equal part."""
+"""A bounded cache in which no tenant displaces another tenant's equal share."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -11,8 +11,8 @@ V = TypeVar("V")
 class Shares(Generic[K, V]):
     """Values by key, each with the tenant that pays for it and its size. Pure state.
 
-    Together they are at most `most` large. When they would be larger, the tenant that adds loses its oldest values if
-    it has more than an equal part of all; otherwise the tenant with the most loses its own.
+    All values together have at most the size `most`. If an addition exceeds it, the tenant that adds loses its oldest
+    values if it has more than an equal share; otherwise the tenant with the most loses its oldest.
     """
 
     def __init__(self, most: int) -> None:
@@ -23,12 +23,12 @@ class Shares(Generic[K, V]):
         self._sizes: dict[str, int] = {}
 
     def get(self, key: K) -> V | None:
-        """Returns a value, or None if it is not there (any more)."""
+        """Returns a value, or None if it is not cached."""
         found = self._known.get(key)
         return None if found is None else found[0]
 
     def put(self, tenant: str, key: K, value: V, size: int = 1) -> None:
-        """Adds or replaces a value. What is larger than all may be is not kept."""
+        """Adds or replaces a value. A value larger than the whole cache is not kept."""
         self.pop(key)
         if size > self._most:
             return
@@ -40,7 +40,7 @@ class Shares(Generic[K, V]):
             self.pop(next(iter(self._of[self._loser(tenant)])))
 
     def pop(self, key: K) -> None:
-        """Forgets a value, if it is there."""
+        """Removes a value, if it is cached."""
         if (found := self._known.pop(key, None)) is None:
             return
         _, tenant, size = found
@@ -51,9 +51,16 @@ class Shares(Generic[K, V]):
             del self._of[tenant], self._sizes[tenant]
 
     def pop_tenant(self, tenant: str) -> None:
-        """Forgets all values of a tenant."""
+        """Removes all values of a tenant."""
         for key in list(self._of.get(tenant, ())):
             self.pop(key)
+
+    def clear(self) -> None:
+        """Forgets all values."""
+        self._known.clear()
+        self._of.clear()
+        self._sizes.clear()
+        self.size = 0
 
     def size_of(self, tenant: str) -> int:
         """Returns the size of a tenant's values."""

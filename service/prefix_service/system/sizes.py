@@ -1,4 +1,4 @@
-"""Sizes in bytes as a person writes them: `20GiB`, `500MB`, `4096`."""
+"""Parses and formats sizes in bytes: `20GiB`, `500MB`, `4096`."""
 
 import re
 from fractions import Fraction
@@ -7,7 +7,7 @@ from typing import Final
 from prefix_service.errors import InvalidInput
 
 EXAMPLES: Final = "20GiB, 500MB or 4096"
-"""Three sizes as they may be written, for error messages."""
+"""Three valid sizes, for error messages."""
 
 _SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*", re.ASCII)
 _BINARY: Final = ("KiB", "MiB", "GiB", "TiB")
@@ -19,10 +19,10 @@ _UNITS: Final = (
 
 
 def parse_bytes(text: str) -> int:
-    """Returns the bytes that a text such as `10GiB`, `1.5 GB` or `4096` names; letters may be small or capital.
+    """Returns the bytes that a text such as `10GiB`, `1.5 GB` or `4096` names; upper and lower case are equal.
 
     Raises:
-        InvalidInput: it is no size, or no whole number of bytes.
+        InvalidInput: the text is not a size, or not a whole number of bytes.
     """
     found = _SIZE.fullmatch(text)
     unit = None if found is None else _UNITS.get(found[2].lower())
@@ -30,14 +30,14 @@ def parse_bytes(text: str) -> int:
         raise InvalidInput(f"{text!r} is not a size: write it as in {EXAMPLES}")
     nbytes = Fraction(found[1]) * unit
     if nbytes.denominator != 1:
-        raise InvalidInput(f"{text!r} is no whole number of bytes: write it as in {EXAMPLES}")
+        raise InvalidInput(f"{text!r} is not a whole number of bytes: write it as in {EXAMPLES}")
     return int(nbytes)
 
 
 def written_bytes(nbytes: int) -> str:
-    """Returns a size in the largest binary unit that says it exactly: `4GiB`, `1536MiB`, `4096` below 1 MiB.
+    """Returns a size in the largest binary unit that expresses it exactly: `4GiB`, `1536MiB`, `4096` below 1 MiB.
 
-    `parse_bytes` reads it again.
+    `parse_bytes` can read the result.
     """
     for power, unit in reversed(list(enumerate(_BINARY, 1))):
         if power > 1 and nbytes and nbytes % 1024**power == 0:

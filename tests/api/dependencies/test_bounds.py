@@ -31,7 +31,7 @@ LARGE: dict[str, Any] = {
     "token_dim": 512,
 }
 DEEP: dict[str, Any] = {**CONFIG, "num_virtual_tokens": 2, "num_layers": 1024, "num_attention_heads": 1, "token_dim": 2}
-SILENCE = 3.0  # seconds; generous, since others work on this machine too
+SILENCE = 10.0  # seconds; generous, since others work on this machine too
 MIB = 1 << 20
 
 
@@ -235,7 +235,7 @@ def test_digests_of_repeated_rows_keep_nobody_waiting(own: Server, reader: httpx
                 connection.recv(1)
             connection.close()
         disturbed = cold(1)
-    assert disturbed < 5 * alone + 2
+    assert disturbed < 5 * alone + SILENCE
     assert done.silence < SILENCE
 
 

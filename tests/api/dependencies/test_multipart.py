@@ -35,7 +35,7 @@ def parts_of(pieces: Iterable[bytes]) -> list[tuple[str, bytes]]:
     return found
 
 
-def test_62_the_pieces_of_a_body_do_not_matter() -> None:
+def test_the_pieces_of_a_body_do_not_matter() -> None:
     """Two pieces, three, or a byte at a time: the parts are the same, byte for byte."""
     assert parts_of([BODY]) == PARTS
     assert parts_of(BODY[at : at + 1] for at in range(len(BODY))) == PARTS
@@ -44,7 +44,7 @@ def test_62_the_pieces_of_a_body_do_not_matter() -> None:
             assert parts_of([BODY[:first], BODY[first:second], BODY[second:]]) == PARTS
 
 
-def test_62_preamble_folded_fields_and_blanks_are_accepted(admin: httpx.Client) -> None:
+def test_preamble_folded_fields_and_blanks_are_accepted(admin: httpx.Client) -> None:
     """An upload that uses all that RFC 2046 allows is the version that a plain one is."""
     config = json.dumps(CONFIG).encode()
     folded = WEIGHTS_HEAD.replace("; ", ";\r\n\t").encode()
@@ -79,7 +79,7 @@ def test_62_preamble_folded_fields_and_blanks_are_accepted(admin: httpx.Client) 
         pytest.param(b"", id="nothing"),
     ],
 )
-def test_62_malformed_bodies_are_refused(admin: httpx.Client, body: bytes) -> None:
+def test_malformed_bodies_are_refused(admin: httpx.Client, body: bytes) -> None:
     """422 with a reason, and nothing is published."""
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     answer = admin.post(versions_path(TENANT, "malformed"), content=body, headers=headers)
@@ -88,7 +88,7 @@ def test_62_malformed_bodies_are_refused(admin: httpx.Client, body: bytes) -> No
 
 
 @pytest.mark.parametrize("boundary", ["", ";boundary=", ";boundary=\xe9", ";boundary*=utf-8''%C3%A9"])
-def test_62_a_boundary_is_needed(boundary: str) -> None:
+def test_a_boundary_is_needed(boundary: str) -> None:
     """A Content-Type without one, or with one that no line can have."""
     with pytest.raises(InvalidRequest, match="boundary"):
         MultipartReader(f"multipart/form-data{boundary}")
@@ -112,13 +112,13 @@ def names_of(disposition: bytes) -> list[str]:
         pytest.param(b"form-data; name*=z; name=n; name*0=z", id="beside RFC 2231"),
     ],
 )
-def test_62_parameters_are_read_as_clients_send_them(disposition: bytes) -> None:
+def test_parameters_are_read_as_clients_send_them(disposition: bytes) -> None:
     """The name is `n`, whatever the other parameters are."""
     assert names_of(disposition) == ["n"]
 
 
 @pytest.mark.parametrize("boundary", ["----=_Part_0/1:2", '"a b"', '"\\a\\ b"', "a; charset=utf-8"])
-def test_62_boundaries_are_read_as_clients_send_them(boundary: str) -> None:
+def test_boundaries_are_read_as_clients_send_them(boundary: str) -> None:
     """Quoted, escaped, or with characters that should be quoted."""
     plain = "a" if ";" in boundary else boundary.replace('"', "").replace("\\", "")
     reader = MultipartReader(f"multipart/form-data; boundary={boundary}")
@@ -144,7 +144,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_62_hostile_parameters_are_refused(admin: httpx.Client, hostile: str) -> None:
+def test_hostile_parameters_are_refused(admin: httpx.Client, hostile: str) -> None:
     """422 with a reason, in the Content-Type and in a Content-Disposition."""
     path = versions_path(TENANT, "hostile")
     headers = {"Content-Type": "multipart/form-data; " + hostile.replace("{}", "boundary")}
@@ -154,7 +154,7 @@ def test_62_hostile_parameters_are_refused(admin: httpx.Client, hostile: str) ->
     problem(admin.post(path, content=head.encode(), headers=headers), 422, "invalid-request")
 
 
-def test_62_field_values_are_bounded() -> None:
+def test_field_values_are_bounded() -> None:
     """A value of 4 KiB is read, and one that is longer is not, so that no value takes long."""
     start = "multipart/form-data; boundary=x; a="
     MultipartReader(start + "b" * (4096 - len(start)))

@@ -36,7 +36,7 @@ def proxied(
 
 
 @pytest.mark.parametrize("parser", PARSERS)
-def test_21_early_refusals_come_through_nginx(proxied: dict[str, str], servers: dict[str, Server], parser: str) -> None:
+def test_early_refusals_come_through_nginx(proxied: dict[str, str], servers: dict[str, Server], parser: str) -> None:
     """A bad key is 401 and an unknown part is 422 each time, while 20 MB arrive, and never 502."""
     good = f"Bearer {servers[parser].admin_key}"
     for key, status in (("Bearer bad", 401), (good, 422)):
@@ -50,21 +50,21 @@ def test_21_early_refusals_come_through_nginx(proxied: dict[str, str], servers: 
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_21_early_refusals_reach_direct_clients(server: Server, version: str) -> None:
+def test_early_refusals_reach_direct_clients(server: Server, version: str) -> None:
     """A client that sends all of its body before it reads gets the answer, and the end."""
     sent = f"POST {PATH} HTTP/{version}\r\nHost: a\r\nConnection: close\r\nContent-Length: {UPLOAD}\r\n\r\n"
     for _ in range(TIMES):
-        with socket.create_connection(address(server.url), timeout=10) as connection:
+        with socket.create_connection(address(server.url), timeout=60) as connection:
             connection.sendall(sent.encode())
             connection.sendall(b"x" * UPLOAD)
             received = b"".join(iter(lambda: connection.recv(65536), b""))
         assert received.startswith(b"HTTP/1.1 401 ")
 
 
-def test_21_the_rest_is_not_awaited_for_long(server: Server) -> None:
+def test_the_rest_is_not_awaited_for_long(server: Server) -> None:
     """A client that goes on sending is cut off a few seconds after its answer."""
     sent = f"POST {PATH} HTTP/1.0\r\nContent-Length: {1 << 40}\r\n\r\n"
-    with socket.create_connection(address(server.url), timeout=10) as connection:
+    with socket.create_connection(address(server.url), timeout=60) as connection:
         connection.sendall(sent.encode())
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
             send_slowly(connection)

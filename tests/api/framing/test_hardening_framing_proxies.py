@@ -60,7 +60,7 @@ def assert_own_answers(deployed: Deployment, cause: str) -> None:
     assert survives(deployed.client), cause
 
 
-def test_61_no_row_reaches_another_caller(deployed: Deployment) -> None:
+def test_no_row_reaches_another_caller(deployed: Deployment) -> None:
     """Whatever the proxy makes of each row of the table, the next callers get their own answers."""
     for row in rows():
         exchange(address(deployed.url), filled(row, deployed.server.admin_key, ALIAS, HALF), timeout=1)
@@ -68,7 +68,7 @@ def test_61_no_row_reaches_another_caller(deployed: Deployment) -> None:
 
 
 @pytest.mark.parametrize("key", [True, False], ids=["with a key", "without a key"])
-def test_60_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: bool) -> None:
+def test_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: bool) -> None:
     """A body that is later than its head, or longer than one read, ends in the front half of a request."""
     field = f"Authorization: Bearer {deployed.server.admin_key}\r\n" if key else ""
     attack(deployed.url, field, HALF, pause=0.3)
@@ -81,7 +81,7 @@ def test_60_a_body_behind_upgrade_deletes_nothing(deployed: Deployment, key: boo
 def attack(url: str, field: str, body: bytes, pause: float = 0) -> None:
     """Post a body behind `Upgrade`, and wait until the proxy has answered."""
     sent = f"POST {VICTIM}/prefix HTTP/1.1\r\nHost: a\r\n{field}{UPGRADE}Content-Type: application/json\r\n"
-    with socket.create_connection(address(url), timeout=10) as connection:
+    with socket.create_connection(address(url), timeout=60) as connection:
         connection.sendall(f"{sent}Content-Length: {len(body)}\r\n\r\n".encode())
         time.sleep(pause)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
@@ -90,7 +90,7 @@ def attack(url: str, field: str, body: bytes, pause: float = 0) -> None:
             connection.recv(65536)
 
 
-def test_60_a_client_always_gets_the_adapter_it_asked_for(deployed: Deployment) -> None:
+def test_a_client_always_gets_the_adapter_it_asked_for(deployed: Deployment) -> None:
     """While keyless callers push the front half of a request for another adapter in front of it."""
     half = f"GET /v1/tenants/{TENANT}/adapters/other/prefix HTTP/1.1\r\nX-Swallowed: ".encode()
     stop = threading.Event()

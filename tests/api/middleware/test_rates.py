@@ -6,16 +6,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
 import pytest
+from limits import strategies
+from limits.storage import memory
 
 from prefix_service.api.app import create_app
+from prefix_service.api.middleware import rates as rates_module
 from prefix_service.api.middleware.rates import RateLimits
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry
+from prefix_service.catalog.changes import QuotasChanged
+from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.client import PrefixClient
 from prefix_service.data_folder.opening import keys_of, opened
 from prefix_service.errors import PrefixServiceError, RateLimited, StorageFailed
@@ -27,11 +31,35 @@ from tests.conftest import Server
 ADAPTERS = "/v1/tenants/acme/adapters"
 
 
+class Clock:
+    """Of the windows: it stands still, so that a slow machine sends in one what should fall into one."""
+
+    def __init__(self) -> None:
+        self._shown = math.ceil(time.time()) + 0.5  # in the middle of a window
+        self._runs_since: float | None = None
+
+    def time(self) -> float:
+        """As `time.time` would."""
+        return self._shown + (0.0 if self._runs_since is None else time.monotonic() - self._runs_since)
+
+    def pass_by(self, seconds: float) -> None:
+        """So many seconds are over."""
+        self._shown += seconds
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """It goes on, while the block runs."""
+        self._runs_since = time.monotonic()
+        yield
+        self._shown, self._runs_since = self.time(), None
+
+
 @dataclass
 class Limited:
-    """A service whose tenants' rates are a dict."""
+    """A service whose tenants' rates are a dict, and its clock."""
 
     url: str
+    clock: Clock
     rates: dict[str, int]
     keys: dict[str, str]
     forget: Callable[[str], None]
@@ -43,10 +71,10 @@ class Limited:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.keys[owner]}"})
 
     def set(self, tenant: str, rate: int) -> None:
-        """Change a rate here, and wait for the beginning of a window in which nothing that was charged counts."""
+        """Change a rate here, in a window in which nothing that was charged counts."""
         self.rates[tenant] = rate
         self.forget(tenant)
-        time.sleep(math.ceil(time.time()) + 1.02 - time.time())
+        self.clock.pass_by(3)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +95,16 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
         asked.append(tenant)
         return rates.get(tenant)
 
-    with served(app) as url:
+    clock = Clock()
+    with pytest.MonkeyPatch.context() as patch, served(app) as url:
+        for module in (memory, strategies, rates_module):
+            patch.setattr(module, "time", clock)
         limits = RateLimits(rate_of, lambda: found.are_known)
-        found = Limited(url, rates, keys, lambda tenant: limits.hear([changed(tenant)]), asked)
-        app.state.prefix_service.rates = limits
+        found = Limited(url, clock, rates, keys, lambda tenant: limits.on_changes([QuotasChanged(tenant)]), asked)
+        app.open(replace(app.state.prefix_service, rates=limits))
         with found.client("platform") as admin:
             assert upload(admin, "acme", "a").status_code == 201
         yield found
-
-
-def changed(tenant: str) -> AuditEntry:
-    """What the audit log says of a tenant that got another rate."""
-    return AuditEntry(1, datetime.now(UTC), tenant, "platform", "k", "tenant.changed", tenant, {})
 
 
 def _burst(client: httpx.Client, path: str, times: int) -> list[httpx.Response]:
@@ -99,7 +125,7 @@ def test_above_the_rate_is_429_with_what_is_left(limited: Limited) -> None:
         assert body["detail"] == "tenant 'acme' may send 5 requests a second: slow down"
         assert refused.headers["retry-after"] == "1"
         assert refused.headers["x-request-id"]
-        time.sleep(int(refused.headers["retry-after"]))
+        limited.clock.pass_by(int(refused.headers["retry-after"]))
         assert client.get(ADAPTERS).status_code == 200
 
 
@@ -179,7 +205,7 @@ def test_an_upload_above_the_rate_is_refused_before_its_body(limited: Limited) -
     with limited.client("acme") as client:
         assert client.get(ADAPTERS).status_code == 200
     address = httpx.URL(limited.url)
-    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+    with socket.create_connection((address.host, address.port), timeout=60) as connection:
         fields = {"Content_Type": "multipart/form-data; boundary=x", "Content_Length": "1000"}
         connection.sendall(head("POST", f"{ADAPTERS}/a/versions", Authorization=key, **fields))
         assert read_answer(connection).status == 429
@@ -201,19 +227,15 @@ def test_threads_do_not_exceed_it(limited: Limited) -> None:
     clients = [limited.client("acme") for _ in range(16)]
     for client in clients:
         client.get("/livez")
-    started = time.monotonic()
     with ThreadPoolExecutor(16) as pool:
         statuses = [
             status
             for many in pool.map(lambda c: [c.get(ADAPTERS).status_code for _ in range(5)], clients)
             for status in many
         ]
-    lasted = time.monotonic() - started
     for client in clients:
         client.close()
-    assert statuses.count(200) <= 20 * (1 + lasted) + 1
-    assert statuses.count(200) >= 20
-    assert set(statuses) == {200, 429}
+    assert (statuses.count(200), statuses.count(429)) == (20, 60)
 
 
 def test_a_rate_is_remembered_and_forgotten(limited: Limited) -> None:
@@ -239,7 +261,8 @@ def test_the_client_comes_back_when_told(limited: Limited) -> None:
         statuses = {answer.status_code for answer in _burst(other, ADAPTERS, 6)}
         assert statuses == {200, 429}
         started = time.monotonic()
-        assert client.get("acme/a").attention_mask.shape == (1, 3)
+        with limited.clock.running():
+            assert client.get("acme/a").attention_mask.shape == (1, 3)
         assert time.monotonic() - started >= 0.9
     limited.set("acme", 1)
     with PrefixClient(limited.url, api_key=limited.keys["acme"], timeout=0.5) as client:
@@ -275,7 +298,7 @@ def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
 
     app = create_app(settings)
     with served(app) as url:
-        app.state.prefix_service.rates = RateLimits(fails, lambda: True)
+        app.open(replace(app.state.prefix_service, rates=RateLimits(fails, lambda: True)))
         answer = httpx.get(url + ADAPTERS, headers={"Authorization": f"Bearer {key}"})
     problem(answer, 503, "storage-failed")
 
@@ -290,7 +313,7 @@ def test_a_tenants_quota_is_its_rate(server: Server, admin: httpx.Client) -> Non
     """From the catalog of a real service; who changes it changes it at once, and the operator is never locked out."""
     admin.put("/v1/tenants/rated", json={"requests_per_second": 2})
     own = server.client(admin.post("/v1/tenants/rated/keys", json={"scope": "read"}).json()["key"])
-    answers = [own.get("/v1/tenants/rated") for _ in range(8)]
+    answers = [own.get("/v1/tenants/rated") for _ in range(40)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
     assert problem(refused[0], 429, "rate-limited")["detail"].startswith("tenant 'rated' may send 2 requests a second")

@@ -13,7 +13,8 @@ import pytest
 
 from prefix_service.blobs.folder import FolderBlobStore
 from tests.api.helpers import head, problem, raw, upload, weights
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 
 PREFIX = "/v1/tenants/acme/adapters/a/prefix"
 MADE = re.compile(r"[0-9a-f]{32}")
@@ -29,7 +30,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def _lines(server: Server, request_id: str) -> list[dict[str, Any]]:
     """What the log says of a request, once its own line is there."""
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while True:
         lines = [json.loads(line) for line in server.log.read_text().splitlines()]
         lines = [line for line in lines if line.get("request_id") == request_id]
@@ -87,8 +88,11 @@ def test_one_line_for_each_request(own: Server) -> None:
     client = own.client(key["key"])
     answer = client.get(PREFIX, params={"batch_size": 2})
     line = _line(own, answer)
-    assert 0 < line.pop("seconds") < 10
+    parts = [line.pop(f"{part}_seconds") for part in ("wait", "load", "send")]
+    assert 0 < line["seconds"] < 10
+    assert sum(parts) == pytest.approx(line.pop("seconds"), abs=1e-5)
     assert line.pop("timestamp")
+    assert line.pop("cold") in (False, True)
     assert line == {
         "event": "request",
         "level": "info",
@@ -97,6 +101,8 @@ def test_one_line_for_each_request(own: Server) -> None:
         "status": 200,
         "bytes": len(answer.content),
         "tenant": "acme",
+        "adapter": "a",
+        "version": 1,
         "code": None,
         "request_id": answer.headers["x-request-id"],
         "key_id": key["id"],
@@ -111,6 +117,52 @@ def test_one_line_for_each_request(own: Server) -> None:
         None,
     )
     assert "key_id" not in refused
+    assert not {"adapter", "version", "versions", "cold", "wait_seconds"} & (failed.keys() | refused.keys())
+
+
+def test_a_line_says_what_was_loaded(own: Server) -> None:
+    """The first request for a version waits for its load; a 304 and the next ones do not. The routes of a batch and of
+    /v2 tell the same."""
+    client = own.client()
+    for name in ("cold", "colder"):
+        assert upload(client, "acme", name, file=weights(1)).status_code == 201
+    path = PREFIX.replace("/a/", "/cold/")
+    first = client.get(path)
+    unchanged = client.get(path, headers={"If-None-Match": first.headers["etag"]})
+    lines = [_line(own, answer) for answer in (first, unchanged, client.get(path))]
+    assert [(line["adapter"], line["version"], line["cold"]) for line in lines] == [
+        ("cold", 1, True),
+        ("cold", 1, False),
+        ("cold", 1, False),
+    ]
+    assert lines[0]["load_seconds"] > 0
+    assert lines[1]["load_seconds"] == lines[2]["load_seconds"] == 0
+    mixed = _line(own, client.post("/v1/prefixes", json={"rows": ["acme/cold", None, "acme/colder@1", "acme/cold"]}))
+    assert (mixed["versions"], mixed["num_versions"]) == (["acme/cold@1", "acme/colder@1"], 2)
+    assert (mixed["cold"], mixed["load_seconds"] > 0, "adapter" in mixed) == (True, True, False)
+    alone = _line(own, client.post("/v1/prefixes", json={"rows": [["acme/cold", "acme/cold"]]}))
+    assert (alone["tenant"], alone["adapter"], alone["version"]) == ("acme", "cold", 1)
+    body = {"inputs": [{"name": "batch_size", "datatype": "INT32", "shape": [1], "data": [1]}]}
+    v2 = _line(own, client.post("/v2/models/acme%2Fcold/infer", json=body))
+    assert (v2["status"], v2["adapter"], v2["version"], v2["cold"]) == (200, "cold", 1, False)
+
+
+def test_a_batch_of_many_names_the_first_few(own: Server) -> None:
+    """A line stays short."""
+    client = own.client()
+    for seed in range(17):
+        assert upload(client, "acme", f"many-{seed:02}", file=weights(seed)).status_code == 201
+    rows = [f"acme/many-{seed:02}" for seed in range(17)]
+    line = _line(own, client.post("/v1/prefixes", json={"rows": rows}))
+    assert line["versions"] == [f"{row}@1" for row in rows[:16]]
+    assert line["num_versions"] == 17
+
+
+def test_an_error_of_a_batch_has_an_id_too(own: Server) -> None:
+    """In its header, and in the log."""
+    answer = own.client().post("/v1/prefixes", json={"rows": ["acme/a", "acme/none"]})
+    assert problem(answer, 404, "not-found")["detail"].startswith("row 1: ")
+    assert _line(own, answer)["code"] == "not-found"
 
 
 def test_the_tenant_is_the_one_that_was_authorised(own: Server) -> None:

@@ -11,6 +11,7 @@ import pytest
 from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, note_load
 from prefix_service.api.middleware import usage_counts
 from prefix_service.api.middleware.usage_counts import UsageCounts
+from prefix_service.catalog.changes import TenantDeleted
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.catalog.tenants import Tenants
@@ -81,7 +82,7 @@ def test_requests_add_up(counts: UsageCounts, store: Store) -> None:
     counts.count(scope(), 200, 100)
     cold = scope()
     version: Any = type("Version", (), {"tenant": "acme", "adapter": "a", "number": 1})
-    note_load(cold, version)
+    note_load(cold, version, 0.5)
     counts.count(cold, 200, 100)
     counts.count(scope(by=PLATFORM), 200, 7)
     assert written(counts, store) == [
@@ -219,7 +220,7 @@ def test_it_is_written_again_and_again(counts: UsageCounts, store: Store, monkey
         async with counts.running():
             for number in (1, 2):
                 counts.count(scope(), 200, 10)
-                await asyncio.wait_for(asyncio.to_thread(store.wait_for, number), 10)
+                await asyncio.wait_for(asyncio.to_thread(store.wait_for, number), 60)
 
     asyncio.run(run())
     assert len(store.added) == 2
@@ -237,9 +238,8 @@ def test_a_deleted_tenant(database: Database) -> None:
     tenants, store = Tenants(database), UsageStore(database)
     counts = UsageCounts(store)
     tenants.put("acme", COMMAND_LINE)
-    change: Any = type("Change", (), {"action": "tenant.deleted", "target": "acme"})
     counts.count(scope(), 200, 10)
-    counts.hear([change])
+    counts.on_changes([TenantDeleted("acme")])
     counts.count(scope(), 200, 10)
     asyncio.run(counts.write())
     (use,) = store.listed("acme", ALL, limit=9)

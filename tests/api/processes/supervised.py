@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from prefix_service.api.processes.supervisor import Patience, Supervisor
+from prefix_service.api.processes.supervisor import Supervisor, Timeouts
 from prefix_service.api.processes.worker import SIGN, die_with
 from prefix_service.errors import PrefixServiceError
 from prefix_service.logs import configure
 
 # A loaded machine takes seconds to start Python: what a test waits for must be far longer.
-PATIENCE = Patience(start=15, silence=2, end=2, first_pause=0.1, longest_pause=0.4)
+PATIENCE = Timeouts(start=15, silence=4, end=8, first_pause=0.1, longest_pause=0.4)
 
 
 def work(signs: socket.socket, started_by: int, folder: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.conftest import run_command
+from tests.commands import run_process
 from tests.conftest import Server, free_port, running_server
+from tests.forked import run_forked
 from tests.processes import eventually, is_alive, lines_of, within, workers_of
 
 _HANG = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(600))\n"
@@ -57,22 +58,22 @@ def ready_of(server: Server, *without: int) -> list[int]:
 def answers(server: Server) -> bool:
     """Whether a request on a new connection is answered."""
     try:
-        return httpx.get(f"{server.url}/livez", timeout=2).status_code == 200
+        return httpx.get(f"{server.url}/livez", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 
 
 def test_a_dead_worker_is_replaced_while_the_event_loop_of_another_stands_still(tmp_path: Path) -> None:
-    """The dead one is replaced within 3 seconds, and the one that hangs, whose other threads live, as well, later."""
+    """The dead one at once; the one that hangs, whose other threads live, as well, later."""
     with two_workers(tmp_path, environment=customized(tmp_path, _HANG)) as server:
         hanging, killed = ready_of(server)
         os.kill(hanging, signal.SIGUSR1)
-        with within(3):
+        with within(12):
             os.kill(killed, signal.SIGKILL)
             eventually(lambda: set(workers_of(server.process.pid)) - {hanging, killed})
         ready_of(server, hanging, killed)
         assert all(answers(server) for _ in range(10))
-        reasons = [line["reason"] for line in lines_of(server.log, "a worker died: another is started")]
+        reasons = [line["reason"] for line in lines_of(server.log, "a worker died, and is replaced")]
         assert reasons == ["killed by SIGKILL", "no sign of life for 15 seconds (killed by SIGKILL)"]
 
 
@@ -100,7 +101,7 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
     """With the reason, and an exit status that is not 0; here the folder of the workers' numbers is gone."""
     environment = customized(tmp_path, _LOST)
     arguments = ("serve", "--data-dir", tmp_path / "data", "--port", free_port(), "--workers", "2")
-    failed = run_command(*map(str, arguments), environment=environment)
+    failed = run_process(*map(str, arguments), environment=environment)
     assert failed.returncode == 1
     assert "no worker could start" in failed.stderr
     assert "/nowhere" in failed.stderr
@@ -108,13 +109,13 @@ def test_a_service_of_which_no_worker_can_start_fails(tmp_path: Path) -> None:
 
 
 def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
-    """When it is killed they are gone within seconds, one that is stopped too, and the next service starts."""
+    """When it is killed they are gone soon, one that is stopped too, and the next service starts."""
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         os.kill(workers[0], signal.SIGSTOP)
         server.process.kill()
         server.process.wait()
-        eventually(lambda: not any(map(is_alive, workers)), 5)
+        eventually(lambda: not any(map(is_alive, workers)), 20)
     with two_workers(tmp_path):
         pass
 
@@ -129,7 +130,7 @@ def test_the_folder_is_locked_until_the_last_worker_has_ended(tmp_path: Path) ->
         server.process.wait()
         eventually(lambda: not is_alive(other))
         with socket.create_server(("127.0.0.1", 0)) as taken:  # it ends in any case
-            second = run_command("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
+            second = run_forked("serve", "--data-dir", server.data_dir, "--port", str(taken.getsockname()[1]))
         assert second.returncode == 1
         assert "another prefix-service runs on the data folder" in second.stderr
         os.kill(stopped, signal.SIGCONT)
@@ -143,7 +144,7 @@ def test_a_signal_ends_several_workers_in_order(tmp_path: Path) -> None:
     with two_workers(tmp_path) as server:
         workers = ready_of(server)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=40) == 0
+        assert server.process.wait(timeout=90) == 0
         assert not any(map(is_alive, workers))
         ended = [line["reason"] for line in lines_of(server.log, "a worker has ended")]
         assert ended == ["exit status 0"] * 2
@@ -161,7 +162,7 @@ def test_a_stale_unix_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path,
     assert path.is_socket()
     with running_server(tmp_path / "data", *options, uds=path) as server:
         assert path.stat().st_mode & 0o777 == 0o660
-        other = run_command("serve", "--data-dir", tmp_path / "other", *options)
+        other = run_forked("serve", "--data-dir", tmp_path / "other", *options)
         assert other.returncode == 1
         assert f"another program listens on {path}" in other.stderr
         assert server.client().get("/livez").status_code == 200
@@ -179,10 +180,10 @@ def test_an_address_that_cannot_be_listened_on_is_told(tmp_path: Path, workers: 
             (("--port", port), f"another program listens on 127.0.0.1:{port}"),
             (("--host", "192.0.2.1", "--port", port), f"cannot listen on 192.0.2.1:{port}: Cannot assign"),
             (("--host", "not a host"), "cannot listen on not a host: "),
-            (("--uds", str(file)), "is there and is no socket"),
+            (("--uds", str(file)), "exists and is not a socket"),
             (("--uds", str(tmp_path / ("long" * 50))), "cannot listen on"),
         ):
-            refused = run_command("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
+            refused = run_forked("serve", "--data-dir", tmp_path / "data", "--workers", workers, *options)
             assert refused.returncode == 1
             assert words in refused.stderr
 

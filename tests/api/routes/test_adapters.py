@@ -176,7 +176,7 @@ def test_alias_is_made_moved_and_forgotten(client: httpx.Client, alias: str) -> 
     assert client.get(f"{ADAPTERS}/aliased@prod/prefix").headers["prefix-version"] == str(old)
     assert client.put(alias, json={"version": new}).status_code == 200
     assert client.get(f"{ADAPTERS}/aliased@prod/prefix").headers["prefix-version"] == str(new)
-    assert client.get(alias).json() == {"alias": "prod", "version": new}
+    assert client.get(alias).json() == {"alias": "prod", "version": new, "previous": old}
     assert client.delete(alias).status_code == 204
     problem(client.get(alias), 404, "not-found")
     problem(client.delete(alias), 404, "not-found")
@@ -284,7 +284,7 @@ def test_residency_bodies(client: httpx.Client) -> None:
         ("/openapi.json", "GET, HEAD"),
     ],
 )
-def test_62_allow_names_every_method_of_the_path(client: httpx.Client, path: str, allowed: str) -> None:
+def test_allow_names_every_method_of_the_path(client: httpx.Client, path: str, allowed: str) -> None:
     """405 is a problem document, and its `Allow` holds the methods of all routes (RFC 9110, section 15.5.6)."""
     answer = client.patch(path)
     assert allowed in problem(answer, 405, "method-not-allowed")["detail"]

@@ -1,6 +1,5 @@
 """The audit over HTTP: every change once, with who made it, for the tenant's admin and for nobody else."""
 
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,8 @@ import httpx
 import pytest
 
 from tests.api.helpers import problem, upload, weights
-from tests.conftest import PREFIX_SERVICE, Server
+from tests.commands import run_command
+from tests.conftest import Server
 
 Entry = dict[str, Any]
 TENANT = "audited"
@@ -107,8 +107,8 @@ def test_a_namesake_does_not_inherit(server: Server, admin: httpx.Client) -> Non
 def test_the_platforms_own_changes(server: Server, admin: httpx.Client) -> None:
     """Keys of the platform are nobody's but its own; what the command line does is told as its doing."""
     made = admin.post("/v1/keys", json={"scope": "read"}).json()
-    command = [*PREFIX_SERVICE, "key", "revoke", made["id"], "--platform", "--data-dir", str(server.data_dir)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = run_command("key", "revoke", made["id"], "--platform", "--data-dir", server.data_dir)
+    assert done.returncode == 0, done.stderr
     last = entries(admin, "/v1/audit")[-2:]
     assert [(entry["action"], entry["tenant"], entry["target"]) for entry in last] == [
         ("key.created", None, made["id"]),

@@ -1,7 +1,6 @@
 """The conformance corpus over HTTP: what PEFT computed is what a worker gets, for every case and variant."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from tests.api.helpers import Tensors, about_of, assert_same, expected_of, tensors_of, upload_directory
-from tests.conftest import CORPUS, PREFIX_SERVICE, Server
+from tests.commands import run_command
+from tests.conftest import CORPUS, Server
 
 TENANT = "corpus"
 BATCHES = (1, 3)
@@ -144,8 +144,7 @@ def test_converted_adapter(client: httpx.Client, adapter: Adapter, tmp_path: Pat
     """A pickle or a full checkpoint, converted on the owner's machine and uploaded, is served as PEFT computes it."""
     pickles = list(adapter.directory.glob("*.pt"))
     source = pickles[0] if pickles else adapter.directory
-    command = [*PREFIX_SERVICE, "convert", str(source), str(tmp_path / "safe"), *CONVERSIONS[adapter.name]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("convert", source, tmp_path / "safe", *CONVERSIONS[adapter.name])
     assert done.returncode == 0, done.stderr
     upload_directory(client, TENANT, adapter.name, tmp_path / "safe")
     for rows in BATCHES:

@@ -1,4 +1,5 @@
-"""Model cards and annotations over HTTP: published with a version, read, replaced under conditions."""
+"""What stands beside a version, over HTTP: model card, annotations, base model and config file; published with it,
+read, replaced under conditions."""
 
 import itertools
 import json
@@ -13,6 +14,7 @@ from tests.conftest import Server
 TENANT = "described"
 CARD = "# Résumé\r\n\nTrained on *x*.\n"
 ANNOTATIONS = {"author": "Zoë", "run/id": "17"}
+BASE_MODEL = {"architecture": "LlamaForCausalLM", "sizes": {"hidden_size": 8}, "rope": {"rope_theta": 5e5}}
 Parts = dict[str, bytes]
 _names = itertools.count()
 
@@ -228,15 +230,106 @@ def test_scopes_and_tenants(server: Server) -> None:
         made = admin.post(f"/v1/tenants/{tenant}/keys", json={"scope": scope})
         return server.client(made.json()["key"])
 
+    base_model = f"{path}/base-model"
     reader, writer, stranger = (
         client_of(tenant, scope) for tenant, scope in ((TENANT, "read"), (TENANT, "write"), ("stranger", "admin"))
     )
     assert reader.get(f"{path}/card").text == CARD
     problem(_put_card(reader, path, "x"), 403)
     problem(reader.put(f"{path}/annotations", json={}), 403)
+    assert (reader.get(base_model).json(), reader.get(f"{path}/config").status_code) == ({}, 200)
+    problem(reader.put(base_model, json={}), 403)
+    assert writer.put(base_model, json=BASE_MODEL).status_code == 204
+    for part in ("base-model", "config"):
+        problem(stranger.get(f"{path}/{part}"), 404)
+    problem(stranger.put(base_model, json={}), 404)
     assert _put_card(writer, path, CARD).status_code == 204
     problem(stranger.get(f"{path}/card"), 404)
     problem(_put_card(stranger, path, "x"), 404)
+
+
+def test_a_base_model_is_given_later_and_replaced_whole(client: httpx.Client) -> None:
+    """Empty until then. The version stays what it was, and the prefix says nothing of it."""
+    path = _published(client)
+    version, prefix = client.get(path).json(), client.get(f"{path}/prefix")
+    before = client.get(f"{path}/base-model")
+    assert (before.status_code, before.json(), before.headers["prefix-digest"]) == (200, {}, version["digest"])
+    given = client.put(f"{path}/base-model", json=BASE_MODEL, headers={"If-Match": before.headers["etag"]})
+    assert (given.status_code, given.content) == (204, b"")
+    found = client.get(f"{path.replace('@1', '@latest')}/base-model")
+    assert found.json() == BASE_MODEL
+    assert found.headers["etag"] == given.headers["etag"]
+    assert found.headers["x-content-type-options"] == "nosniff"
+    again = client.get(f"{path}/base-model", headers={"If-None-Match": found.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    stale = {"If-Match": before.headers["etag"]}
+    refused = problem(client.put(f"{path}/base-model", json={}, headers=stale), 412, "precondition-failed")
+    assert "the base-model of" in refused["detail"]
+    client.put(f"{path}/base-model", json={"tokenizer": "sha256:1"}).raise_for_status()
+    assert client.get(f"{path}/base-model").json() == {"tokenizer": "sha256:1"}
+    unchanged = client.get(f"{path}/prefix")
+    assert client.get(path).json() == {**version, "residency": client.get(path).json()["residency"]}
+    assert (unchanged.content, unchanged.headers["etag"]) == (prefix.content, prefix.headers["etag"])
+    assert client.get(f"{path}/card").text == CARD
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "words"),
+    [
+        ({"json": {"model": "x"}}, 422, "a fingerprint has architecture, tokenizer, weights_index, sizes, rope, norms"),
+        ({"json": {"sizes": 32}}, 422, "sizes must be a JSON object, got 32"),
+        ({"json": {"tokenizer": None}}, 422, "tokenizer must be a text of 1 to 256 characters, got None"),
+        ({"json": []}, 422, "JSON object"),
+        ({"json": {"rope": {"x": "y" * (16 << 10)}}}, 413, "and may have 16384"),
+        ({"content": b'{"rope": {"x": NaN}}', "headers": {"Content-Type": "application/json"}}, 422, "NaN"),
+        ({"content": b"{}", "headers": {"Content-Type": "text/plain"}}, 415, "application/json"),
+    ],
+    ids=str,
+)
+def test_a_wrong_base_model_is_refused(client: httpx.Client, request_: dict[str, Any], status: int, words: str) -> None:
+    """With what is wrong, and what was stored stays."""
+    path = _published(client)
+    client.put(f"{path}/base-model", json=BASE_MODEL).raise_for_status()
+    assert words in problem(client.put(f"{path}/base-model", **request_), status)["detail"]
+    assert client.get(f"{path}/base-model").json() == BASE_MODEL
+
+
+def test_a_base_model_counts_and_is_audited(client: httpx.Client) -> None:
+    """By the bytes of its JSON without blanks."""
+    path = _published(client)
+    used = client.get(f"/v1/tenants/{TENANT}").json()["bytes"]
+    client.put(f"{path}/base-model", json={"tokenizer": "x"}).raise_for_status()
+    assert client.get(f"/v1/tenants/{TENANT}").json()["bytes"] == used + len('{"tokenizer":"x"}')
+    (latest,) = client.get(f"/v1/tenants/{TENANT}/audit?limit=1").json()["items"]
+    assert (latest["action"], latest["key_name"]) == ("base-model.changed", "bootstrap")
+    assert f"/{latest['target'].partition('/')[2]}" in path
+    client.put(f"{path}/base-model", json={}).raise_for_status()
+    assert client.get(f"/v1/tenants/{TENANT}").json()["bytes"] == used
+
+
+def test_the_config_file_comes_back_byte_for_byte(client: httpx.Client) -> None:
+    """Whatever its order and blanks, and what canonical JSON cannot hold; it stays what was uploaded first."""
+    name = f"a{next(_names)}"
+    file = json.dumps(dict(reversed(CONFIG.items())), indent=7).replace(" ", "\t").encode() + b"\r\n"
+    file = file.replace(b"{", b'{"unread": 1e400, "z": "\\u00e9", ', 1)
+    first = _publish(client, _parts(**{"adapter_config.json": file}), name)
+    path = first.headers["location"]
+    again = _publish(client, _parts(**{"adapter_config.json": file + b" "}), name)
+    assert (first.status_code, again.status_code) == (201, 200)
+    for reference in (path, path.replace("@1", f"@{first.json()['digest']}")):
+        found = client.get(f"{reference}/config")
+        assert (found.status_code, found.content) == (200, file)
+        assert found.headers["content-type"] == "application/json"
+    assert client.get(f"{path}/config", headers={"If-None-Match": found.headers["etag"]}).status_code == 304
+
+
+def test_a_config_that_was_no_file_is_written_as_peft_does(client: httpx.Client) -> None:
+    """Of a version that was made of JSON."""
+    path = client.post(versions_path(TENANT, "fresh"), json={"config": CONFIG, "seed": 3}).headers["location"]
+    found = client.get(f"{path}/config")
+    assert found.content == json.dumps(client.get(path).json()["config"], indent=2, sort_keys=True).encode()
+    problem(client.get(f"{path.replace('@1', '@9')}/config"), 404)
+    problem(client.put(f"{path}/config", json=CONFIG), 405)
 
 
 def test_they_count_towards_the_quota(server: Server) -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from prefix_service.api.http.paths import REFERENCE_FILES
 from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
-from tests.conftest import PREFIX_SERVICE, Server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server
 
 COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
 SWAGGER_UI = Path(__file__).parents[3] / "service" / "prefix_service" / "api" / "swagger_ui"
@@ -76,7 +77,7 @@ def test_writes_have_bodies(document: dict[str, Any]) -> None:
 
 
 def test_prefix_options_are_documented(document: dict[str, Any]) -> None:
-    """All options of API.md, in the query and in the JSON body, and the headers that count."""
+    """All options, in the query and in the JSON body, and the headers that count."""
     path = document["paths"]["/v1/tenants/{tenant}/adapters/{ref}/prefix"]
     options = {"batch_size", "dtype", "layout", "layers", "kv_heads", "tp", "mask_dtype", "expand"}
     for method in ("get", "head", "post"):

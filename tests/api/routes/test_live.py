@@ -1,6 +1,7 @@
 """Live numbers over HTTP: of all workers, of a tenant; streams that end with their key, and with the service."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,7 +109,8 @@ def test_a_stream_goes_on(server: Server) -> None:
 def test_too_many_streams(server: Server) -> None:
     """A tenant has a quarter of the places of each worker; then it is refused, and requests are not."""
     client = server.client(_new_key(server, "acme")["key"])
-    opened, statuses = [], []
+    opened: list[httpx.Response] = []
+    statuses: list[httpx.Response] = []
     for _ in range(20):
         request = client.build_request("GET", "/v1/tenants/acme/live", headers=STREAM)
         answer = client.send(request, stream=True)
@@ -117,7 +119,7 @@ def test_too_many_streams(server: Server) -> None:
             break
     (refused,) = statuses
     refused.read()
-    assert "streams open" in problem(refused, 503, "overloaded")["detail"]
+    assert "watchers here" in problem(refused, 503, "overloaded")["detail"]
     assert 2 <= len(opened) <= 4
     assert client.get("/v1/tenants/acme/adapters").status_code == 200
     for answer in opened:
@@ -155,6 +157,6 @@ def test_a_stream_ends_with_the_service(server: Server) -> None:
     with client.stream("GET", "/v1/live", headers=STREAM, timeout=60) as answer:
         events = _events(answer)
         next(events)
-        server.process.terminate()
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(25) == 0  # requests have 30 seconds
         _ends(events)

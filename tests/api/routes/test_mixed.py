@@ -303,8 +303,8 @@ def test_rows_that_do_not_fit_memory_together(small: Server) -> None:
         assert upload(client, "t", adapter, config, save({"prompt_embeddings": flat})).status_code == 201
     said = problem(client.post(PATH, json={"rows": ["t/a", "t/b"]}), 507, "out-of-space")["detail"]
     assert said == (
-        "1048576 bytes are needed in memory, and one request may hold 972800: ask for less at once, or raise "
-        "PREFIX_RENDERING_BYTES, of which that is a half"
+        "1048576 bytes are needed in memory, and one request may hold 972800: ask for less, or raise "
+        "PREFIX_RENDERING_BYTES (the limit is half of it)"
     )
     for rows in (["t/a", "t/a", None, ["t/a", "t/a"]], ["t/b"]):
         assert client.post(PATH, json={"rows": rows}).status_code == 200

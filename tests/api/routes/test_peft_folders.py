@@ -99,7 +99,7 @@ def assert_served(client: httpx.Client, name: str, expected: Mapping[str, Tensor
         assert_same(served[key], tensor.detach())
 
 
-def test_10_a_task_head_of_every_dtype_size_and_name_is_not_the_prefix(client: httpx.Client, tmp_path: Path) -> None:
+def test_a_task_head_of_every_dtype_size_and_name_is_not_the_prefix(client: httpx.Client, tmp_path: Path) -> None:
     """Counters, flags, empty buffers, float64, and modules named with a slash: PEFT loads them, the service skips
     them, and the file is kept byte for byte."""
     folder = written(tmp_path, head=True)
@@ -114,7 +114,7 @@ def test_10_a_task_head_of_every_dtype_size_and_name_is_not_the_prefix(client: h
     assert kept == (folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_10_metadata_that_is_null(client: httpx.Client, tmp_path: Path) -> None:
+def test_metadata_that_is_null(client: httpx.Client, tmp_path: Path) -> None:
     """`"__metadata__": null` is read as no metadata, as the safetensors library reads it."""
     folder = written(tmp_path)
     path = folder / "adapter_model.safetensors"
@@ -134,7 +134,7 @@ def by_peft_without_format(folder: Path, original: bytes) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [0, 1, TOKENS])
-def test_11_a_cartridge_in_training_whose_rows_are_frozen(client: httpx.Client, tmp_path: Path, frozen: int) -> None:
+def test_a_cartridge_in_training_whose_rows_are_frozen(client: httpx.Client, tmp_path: Path, frozen: int) -> None:
     """None, some or all rows: PEFT's own state, which it loads back, is served as PEFT serves it."""
     folder = written(tmp_path, "CARTRIDGE", num_frozen_tokens=frozen)
     loaded: Any = peft.PeftModel.from_pretrained(base_model(), folder)
@@ -150,7 +150,7 @@ def test_11_a_cartridge_in_training_whose_rows_are_frozen(client: httpx.Client, 
     assert_served(client, f"frozen-{frozen}", expected)
 
 
-def test_11_no_other_tensor_of_a_prefix_may_be_empty(client: httpx.Client, tmp_path: Path) -> None:
+def test_no_other_tensor_of_a_prefix_may_be_empty(client: httpx.Client, tmp_path: Path) -> None:
     """Zero trainable rows beside fewer frozen rows than tokens are a contradiction."""
     folder = written(tmp_path, "CARTRIDGE", num_frozen_tokens=1)
     state = {"frozen_embedding": torch.zeros(1, 64), "trainable_embedding": torch.zeros(0, 64)}
@@ -184,7 +184,7 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_12_a_config_that_peft_reads(client: httpx.Client, tmp_path: Path, case: str) -> None:
+def test_a_config_that_peft_reads(client: httpx.Client, tmp_path: Path, case: str) -> None:
     """PEFT loads it, so the service does, and the keys and values are PEFT's."""
     peft_type, values = ODD[case]
     folder, name = written(tmp_path, peft_type), f"odd-{case.replace(' ', '-')}"
@@ -198,7 +198,7 @@ def test_12_a_config_that_peft_reads(client: httpx.Client, tmp_path: Path, case:
     assert_served(client, name, expected)
 
 
-def test_12_a_value_that_canonical_json_cannot_hold_is_left_out(client: httpx.Client, tmp_path: Path) -> None:
+def test_a_value_that_canonical_json_cannot_hold_is_left_out(client: httpx.Client, tmp_path: Path) -> None:
     """The key that holds it is not stored; every other unknown key is."""
     folder = written(tmp_path)
     _change(folder, {"far": float("inf"), "deep": [{"a": -float("inf")}], "seed": 1 << 63, "kept": [1, "a"]})
@@ -209,7 +209,7 @@ def test_12_a_value_that_canonical_json_cannot_hold_is_left_out(client: httpx.Cl
 
 @pytest.mark.parametrize("name", ["num_virtual_tokens", "token_dim", "encoder_hidden_size", "num_layers"])
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999"])
-def test_12_a_size_that_is_not_finite_is_refused(client: httpx.Client, tmp_path: Path, name: str, value: str) -> None:
+def test_a_size_that_is_not_finite_is_refused(client: httpx.Client, tmp_path: Path, name: str, value: str) -> None:
     """What the service reads is never left out."""
     folder = written(tmp_path)
     _change(folder, {name: "HERE"})
@@ -218,7 +218,7 @@ def test_12_a_size_that_is_not_finite_is_refused(client: httpx.Client, tmp_path:
     problem(posted(client, "not-finite", folder), 422, "invalid-config")
 
 
-def test_12_an_untrained_projection_still_needs_its_size(client: httpx.Client) -> None:
+def test_an_untrained_projection_still_needs_its_size(client: httpx.Client) -> None:
     """Without flat weights the projection is run, so its size must be known and positive."""
     sizes = {"num_virtual_tokens": 2, "num_layers": 1, "num_attention_heads": 1, "token_dim": 4}
     for size in (None, 0):
@@ -227,7 +227,7 @@ def test_12_an_untrained_projection_still_needs_its_size(client: httpx.Client) -
         assert "encoder_hidden_size" in problem(answer, 422, "invalid-config")["detail"]
 
 
-def test_13_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
+def test_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
     """google/gemma-3-4b's own config.json has no heads; with it the adapter's dimensions are complete."""
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "inference_mode": True}
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240}
@@ -241,7 +241,7 @@ def test_13_a_base_model_that_leans_on_defaults(client: httpx.Client) -> None:
     }
 
 
-def test_13_the_message_does_not_ask_for_the_file_that_was_sent(client: httpx.Client) -> None:
+def test_the_message_does_not_ask_for_the_file_that_was_sent(client: httpx.Client) -> None:
     """It names the model type, what the file leaves open, and what to do."""
     config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2}
     answer = upload(client, TENANT, "open", config, base={"model_type": "of-next-year", "hidden_size": 8})
@@ -279,9 +279,7 @@ FIELDS: Final = [
 
 
 @pytest.mark.parametrize(("peft_type", "name"), FIELDS)
-def test_14_every_field_with_every_kind_of_value(
-    client: httpx.Client, tmp_path: Path, peft_type: str, name: str
-) -> None:
+def test_every_field_with_every_kind_of_value(client: httpx.Client, tmp_path: Path, peft_type: str, name: str) -> None:
     """A wrong type of a field that the service reads is 422, with and without weights, and never 500. Everything else
     that PEFT loads is accepted, and served as PEFT computes it."""
     folder = written(tmp_path, peft_type)

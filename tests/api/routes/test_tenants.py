@@ -1,5 +1,6 @@
 """Tenants over HTTP: quotas, usage, deletion, and what each says."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,9 @@ from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
 from tests.conftest import Server
 
 MANIFEST = rfc8785.dumps({"format": 1, "config": parse_config(CONFIG).model_dump(), "weights": f"sha256:{'0' * 64}"})
-SIZE = len(weights()) + 3 * 32 * 4 + len(MANIFEST)  # what one version takes: its file, keys and values, its manifest
+# What one version takes: its weights file, keys and values, its manifest; and the config file, if one was uploaded.
+FRESH_SIZE = len(weights()) + 3 * 32 * 4 + len(MANIFEST)
+SIZE = FRESH_SIZE + len(json.dumps(CONFIG))
 
 
 @pytest.fixture
@@ -127,7 +130,7 @@ def test_the_bytes_that_a_tenant_may_have(admin: httpx.Client, tenant: str) -> N
 
 def test_an_untrained_prefix_counts_too(admin: httpx.Client, tenant: str) -> None:
     """However it comes."""
-    put(admin, tenant, max_bytes=SIZE - 1)
+    put(admin, tenant, max_bytes=FRESH_SIZE - 1)
     fresh = {"config": CONFIG, "init_weights": "zero"}
     problem(admin.post(versions_path(tenant, "a"), json=fresh), 507, "quota-exceeded")
     put(admin, tenant, max_adapters=0)

@@ -44,7 +44,7 @@ class Service:
 
     def usage(self, requests: int, **query: str) -> list[dict[str, Any]]:
         """The tenant's usage, once it has so many requests."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while True:
             items: list[dict[str, Any]] = self.admin.get("/v1/tenants/acme/usage", params=query).json()["items"]
             if sum(item["requests"] for item in items) >= requests or time.monotonic() > until:
@@ -62,6 +62,21 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
 
 def only(items: list[dict[str, Any]], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(item[name] for name in names) for item in items]
+
+
+def test_the_most_used_come_first(service: Service) -> None:
+    """Once usage is written; a listing that is sorted so goes on behind its cursor."""
+    listing = "/v1/tenants/acme/adapters"
+    for _ in range(2):
+        service.reader.get(PREFIX.replace("/a/", "/b/")).raise_for_status()
+    service.reader.get(PREFIX).raise_for_status()
+    service.usage(3)
+    first = service.reader.get(listing, params={"sort": "-used", "limit": 1}).json()
+    assert only(first["items"], "adapter", "used") == [("b", 2)]
+    last = service.reader.get(listing, params={"sort": "-used", "cursor": first["next"]}).json()
+    assert (only(last["items"], "adapter", "used"), last["next"]) == ([("a", 1)], None)
+    wrong = service.reader.get(listing, params={"sort": "-created", "cursor": first["next"]})
+    problem(wrong, 422, "invalid-request")
 
 
 def test_what_requests_count(service: Service) -> None:

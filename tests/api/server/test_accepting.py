@@ -61,7 +61,7 @@ def test_without_descriptors_it_waits_and_then_accepts(monkeypatch: pytest.Monke
             acceptor = Acceptor([listening], lambda: _Noted(made))
             client.setblocking(False)
             client.connect_ex(listening.getsockname())
-            transport = await asyncio.wait_for(made.get(), 10)
+            transport = await asyncio.wait_for(made.get(), 60)
             assert listening.refused == 1  # not at once again: the descriptor stays readable
             await acceptor.close()
             transport.close()

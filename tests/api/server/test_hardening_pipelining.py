@@ -69,7 +69,7 @@ def held(server: uvicorn.Server) -> tuple[int, int]:
     return len(getattr(connection, "pipeline", ())), len(getattr(connection, "_unparsed", ()))
 
 
-async def test_19_pipelined_requests_are_bounded_and_answered_in_order(parser: Parser) -> None:
+async def test_pipelined_requests_are_bounded_and_answered_in_order(parser: Parser) -> None:
     """However many requests a client sends, few are queued, at the start and after each answer."""
     gate = Gate()
     async with serving(gate, parser) as (server, port):
@@ -89,7 +89,7 @@ async def test_19_pipelined_requests_are_bounded_and_answered_in_order(parser: P
         writer.close()
 
 
-async def test_19_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
+async def test_tiny_chunks_leave_the_loop_to_others(parser: Parser) -> None:
     """Of a body of 40,000 chunks of a byte, few are parsed in each turn of the loop, and none is lost."""
     gate, seen = Gate(), [0]
     async with serving(gate, parser) as (server, port):

@@ -19,7 +19,7 @@ LARGE: dict[str, Any] = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 64,
 }  # 2 MiB in float32, of which each layer is an eighth
 SMALL = {**LARGE, "num_layers": 1}
 MIB = 1 << 20
-SEND = 2.0
+SEND = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def reading(server: Server, key: str, path: str) -> socket.socket:
     address = urlsplit(server.url)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
-    connection.settimeout(10)
+    connection.settimeout(60)
     connection.connect((address.hostname, address.port))
     connection.sendall(head("GET", path, Authorization=f"Bearer {key}"))
     return connection
@@ -88,7 +88,7 @@ def test_a_tenants_slow_readers_refuse_nobody_else(server: Server, resident: boo
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(reading(server, key, path))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while held(admin) < 8 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert held(admin) >= 8
@@ -97,7 +97,7 @@ def test_a_tenants_slow_readers_refuse_nobody_else(server: Server, resident: boo
         last = admin.get("/v1/tenants/slow/adapters/large@1/prefix")
         assert "tenant 'slow'" in problem(last, 503, "overloaded")["detail"]
         assert int(last.headers["retry-after"]) >= 1
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while held(admin) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert held(admin) == 0
@@ -120,13 +120,12 @@ def test_a_reader_that_is_cut_off_leaves_nothing_in_the_kernel(impatient: Server
     with ExitStack() as stack:
         for _ in range(4):
             stack.enter_context(reading(impatient, key, path))
-        deadline = time.monotonic() + 5
-        while sum(nbytes > 0 for nbytes in unsent(impatient)) < 4 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while len(waiting := [nbytes for nbytes in unsent(impatient) if nbytes]) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
-        waiting = [nbytes for nbytes in unsent(impatient) if nbytes]
         assert len(waiting) == 4
         assert max(waiting) < MIB
-        deadline = time.monotonic() + 4 * SEND
+        deadline = time.monotonic() + 60
         while any(unsent(impatient)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(unsent(impatient))
@@ -141,11 +140,11 @@ def test_an_answer_that_nobody_reads_leaves_the_kernel_too(impatient: Server) ->
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 10)
         connection.connect((address.hostname, address.port))
         connection.sendall(head("GET", path, Authorization=f"Bearer {key}", Connection="close"))
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not any(unsent(impatient)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert any(unsent(impatient))
-        deadline = time.monotonic() + 8 * SEND
+        deadline = time.monotonic() + 60
         while any(unsent(impatient)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(unsent(impatient))

@@ -7,7 +7,7 @@ from typing import Final
 from rich.console import Console
 
 from prefix_service.client import PrefixClient
-from prefix_service.client.prefixes.float8 import Error
+from prefix_service.client.prefixes.float8 import ErrorFigures
 from tests.benchmarks.float8.measure import Found, corpus_cases, demo_cases, measure
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server
@@ -18,7 +18,7 @@ HERE: Final = Path(__file__).parent
 def values(found: list[Found]) -> Grid:
     """What becomes of keys and values."""
 
-    def cell(error: Error) -> str:
+    def cell(error: ErrorFigures) -> str:
         return f"{error.max_absolute:.2g} / {error.mean_absolute:.2g} / {error.mean_relative:.2%}"
 
     head = ["adapter", "dtype", "bytes", "of bfloat16", "keys: max / mean / mean relative", "values: the same"]

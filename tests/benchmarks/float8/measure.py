@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import prefix_service.cli.demo
 from prefix_service.cli.demo.model import find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
-from prefix_service.client.prefixes.float8 import Error
-from prefix_service.prefix.form import KVDtype
+from prefix_service.client.prefixes.float8 import ErrorFigures
+from prefix_service.prefix.variant import KVDtype
 from tests.conftest import CORPUS
 
 DTYPES: Final[tuple[KVDtype, ...]] = ("bfloat16", "float8_e4m3fn")
@@ -42,8 +42,8 @@ class Found:
     name: str
     dtype: KVDtype
     nbytes: int
-    keys: Error
-    values: Error
+    keys: ErrorFigures
+    values: ErrorFigures
     mean_divergence: float
     max_divergence: float
     changed: int
@@ -94,7 +94,7 @@ def measure(client: PrefixClient, case: Case) -> list[Found]:
     found = []
     for dtype in DTYPES:
         prefix = client.get(reference, dtype=dtype).to(dtype=torch.float32)
-        keys, values = (Error.between(exact.kv.tensor[:, part], prefix.kv.tensor[:, part]) for part in (0, 1))
+        keys, values = (ErrorFigures.between(exact.kv.tensor[:, part], prefix.kv.tensor[:, part]) for part in (0, 1))
         divergences = torch.cat(
             [
                 kl_div(_log_probabilities(case, prefix, at), one, reduction="none", log_target=True).sum(-1)

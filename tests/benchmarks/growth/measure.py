@@ -17,7 +17,8 @@ from prefix_service.data_folder.opening import blob_folder, catalog_file
 from tests.api.helpers import upload, weights
 from tests.benchmarks.growth.folder import BIG, fill, name_of
 from tests.benchmarks.growth.watch import Noticed, watched
-from tests.conftest import PREFIX_SERVICE, Server, running_server
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server, running_server
 
 _REPEATED: Final = 30
 _IDLE: Final = 3.0  # seconds

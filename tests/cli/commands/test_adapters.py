@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -130,6 +131,8 @@ def test_list_searches_sorts_and_ends(run: Run) -> None:
     assert told(run, "clisort-a", "--search", "_") == ["clisort-a/s_all"]
     assert told(run, "clisort-a", "--limit", "1") == ["clisort-a/s_all"]
     assert told(run, "clisort-b", "--base-model", "bases/llama") == []
+    assert told(run, "clisort-b", "--sort", "-used") == ["clisort-b/big", "clisort-b/smaller"]
+    assert "requests" in run("list", "clisort-b", "--sort", "-used").stdout
     assert run("list", "clisort-a", "--sort", "bytes").returncode == 2
     assert run("list", "clisort-a", "--limit", "0").returncode == 2
 

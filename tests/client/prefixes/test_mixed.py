@@ -17,7 +17,7 @@ from prefix_service.client.transformers.caches import to_cache
 from prefix_service.client.transformers.generation import generate
 from prefix_service.errors import ConnectionFailed, DimensionMismatch, InvalidReference, InvalidRequest, NotFound
 from prefix_service.prefix.kv import extend_mask, position_ids
-from prefix_service.prefix.wire.received import read_message
+from prefix_service.prefix.wire.received import read_prefix_file
 from tests.architectures import NAMED, VOCABULARY, base
 from tests.client.conftest import GPT2, LLAMA, Counting
 from tests.conftest import CORPUS, Publish, Server
@@ -227,7 +227,7 @@ def test_it_is_what_the_service_sends(
     found = client.get_many(rows, attention_mask=LEFT, **options)
     spans = {name: f"{span[0]}:{span[1]}" for name, span in options.items() if name != "dtype"}
     body = {"rows": rows, "attention_mask": LEFT.tolist(), "layout": "stacked", **options, **spans}
-    received = read_message(bytearray(admin.post("/v1/prefixes", json=body).content))
+    received = read_prefix_file(bytearray(admin.post("/v1/prefixes", json=body).content))
     sent = received.tensors["past_key_values"]
     if "float8" in str(options):
         sent = sent.to(torch.float32) * received.tensors["past_key_values_scale"]

@@ -3,6 +3,7 @@
 import asyncio
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,7 +54,7 @@ SOUND = {
 @pytest.mark.parametrize("form", SOUND)
 def test_every_form_of_answer_is_read(form: str) -> None:
     """What HTTP/1.1 allows arrives, over this lane's own reader or h11's, and the next call works too."""
-    with hostile_server(says(SOUND[form]), says(answer())) as server, PrefixClient(server.url, timeout=5) as client:
+    with hostile_server(says(SOUND[form]), says(answer())) as server, PrefixClient(server.url, timeout=60) as client:
         client.get("a/b@1")
         assert is_right(client.get("a/b@1"))
         assert is_right(client.get("a/b"))
@@ -82,7 +83,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_broken_framing_passes_for_an_answer(fault: str) -> None:
     """What is cut off, ambiguous or malformed is ConnectionFailed, after tries until the deadline."""
-    with hostile_server(says(FAULTS[fault])) as server, PrefixClient(server.url, timeout=0.3) as client:
+    with hostile_server(says(FAULTS[fault])) as server, PrefixClient(server.url, timeout=1) as client:
         with pytest.raises(ConnectionFailed):
             client.get("a/b@1")
         assert len(server.requests) > 1
@@ -116,7 +117,7 @@ def test_a_small_answer_after_a_large_one() -> None:
         says(answer())(connection)
         read_request(connection)  # an end would wake the client too
 
-    with hostile_server(dawdling) as server, PrefixClient(server.url, timeout=5) as client:
+    with hostile_server(dawdling) as server, PrefixClient(server.url, timeout=60) as client:
         client.get("a/b@1")
         assert is_right(client.get("a/b"))
         assert len(server.requests) == 1
@@ -145,12 +146,21 @@ def test_errors_come_over_the_lane() -> None:
     """Problems are raised as their class; a proxy's 502 is Unavailable; the connection stays."""
     problem = b'{"code": "not-found", "detail": "there is no a/b"}'
     told = answer(problem, "Content-Type: application/problem+json", status="404 Not Found")
-    with hostile_server(says(told, answer(b"<html>", status="502 Bad Gateway"), answer())) as server:
-        with PrefixClient(server.url, timeout=0.05) as client:
+    bad = answer(b"<html>", status="502 Bad Gateway")
+    is_back = threading.Event()
+
+    def script(connection: socket.socket) -> None:
+        says(told)(connection)
+        while read_request(connection):
+            connection.sendall(answer() if is_back.is_set() else bad)
+
+    with hostile_server(script) as server:
+        with PrefixClient(server.url, timeout=2) as client:
             with pytest.raises(NotFound, match="there is no a/b"):
                 client.get("a/b@1")
             with pytest.raises(Unavailable, match="502"):
                 client.get("a/b@1")
+            is_back.set()
             assert is_right(client.get("a/b@1"))
         assert len(server.requests) == 1
 
@@ -184,14 +194,15 @@ ENDS = {"idle": says(answer()), "asked": closes_at_the_second_request, "told": s
 
 
 @pytest.mark.parametrize("first", ENDS.values(), ids=ENDS)
-def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script) -> None:
+def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its end is seen before the request or after it: no failure, and no pause before the other one."""
+    monkeypatch.setattr("prefix_service.client.transport.transport._FIRST_PAUSE", 40.0)
     with hostile_server(first, says(answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
         time.sleep(0.1)
         began = time.monotonic()
         assert is_right(client.get("a/b"))
-        assert time.monotonic() - began < 0.1  # the first pause between tries
+        assert time.monotonic() - began < 40
         assert len(server.requests) == 2
 
 
@@ -221,14 +232,14 @@ def drips_a_head(connection: socket.socket) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("script", [drips, drips_a_head, lambda connection: time.sleep(5)], ids=["body", "head", "no"])
+@pytest.mark.parametrize("script", [drips, drips_a_head, lambda connection: time.sleep(60)], ids=["body", "head", "no"])
 def test_the_deadline_holds_however_slow_the_answer(script: Script) -> None:
     """It is the whole call's, not that of a single read."""
     with hostile_server(script) as server, PrefixClient(server.url, timeout=0.4) as client:
         began = time.monotonic()
         with pytest.raises(ConnectionFailed, match="in time"):
             client.get("a/b@1")
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 30
 
 
 def test_a_service_behind_a_path() -> None:
@@ -276,8 +287,8 @@ def never(connection: socket.socket) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, at most five seconds."""
-    for _ in range(500):
+    """Wait for it, at most a minute."""
+    for _ in range(6000):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -289,7 +300,7 @@ def test_every_form_of_answer_is_read_on_the_event_loop(form: str) -> None:
     """What HTTP/1.1 allows arrives where no thread waits for it either."""
 
     async def fetch(url: str) -> None:
-        async with AsyncPrefixClient(url, timeout=5) as client:
+        async with AsyncPrefixClient(url, timeout=60) as client:
             assert is_right(await client.get("a/b@1"))
             assert is_right(await client.get("a/b"))
 
@@ -303,7 +314,7 @@ def test_no_broken_framing_passes_on_the_event_loop(fault: str) -> None:
     """It is the failure that it is in a thread."""
 
     async def fetch(url: str) -> None:
-        async with AsyncPrefixClient(url, timeout=0.3) as client:
+        async with AsyncPrefixClient(url, timeout=1) as client:
             await client.get("a/b@1")
 
     with hostile_server(says(FAULTS[fault])) as server:
@@ -322,7 +333,7 @@ def test_a_deadline_holds_on_the_event_loop() -> None:
     began = time.monotonic()
     with hostile_server(never) as server, pytest.raises(ConnectionFailed, match="did not answer in time"):
         asyncio.run(fetch(server.url))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("verify_digest", [False, True])
@@ -337,7 +348,7 @@ def test_cancellation_closes_the_connection(verify_digest: bool) -> None:
     async def cancel(url: str) -> None:
         async with AsyncPrefixClient(url, verify_digest=verify_digest) as client:
             getting = asyncio.ensure_future(client.get("a/b@1"))
-            await asyncio.sleep(0.2)
+            await until(lambda: bool(server.requests and server.requests[0]))
             assert not getting.done()
             getting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -356,7 +367,7 @@ def test_a_large_body_leaves_turns_to_others() -> None:
     with hostile_server(says(answer(body))) as server:
         host, port = server.url.removeprefix("http://").split(":")
         link = Link(socket.create_connection((host, int(port))))
-        begun = carry_out(link.begin(b"GET / HTTP/1.1\r\n\r\n"), link.socket, time.monotonic() + 5)
+        begun = carry_out(link.begin(b"GET / HTTP/1.1\r\n\r\n"), link.socket, time.monotonic() + 60)
         steps = link.finish(begun, lambda _head: memory, None)
         turns = [wait for wait in each_step(steps, link.socket) if wait is Wait.TURN]
         link.socket.close()
@@ -368,7 +379,7 @@ def each_step(steps: Steps[object], link: socket.socket) -> Iterator[Wait]:
     """What they wait for, and then is there."""
     for wait in steps:
         if wait is not Wait.TURN:
-            select.select([link], [link] if wait is Wait.WRITABLE else [], [], 5)
+            select.select([link], [link] if wait is Wait.WRITABLE else [], [], 60)
         yield wait
 
 
@@ -391,7 +402,7 @@ def test_the_event_loop_stays_free() -> None:
             return ticks
 
     with hostile_server(slow) as server:
-        assert asyncio.run(tick(server.url)) > 10
+        assert asyncio.run(tick(server.url)) > 3
 
 
 def test_many_at_once(server: Server) -> None:

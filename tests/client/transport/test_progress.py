@@ -119,7 +119,7 @@ def test_an_error_is_no_progress_and_another_try_begins_again(kind: type[Any], s
     )
     body = prefix_body(tokens=5000)
     with hostile_server(says(unavailable), says(answer(body)[:-10]), says(answer(body))) as server:
-        called(kind(server.url, timeout=10), lambda client: client.get("a/b", progress=seen))
+        called(kind(server.url, timeout=60), lambda client: client.get("a/b", progress=seen))
     again = [index for index, (done, _) in enumerate(seen.seen) if index and done < seen.seen[index - 1][0]]
     assert len(again) == 1
     assert {total for _, total in seen.seen} == {len(body)}

@@ -262,7 +262,7 @@ def asked_of(*answers: bytes, **options: Any) -> Prefix:
     """What a client on a socket makes of them."""
     with (
         hostile_server(says(*answers), uds=True) as server,
-        PrefixClient(URL, uds=server.uds, timeout=5, **options) as client,
+        PrefixClient(URL, uds=server.uds, timeout=60, **options) as client,
     ):
         return client.get("a/b@1")
 
@@ -360,7 +360,7 @@ def test_the_second_question_is_for_bytes_alone(tmp_path: Path) -> None:
     """A file that is gone is asked for once."""
     missing = told(file=str(tmp_path / "missing"), bytes=len(BODY))
     with hostile_server(says(missing, answer()), uds=True) as server:
-        with PrefixClient(URL, uds=server.uds, timeout=5) as client:
+        with PrefixClient(URL, uds=server.uds, timeout=60) as client:
             client.get("a/b@1")
         first, second = server.requests[0]
     assert f"Accept: {SHARED}, application/vnd.safetensors\r\n".encode() in first

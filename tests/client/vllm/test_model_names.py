@@ -19,7 +19,7 @@ from prefix_service.client.vllm.catalogue import Catalogue, page_of
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.names import Permissions
-from prefix_service.client.vllm.resolver import Version
+from prefix_service.client.vllm.resolver import Composition, Version
 from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound
@@ -147,6 +147,31 @@ def test_a_request_names_one_adapter(vllm: Behind) -> None:
         assert "the request names vllm/fits in model, and vllm/fits@1 in" in answer.json()["error"]["message"]
 
 
+def test_a_request_may_name_several_adapters(vllm: Behind, publish: Publish) -> None:
+    """The engine gets the version of each, in order; headers and parameters of the answer have all; patterns hold."""
+    publish("more", "abc", GPT2)
+    named = ["more/abc", "vllm/fits@1", "vllm/fits"]
+    answer = ask(vllm, kv_transfer_params={"prefix_adapter": named})
+    digests = answer.headers["prefix-digest"].split(", ")
+    assert (answer.status_code, answer.headers["prefix-version"]) == (200, "1, 1, 1")
+    handed = vllm.reached[-1].extra_args["kv_transfer_params"]["prefix_adapter"]
+    assert handed == [f"{name.partition('@')[0]}@{digest}" for name, digest in zip(named, digests, strict=True)]
+    told = {"prefix_adapter": handed, "prefix_version": [1, 1, 1]}
+    assert answer.json()["kv_transfer_params"] == told
+    streamed = ask(vllm, kv_transfer_params={"prefix_adapter": named}, stream=True).text.splitlines()
+    assert json.loads(streamed[2][6:])["kv_transfer_params"] == told
+    for adapters, status, words in (
+        (["vllm/fits", "other/hidden"], 404, "there is no other/hidden"),
+        (["vllm/fits", "vllm/none"], 404, "there is no vllm/none"),
+    ):
+        refused = ask(vllm, kv_transfer_params={"prefix_adapter": adapters})
+        assert (refused.status_code, words in refused.json()["error"]["message"]) == (status, True), refused.text
+    with pytest.raises(ValueError, match="has 640 virtual tokens: with the prompt's 0 there is no room"):
+        ask(vllm, kv_transfer_params={"prefix_adapter": ["vllm/fits"] * 32})
+    both = ask(vllm, model="vllm/fits", kv_transfer_params={"prefix_adapter": ["vllm/fits", "vllm/fits"]})
+    assert (both.status_code, "takes a list" in both.text) == (400, True)
+
+
 def test_the_default_adapter_is_that_of_requests_that_name_none(vllm: Behind) -> None:
     """Not of a LoRA's, nor on a route that takes none; if it cannot be used the caller can do nothing: 503."""
     vllm.extra |= {"default_adapter": "other/hidden@1", "adapters": ["vllm/*"]}
@@ -169,7 +194,7 @@ def test_the_default_adapter_holds_without_the_middleware() -> None:
     def default(lora: Any, sampling: Any) -> Any:
         return half._default(SimpleNamespace(lora_request=lora, sampling_params=sampling))
 
-    assert (default(None, object()), default(object(), object()), default(None, None)) == ("acme/a", None, None)
+    assert (default(None, object()), default(object(), object()), default(None, None)) == (("acme/a",), (), ())
 
 
 def test_what_cannot_be_had_with_an_adapter_cannot_be_had_with_one_as_a_model(vllm: Behind, server: Server) -> None:
@@ -242,41 +267,31 @@ def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, mon
 class Listed:
     """A source with the listings of a service: its tenants, and so many adapters of each."""
 
-    def __init__(self, own: str | None, **tenants: int) -> None:
-        self.own, self.tenants, self.asked, self.away = own, tenants, 0, False
+    def __init__(self, own: str | None, **counts: int) -> None:
+        self.own, self.counts, self.asked, self.away = own, counts, 0, False
 
     async def tenant(self) -> str | None:
         """Whose key it is."""
         return self.own
 
-    async def run(self, make: Any) -> Any:
-        """Carry out a flow."""
-        flow = make()
-        request = next(flow)
-        try:
-            while True:
-                request = flow.send(self._answer(request))
-        except StopIteration as done:
-            return done.value
+    async def tenants(self) -> list[dict[str, Any]]:
+        """Every tenant, as the service lists it."""
+        self._ask()
+        return [{"tenant": name, "adapters": count} for name, count in self.counts.items()]
 
-    def _answer(self, request: Any) -> Any:
+    async def list_page(self, tenant: str, cursor: str | None, limit: int) -> tuple[list[dict[str, Any]], str | None]:
+        """A page of a tenant's adapters."""
+        self._ask()
+        if tenant not in self.counts:
+            raise NotFound(f"there is no tenant {tenant!r}")
+        first, count = int(cursor or 0), self.counts[tenant]
+        end = min(first + limit, count)
+        return [_item(tenant, number) for number in range(first, end)], str(end) if end < count else None
+
+    def _ask(self) -> None:
         self.asked += 1
         if self.away:
             raise ConnectionFailed("away")
-        if request.path == "/v1/tenants":
-            items: list[Any] = [{"name": name} for name in self.tenants]
-            page: dict[str, Any] = {"items": items, "next": None}
-        else:
-            tenant = request.path.split("/")[3]
-            if tenant not in self.tenants:
-                raise NotFound(f"there is no tenant {tenant!r}")
-            first, limit = int(request.params.get("cursor", 0)), int(request.params["limit"])
-            end = min(first + limit, self.tenants[tenant])
-            page = {
-                "items": [_item(tenant, number) for number in range(first, end)],
-                "next": str(end) if end < self.tenants[tenant] else None,
-            }
-        return Answer(200, {"content-type": "application/json"}, bytearray(json.dumps(page).encode()))
 
 
 def _item(tenant: str, number: int) -> dict[str, Any]:
@@ -358,7 +373,7 @@ async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatc
     cards = await made.cards()
     source.away = True
     assert await made.cards() == cards
-    source.away, source.tenants["acme"] = False, 3
+    source.away, source.counts["acme"] = False, 3
     assert len(await made.cards()) == 2
     monkeypatch.setitem(globals(), "_item", lambda tenant, number: {"adapter": "a", "latest": {"tenant": 1}})
     assert len(await made.cards()) == 2
@@ -375,7 +390,7 @@ async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
     """The answer of a service that hangs is not waited for."""
 
     class Hanging(Listed):
-        async def run(self, make: Any) -> Any:
+        async def list_page(self, *_asked: Any) -> Any:
             await asyncio.sleep(60)
 
     made = of(Hanging("acme"), None)
@@ -442,7 +457,7 @@ def test_a_pattern_or_a_default_that_names_nothing_is_refused(extra: dict[str, A
     assert words in str(refused.value)
 
 
-VERSION = Version("acme", "a", 3, "sha256:" + "0" * 64, 20)
+COMPOSITION = Composition((Version("acme", "a", 3, "sha256:" + "0" * 64, 20),))
 
 
 async def _labelled(content_type: str, *bodies: bytes) -> tuple[dict[bytes, bytes], list[bytes]]:
@@ -451,7 +466,7 @@ async def _labelled(content_type: str, *bodies: bytes) -> tuple[dict[bytes, byte
     async def send(message: Any) -> None:
         sent.append(message)
 
-    answer = Labelled(send, VERSION)
+    answer = Labelled(send, COMPOSITION)
     headers = [(b"Content-Type", content_type.encode()), (b"Content-Length", b"1")]
     await answer({"type": "http.response.start", "status": 200, "headers": headers})
     for number, body in enumerate(bodies, 1):
@@ -474,10 +489,13 @@ async def test_the_last_chunk_of_each_kind_of_stream_has_the_version() -> None:
         b": keep-alive\n\n",
     ]
     headers, bodies = await _labelled("text/event-stream; charset=utf-8", *last, *others)
-    assert (headers[b"prefix-version"], headers[b"prefix-digest"]) == (b"3", VERSION.digest.encode())
+    assert (headers[b"prefix-version"], headers[b"prefix-digest"]) == (b"3", COMPOSITION.versions[0].digest.encode())
     for before, after in zip(last, bodies, strict=False):
         told = json.loads(after.partition(b"data: ")[2])
-        assert told.pop("kv_transfer_params") == {"prefix_adapter": VERSION.reference, "prefix_version": 3}
+        assert told.pop("kv_transfer_params") == {
+            "prefix_adapter": COMPOSITION.versions[0].reference,
+            "prefix_version": 3,
+        }
         assert told == json.loads(before.partition(b"data: ")[2])
         assert after.endswith(b"}\n\n")
     assert bodies[len(last) :] == others
@@ -490,7 +508,7 @@ async def test_a_json_answer_has_the_version_where_vllm_left_it_out() -> None:
     """What is there stays; an answer that comes in pieces does too."""
     headers, (body,) = await _labelled("application/json", b'{"a":1,"kv_transfer_params":null}')
     assert json.loads(body) == {
-        "a": 1, "kv_transfer_params": {"prefix_adapter": VERSION.reference, "prefix_version": 3}
+        "a": 1, "kv_transfer_params": {"prefix_adapter": COMPOSITION.versions[0].reference, "prefix_version": 3}
     }  # fmt: skip
     assert int(headers[b"Content-Length"]) == len(body)
     for bodies in ([b'{"kv_transfer_params":{}}'], [b'{"kv_transfer_params":', b"null}"], [b""]):

@@ -15,7 +15,7 @@ from prefix_service.client import PrefixClient
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.resolver import _QUESTIONS, Resolver, Version
+from prefix_service.client.vllm.resolver import _QUESTIONS, Composition, Resolver
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import ConnectionFailed, DimensionMismatch, NotFound, Unauthenticated, Unavailable
 from tests.client.conftest import GPT2
@@ -50,27 +50,27 @@ async def resolving(url: str, **more: Any) -> AsyncIterator[Resolver]:
 async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Server, held: Holder) -> None:
     """Numbers and digests mean one version; an alias may move, and is asked for again."""
     async with resolving(held.url) as resolver:
-        assert resolver.recall("quick/a@1") is None
-        version = await resolver.resolve("quick/a@1")
-        latest = await resolver.resolve("quick/a")
-        assert version == latest == resolver.recall("quick/a") == resolver.recall(version.reference)
+        assert resolver.recall(("quick/a@1",)) is None
+        version = await resolver.resolve(("quick/a@1",))
+        latest = await resolver.resolve(("quick/a",))
+        assert version == latest == resolver.recall(("quick/a",)) == resolver.recall(version.references)
         await asyncio.sleep(1.1)
-        assert resolver.recall("quick/a") is None
-        assert resolver.recall("quick/a@1") == version
+        assert resolver.recall(("quick/a",)) is None
+        assert resolver.recall(("quick/a@1",)) == version
         held.hold(b"/tenants/quick/")
-        again = asyncio.create_task(resolver.resolve("quick/a"))
+        again = asyncio.create_task(resolver.resolve(("quick/a",)))
         await asyncio.to_thread(held.wait_for, 1)
         held.hold()
         assert await again == version
         resolver.forget()
-        assert resolver.recall("quick/a@1") is None
+        assert resolver.recall(("quick/a@1",)) is None
 
 
 async def test_a_question_takes_no_tensors(held: Holder) -> None:
     """It is answered while every fetch of a prefix is held up."""
     async with resolving(held.url) as resolver:
         held.hold(b"/prefix")
-        assert (await resolver.resolve("quick/a")).number == 1
+        assert (await resolver.resolve(("quick/a",))).versions[0].number == 1
         held.hold()
 
 
@@ -78,14 +78,14 @@ async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Hol
     """The last request that leaves takes the question back: the service sees its connection end."""
     async with resolving(held.url) as resolver:
         held.hold(b"/tenants/slow/")
-        asking = [asyncio.create_task(resolver.resolve("slow/a")) for _ in range(5)]
+        asking = [asyncio.create_task(resolver.resolve(("slow/a",))) for _ in range(5)]
         await asyncio.to_thread(held.wait_for, 1)
         for task in asking[:4]:
             task.cancel()
         held.hold()
-        assert isinstance(await asking[4], Version)
+        assert isinstance(await asking[4], Composition)
         held.hold(b"/tenants/slow/")
-        asking = [asyncio.create_task(resolver.resolve("slow/a@1")) for _ in range(5)]
+        asking = [asyncio.create_task(resolver.resolve(("slow/a@1",))) for _ in range(5)]
         await asyncio.to_thread(held.wait_for, 1)
         for task in asking:
             task.cancel()
@@ -96,11 +96,11 @@ async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
     """However many questions it has; they are answered, or fail at the deadline, with the reason."""
     async with resolving(held.url, timeout=3) as resolver:
         held.hold(b"/tenants/slow/")
-        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         await asyncio.to_thread(held.wait_for, _QUESTIONS // 2)
-        assert (await resolver.resolve("quick/a")).num_virtual_tokens > 0
+        assert (await resolver.resolve(("quick/a",))).num_virtual_tokens > 0
         with pytest.raises(NotFound):
-            await resolver.resolve("quick/none")
+            await resolver.resolve(("quick/none",))
         assert held.waiting == _QUESTIONS // 2
         results = await asyncio.gather(*asking, return_exceptions=True)
         assert {type(result) for result in results} <= {ConnectionFailed, Unavailable}
@@ -111,12 +111,12 @@ async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held
     """In the line, and in the places before it."""
     async with resolving(held.url) as resolver:
         held.hold(b"/none-")
-        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         await asyncio.to_thread(held.wait_for, _QUESTIONS // 2)
-        served = asyncio.create_task(resolver.resolve("slow/a"))
+        served = asyncio.create_task(resolver.resolve(("slow/a",)))
         for task in asking:
             task.cancel()
-        assert isinstance(await served, Version)
+        assert isinstance(await served, Composition)
         await asyncio.to_thread(held.wait_for, 0)
 
 
@@ -125,35 +125,35 @@ async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server:
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": 1})
     async with resolving(held.url, timeout=6) as resolver:
-        asking = [asyncio.create_task(resolver.resolve(f"slow/none-{number}")) for number in range(40)]
+        asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
         await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
         began = time.monotonic()
-        await resolver.resolve("quick/a")
+        await resolver.resolve(("quick/a",))
         took = time.monotonic() - began
         assert sum(task.done() for task in asking) < 20
         for task in asking:
             task.cancel()
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": None})
-    assert took < 3  # one more of the other tenant's would have taken as long
+    assert took < 5  # six of the other tenant's would have taken as long
 
 
 async def test_while_the_service_does_not_answer_an_alias_means_what_it_meant(held: Holder) -> None:
     """The first request waits for a second, later ones not at all; when it answers, the alias is followed again."""
     async with resolving(held.url) as resolver:
-        version, other = await resolver.resolve("slow/a"), await resolver.resolve("quick/a")
+        version, other = await resolver.resolve(("slow/a",)), await resolver.resolve(("quick/a",))
         await asyncio.sleep(1.1)
         held.hold(b"/tenants/slow/")
-        assert await resolver.resolve("slow/a") == version
-        assert resolver.recall("slow/a") == version
-        assert resolver.recall("quick/a") is None  # another tenant is asked for
-        assert await resolver.resolve("quick/a") == other
-        unknown = asyncio.create_task(resolver.resolve("slow/unknown"))
+        assert await resolver.resolve(("slow/a",)) == version
+        assert resolver.recall(("slow/a",)) == version
+        assert resolver.recall(("quick/a",)) is None  # another tenant is asked for
+        assert await resolver.resolve(("quick/a",)) == other
+        unknown = asyncio.create_task(resolver.resolve(("slow/unknown",)))
         await asyncio.to_thread(held.wait_for, 2)  # it, and the one that waits for news
         held.hold()
         with pytest.raises(NotFound):
             await unknown
-        await _until(lambda: resolver.recall("slow/a") is None)
+        await _until(lambda: resolver.recall(("slow/a",)) is None)
 
 
 async def _until(condition: Any) -> None:
@@ -168,8 +168,8 @@ async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> Non
     resolver = Resolver(source, Model(9, 2, 8, "float32", 128))
     for _ in range(2):
         with pytest.raises(DimensionMismatch):
-            await resolver.resolve("quick/a@1")
-        assert resolver.recall("quick/a@1") is None
+            await resolver.resolve(("quick/a@1",))
+        assert resolver.recall(("quick/a@1",)) is None
     await resolver.close()
 
 
@@ -201,7 +201,7 @@ def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> Non
     waiting = background.submit(asyncio.sleep(60))
     cancelled = background.submit(asyncio.sleep(60))
     cancelled.cancel()
-    assert background.submit(asyncio.sleep(0, "done")).result(5) == "done"
+    assert background.submit(asyncio.sleep(0, "done")).result(60) == "done"
     background.close(last)
     with pytest.raises(CancelledError):
-        waiting.result(5)
+        waiting.result(60)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from prefix_service.client.vllm.shelf import _FETCHES, Load, Parcel, Reports, Shelf
+from prefix_service.client.vllm.tally import CACHE, HOST, MOST_NAMED, Tally, added
 from prefix_service.client.vllm.turns import Share, Turns
 from prefix_service.errors import NotFound, OutOfSpace
 
@@ -51,13 +52,13 @@ def test_what_waits_begins_tenant_by_tenant() -> None:
 
 
 def _orders(shelf: Shelf) -> list[str]:
-    return [reference for _, reference in shelf.take_orders([]).fetches]
+    return [reference for _, (reference,) in shelf.take_orders([]).fetches]
 
 
 def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room() -> None:
     """One fetch for all requests; the least recently used leaves for another; what does not fit at all is refused."""
-    shelf = Shelf(10, workers=2)
-    first, same = shelf.want("r1", "acme", "a", 5), shelf.want("r2", "acme", "a", 5)
+    shelf = Shelf(10, 2, Tally())
+    first, same = shelf.want("r1", "acme", ("a",), 5), shelf.want("r2", "acme", ("a",), 5)
     assert first is same
     assert _orders(shelf) == ["a"]
     shelf.take_reports(Reports({first.number: 1}).aggregate(Reports({first.number: 0})))
@@ -66,54 +67,90 @@ def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room
     assert first.is_here
     for request in ("r1", "r2", "r2"):
         shelf.leave(request, first)
-    assert shelf.want("r3", "acme", "a", 5) is first  # without an order
+    assert shelf.want("r3", "acme", ("a",), 5) is first  # without an order
     shelf.leave("r3", first)
-    other = shelf.want("r4", "acme", "b", 6)
+    other = shelf.want("r4", "acme", ("b",), 6)
     orders = shelf.take_orders([Load("r", first.number)])
-    assert (orders.drops, orders.fetches) == ([first.number], [(other.number, "b")])
+    assert (orders.drops, orders.fetches) == ([first.number], [(other.number, ("b",))])
     with pytest.raises(OutOfSpace, match="large has 11 bytes on each worker, more than all of cache_bytes, 10"):
-        shelf.want("r5", "acme", "large", 11)
+        shelf.want("r5", "acme", ("large",), 11)
 
 
 def test_a_parcel_that_nobody_waits_for_is_given_up() -> None:
     """Before its turn without a word, on its way by an order; what workers say of it later is passed over."""
-    shelf = Shelf(10, workers=1)
-    parcel, waiting = shelf.want("r1", "acme", "a", 10), shelf.want("r2", "acme", "b", 10)
+    shelf = Shelf(10, 1, Tally())
+    parcel, waiting = shelf.want("r1", "acme", ("a",), 10), shelf.want("r2", "acme", ("b",), 10)
     assert _orders(shelf) == ["a"]
     shelf.leave("r2", waiting)
     shelf.leave("r1", parcel)
     assert shelf.take_orders([]).drops == [parcel.number]
     shelf.take_reports(Reports({parcel.number: 1}, {waiting.number: NotFound("late")}))
-    again = shelf.want("r3", "acme", "a", 10)
+    again = shelf.want("r3", "acme", ("a",), 10)
     assert (again.number, _orders(shelf)) == (3, ["a"])
 
 
 def test_a_failure_reaches_those_who_wait_and_nobody_later() -> None:
     """The next request fetches again. Room is given back, on every worker."""
-    shelf = Shelf(10, workers=2)
-    parcel = shelf.want("r1", "acme", "a", 10)
+    shelf = Shelf(10, 2, Tally())
+    parcel = shelf.want("r1", "acme", ("a",), 10)
     assert _orders(shelf) == ["a"]
     shelf.take_reports(Reports({parcel.number: 1}, {parcel.number: NotFound("gone")}))
     assert parcel.error is not None
-    again = shelf.want("r2", "acme", "a", 10)
+    again = shelf.want("r2", "acme", ("a",), 10)
     orders = shelf.take_orders([])
-    assert (orders.drops, orders.fetches) == ([parcel.number], [(again.number, "a")])
+    assert (orders.drops, orders.fetches) == ([parcel.number], [(again.number, ("a",))])
     shelf.leave("r1", parcel)
     assert shelf.take_orders([]).drops == []
 
 
 def test_what_is_forgotten_is_fetched_again() -> None:
-    """What is in use stays for those who use it, and goes after them."""
-    shelf = Shelf(10, workers=1)
-    kept, used = shelf.want("r1", "acme", "a", 2), shelf.want("r2", "acme", "b", 2)
+    """What is in use stays for those who use it, and goes after them; it is reported as loaded as long."""
+    tally = Tally()
+    shelf = Shelf(10, 1, tally)
+    kept, used = shelf.want("r1", "acme", ("a",), 2), shelf.want("r2", "acme", ("b",), 2)
     shelf.take_orders([])
     shelf.take_reports(Reports({kept.number: 1, used.number: 1}))
     shelf.leave("r1", kept)
     shelf.forget()
     assert shelf.take_orders([]).drops == [kept.number]
-    assert shelf.want("r3", "acme", "b", 2) is not used
+    assert shelf.want("r3", "acme", ("b",), 2) is not used
     shelf.leave("r2", used)
     assert shelf.take_orders([]).drops == [used.number]
+    counted = tally.take()
+    assert counted is not None
+    assert counted["loaded"] == []
+
+
+def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
+    """By the names without versions, each level once; loads, waits and failures since the last reading."""
+    tally = Tally()
+    assert tally.take() is None
+    for reference in ("acme/a@sha256:1", "acme/a@sha256:2"):
+        tally.load((reference,), HOST)
+    tally.load(("acme/a@sha256:1", "acme/b@sha256:3"), CACHE)
+    tally.add_load(0.5, 100)
+    nothing: dict[str, Any] = {"load_seconds": [], "load_bytes": 0, "wait_seconds": [], "failures": 0}
+    first = tally.take()
+    loaded = [["acme/a", "cpu"], ["acme/a,acme/b", "gpu"]]
+    assert first == {**nothing, "load_seconds": [0.5], "load_bytes": 100, "loaded": loaded}
+    tally.unload(("acme/a@sha256:2",), HOST)
+    assert tally.take() is None
+    tally.add_wait(0.1)
+    tally.add_failure()
+    second = tally.take()
+    assert second == {**nothing, "wait_seconds": [0.1], "failures": 1}
+    tally.unload(("acme/a@sha256:1",), HOST)
+    third = tally.take()
+    assert third == {**nothing, "loaded": loaded[1:]}
+    both = {"load_seconds": [0.5], "load_bytes": 100, "wait_seconds": [0.1], "failures": 1}
+    assert added(first, second) == {**both, "loaded": loaded}
+    assert added(added(first, second), third) == {**both, "loaded": loaded[1:]}
+    assert added(second, second) == {**nothing, "wait_seconds": [0.1, 0.1], "failures": 2}
+    for number in range(MOST_NAMED + 1):
+        tally.load((f"acme/{number}",), HOST)
+    last = tally.take()
+    assert last is not None
+    assert last["loaded"] == [[f"acme/{number}", "cpu"] for number in range(1, MOST_NAMED + 1)]
 
 
 class ShelfMachine(RuleBasedStateMachine):
@@ -123,7 +160,8 @@ class ShelfMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf = Shelf(self.BUDGET, self.WORKERS)
+        self.tally = Tally()
+        self.shelf = Shelf(self.BUDGET, self.WORKERS, self.tally)
         self.users: dict[str, Parcel] = {}
         self.held: dict[int, Parcel] = {}  # what the workers have, or fetch
         self.silent: dict[int, int] = {}  # of each fetch, the workers that have not reported it
@@ -132,8 +170,8 @@ class ShelfMachine(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from("abc"), name=st.sampled_from("xyzw"), size=st.integers(1, 12))
     def want(self, tenant: str, name: str, size: int) -> None:
         self.requests += 1
-        reference = f"{tenant}/{name}/{size}"
-        self.users[f"r{self.requests}"] = self.shelf.want(f"r{self.requests}", tenant, reference, size)
+        references = (f"{tenant}/{name}/{size}",)
+        self.users[f"r{self.requests}"] = self.shelf.want(f"r{self.requests}", tenant, references, size)
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
@@ -148,8 +186,8 @@ class ShelfMachine(RuleBasedStateMachine):
         for number in orders.drops:
             del self.held[number]
             self.silent.pop(number, None)
-        for number, reference in orders.fetches:
-            assert parcels[number].reference == reference  # somebody waits for it
+        for number, references in orders.fetches:
+            assert parcels[number].references == references  # somebody waits for it
             self.held[number], self.silent[number] = parcels[number], self.WORKERS
 
     @rule(data=st.data(), fails=st.booleans())
@@ -176,6 +214,11 @@ class ShelfMachine(RuleBasedStateMachine):
             if parcel.is_here:
                 assert parcel.number in self.held
                 assert parcel.number not in self.silent
+
+    @invariant()
+    def reports_what_is_here(self) -> None:
+        here = Counter(parcel.references[0] for parcel in self.shelf._by_number.values() if parcel.is_here)
+        assert {name: count for (name, _), count in self.tally._loaded.items()} == here
 
     def teardown(self) -> None:
         """Whoever waits is served in the end, and nothing is charged to anybody when all have left."""

@@ -16,23 +16,20 @@ from prefix_service.blobs.folder import StagedBlob
 from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
 from prefix_service.library.publishing import Upload
 from prefix_service.prefix.description import MOST_CARD
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
 
-CONFIG: Final = "adapter_config.json"
 BASE_CONFIG: Final = "base_model_config"
-CARD: Final = "README.md"
 ANNOTATIONS: Final = "annotations"
-WEIGHTS: Final = "adapter_model.safetensors"
 _MOST_ANNOTATIONS: Final = 1 << 20  # bytes of JSON, which may write a byte of a value as six
 _MOST: Final = {
-    CONFIG: MAX_CONFIG_BYTES,
+    CONFIG_NAME: MAX_CONFIG_BYTES,
     BASE_CONFIG: MAX_BASE_CONFIG_BYTES,
-    CARD: MOST_CARD,
+    CARD_NAME: MOST_CARD,
     ANNOTATIONS: _MOST_ANNOTATIONS,
 }
 _BESIDE: Final = 2 * sum(_MOST.values())  # bytes of the other parts, and of what stands between parts, at most
-_ORDER: Final = (CONFIG, BASE_CONFIG, WEIGHTS)
-_PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_ORDER: Final = (CONFIG_NAME, BASE_CONFIG, WEIGHTS_NAME)
 _BATCH: Final = 1 << 20  # bytes that a thread takes at a time
 
 MOST_HELD: Final = _BATCH + sum(_MOST.values())
@@ -71,7 +68,7 @@ def _declared_length(request: Request) -> int:
 
 async def read_upload(request: Request, upload: Upload, limit: int) -> Mapping[str, bytes]:
     """Writes the weights of a multipart upload into `upload`; returns its other parts by their names, among them
-    `CONFIG`.
+    `CONFIG_NAME`.
 
     Raises:
         InvalidRequest: malformed, out of order, incomplete, or with an unknown field.
@@ -144,13 +141,13 @@ class _Parts:
 
     def finished(self) -> Mapping[str, bytes]:
         """Returns the parts of a complete upload by their names, without the weights."""
-        missing = [name for name in (CONFIG, WEIGHTS) if name not in self._seen]
+        missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if name not in self._seen]
         if missing or not self._reader.is_complete:
             raise InvalidRequest(f"the upload is incomplete: {', '.join(missing) or 'its end'} missing")
         return {name: bytes(content) for name, content in self._others.items()}
 
     def _begin_part(self, name: str) -> None:
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLE_SUFFIXES):
             raise UnsafeCheckpoint(
                 f"{name:.80} is a pickle, which is never opened here: turn it into safetensors on your own machine "
                 "with `prefix-service convert`"
@@ -158,17 +155,17 @@ class _Parts:
         if name not in _ORDER and name not in _MOST:
             raise InvalidRequest(
                 f"unknown form field {name!r:.80}: send {', '.join(_ORDER)} in this order, and before the last of them "
-                f"{CARD} or {ANNOTATIONS} if you have them"
+                f"{CARD_NAME} or {ANNOTATIONS} if you have them"
             )
-        if name in self._seen or WEIGHTS in self._seen or not self._is_in_order(name):
+        if name in self._seen or WEIGHTS_NAME in self._seen or not self._is_in_order(name):
             raise InvalidRequest(
-                f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}, and {CARD} and "
-                f"{ANNOTATIONS} before {WEIGHTS}"
+                f"form field {name} is out of order or sent twice: send {', '.join(_ORDER)}, and {CARD_NAME} and "
+                f"{ANNOTATIONS} before {WEIGHTS_NAME}"
             )
-        if name == WEIGHTS and CONFIG not in self._seen:
-            raise InvalidRequest(f"form field {CONFIG} must come before {WEIGHTS}")
+        if name == WEIGHTS_NAME and CONFIG_NAME not in self._seen:
+            raise InvalidRequest(f"form field {CONFIG_NAME} must come before {WEIGHTS_NAME}")
         self._seen.append(name)
-        if name != WEIGHTS:
+        if name != WEIGHTS_NAME:
             self._others[name] = bytearray()
 
     def _is_in_order(self, name: str) -> bool:
@@ -177,7 +174,7 @@ class _Parts:
 
     def _add_to_part(self, data: bytes) -> None:
         name = self._seen[-1]
-        if name == WEIGHTS:
+        if name == WEIGHTS_NAME:
             if self._weights.size + len(data) > self._limit:
                 raise TooLarge(f"the weights have more than {self._limit} bytes")
             self._weights.write(data)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
 from prefix_service.api.dependencies.bodies import read_body
@@ -46,6 +46,16 @@ async def reserved(request: Request, nbytes: int) -> AsyncIterator[None]:
     """
     async with state_of(request).admission.work(payer(request), nbytes):
         yield
+
+
+def held(nbytes: int) -> Any:
+    """Returns a dependency that reserves memory for an answer until it has left."""
+
+    async def hold(request: Request) -> AsyncIterator[None]:
+        async with reserved(request, nbytes):
+            yield
+
+    return Depends(hold)
 
 
 async def computed(request: Request, nbytes: int, call: Callable[[], T]) -> T:

@@ -5,8 +5,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from prefix_service.api.http.problems import shown
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.json_text import shown
 from prefix_service.prefix.wire.extras import InputMask
 
 _BLOCK: Final = 1 << 20  # elements that are compared together

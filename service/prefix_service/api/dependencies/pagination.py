@@ -13,6 +13,7 @@ from fastapi import Query, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 
+from prefix_service.api.dependencies.json_bodies import held
 from prefix_service.api.state import state_of
 from prefix_service.errors import InvalidReference, InvalidRequest
 from prefix_service.logs import redacted
@@ -31,6 +32,9 @@ Cursor = Annotated[
 
 PAGE_BYTES: Final = 2 << 20
 """A page ends with the item that makes it this long, whatever its limit."""
+
+HeldPage = Annotated[None, held(PAGE_BYTES)]
+"""Memory for a page until it has left: whoever leaves many unread must not fill the process."""
 
 _TOGETHER: Final = 100  # rows that are in memory together
 

@@ -1,8 +1,8 @@
 """Server-sent events: a stream that ends with its reader, its key or its service."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 from typing import Final
 
 from starlette.responses import Response
@@ -10,70 +10,47 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.presence import while_connected
 from prefix_service.errors import PrefixServiceError
+from prefix_service.library.watching import Watcher
 
-MEDIA_TYPE: Final = "text/event-stream"
+EVENT_STREAM: Final = "text/event-stream"
+"""The media type."""
+
 STREAM: Final = "stream"
 """In the scope of a request whose answer is a stream: how long it takes says nothing of the service."""
 
-TICK: Final = 0.5
-"""Seconds between two looks whether the stream may go on."""
-
-_PING: Final = 15.0  # seconds without an event after which a comment shows that the stream lives
+Events = AsyncGenerator[bytes, None]
+"""Yields events, each as `event` makes them; it ends with the process, or raises where its key has ended."""
 
 
 class EventStream(Response):
-    """Sends what `events` yields, each with the id that it has. `events` yields None where there is nothing new; then
-    it is asked again after `TICK` seconds. The stream ends once `ending` is set, or `require_authority` raises; `place`
-    is taken while it lasts."""
+    """Sends what `events` yields until the reader leaves or `events` ends; the reader counts as a watcher while it
+    lasts."""
 
-    media_type = MEDIA_TYPE
-
-    def __init__(
-        self,
-        events: AsyncGenerator[tuple[str, bytes] | None, None],
-        ending: asyncio.Event,
-        require_authority: Callable[[], Awaitable[object]],
-        place: contextlib.AbstractContextManager[None],
-    ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._ending, self._require_authority = events, ending, require_authority
-        self._place = place
+    def __init__(self, watching: AbstractContextManager[Watcher], events: Callable[[Watcher], Events]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=EVENT_STREAM)
+        del self.headers["Content-Length"]
+        self._watching, self._events = watching, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the stream ends."""
-        with self._place:
-            scope[STREAM] = True
-            await while_connected(receive, self._send(send))
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        clock = asyncio.get_running_loop().time
-        last = clock()
-        async with contextlib.aclosing(self._events) as events:
-            async for event in events:
-                if event is not None:
-                    await _body(send, b"id: %b\ndata: %b\n\n" % (event[0].encode(), event[1]))
-                    last = clock()
-                elif clock() - last >= _PING:
-                    await _body(send, b":\n\n")
-                    last = clock()
-                if await self._has_ended():
-                    break
-        await send({"type": "http.response.body", "body": b""})
-
-    async def _has_ended(self) -> bool:
-        try:
-            async with asyncio.timeout(TICK):
-                await self._ending.wait()
-        except TimeoutError:
-            try:
-                await self._require_authority()
-            except PrefixServiceError:
-                return True
-            return False
-        return True
+        """Answers. Whatever refuses the caller before the first events is raised before the answer begins."""
+        with self._watching as watcher:
+            async with contextlib.aclosing(self._events(watcher)) as events:
+                first = await anext(events)
+                scope[STREAM] = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await while_connected(receive, _send(first, events, send))
 
 
-async def _body(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+async def _send(first: bytes, events: Events, send: Send) -> None:
+    await send({"type": "http.response.body", "body": first, "more_body": True})
+    # A caller whose key has ended, or who must read everything again, comes again, and is told why.
+    with contextlib.suppress(PrefixServiceError):
+        async for more in events:
+            await send({"type": "http.response.body", "body": more, "more_body": True})
+    await send({"type": "http.response.body"})
+
+
+def event(position: str, data: bytes) -> bytes:
+    """Returns one event. A browser that comes again sends the position of the last one, and goes on from there."""
+    return b"id: %b\ndata: %b\n\n" % (position.encode(), data)

@@ -16,10 +16,11 @@ _MOST_FIELD: Final = 8192  # bytes of a list in a header field
 
 
 def require_acceptable(headers: Headers, media_type: str) -> None:
-    """Refuse a caller who does not accept `media_type`.
+    """Checks that the caller accepts `media_type`.
 
     Raises:
-        NotAcceptable: names what there is.
+        NotAcceptable: `Accept` excludes it; the message names the media type.
+        HeaderFieldsTooLarge: the field is too long.
     """
     accept = _joined(headers, "accept")
     if not accept:
@@ -36,7 +37,7 @@ def require_acceptable(headers: Headers, media_type: str) -> None:
 
 
 def lists(headers: Headers, media_type: str) -> bool:
-    """Whether a caller names `media_type` itself among what he accepts."""
+    """Returns whether the caller names `media_type` itself in `Accept`, not by a wildcard."""
     for item in _joined(headers, "accept").split(","):
         name, *parameters = (part.strip() for part in item.split(";"))
         if name == media_type and _quality(parameters) > 0:
@@ -54,10 +55,10 @@ def takes_gzip(headers: Headers) -> bool:
 
 
 def require_json_acceptable(request: Request) -> None:
-    """For routes that answer with JSON; a deletion answers with nothing.
+    """Checks that the caller accepts JSON, for routes that answer with it; a deletion answers with nothing.
 
     Raises:
-        NotAcceptable: the caller leaves JSON out.
+        NotAcceptable: `Accept` excludes JSON.
     """
     if request.method != "DELETE":
         require_acceptable(request.headers, "application/json")
@@ -74,14 +75,14 @@ def _quality(parameters: list[str]) -> float:
 
 
 def require_media_type(headers: Headers, *allowed: str) -> str:
-    """The media type of a body, without parameters.
+    """Returns the media type of a body, without parameters.
 
     Raises:
-        UnsupportedMediaType: it is none of `allowed`, or the body is compressed.
+        UnsupportedMediaType: it is not one of `allowed`, or the body is compressed.
     """
     encoding = _joined(headers, "content-encoding") or "identity"
     if encoding != "identity":
-        raise UnsupportedMediaType(f"bodies are read as they are, not with Content-Encoding: {encoding:.40}")
+        raise UnsupportedMediaType(f"compressed bodies are not supported: send no Content-Encoding, got {encoding:.40}")
     found = _joined(headers, "content-type").partition(";")[0].strip()
     if found not in allowed or len(headers.getlist("content-type")) > 1:
         raise UnsupportedMediaType(f"the body must be {' or '.join(allowed)}, got {found or 'no Content-Type'!r:.80}")
@@ -93,10 +94,10 @@ def _joined(headers: Headers, name: str) -> str:
 
 
 def _listed(headers: Headers, name: str) -> str:
-    """Returns the list in a header field, which may come in several lines.
+    """Returns the list in a header field, which may have several lines.
 
     Raises:
-        HeaderFieldsTooLarge: it is longer than any caller needs.
+        HeaderFieldsTooLarge: the list is too long.
     """
     value = ", ".join(headers.getlist(name))
     if len(value) > _MOST_FIELD:
@@ -105,7 +106,7 @@ def _listed(headers: Headers, name: str) -> str:
 
 
 def is_current(headers: Headers, etag: str) -> bool:
-    """Whether If-None-Match names this entity tag, by weak comparison."""
+    """Returns whether `If-None-Match` names this entity tag, by weak comparison."""
     named = headers.getlist("if-none-match")
     if not named or named == [etag]:
         return bool(named)
@@ -114,21 +115,23 @@ def is_current(headers: Headers, etag: str) -> bool:
 
 
 def is_expected(headers: Headers, etag: str) -> bool:
-    """Whether If-Match names this entity tag, by strong comparison."""
+    """Returns whether `If-Match` names this entity tag, by strong comparison."""
     tags = [tag.strip() for tag in _listed(headers, "if-match").split(",")]
     return "*" in tags or etag in tags
 
 
 def wanted_digest(headers: Headers) -> Algorithm | None:
-    """Return the algorithm that `Want-Repr-Digest` (RFC 9530) asks for, or None."""
+    """Returns the algorithm that `Want-Repr-Digest` (RFC 9530) asks for, or None."""
     return wanted_algorithm(_listed(headers, "want-repr-digest"))
 
 
 def requested_range(headers: Headers, etag: str, length: int) -> tuple[int, int] | None:
-    """The one byte range `start, stop` that is asked for; None for the whole, also when several are (CVE-2025-62727).
+    """Returns the requested byte range as `start, stop`; None for the whole body.
+
+    A request for several ranges gets the whole body, too (CVE-2025-62727).
 
     Raises:
-        RangeNotSatisfiable: it lies outside the body of `length` bytes.
+        RangeNotSatisfiable: the range is outside the body of `length` bytes.
     """
     match = _RANGE.fullmatch(headers.get("range", "").replace(" ", ""))
     if match is None or headers.get("if-range", etag) != etag:

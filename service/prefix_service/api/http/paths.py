@@ -1,4 +1,4 @@
-"""The parameters of paths, for the OpenAPI document. Routes check their values themselves, with our error codes."""
+"""Path parameters for the OpenAPI document. Routes check the values themselves, with this project's error codes."""
 
 import re
 from typing import Annotated, Final
@@ -14,7 +14,10 @@ from prefix_service.prefix.references import (
 )
 
 HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""The paths of the health routes, which need no key and are always answered."""
+"""The paths of the health routes, which need no key and are never refused."""
+
+WATCHED: Final = "/v1/changes"
+"""The path whose requests wait for changes."""
 
 LIVE: Final = re.compile(r"/v1/(?:tenants/[^/]+/)?live")
 """The paths whose answers can be streams."""

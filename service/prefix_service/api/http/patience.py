@@ -3,13 +3,14 @@
 from typing import Final
 
 MINIMUM_RATE: Final = 64 << 10
-"""Bytes a second that earn a peer another second: a slow line is served, one byte now and then is not."""
+"""Bytes that earn a peer another second of patience: a slow line is served, a byte now and then is not."""
 
 
 class Patience:
-    """Seconds that are left: `timeout` at first and at most. Waiting takes them, bytes that move bring them back.
+    """The seconds `left` to wait for a peer: `timeout` at first and at most; waiting takes some, progress restores
+    some.
 
-    As mod_reqtimeout of Apache: a deadline that arriving bytes extend at a minimum rate.
+    This is Apache's mod_reqtimeout: arriving bytes extend the deadline at a minimum rate.
     """
 
     __slots__ = ("_timeout", "left")
@@ -18,9 +19,9 @@ class Patience:
         self._timeout = self.left = timeout
 
     def spend(self, seconds: float, nbytes: int) -> None:
-        """So long it was waited, and so many bytes moved meanwhile."""
+        """Deducts `seconds` of waiting; credits `nbytes` of progress."""
         self.left = min(self._timeout, self.left - seconds + nbytes / MINIMUM_RATE)
 
     def renew(self) -> None:
-        """All of it: nothing is waited for."""
+        """Restores all of it, since nothing is waited for."""
         self.left = self._timeout

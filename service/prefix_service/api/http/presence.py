@@ -1,4 +1,4 @@
-"""Work that is worth something only while the client is there."""
+"""Cancels work whose client has left."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Returns what `work` returns; cancels it and returns None once the client has closed the connection."""
+    """Returns the result of `work`; cancels it and returns None once the client has closed the connection."""
     working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,6 @@
-"""Every failure as `application/problem+json` (RFC 9457): the one table from errors to HTTP statuses."""
+"""Every failure as `application/problem+json` (RFC 9457), with the one table from errors to HTTP statuses."""
 
 import json
-from itertools import islice
 from typing import Any, Final
 
 import structlog
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from prefix_service import errors
 from prefix_service.logs import redacted
+from prefix_service.prefix.json_text import shown
 from prefix_service.registry.memory import exhausted
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
@@ -24,6 +24,7 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Unauthenticated: 401,
     errors.Forbidden: 403,
     errors.Conflict: 409,
+    errors.Gone: 410,
     errors.PreconditionFailed: 412,
     errors.TooLarge: 413,
     errors.RequestTimeout: 408,
@@ -38,25 +39,28 @@ STATUSES: Final[dict[type[errors.PrefixServiceError], int]] = {
     errors.Unavailable: 503,
     errors.Internal: 500,
 }
-"""The most specific class in an error's ancestry decides. Under `/v2`, 422 is 400, as that protocol has it."""
+"""HTTP statuses by error class.
+
+The most specific class decides. Under `/v2`, 422 becomes 400, as its protocol requires.
+"""
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 _LAST: Final = (errors.RequestTimeout, errors.MalformedRequest, errors.HeaderFieldsTooLarge)
-"""What came next on the connection would be the rest of what was refused."""
+"""Errors after which the connection is closed, since its next bytes would belong to the refused request."""
 
 
 _MOST_DETAIL: Final = 4096
-"""Bytes of a message; what a caller sent may be any part of it."""
+"""The most bytes of an error message, any part of which a caller may have sent."""
 
 
 def status_of(error: errors.PrefixServiceError) -> int:
-    """The HTTP status of an error."""
+    """Returns the HTTP status of an error."""
     return next(STATUSES[cls] for cls in type(error).__mro__ if cls in STATUSES)
 
 
 def problem(error: errors.PrefixServiceError) -> Response:
-    """The response to an error; it holds nothing but what its message says."""
+    """Returns the response to an error; it contains nothing beyond the error's message."""
     headers = {}
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = 'Bearer realm="prefix-service"'
@@ -70,9 +74,9 @@ def problem(error: errors.PrefixServiceError) -> Response:
 
 
 class _ProblemResponse(Response):
-    """Returns a problem document; the request's line in the log has its code.
+    """A problem document; the log line of the request gets its code.
 
-    Clients of the Open Inference Protocol read the member `error` alone, which all of `/v2` has beside the others.
+    Under `/v2` it also has the member `error`, the only one that clients of the Open Inference Protocol read.
     """
 
     def __init__(self, status: int, code: str, detail: str, headers: dict[str, str]) -> None:
@@ -97,31 +101,15 @@ class _ProblemResponse(Response):
 
 def _bounded(detail: str) -> str:
     """Returns a message without secrets, cut at `_MOST_DETAIL` bytes of UTF-8."""
-    # Twice as many characters are looked at: half a key at the end would not be recognised as one.
+    # Twice as many characters are searched, since half a key at the end would not be recognised.
     data = redacted(detail[: 2 * _MOST_DETAIL]).encode("utf-8", "replace")
     if len(data) <= _MOST_DETAIL:
         return data.decode()
     return data[: _MOST_DETAIL - 3].decode("utf-8", "ignore") + "…"
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """Returns the first `most` characters that show a value; looks at little of it, whatever its size."""
-    return repr(_beginning(value, most, 3))[:most]
-
-
-def _beginning(value: Any, most: int, levels: int) -> Any:
-    if isinstance(value, str):
-        return value[:most]
-    if isinstance(value, list):
-        return [_beginning(item, most // 2, levels - 1) for item in value[: most // 3]] if levels else ...
-    if isinstance(value, dict):
-        items = islice(value.items(), most // 6)
-        return {key[:most]: _beginning(item, most // 2, levels - 1) for key, item in items} if levels else ...
-    return value
-
-
 def install(app: FastAPI) -> None:
-    """Answer every failure of this app with a problem document."""
+    """Makes this app answer every failure with a problem document."""
     app.add_exception_handler(errors.PrefixServiceError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _routing)
@@ -141,7 +129,7 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 
 
 def invalid_request(found: Any) -> errors.InvalidRequest:
-    """The first of pydantic's complaints, in one sentence."""
+    """Returns the first of pydantic's errors as an InvalidRequest of one sentence."""
     first = found[0]
     where = ".".join(str(part)[:80] for part in first["loc"] if part not in ("query", "path", "body"))
     return errors.InvalidRequest(f"{where or 'the request'}: {first['msg']}, got {shown(first.get('input'))}")
@@ -160,7 +148,7 @@ async def _routing(request: Request, error: Exception) -> Response:
 
 
 def _allowed_methods(request: Request) -> list[str]:
-    """Returns the methods of a path in all its routes; Starlette names those of the first route alone."""
+    """Returns the methods of a path in all its routes; Starlette only returns those of the first route."""
     routes = request.app.routes
     scopes = {method: {**request.scope, "method": method} for method in _METHODS}
     return [
@@ -173,9 +161,9 @@ async def _defect(_request: Request, error: Exception) -> Response:
 
 
 def defect(error: Exception) -> Response:
-    """Returns the response to what should not have happened, which goes to the log; 507 where memory itself ran out."""
+    """Returns the response to an unexpected exception, and logs it; the status is 507 if memory itself ran out."""
     if exhausted(error):
-        log.warning("a request found no memory", reason=str(error)[:200])
+        log.warning("a request ran out of memory", reason=str(error)[:200])
         return problem(errors.OutOfSpace("this machine has no memory left for the request: send less, or try again"))
     log.error("a request met a defect of the service", exc_info=error)
     return problem(errors.Internal("a defect of the service; its log says more"))

@@ -1,4 +1,4 @@
-"""Bytes as HTTP responses: conditions, ranges, and buffers that go out one after another."""
+"""Responses of bytes: conditions, ranges, and buffers that are sent one after another."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -19,56 +19,58 @@ from prefix_service.catalog.records import Version
 from prefix_service.library.encodings import EncodedAgain, unstable
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
-from prefix_service.prefix.form import MEDIA_TYPE
+from prefix_service.prefix.file_names import WEIGHTS_NAME
+from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, format_digest
 from prefix_service.prefix.wire.rendering import Rendering
 
 _CHUNK: Final = 1 << 20
 
 DRAIN: Final = "drain"
-"""In the scope's state, where the server is ours: wait until nearly all that was sent has left."""
+"""Key in the scope's state, if the server is ours: a function that waits until nearly all output has left."""
 
 Fields = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Bytes of a body that are ready to leave, and the header fields that had to wait for them."""
+    """Bytes of a body that are ready to be sent, and the header fields that depend on them."""
 
     chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
     fields: Fields = field(default_factory=list)
 
 
 class BytesResponse(Response, ABC):
-    """A safetensors file of known entity tag and length: answers 304, 206 or 200, with backpressure.
+    """A safetensors file with a known entity tag and length: answers 304, 206 or 200, with backpressure.
 
-    It keeps nothing of a request, and may answer many.
+    It keeps no state of a request, so one instance can answer many. `Response.__init__` is not called, since it would
+    encode a body.
     """
 
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
         self.background = None
         self._etag, self._length = etag, length
-        self._about = _raw({"ETag": etag, **headers})
+        self._entity_fields = _raw({"ETag": etag, **headers})
         self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
 
     @abstractmethod
     def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AbstractAsyncContextManager[Content]:
-        """The bytes `start:stop`. What goes wrong before the first byte is raised as this project's error."""
+        """Yields the bytes `start:stop`; errors before the first byte are raised as PrefixServiceError."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answers a request."""
         await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Headers(raw=scope["headers"])
         reading = scope["method"] in ("GET", "HEAD")
         if reading and is_current(request, self._etag):
-            await send({"type": "http.response.start", "status": 304, "headers": self._about})
+            await send({"type": "http.response.start", "status": 304, "headers": self._entity_fields})
             await send({"type": "http.response.body"})
             return
         found = requested_range(request, self._etag, self._length) if reading else None
         start, stop = found or (0, self._length)
-        fields = [*self._about, *self._common, (b"content-length", b"%d" % (stop - start))]
+        fields = [*self._entity_fields, *self._common, (b"content-length", b"%d" % (stop - start))]
         if found:
             scope[FIRST_BYTE] = start
             fields.append((b"content-range", b"bytes %d-%d/%d" % (start, stop - 1, self._length)))
@@ -86,7 +88,7 @@ class BytesResponse(Response, ABC):
 
 
 async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryview]) -> None:
-    """A whole body, piece by piece; when this returns, nearly all of it has left."""
+    """Sends a whole body, piece by piece; returns once nearly all of it has left."""
     last: bytes | memoryview | None = None
     for chunk in chunks:
         if last is not None:
@@ -99,20 +101,22 @@ async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryv
 
 
 class PrefixResponse(BytesResponse):
-    """A planned prefix; its rendering stays pinned until the last byte left."""
+    """A planned prefix; its rendering is leased until the last byte has left."""
 
     def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool = False) -> None:
-        super().__init__(plan.etag, plan.message.content_length, _about(plan.version, immutable=immutable))
+        super().__init__(plan.etag, plan.file.content_length, _version_headers(plan.version, immutable=immutable))
         if varies:
-            self._about.append((b"vary", b"Accept"))
+            self._entity_fields.append((b"vary", b"Accept"))
         self.version = plan.version
         self._library, self._plan = library, plan
         self._immutable, self._varies = immutable, varies
-        self._served = (served(plan.version, plan.message.form.batch_size),)
+        self._served = (served(plan.version, plan.file.variant.batch_size),)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request; with another entity tag if the version has to be encoded again. That is known before
-        anything leaves, since the tensors are read first."""
+        """Answers a request, with another entity tag if the version had to be encoded again.
+
+        That is known before anything is sent, since the tensors are read first.
+        """
         scope[SERVED] = self._served
         try:
             await self._answer(scope, receive, send)
@@ -126,12 +130,12 @@ class PrefixResponse(BytesResponse):
 
     @property
     def planned_nbytes(self) -> int:
-        """An estimate of the memory that the plan takes."""
-        return self._plan.message.planned_nbytes
+        """An estimate of the memory that the plan takes, in bytes."""
+        return self._plan.file.planned_nbytes
 
     @asynccontextmanager
     async def _content(self, scope: Scope, receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        # The digest of repeated rows costs more than their bytes, so it is computed on request alone.
+        # The digest of repeated rows costs more than sending them, so it is computed on request only.
         algorithm = wanted_digest(Headers(raw=scope["headers"])) or ("sha-256" if self._plan.is_one_rendering else None)
         if start == stop and algorithm is None:
             yield Content(())
@@ -141,13 +145,13 @@ class PrefixResponse(BytesResponse):
             if algorithm is not None:
                 digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
                 fields += [] if digest is None else [repr_digest(algorithm, digest)]
-            yield Content(self._plan.message.chunks(rendering, start, stop) if start < stop else (), fields)
+            yield Content(self._plan.file.chunks(rendering, start, stop) if start < stop else (), fields)
 
 
 async def body_digest(
     library: Library, plan: Plan, rendering: Rendering, algorithm: Algorithm, receive: Receive
 ) -> bytes | None:
-    """Returns the digest of a plan's body; None if it costs too much, or its client went away meanwhile."""
+    """Returns the digest of a plan's body; None if it costs too much, or the client has left."""
     if (found := library.known_digest(plan, algorithm)) is not None:
         return found
     return await while_connected(receive, library.body_digest(plan, rendering, algorithm))
@@ -157,14 +161,14 @@ class ParametersResponse(BytesResponse):
     """The weights file of a version, byte for byte as it was uploaded."""
 
     def __init__(self, library: Library, version: Version, *, immutable: bool) -> None:
-        super().__init__(f'"{version.weights}"', version.weights_bytes, _about(version, immutable=immutable))
+        super().__init__(f'"{version.weights}"', version.weights_bytes, _version_headers(version, immutable=immutable))
         self._library, self._version = library, version
-        self._about.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
-        self._common += _raw({"Content-Disposition": 'attachment; filename="adapter_model.safetensors"'})
+        self._entity_fields.append(repr_digest("sha-256", bytes.fromhex(version.weights.removeprefix("sha256:"))))
+        self._common += _raw({"Content-Disposition": f'attachment; filename="{WEIGHTS_NAME}"'})
 
     @asynccontextmanager
     async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes all of it
+        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes the whole file
         file = await self._library.admission.run(self._version.tenant, look)
         try:
             file.seek(start)
@@ -177,7 +181,7 @@ def _raw(headers: Mapping[str, str]) -> Fields:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
-def _about(version: Version, *, immutable: bool) -> dict[str, str]:
+def _version_headers(version: Version, *, immutable: bool) -> dict[str, str]:
     return {
         "Cache-Control": "private, max-age=31536000, immutable" if immutable else "private, no-cache",
         "Prefix-Version": str(version.number),
@@ -186,7 +190,7 @@ def _about(version: Version, *, immutable: bool) -> dict[str, str]:
 
 
 def repr_digest(algorithm: Algorithm, digest: bytes) -> tuple[bytes, bytes]:
-    """Return the header field of a body's digest (RFC 9530)."""
+    """Returns the header field of a body's digest (RFC 9530)."""
     return b"repr-digest", format_digest(algorithm, digest).encode()
 
 

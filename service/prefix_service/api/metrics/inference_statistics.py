@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final
 
-from prefix_service.catalog.records import AuditEntry, Version, VersionName
+from prefix_service.catalog.changes import Change, TenantDeleted
+from prefix_service.catalog.records import Version, VersionName
 
 VERSIONS_PER_TENANT: Final = 1024
 """Versions of one tenant that are counted; one more displaces the version that was asked for least recently."""
@@ -70,11 +71,11 @@ class InferenceStatistics:
             counted.popitem(last=False)
         return Measurement(statistics)
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
+    def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget the tenants that were deleted."""
         for change in changes:
-            if change.action == "tenant.deleted":
-                self._tenants.pop(change.target, None)
+            if isinstance(change, TenantDeleted):
+                self._tenants.pop(change.tenant, None)
 
 
 class Measurement:

@@ -17,7 +17,7 @@ from prefix_service.api.metrics.live_counts import ALL, Counts, Sample, TierCoun
 from prefix_service.api.metrics.worker_metrics import Place
 from prefix_service.registry.admission import InFlight
 from prefix_service.registry.report import TierReport
-from prefix_service.registry.turns import in_thread
+from prefix_service.system.turns import in_thread
 
 log = logging.getLogger("prefix_service")
 
@@ -40,6 +40,7 @@ class Live:
     def __init__(self, place: Place | None, seconds: float = SECONDS) -> None:
         self.seconds = seconds
         self._place = place
+        self._late = _LATE if place is not None else 0.0
         self._now: dict[str, Counts] = {}
         self._own: deque[Sample] = deque(maxlen=_SLOTS)
         self._others: dict[tuple[str, int], list[Sample]] = {}
@@ -100,8 +101,11 @@ class Live:
 
     def last_slot(self) -> int:
         """Returns the newest slot that every worker has ended."""
-        late = _LATE if self._place is not None else 0.0
-        return int((time.time() - late) / self.seconds) - 1
+        return int((time.time() - self._late) / self.seconds) - 1
+
+    def seconds_until(self, slot: int) -> float:
+        """Returns in how many seconds every worker will have ended a slot; 0 or less if they have."""
+        return (slot + 1) * self.seconds + self._late - time.time()
 
     def read(self, tenant: str | None, since: float) -> Callable[[], dict[str, Any]]:
         """Returns what makes the document of one tenant, or of all, of the slots that begin at the moment `since` or

@@ -1,10 +1,9 @@
-"""Answers that were planned once, and are given again without a route: the fast path of `GET …/prefix`."""
+"""Caches planned answers and sends them without a route: the fast path of `GET …/prefix`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 
 from prefix_service.api.http.responses import PrefixResponse
 from prefix_service.catalog.records import Principal
@@ -18,7 +17,9 @@ _Question = tuple[bytes, bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """A response that a route made, the reference it was asked for, and the route."""
+
     response: PrefixResponse
     reference: Reference
     route: object
@@ -29,67 +30,46 @@ class _Answer:
 
 
 class Answers:
-    """Answers that the route has given, keyed by all that an answer depends on: the raw path, query and `Accept`.
+    """Answers that the route has given, by everything that they depend on: the raw path, query and `Accept`.
 
-    The key of the caller and the version behind the reference are looked at each time. Bounded by bytes, those of the
-    questions included; a tenant that asks for much displaces its own oldest answers. That a caller is on the Unix
-    socket need not be part of it: a service listens there or on TCP, never both.
+    The caller's key and the version behind the reference are checked each time. The cache is bounded by bytes,
+    including those of the questions; a tenant that asks for much displaces its own oldest answers. Whether a caller is
+    on the Unix socket is not part of the key: a service listens either there or on TCP.
     """
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._known: Shares[_Question, _Answer] = Shares(_MOST_BYTES)
+        self._known: Shares[_Question, Answer] = Shares(_MOST_BYTES)
 
     @property
     def nbytes(self) -> int:
-        """An estimate of the memory that all of it takes."""
+        """An estimate of the memory of all answers, in bytes."""
         return self._known.size
 
     def nbytes_of(self, tenant: str) -> int:
-        """An estimate of the memory that the answers of one tenant take."""
+        """Returns an estimate of the memory of one tenant's answers, in bytes."""
         return self._known.size_of(tenant)
 
     def remember(self, scope: Scope, reference: Reference, response: PrefixResponse) -> None:
-        """Keep what a route is about to answer."""
+        """Caches the answer that a route is about to send."""
         question = _question(scope)
         nbytes = response.planned_nbytes + response.version.memory + sum(map(len, question))
-        self._known.put(response.version.tenant, question, _Answer(response, reference, scope["route"]), nbytes)
+        self._known.put(response.version.tenant, question, Answer(response, reference, scope["route"]), nbytes)
 
-    def find(self, scope: Scope) -> _Answer | None:
-        """The answer to a request, if it was given before, is still true, and the caller may have it."""
-        if scope["method"] not in ("GET", "HEAD"):
+    def find(self, scope: Scope) -> Answer | None:
+        """Returns the cached answer to a request.
+
+        Returns None if there is none, it is outdated, or the caller may not see it.
+        """
+        principal: Principal | None = scope.get("principal")
+        if principal is None or scope["method"] not in ("GET", "HEAD"):
             return None
         answer = self._known.get(_question(scope))
         if answer is None or not self._library.is_current(answer.response.version, answer.reference):
             return None
-        principal: Principal = scope["principal"]
         return answer if principal.may_see(answer.tenant) else None
 
 
 def _question(scope: Scope) -> _Question:
     accept = b",".join([value for name, value in scope["headers"] if name == b"accept"])
     return scope["raw_path"], scope["query_string"], accept
-
-
-class AnswersMiddleware:
-    """Sends remembered answers, after the key has been checked. With `let_through`, only to tenants for which it
-    returns True: those without a rate limit."""
-
-    def __init__(
-        self, app: ASGIApp, answers: Callable[[], Answers], let_through: Callable[[str], bool] | None = None
-    ) -> None:
-        self._app = app
-        self._answers = answers
-        self._let_through = let_through
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or let the routes do it."""
-        answer = self._answers().find(scope) if "principal" in scope else None
-        if answer is None or not self._is_let_through(scope["principal"], answer.tenant):
-            await self._app(scope, receive, send)
-        else:
-            scope["tenant"], scope["route"] = answer.tenant, answer.route
-            await answer.response(scope, receive, send)
-
-    def _is_let_through(self, caller: Principal, tenant: str) -> bool:
-        return self._let_through is None or self._let_through(caller.tenant or tenant)

@@ -1,5 +1,6 @@
-"""Deny by default: every route but the public ones needs a key, checked before any body is read."""
+"""Authentication: denies by default. Every route except the public ones needs a key, checked before a body is read."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Final
@@ -11,14 +12,15 @@ from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
 from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.known_keys import KnownKeys
+from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
-from prefix_service.logs import about
+from prefix_service.logs import request_context
 from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
-"""All that a key of scope `metrics` is for."""
+"""The routes that a key of scope `metrics` may use."""
 PUBLIC: Final = HEALTH | {"/", "/openapi.json", "/ui/session", *REFERENCE_FILES, *PAGE_FILES}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
@@ -26,22 +28,23 @@ _LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)
 
 
 class Authenticator:
-    """From a request's key, or its session, to a principal. Without keys (dev mode) everyone is a platform admin."""
+    """Turns the key or the browser session of a request into a principal. Without keys (dev mode) every caller is a
+    platform admin."""
 
     def __init__(self, keys: KnownKeys | None, sessions: BrowserSessions) -> None:
         self._keys, self._sessions = keys, sessions
 
     def remembered(self, header: bytes) -> Principal | None:
-        """Returns who asks, if the key has been verified before and is still good."""
+        """Returns the caller's principal, if its key has been verified before and is still valid; else None."""
         return DEV if self._keys is None else self._keys.recall(header)
 
     async def authenticate(self, scope: Scope, *, notes_use: bool = True) -> Principal:
-        """Returns who asks: by the request's `Authorization` header, or without one by its session, whose use is noted
-        unless `notes_use` is False.
+        """Returns the caller's principal: by the `Authorization` header of a request, or without one by its session,
+        whose use is noted unless `notes_use` is False.
 
         Raises:
-            Unauthenticated: no key and no session, or not a valid one.
-            Overloaded, StorageFailed: the key or session is not known here, and cannot be looked up now.
+            Unauthenticated: there is no key and no session, or an invalid one.
+            Overloaded, StorageFailed: this process does not know the key or the session, and cannot look it up now.
         """
         header = _header(scope, b"authorization")
         if (known := self.remembered(header)) is not None:
@@ -51,35 +54,52 @@ class Authenticator:
         return await self.verify(header)
 
     async def verify(self, header: bytes) -> Principal:
-        """Returns whose key an `Authorization` header holds.
+        """Returns the principal of the key in the value of an `Authorization` header; the value is empty if there is
+        none.
 
         Raises:
-            Unauthenticated: no key, or not a valid one.
-            Overloaded, StorageFailed: as `authenticate`.
+            Unauthenticated: there is no key, or an invalid one.
+            Overloaded, StorageFailed: this process does not know the key, and cannot look it up now.
         """
         scheme, _, key = header.decode("latin-1").partition(" ")
         if self._keys is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
         return await self._keys.verify(header, key.strip())
 
+    async def admit(self, scope: Scope) -> float:
+        """Checks again the key or the session of a request that goes on, and returns the moment of `time.monotonic`
+        when its key ends. That a request goes on is no use of a session.
+
+        Raises:
+            Unauthenticated, Overloaded, StorageFailed: as `authenticate`.
+        """
+        caller = await self.authenticate(scope, notes_use=False)
+        return math.inf if self._keys is None else self._keys.ends(caller.key_id)
+
 
 class AuthenticationMiddleware:
     """Puts the principal into the ASGI scope, or raises Unauthenticated."""
 
-    def __init__(self, app: ASGIApp, authenticator: Callable[[], Authenticator]) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
         self._app = app
         self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Authorise on the path as it was received, never on a URL that a Host header could rewrite."""
+        """Authenticates by the path as it was received, never by a URL that a Host header could rewrite.
+
+        Raises:
+            Unauthenticated: there is no key, or an invalid one.
+            Forbidden: in dev mode, a web page of another site asks; or the key's scope does not include the path.
+            Overloaded, StorageFailed: this process does not know the key, and cannot look it up now.
+        """
         if scope["path"] not in PUBLIC:
-            authenticator, header = self._authenticator(), _header(scope, b"authorization")
-            principal = authenticator.remembered(header) or await authenticator.authenticate(scope)
+            remembered = self._authenticator.remembered(_header(scope, b"authorization"))
+            principal = remembered or await self._authenticator.authenticate(scope)
             if principal is DEV:
                 require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
-            about.get()["key_id"] = principal.key_id
-            # Here, before remembered answers and the routes that any key may ask.
+            request_context.get()["key_id"] = principal.key_id
+            # Checked here, since cached answers and routes for any key follow.
             if principal.scope == "metrics" and scope["path"] not in _OF_METRICS_KEYS:
                 raise Forbidden("yours is a key of scope metrics, for GET /metrics and GET /v1/whoami alone")
         await self._app(scope, receive, send)
@@ -94,10 +114,10 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
 
 
 def require_local(scope: Scope) -> None:
-    """Refuse what a web page sends that a browser on this machine has opened: without keys it could read and change
-    everything (DNS rebinding: the page's own name leads to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
+    """Refuses requests of a web page that a browser on this machine has opened: without keys, it could read and change
+    everything (DNS rebinding: the page's own name resolves to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
 
-    A browser reaches no Unix socket, so the name that a caller gives such a service does not matter.
+    A browser cannot reach a Unix socket, so its callers may send any host.
 
     Raises:
         Forbidden: the host, the origin or the site is not of this machine.
@@ -123,7 +143,7 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
         principal = _caller(request)
         check_name("tenant", tenant)
         if not principal.may_see(tenant):
-            # In the words of a missing one, so that nothing is learnt about other tenants.
+            # The message is that of a missing one, so that a caller learns nothing about other tenants.
             inside = request.path_params.get("ref") or request.path_params.get("name")
             raise NotFound(f"there is no {tenant}/{inside}" if inside else f"there is no tenant {tenant!r}")
         _require(principal, scope)
@@ -152,13 +172,16 @@ def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
 
 
 def _require_writable(request: Request, scope: KeyScope) -> None:
-    """Refuse a change on a read-only service. A request changes something if it needs more than `read` and is no GET or
-    HEAD."""
-    if (
-        scope in ("write", "admin")
-        and request.method not in ("GET", "HEAD")
-        and request.app.state.prefix_service.settings.read_only
-    ):
+    """Refuses a change on a read-only service. A request is a change if it needs more than `read` and is not GET or
+    HEAD.
+
+    Raises:
+        ReadOnly: the service is read-only.
+    """
+    if scope not in ("write", "admin") or request.method in ("GET", "HEAD"):
+        return
+    request.scope[WRITES] = True
+    if request.app.state.prefix_service.settings.read_only:
         raise ReadOnly("this service is read-only (--read-only): send changes to the one that writes")
 
 
@@ -167,17 +190,17 @@ def _require(principal: Principal, scope: KeyScope) -> None:
         raise Forbidden(f"this needs a key of scope {scope}, and yours has {principal.scope}")
 
 
-Reading = Annotated[str, Depends(_tenant_with("read"))]
-"""The path's tenant, for a caller who may read it."""
-Writing = Annotated[str, Depends(_tenant_with("write"))]
-"""The path's tenant, for a caller who may change it."""
-Administering = Annotated[str, Depends(_tenant_with("admin"))]
-"""The path's tenant, for a caller who may manage its keys."""
+ReadableTenant = Annotated[str, Depends(_tenant_with("read"))]
+"""The path's tenant, which the caller may read."""
+WritableTenant = Annotated[str, Depends(_tenant_with("write"))]
+"""The path's tenant, which the caller may change."""
+AdministeredTenant = Annotated[str, Depends(_tenant_with("admin"))]
+"""The path's tenant, whose keys the caller may manage."""
 Caller = Annotated[Principal, Depends(_caller)]
-"""Who asks."""
+"""The caller's principal."""
 MetricsReader = Annotated[Principal, Depends(_platform_with("metrics"))]
-"""A caller with a key of the platform, of any scope."""
+"""The principal of a caller with a key of the platform, of any scope."""
 PlatformReader = Annotated[Principal, Depends(_platform_with("read"))]
-"""A caller with a key of the platform."""
+"""The principal of a caller with a key of the platform that may read."""
 PlatformAdmin = Annotated[Principal, Depends(_platform_with("admin"))]
-"""A platform admin."""
+"""The principal of a platform admin."""

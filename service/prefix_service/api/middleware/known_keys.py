@@ -1,4 +1,4 @@
-"""Keys that this process knows: checked in memory, and looked up at a bounded rate where they are new."""
+"""Keys that this process knows: checked in memory, and looked up at a bounded rate if they are new."""
 
 import asyncio
 import contextlib
@@ -16,8 +16,16 @@ from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
+from prefix_service.catalog.changes import (
+    Change,
+    EverythingChanged,
+    KeyCreated,
+    KeyRevoked,
+    KeyShortened,
+    TenantDeleted,
+)
 from prefix_service.catalog.keys import USE_GRANULARITY, Keyring, StoredKey
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.records import Principal
 from prefix_service.errors import OutOfSpace, Overloaded, StorageFailed, Unauthenticated
 from prefix_service.system.background import in_background
 
@@ -30,43 +38,47 @@ _STRANGERS: Final = RateLimitItemPerSecond(50)
 a second until its creation by another process is heard."""
 _LOOKUPS: Final = 4  # threads
 _PATIENCE: Final = 2.0  # seconds that a lookup may take
-_PAUSE: Final = 5.0  # seconds between two notes of what was used
+_PAUSE: Final = 5.0  # seconds between two writes of the keys' last uses
 
 
 class KnownKeys:
-    """The keys that were used or created last, by id. `hear` keeps them up to date. They are trusted while `are_known`
-    returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False for a read-only catalog.
+    """The keys that were used or created last, by id. `on_changes` keeps them up to date. They are trusted while
+    `are_known` returns True; otherwise each key is looked up in the catalog again. `notes_uses` is False where the
+    catalog is read-only.
 
     Belongs to the event loop, `running` aside.
     """
 
     def __init__(self, keyring: Keyring, are_known: Callable[[], bool], *, notes_uses: bool = True) -> None:
         self._keyring, self._are_known, self._notes_uses = keyring, are_known, notes_uses
-        # None: this key exists, or did, and has not been looked up since.
+        # None: the key exists, or did, and has not been looked up since.
         self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
         self._missing: dict[str, None] = {}
         self._verified: dict[bytes, StoredKey] = {}
-        self._heard = 0
+        self._changes = 0
         self._noted: dict[str, float] = {}
         self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
         self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
-        # Of its own, so that where the catalog hangs no more threads hang than these.
+        # An executor of its own: if the catalog hangs, no more threads than these hang with it.
         self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
     def recall(self, header: bytes) -> Principal | None:
-        """Returns whose key was verified by this very `Authorization` header, if the key is still good."""
+        """Returns the principal whose key was verified by this very
+        `Authorization` header, if the key is still valid.
+        """
         stored = self._verified.get(hashlib.sha256(header).digest())
         if stored is None or self._keys.get(stored.principal.key_id) is not stored or not self._are_known():
             return None
         return self._used(stored)
 
     async def verify(self, header: bytes, text: str) -> Principal:
-        """Returns whose key a text is, and recalls it by the `header` that it came in.
+        """Returns the principal of a key, and remembers it by the `header` that it came in.
 
         Raises:
-            Unauthenticated: it is malformed, unknown, expired or revoked.
-            Overloaded: its id is unknown here, and too many unknown ids have been looked up within a second.
-            StorageFailed: it must be looked up, and the catalog does not answer.
+            Unauthenticated: the key is malformed, unknown, expired or revoked.
+            Overloaded: this process does not know the key's id, and too many unknown ids were looked up within a
+            second.
+            StorageFailed: the key must be looked up, and the catalog does not answer.
         """
         key_id, found = self._keyring.parse(text)
         stored = await self._stored(key_id)
@@ -75,34 +87,46 @@ class KnownKeys:
         _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
         return principal
 
+    def ends(self, key_id: str) -> float:
+        """Returns the moment of `time.monotonic` when a key ends that was verified just now."""
+        stored = self._keys.get(key_id)
+        return math.inf if stored is None else stored.ends
+
     def admit_stranger(self) -> None:
-        """Count a lookup of an id, of a key or a session, that this process has never heard of.
+        """Counts a lookup of an id, of a key or a session, that this process has never heard of.
 
         Raises:
-            Overloaded: too many have been looked up within a second.
+            Overloaded: too many were looked up within a second.
         """
         if not self._strangers.hit(_STRANGERS, "unknown ids"):
             raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
+    def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""
         for change in changes:
-            if change.action == "tenant.deleted":
-                gone = [known.principal for known in self._keys.values() if known is not None]
-                self._keys |= {one.key_id: None for one in gone if one.tenant == change.target}
-            elif change.action == "key.revoked":
-                self._keys.pop(change.target, None)
-                _remember(self._missing, change.target, None, _MOST_MISSING)
-            elif change.action in ("key.created", "key.changed"):
-                _remember(self._keys, change.target, None, _MOST_KEYS)
-                self._missing.pop(change.target, None)
-            else:
-                continue
-            self._heard += 1
+            match change:
+                case TenantDeleted(tenant):
+                    gone = [known.principal for known in self._keys.values() if known is not None]
+                    self._keys |= {one.key_id: None for one in gone if one.tenant == tenant}
+                case KeyRevoked(_, key_id):
+                    self._keys.pop(key_id, None)
+                    _remember(self._missing, key_id, None, _MOST_MISSING)
+                case KeyCreated(_, key_id) | KeyShortened(_, key_id):
+                    _remember(self._keys, key_id, None, _MOST_KEYS)
+                    self._missing.pop(key_id, None)
+                case EverythingChanged():
+                    self._keys = dict.fromkeys(self._keys)
+                    self._missing.clear()
+                case _:
+                    continue
+            self._changes += 1
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Write down when keys were used, in a thread, while the block runs; its end ends the other threads, too."""
+        """Writes the keys' last uses to the catalog, in a thread, while the block runs.
+
+        At its end, the lookup threads end too.
+        """
         try:
             with in_background("uses of keys", self._note) if self._notes_uses else contextlib.nullcontext():
                 yield
@@ -115,13 +139,13 @@ class KnownKeys:
             return known
         if key_id not in self._keys:
             self.admit_stranger()
-        heard = self._heard
+        changes = self._changes
         try:
             async with asyncio.timeout(_PATIENCE):
                 found = await asyncio.get_running_loop().run_in_executor(self._threads, self._keyring.find, key_id)
         except TimeoutError as error:
             raise StorageFailed(f"the catalog has not answered within {_PATIENCE:g} seconds: try again") from error
-        if heard == self._heard:  # else it may have been read before a change that was heard meanwhile
+        if changes == self._changes:  # else it may have been read before a change that came meanwhile
             if found is not None:
                 _remember(self._keys, key_id, found, _MOST_KEYS)
             else:
@@ -130,7 +154,7 @@ class KnownKeys:
         return found
 
     def _used(self, stored: StoredKey) -> Principal | None:
-        """Returns the owner of a key that has not expired, and notes its use."""
+        """Returns the principal of a key that has not expired, and notes its use; None if it has expired."""
         now, key_id = time.monotonic(), stored.principal.key_id
         if now >= stored.ends:
             return None
@@ -138,7 +162,7 @@ class KnownKeys:
             _remember(self._noted, key_id, now, _MOST_KEYS)
             if self._notes_uses:
                 self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
-            if self._keys.get(key_id) is stored:  # of many keys, those that are used stay
+            if self._keys.get(key_id) is stored:  # recently used keys are dropped last
                 _remember(self._keys, key_id, stored, _MOST_KEYS)
         return stored.principal
 
@@ -146,7 +170,7 @@ class KnownKeys:
         while True:
             is_last = stop.wait(_PAUSE)
             if uses := dict(self._uses.get_nowait() for _ in range(self._uses.qsize())):
-                # A full disk must not make a sound key useless.
+                # A full disk must not make a valid key unusable.
                 with contextlib.suppress(OutOfSpace, StorageFailed):
                     self._keyring.note_uses(uses)
             if is_last:
@@ -154,7 +178,7 @@ class KnownKeys:
 
 
 def _remember(known: dict[K, V], key: K, value: V, most: int) -> None:
-    """Put an entry at the end of a dictionary, and drop the first where there are more than `most`."""
+    """Puts an entry at the end of a dictionary, and drops the first if there are more than `most`."""
     known.pop(key, None)
     known[key] = value
     if len(known) > most:

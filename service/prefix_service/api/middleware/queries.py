@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it."""
+"""Checks the path and query of every request before a route sees it."""
 
 import re
 from typing import Final
@@ -12,18 +12,20 @@ _MODEL: Final = re.compile(rb"(/v2/(?:repository/)?models/[^/]*?)%2f", re.IGNORE
 
 
 _MOST_BYTES: Final = 8000
-"""Bytes of path and query that are read: what RFC 9110, section 4.1, asks every recipient to support."""
+"""The most bytes of path and query: what RFC 9110, section 4.1, asks every recipient to support."""
 
 
 class StrictPathMiddleware:
-    """Path and query have a bound. No slash hides inside a segment, and nothing is encoded twice: `%2F` and `%25` are
-    404, but for the one slash of a model's name under `/v2`."""
+    """Bounds path and query, and rejects hidden slashes and double encoding: `%2F` and `%25` are 404.
+
+    The one slash of a model's name under `/v2` may be encoded.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at the path as it was sent, before percent-decoding."""
+        """Checks the path as it was sent, before percent-decoding."""
         if scope["type"] == "http" and (size := len(scope["raw_path"]) + len(scope["query_string"])) > _MOST_BYTES:
             too_long = UriTooLong(f"path and query have {size} bytes, more than {_MOST_BYTES}")
             await problem(too_long)(scope, receive, send)

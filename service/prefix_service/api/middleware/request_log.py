@@ -1,63 +1,68 @@
-"""What is told of every request: its id to the caller, its numbers to metrics and usage, one line to the log."""
+"""Every request: its id goes to the caller, its numbers to metrics and usage, and one line to the log."""
 
 import random
 import re
 import time
 from collections.abc import Awaitable
-from typing import Final
+from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_service.api.http.event_stream import STREAM
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
-from prefix_service.api.http.served import is_any_loaded
+from prefix_service.api.http.served import SERVED, Served, load_seconds
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
-from prefix_service.logs import LogLevel, RequestLog, about
+from prefix_service.logs import LogLevel, RequestLog, request_context
 
 UNROUTED: Final = "none"
-"""The route of a request that was answered before it had one, or that has none."""
+"""The route of a request that was answered before routing, or that no route matches."""
 
 _ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _QUIET: Final = HEALTH | {"/metrics"}
+_MOST_NAMED: Final = 16  # versions of one answer; a batch may have hundreds
 
 
 class RequestMiddleware:
-    """The outermost: `X-Request-ID` is taken over when well-formed, else made, and comes back on every response.
+    """The outermost middleware: keeps a well-formed `X-Request-ID` or makes one, and returns it in every response,
+    with the id of the catalog in `Prefix-Catalog`.
 
-    Nothing that a caller chooses is told but that id: templates instead of paths, no query, no header, no body.
+    Of what a caller sends, the log has that id alone: templates instead of paths, no query, no header, no body. An
+    adapter is named if the caller may read it and the answer is made of it.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, live: Live) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, live: Live, catalog_id: str) -> None:
         self._app = app
+        self._catalog = b"prefix-catalog", catalog_id.encode()
         self._metrics, self._usage, self._live = metrics, usage, live
         self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and tell of it when it ended."""
+        """Passes a request on, and records it when it has ended."""
         request_id = _request_id(scope)
-        about.set({"request_id": request_id.decode()})
-        outcome = _Outcome(send, request_id)
+        request_context.set({"request_id": request_id.decode()})
+        outcome = _Outcome(send, [self._catalog, (b"x-request-id", request_id)])
         started = time.perf_counter()
         self._metrics.in_flight += 1
         try:
             await self._app(scope, receive, outcome)
-        except Exception as error:  # noqa: BLE001 - the last one who can answer
-            # What the routes raise has been answered and logged; uvicorn would log it again.
+        except Exception as error:  # noqa: BLE001 - no outer layer could answer
+            # An error of a route has been answered and logged; uvicorn would log it again.
             if not outcome.status:
                 answer = problem(error) if isinstance(error, PrefixServiceError) else defect(error)
                 await answer(scope, receive, outcome)
             elif outcome.status < 500:
-                defect(error)  # in the middle of an answer, which ends here: all that is left is to tell of it
+                defect(error)  # in the middle of an answer, which ends here: it can only be logged
         finally:
             self._metrics.in_flight -= 1
-            self._tell(scope, outcome, time.perf_counter() - started)
+            self._record(scope, outcome, started, time.perf_counter())
 
-    def _tell(self, scope: Scope, outcome: "_Outcome", seconds: float) -> None:
+    def _record(self, scope: Scope, outcome: "_Outcome", started: float, ended: float) -> None:
+        seconds = ended - started
         route = getattr(scope.get("route"), "path", UNROUTED)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         sent = 0 if method == "HEAD" else outcome.sent
@@ -66,10 +71,10 @@ class RequestMiddleware:
         if route not in _QUIET and STREAM not in scope:
             self._count_live(scope, outcome.status, seconds, sent)
         level = _level(route, outcome.status)
-        if not self._log.tells(level):
+        if not self._log.is_enabled_for(level):
             return
         fields = {
-            **about.get(),
+            **request_context.get(),
             "method": method,
             "route": route,
             "status": outcome.status,
@@ -78,31 +83,55 @@ class RequestMiddleware:
             "tenant": scope.get("tenant"),
             "code": scope.get("problem"),
         }
-        self._log.line(level, fields)
+        if parts := scope.get(SERVED):
+            _name(fields, parts)
+            _divide(fields, load_seconds(scope), started, outcome.began or ended, ended)
+        self._log.write(level, fields)
 
     def _count_live(self, scope: Scope, status: int, seconds: float, sent: int) -> None:
         code = scope.get("problem") or ("aborted" if not status else None)
-        self._live.count(scope.get("tenant"), code, seconds, sent, is_cold=is_any_loaded(scope))
+        self._live.count(scope.get("tenant"), code, seconds, sent, is_cold=load_seconds(scope) is not None)
 
 
 class _Outcome:
-    """An answer as it passes: its status (0 until it begins) and bytes of its body."""
+    """An answer as it passes: its status and the moment of `time.perf_counter` when it began (both 0 until then), and
+    bytes of its body."""
 
-    __slots__ = ("_header", "_send", "sent", "status")
+    __slots__ = ("_headers", "_send", "began", "sent", "status")
 
-    def __init__(self, send: Send, request_id: bytes) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = self.sent = 0
-        self._send = send
-        self._header = (b"x-request-id", request_id)
+        self.began = 0.0
+        self._send, self._headers = send, headers
 
     def __call__(self, message: Message) -> Awaitable[None]:
-        """Note a message, and pass it on."""
+        """Notes a message, and passes it on."""
         if (body := message.get("body")) is not None:
             self.sent += len(body)
         elif message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), self._header]
+            self.status, self.began = message["status"], time.perf_counter()
+            message["headers"] = [*message.get("headers", ()), *self._headers]
         return self._send(message)
+
+
+def _name(fields: dict[str, Any], parts: tuple[Served, ...]) -> None:
+    """Add the versions which an answer is made of; the first few, if there are many."""
+    if len(parts) == 1:
+        part = parts[0]
+        fields["tenant"], fields["adapter"], fields["version"] = part.tenant, part.adapter, part.version
+    else:
+        fields["versions"] = [f"{part.tenant}/{part.adapter}@{part.version}" for part in parts[:_MOST_NAMED]]
+        fields["num_versions"] = len(parts)
+
+
+def _divide(fields: dict[str, Any], load: float | None, started: float, began: float, ended: float) -> None:
+    """Add whether anything was loaded, and the parts of a request's time: waiting until the answer began, but for
+    loading; loading; and sending."""
+    fields["cold"] = load is not None
+    loading = load or 0.0
+    fields["wait_seconds"] = round(max(0.0, began - started - loading), 6)
+    fields["load_seconds"] = round(loading, 6)
+    fields["send_seconds"] = round(ended - began, 6)
 
 
 def _request_id(scope: Scope) -> bytes:

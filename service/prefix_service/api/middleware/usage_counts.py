@@ -13,22 +13,23 @@ from typing import Final
 from starlette.types import Scope
 
 from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, is_loaded
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.changes import Change, TenantDeleted
+from prefix_service.catalog.records import Principal
 from prefix_service.catalog.usage import OF_PLATFORM, UsageStore, Use
 from prefix_service.errors import PrefixServiceError
-from prefix_service.registry.turns import in_thread
+from prefix_service.system.turns import in_thread
 
 log = logging.getLogger("prefix_service")
 
 _HOUR: Final = 3600  # seconds
 _PAUSE: Final = 10.0  # seconds between two writes
-_TOGETHER: Final = 1000  # rows of a transaction
-_REST: Final = 0.05  # seconds that others can write between two transactions
+_TOGETHER: Final = 1000  # rows per transaction
+_REST: Final = 0.05  # seconds in which others can write between two transactions
 MOST_OF_TENANT: Final = 16_384
-"""Pairs of a version and a key that are counted apart for a tenant in an hour."""
+"""Pairs of a version and a key that are counted separately for a tenant in an hour."""
 
 MOST: Final = 131_072
-"""Pairs for all tenants, and rows that wait while the catalog cannot be written."""
+"""Pairs that are counted separately for all tenants, and rows that wait while the catalog cannot be written."""
 
 
 _Counted = tuple[str, str, int, str]
@@ -36,10 +37,10 @@ _Counted = tuple[str, str, int, str]
 
 
 class UsageCounts:
-    """The counts since the last write. Belongs to the event loop.
+    """The counts since the last write. Used from the event loop alone.
 
-    Memory is bounded: what a tenant uses in an hour beyond `MOST_OF_TENANT` pairs of version and key, or all tenants
-    beyond `MOST`, is counted for the tenant alone. Without a `store` nothing is kept.
+    Memory is bounded: usage beyond `MOST_OF_TENANT` pairs of version and key per tenant and hour, or beyond `MOST`
+    pairs of all tenants, is counted for the tenant alone. Without a `store`, counts are dropped.
     """
 
     def __init__(self, store: UsageStore | None) -> None:
@@ -52,11 +53,11 @@ class UsageCounts:
         self._unwritten: dict[tuple[datetime, str, str, int, str], Use] = {}
 
     def count(self, scope: Scope, status: int, sent: int) -> None:
-        """Count a request that has ended, of which so many bytes of the body were sent, for each version in its answer;
-        nothing if it failed, or no prefix was asked for.
+        """Counts a request that has ended, for each version in its answer; `sent` bytes of the body were sent.
 
-        Prefix tokens are handed out with the first byte of a body: not by 304, nor by the later ranges of one body. The
-        bytes of an answer with several versions are divided in proportion to their tokens.
+        Failed requests, and those that asked for no prefix, are not counted. Prefix tokens count with the first byte of
+        a body: not for 304, nor for later ranges of one body. The bytes of an answer with several versions are divided
+        in proportion to their tokens.
         """
         parts: tuple[Served, ...] = scope.get(SERVED, ())
         if not parts or not 200 <= status < 400:
@@ -87,15 +88,16 @@ class UsageCounts:
         use = self._counts[key] = Use(self._hour, tenant, adapter, version, named)
         return use
 
-    def hear(self, changes: Sequence[AuditEntry]) -> None:
-        """Forget what tenants used that were deleted: a namesake did not."""
-        gone = {change.target for change in changes if change.action == "tenant.deleted"}
+    def on_changes(self, changes: Sequence[Change]) -> None:
+        """Forget what tenants used that were deleted: a namesake did not. What nobody else has is kept where changes
+        were missed."""
+        gone = {change.tenant for change in changes if isinstance(change, TenantDeleted)}
         if gone:
             self._counts = {key: use for key, use in self._counts.items() if use.tenant not in gone}
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Write again and again while the block runs, and once more at its end."""
+        """Writes repeatedly while the block runs, and once more at its end."""
         writing = asyncio.create_task(self._keep_writing())
         try:
             yield
@@ -107,12 +109,12 @@ class UsageCounts:
 
     async def _keep_writing(self) -> None:
         while True:
-            # Awake at the turn of the hour, which ends what is counted for it.
+            # Wakes at the turn of the hour, which ends the counts of that hour.
             await asyncio.sleep(min(_PAUSE, _HOUR - time.time() % _HOUR + 0.001))
             await self.write()
 
     async def write(self) -> None:
-        """Write what was counted; what cannot be written now is kept for the next time."""
+        """Writes the counts; counts that cannot be written now are kept for the next time."""
         counts, self._counts = self._counts, {}
         if (hour := _this_hour()) != self._hour:
             self._hour, self._apart, self._apart_in_all = hour, {}, 0
@@ -122,7 +124,7 @@ class UsageCounts:
             await in_thread(partial(self._drain, self._store))
 
     def _drain(self, store: UsageStore) -> None:
-        """Write, a slice at a time; in a thread, one at a time."""
+        """Writes the counts in slices; runs in one thread at a time."""
         while self._taken:
             for use in self._taken.pop(0).values():
                 self._unwritten.setdefault(use.place, Use(*use.place)).add(use)

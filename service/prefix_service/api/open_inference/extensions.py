@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from prefix_service.api.http.paths import NamePath, SelectorPath
 from prefix_service.api.metrics.inference_statistics import Duration, InferenceStatistics
-from prefix_service.api.middleware.auth import Caller, Reading
+from prefix_service.api.middleware.auth import Caller, ReadableTenant
 from prefix_service.api.open_inference.models import (
     MODEL,
     VERSION,
     every_version,
     inputs_of_every_model,
+    json_in_turn,
     json_list,
     name_of,
     outputs_of,
@@ -63,16 +64,18 @@ _LISTING: Final[dict[str, Any]] = {
 }
 
 
-@router.get(f"{MODEL}/config")
-async def model_config(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelConfig:
+@router.get(f"{MODEL}/config", response_model=ModelConfig)
+async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
     """The configuration of a model's latest version."""
-    return _configuration(library, await resolved(library, tenant, name))
+    version = await resolved(library, tenant, name)
+    return await json_in_turn(library, tenant, partial(_configuration, library, version))
 
 
-@router.get(f"{VERSION}/config")
-async def version_config(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelConfig:
+@router.get(f"{VERSION}/config", response_model=ModelConfig)
+async def version_config(tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf) -> Response:
     """The configuration of one version."""
-    return _configuration(library, await resolved(library, tenant, name, version))
+    found = await resolved(library, tenant, name, version)
+    return await json_in_turn(library, tenant, partial(_configuration, library, found))
 
 
 @router.get("/models/stats", **_LISTING)
@@ -82,14 +85,16 @@ async def all_statistics(caller: Caller, state: StateOf) -> StreamingResponse:
 
 
 @router.get(f"{MODEL}/stats", **_LISTING)
-async def model_statistics(tenant: Reading, name: NamePath, state: StateOf) -> StreamingResponse:
+async def model_statistics(tenant: ReadableTenant, name: NamePath, state: StateOf) -> StreamingResponse:
     """Counts of every version of a model, oldest first."""
     await resolved(state.library, tenant, name)  # 404 where there is no such adapter
     return await _counts(state, tenant, name)
 
 
 @router.get(f"{VERSION}/stats")
-async def version_statistics(tenant: Reading, name: NamePath, version: SelectorPath, state: StateOf) -> Statistics:
+async def version_statistics(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, state: StateOf
+) -> Statistics:
     """Counts of one version."""
     found = await resolved(state.library, tenant, name, version)
     return Statistics(model_stats=[ModelStatistics.model_validate(_counted(state.inference_statistics, found))])

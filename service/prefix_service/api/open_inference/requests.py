@@ -11,11 +11,10 @@ from starlette.datastructures import Headers
 
 from prefix_service.api.dependencies.json_bodies import MOST_JSON, MOST_MASK_JSON, json_object, validated
 from prefix_service.api.dependencies.masks import mask_of_rows, mask_of_tensor
-from prefix_service.api.http.problems import shown
 from prefix_service.api.open_inference.schemas import InferenceInput, InferenceRequest, InputName
 from prefix_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from prefix_service.library.plan import PrefixRequest
-from prefix_service.prefix.json_text import json_memory
+from prefix_service.prefix.json_text import json_memory, shown
 from prefix_service.prefix.wire.extras import InputMask
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"

@@ -19,7 +19,7 @@ from prefix_service.api.open_inference.schemas import MOST_NUMBERS, Datatype, In
 from prefix_service.errors import InvalidRequest
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
-from prefix_service.prefix.wire.message import Slot
+from prefix_service.prefix.wire.prefix_file import Slot
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission
 
@@ -36,7 +36,8 @@ _TEXT, _PARSED = 25, 100  # bytes of a number as text, and of memory that writin
 class TensorsResponse(Response):
     """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left.
 
-    By default these are all that have elements: without an input mask, `position_ids` has none.
+    By default these are all that have elements: without an input mask, `position_ids` has none. There are some for
+    each layer: it is made in a thread.
     """
 
     def __init__(
@@ -55,26 +56,24 @@ class TensorsResponse(Response):
         if len(wanted) < len(asked.outputs):
             raise InvalidRequest("an output is asked for twice")
         if not wanted:
-            wanted = {name: None for name, tensor in plan.message.tensors.items() if tensor.nbytes}
+            wanted = {name: None for name, tensor in plan.file.tensors.items() if tensor.nbytes}
         self._binary = {name: by_default if own is None else own for name, own in wanted.items()}
         self._require_known()
+        tensors = plan.file.tensors
+        self._numbers = sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
+        self._binary_nbytes = sum(tensors[name].nbytes for name, is_binary in self._binary.items() if is_binary)
         self._require_moderate()
 
     def _require_known(self) -> None:
-        known = self._plan.message.tensors
+        known = self._plan.file.tensors
         unknown = [name for name in self._binary if name not in known]
         if unknown:
-            _, last = self._plan.message.form.layers
+            _, last = self._plan.file.variant.layers
             extras = [name for name in known if not name.startswith("past_key_values")]
             raise InvalidRequest(
                 f"there is no output {', '.join(map(repr, unknown))!s:.200} here: there are {', '.join(extras)}, and "
                 f"past_key_values.0.key to past_key_values.{last - 1}.value"
             )
-
-    @property
-    def _numbers(self) -> int:
-        tensors = self._plan.message.tensors
-        return sum(prod(tensors[name].shape) for name, is_binary in self._binary.items() if not is_binary)
 
     def _require_moderate(self) -> None:
         numbers = self._numbers
@@ -86,7 +85,7 @@ class TensorsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        scope[SERVED] = (served(self._plan.version, self._plan.message.form.batch_size),)
+        scope[SERVED] = (served(self._plan.version, self._plan.file.variant.batch_size),)
         tenant, numbers = self._plan.version.tenant, self._numbers
         with self._measurement:
             async with (
@@ -96,20 +95,19 @@ class TensorsResponse(Response):
                 self._measurement.step()
                 async with self._admission.work(tenant, _PARSED * numbers) as work:
                     head = await work.run(partial(self._head, rendering))
-                self._measurement.succeeded(self._plan.message.form.batch_size)
+                self._measurement.succeeded(self._plan.file.variant.batch_size)
                 await self._send(scope, send, head, rendering)
 
     async def _send(self, scope: Scope, send: Send, head: bytes, rendering: Rendering) -> None:
         binary = (name for name, is_binary in self._binary.items() if is_binary)
-        tensors = chain.from_iterable(self._plan.message.chunks_of(name, rendering) for name in binary)
+        tensors = chain.from_iterable(self._plan.file.chunks_of(name, rendering) for name in binary)
         await send({"type": "http.response.start", "status": 200, "headers": self._fields(head)})
         await send_chunks(scope, send, chain([head], tensors))
 
     def _fields(self, head: bytes) -> list[tuple[bytes, bytes]]:
-        version, tensors = self._plan.version, self._plan.message.tensors
-        length = len(head) + sum(tensors[name].nbytes for name, is_binary in self._binary.items() if is_binary)
+        version = self._plan.version
         headers = {
-            "content-length": str(length),
+            "content-length": str(len(head) + self._binary_nbytes),
             "content-type": "application/json",
             "cache-control": "no-store",
             "prefix-version": str(version.number),
@@ -126,8 +124,8 @@ class TensorsResponse(Response):
         told: dict[str, object] = {
             "model_name": f"{version.tenant}/{version.adapter}",
             "model_version": str(version.number),
-            "parameters": {"digest": version.digest, "dtype": self._plan.message.form.dtype},
-            "outputs": [self._output(self._plan.message.tensors[name], rendering) for name in self._binary],
+            "parameters": {"digest": version.digest, "dtype": self._plan.file.variant.dtype},
+            "outputs": [self._output(self._plan.file.tensors[name], rendering) for name in self._binary],
         }
         if self._asked.id is not None:
             told["id"] = self._asked.id
@@ -141,7 +139,7 @@ class TensorsResponse(Response):
         }
         if self._binary[tensor.name]:
             return {**about, "parameters": {"binary_data_size": tensor.nbytes}}
-        elements = bytearray().join(self._plan.message.chunks_of(tensor.name, rendering))
+        elements = bytearray().join(self._plan.file.chunks_of(tensor.name, rendering))
         numbers = torch.frombuffer(elements, dtype=tensor.dtype) if elements else torch.empty(0)
         try:
             steps = (numbers[at : at + _STEP].tolist() for at in range(0, len(numbers), _STEP))

@@ -13,7 +13,7 @@ from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import read_body
 from prefix_service.api.dependencies.json_bodies import MOST_JSON, computed, declared_bytes, parsed, reserved, validated
 from prefix_service.api.http.paths import NamePath, SelectorPath
-from prefix_service.api.middleware.auth import Caller, Reading, Writing
+from prefix_service.api.middleware.auth import Caller, ReadableTenant, WritableTenant
 from prefix_service.api.open_inference.extensions import EXTENSIONS
 from prefix_service.api.open_inference.models import (
     MODEL,
@@ -21,6 +21,7 @@ from prefix_service.api.open_inference.models import (
     VERSION,
     every_version,
     inputs_of_every_model,
+    json_in_turn,
     json_list,
     name_of,
     outputs_of,
@@ -49,7 +50,6 @@ from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.errors import InvalidRequest
 from prefix_service.library.library import Library
-from prefix_service.library.plan import Plan
 from prefix_service.prefix.references import check_name
 from prefix_service.registry.admission import PLATFORM
 
@@ -108,33 +108,37 @@ async def server_ready(state: StateOf) -> ServerReady:
     return ServerReady()
 
 
-@router.get(MODEL)
-async def model_metadata(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelMetadata:
+@router.get(MODEL, response_model=ModelMetadata)
+async def model_metadata(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
     """The inputs and outputs of a model's latest version."""
     return await _metadata(library, await resolved(library, tenant, name))
 
 
-@router.get(VERSION)
-async def version_metadata(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelMetadata:
+@router.get(VERSION, response_model=ModelMetadata)
+async def version_metadata(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
+) -> Response:
     """The inputs and outputs of one version."""
     return await _metadata(library, await resolved(library, tenant, name, version))
 
 
 @router.get(f"{MODEL}/ready")
-async def model_ready(tenant: Reading, name: NamePath, library: LibraryOf) -> ModelReady:
+async def model_ready(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> ModelReady:
     """Whether inference may be asked for: the model is published, and loaded when it is needed."""
     return ModelReady(name=name_of(await resolved(library, tenant, name)))
 
 
 @router.get(f"{VERSION}/ready")
-async def version_ready(tenant: Reading, name: NamePath, version: SelectorPath, library: LibraryOf) -> ModelReady:
+async def version_ready(
+    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
+) -> ModelReady:
     """Whether inference may be asked for with one version."""
     return ModelReady(name=name_of(await resolved(library, tenant, name, version)))
 
 
 @router.post(f"{MODEL}/infer", **_INFERENCE)
 async def infer(
-    request: Request, tenant: Reading, name: NamePath, _memory: HeldBody, state: StateOf
+    request: Request, tenant: ReadableTenant, name: NamePath, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of a model's latest version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name))
@@ -142,7 +146,7 @@ async def infer(
 
 @router.post(f"{VERSION}/infer", **_INFERENCE)
 async def infer_version(
-    request: Request, tenant: Reading, name: NamePath, version: SelectorPath, _memory: HeldBody, state: StateOf
+    request: Request, tenant: ReadableTenant, name: NamePath, version: SelectorPath, _memory: HeldBody, state: StateOf
 ) -> TensorsResponse:
     """`past_key_values`, masks and position ids of one version."""
     return await _inferred(request, state, await resolved(state.library, tenant, name, version))
@@ -162,7 +166,9 @@ async def repository_index(request: Request, caller: Caller, library: LibraryOf)
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
-async def repository_load(request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf) -> Response:
+async def repository_load(
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
+) -> Response:
     """Load a model's latest version into memory now, and wait; whether it is pinned stays as it is."""
     wanted = await _optional(request, LoadRequest)
     if wanted.parameters:
@@ -176,7 +182,7 @@ async def repository_load(request: Request, tenant: Writing, name: NamePath, by:
 
 @router.post(f"{_REPOSITORY}/unload", response_class=Response, openapi_extra=json_body(UnloadRequest, required=False))
 async def repository_unload(
-    request: Request, tenant: Writing, name: NamePath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
 ) -> Response:
     """Take all versions of a model out of memory; the next inference loads what it needs again."""
     await _optional(request, UnloadRequest)
@@ -201,25 +207,30 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
         body = await read_body(request, limit)
         measurement.arrived()
 
-        def planned() -> tuple[InferenceRequest, Plan]:
+        def planned() -> TensorsResponse:
             inference = parse_inference(body, request.headers, limit)
-            return inference.asked, library.plan(version, inference.options, inference.mask)
+            plan = library.plan(version, inference.options, inference.mask)
+            return TensorsResponse(state.admission, library, plan, inference.asked, measurement)
 
         memory = memory_of_parsing(request.headers, len(body), limit)
-        asked, plan = await computed(request, memory, planned)
+        response = await computed(request, memory, planned)
         measurement.step()
-        return TensorsResponse(state.admission, library, plan, asked, measurement)
+        return response
 
 
-async def _metadata(library: Library, version: Version) -> ModelMetadata:
+async def _metadata(library: Library, version: Version) -> Response:
     numbers = await read_catalog(library.listings.numbers, version.tenant, version.adapter, PAGE)
-    return ModelMetadata(
-        name=name_of(version),
-        versions=[str(number) for number in numbers],
-        platform=platform_of(version),
-        inputs=inputs_of_every_model(),
-        outputs=outputs_of(library, version),
-    )
+
+    def make() -> ModelMetadata:
+        return ModelMetadata(
+            name=name_of(version),
+            versions=[str(number) for number in numbers],
+            platform=platform_of(version),
+            inputs=inputs_of_every_model(),
+            outputs=outputs_of(library, version),
+        )
+
+    return await json_in_turn(library, version.tenant, make)
 
 
 def _all(library: Library, tenant: str | None) -> AsyncIterator[bytes]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Field, StrictBool, StrictInt
 
 from prefix_service.library.request_model import INTEGRAL, RequestModel
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 InputName = Literal["batch_size", "attention_mask"]
 Datatype = Literal["FP32", "FP16", "BF16", "INT32", "INT64"]

@@ -1,13 +1,13 @@
-"""Keeps a number of worker processes alive: restarts those that died, and ends when it is asked to, or cannot start.
+"""Keeps a number of worker processes alive: restarts those that died; ends on a signal, or if no worker can start.
 
-Each worker gives signs of life on a socket of its own, from its event loop. The supervisor waits for these sockets, for
-the ends of processes and for signals, all at once, and never for one of them alone.
+Each worker sends signs of life from its event loop, on a socket of its own. The supervisor waits for these sockets, for
+the ends of processes and for signals, all in one call, and never for one of them alone.
 
-Why not one that exists: uvicorn's own asks its workers one after another whether they live, so that one that hangs
-hides the death of another for as long as it is waited for; it gives up, with status 0, if a replacement cannot start;
-its workers outlive it. gunicorn judges each worker by itself, but forks, which CUDA does not survive, and ends all
-workers if one cannot start; uvicorn's class for it is deprecated. hypercorn and granian bring HTTP servers of their
-own, which read requests differently from what is tested here. circus watches processes, not event loops.
+Existing supervisors do not suffice. uvicorn's own asks its workers one after another whether they are alive, so that a
+hanging worker hides the death of another; it gives up, with status 0, if a replacement cannot start; and its workers
+outlive it. gunicorn watches each worker separately, but forks, which CUDA does not survive, and ends all workers if one
+cannot start; uvicorn's class for it is deprecated. hypercorn and granian have HTTP servers of their own, which parse
+requests differently from what is tested here. circus watches processes, not event loops.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ _SPAWN: Final = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long the supervisor waits for what, in seconds.
+class Timeouts:
+    """The time limits of the supervisor, in seconds.
 
-    A worker gives a sign each second. Loads, hashes and page faults delay one by well below a second, a machine that
-    swaps by several: a worker that gave none for 15 seconds serves nobody. A start may take minutes while others import
-    torch from the same slow disk.
+    A worker sends a sign each second. Loads, hashes and page faults delay a sign by well below a second, swapping by
+    several: a worker that was silent for 15 seconds serves nobody. A start can take minutes while other processes
+    import torch from the same slow disk.
     """
 
     start: float = 180
@@ -49,19 +49,19 @@ class Patience:
 
     @property
     def turn(self) -> float:
-        """The longest that the supervisor waits without a look at its own clock."""
+        """The longest time that the supervisor waits before it looks at its own clock."""
         return self.silence / 15
 
 
 @dataclass(slots=True, eq=False)
 class _Worker:
-    """A running process. It is killed at `deadline`, a moment of the supervisor's clock, unless a sign comes."""
+    """A running process. It is killed at `deadline`, on the supervisor's clock, unless a sign comes."""
 
     process: SpawnProcess
     signs: socket.socket
     deadline: float
     is_ready: bool = False
-    is_heard: bool = True
+    is_open: bool = True
     reason: str = ""
 
     @property
@@ -70,14 +70,14 @@ class _Worker:
 
 
 class Supervisor:
-    """Starts `work(signs, pid of the supervisor, *arguments)` in `count` spawned processes, and again where one ends.
+    """Starts `work(signs, pid of the supervisor, *arguments)` in `count` spawned processes, and again if one ends.
 
     Args:
-        count: how many processes.
-        work: what each runs; sends `SIGN` on the socket `signs` once it is ready and each second from then on.
-        arguments: what else it is called with; sockets are inherited.
-        on_ready: called once, when the first worker is ready.
-        patience: how long to wait for what.
+        count: the number of processes.
+        work: runs in each process; sends `SIGN` on the socket `signs` once it is ready, and each second from then on.
+        arguments: further arguments of `work`; sockets are inherited.
+        on_ready: is called once, when the first worker is ready.
+        timeouts: the time limits.
     """
 
     def __init__(
@@ -86,21 +86,21 @@ class Supervisor:
         work: Callable[..., None],
         arguments: tuple[Any, ...],
         on_ready: Callable[[], None],
-        patience: Patience = Patience(),
+        timeouts: Timeouts = Timeouts(),
     ) -> None:
         self._count, self._work, self._arguments = count, work, arguments
-        self._on_ready, self._patience = on_ready, patience
+        self._on_ready, self._timeouts = on_ready, timeouts
         self._workers: list[_Worker] = []
-        self._now = 0.0  # seconds that this process has run: while it or the machine is stopped, nobody is silent
-        self._due: list[float] = []  # when a worker is started in the place of one that ended
-        self._failures = 0  # starts that failed since the last that succeeded
+        self._now = 0.0  # seconds that this process has run: no worker counts as silent while the machine is stopped
+        self._due: list[float] = []  # when the replacements of ended workers are started
+        self._failures = 0  # failed starts since the last successful one
         self._was_ready = False
         self._reason = ""  # of the last failed start
         self._end = math.inf  # when workers that have not ended are killed
         self._is_ending = False
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let the workers finish; a second signal kills them.
+        """Serves until SIGTERM or SIGINT, then lets the workers finish; a second signal kills them.
 
         Raises:
             Unavailable: no worker could start.
@@ -118,23 +118,23 @@ class Supervisor:
             raise Unavailable(f"no worker could start: {self._reason}")
 
     def _turn(self, signals: socket.socket) -> None:
-        """Wait until something happens, and act on it."""
+        """Waits until something happens, and reacts to it."""
         sources: list[Any] = [signals, *(worker.process.sentinel for worker in self._workers)]
-        sources += [worker.signs for worker in self._workers if worker.is_heard]
+        sources += [worker.signs for worker in self._workers if worker.is_open]
         next_deadline = min([self._end, *self._due_now(), *(worker.deadline for worker in self._workers)])
-        timeout = min(max(next_deadline - self._now, 0), self._patience.turn)
+        timeout = min(max(next_deadline - self._now, 0), self._timeouts.turn)
         before = time.monotonic()
         happened = wait(sources, timeout)
-        self._now += min(time.monotonic() - before, self._patience.turn)
+        self._now += min(time.monotonic() - before, self._timeouts.turn)
         for worker in list(self._workers):
             if worker.signs in happened:
-                self._hear(worker)
+                self._receive_signs(worker)
             if worker.process.sentinel in happened:
-                self._bury(worker)
+                self._remove_ended(worker)
             elif worker.deadline <= self._now:
                 self._kill_silent(worker)
         if signals in happened:
-            self._asked_to_end(signals.recv(4096))
+            self._begin_end(signals.recv(4096))
         if self._end <= self._now:
             self._kill_all()
         for due in [due for due in self._due_now() if due <= self._now]:
@@ -142,7 +142,7 @@ class Supervisor:
             self._start()
 
     def _due_now(self) -> list[float]:
-        """Returns when workers are started again; nothing is tried twice before anything worked."""
+        """Returns when workers are started again; before the first success, no start is repeated."""
         return self._due if self._was_ready else []
 
     def _start(self) -> None:
@@ -159,20 +159,20 @@ class Supervisor:
             self._failed(None, os.strerror(error.errno or 0))
         else:
             mine.setblocking(False)
-            self._workers.append(_Worker(process, mine, self._now + self._patience.start))
+            self._workers.append(_Worker(process, mine, self._now + self._timeouts.start))
 
-    def _hear(self, worker: _Worker) -> None:
+    def _receive_signs(self, worker: _Worker) -> None:
         try:
-            heard = worker.signs.recv(1 << 16)
+            received = worker.signs.recv(1 << 16)
         except OSError:
-            heard = b""
-        if not heard:  # it ends: the process tells when
-            worker.is_heard = False
+            received = b""
+        if not received:  # the worker is ending: its sentinel reports when
+            worker.is_open = False
             return
         if worker.deadline < math.inf:  # not killed yet
-            worker.deadline = self._now + self._patience.silence
-        worker.reason += heard.replace(SIGN, b"").decode(errors="replace")
-        if SIGN in heard and not worker.is_ready:
+            worker.deadline = self._now + self._timeouts.silence
+        worker.reason += received.replace(SIGN, b"").decode(errors="replace")
+        if SIGN in received and not worker.is_ready:
             worker.is_ready, self._failures = True, 0
             log.info("a worker is ready", extra={"pid": worker.pid})
             if not self._was_ready:
@@ -180,13 +180,13 @@ class Supervisor:
                 self._on_ready()
 
     def _kill_silent(self, worker: _Worker) -> None:
-        silence = self._patience.silence if worker.is_ready else self._patience.start
+        silence = self._timeouts.silence if worker.is_ready else self._timeouts.start
         worker.reason = f"no sign of life for {silence:g} seconds"
         worker.deadline = math.inf
         worker.process.kill()
 
-    def _bury(self, worker: _Worker) -> None:
-        """Forget a worker that has ended, and say when another takes its place."""
+    def _remove_ended(self, worker: _Worker) -> None:
+        """Removes a worker that has ended, and schedules its replacement."""
         worker.process.join()
         worker.signs.close()
         self._workers.remove(worker)
@@ -195,26 +195,26 @@ class Supervisor:
         if self._is_ending:
             log.info("a worker has ended", extra={"pid": worker.pid, "reason": reason})
         elif worker.is_ready:
-            log.error("a worker died: another is started", extra={"pid": worker.pid, "reason": reason})
+            log.error("a worker died, and is replaced", extra={"pid": worker.pid, "reason": reason})
             self._due.append(self._now)
         else:
             self._failed(worker.pid, reason)
         worker.process.close()
 
     def _failed(self, pid: int | None, reason: str) -> None:
-        pause = min(self._patience.first_pause * 2 ** min(self._failures, 16), self._patience.longest_pause)
+        pause = min(self._timeouts.first_pause * 2 ** min(self._failures, 16), self._timeouts.longest_pause)
         self._failures += 1
         self._reason = reason
         self._due.append(self._now + pause)
         log.error("a worker could not start", extra={"pid": pid, "reason": reason, "again_in": pause})
 
-    def _asked_to_end(self, numbers: bytes) -> None:
+    def _begin_end(self, numbers: bytes) -> None:
         for number in numbers:  # no other signal has a handler here
             log.info("asked to end", extra={"signal": signal.Signals(number).name})
             if self._is_ending:
                 self._end = self._now
                 continue
-            self._is_ending, self._end = True, self._now + self._patience.end
+            self._is_ending, self._end = True, self._now + self._timeouts.end
             self._due.clear()
             for worker in self._workers:
                 worker.process.terminate()
@@ -227,7 +227,7 @@ class Supervisor:
 
 
 def _how(exitcode: int | None) -> str:
-    """Returns an exit code of multiprocessing in words."""
+    """Returns an exit code of multiprocessing as text."""
     if exitcode is None or exitcode >= 0:
         return f"exit status {exitcode}"
     return f"killed by {next((each.name for each in signal.Signals if each == -exitcode), f'signal {-exitcode}')}"
@@ -235,7 +235,7 @@ def _how(exitcode: int | None) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """Yields a socket on which SIGTERM and SIGINT arrive, a byte each, so that one call waits for them and the rest."""
+    """Yields a socket on which SIGTERM and SIGINT arrive, one byte each, so that one call can wait for them too."""
     reader, writer = socket.socketpair()
     with reader, writer:
         reader.setblocking(False)

@@ -1,6 +1,6 @@
-"""A worker process: it serves until its supervisor asks it to end, or is gone, and gives signs of life meanwhile.
+"""A worker process: serves until its supervisor asks it to end, or is gone, and sends signs of life.
 
-Signs come from the event loop, which is what must not stand still. torch is imported after the process is tied to its
+Signs come from the event loop, so that they stop if it does. torch is imported after the process is tied to its
 supervisor.
 """
 
@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, Final
 
@@ -19,16 +20,16 @@ from prefix_service.logs import configure
 from prefix_service.settings import Settings
 
 SIGN: Final = b"\n"
-"""A sign of life; the first says that the worker is ready. What else comes is why it cannot start."""
+"""A sign of life; the first one reports that the worker is ready. Other bytes are the reason why it cannot start."""
 FAILED: Final = 3
-"""Exit status of a worker that could not start and has said why."""
+"""The exit status of a worker that could not start and has reported why."""
 
 _EVERY: Final = 1.0  # seconds between two signs
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 class Inherited:
-    """A file descriptor that a spawned process gets as its own, and keeps open until it ends."""
+    """A file descriptor that a spawned process inherits, and keeps open until it ends."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -47,19 +48,21 @@ def work(
     settings: Settings,
     sockets: list[socket.socket],
     _lock: Inherited | None,
+    as_json: bool = False,
 ) -> None:
-    """Serve on `sockets` until a signal, or the end of the process `started_by`.
+    """Serves on `sockets` until a signal, or the end of the process `started_by`.
 
     Args:
-        supervisor: takes signs of life, and ends when the supervisor does.
+        supervisor: receives signs of life; its other end closes with the supervisor.
         started_by: the supervisor's process id.
-        settings: those of the service.
+        settings: the service's settings.
         sockets: listening sockets, shared with the other workers.
         _lock: the data folder's lock, which thereby holds until the last worker has ended.
+        as_json: whether to log JSON on a terminal too.
     """
     die_with(started_by)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process: the supervisor decides
-    configure(settings.log_level)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches every process; the supervisor decides
+    configure(settings.log_level, as_json=as_json)
     try:
         _serve(supervisor, settings, sockets)
     except (PrefixServiceError, OSError) as error:
@@ -69,20 +72,20 @@ def work(
 
 
 def die_with(parent: int) -> None:
-    """End this process when its parent ends, however that ends.
+    """Ends this process when its parent ends, for whatever reason.
 
-    On Linux the kernel kills it, also where it is stopped or its event loop stands still. A worker that only noticed
-    the end of the pipe would finish its requests first: for that long the folder would stay locked, and the next
-    service, which systemd or Kubernetes starts immediately, would be refused. Elsewhere the end of the pipe has to do.
+    On Linux the kernel kills it, even if it is stopped or its event loop hangs. A worker that only noticed the end of
+    the pipe would finish its requests first: the folder would stay locked that long, and the next service, which
+    systemd or Kubernetes starts immediately, would be refused. On other systems the end of the pipe must suffice.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() != parent:  # the parent ended before the call to prctl
         sys.exit(FAILED)
 
 
 def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.socket]) -> None:
-    from prefix_service.api.app import create_app
+    from prefix_service.api.app import create_app, end_watching
     from prefix_service.api.metrics.metrics import Metrics
     from prefix_service.api.metrics.worker_metrics import take_place
     from prefix_service.api.server.serving import Server, end_in_order_on
@@ -96,7 +99,7 @@ def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.s
         give_sign(loop)
 
     def give_sign(loop: asyncio.AbstractEventLoop) -> None:
-        with contextlib.suppress(OSError):  # the supervisor stands still, and reads later
+        with contextlib.suppress(OSError):  # the supervisor is stopped, and reads later
             supervisor.send(SIGN)
         loop.call_later(_EVERY, give_sign, loop)
 
@@ -104,5 +107,6 @@ def _serve(supervisor: socket.socket, settings: Settings, sockets: list[socket.s
         loop.remove_reader(supervisor)
         server.should_exit = True
 
-    server = Server(settings, create_app(settings, Metrics(take_place())), begin)
+    app = create_app(settings, Metrics(take_place()))
+    server = Server(settings, app, begin, partial(end_watching, app))
     server.run(sockets)

@@ -13,10 +13,7 @@ from prefix_service.api.dependencies.authority import Actor, Founder
 from prefix_service.api.dependencies.bodies import (
     ANNOTATIONS,
     BASE_CONFIG,
-    CARD,
-    CONFIG,
     MOST_HELD,
-    WEIGHTS,
     declared_weights,
     read_upload,
 )
@@ -32,6 +29,7 @@ from prefix_service.api.dependencies.json_bodies import (
 from prefix_service.api.dependencies.pagination import (
     NUMBER,
     Cursor,
+    HeldPage,
     Limit,
     Listing,
     answer_page,
@@ -41,7 +39,7 @@ from prefix_service.api.dependencies.pagination import (
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.http.presence import while_connected
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, response_headers
 from prefix_service.api.routes.schemas import (
     AdapterItem,
@@ -60,9 +58,10 @@ from prefix_service.library.library import Library
 from prefix_service.library.publishing import Target, Upload
 from prefix_service.prefix.config import PrefixConfig, parse_config
 from prefix_service.prefix.description import Description, check_annotations, decode_card
-from prefix_service.prefix.form import MEDIA_TYPE
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, json_memory, parse_config_json
 from prefix_service.prefix.references import check_name, parse_qualified, parse_reference
+from prefix_service.prefix.variant import MEDIA_TYPE
 
 router = APIRouter(tags=["adapters"])
 
@@ -73,7 +72,8 @@ Search = Annotated[
 Sort = Annotated[
     AdapterOrder,
     Query(
-        description="`name`; `-created`: the latest publication first; `-bytes`: the most bytes of all versions first"
+        description="`name`; `-created`: the latest publication first; `-bytes`: the most bytes of all versions first; "
+        "`-used`: the most requests for prefixes first, as usage counts them within a minute"
     ),
 ]
 
@@ -91,20 +91,23 @@ _UPLOAD: Final[dict[str, Any]] = {
                 "schema": {
                     "type": "object",
                     "properties": {
-                        CONFIG: _FILE,
+                        CONFIG_NAME: _FILE,
                         BASE_CONFIG: _FILE,
-                        CARD: {**_FILE, "description": "the model card, as PEFT writes it: up to 256 KiB of UTF-8"},
+                        CARD_NAME: {
+                            **_FILE,
+                            "description": "the model card, as PEFT writes it: up to 256 KiB of UTF-8",
+                        },
                         ANNOTATIONS: {**_FILE, "description": "a JSON object of up to 64 texts of up to 4 KiB"},
-                        WEIGHTS: _FILE,
+                        WEIGHTS_NAME: _FILE,
                     },
-                    "required": [CONFIG, WEIGHTS],
+                    "required": [CONFIG_NAME, WEIGHTS_NAME],
                 },
                 "encoding": {
-                    CONFIG: {"contentType": _JSON_FILE},
+                    CONFIG_NAME: {"contentType": _JSON_FILE},
                     BASE_CONFIG: {"contentType": _JSON_FILE},
-                    CARD: {"contentType": "text/markdown, application/octet-stream"},
+                    CARD_NAME: {"contentType": "text/markdown, application/octet-stream"},
                     ANNOTATIONS: {"contentType": _JSON_FILE},
-                    WEIGHTS: {"contentType": MEDIA_TYPE},
+                    WEIGHTS_NAME: {"contentType": MEDIA_TYPE},
                 },
             },
             "application/json": {
@@ -134,7 +137,9 @@ _UPLOAD: Final[dict[str, Any]] = {
         ),
     },
 )
-async def publish(request: Request, tenant: Writing, name: NamePath, by: Founder, library: LibraryOf) -> Response:
+async def publish(
+    request: Request, tenant: WritableTenant, name: NamePath, by: Founder, library: LibraryOf
+) -> Response:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
     concatenation of others. A version that exists keeps its card and annotations."""
     check_name("adapter", name)
@@ -193,16 +198,21 @@ async def _receive(request: Request, upload: Upload, limit: int) -> tuple[Prefix
     the memory that they take."""
     async with reserved(request, declared_bytes(request, MOST_HELD)):
         parts = await read_upload(request, upload, limit)
-        memory = json_memory(sum(len(parts.get(name, b"")) for name in (CONFIG, BASE_CONFIG, ANNOTATIONS)))
+        memory = json_memory(sum(len(parts.get(name, b"")) for name in (CONFIG_NAME, BASE_CONFIG, ANNOTATIONS)))
         return await computed(request, memory, partial(_parsed_parts, parts))
 
 
 def _parsed_parts(parts: Mapping[str, bytes]) -> tuple[PrefixConfig, Description]:
-    config = parse_config(parse_config_json(parts[CONFIG], CONFIG), from_file=True)
+    config = parse_config(parse_config_json(parts[CONFIG_NAME], CONFIG_NAME), from_file=True)
     if (base := parts.get(BASE_CONFIG)) is not None:
         config = config.filled(parse_config_json(base, BASE_CONFIG, MAX_BASE_CONFIG_BYTES))
     annotations = json_object(parts.get(ANNOTATIONS, b"{}"), ANNOTATIONS)
-    return config, Description(decode_card(parts.get(CARD, b"")), check_annotations(annotations))
+    description = Description(
+        card=decode_card(parts.get(CARD_NAME, b"")),
+        annotations=check_annotations(annotations),
+        config_file=parts[CONFIG_NAME],
+    )
+    return config, description
 
 
 def _target(tenant: str, name: str, by: Principal) -> Target:
@@ -216,7 +226,8 @@ def _target(tenant: str, name: str, by: Principal) -> Target:
 @router.get("/v1/tenants/{tenant}/adapters", response_model=AdapterPage)
 async def list_adapters(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
+    _memory: HeldPage,
     library: LibraryOf,
     limit: Limit = 100,
     cursor: Cursor = None,
@@ -224,7 +235,7 @@ async def list_adapters(
     base_model: Annotated[str | None, Query(max_length=1000)] = None,
     sort: Sort = "name",
 ) -> Response:
-    """The adapters of a tenant, sorted by name, by the moment of the latest publication, or by bytes."""
+    """The adapters of a tenant, sorted by name, by the moment of the latest publication, by bytes, or by use."""
     place = decode_cursor(cursor, lambda text: _place(text, sort))
     await read_catalog(library.tenants.require, tenant)
 
@@ -253,7 +264,7 @@ def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
         return None
     if sort == "name":
         return AdapterPlace(None, name)
-    if sort == "-bytes":
+    if sort in ("-bytes", "-used"):
         return AdapterPlace(int(key), name) if NUMBER(key) else None
     with contextlib.suppress(ValueError):
         moment = datetime.fromisoformat(key)
@@ -262,7 +273,7 @@ def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)
-async def inspect(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def inspect(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
     """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
     return await _answer(request, library, await library.resolve(tenant, parse_reference(ref)))
 
@@ -270,7 +281,8 @@ async def inspect(request: Request, tenant: Reading, ref: RefPath, library: Libr
 @router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
 async def list_versions(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
+    _memory: HeldPage,
     name: NamePath,
     library: LibraryOf,
     limit: Limit = 100,
@@ -289,7 +301,7 @@ async def list_versions(
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: Writing, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
+async def delete(tenant: WritableTenant, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
     await library.delete(tenant, parse_reference(ref), by)
 

@@ -2,19 +2,18 @@
 
 from typing import Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
 from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
-from prefix_service.api.routes.schemas import Alias, AliasTarget
+from prefix_service.api.routes.schemas import Alias, AliasState, AliasTarget
 from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog
-from prefix_service.errors import NotFound, PreconditionFailed
+from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
 from prefix_service.prefix.references import Reference, check_alias, check_name
 
@@ -41,7 +40,7 @@ _REFUSALS: Final = refusals(
 async def put_alias(
     request: Request,
     response: Response,
-    tenant: Writing,
+    tenant: WritableTenant,
     name: NamePath,
     alias: AliasPath,
     by: Actor,
@@ -58,31 +57,31 @@ async def put_alias(
         reference = Reference(name, str(target.version), explicit=True)
         await library.load(await library.resolve(tenant, reference))
     put = library.catalog.put_alias
-    is_new = await to_thread.run_sync(put, tenant, name, alias, target.version, by, expected)
+    is_new = await write_catalog(put, tenant, name, alias, target.version, by, expected)
     response.status_code = 201 if is_new else 200
     response.headers["ETag"] = _etag(target.version)
     return Alias(alias=alias, version=target.version)
 
 
 @router.get(_PATH)
-async def get_alias(response: Response, tenant: Reading, name: NamePath, alias: AliasPath, library: LibraryOf) -> Alias:
-    """Where an alias points."""
+async def get_alias(
+    response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, library: LibraryOf
+) -> AliasState:
+    """Where an alias points, and where it pointed before: that is where a rollback moves it."""
     _check(name, alias)
-    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
-    if alias not in aliases:
-        raise NotFound(f"{tenant}/{name} has no alias {alias!r}")
-    response.headers["ETag"] = _etag(aliases[alias])
-    return Alias(alias=alias, version=aliases[alias])
+    number, previous = await read_catalog(library.catalog.alias, tenant, name, alias)
+    response.headers["ETag"] = _etag(number)
+    return AliasState(alias=alias, version=number, previous=previous)
 
 
 @router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)
 async def delete_alias(
-    request: Request, tenant: Writing, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
 ) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
     expected = await _expected(request, library, tenant, name, alias)
-    await to_thread.run_sync(library.catalog.delete_alias, tenant, name, alias, by, expected)
+    await write_catalog(library.catalog.delete_alias, tenant, name, alias, by, expected)
 
 
 async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:

@@ -6,8 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
-from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import AuditEntry
@@ -16,14 +16,16 @@ router = APIRouter(tags=["audit"])
 
 
 class AuditItem(BaseModel):
-    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what. The
-    id is opaque: neither order nor gaps of ids say what others do."""
+    """One change: when, whose resource (null: the platform's), who (a tenant, or `platform`) with which key, what.
+    `key_name` is what that key is called, or was before it was revoked; null if there was none. The id is opaque:
+    neither order nor gaps of ids say what others do."""
 
     id: str
     at: Moment
     tenant: str | None
     actor: str
     key_id: str
+    key_name: str | None
     action: str
     target: str
     details: dict[str, Any]
@@ -38,7 +40,12 @@ class AuditPage(BaseModel):
 
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
 async def tenant_audit(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    tenant: AdministeredTenant,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """Every change of a tenant's resources, newest first."""
     return await _page(request, state, tenant, limit, cursor)
@@ -46,7 +53,12 @@ async def tenant_audit(
 
 @router.get("/v1/audit", response_model=AuditPage)
 async def audit(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformAdmin,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """Every change, newest first."""
     return await _page(request, state, None, limit, cursor)

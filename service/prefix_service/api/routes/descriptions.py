@@ -1,18 +1,18 @@
-"""Model cards and annotations: what people say of a version, replaced whole."""
+"""Routes for the model card, the annotations and the base model's fingerprint of a version, each of which a `PUT`
+replaces as a whole; and for the uploaded config file."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import orjson
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import declared_bytes, payer, read_json, reserved
+from prefix_service.api.dependencies.json_bodies import declared_bytes, held, payer, read_json, reserved
 from prefix_service.api.http.negotiation import (
     is_current,
     is_expected,
@@ -21,15 +21,24 @@ from prefix_service.api.http.negotiation import (
     require_media_type,
 )
 from prefix_service.api.http.paths import RefPath
-from prefix_service.api.middleware.auth import Reading, Writing
+from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
-from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA
+from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
 from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed
 from prefix_service.library.library import Library
-from prefix_service.prefix.description import MOST_CARD, Description, check_annotations, decode_card
+from prefix_service.prefix.config import write_config
+from prefix_service.prefix.description import (
+    MOST_ANNOTATIONS,
+    MOST_CARD,
+    MOST_VALUE,
+    Description,
+    check_annotations,
+    decode_card,
+)
+from prefix_service.prefix.fingerprint import check_fingerprint
 from prefix_service.prefix.references import parse_reference
 
 router = APIRouter(tags=["adapters"])
@@ -37,8 +46,9 @@ router = APIRouter(tags=["adapters"])
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 _MARKDOWN: Final = "text/markdown"
 _JSON: Final = "application/json"
+_MOST_WRITTEN: Final = 6 * MOST_ANNOTATIONS * (MOST_VALUE + 64)  # JSON may write a byte of text as six
 _HEADERS: Final = response_headers(
-    ETag="strong entity tag of card or annotations",
+    ETag="strong entity tag of what is in the body",
     Prefix_Version="the version's number",
     Prefix_Digest="the version's digest, which does not cover them",
 )
@@ -56,17 +66,23 @@ _WRITE_REFUSALS: Final = refusals(
     }
 )
 
-_Part = Callable[[Description], bytes]
-"""The body that shows a part of a description."""
+_HeldCard = Annotated[None, held(MOST_CARD)]
+_HeldAnnotations = Annotated[None, held(_MOST_WRITTEN)]
+"""Memory for what is answered, until it has left."""
+
+_Part = Callable[[Description, Version], bytes]
+"""The body that shows a part of a version's description."""
 
 
-def _documented(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+def _documented(
+    media_type: str, schema: dict[str, Any], found: str = "What the version has; empty where it has none"
+) -> dict[str, Any]:
     """Returns how a GET is described that answers with this media type."""
     content = {media_type: {"schema": schema}}
     return {
         "responses": {
             200: {
-                "description": "What the version has; empty where it has none",
+                "description": found,
                 "headers": _HEADERS,
                 "content": content,
             },
@@ -92,14 +108,16 @@ _CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
 
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))
-async def get_card(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def get_card(
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldCard, library: LibraryOf
+) -> Response:
     """The model card of a version, in Markdown, exactly as it was stored; empty where there is none."""
     require_acceptable(request.headers, _MARKDOWN)
     return await _answer(request, library, tenant, ref, f"{_MARKDOWN}; charset=utf-8", _card)
 
 
 @router.put(f"{_PATH}/card", **_documented_change(_MARKDOWN, _CARD_SCHEMA))
-async def put_card(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
+async def put_card(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
     """Replace the model card of a version: up to 256 KiB of UTF-8. With `If-Match` only if it is what the caller
     saw."""
     require_media_type(request.headers, _MARKDOWN)
@@ -114,13 +132,17 @@ async def put_card(request: Request, tenant: Writing, ref: RefPath, by: Actor, l
     dependencies=[Depends(require_json_acceptable)],
     **_documented(_JSON, ANNOTATIONS_SCHEMA),
 )
-async def get_annotations(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> Response:
+async def get_annotations(
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldAnnotations, library: LibraryOf
+) -> Response:
     """The annotations of a version: a JSON object of texts, empty where there are none."""
     return await _answer(request, library, tenant, ref, _JSON, _annotations)
 
 
 @router.put(f"{_PATH}/annotations", **_documented_change(_JSON, ANNOTATIONS_SCHEMA))
-async def put_annotations(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
+async def put_annotations(
+    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
+) -> Response:
     """Replace all annotations of a version: a JSON object of up to 64 texts of up to 4 KiB. With `If-Match` only if
     they are what the caller saw."""
     require_media_type(request.headers, _JSON)
@@ -129,12 +151,55 @@ async def put_annotations(request: Request, tenant: Writing, ref: RefPath, by: A
     return await _change(request, library, by, (tenant, ref), "annotations", _annotations, change)
 
 
-def _card(description: Description) -> bytes:
+@router.get(
+    f"{_PATH}/base-model",
+    response_class=Response,
+    dependencies=[Depends(require_json_acceptable)],
+    **_documented(_JSON, FINGERPRINT_SCHEMA),
+)
+async def get_base_model(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+    """The fingerprint of a version's base model: what keys and values depend on, as far as it is known; an empty object
+    where nothing is."""
+    return await _answer(request, library, tenant, ref, _JSON, _fingerprint)
+
+
+@router.put(f"{_PATH}/base-model", **_documented_change(_JSON, FINGERPRINT_SCHEMA))
+async def put_base_model(
+    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
+) -> Response:
+    """Replace the fingerprint of a version's base model: up to 16 KiB of JSON. With `If-Match` only if it is what the
+    caller saw."""
+    require_media_type(request.headers, _JSON)
+    change = partial(replace, fingerprint=await read_json(request, check_fingerprint))
+    return await _change(request, library, by, (tenant, ref), "base-model", _fingerprint, change)
+
+
+@router.get(
+    f"{_PATH}/config",
+    response_class=Response,
+    dependencies=[Depends(require_json_acceptable)],
+    **_documented(_JSON, {"type": "object"}, "The file; or the config as PEFT writes it, where no file was uploaded"),
+)
+async def get_config(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+    """The `adapter_config.json` of a version, byte for byte as it was uploaded. Of a version that was made of JSON, or
+    uploaded to an older release, the config as PEFT writes it."""
+    return await _answer(request, library, tenant, ref, _JSON, _config_file)
+
+
+def _card(description: Description, _version: Version) -> bytes:
     return description.card.encode()
 
 
-def _annotations(description: Description) -> bytes:
+def _annotations(description: Description, _version: Version) -> bytes:
     return orjson.dumps(description.annotations, option=orjson.OPT_SORT_KEYS)
+
+
+def _fingerprint(description: Description, _version: Version) -> bytes:
+    return description.fingerprint.encode() or b"{}"
+
+
+def _config_file(description: Description, version: Version) -> bytes:
+    return description.config_file or write_config(version.config)
 
 
 async def _answer(request: Request, library: Library, tenant: str, ref: str, media_type: str, part: _Part) -> Response:
@@ -143,7 +208,7 @@ async def _answer(request: Request, library: Library, tenant: str, ref: str, med
     description = await read_catalog(library.descriptions.get, version)
 
     def write() -> Response:
-        body = part(description)
+        body = part(description, version)
         headers = _headers(version, body)
         if is_current(request.headers, headers["ETag"]):
             return Response(status_code=304, headers=headers)
@@ -167,14 +232,14 @@ async def _change(
     version = await library.resolve(tenant, parse_reference(ref))
 
     def checked(current: Description) -> Description:
-        if "if-match" in request.headers and not is_expected(request.headers, _etag(part(current))):
+        if "if-match" in request.headers and not is_expected(request.headers, _etag(part(current, version))):
             raise PreconditionFailed(f"the {what} of {tenant}/{ref} changed meanwhile: read it again, then change it")
         return change(current)
 
     def store() -> dict[str, str]:
-        return _headers(version, part(library.descriptions.change(version, by, what, checked)))
+        return _headers(version, part(library.descriptions.change(version, by, what, checked), version))
 
-    return Response(status_code=204, headers=await to_thread.run_sync(store))
+    return Response(status_code=204, headers=await write_catalog(store))
 
 
 def _headers(version: Version, body: bytes) -> dict[str, str]:

@@ -6,15 +6,14 @@ from datetime import datetime
 from functools import partial
 from typing import Final
 
-from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
-from prefix_service.api.middleware.auth import Administering, Caller, PlatformAdmin
+from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import (
     CreatedKey,
@@ -26,7 +25,7 @@ from prefix_service.api.routes.schemas import (
     NewTenantKey,
 )
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Key, Principal
 from prefix_service.errors import NotFound, Unauthenticated
 
@@ -57,35 +56,40 @@ async def identity(state: State, caller: Principal) -> Identity:
 
 
 @router.post("/v1/tenants/{tenant}/keys", status_code=201, openapi_extra=json_body(NewTenantKey))
-async def create_tenant_key(request: Request, tenant: Administering, by: Actor, state: StateOf) -> CreatedKey:
+async def create_tenant_key(request: Request, tenant: AdministeredTenant, by: Actor, state: StateOf) -> CreatedKey:
     """Create another key of a tenant. Only this answer contains the key."""
     return await _create(request, state, tenant, by)
 
 
 @router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
 async def list_tenant_keys(
-    request: Request, tenant: Administering, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    tenant: AdministeredTenant,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """The keys of a tenant, oldest first, without their secrets."""
     return await _list(request, state, tenant, limit, cursor)
 
 
 @router.get("/v1/tenants/{tenant}/keys/{key_id}")
-async def get_tenant_key(tenant: Administering, key_id: KeyPath, state: StateOf) -> KeyItem:
+async def get_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of a tenant, without its secret."""
     return _item(await read_catalog(state.keyring.get, tenant, key_id))
 
 
 @router.put("/v1/tenants/{tenant}/keys/{key_id}", openapi_extra=json_body(KeyEnd))
 async def shorten_tenant_key(
-    request: Request, tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf
+    request: Request, tenant: AdministeredTenant, key_id: KeyPath, by: Actor, state: StateOf
 ) -> KeyItem:
     """Give a key an end, or an earlier one than it has: with a second key this is a rotation."""
     return await _shorten(request, state, tenant, key_id, by)
 
 
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
-async def revoke_tenant_key(tenant: Administering, key_id: KeyPath, by: Actor, state: StateOf) -> None:
+async def revoke_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, by: Actor, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
     await _revoke(state, tenant, key_id, by)
 
@@ -98,7 +102,12 @@ async def create_platform_key(request: Request, by: PlatformAdmin, state: StateO
 
 @router.get("/v1/keys", response_model=KeyPage)
 async def list_platform_keys(
-    request: Request, _caller: PlatformAdmin, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformAdmin,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
     """The keys of the platform, oldest first, without their secrets."""
     return await _list(request, state, None, limit, cursor)
@@ -127,14 +136,14 @@ async def _create(request: Request, state: State, tenant: str | None, by: Princi
     model: type[NewPlatformKey] | type[NewTenantKey] = NewPlatformKey if tenant is None else NewTenantKey
     wanted = await read_model(request, model)
     create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
-    key, text = await to_thread.run_sync(create)
+    key, text = await write_catalog(create)
     return CreatedKey(**_item(key).model_dump(), key=text)
 
 
 async def _shorten(request: Request, state: State, tenant: str | None, key_id: str, by: Principal) -> KeyItem:
     require_media_type(request.headers, "application/json")
     wanted = await read_model(request, KeyEnd)
-    return _item(await to_thread.run_sync(state.keyring.shorten, tenant, key_id, wanted.expires, by))
+    return _item(await write_catalog(state.keyring.shorten, tenant, key_id, wanted.expires, by))
 
 
 async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
@@ -156,7 +165,7 @@ def _is_place(text: str) -> bool:
 
 
 async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
-    await to_thread.run_sync(state.keyring.revoke, tenant, key_id, by)
+    await write_catalog(state.keyring.revoke, tenant, key_id, by)
 
 
 def _item(key: Key) -> KeyItem:

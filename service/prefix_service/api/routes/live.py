@@ -1,6 +1,5 @@
 """Live numbers of the last hour: as one document, or as a stream that goes on."""
 
-from collections.abc import AsyncGenerator
 from datetime import UTC
 from functools import partial
 from typing import Annotated, Any
@@ -9,18 +8,19 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from prefix_service.api.http.event_stream import MEDIA_TYPE, EventStream
+from prefix_service.api.http.event_stream import EVENT_STREAM, Events, EventStream, event
 from prefix_service.api.http.negotiation import lists, require_acceptable
-from prefix_service.api.middleware.auth import PlatformReader, Reading
+from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.reads import read_catalog
+from prefix_service.library.watching import Watcher
 from prefix_service.registry.admission import PLATFORM
 
 router = APIRouter(tags=["metrics"])
 
 Since = Annotated[int, Query(ge=0, lt=1 << 40, description="seconds since 1970: numbers from this moment on")]
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The last hour; with `Accept: text/event-stream` it goes on", "content": {MEDIA_TYPE: {}}}
+    200: {"description": "The last hour; with `Accept: text/event-stream` it goes on", "content": {EVENT_STREAM: {}}}
 }
 
 
@@ -73,7 +73,7 @@ async def live_numbers(request: Request, _caller: PlatformReader, state: StateOf
 
 
 @router.get("/v1/tenants/{tenant}/live", response_model=LiveNumbers, responses=_STREAM)
-async def tenant_live_numbers(request: Request, tenant: Reading, state: StateOf, since: Since = 0) -> Response:
+async def tenant_live_numbers(request: Request, tenant: ReadableTenant, state: StateOf, since: Since = 0) -> Response:
     """A tenant's numbers of the last hour, as those of the service."""
     return await _answer(request, state, tenant, since)
 
@@ -83,24 +83,21 @@ async def _answer(request: Request, state: State, tenant: str | None, since: flo
         # What an earlier tenant of this name did is not shown.
         created = (await read_catalog(state.library.tenants.get, tenant)).created
         since = max(since, created.replace(tzinfo=UTC).timestamp())
-    if lists(request.headers, MEDIA_TYPE):
-        require_authority = partial(state.authenticator.authenticate, request.scope, notes_use=False)
-        place = state.watchers.watching(request.scope["principal"].tenant)
-        return EventStream(_events(state, tenant, since), state.ending, require_authority, place)
+    if lists(request.headers, EVENT_STREAM):
+        watching = state.watchers.begin(request.scope["principal"], partial(state.authenticator.admit, request.scope))
+        return EventStream(watching, partial(_events, state, tenant, since))
     require_acceptable(request.headers, "application/json")
     return Response(await _document(state, tenant, since), media_type="application/json")
 
 
-async def _events(state: State, tenant: str | None, since: float) -> AsyncGenerator[tuple[str, bytes] | None, None]:
+async def _events(state: State, tenant: str | None, since: float, watcher: Watcher) -> Events:
     seen = -1
-    while True:
-        last = state.live.last_slot()
-        if last <= seen:
-            yield None
-            continue
-        numbers = await _document(state, tenant, since)
-        seen, since = last, (last + 1) * state.live.seconds
-        yield str(int(since)), numbers
+    while not state.watchers.is_ending:
+        if (last := state.live.last_slot()) > seen:
+            numbers = await _document(state, tenant, since)
+            seen, since = last, (last + 1) * state.live.seconds
+            yield event(str(int(since)), numbers)
+        await watcher.wait(state.live.seconds_until(seen + 1))
 
 
 async def _document(state: State, tenant: str | None, since: float) -> bytes:

@@ -20,8 +20,8 @@ from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import InvalidReference, NotFound
 from prefix_service.library.library import Library
 from prefix_service.library.plan import MixedPlan, MixedRequest, require_few_rows
-from prefix_service.prefix.form import MEDIA_TYPE
 from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.extras import InputMask
 
 router = APIRouter(tags=["prefixes"])
@@ -54,13 +54,13 @@ class MixedResponse(Response):
         scope[SERVED] = served_together(planned.version for row in self._plan.rows for planned in row)
         fields = [
             (b"content-type", MEDIA_TYPE.encode()),
-            (b"content-length", b"%d" % self._plan.message.content_length),
+            (b"content-length", b"%d" % self._plan.file.content_length),
             (b"cache-control", b"no-store"),
             (b"x-content-type-options", b"nosniff"),
         ]
         async with self._library.renderings(self._plan, partial(note_load, scope)) as renderings:
             await send({"type": "http.response.start", "status": 200, "headers": fields})
-            for chunk in self._plan.message.chunks(renderings):
+            for chunk in self._plan.file.chunks(renderings):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 await asyncio.sleep(0)  # to put many short lines together takes milliseconds
             await send({"type": "http.response.body"})

@@ -1,34 +1,43 @@
 """The main job: `GET`, `HEAD` and `POST …/prefix`."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Query, Request
 
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import computed, declared_bytes, read_mask_json, reserved, validated
+from prefix_service.api.dependencies.json_bodies import (
+    computed,
+    declared_bytes,
+    payer,
+    read_mask_json,
+    reserved,
+    validated,
+)
 from prefix_service.api.dependencies.masks import mask_from_json, mask_of_tensor
 from prefix_service.api.http.negotiation import lists, require_acceptable, require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.http.responses import ParametersResponse, PrefixResponse
-from prefix_service.api.middleware.auth import Reading
+from prefix_service.api.middleware.auth import ReadableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
 from prefix_service.api.routes.shared_files import SharedFileResponse, shares_file
 from prefix_service.api.state import LibraryOf, StateOf, state_of
 from prefix_service.errors import InvalidCheckpoint, InvalidRequest
 from prefix_service.library.plan import Plan, PrefixBody, PrefixRequest
-from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
-from prefix_service.prefix.json_text import MOST_VALUES
+from prefix_service.prefix.json_text import MOST_VALUES, json_memory
 from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
+from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 from prefix_service.prefix.wire.extras import InputMask
-from prefix_service.prefix.wire.message import MASK_DTYPES
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES
 
 router = APIRouter(tags=["prefixes"])
 
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}"
 
+_MOST_HEADER: Final = 64 << 10  # bytes of a mask's safetensors header, which describes one tensor
 _MASK_DTYPES: Final = frozenset(NAMES[dtype] for dtype in MASK_DTYPES.values())
 BINARY: Final[dict[str, Any]] = {"schema": {"type": "string", "format": "binary"}}
 _HEADERS: Final = response_headers(
@@ -116,7 +125,7 @@ HeldBody = Annotated[None, Depends(_held_body)]
 @router.head(f"{_PATH}/prefix", response_class=PrefixResponse, **_READING_PREFIX)
 async def get_prefix(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     ref: RefPath,
     state: StateOf,
     options: Annotated[PrefixRequest, Query()],
@@ -126,7 +135,7 @@ async def get_prefix(
     reference = parse_reference(ref)
     library = state.library
     version = await library.resolve(tenant, reference)
-    plan = library.plan(version, options)
+    plan = await state.admission.run(payer(request), partial(library.plan, version, options))
     response: PrefixResponse
     if shares_file(request, state.settings, plan):
         kind = SharedFileResponse if lists(request.headers, SHARED_FILE_TYPE) else PrefixResponse
@@ -146,7 +155,7 @@ async def get_prefix(
 )
 async def post_prefix(
     request: Request,
-    tenant: Reading,
+    tenant: ReadableTenant,
     ref: RefPath,
     _memory: HeldBody,
     state: StateOf,
@@ -165,7 +174,8 @@ async def post_prefix(
 
     if media_type == MEDIA_TYPE:
         body = await read_body(request, state.settings.max_request_bytes)
-        plan = await computed(request, len(body), lambda: library.plan(version, options, _mask_from_tensors(body)))
+        nbytes = len(body) + json_memory(_MOST_HEADER)
+        plan = await computed(request, nbytes, lambda: library.plan(version, options, _mask_from_tensors(body)))
     elif options.model_fields_set:
         raise InvalidRequest("options come in the JSON body here, not in the query")
     else:
@@ -175,7 +185,7 @@ async def post_prefix(
 
 @router.get(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
 @router.head(f"{_PATH}/parameters", response_class=ParametersResponse, **_READING)
-async def parameters(request: Request, tenant: Reading, ref: RefPath, library: LibraryOf) -> ParametersResponse:
+async def parameters(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> ParametersResponse:
     """The weights file, byte for byte as it was uploaded."""
     require_acceptable(request.headers, MEDIA_TYPE)
     reference = parse_reference(ref)
@@ -186,7 +196,7 @@ async def parameters(request: Request, tenant: Reading, ref: RefPath, library: L
 def _mask_from_tensors(body: bytearray) -> InputMask:
     view = memoryview(body)
     try:
-        header = parse_header(view, dtypes=_MASK_DTYPES)
+        header = parse_header(view, dtypes=_MASK_DTYPES, longest=_MOST_HEADER)
     except InvalidCheckpoint as error:
         raise InvalidRequest(f"the body is not a safetensors file with an attention_mask: {error}") from error
     entry = header.tensors.get("attention_mask")

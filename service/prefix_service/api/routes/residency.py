@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.bodies import has_body
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, Limit, decode_cursor, encode_cursor, json_page
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, decode_cursor, encode_cursor, json_page
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath
-from prefix_service.api.middleware.auth import PlatformReader, Reading, Writing
+from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import ResidencyRequest, ResidencyState
 from prefix_service.api.state import LibraryOf, StateOf
@@ -29,8 +29,8 @@ _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
 
 
 class Residency(BaseModel):
-    """What this process has in memory: its budgets, the tenants that have the most in each of them, and a page of the
-    versions, the largest first. `next` is the cursor of the following page, or null."""
+    """The memory of this process: its budgets, the tenants with the most bytes in each of them, and a page of the
+    resident versions, the largest first. `next` is the cursor of the following page, or null."""
 
     tiers: list[TierReport]
     tenants: list[ShareReport]
@@ -40,9 +40,14 @@ class Residency(BaseModel):
 
 @router.get("/v1/residency", response_model=Residency)
 async def overview(
-    request: Request, _caller: PlatformReader, state: StateOf, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    _caller: PlatformReader,
+    _memory: HeldPage,
+    state: StateOf,
+    limit: Limit = 100,
+    cursor: Cursor = None,
 ) -> Response:
-    """What is in memory, where and why, of the process that answers: the largest versions and tenants first, at most
+    """Return what the answering process has in memory, where and why: the largest versions and tenants first, at most
     `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
     place = _place(decode_cursor(cursor, _PLACE.fullmatch))
     registry = state.library.registry
@@ -70,7 +75,7 @@ def _named(place: Place) -> str:
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
-async def load(request: Request, tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> ResidencyState:
+async def load(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> ResidencyState:
     """Load a version into memory now, and wait; `pinned` keeps it there."""
     wanted = ResidencyRequest()
     if has_body(request.headers):
@@ -83,13 +88,13 @@ async def load(request: Request, tenant: Writing, ref: RefPath, by: Actor, libra
 
 
 @router.get(_PATH)
-async def residency(tenant: Reading, ref: RefPath, library: LibraryOf) -> ResidencyState:
+async def residency(tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> ResidencyState:
     """Whether a version is in memory."""
     version = await library.resolve(tenant, parse_reference(ref))
     return ResidencyState.model_validate(library.residency(version))
 
 
 @router.delete(_PATH, status_code=204)
-async def unload(tenant: Writing, ref: RefPath, by: Actor, library: LibraryOf) -> None:
+async def unload(tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> None:
     """Take a version out of memory; the next request loads it again."""
     await library.unload(await library.resolve(tenant, parse_reference(ref)), by)

@@ -1,4 +1,4 @@
-"""What the JSON routes send and take, as pydantic models; the OpenAPI document is made of these."""
+"""Pydantic models of the JSON that routes send and accept; the OpenAPI document is generated from them."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from prefix_service.prefix.description import (
     check_annotations,
     check_card,
 )
+from prefix_service.prefix.fingerprint import MOST_FINGERPRINT, MOST_MEMBERS, MOST_TEXT, OBJECTS, TEXTS
 from prefix_service.prefix.mixed import MOST_IN_A_ROW
 
 Moment = Annotated[
@@ -94,7 +95,7 @@ class VersionDetail(VersionSummary):
 
     @classmethod
     def about(cls, version: Version, aliases: dict[str, int], residency: dict[str, bool | str]) -> "VersionDetail":
-        """From the catalog's row, the adapter's aliases, and what the registry tells."""
+        """Returns the detail of a version, with its adapter's aliases and its state in the registry."""
         config = version.prefix_config
         return cls(
             **_summary(version, aliases),
@@ -128,12 +129,14 @@ def _summary(version: Version, aliases: dict[str, int]) -> dict[str, Any]:
 
 
 class AdapterItem(BaseModel):
-    """An adapter in a listing: its newest version, the bytes of all versions, and all its aliases."""
+    """An adapter in a listing: its newest version, the bytes of all versions, how often they are used, and all its
+    aliases."""
 
     tenant: str
     adapter: str
     versions: int
     bytes: int = Field(description="of all versions, as they count towards the tenant's quota")
+    used: int = Field(description="requests for its prefixes since it was made, as usage counts them")
     aliases: dict[str, int]
     latest: VersionSummary
 
@@ -146,6 +149,7 @@ class AdapterItem(BaseModel):
             adapter=latest.adapter,
             versions=adapter.versions,
             bytes=adapter.bytes,
+            used=adapter.used,
             aliases=adapter.aliases,
             latest=latest,
         )
@@ -189,8 +193,20 @@ ANNOTATIONS_SCHEMA: Final[dict[str, Any]] = {
 }
 
 
+FINGERPRINT_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": f"the fingerprint of a base model: up to {MOST_FINGERPRINT >> 10} KiB of JSON, of what is known",
+    "properties": {
+        **{name: {"type": "string", "minLength": 1, "maxLength": MOST_TEXT} for name in TEXTS},
+        **{name: {"type": "object", "maxProperties": MOST_MEMBERS} for name in OBJECTS},
+    },
+    "additionalProperties": False,
+    "examples": [{"architecture": "LlamaForCausalLM", "sizes": {"hidden_size": 4096}, "rope": {"rope_theta": 500000}}],
+}
+
+
 class DescribedVersion(RequestModel):
-    """What every version published as JSON may bring along."""
+    """The description that a version published as JSON can have."""
 
     # The bounds are those of the whole body: `description` looks at them once more, in bytes and with better words.
     card: str = Field(
@@ -246,6 +262,12 @@ class Alias(BaseModel):
     version: int
 
 
+class AliasState(Alias):
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if there was none."""
+
+    previous: int | None
+
+
 class ResidencyRequest(RequestModel):
     """Whether the version stays until it is unloaded."""
 
@@ -256,7 +278,7 @@ _Quota = Annotated[int | None, Field(ge=0, lt=1 << 63), INTEGRAL]
 
 
 class TenantQuotas(RequestModel):
-    """What a tenant may have: adapters, bytes of all their versions, and requests in a second; null is no limit."""
+    """The limits of a tenant: adapters, bytes of all their versions, and requests per second; null means no limit."""
 
     max_adapters: _Quota = None
     max_bytes: _Quota = None
@@ -341,7 +363,7 @@ class KeyItem(BaseModel):
 
 
 class CreatedKey(KeyItem):
-    """A new key: this answer alone tells it."""
+    """A new key with its text, which no later answer contains."""
 
     key: str
 

@@ -13,7 +13,7 @@ from prefix_service.api.http.responses import Fields, PrefixResponse, body_diges
 from prefix_service.api.http.served import note_load
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Plan
-from prefix_service.prefix.form import SHARED_FILE_TYPE
+from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import format_digest
 from prefix_service.settings import Settings
 
@@ -26,7 +26,7 @@ _COMMON: Final[Fields] = [
 def shares_file(request: Request, settings: Settings, plan: Plan) -> bool:
     """Whether the answer may be a file's name: renderings lie in files, the file is this very message, and the caller
     is on the Unix socket, where nobody has an address."""
-    return settings.shared_dir is not None and request.client is None and plan.message.is_canonical
+    return settings.shared_dir is not None and request.client is None and plan.file.is_canonical
 
 
 class SharedFileResponse(PrefixResponse):
@@ -39,13 +39,13 @@ class SharedFileResponse(PrefixResponse):
     def __init__(self, library: Library, plan: Plan, *, immutable: bool, varies: bool) -> None:
         super().__init__(library, plan, immutable=immutable, varies=varies)
         self._tag = f'{plan.etag[:-1]}-file"'
-        about = [field for field in self._about if field[0] != b"etag"]
-        self._about_file: Fields = [*about, (b"etag", f"W/{self._tag}".encode())]
+        kept = [field for field in self._entity_fields if field[0] != b"etag"]
+        self._file_fields: Fields = [*kept, (b"etag", f"W/{self._tag}".encode())]
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Headers(raw=scope["headers"])
         if is_current(request, self._tag):
-            await send({"type": "http.response.start", "status": 304, "headers": self._about_file})
+            await send({"type": "http.response.start", "status": 304, "headers": self._file_fields})
             await send({"type": "http.response.body"})
             return
         if is_current(request, self._etag):
@@ -61,6 +61,6 @@ class SharedFileResponse(PrefixResponse):
                 digest = await body_digest(self._library, self._plan, rendering, algorithm, receive)
                 told |= {} if digest is None else {"repr_digest": format_digest(algorithm, digest)}
             body = orjson.dumps(told)
-            fields = [*self._about_file, *_COMMON, (b"content-length", b"%d" % len(body))]
+            fields = [*self._file_fields, *_COMMON, (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": 200, "headers": fields})
             await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

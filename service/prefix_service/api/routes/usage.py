@@ -8,8 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
 
-from prefix_service.api.dependencies.pagination import Cursor, Limit, Listing, answer_page, decode_cursor
-from prefix_service.api.middleware.auth import Administering, PlatformAdmin
+from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.usage import OF_PLATFORM, Dimension, Use
@@ -90,7 +90,8 @@ class UsagePage(BaseModel):
 @router.get("/v1/tenants/{tenant}/usage", response_model=UsagePage)
 async def tenant_usage(
     request: Request,
-    tenant: Administering,
+    tenant: AdministeredTenant,
+    _memory: HeldPage,
     state: StateOf,
     by: By = "",
     since: Since = None,
@@ -107,6 +108,7 @@ async def tenant_usage(
 async def usage(
     request: Request,
     _caller: PlatformAdmin,
+    _memory: HeldPage,
     state: StateOf,
     by: By = "",
     since: Since = None,

@@ -1,4 +1,4 @@
-"""Accepts connections, a few in each turn of the event loop, so that a crowd does not keep out who is there already."""
+"""Accepts connections, a few per turn of the event loop, so that many new ones do not delay existing ones."""
 
 import asyncio
 import contextlib
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Final
 
 _A_TURN: Final = 4
-"""Connections that are accepted in one turn; uvloop and asyncio accept all that wait, up to thousands."""
+"""Connections accepted per turn; uvloop and asyncio accept all that wait, up to thousands."""
 
 _PAUSE: Final = 1.0
-"""Seconds without accepting once no file descriptor, or no memory, is left for a connection."""
+"""Seconds without accepting when no file descriptor or memory is left for a connection."""
 
 _FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -21,7 +21,7 @@ log = logging.getLogger("prefix_service")
 
 
 class Acceptor:
-    """Accepts the connections of listening sockets, each with a protocol of its own, until `close`."""
+    """Accepts the connections of listening sockets, each with its own protocol, until `close`."""
 
     def __init__(self, sockets: list[socket.socket], protocol: Callable[[], asyncio.Protocol]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -33,7 +33,9 @@ class Acceptor:
             self._listen(each)
 
     async def close(self) -> None:
-        """Accept no more; what was accepted is a connection when this returns, which the server knows and can end."""
+        """Stops accepting. When this returns, every accepted socket is a
+        connection that the server knows and can end.
+        """
         sockets, self._sockets = self._sockets, []
         for each in sockets:
             self._loop.remove_reader(each)
@@ -63,5 +65,5 @@ class Acceptor:
 
     async def _connect(self, connection: socket.socket) -> None:
         connection.setblocking(False)
-        with contextlib.suppress(OSError):  # it ended already
+        with contextlib.suppress(OSError):  # the connection has ended already
             await self._loop.connect_accepted_socket(self._protocol, connection)

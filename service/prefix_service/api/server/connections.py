@@ -1,7 +1,7 @@
-"""Connections: what a peer may do before and beside a request, whichever parser reads it.
+"""Bounds what a peer can do on a connection before, during and after a request, with either parser.
 
 uvicorn's protocols bound neither the time of a head nor that of a reader, and answer malformed requests in plain text.
-Here one timer for each connection bounds both, and a refusal is a problem document.
+Here, one timer per connection bounds both, and a refusal is a problem document.
 """
 
 import asyncio
@@ -25,21 +25,27 @@ from prefix_service.api.server.peers import Peers, peer_name
 from prefix_service.errors import Overloaded, PrefixServiceError, RequestTimeout
 
 KEEP_ALIVE: Final = 75
-"""Seconds that an idle connection stays: longer than the 60 for which proxies in front (nginx, AWS) keep theirs, so
-that the side that sends requests is the one that closes. Workers keep theirs open too."""
+"""Seconds that an idle connection stays open.
+
+It is longer than the 60 seconds of proxies (nginx, AWS), so that the side that sends requests is the one that closes.
+Workers keep their connections open, too.
+"""
 
 _LOOKS: Final = 8
-"""How often the timer looks at a connection within the shorter of its deadlines: they hold within this part."""
+"""How often the timer checks a connection within the shorter of its deadlines, and thus their precision."""
 
 PIECE: Final = 4 << 10
-"""Bytes that a parser gets at a time: between two pieces it can stop, and keep the rest as bytes."""
+"""Bytes that a parser gets at a time; between two pieces it can stop, and the rest is kept as bytes."""
 
 _TURN: Final = 0.001
 """Seconds of parsing after which other connections get their turn."""
 
 _UNSENT: Final = 256 << 10
-"""Bytes that the kernel takes of an answer before it can send them. What is on its way does not count, so that a fast
-reader is not slowed down, however far away it is; a reader that does not read holds no more than this."""
+"""Bytes of an answer that the kernel accepts before it can send them.
+
+Bytes in flight do not count, so a fast reader is not slowed down, however far away it is; a reader that does not read
+holds no more than this.
+"""
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 
@@ -53,7 +59,7 @@ class Deadlines:
 
 
 class Guarded(asyncio.Protocol):
-    """The part that both parsers' connections share; stands in front of one of uvicorn's protocols."""
+    """The behaviour that both parsers' connections share; a mixin in front of one of uvicorn's protocols."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -71,18 +77,18 @@ class Guarded(asyncio.Protocol):
         self._waited, self._waited_after = 0.0, None
         self._reader = Patience(deadlines.send)
         self._unsent = self._sent = 0
-        self._has_key = False  # whether a request came with one
-        self._caller = ""  # whose turn its input waits for: the newest request's tenant, or the peer
+        self._has_key = False  # whether a request with a valid key came
+        self._caller = ""  # in whose turn input is parsed: the newest request's tenant, or the peer
         self._unparsed: bytes | memoryview = b""
-        self._is_waiting = False  # for a turn to parse it
+        self._is_waiting = False  # for a turn to be parsed
         self._postponed: PrefixServiceError | None = None
         super().__init__(**uvicorn)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to look at it."""
+        """Starts the timer, and counts the connection; refuses it, or closes another, if there are too many."""
         self._lingering = LingeringTransport(cast("asyncio.Transport", transport), self.loop, self._has_input)
         super().connection_made(cast("asyncio.Transport", self._lingering))
-        # What an answer holds in memory it holds until the connection can take more.
+        # An answer keeps its memory until the connection can take more.
         self.app_state = {**self.app_state, DRAIN: self.flow.drain}
         self._timer = self.loop.call_later(self._every, self._look)
         if self.client is not None and sys.platform == "linux":
@@ -91,18 +97,18 @@ class Guarded(asyncio.Protocol):
         try:
             victim = self._peers.open(self, self._caller)
         except Overloaded as error:
-            self._refuse(error, linger=self._peers.may_tell(self))
+            self._refuse(error, linger=self._peers.may_read_refusal(self))
         else:
             if victim is not None:
                 victim.give_way()
 
     def _bound_the_kernel(self, connection: socket.socket) -> None:
-        """Bounds what the kernel keeps of answers, and for how long, also after the connection was closed."""
+        """Bounds how much of an answer the kernel keeps, and for how long, even after the connection was closed."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._deadlines.send))
 
     def give_way(self) -> None:
-        """Ends a connection for another one; what it has not read is dropped."""
+        """Closes the connection in favour of another one; unread output is dropped."""
         log.info("a connection was closed for another", peer=self._peer, connections=self._peers.most)
         would_reset = self._has_input() and not self._lingering.is_closing()
         if would_reset or self.transport.get_write_buffer_size():
@@ -111,7 +117,10 @@ class Guarded(asyncio.Protocol):
             self._lingering.close()
 
     def _note_whether_idle(self) -> None:
-        """One whose reader has no key and does not keep up counts as idle: nobody waits for what is in progress."""
+        """Notes whether the connection is idle.
+
+        A connection whose reader has no key and does not keep up counts as idle: nobody waits for its answer.
+        """
         self._note_key()
         if self.cycle is None or (not self._has_key if self.flow.write_paused else self.cycle.response_complete):
             self._peers.idle(self)
@@ -124,10 +133,10 @@ class Guarded(asyncio.Protocol):
         if (principal := self.cycle.scope.get("principal")) is not None:
             self._has_key, self._caller = True, f"tenant {principal.tenant}"
         elif not self._has_key:
-            self._caller = f"{peer_name(self._peer)}, again"  # a crowd of new connections does not delay a probe's
+            self._caller = f"{peer_name(self._peer)}, again"  # many new connections do not delay a probe's
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Stops the timer, and drops the unparsed input."""
         self._peers.close(self)
         if self._timer is not None:
             self._timer.cancel()
@@ -135,14 +144,14 @@ class Guarded(asyncio.Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what arrived, up to the first request that waits for its turn; keep what stands behind it as bytes."""
+        """Parses the input up to the first request that must wait for its turn; keeps the rest as bytes."""
         if not self.transport.is_closing():
             self._unparsed = memoryview(bytes(self._unparsed) + data) if self._unparsed else data
             self._parse_in_turn()
 
     def _parse_in_turn(self) -> None:
         if self._is_waiting:
-            self._lingering.hold(True)  # not for a first small piece: most wait for less than it costs
+            self._lingering.hold(True)  # not for a first small piece: pausing costs more than most waits
         elif not self._unparsed or self._owes_answers() or self._turns.take(self._caller, self._parse_on):
             self._parse_on()
         else:
@@ -179,19 +188,19 @@ class Guarded(asyncio.Protocol):
         return PIECE
 
     def pause_writing(self) -> None:
-        """More than the high-water mark is unsent."""
+        """Is called when more than the high-water mark is unsent."""
         self._unsent = self.transport.get_write_buffer_size()
         super().pause_writing()
         self._note_whether_idle()
 
     def resume_writing(self) -> None:
-        """It was sent, down to the low-water mark."""
+        """Is called when the unsent bytes have fallen to the low-water mark."""
         self._sent += self._unsent - self.transport.get_write_buffer_size()
         super().resume_writing()
         self._note_whether_idle()
 
     def on_response_complete(self) -> None:
-        """Go on with what stood behind the requests that are now answered."""
+        """Goes on with the input behind the requests that are now answered."""
         self._note_key()
         super().on_response_complete()  # type: ignore[misc]
         if self._postponed is not None:
@@ -201,7 +210,10 @@ class Guarded(asyncio.Protocol):
         self._note_whether_idle()
 
     def shutdown(self) -> None:
-        """End with the service, behind what is in progress; a reader without a key that does not keep up is reset."""
+        """Closes the connection after the answers in progress.
+
+        Resets it if its reader has no key and does not keep up.
+        """
         if self.transport.get_write_buffer_size() and not self._has_key:
             self.transport.abort()
         else:
@@ -232,12 +244,15 @@ class Guarded(asyncio.Protocol):
         return self._reader.left <= 0
 
     def _is_awaited_too_long(self) -> bool:
-        """Whether a head, or the rest of a body that was answered early, is late; uvicorn ends idle connections."""
+        """Returns whether a head, or the rest of a body that was answered early, is late.
+
+        uvicorn closes idle connections.
+        """
         cycle = self.cycle
         if (cycle is not None and not cycle.response_complete) or self.timeout_keep_alive_task is not None:
             self._waited = 0
             return False
-        if cycle is not self._waited_after:  # requests came and went meanwhile
+        if cycle is not self._waited_after:  # requests came and went in the meantime
             self._waited, self._waited_after = 0, cycle
             return False
         self._waited += self._every
@@ -270,7 +285,7 @@ class Guarded(asyncio.Protocol):
         return self._postponed is not None or self.transport.is_closing()
 
     def _has_input(self) -> bool:
-        """Whether bytes are on their way, or wait, that nobody will read."""
+        """Returns whether input is expected or waiting that nobody will read."""
         return self._is_in_body or bool(self._unparsed)
 
     @property
@@ -279,12 +294,14 @@ class Guarded(asyncio.Protocol):
         raise NotImplementedError
 
     def _owes_answers(self) -> bool:
-        """Whether requests in front of the faulty one wait for their answers."""
+        """Returns whether requests in front of the faulty one wait for their answers."""
         cycle = self.cycle
         return cycle is not None and not cycle.response_complete and not self._is_in_body
 
     def _may_answer(self) -> bool:
-        """Whether a response sent now would be read as the answer to the faulty request, and not as part of another."""
+        """Returns whether a response sent now would be read as the answer to the faulty request, not to an earlier one
+        or as part of a body.
+        """
         cycle = self.cycle
         if cycle is None or not self._is_in_body:
             return True

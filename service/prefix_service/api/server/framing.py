@@ -1,7 +1,7 @@
-"""Framing: which requests the service reads, and where each ends, whichever parser reads them.
+"""Framing: which requests the service accepts, and where each ends, with either parser.
 
-The parsers check the syntax of lines and chunks. This module checks the parts of a head, which both parsers hand over
-in the same form. `tests/api/framing/README.md` is the written table of accepted and refused requests.
+The parsers check the syntax of lines and chunks. This module checks the fields of a head, which both parsers pass on in
+the same form. `tests/api/framing/README.md` is the table of accepted and refused requests.
 """
 
 import re
@@ -35,14 +35,14 @@ Fields = list[tuple[bytes, bytes]]
 
 
 def admit(method: bytes, target: bytes, version: str, fields: Fields) -> bytes:
-    """Returns the target in origin-form, `/path?query`; names in `fields` are in lower case.
+    """Checks the head of a request; returns the target in origin-form, `/path?query`. Names in `fields` are lower-case.
 
-    `fields` change in place: `Upgrade` is taken out, since a server may ignore it (RFC 9110, section 7.8) and no other
-    protocol is spoken here; an absolute target's authority replaces `Host` (RFC 9112, section 3.2.2).
+    `fields` are changed in place: `Upgrade` is removed, since a server may ignore it (RFC 9110, section 7.8) and this
+    one speaks no other protocol; the authority of an absolute target replaces `Host` (RFC 9112, section 3.2.2).
 
     Raises:
-        HeaderFieldsTooLarge: more than `MAX_HEAD_FIELDS` fields.
-        MalformedRequest: the head is not HTTP/1.0 or 1.1, or leaves open where the request goes or ends, or who asks.
+        HeaderFieldsTooLarge: there are more than `MAX_HEAD_FIELDS` fields.
+        MalformedRequest: the head is not HTTP/1.0 or 1.1, or is ambiguous about the target, the end or the caller.
     """
     names = [name for name, _ in fields]
     if len(names) > MAX_HEAD_FIELDS:
@@ -60,13 +60,14 @@ def admit(method: bytes, target: bytes, version: str, fields: Fields) -> bytes:
         if any(name == b"expect" and value.lower() != b"100-continue" for name, value in fields):
             raise MalformedRequest("the request has an Expect field other than 100-continue: leave it out")
         fields[:] = [field for field in fields if field[0] != b"upgrade"]
-    is_origin_form = target.startswith(b"/") and b"#" not in target  # the parsers take visible ASCII alone
+    is_origin_form = target.startswith(b"/") and b"#" not in target  # the parsers accept visible ASCII alone
     return target if is_origin_form else _origin_form(target, fields)
 
 
 def check_trailers(fields: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raises MalformedRequest if a trailer would say something else of the request's end or way than its head did
-    (RFC 9110, section 6.5.1); other trailers are ignored."""
+    """Raises MalformedRequest if a trailer could contradict the head about the request's end or route (RFC 9110,
+    section 6.5.1); ignores other trailers.
+    """
     for name, _ in fields:
         if name in _NOT_IN_TRAILERS:
             raise MalformedRequest(f"the request has {name.decode()} behind its body: send it in the head")
@@ -78,7 +79,7 @@ def size(fields: Iterable[tuple[bytes, bytes]]) -> int:
 
 
 def too_large() -> HeaderFieldsTooLarge:
-    """Returns the error for a head, trailers or a chunk extension of more than `MAX_HEAD_BYTES`."""
+    """Returns the error for a head, trailers or a chunk extension of more than `MAX_HEAD_BYTES` bytes."""
     return HeaderFieldsTooLarge(f"the head of the request has more than {MAX_HEAD_BYTES} bytes")
 
 

@@ -1,16 +1,16 @@
-"""Writes that belong together leave together: the head of an answer, and what of its body comes in the same moment."""
+"""Gathers the writes of one event-loop turn, so that the head of an answer and its first bytes are sent together."""
 
 import asyncio
 from typing import Any, Final
 
-_GATHERED: Final = 2 << 20  # bytes, of which none is copied
+_GATHERED: Final = 2 << 20  # bytes, none of which are copied
 
 
 class GatheringTransport:
-    """A transport whose writes go to the operating system many at a time.
+    """A transport that passes several writes to the operating system together.
 
-    uvloop writes each at once, and each wakes the reader, which then takes turns with the writer at the socket. The
-    head of an answer by itself, and the rows of a batch one by one, cost more than their bytes.
+    uvloop sends each write immediately, and each wakes the reader, which then competes with the writer for the socket.
+    Sent one by one, the head of an answer and the rows of a batch cost more than their bytes.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -22,7 +22,7 @@ class GatheringTransport:
         return getattr(self._transport, name)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Hold it until there is more, or nothing more comes in this turn of the event loop."""
+        """Holds data until enough is gathered, or this turn of the event loop ends."""
         if not data:
             return
         if not self._held:
@@ -35,19 +35,19 @@ class GatheringTransport:
     def _flush(self) -> None:
         if self._held:
             held, self._held, self._nbytes = self._held, [], 0
-            if not self._transport.is_closing():  # it was reset or aborted since `write`
+            if not self._transport.is_closing():  # the connection was reset or aborted since `write`
                 self._transport.writelines(held)
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that were not sent."""
+        """Returns the number of unsent bytes."""
         return self._transport.get_write_buffer_size() + self._nbytes
 
     def write_eof(self) -> None:
-        """End the sending side, behind what was written."""
+        """Closes the sending side after all writes."""
         self._flush()
         self._transport.write_eof()
 
     def close(self) -> None:
-        """Close, behind what was written."""
+        """Closes the connection after all writes."""
         self._flush()
         self._transport.close()

@@ -1,4 +1,4 @@
-"""Whose input is parsed next: that of a few connections in each turn of the event loop, callers in rotation."""
+"""Decides whose input is parsed next: a few connections per turn of the event loop, callers in rotation."""
 
 import asyncio
 import time
@@ -7,25 +7,25 @@ from collections.abc import Callable
 from typing import Final
 
 _LONG: Final = 0.002
-"""Seconds of a turn of the event loop after which fewer connections get the next one."""
+"""Seconds of an event-loop turn above which fewer connections get the next one."""
 
 _FIRST, _MOST = 4, 32
-"""Connections whose input is parsed in one turn; each begins one request at most."""
+"""Connections whose input is parsed in one turn; each begins at most one request."""
 
 
 class InputTurns:
-    """Takes the connections that have input in turns.
+    """Lets the connections that have input take turns.
 
-    An event loop hands over the input of all connections that have some before it runs anything else: six hundred that
-    send at once would keep every other request waiting until theirs have begun. Here the input beyond that of a few
-    connections waits, and a caller who sent on one connection does not stand behind the hundreds of another.
+    An event loop delivers the input of all readable connections before it runs anything else: six hundred that send at
+    the same time would delay every other request until theirs have begun. Here only a few connections are parsed per
+    turn, and a caller with one connection does not wait behind the hundreds of another caller.
     """
 
     def __init__(self) -> None:
         self._most = self._left = _FIRST
         self._waiting: OrderedDict[str, deque[Callable[[], None]]] = OrderedDict()
         self._is_counting = False
-        self._began: float | None = None  # the turn before, if connections waited then
+        self._began: float | None = None  # of the previous turn, if connections waited then
 
     def take(self, caller: str, parse: Callable[[], None]) -> bool:
         """Returns whether a connection may parse now. If not, `parse` is called in a later turn."""
@@ -37,7 +37,7 @@ class InputTurns:
         return False
 
     def wait(self, caller: str, parse: Callable[[], None]) -> None:
-        """Call `parse` in a later turn."""
+        """Calls `parse` in a later turn."""
         self._waiting.setdefault(caller, deque()).append(parse)
         self._count_on()
 
@@ -47,7 +47,7 @@ class InputTurns:
             asyncio.get_running_loop().call_soon(self._begin)
 
     def _begin(self) -> None:
-        """Begin a turn with those that wait: one of each caller, then the next of each."""
+        """Begins a turn with waiting connections: one of each caller, then the next of each."""
         self._adapt()
         self._left, self._is_counting = self._most, False
         chosen = []
@@ -63,7 +63,9 @@ class InputTurns:
             parse()
 
     def _adapt(self) -> None:
-        """Take fewer connections after a long turn, and more after a short one: what a request costs is not known."""
+        """Takes fewer connections after a long turn, and more after a short
+        one, since the cost of a request is unknown.
+        """
         now = time.monotonic()
         if self._began is not None:
             self._most = max(self._most // 2, 1) if now - self._began > _LONG else min(self._most + 1, _MOST)

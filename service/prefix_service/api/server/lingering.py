@@ -1,4 +1,4 @@
-"""How connections end: without a reset that takes the last answer away, or by one that leaves nothing behind."""
+"""How connections end: without a reset that loses the last answer, or with one that leaves nothing behind."""
 
 import asyncio
 import socket
@@ -9,15 +9,20 @@ from typing import Final
 from prefix_service.api.server.gathering import GatheringTransport
 
 _LINGER: Final = 2.0
-"""Seconds in which a peer may read the last answer while it still sends: unread input would reset the connection."""
+"""Seconds in which a peer can read the last answer while it still sends.
+
+Closing with unread input would reset the connection.
+"""
 
 _RESET: Final = struct.pack("ii", 1, 0)
-"""`struct linger`: on, zero seconds. Without it the kernel keeps what is unsent for minutes after an abort."""
+"""`struct linger`: on, zero seconds. Without it, the kernel keeps unsent bytes for minutes after an abort."""
 
 
 class LingeringTransport(GatheringTransport):
-    """A transport that reads on while it closes, since a connection that is closed in front of unread input is reset,
-    and its peer may lose the last answer."""
+    """A transport that goes on reading while it closes.
+
+    A connection that is closed with unread input is reset, and its peer can lose the last answer.
+    """
 
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, has_input: Callable[[], bool]
@@ -27,17 +32,17 @@ class LingeringTransport(GatheringTransport):
         self._is_lingering = self._is_paused = self._is_held = self._is_still = False
 
     def pause_reading(self) -> None:
-        """Read nothing until `resume_reading`."""
+        """Stops reading until `resume_reading`."""
         self._is_paused = True
         self._apply()
 
     def resume_reading(self) -> None:
-        """Read again, unless reading is held."""
+        """Reads again, unless reading is held."""
         self._is_paused = False
         self._apply()
 
     def hold(self, held: bool) -> None:
-        """Read nothing while it is held, whatever uvicorn resumes."""
+        """Stops reading while `held`, even if uvicorn resumes it."""
         self._is_held = held
         self._apply()
 
@@ -48,24 +53,26 @@ class LingeringTransport(GatheringTransport):
             (self._transport.pause_reading if still else self._transport.resume_reading)()
 
     def is_closing(self) -> bool:
-        """Whether nothing more is sent or parsed."""
+        """Returns whether nothing more is sent or parsed."""
         return self._is_lingering or self._transport.is_closing()
 
     def close(self) -> None:
-        """Close, behind what was written; linger before that, if input would reset the connection."""
+        """Closes the connection after all writes; lingers first if unread input would reset it."""
         if self.is_closing() or not self._has_input():
             super().close()
         else:
             self.linger()
 
     def abort(self) -> None:
-        """Reset the connection: the kernel drops what it has not sent yet, up to megabytes, and frees it now."""
+        """Resets the connection: the kernel drops and frees the unsent bytes, up to megabytes, immediately."""
         if not self._transport.is_closing() and (connection := self._transport.get_extra_info("socket")) is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
 
     def linger(self) -> None:
-        """End the sending side, drop input for `_LINGER` seconds or until the peer closes, and close."""
+        """Closes the sending side, drops input for `_LINGER` seconds or until
+        the peer closes, and closes the connection.
+        """
         self._is_lingering = True
         self.write_eof()
         self._apply()

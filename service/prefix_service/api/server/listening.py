@@ -1,8 +1,7 @@
-"""The sockets that a service listens on, bound once, by the process that was started; workers inherit them."""
+"""The sockets that a service listens on, bound once by the first process; workers inherit them."""
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import stat
@@ -12,19 +11,21 @@ from typing import Final
 
 from prefix_service.errors import Conflict, InvalidInput
 from prefix_service.settings import Settings
+from prefix_service.system.locks import locked
 
 _BACKLOG: Final = 2048
-_MODE: Final = 0o660  # who may connect to the Unix socket: its owner and its group
+_MODE: Final = 0o660  # the Unix socket's owner and group may connect
 _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 
 @contextlib.contextmanager
 def listening(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Yield the listening sockets of these settings, and close them with the block; a Unix socket's file goes too.
+    """Yields the listening sockets of these settings; closes them, and removes a Unix socket's file, at the block's
+    end.
 
     Raises:
         Conflict: another program listens there.
-        InvalidInput: the address or the path cannot be listened on.
+        InvalidInput: it is impossible to listen on the address or the path.
     """
     with contextlib.ExitStack() as stack:
         if settings.uds is None:
@@ -41,7 +42,7 @@ def listening(settings: Settings) -> Iterator[list[socket.socket]]:
 
 
 def address(sockets: list[socket.socket]) -> str:
-    """Returns where the first of these sockets listens, as a URL or as `unix:` and a path."""
+    """Returns the address of the first socket, as a URL or as `unix:` and a path."""
     name = sockets[0].getsockname()
     if isinstance(name, str):
         return f"unix:{name}"
@@ -49,7 +50,12 @@ def address(sockets: list[socket.socket]) -> str:
 
 
 def _tcp(host: str, port: int) -> list[socket.socket]:
-    """Returns a listening socket for each address of a host that this machine has."""
+    """Returns one listening socket per address of the host that this machine has.
+
+    Raises:
+        Conflict: another program listens there.
+        InvalidInput: it is impossible to listen on the address.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -85,7 +91,12 @@ def _bound(family: socket.AddressFamily, where: object) -> socket.socket:
 
 
 def _unix(path: Path) -> socket.socket:
-    """Returns a listening Unix socket. A file that a service left there, which nobody listens on, is replaced."""
+    """Returns a listening Unix socket; replaces a file that another service left behind, if nobody listens on it.
+
+    Raises:
+        Conflict: another program listens on the path, or it is not a socket.
+        InvalidInput: it is impossible to listen on the path.
+    """
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _alone_in(path.parent):
@@ -104,13 +115,9 @@ def _unix(path: Path) -> socket.socket:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other services out while one looks at a socket and replaces it: two that start must not both succeed."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    """Locks a folder while one service examines a socket and replaces it, so that two services cannot both succeed."""
+    with locked(folder, flags=os.O_RDONLY | os.O_DIRECTORY):
         yield
-    finally:
-        os.close(handle)
 
 
 def _remove_stale(path: Path) -> None:
@@ -119,9 +126,9 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not is_socket:
-        raise Conflict(f"{path} is there and is no socket: remove it, or choose another path for the Unix socket")
+        raise Conflict(f"{path} exists and is not a socket: remove it, or choose another path for the Unix socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # where the backlog is full, somebody listens
+        probe.setblocking(False)  # if the backlog is full, a program listens
         if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
             raise Conflict(f"another program listens on {path}: stop it first, or choose another path")
     path.unlink()

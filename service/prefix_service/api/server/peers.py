@@ -1,4 +1,4 @@
-"""Which connections stay open when there are too many: pure state."""
+"""Decides which connections stay open when there are too many. Pure state."""
 
 import ipaddress
 from collections import Counter, OrderedDict
@@ -9,23 +9,23 @@ from prefix_service.errors import Overloaded
 
 C = TypeVar("C", bound=Hashable)
 
-_TOLD: Final = 64
+_MOST_REFUSED: Final = 64
 
 
 class Peers(Generic[C]):
-    """Counts the connections of each peer, up to `most` in all.
+    """Counts the connections of each peer, up to `most` in total.
 
-    A connection is idle while no request is in progress: before its first head, between requests, and behind an answer
-    whose request still has a body to come. For one connection too many, the peer that has the most connections, of
-    those that have idle ones, loses the one that has been idle longest. If none is idle, a peer that has more than half
-    of all connections loses the one whose reader has taken nothing for longest.
+    A connection is idle while no request is in progress: before its first head, between requests, and after an answer
+    whose request still has a body to come. If there is one connection too many, the peer with the most connections,
+    among peers with idle ones, loses the one that has been idle longest. If none is idle, a peer with more than half of
+    all connections loses the one whose reader has been stalled longest.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._peer_of: dict[C, str] = {}
         self._count: Counter[str] = Counter()
-        self._idle: dict[str, OrderedDict[C, None]] = {}  # of peers that have some, and so below
+        self._idle: dict[str, OrderedDict[C, None]] = {}  # only of peers that have some, as is `_stalled`
         self._stalled: dict[str, OrderedDict[C, None]] = {}
         self._refused: set[C] = set()
 
@@ -33,7 +33,7 @@ class Peers(Generic[C]):
         return len(self._peer_of)
 
     def open(self, connection: C, peer: str) -> C | None:
-        """Counts a new connection, which is idle. Returns the one to close for it, which is not counted any more.
+        """Counts a new connection as idle. Returns the connection to close for it, which is no longer counted, or None.
 
         Raises:
             Overloaded: there are too many and none is idle; the new one is not counted.
@@ -55,15 +55,18 @@ class Peers(Generic[C]):
                 return next(iter(stalled))
         raise Overloaded(f"{self.most} connections are open, and all have requests in progress: try again")
 
-    def may_tell(self, connection: C) -> bool:
-        """Returns whether a refused connection may stay for a moment to read why, as a few may. Close it either way."""
-        if len(self._refused) >= _TOLD:
+    def may_read_refusal(self, connection: C) -> bool:
+        """Returns whether a refused connection may stay for a moment to read the reason, as a few may.
+
+        Close it in any case.
+        """
+        if len(self._refused) >= _MOST_REFUSED:
             return False
         self._refused.add(connection)
         return True
 
     def close(self, connection: C) -> None:
-        """Ends a connection, if it is counted."""
+        """Stops counting a connection, if it is counted."""
         self._refused.discard(connection)
         if (peer := self._peer_of.get(connection)) is None:
             return
@@ -74,15 +77,15 @@ class Peers(Generic[C]):
             del self._count[peer]
 
     def idle(self, connection: C) -> None:
-        """Notes that no request is in progress on a connection; one that is idle already keeps its turn."""
+        """Notes that a connection has no request in progress; one that is idle already keeps its position."""
         self._move(connection, self._stalled, self._idle)
 
     def stalled(self, connection: C) -> None:
-        """Notes that a connection has a request in progress, and its reader takes nothing; it keeps its turn, too."""
+        """Notes that a connection's reader takes nothing of an answer in progress; a stalled one keeps its position."""
         self._move(connection, self._idle, self._stalled)
 
     def busy(self, connection: C) -> None:
-        """Notes that a request is in progress on a connection."""
+        """Notes that a connection has a request in progress."""
         self._move(connection, self._idle)
         self._move(connection, self._stalled)
 
@@ -103,8 +106,10 @@ class Peers(Generic[C]):
 
 
 def peer_name(address: str | None) -> str:
-    """Returns whose connection this is: an IPv4 address, or the /64 network of an IPv6 address, of which one host has
-    all. All that come through a Unix socket are one peer."""
+    """Returns the peer of an address: an IPv4 address, or an IPv6 address's /64 network, since one host has all of it.
+
+    All connections through a Unix socket belong to one peer.
+    """
     if address is None or ":" not in address:
         return address or ""
     found = ipaddress.IPv6Address(address.partition("%")[0])

@@ -1,7 +1,7 @@
-"""uvicorn's protocols for the two parsers, which read the same requests in the same way here, as `framing` says.
+"""uvicorn's protocols for both parsers, changed so that both accept the same requests, those of `framing`.
 
-Each override names the behaviour of uvicorn (0.54), httptools (0.9) or h11 (0.16) that it answers. A request that is on
-its way to the app costs one look at the names of its header fields.
+Each override names the behaviour of uvicorn (0.54), httptools (0.9) or h11 (0.16) that it corrects. A request that is
+passed to the app costs one scan of its header names.
 """
 
 import asyncio
@@ -27,36 +27,39 @@ from prefix_service.system.file_limit import most_connections
 Message = dict[str, Any]
 _LARGE_PIECE = 256 << 10
 _HEAD_PIECE = 1 << 10
-_SMALL_PIECE = 256  # of the tiniest chunks, a millisecond for h11
+_SMALL_PIECE = 256  # for the tiniest chunks, a millisecond of h11
 
 
 def protocol_class(
     parser: Literal["httptools", "h11"], deadlines: Deadlines, most: int = sys.maxsize
 ) -> type[asyncio.Protocol]:
-    """Returns what uvicorn takes as `http`, which it only calls: connections of one process, `most` at a time."""
+    """Returns a factory of connections for uvicorn's `http`, which it only calls.
+
+    At most `most` per process are open.
+    """
     peers: Peers[Guarded] = Peers(most)
     made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers, InputTurns())
     return cast("type[asyncio.Protocol]", made)
 
 
 def connection_class(settings: Settings) -> type[asyncio.Protocol]:
-    """Returns the connections of a service with these settings, for uvicorn."""
+    """Returns the factory of connections for a service with these settings."""
     deadlines = Deadlines(settings.receive_timeout, settings.send_timeout)
     return protocol_class(settings.parser, deadlines, most_connections(settings.max_connections))
 
 
 class HttpToolsConnection(Guarded, HttpToolsProtocol):
-    """A connection read by the parser that is fast and bounds nothing."""
+    """A connection that httptools parses, which is fast and bounds nothing."""
 
     def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
-        self._pending = 0  # bytes since the last that were of a body, or ended a head
+        self._pending = 0  # bytes since the last of a body, or since the end of a head
         self._has_body_to_come = False
         self._body_left = 0  # bytes, of a body with a length
-        self._is_last = False  # the newest request is complete, and the connection ends with its answer
+        self._is_last = False  # the newest request is complete, and the connection ends after its answer
         super().__init__(deadlines, peers, turns, **uvicorn)
 
     def _parse(self, data: bytes | memoryview) -> None:
-        """Parse. uvicorn's method forgets where in `data` a request with `Upgrade` ended."""
+        """Parses a piece. uvicorn's method loses the position at which a request with `Upgrade` ends in `data`."""
         self._unset_keepalive_if_required()
         self._pending += len(data)
         try:
@@ -68,14 +71,14 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
             if not self._is_last:
                 self._refuse(_reason(error))
         else:
-            if self._pending > MAX_HEAD_BYTES:  # also of heads, trailers and chunk extensions without end
+            if self._pending > MAX_HEAD_BYTES:  # also catches heads, trailers and chunk extensions without an end
                 self._refuse(too_large())
 
     def _read_again(self, rest: memoryview) -> None:
-        """Read the newest head again, without `Upgrade`, and then the bytes behind it.
+        """Parses the newest head again, without `Upgrade`, and then the bytes behind it.
 
-        llhttp takes everything behind such a head for another protocol, and httptools gives no way to tell it that
-        the server declined. It would take the request's body for the next request.
+        llhttp takes everything behind such a head for another protocol, and httptools cannot tell it that the server
+        declined. It would take the request's body for the next request.
         """
         while True:
             head = self._declined_head()
@@ -89,23 +92,23 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
                 return
 
     def _declined_head(self) -> bytes:
-        """Returns the head that was just read; `admit` took `Upgrade` out of its fields."""
+        """Returns the head that was just parsed, without `Upgrade`, which `admit` removed."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % field for field in self.headers]
         return b"\r\n".join([*lines, b"", b""])
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a field, as uvicorn does, but without the blanks behind its value, which llhttp leaves."""
+        """Keeps a field as uvicorn does, but without the blanks behind its value, which llhttp keeps."""
         name = name.lower()
         if name == b"expect":
             self.expect_100_continue = True
         self.headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        """Look at a head before a request is made of it. uvicorn parses the target, and asks nothing of the fields."""
+        """Checks a head before a request is made of it; uvicorn parses the target, and does not check the fields."""
         if self._is_last:  # uvicorn would queue a request that is never answered
-            raise MalformedRequest("a request stands behind one that asked for the end of the connection")
+            raise MalformedRequest("a request follows one that asked to close the connection")
         if self._pending > MAX_HEAD_BYTES and len(self.url) + size(self.headers) > MAX_HEAD_BYTES:
             raise too_large()
         self.url = admit(self.parser.get_method(), self.url, version := self.parser.get_http_version(), self.headers)
@@ -116,20 +119,20 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1
         super().on_headers_complete()
-        self.headers = []  # for trailers: the request's own must not change any more
+        self.headers = []  # for trailers; the request keeps the old list
         if version == "1.0":
             self.cycle.send = partial(_send_without_chunks, self.cycle)
         elif self.expect_100_continue:
             self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
+        """Passes on a piece of a body."""
         self._pending = 0
         self._body_left -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End a request. uvicorn would end the one before it, if this one has `Upgrade`."""
+        """Ends a request; uvicorn would end the previous one if this one has `Upgrade`."""
         if self.parser.should_upgrade():
             return  # see `_read_again`
         if self.headers:
@@ -142,7 +145,9 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
 
     @property
     def _piece(self) -> int:
-        """A body with a length is one event for each piece; no request behind it is in the piece that ends it."""
+        """The size of the next piece: a body with a length is one event per piece,
+        and its last piece has no request behind it.
+        """
         return max(PIECE, self._body_left)
 
     @property
@@ -158,7 +163,7 @@ class HttpToolsConnection(Guarded, HttpToolsProtocol):
 
 
 class H11Connection(Guarded, H11Protocol):
-    """A connection read by the parser in Python."""
+    """A connection that h11, in Python, parses."""
 
     conn: StrictH11
 
@@ -173,26 +178,31 @@ class H11Connection(Guarded, H11Protocol):
 
     @property
     def _piece(self) -> int:
-        """A body with a length is one event for each piece, and so is what is left of a chunk. Many small chunks in a
-        large piece would keep h11 busy for long, also behind a head."""
+        """The size of the next piece.
+
+        A body with a length is one event per piece, and so is the rest of a chunk. Many small chunks in a large piece
+        would keep h11 busy for long, also behind a head.
+        """
         if not self.conn.is_in_body:
             return _HEAD_PIECE
         return _LARGE_PIECE if self.conn.has_length else min(_LARGE_PIECE, max(_SMALL_PIECE, self.conn.left_in_chunk))
 
     @property
     def _ignores_input(self) -> bool:
-        """h11 would refuse data behind a request that asked for the end of the connection."""
+        """Whether input is dropped; h11 would refuse data behind a request that asked for the end of the connection."""
         return self.conn.their_state in (h11.MUST_CLOSE, h11.CLOSED) or super()._ignores_input
 
     def handle_events(self) -> None:
-        """Begin to answer a request; its answer is not sent before this returns."""
+        """Begins to answer a request; the answer is not sent before this returns."""
         newest = self.cycle
         super().handle_events()
         if self.cycle is not newest and self.cycle.waiting_for_100_continue:
             self.cycle.send = partial(_send_once_continued, self.cycle, self.cycle.send)
 
     def send_400_response(self, _message: str) -> None:
-        """Refuse. uvicorn calls this while it handles the parser's exception, and would answer in plain text."""
+        """Refuses a request. uvicorn calls this while it handles the parser's
+        exception, and would answer in plain text.
+        """
         self._refuse(_reason(sys.exc_info()[1]))
 
     @property
@@ -201,8 +211,10 @@ class H11Connection(Guarded, H11Protocol):
 
 
 async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[None]], message: Message) -> None:
-    """End the connection with an answer that comes before `100 Continue` and before the body: the client may still send
-    the body or leave it out (RFC 9110, section 10.1.1), so that the service cannot know where the next request begins.
+    """Closes the connection after an answer that is sent before `100 Continue` and before the body.
+
+    The client may then send the body or omit it (RFC 9110, section 10.1.1), so the service cannot know where the next
+    request begins.
     """
     is_body_optional = cycle.waiting_for_100_continue and cycle.more_body and not cycle.body
     if message["type"] == "http.response.start" and is_body_optional:
@@ -211,8 +223,10 @@ async def _send_once_continued(cycle: Any, send: Callable[[Message], Awaitable[N
 
 
 async def _send_without_chunks(cycle: Any, message: Message) -> None:
-    """Answer HTTP/1.0, which has no chunks: the end of the connection ends a body without a length. uvicorn sends
-    chunks, unless its cycle knows the length."""
+    """Answers HTTP/1.0 without chunks: closing the connection ends a body without a length.
+
+    uvicorn sends chunks, unless its cycle knows the length.
+    """
     if message["type"] == "http.response.start":
         cycle.chunked_encoding = False
     else:
@@ -221,7 +235,9 @@ async def _send_without_chunks(cycle: Any, message: Message) -> None:
 
 
 def _reason(found: BaseException | None) -> PrefixServiceError:
-    """What a parser's exception is here: ours came through it, or it says why itself."""
+    """Returns a parser's exception as an error of this project: the one
+    that it was raised for, or one with its text.
+    """
     why: BaseException | None = found
     while why is not None:
         if isinstance(why, PrefixServiceError):

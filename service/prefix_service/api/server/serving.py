@@ -1,4 +1,4 @@
-"""One process that serves: uvicorn's `Server`, whose app fails and ends in this project's words."""
+"""One serving process: uvicorn's `Server`, with this project's errors if the app cannot open."""
 
 import asyncio
 import contextlib
@@ -18,20 +18,24 @@ from prefix_service.api.server.protocols import connection_class
 from prefix_service.settings import Settings
 
 GRACE: Final = 30
-"""Seconds that requests under way have once the service is asked to end."""
+"""Seconds in which requests in progress can finish once the service is asked to end."""
 
 _SWITCH: Final = 0.001
-"""Seconds after which a thread that computes hands Python's lock to the event loop, which asks for it again after each
-operation of torch; Python's own 5 ms, ten times in an answer, are a neighbour's latency."""
+"""Seconds after which a computing thread yields the GIL to the event loop, which needs it after each operation of
+torch. With CPython's default of 5 ms, ten waits per answer would add 50 ms to another caller's latency.
+"""
 
 
 class Server(uvicorn.Server):
-    """Serves an app on sockets that listen already; `on_ready` is called on the event loop once the app is open.
+    """Serves an app on listening sockets; calls `on_ready` on the event loop once the app is open, and
+    `on_end` when the server is asked to end, before it waits for the requests in progress.
 
-    The server opens the app itself. uvicorn would log a traceback where the app cannot open, and hide the reason.
+    The server opens the app itself: if that fails, uvicorn would log a traceback and hide the reason.
     """
 
-    def __init__(self, settings: Settings, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: Settings, app: FastAPI, on_ready: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=connection_class(settings),
@@ -40,34 +44,34 @@ class Server(uvicorn.Server):
             ws="none",
             log_config=None,
             access_log=False,
-            proxy_headers=False,  # nothing here asks who the caller was, or by which scheme he came
+            proxy_headers=False,  # nothing here needs the caller's address or scheme
             server_header=False,
             timeout_graceful_shutdown=GRACE,
         )
         super().__init__(config)
-        self._app, self._on_ready = app, on_ready
+        self._app, self._on_ready, self._on_end = app, on_ready, on_end
         self._opened = contextlib.AsyncExitStack()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the app, then accept connections.
+        """Opens the app, then accepts connections.
 
         Raises:
-            PrefixServiceError: the app cannot open, for the reason that it gives.
+            PrefixServiceError: the app cannot open.
         """
         sys.setswitchinterval(_SWITCH)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._app.router.lifespan_context(self._app))
-            self._app.openapi()  # takes 0.2 s: the first who asks for the document does not stop the loop for it
+            self._app.openapi()  # takes 0.2 s, which the first caller of the document would block the loop for
             await super().startup([])
             self._acceptor = Acceptor(sockets or [], self._protocol)
             self._opened = stack.pop_all()
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the streams, finish the requests under way, then close the app."""
-        self._app.state.ending.set()
+        """Finishes the requests in progress, then closes the app."""
         async with self._opened:
             await self._acceptor.close()
+            self._on_end()
             await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
@@ -76,7 +80,7 @@ class Server(uvicorn.Server):
 
 
 def end_in_order_on(*signals: signal.Signals) -> None:
-    """Let these signals end the process with status 0; uvicorn raises them again once it has finished."""
+    """Lets these signals end the process with status 0; uvicorn raises them again once it has finished."""
     for number in signals:
         signal.signal(number, _end)
 

@@ -1,7 +1,7 @@
-"""h11, as strict about lines and chunks as llhttp, which `httptools` uses.
+"""h11, made as strict about lines and chunks as llhttp, which `httptools` uses.
 
-h11 accepts several spellings that another parser in front of the service may read in another way. This module replaces
-its receive buffer, which h11 (0.16) asks for whole lines, and checks each parsed head as `framing` says.
+h11 accepts several spellings that another parser in front of the service may read differently. This module replaces its
+receive buffer, from which h11 (0.16) takes whole lines, and checks each parsed head by the rules of `framing`.
 """
 
 import re
@@ -32,7 +32,7 @@ _CHUNK: Final = re.compile(
 
 
 class StrictH11(h11.Connection):
-    """The server's side of a connection; refuses what `framing` refuses, by h11's own RemoteProtocolError."""
+    """The server's side of a connection; refuses what `framing` refuses, with h11's own RemoteProtocolError."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
@@ -42,15 +42,18 @@ class StrictH11(h11.Connection):
 
     @property
     def left_in_chunk(self) -> int:
-        """Bytes of a chunked body's newest chunk that are still to come, as far as h11 has read its size."""
+        """Bytes of a chunked body's newest chunk that are still to come, if h11 has read its size."""
         left: int = getattr(self._reader, "_bytes_in_chunk", 0)
         return left
 
     def next_event(self) -> Any:
-        """Parse the next event; a request's target is in origin-form.
+        """Parses the next event; a request's target is in origin-form.
 
-        h11 bounds heads that are incomplete only, refuses empty lines in front of a request, and leaves the rest of
+        h11 bounds incomplete heads only, refuses empty lines in front of a request, and leaves the other rules of
         `framing` to its user.
+
+        Raises:
+            h11.RemoteProtocolError: the request is refused.
         """
         if self.their_state is h11.IDLE:
             self._lines.skip_empty_lines()
@@ -67,7 +70,7 @@ class StrictH11(h11.Connection):
         return event
 
     def send(self, event: Any) -> Any:
-        """Serialize without the copy that `h11.Connection.send` makes."""
+        """Serializes an event without the copy that `h11.Connection.send` makes."""
         pieces = self.send_with_data_passthrough(event)
         return pieces if pieces is None else pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -84,19 +87,19 @@ def _admitted(event: h11.Request) -> h11.Request:
 
 
 class _StrictBuffer(ReceiveBuffer):
-    """Lines end in CRLF and are not folded; a length is given once, in digits; chunk sizes have no blanks.
+    """A buffer whose lines end in CRLF and are not folded, with one numeric length, and chunk sizes without blanks.
 
-    Like llhttp, which does not report any of them, it accepts several spaces between the parts of a request line, takes
-    `Proxy-Connection` for `Connection`, and takes RTSP and ICE for HTTP with the methods that they share.
+    Like llhttp, which reports none of them, it accepts several spaces between the parts of a request line, reads
+    `Proxy-Connection` as `Connection`, and reads RTSP and ICE as HTTP for the methods that they share.
     """
 
     def skip_empty_lines(self) -> None:
-        """Drop the line ends in front of a request (RFC 9112, section 2.2)."""
+        """Drops the line ends in front of a request (RFC 9112, section 2.2)."""
         if self._data.startswith((b"\r", b"\n")):
             self._extract(len(self._data) - len(self._data.lstrip(b"\r\n")))
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
-        """Extract a head or trailers: all lines up to the first empty one, None if that did not arrive yet."""
+        """Extracts a head or trailers: all lines up to the first empty one; None if it has not arrived yet."""
         if self._data[:2] == b"\r\n":  # no trailers
             self._extract(2)
             return []
@@ -117,7 +120,7 @@ class _StrictBuffer(ReceiveBuffer):
         return [bytearray(request_line), *map(bytearray, lines)]
 
     def maybe_extract_next_line(self) -> bytearray | None:
-        """Extract the line of a chunk's size, without extensions and leading zeros; None if it did not arrive yet."""
+        """Extracts a chunk's size line, without extensions and leading zeros; None if it has not arrived yet."""
         line = super().maybe_extract_next_line()
         if line is None:
             return None

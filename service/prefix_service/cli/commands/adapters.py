@@ -1,9 +1,11 @@
 """`list`, `versions`, `inspect`, `diff` and `rm`: what is published."""
 
 import contextlib
+import difflib
 import heapq
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
@@ -33,12 +35,17 @@ if TYPE_CHECKING:
 Item = Mapping[str, Any]
 
 
+_IN_PARALLEL: Final = 8
+_LONGEST_NOTE: Final = 40  # characters of an annotation in a table
+
+
 class Sort(StrEnum):
     """The order of a listing of adapters."""
 
     NAME = "name"
     CREATED = "-created"
     BYTES = "-bytes"
+    USED = "-used"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,19 +58,19 @@ def register(app: typer.Typer) -> None:
 
 
 def list_adapters(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant.")] = None,
+    tenant: Annotated[str | None, typer.Argument(metavar="TENANT", help="The tenant.")] = None,
     every_tenant: Annotated[bool, typer.Option("--all", help="The adapters of all tenants.")] = False,
     search: Annotated[str | None, typer.Option(help="Only adapters whose names hold this.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
     sort: Annotated[
-        Sort, typer.Option(help="By name, the latest publication first, or the most bytes first.")
+        Sort, typer.Option(help="By name, or the latest publication, the most bytes, or the most used first.")
     ] = Sort.NAME,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many, the first.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only so many, the first.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """List the adapters of a tenant, or with --all those of all tenants; the size is that of all versions."""
+    """List the adapters of a tenant, or with --all of all tenants. The size is that of all versions."""
     if (tenant is None) != every_tenant:
         raise InvalidRequest("list the adapters of one tenant with `list TENANT`, or those of all with `list --all`")
     asked = {"search": search, "base_model": base_model, "sort": sort.value}
@@ -77,7 +84,16 @@ def list_adapters(
         return
     columns = ["adapter", "latest", "tokens", "dtype", "size", "created (UTC)", "aliases", "base model"]
     title = "Adapters of all tenants" if tenant is None else f"Adapters of {tenant}"
-    print_table(title, columns, [_listed(item, with_tenant=every_tenant) for item in items])
+    rows = [_listed(item, with_tenant=every_tenant) for item in items]
+    if sort is Sort.USED:
+        columns.insert(1, "requests")
+        for row, item in zip(rows, items, strict=True):
+            row.insert(1, item["used"])
+    base_models = {row[-1] for row in rows}
+    if len(base_models) == 1 and None not in base_models:  # a long name in every row leaves no room for the others
+        title += f", all for {base_models.pop()}"
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(title, columns, rows)
 
 
 def _adapters(client: "PrefixClient", tenant: str, asked: Mapping[str, str | None], limit: int | None) -> list[Item]:
@@ -93,7 +109,7 @@ def _of_all_tenants(
         name = item["tenant"], item["adapter"]
         if sort is Sort.CREATED:
             return -datetime.fromisoformat(item["latest"]["created"]).timestamp(), *name
-        return (-item["bytes"], *name) if sort is Sort.BYTES else name
+        return name if sort is Sort.NAME else (-item[sort.value.removeprefix("-")], *name)
 
     listings = []
     for tenant in client.tenants():
@@ -122,23 +138,40 @@ def versions(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """List the versions of an adapter, newest first."""
-    with connect(url, api_key) as client:
+    """List the versions of an adapter, newest first.
+
+    `inspect` shows the whole of an annotation that is cut short here, and the model card.
+    """
+    with connect(url, api_key) as client, working(f"listing the versions of {adapter}"):
         items = client.versions(adapter)
+        names = [f"{item['tenant']}/{item['adapter']}@{item['version']}" for item in items]
+        with ThreadPoolExecutor(_IN_PARALLEL) as threads:
+            annotations = list(threads.map(client.annotations, names))
     if as_json:
-        print_json({"items": items})
+        print_json({"items": [{**item, "annotations": it} for item, it in zip(items, annotations, strict=True)]})
         return
+    noted = [" ".join(f"{key}={_short(text)}" for key, text in it.items()) for it in annotations]
     columns = ["version", "created (UTC)", "tokens", "dtype", "size", "aliases", "digest"]
-    print_table(f"Versions of {adapter}", columns, [_version(item) for item in items])
+    rows = [_version(item) for item in items]
+    if any(noted):
+        columns.append("annotations")
+        rows = [[*row, text] for row, text in zip(rows, noted, strict=True)]
+    print_table(f"Versions of {adapter}", columns, rows)
 
 
-def _version(item: Mapping[str, Any]) -> list[object]:
+def _version(item: Item) -> list[object]:
     size, aliases = human_bytes(item["size"]["key_values"]), ", ".join(item["aliases"])
     created = human_time(item["created"])
     return [item["version"], created, item["num_virtual_tokens"], item["dtype"], size, aliases, item["digest"]]
 
 
-_SHOWN_APART: Final = frozenset({"config", "size", "residency", "annotations", "card", "float8"})
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_NOTE else f"{text[: _LONGEST_NOTE - 1]}…"
+
+
+_SHOWN_APART: Final = frozenset(
+    {"config", "size", "residency", "annotations", "card", "base_model", "float8", "created"},
+)
 
 
 def inspect(
@@ -148,21 +181,27 @@ def inspect(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show what the service knows of a version, and what float8 on the wire would cost it."""
+    """Show what the service knows of a version.
+
+    That is its config, sizes, residency, annotations and model card. --float8 shows what float8 on the wire would cost.
+    """
     with connect(url, api_key) as client:
         found = dict(client.inspect(reference))
         same = f"{found['tenant']}/{found['adapter']}@{found['version']}"
         found["annotations"] = client.annotations(same)
         found["card"] = client.card(same)
+        found["base_model"] = client.base_model(same).known()
         if float8:
             found["float8"] = asdict(client.float8_error(reference))
     if as_json:
         print_json(found)
         return
     shown = {name: value for name, value in found.items() if name not in _SHOWN_APART}
+    shown["created (UTC)"] = human_time(found["created"])
     shown |= {f"size: {name}": human_bytes(count) for name, count in found["size"].items()}
     shown |= {f"residency: {name}": value for name, value in found["residency"].items()}
     shown |= {f"annotation: {key}": value for key, value in found["annotations"].items()}
+    shown |= {f"base model: {name}": _written(value) for name, value in found["base_model"].items()}
     shown["aliases"] = ", ".join(found["aliases"])
     if float8:
         shown |= _float8(found["float8"])
@@ -187,13 +226,18 @@ def diff(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show how two versions differ: config, sizes, and how far keys and values are apart, layer by layer."""
+    """Show how two versions differ, down to each layer.
+
+    That is their configs, sizes, annotations and model cards, and how far keys and values are apart, layer by layer.
+    """
     from prefix_service.client.prefixes.difference import differences
 
     with connect(url, api_key) as client, working(f"comparing {first} and {second}"):
         about = [client.inspect(reference) for reference in (first, second)]
         # By digest: an alias may move meanwhile.
-        one, other = (client.get(f"{it['tenant']}/{it['adapter']}@{it['digest']}") for it in about)
+        fixed = [f"{it['tenant']}/{it['adapter']}@{it['digest']}" for it in about]
+        one, other = map(client.get, fixed)
+        annotations, cards = list(map(client.annotations, fixed)), list(map(client.card, fixed))
     names = [f"{it['tenant']}/{it['adapter']}@{it['version']}" for it in about]
     layers: list[LayerDifference] | None = None
     reason: str | None = None
@@ -201,28 +245,42 @@ def diff(
         layers = differences(one, other)
     except InvalidRequest as error:
         reason = str(error)
-    changed = _changed(*(_comparable(it) for it in about))
+    changed = _changed(*map(_comparable, about, annotations))
     if as_json:
         apart = None if layers is None else [asdict(layer) for layer in layers]
         shown = [{"version": name, "digest": it["digest"]} for name, it in zip(names, about, strict=True)]
+        changed |= _changed(*({"card": card} for card in cards))
         print_json({"first": shown[0], "second": shown[1], "changed": changed, "layers": apart, "reason": reason})
         return
-    if about[0]["digest"] == about[1]["digest"]:
+    if is_same := about[0]["digest"] == about[1]["digest"]:
         say(f"{names[0]} and {names[1]} have the same content: {about[0]['digest']}")
-        return
-    rows: list[list[object]] = [[name, *map(_written, pair)] for name, pair in changed.items()]
+        if fixed[0] == fixed[1]:
+            return
+    # Two digests in a row have room on no terminal, and `versions` shows them.
+    rows: list[list[object]] = [
+        [name, *map(_written, pair)] for name, pair in changed.items() if name not in ("digest", "weights")
+    ]
     print_table(f"{names[0]} and {names[1]}", ["what differs", *names], rows)
-    if layers is None:
-        say(str(reason))
-    else:
+    if reason is not None:
+        say(reason)
+    elif layers is not None and not is_same:
         _show_layers(layers)
+    before, after = (card.splitlines() for card in cards)
+    if differing := list(
+        difflib.unified_diff(before, after, f"card of {names[0]}", f"card of {names[1]}", lineterm="")
+    ):
+        say()
+        say_lines("\n".join(differing))
 
 
-def _comparable(version: Item) -> dict[str, Any]:
-    """Returns what may differ between two versions: when and of what they were made, sizes, and the config's fields."""
+def _comparable(version: Item, annotations: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what may differ between two versions: when and of what they were made, sizes, the config's fields, and
+    annotations."""
     sizes = {f"bytes of {name}": count for name, count in version["size"].items()}
     config = {f"config: {name}": value for name, value in sorted(version["config"].items())}
-    return {name: version[name] for name in ("created", "digest", "weights", "dtype")} | sizes | config
+    noted = {f"annotation: {key}": text for key, text in annotations.items()}
+    fixed = {name: version[name] for name in ("created", "digest", "weights", "dtype")}
+    return fixed | sizes | config | noted
 
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -258,7 +316,7 @@ def remove(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Delete an adapter with all its versions, or one version that no alias points at."""
+    """Delete an adapter, or one version that no alias points at."""
     confirm(f"delete {reference}" if "@" in reference else f"delete {reference} with all its versions", yes=yes)
     with connect(url, api_key) as client:
         client.delete(reference)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 import typer
 
 from prefix_service.cli.console import human_bytes, print_json, print_table, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
-from prefix_service.prefix.form import KVDtype
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, address, connect
 from prefix_service.prefix.references import parse_qualified
+from prefix_service.prefix.variant import KVDtype
 
 if TYPE_CHECKING:
     from prefix_service.client import Prefix, PrefixClient
@@ -39,17 +39,24 @@ class Measured:
 
 def bench(
     reference: Ref,
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long each row is measured.")] = 2.0,
-    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Threads of the row with many at a time.")] = 8,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="How long each row is measured.")
+    ] = 2.0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Threads of the row with many at a time.")
+    ] = 8,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this service from this machine: latency and bytes a second of fetching one adapter.
+    """Measure how fast this service is from this machine.
 
-    A fetch brings the whole prefix. "Unchanged" asks whether the cached prefix is current, as a worker does before each
-    batch; a version or a digest is never asked for again, so it has no such row.
+    That is the latency, and the bytes a second, of fetching one adapter. A fetch brings the whole prefix. "Unchanged"
+    asks whether the cached prefix is current, as a worker does before each batch; a version or a digest is never asked
+    for again, so it has no such row.
     """
     kind = cast("KVDtype | None", dtype)  # the client checks it
     rows: list[Measured] = []
@@ -69,11 +76,11 @@ def bench(
             client.get(reference, dtype=kind)
             rows += [_measured("unchanged (304)", lambda: client.get(reference, dtype=kind), seconds, 1, 0)]
     if as_json:
-        found = {"version": prefix.version, "bytes": nbytes, "url": url, "rows": [asdict(row) for row in rows]}
+        found = {"version": prefix.version, "bytes": nbytes, "url": address(url), "rows": [asdict(row) for row in rows]}
         print_json(found)
         return
     columns = ["what", "requests", "p50", "p99", "requests/s", "bytes/s"]
-    title = f"{reference} = version {prefix.version}, {human_bytes(nbytes)}, from {url}"
+    title = f"{reference} = version {prefix.version}, {human_bytes(nbytes)}, from {address(url)}"
     print_table(title, columns, [_shown(row) for row in rows])
 
 

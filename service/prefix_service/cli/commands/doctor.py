@@ -2,23 +2,23 @@
 
 import os
 import platform
-import shutil
 import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
+from prefix_service.cli.checks.check import Check
+from prefix_service.cli.checks.folder import folder_checks
 from prefix_service.cli.commands.serve import load_settings
 from prefix_service.cli.console import human_bytes, print_json, print_table, say, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, address, chosen_socket, connect
 from prefix_service.errors import (
     ConnectionFailed,
     InvalidInput,
@@ -27,16 +27,12 @@ from prefix_service.errors import (
     PrefixServiceError,
     Unauthenticated,
 )
-from prefix_service.system.disk import LEAST_FREE_BYTES
 
 if TYPE_CHECKING:
-    from prefix_service.client.flows.flows import Flow
-    from prefix_service.client.protocol import Answer
+    pass
 
-_LITTLE_SPACE: Final = 1 << 30
 _CLOCK: Final = 30.0  # seconds that two clocks may differ
 _SOON: Final = timedelta(days=7)
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _PACKAGES: Final = ("torch", "safetensors", "transformers", "vllm")
 _MAKE_A_KEY: Final = (
     "set PREFIX_API_KEY: `prefix-service key create` makes a key, and the first one is in the file bootstrap.key of "
@@ -49,24 +45,15 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """A finding, and advice where it is not good. `failed` means that this machine cannot fetch prefixes."""
-
-    name: str
-    state: Literal["ok", "warning", "failed"]
-    found: str
-    advice: str = ""
-
-
 def doctor(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Look for what keeps this machine from working with its service, and say what to do.
+    """Find what is wrong here or with the service, and what to do.
 
     Checks versions, settings, the service's address, the key, the clock, the disk, permissions and the device, also
     while the service is away. Exit status 1 if a check failed; a warning is none.
     """
     with working("looking"):
-        checks = [*_of_service(url, api_key), _settings(), _disk(), *_permissions(), _device()]
+        here = folder_checks(Path(os.environ.get("PREFIX_DATA_DIR", "data")), os.geteuid())
+        checks = [*_of_service(url, api_key), _settings(), *here, _device()]
     has_failed = any(check.state == "failed" for check in checks)
     if as_json:
         print_json({"ok": not has_failed, "checks": [asdict(check) for check in checks]})
@@ -86,30 +73,35 @@ def _of_service(url: str, api_key: str | None) -> Iterator[Check]:
     try:
         with connect(url, api_key, shows_progress=True) as client:
             took = (time.perf_counter() - began) * 1000
-            answer = client._transport.run(_asked("/openapi.json"))  # no method returns the Date field
-            now = time.time()
-            yield _versions(str(answer.json_object().get("info", {}).get("version")))
-            yield Check("service", "ok", f"{url} is ready, and answered in {took:.0f} ms")
+            service, now = client.service(), datetime.now(UTC)
+            yield _versions(service.version)
+            yield Check("service", "ok", f"{address(url)} is ready, and answered in {took:.0f} ms")
             try:
                 yield _key(client.whoami(), has_key=api_key is not None)
             except PrefixServiceError as error:
                 yield _no_key(error, api_key)
-            yield _clock(answer.headers.get("date", ""), now)
+            yield _clock(service.time, now)
     except PrefixServiceError as error:
         yield _versions(None)
-        yield Check("service", "failed", str(error), _what_to_do(error))
+        yield Check("service", "failed", str(error), _closed_socket() or _what_to_do(error))
 
 
-def _asked(path: str) -> "Flow[Answer]":
-    from prefix_service.client.protocol import Request
-
-    answer: Answer = yield Request("GET", path)
-    return answer
+def _closed_socket() -> str | None:
+    """Returns what to do about a Unix socket that this user may not use; None if it is none or he may."""
+    socket = chosen_socket()
+    try:
+        if socket is None or os.access(socket, os.W_OK):
+            return None
+        found = socket.stat()
+    except OSError:
+        return None
+    mode = stat.S_IMODE(found.st_mode)
+    return f"run it as user {found.st_uid} or in group {found.st_gid}: the socket has mode {mode:o}"
 
 
 def _what_to_do(error: PrefixServiceError) -> str:
     if isinstance(error, ConnectionFailed):
-        return "start the service with `prefix-service serve`, or name another with PREFIX_URL or --url"
+        return "start the service with `prefix-service serve`, or name another with PREFIX_URL, --url or --uds"
     if isinstance(error, InvalidResponse):
         return "something else listens there: correct PREFIX_URL or --url"
     if isinstance(error, InvalidInput):
@@ -160,12 +152,11 @@ def _no_key(error: PrefixServiceError, api_key: str | None) -> Check:
     return Check("key", "failed", str(error), _what_to_do(error))
 
 
-def _clock(date: str, now: float) -> Check:
-    """Compare this machine's clock with the date of an answer, which has whole seconds."""
-    try:
-        ahead = now - parsedate_to_datetime(date).timestamp()
-    except ValueError:
+def _clock(of_service: datetime | None, now: datetime) -> Check:
+    """Compare this machine's clock with that of the service."""
+    if of_service is None:
         return Check("clock", "warning", "not checked: the service sent no date")
+    ahead = (now - of_service).total_seconds()
     if abs(ahead) <= _CLOCK:
         return Check("clock", "ok", f"within {max(1, round(abs(ahead)))} s of the service's")
     where = "ahead of" if ahead > 0 else "behind"
@@ -183,40 +174,6 @@ def _settings() -> Check:
         return Check("settings", "failed", str(error), "correct or unset that variable")
     given = sorted(name for name in os.environ if name.startswith("PREFIX_"))
     return Check("settings", "ok", ", ".join(given) or "no PREFIX_… variable is set")
-
-
-def _data_folder() -> Path:
-    return Path(os.environ.get("PREFIX_DATA_DIR", "data"))
-
-
-def _disk() -> Check:
-    folder = _data_folder() if _data_folder().is_dir() else Path.cwd()
-    free = shutil.disk_usage(folder).free
-    found = f"{human_bytes(free)} free in {folder.resolve()}"
-    advice = "make room, or put the data folder on another disk with PREFIX_DATA_DIR"
-    if free < LEAST_FREE_BYTES:
-        return Check("disk", "failed", found, advice)
-    return Check("disk", "warning", found, advice) if free < _LITTLE_SPACE else Check("disk", "ok", found)
-
-
-def _permissions() -> Iterator[Check]:
-    """Whether this user may run a service on the data folder, and whether others may read what is secret in it."""
-    folder = _data_folder()
-    if not folder.is_dir():
-        yield Check("permissions", "ok", f"there is no data folder {folder} here, and a worker needs none")
-        return
-    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        owner = folder.stat().st_uid
-        found = f"{folder} belongs to user {owner}, and user {os.geteuid()} may not write to it"
-        yield Check("permissions", "failed", found, f"run it as that user, or: chown -R {os.geteuid()} {folder}")
-        return
-    secret = [path for path in (folder, folder / "key.secret", folder / "bootstrap.key") if path.exists()]
-    open_ones = [str(path) for path in secret if path.stat().st_mode & _OTHERS]
-    if open_ones:
-        found = f"others may use {', '.join(open_ones)}"
-        yield Check("permissions", "warning", found, f"chmod go= {' '.join(open_ones)}")
-    else:
-        yield Check("permissions", "ok", f"{folder} is this user's alone")
 
 
 def _device() -> Check:

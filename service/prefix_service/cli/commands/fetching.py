@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_args
 import typer
 from rich.progress import Progress
 
-from prefix_service.checkpoints.names import CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.cli.console import errors_console, human_bytes, print_json, print_table, say
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Ref, Url, connect
 from prefix_service.errors import Conflict, InvalidRequest, InvalidResponse, StorageFailed
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from prefix_service.prefix.variant import KVDtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,13 +39,18 @@ def register(app: typer.Typer) -> None:
 def fetch(
     reference: Ref,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: only show.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float8_e4m3fn.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16, bfloat16 or float8_e4m3fn.")
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch a prefix as a worker would, and show or save its tensors and metadata (safetensors)."""
+    """Fetch a prefix as a worker would; show or save its tensors.
+
+    A file that is saved is safetensors, with the metadata that the service sends.
+    """
     if output is not None:
         check_output(output)
     import torch  # noqa: F401 - takes longer than the fetch that is timed
@@ -97,25 +102,38 @@ def pull(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Write the PEFT folder of a version again: its weights byte for byte, its config as PEFT writes it."""
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    """Write the PEFT folder of a version again.
+
+    Config and weights come byte for byte as they were uploaded, the model card as README.md; annotations are printed. A
+    version that was made of others, or published to an older service, has its config as PEFT writes it.
+    """
+    for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME):
         if (folder / name).exists():
             raise Conflict(f"{folder / name} exists: choose an empty folder")
     with connect(url, api_key) as client:
         version = client.inspect(reference)
+        annotations = client.annotations(_by_digest(version))
         try:
             _write(client, version, folder)
         except OSError as error:
             raise StorageFailed(f"{folder} cannot be written: {error.strerror}") from error
     if as_json:
-        print_json({**version, "folder": str(folder)})
+        print_json({**version, "annotations": annotations, "folder": str(folder)})
         return
     say(f"pulled {version['tenant']}/{version['adapter']}@{version['version']} to {folder}")
     say(f"digest {version['digest']}")
+    for key, text in annotations.items():
+        say(f"annotation {key}={text}")
+
+
+def _by_digest(version: Mapping[str, Any]) -> str:
+    """Returns a version's name that stays: an alias may move meanwhile."""
+    return f"{version['tenant']}/{version['adapter']}@{version['digest']}"
 
 
 def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> None:
-    """Write the config and the weights of a version; after a failure neither is there.
+    """Write the config, the model card if there is one, and the weights of a version; after a failure there are no
+    weights.
 
     Raises:
         InvalidResponse: what came is not the weights file of this version.
@@ -125,17 +143,16 @@ def _write(client: "PrefixClient", version: Mapping[str, Any], folder: Path) -> 
     partial = folder / f"{WEIGHTS_NAME}.partial"
     try:
         _download(client, version, partial)
-        # As PEFT's save_pretrained does.
-        config = json.dumps(version["config"], indent=2, sort_keys=True)
-        (folder / CONFIG_NAME).write_text(config)
+        (folder / CONFIG_NAME).write_bytes(client.config_file(_by_digest(version)))
+        if card := client.card(_by_digest(version)):
+            (folder / CARD_NAME).write_bytes(card.encode())
         partial.rename(folder / WEIGHTS_NAME)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _download(client: "PrefixClient", version: Mapping[str, Any], file: Path) -> None:
-    # By digest: an alias may move meanwhile.
-    reference = f"{version['tenant']}/{version['adapter']}@{version['digest']}"
+    reference = _by_digest(version)
     size, digest = version["size"]["weights"], hashlib.sha256()
     bar = Progress(console=errors_console, transient=True, disable=not errors_console.is_terminal)
     with file.open("wb") as opened, bar as progress:

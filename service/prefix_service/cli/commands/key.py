@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 import typer
 
 from prefix_service.cli.commands.serve import load_settings
-from prefix_service.cli.console import human_time, note, print_json, print_table, say
+from prefix_service.cli.console import human_time, note, print_json, print_table, report
 from prefix_service.cli.moments import parse_duration, parse_end
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect, unfolded
 from prefix_service.errors import InvalidRequest, NotFound, PrefixServiceError
 from prefix_service.prefix.references import check_name
 
@@ -23,18 +23,13 @@ if TYPE_CHECKING:
     from prefix_service.catalog.tenants import Tenants
     from prefix_service.client import PrefixClient
 
-key_app = typer.Typer(help="Make, list, rotate and revoke keys of a service, or of one that is stopped (--data-dir).")
+key_app = typer.Typer(help="Make, list, rotate and revoke keys. --data-dir works on a stopped service's folder.")
 
 Scope: TypeAlias = Literal["metrics", "read", "write", "admin"]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="The id that `key list` shows.")]
-TenantOption = Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")]
-Platform = Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")]
 Expires = Annotated[
     str | None,
     typer.Option(metavar="MOMENT", help="When it ends: 2027-01-31, 2027-01-31T12:00:00Z, or 90d from now. In UTC."),
-]
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Work on the data folder of a stopped service instead.")
 ]
 
 
@@ -140,71 +135,75 @@ def _shown(key: "Key") -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def _keys(url: str, api_key: str | None, data_dir: Path | None) -> Iterator[_Keys]:
-    """The keys of the service, or of a data folder if there is one given."""
-    if data_dir is None:
-        with connect(url, api_key) as client:
-            yield _OfService(client)
-        return
-    from prefix_service.data_folder.opening import keys_of
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Whose keys a command is about, and where they are kept."""
 
-    with keys_of(load_settings({"data_dir": data_dir})) as (keyring, tenants):
-        yield _OfFolder(keyring, tenants)
+    tenant: Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")] = None
+    platform: Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")] = False
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Work on the data folder of a stopped service instead.")
+    ] = None
+    url: Url = DEFAULT_URL
+    api_key: ApiKey = None
 
+    @contextlib.contextmanager
+    def keys(self) -> Iterator[_Keys]:
+        """The keys of the service, or of a data folder if there is one given."""
+        if self.data_dir is None:
+            with connect(self.url, self.api_key) as client:
+                yield _OfService(client)
+            return
+        from prefix_service.data_folder.opening import keys_of
 
-def _named(tenant: str | None, platform: bool) -> str | None:
-    """Returns the tenant whose key was named, None for the platform.
+        with keys_of(load_settings({"data_dir": self.data_dir})) as (keyring, tenants):
+            yield _OfFolder(keyring, tenants)
 
-    Raises:
-        InvalidRequest: both were named.
-        InvalidReference: the tenant's name is malformed.
-    """
-    if platform and tenant is not None:
-        raise InvalidRequest("a key belongs to the platform or to a tenant: give --platform or --tenant, not both")
-    return None if tenant is None else check_name("tenant", tenant)
+    def named(self) -> str | None:
+        """Returns the tenant whose key was named, None for the platform.
 
+        Raises:
+            InvalidRequest: both were named.
+            InvalidReference: the tenant's name is malformed.
+        """
+        if self.platform and self.tenant is not None:
+            raise InvalidRequest("a key belongs to the platform or to a tenant: give --platform or --tenant, not both")
+        return None if self.tenant is None else check_name("tenant", self.tenant)
 
-def _owner(keys: _Keys, tenant: str | None, platform: bool) -> str | None:
-    """Returns the owner that was named, or that of the key that asks."""
-    named = _named(tenant, platform)
-    return keys.own() if named is None and not platform else named
+    def owner(self, keys: _Keys) -> str | None:
+        """Returns the owner that was named, or that of the key that asks."""
+        named = self.named()
+        return keys.own() if named is None and not self.platform else named
 
 
 @key_app.command("create")
+@unfolded
 def create_key(
     scope: Annotated[Scope, typer.Option(help="What the key may do; metrics: only read them, for the platform.")],
-    tenant: TenantOption = None,
-    platform: Platform = False,
+    asked: _Asked,
     name: Annotated[str, typer.Option(help="A note, shown in listings.")] = "",
     expires: Expires = None,
-    data_dir: DataDir = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it once; a tenant that does not exist yet is made."""
-    owner = _named(tenant, platform)
-    if owner is None and not platform:
+    """Make a key and print it once. A tenant that does not exist yet is made."""
+    owner = asked.named()
+    if owner is None and not asked.platform:
         raise InvalidRequest("say whose key it is: --platform, or --tenant and a name")
     end = None if expires is None else parse_end(expires)
-    with _keys(url, api_key, data_dir) as keys:
+    with asked.keys() as keys:
         made = keys.create(owner, scope, name, end)
     _print_made(made, as_json=as_json)
 
 
 @key_app.command("list")
+@unfolded
 def list_keys(
-    tenant: TenantOption = None,
-    platform: Platform = False,
-    data_dir: DataDir = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
+    asked: _Asked,
     as_json: Json = False,
 ) -> None:
-    """Show keys without their secrets: of a tenant, of the platform, or of whoever asks."""
-    with _keys(url, api_key, data_dir) as keys:
-        owner = _owner(keys, tenant, platform)
+    """List keys without their secrets. Without --tenant or --platform, those of the owner of the key in use."""
+    with asked.keys() as keys:
+        owner = asked.owner(keys)
         found = keys.listed(owner)
     if as_json:
         print_json({"items": found})
@@ -214,25 +213,23 @@ def list_keys(
 
 
 @key_app.command("rotate")
+@unfolded
 def rotate_key(
     key_id: KeyId,
+    asked: _Asked,
     overlap: Annotated[str, typer.Option(metavar="DURATION", help="How long both keys work: 7d, 12h or 30m.")] = "7d",
     expires: Expires = None,
-    tenant: TenantOption = None,
-    platform: Platform = False,
-    data_dir: DataDir = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Make a second key of the same scope and name, print it once, and give the first an end.
+    """Make a second key like the first, and give the first an end.
 
-    The second has no end if the first had none; else it lives as long as the first was meant to, or until --expires.
+    The second is printed once. It has the same scope and name. It has no end if the first had none; else it lives as
+    long as the first was meant to, or until --expires.
     """
     both = parse_duration(overlap)
     end = None if expires is None else parse_end(expires)
-    with _keys(url, api_key, data_dir) as keys:
-        first, second = rotate(keys, _owner(keys, tenant, platform), key_id, both, end)
+    with asked.keys() as keys:
+        first, second = rotate(keys, asked.owner(keys), key_id, both, end)
     if not as_json:
         note(f"the first key, {first['id']}, ends {human_time(first['expires'])} UTC")
         note(f"the second key, {second['id']}, ends {_end(second)}; keep it, it is shown once:")
@@ -240,22 +237,16 @@ def rotate_key(
 
 
 @key_app.command("revoke")
-def revoke_key(
-    key_id: KeyId,
-    tenant: TenantOption = None,
-    platform: Platform = False,
-    data_dir: DataDir = None,
-    url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
-) -> None:
+@unfolded
+def revoke_key(key_id: KeyId, asked: _Asked, as_json: Json = False) -> None:
     """Revoke a key: running services refuse it within seconds."""
-    with _keys(url, api_key, data_dir) as keys:
-        keys.revoke(_owner(keys, tenant, platform), key_id)
-    say(f"revoked key {key_id}")
+    with asked.keys() as keys:
+        keys.revoke(asked.owner(keys), key_id)
+    report(f"revoked key {key_id}", {"revoked": key_id}, as_json=as_json)
 
 
 def whoami(url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False) -> None:
-    """Show the key that this command line uses: whose it is, what it may do, and until when."""
+    """Show the key in use: whose it is, its scope, and its end."""
     with connect(url, api_key) as client:
         found = client.whoami()
     if as_json:

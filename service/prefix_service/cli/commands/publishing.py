@@ -12,16 +12,18 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, wrap_file
 
 from prefix_service.cli.completion import complete_adapter
-from prefix_service.cli.console import complain, errors_console, human_bytes, note, print_json, say
+from prefix_service.cli.console import complain, error_line, errors_console, human_bytes, note, print_json, say
 from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
 from prefix_service.errors import (
     Conflict,
+    InvalidConfig,
     InvalidInput,
     InvalidReference,
     InvalidRequest,
     PrefixServiceError,
     TooLarge,
 )
+from prefix_service.prefix.file_names import CONFIG_NAME
 from prefix_service.prefix.references import check_name
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def publish(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE... [TENANT/ADAPTER]",
+            metavar="SOURCE TENANT/ADAPTER",
             help="An adapter's folder or a full training checkpoint, and what to publish it as; or with --tenant any "
             "number of folders.",
         ),
@@ -73,8 +75,10 @@ def publish(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Publish trained adapters as new versions; the prefix of a full training checkpoint is cut out first. A
-    folder's README.md becomes the version's model card."""
+    """Publish trained adapters as new versions.
+
+    The prefix of a full training checkpoint is cut out first. A folder's README.md becomes the version's model card.
+    """
     annotations = parse_annotations(annotate or [], note_text)
     base = None if base_config is None else base_config.read_bytes()
     if tenant is not None:
@@ -123,6 +127,9 @@ def _publish_source(
     """Publish one adapter with a bar for its bytes. Returns the version, and whether it is new."""
     from prefix_service.checkpoints.sources import prepare_upload
 
+    beside = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    if config is None and not beside.is_file():
+        raise InvalidConfig(f"there is no {beside}: name the adapter's config with --config")
     upload = prepare_upload(source, config)
     if upload.cut_from is not None:
         note(f"cut out the prefix: {upload.cut_from}, {human_bytes(upload.size)}")
@@ -228,7 +235,12 @@ def _tell_outcomes(outcomes: Sequence[_Outcome], *, as_json: bool) -> None:
             {
                 "items": [{**version, "created_now": is_new} for version, is_new in versions],
                 "failed": [
-                    {"folder": str(outcome.folder), "code": error.code, "error": str(error)}
+                    {
+                        "folder": str(outcome.folder),
+                        "code": error.code,
+                        "error": str(error),
+                        "request_id": error.request_id,
+                    }
                     for outcome, error in failed
                 ],
                 "not_tried": [str(outcome.folder) for outcome in left],
@@ -248,7 +260,7 @@ def _tell_outcomes(outcomes: Sequence[_Outcome], *, as_json: bool) -> None:
         for tenant in dict.fromkeys(version["tenant"] for version, _ in versions if version.get("tenant_created")):
             _tell_new_tenant(tenant)
     for outcome, error in failed:
-        complain(f"{outcome.folder}: error ({error.code}): {error}")
+        complain(f"{outcome.folder}: {error_line(error)}")
     if failed:
         raise typer.Exit(1)
 
@@ -277,7 +289,7 @@ def compose(
     references: Annotated[
         list[str],
         typer.Argument(
-            metavar="TENANT/ADAPTER[@…]...",
+            metavar="TENANT/ADAPTER[@…]",
             help="The prefixes, in the order of their tokens.",
             autocompletion=complete_adapter,
         ),
@@ -286,15 +298,15 @@ def compose(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Publish the concatenation of published prefixes as a new version."""
+    """Publish the concatenation of prefixes as a new version."""
     with connect(url, api_key) as client:
         version, is_new = client.compose(adapter, references)
     _tell_published(version, is_new=is_new, as_json=as_json)
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint: a file or a folder.", exists=True)],
-    output: Annotated[Path, typer.Argument(help="Folder for the safe adapter.")],
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file or a folder.", exists=True)],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the adapter goes.")],
     config: Config = None,
     base_config: BaseConfig = None,
     unsafe: Annotated[
@@ -302,7 +314,11 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a foreign or pickled checkpoint into a safe adapter folder, on this machine."""
+    """Turn a foreign or pickled checkpoint into an adapter folder.
+
+    It is opened on this machine, by the strictest loader that can read it. The folder holds safetensors, which run no
+    code.
+    """
     from prefix_service.checkpoints.convert import convert as run
     from prefix_service.checkpoints.convert import write
     from prefix_service.prefix.checkpoint import shown_names

@@ -29,12 +29,12 @@ def register(app: typer.Typer) -> None:
 
 @residency_app.command("show")
 def show(
-    limit: Annotated[int, typer.Option(min=1, help="At most so many tenants and versions.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many tenants and versions.")] = 20,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show budgets, each tenant's part of them, and the largest versions, of the process that answers."""
+    """Show what is in memory, of which tenants and versions. It is that of the process that answers."""
     with connect(url, api_key) as client:
         found = client.residency(limit)
     if as_json:
@@ -58,7 +58,7 @@ def load(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Load a version into memory and wait; without --pin a pinned one is let go again."""
+    """Load a version into memory and wait. Without --pin a pinned version may leave memory again."""
     with connect(url, api_key) as client, working(f"loading {reference}"):
         state = client.load(reference, pinned=pin)
     if as_json:

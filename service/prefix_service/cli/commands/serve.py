@@ -44,8 +44,13 @@ def serve(
     workers: Annotated[int | None, _setting("workers", "1", "Processes on the data folder.")] = None,
     dev: Annotated[bool | None, _setting("dev", None, "No keys, on loopback only.")] = None,
     read_only: Annotated[bool | None, _setting("read_only", None, "Serve what is there, change nothing.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Run the service. The README lists the settings that have no option; they come from the environment."""
+    """Run the service.
+
+    Every option is also an environment variable; settings that have no option come from the environment alone. --json
+    logs JSON on a terminal too, and prints where the service listens, once it does.
+    """
     chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
     chosen |= {"device": device, "workers": workers, "dev": dev, "read_only": read_only}
     # What is imported stays: no collection, at the start or later, needs to look through it for garbage.
@@ -55,7 +60,7 @@ def serve(
 
     gc.freeze()
     gc.enable()
-    run(settings)
+    run(settings, as_json=as_json)
 
 
 def load_settings(chosen: dict[str, Any]) -> "Settings":
@@ -82,11 +87,11 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
 
 
 def backup(
-    target: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that does not exist yet.")],
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Copy a data folder, also while the service runs: the copy is a data folder for `serve --data-dir`."""
+    """Copy a data folder, also of a running service. The copy is a data folder for `serve --data-dir`."""
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TransferSpeedColumn
 
     from prefix_service.data_folder.backup import back_up
@@ -108,8 +113,9 @@ def backup(
 
 def openapi(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write the OpenAPI document of the service."""
+    """Write the OpenAPI document of the service. It is JSON, with or without --json."""
     from prefix_service.api.app import create_app
     from prefix_service.settings import Settings
 
@@ -121,3 +127,5 @@ def openapi(
     else:
         with written(output) as aside:
             aside.write_text(text)
+        if as_json:
+            print_json({"path": str(output)})

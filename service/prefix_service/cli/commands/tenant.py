@@ -25,7 +25,7 @@ tenant_app = typer.Typer(help="Tenants and their quotas; for the platform's admi
 
 _COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "requests/s"]
 
-Name = Annotated[str, typer.Argument(help="The tenant.")]
+Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +65,10 @@ def set_tenant(
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Make a tenant, or change its quotas; those that are not given stay as they are.
+    """Make a tenant, or change its quotas.
 
-    The service takes all quotas at once: of two changes at the same moment the later one wins whole.
+    Quotas that are not given stay as they are. The service takes all quotas at once: of two changes at the same moment
+    the later one wins whole.
     """
     given = {"max_adapters": max_adapters, "max_bytes": max_bytes, "requests_per_second": requests_per_second}
     changes = {quota: _parsed(quota, text) for quota, text in given.items() if text is not None}
@@ -82,23 +83,26 @@ def remove_tenant(
     name: Name, yes: Yes = False, url: Url = DEFAULT_URL, api_key: ApiKey = None, as_json: Json = False
 ) -> None:
     """Delete a tenant with its keys, adapters and versions."""
-    with connect(url, api_key) as client:
-        if not yes:
+    if not yes:
+        with connect(url, api_key) as client:
             has = client.tenant(name)
-            what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
-            confirm(f"delete tenant {name} with {what}", yes=yes)
+        what = f"its keys, {has['adapters']} adapters and {human_bytes(has['bytes'])}"
+        confirm(f"delete tenant {name} with {what}", yes=yes)
+    with connect(url, api_key) as client:
         client.delete_tenant(name)
     report(f"deleted tenant {name}", {"deleted": name}, as_json=as_json)
 
 
 def audit(
-    tenant: Annotated[str | None, typer.Argument(help="Only changes of this tenant's resources.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 50,
+    tenant: Annotated[
+        str | None, typer.Argument(metavar="TENANT", help="Only changes of this tenant's resources.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 50,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show who changed what, newest first; of all tenants for the platform's admin."""
+    """Show who changed what, newest first. Without a tenant, of all; that takes a key of the platform's admin."""
     with connect(url, api_key) as client:
         found = client.audit(tenant, limit)
     if as_json:
@@ -112,7 +116,7 @@ def _change(entry: Mapping[str, Any]) -> list[object]:
     # A digest would break every line, and the version's number names the same.
     given = {name: "none" if value is None else value for name, value in entry["details"].items() if name != "digest"}
     details = " ".join(f"{name}={value}" for name, value in given.items())
-    who = f"{entry['actor']} {entry['key_id'] or ''}".rstrip()
+    who = " ".join(filter(None, (entry["actor"], entry["key_name"], entry["key_id"])))
     return [human_time(entry["at"]), who, f"{entry['action']} {entry['target']} {details}".rstrip()]
 
 

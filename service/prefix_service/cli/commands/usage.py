@@ -18,20 +18,31 @@ def register(app: typer.Typer) -> None:
 
 
 def usage(
-    tenant: Annotated[str | None, typer.Argument(help="The tenant; without one, all of them (platform admin).")] = None,
+    tenant: Annotated[
+        str | None, typer.Argument(metavar="TENANT", help="The tenant; without one, all of them (platform admin).")
+    ] = None,
     by: Annotated[
         str, typer.Option("--by", metavar="adapter,version,key", help="What is counted apart; '' for the sums alone.")
     ] = "adapter",
     since: Annotated[
-        datetime | None, typer.Option(help="From the hour of this moment (UTC) on; by default a day ago.")
+        datetime | None,
+        typer.Option(
+            metavar="MOMENT", help="From the hour of 2027-01-31 or 2027-01-31T12:00:00 (UTC) on; else of a day ago."
+        ),
     ] = None,
-    until: Annotated[datetime | None, typer.Option(help="Hours that begin before this moment (UTC).")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many lines.")] = 1000,
+    until: Annotated[
+        datetime | None, typer.Option(metavar="MOMENT", help="Hours that begin before this moment (UTC).")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many lines.")] = 1000,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show requests, bytes, cold loads and prefix tokens by hour, oldest first; written within a minute."""
+    """Show what is used, by which key, hour by hour.
+
+    That is requests, bytes sent, loads of versions that were not in memory (cold), and prefix tokens handed out. The
+    oldest hour is first; counts appear within a minute.
+    """
     first = datetime.now(UTC) - _DAY if since is None else since.replace(tzinfo=UTC)
     last = None if until is None else until.replace(tzinfo=UTC)
     with connect(url, api_key) as client:
@@ -39,7 +50,8 @@ def usage(
     if as_json:
         print_json({"items": items})
         return
-    named = [name for name in ("tenant", "adapter", "version", "key") if any(item[name] for item in items)]
+    kinds = ("tenant", "adapter", "version", "key") if tenant is None else ("adapter", "version", "key")
+    named = [name for name in kinds if any(item[name] for item in items)]
     columns = ["hour (UTC)", *named, "requests", "sent", "cold loads", "prefix tokens"]
     print_table(f"Usage of {tenant or 'all tenants'}", columns, [_line(item, named) for item in items])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from prefix_service.checkpoints.sources import prepare_upload
-from prefix_service.cli.console import human_bytes, print_table, say
+from prefix_service.cli.console import human_bytes, print_json, print_table, say
 from prefix_service.cli.demo.embedded import Embedded, embedded_service
 from prefix_service.cli.demo.model import HOW_TO_GET_IT, LanguageModel, find_model, load_model
 from prefix_service.client import Prefix, PrefixClient
@@ -39,28 +40,48 @@ class _Fetched:
     revalidated_ms: float
 
 
-def run_demo(console: Console, *, stay: bool) -> bool:
-    """Run the demo; whether every answer was PEFT's (True without the model, which leaves the answers out)."""
+def run_demo(console: Console, *, stay: bool, as_json: bool = False) -> bool:
+    """Run the demo; whether every answer was PEFT's (True without the model, which leaves the answers out). `as_json`
+    prints what it found as a JSON document, and tells the story on standard error."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prefix-service-demo-"))
-        say("1 of 4: start a service of its own, in a folder that is deleted in the end")
-        with console.status("starting the service"):
-            service = stack.enter_context(embedded_service(Path(folder)))
-        say(f"It listens on {service.url}")
-        say()
-        say(f"2 of 4: publish {len(_ADAPTERS)} adapters, and fetch them as a worker would")
-        fetched: dict[str, _Fetched] = {}
-        with PrefixClient(service.url, service.api_key) as client:
-            for name in _ADAPTERS:
-                with console.status(f"publishing and fetching {name}, {_place(name)}"):
-                    fetched[name] = _travel(client, name)
-        _show_travel(fetched)
-        correct = _ask(console, {name: one.prefix for name, one in fetched.items()})
-        if stay:
-            _stay(service)
-    if not stay:
-        _say_what_next()
-    return correct
+        with _telling(as_json=as_json):
+            say("1 of 4: start a service of its own, in a folder that is deleted in the end")
+            with console.status("starting the service"):
+                service = stack.enter_context(embedded_service(Path(folder)))
+            say(f"It listens on {service.url}")
+            say()
+            say(f"2 of 4: publish {len(_ADAPTERS)} adapters, and fetch them as a worker would")
+            fetched: dict[str, _Fetched] = {}
+            with PrefixClient(service.url, service.api_key) as client:
+                for name in _ADAPTERS:
+                    with console.status(f"publishing and fetching {name}, {_place(name)}"):
+                        fetched[name] = _travel(client, name)
+            _show_travel(fetched)
+            answers = _ask(console, {name: one.prefix for name, one in fetched.items()})
+        if as_json:
+            there = {"url": service.url, "api_key": service.api_key} if stay else {}
+            print_json({**there, "adapters": [_described(*it) for it in fetched.items()], "answers": answers})
+        with _telling(as_json=as_json):
+            _stay(service) if stay else _say_what_next()
+    return answers is None or answers["equal"] == answers["total"]
+
+
+def _telling(*, as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """Where the block's sentences and tables go: standard output has a JSON document alone."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+def _described(name: str, one: _Fetched) -> dict[str, Any]:
+    return {
+        "adapter": f"{_TENANT}/{name}",
+        "tensors": 2 * len(one.prefix.past_key_values),
+        "shape": list(one.prefix.past_key_values[0][0].shape),
+        "bytes": one.prefix.kv.nbytes,
+        "published_ms": one.published_ms,
+        "fetched_ms": one.fetched_ms,
+        "revalidated_ms": one.revalidated_ms,
+    }
 
 
 def _place(name: str) -> str:
@@ -68,16 +89,16 @@ def _place(name: str) -> str:
     return f"{list(_ADAPTERS).index(name) + 1} of {len(_ADAPTERS)}"
 
 
-def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> bool:
-    """Let the model speak without and with each prefix. Returns whether every answer is PEFT's, True without the
-    model."""
+def _ask(console: Console, prefixes: Mapping[str, Prefix]) -> dict[str, int] | None:
+    """Let the model speak without and with each prefix. Returns how many answers there are in `total`, and how many
+    are `equal` to PEFT's; None without the model."""
     say()
     say(f"3 of 4: load {_MODEL}, the model of these adapters")
     path = find_model()
     if path is None:
         say("It is not installed, so there are no answers to compare. To install it:")
         say(f"  {HOW_TO_GET_IT}")
-        return True
+        return None
     with console.status(f"loading {_MODEL}"):
         model = load_model(path)
     say()
@@ -111,7 +132,7 @@ def _show_travel(fetched: Mapping[str, _Fetched]) -> None:
     print_table("Tensors in float32; times in ms (again: is the cached one current?)", columns, rows)
 
 
-def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix]) -> bool:
+def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix]) -> dict[str, int]:
     asked = json.loads((_FOLDER / "questions.json").read_text())
     total = equal = 0
     for name, prefix in prefixes.items():
@@ -126,7 +147,7 @@ def _speak(console: Console, model: LanguageModel, prefixes: Mapping[str, Prefix
             _show_answers(model, name, questions, bare, answers)
     say()
     say(f"{equal} of {total} answers equal PEFT's own, token for token.")
-    return equal == total
+    return {"equal": equal, "total": total}
 
 
 def _show_answers(

@@ -1,4 +1,4 @@
-"""Prefixes that a worker has fetched, in memory under a budget; least recently used leaves first."""
+"""A cache of fetched prefixes in memory, under a byte budget; the least recently used is dropped first."""
 
 import threading
 from collections import OrderedDict
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """A prefix that nobody may write to, the entity tag that revalidates it, and the file that its tensor lies in, from
-    which each caller gets a private mapping; where it lies in none, each gets a copy."""
+    """A prefix that nobody may write to, with the entity tag that revalidates it.
+
+    `file` is the file that its tensor is in, of which each caller gets a private mapping; without one, each gets a
+    copy.
+    """
 
     prefix: "Prefix"
     etag: str
@@ -24,7 +27,7 @@ class Cached:
 
 
 class LocalCache:
-    """Bounded by bytes, safe to share between threads. A deletion or a revoked key does not reach into it."""
+    """A cache bounded by bytes; safe to share between threads. Deletions and revoked keys do not affect it."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
@@ -34,12 +37,12 @@ class LocalCache:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Keep the entries in a forked child, whatever a thread of the parent was doing with them."""
+        """Keeps the entries in a forked child, whatever a thread of the parent was doing with them."""
         self._lock = threading.Lock()
         self._used = sum(cached.prefix.kv.nbytes for cached in self._entries.values())
 
     def get(self, key: Hashable) -> Cached | None:
-        """What is cached under a key."""
+        """Returns the cached prefix of a key, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is not None:
@@ -47,11 +50,11 @@ class LocalCache:
             return found
 
     def keeps(self, cached: Cached) -> bool:
-        """Whether the budget has room for a prefix if it is alone."""
+        """Returns whether a prefix fits the budget."""
         return cached.prefix.kv.nbytes <= self._budget
 
     def put(self, key: Hashable, cached: Cached) -> None:
-        """Cache a prefix; one that exceeds the budget alone is not kept."""
+        """Caches a prefix; one that exceeds the budget alone is not kept."""
         with self._lock:
             self._drop(key)
             if not self.keeps(cached):
@@ -62,7 +65,7 @@ class LocalCache:
                 self._drop(next(iter(self._entries)))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drops every entry."""
         with self._lock:
             self._entries.clear()
             self._used = 0

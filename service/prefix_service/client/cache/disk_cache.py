@@ -1,12 +1,13 @@
-"""Bodies of prefixes on disk: they outlive a worker, and processes of one machine share them.
+"""A cache of prefix bodies on disk: they outlive a worker, and the processes of one machine share them.
 
-One file each, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the body. The
-name hashes which service, key, reference and form it is; the record repeats it, with the entity tag and the body's size
-and CRC-32C. All of it is verified at every read, and what does not fit is no entry. Written beside its place and
-renamed: a reader sees all of an entry or none. Nothing is synced: what a power cut tears is damaged, and fetched again.
+Each entry is one file, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the
+body. The name is a hash of service, key, reference and variant; the record repeats it, with the entity tag and the
+body's size and CRC-32C. All of it is verified on every read; a file that does not fit is not an entry. A file is
+written under a temporary name and renamed, so a reader sees all of an entry or nothing. Nothing is synced: an entry
+that is torn by a power failure is damaged, and is fetched again.
 
-Earlier releases kept `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
-never read, and are removed when a cache is opened, makes room or is cleared.
+Earlier releases wrote `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
+never read; they are removed when a cache is opened, makes room or is cleared.
 """
 
 import contextlib
@@ -37,26 +38,26 @@ _SEAL: Final = hashlib.sha256().digest_size
 _NAME: Final = re.compile(r"[0-9a-f]{64}\.v2\.prefix")
 _OLD_NAME: Final = re.compile(r"[0-9a-f]{64}\.prefix")
 _TEMPORARY: Final = ".writing-"
-_ABANDONED_AFTER: Final = 3600.0  # seconds until a file that nobody finished is taken for an ended process's
+_ABANDONED_AFTER: Final = 3600.0  # seconds after which an unfinished file is taken for an ended process's
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A body, and the entity tag that it came with."""
+    """A body, and its entity tag."""
 
     body: Buffer
     etag: str
 
 
 class DiskCache:
-    """Bounded by bytes, least recently used leaves first; shared by threads, and by processes on one machine.
+    """A cache bounded by bytes; the least recently used entry is dropped first. Threads and local processes share it.
 
-    `identity` is what tells this service and its caller from others: no entry is found under another one.
+    `identity` distinguishes this service and its caller from others: an entry is found only under its own identity.
 
     Raises:
-        InvalidRequest: the folder cannot be made, or others may write to it.
+        InvalidRequest: the folder cannot be created, or others may write to it.
     """
 
     def __init__(self, folder: Path, budget: int, identity: tuple[str | None, ...]) -> None:
@@ -72,27 +73,27 @@ class DiskCache:
             self._remove_old()
 
     def load(self, key: tuple[Any, ...], allocate: Callable[[int], memoryview]) -> Entry | None:
-        """What is kept under a key, in memory that `allocate` gives; None if there is nothing sound."""
+        """Returns the entry of a key, in memory from `allocate`; None if there is no sound one."""
         path = self._path(key)
         try:
             with path.open("rb") as file:
                 entry = _read(file, path.name, allocate)
         except OSError:
             return None
-        with contextlib.suppress(OSError):  # it may have left since
+        with contextlib.suppress(OSError):  # another process may have removed it
             os.utime(path)
         return entry
 
     def store(self, key: tuple[Any, ...], entry: Entry) -> None:
-        """Keep a body; what exceeds the budget alone is not kept, and a disk that refuses is a warning in the log."""
+        """Stores a body. One that exceeds the budget alone is not kept; a disk that refuses is a warning in the log."""
         path = self._path(key)
-        about = {
+        fields = {
             "name": path.name,
             "etag": entry.etag,
             "size": len(entry.body),
             "crc32c": digest_of("crc32c", entry.body).hex(),
         }
-        record = json.dumps(about).encode()
+        record = json.dumps(fields).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
         size = len(head) + len(entry.body)
         if size > self._budget or len(record) > _MAX_RECORD:
@@ -104,17 +105,17 @@ class DiskCache:
             log.warning("prefix cache %s: %s is not kept: %s", self._folder, path.name, error)
 
     def remove(self, key: tuple[Any, ...]) -> None:
-        """Forget what is kept under a key."""
+        """Removes the entry of a key."""
         _remove(self._path(key))
 
     def clear(self) -> None:
-        """Forget everything in the folder, whichever service it came from."""
+        """Removes every entry in the folder, whichever service it came from."""
         self._remove_old()
         for found in self._files():
             _remove(found.path)
 
     def _remove_old(self) -> None:
-        """Remove the entries of earlier releases; a file that only has such a name stays."""
+        """Removes the entries of earlier releases; a file that merely has such a name stays."""
         with os.scandir(self._folder) as found:
             for file in found:
                 if _OLD_NAME.fullmatch(file.name) and _is_old(file.path):
@@ -138,18 +139,18 @@ class DiskCache:
             raise
 
     def _make_room(self, size: int) -> None:
-        """Remove what was used least recently, until `size` bytes more are within the budget."""
+        """Removes the least recently used entries until `size` more bytes fit the budget."""
         self._remove_old()
         entries, used = [], size
         for file in self._files():
             with contextlib.suppress(FileNotFoundError):  # another process was faster
-                about = file.stat()
-                if file.name.startswith(_TEMPORARY) and time.time() - about.st_mtime > _ABANDONED_AFTER:
+                found = file.stat()
+                if file.name.startswith(_TEMPORARY) and time.time() - found.st_mtime > _ABANDONED_AFTER:
                     _remove(file.path)
                     continue
-                used += about.st_size
+                used += found.st_size
                 if not file.name.startswith(_TEMPORARY):
-                    entries.append((about.st_mtime_ns, about.st_size, file.path))
+                    entries.append((found.st_mtime_ns, found.st_size, file.path))
         for _, freed, path in sorted(entries):
             if used <= self._budget:
                 return
@@ -162,7 +163,7 @@ class DiskCache:
 
 
 def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]) -> Entry | None:
-    """The entry in a file, if it is sound."""
+    """Returns the entry in a file, or None if it is not sound."""
     start = file.read(len(_MAGIC) + _LENGTH.size)
     if len(start) < len(_MAGIC) + _LENGTH.size or not start.startswith(_MAGIC):
         return None
@@ -173,9 +174,9 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
     if hashlib.sha256(record).digest() != seal:
         return None
     try:
-        about = json.loads(record)
-        size, etag, checksum = int(about["size"]), str(about["etag"]), str(about["crc32c"])
-        is_its_own = about["name"] == name
+        fields = json.loads(record)
+        size, etag, checksum = int(fields["size"]), str(fields["etag"]), str(fields["crc32c"])
+        is_its_own = fields["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
     if not is_its_own or size < 0 or os.fstat(file.fileno()).st_size != file.tell() + size:

@@ -1,7 +1,7 @@
-"""Memory for bodies: received into once, and handed out to each caller as its own. Needs torch.
+"""Memory for bodies: each is received once, and every caller gets the body as its own. Needs torch.
 
 A large body is received into a file in memory (memfd_create(2)), and every caller gets a private mapping of it: the
-kernel copies a page when a caller first writes to it. A small body, and a large one where there is no such file, is
+kernel copies a page when a caller first writes to it. A small body, or any body on a system without such files, is
 copied for each caller, which is faster up to about 2 MB.
 """
 
@@ -18,15 +18,16 @@ from prefix_service.errors import InvalidRequest, InvalidResponse
 from prefix_service.prefix.buffers import bytes_of, memory_of
 
 WORTH_MAPPING: Final = 2 << 20
-"""Bytes from which a mapping is faster than a copy, the page faults of reading it included."""
+"""The size in bytes from which a mapping is faster than a copy, including the page faults of reading it."""
 _MOST_OPEN: Final = 1024
 _open: Final = set[int]()
 
 
 class MemoryFile:
-    """A file in memory that nobody writes to any more. `view` maps it for one caller.
+    """A file in memory that is not written any more. `view` maps it for one caller.
 
-    It keeps one file descriptor open, and closes it when it is garbage collected; views outlive it and keep none.
+    It keeps one file descriptor open, and closes it when it is garbage collected. Views outlive it and keep no
+    descriptor.
     """
 
     def __init__(self, handle: int, size: int) -> None:
@@ -36,12 +37,12 @@ class MemoryFile:
         weakref.finalize(self, _close, handle, self._identity).atexit = False
 
     def view(self) -> Tensor:
-        """Its bytes, uint8 `[size]`: what is written to them reaches no other view.
+        """Returns the file's bytes, uint8 `[size]`; no other view sees what is written to them.
 
         Raises:
             OSError: the kernel refuses another mapping, or the process has closed the descriptor.
         """
-        # A program may close every descriptor (a daemon does), and its number may be another file's now.
+        # A program may close every descriptor (a daemon does), and the number can then be another file's.
         own = os.open(f"/proc/self/fd/{self._handle}", os.O_RDONLY)
         try:
             if _identity(own) != self._identity:
@@ -52,16 +53,19 @@ class MemoryFile:
 
 
 def _may_keep_open() -> bool:
-    """Whether another file may stay open: at most 1,024, and a quarter of those that the process may open."""
+    """Returns whether another file may stay open: at most 1,024, and a
+    quarter of the files that the process may open.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return len(_open) < (_MOST_OPEN if soft == resource.RLIM_INFINITY else min(_MOST_OPEN, soft // 4))
 
 
 def allocate(size: int, *, pinned: bool) -> memoryview:
-    """Host memory of `size` bytes with arbitrary content; `pinned` memory goes to a GPU without another copy.
+    """Returns host memory of `size` bytes with arbitrary content; `pinned` memory is sent to a GPU without another
+    copy.
 
     Raises:
-        InvalidResponse: there is not as much.
+        InvalidResponse: there is not enough memory.
         InvalidRequest: there is no GPU to pin it for.
     """
     if pinned and not torch.cuda.is_available():
@@ -73,10 +77,11 @@ def allocate(size: int, *, pinned: bool) -> memoryview:
 
 
 def allocate_for_many(size: int, *, pinned: bool) -> memoryview:
-    """Host memory for a body that a cache keeps: a file in memory where that pays, else as `allocate`.
+    """Returns host memory for a body that a cache keeps: a file in memory if that is faster, else plain memory.
 
     Raises:
-        InvalidResponse, InvalidRequest: as `allocate`.
+        InvalidResponse: there is not enough memory.
+        InvalidRequest: there is no GPU to pin it for.
     """
     if pinned or size < WORTH_MAPPING or not _may_keep_open() or not hasattr(os, "memfd_create"):
         return allocate(size, pinned=pinned)
@@ -93,30 +98,30 @@ def allocate_for_many(size: int, *, pinned: bool) -> memoryview:
 
 
 def map_for_many(handle: int, size: int) -> memoryview:
-    """A private mapping of an open file that a cache keeps; the file stays open, if it may, to be mapped again.
+    """Returns a private mapping of an open file that a cache keeps; keeps the file open, if allowed, for more mappings.
 
     Raises:
-        OSError: it cannot be mapped.
+        OSError: the file cannot be mapped.
     """
     mapped = map_file(handle, size)
     return _in_file(mapped, MemoryFile(os.dup(handle), size)) if _may_keep_open() else bytes_of(mapped)
 
 
 def _in_file(mapped: Tensor, file: MemoryFile) -> memoryview:
-    """The bytes of a mapping of `file`, by which `file_of` finds the file again."""
+    """Returns the bytes of a mapping of `file`, from which `file_of` can find the file."""
     view = bytes_of(mapped)
-    view.obj.file = file  # type: ignore[attr-defined]  # as bytes_of does with the tensor
+    view.obj.file = file  # type: ignore[attr-defined]  # as `bytes_of` stores the tensor
     return view
 
 
 def file_of(memory: bytearray | memoryview) -> MemoryFile | None:
-    """The file in which memory lies, if it was allocated in one."""
+    """Returns the file that memory is in, if it was allocated in one."""
     file = getattr(memory.obj, "file", None) if isinstance(memory, memoryview) else None
     return file if isinstance(file, MemoryFile) else None
 
 
 def map_file(handle: int, size: int, *, shared: bool = False) -> Tensor:
-    """Map the first `size` bytes of an open file, privately unless `shared`: uint8 `[size]`.
+    """Returns the first `size` bytes of an open file as a mapping, uint8 `[size]`; private unless `shared`.
 
     torch's mapping, unlike Python's, keeps no file descriptor. It is wrapped because `torch.multiprocessing` takes a
     bare one for its own shared memory, and fails to send it.
@@ -132,7 +137,8 @@ def map_file(handle: int, size: int, *, shared: bool = False) -> Tensor:
 
 
 def own_copy(shared: Tensor, file: MemoryFile | None, *, pinned: bool) -> Tensor:
-    """The values of a contiguous tensor in memory of the caller's own; `file` is the one that the tensor lies in.
+    """Returns the values of a contiguous tensor in memory of the caller's own; `file` is the file that the tensor is
+    in.
 
     Raises:
         InvalidResponse: there is not enough memory.

@@ -1,5 +1,6 @@
-"""The methods of both clients, written once: each makes a flow, which `PrefixClient` carries out and
-`AsyncPrefixClient` awaits."""
+"""The methods of both clients, written once: each returns a flow, which `PrefixClient` carries out and
+`AsyncPrefixClient` awaits.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from prefix_service.client.flows.flows import Flow, Reading
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.protocol import Progress, Together
 from prefix_service.errors import PrefixServiceError
-from prefix_service.prefix.form import KVDtype, Span
+from prefix_service.prefix.fingerprint import Fingerprint
 from prefix_service.prefix.ranks import Rank
+from prefix_service.prefix.variant import KVDtype, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +27,7 @@ _AT_ONCE: Final = 8
 
 
 class Caller(Protocol):
-    """What a call needs of its client."""
+    """The part of a client that its calls need."""
 
     _reading: Reading
 
@@ -45,31 +47,33 @@ def get(
 ) -> "Flow[Prefix]":
     """Returns the prefix of `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
 
-    The prefix is the caller's own: no other call sees what is written to it. One row travels whatever the batch. The
-    rows of the batch are views of it, so a value that is written to one row is in all of them; `materialise` copies
-    them here, which is faster than to send them.
+    The prefix is the caller's own: no other call sees what is written to it. The service sends one row whatever the
+    batch size. The rows of the batch are views of it, so a value that is written to one row is in all of them;
+    `materialise` copies them locally, which is faster than sending them.
 
     Args:
-        reference: which adapter, and which version of it; by default the latest.
-        batch_size: number of rows.
+        reference: an adapter, and optionally a version of it; by default the latest.
+        batch_size: the number of rows.
         dtype: of keys and values; by default that of the stored weights. float8 is decoded to float32 on arrival.
-        layers: half-open range `(first, end)` of layers.
-        kv_heads: half-open range `(first, end)` of key/value heads.
+        layers: half-open range `(first, end)` of layers; by default all.
+        kv_heads: half-open range `(first, end)` of key/value heads; by default all.
         tp: `(rank, size)`: the heads of this tensor-parallel rank as vLLM and Megatron place them, each on several
-            ranks where there are more ranks than heads. The other ranks' share does not travel. Instead of `kv_heads`.
+        ranks if
+            there are more ranks than heads. The heads of other ranks are not sent. Instead of `kv_heads`.
         pp: `(first, end)`: the layers of this pipeline stage. Instead of `layers`.
         materialise: whether each row has memory of its own.
         progress: called with the bytes that have arrived and their total, from the thread that receives them, so it
-            should be quick. It is not called where no bytes travel, as from a cache, and begins again at 0 when the
-            request is sent again.
+        should
+            be quick. It is not called if no bytes are sent, as from a cache, and starts again at 0 if the request is
+            repeated.
 
     Raises:
-        NotFound, Unauthenticated, InvalidInput, …: the service reported it.
-        InvalidRequest: an option has a value that it cannot have.
+        NotFound, Unauthenticated, InvalidInput, …: the service reported the error.
+        InvalidRequest: an option has an invalid value.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer is damaged, answers another question, or is not one of the service.
+        InvalidResponse: the answer is damaged, answers another question, or did not come from the service.
     """
-    form = options.form(
+    chosen = options.prefix_options(
         batch_size=batch_size,
         dtype=dtype,
         layers=layers,
@@ -78,7 +82,7 @@ def get(
         pp=pp,
         materialise=materialise,
     )
-    return flows.get(self._reading, reference, form, options.callback("progress", progress))
+    return flows.get(self._reading, reference, chosen, options.callback("progress", progress))
 
 
 def get_many(
@@ -95,28 +99,33 @@ def get_many(
 ) -> "Flow[MixedPrefix]":
     """Returns one batch for many adapters: the rows of one forward pass of a base model that they share.
 
-    Each prefix is fetched once, several in parallel, through the local cache. The batch is put together here, in memory
+    Each prefix is fetched once, several in parallel, through the local cache. The batch is assembled locally, in memory
     of its own, and equals the answer of `POST /v1/prefixes`.
 
     Args:
         rows: for each row a reference as in `get`, a list of them (their prefixes are concatenated in that order), or
-            None (no prefix).
-        attention_mask: the input's, `[B, S]`, a row each.
+        None
+            (no prefix).
+        attention_mask: the input's, `[B, S]`, with one row per row of the batch.
         batch_size: if given, it must be the number of rows.
-        dtype: as in `get`; required when stored dtypes differ.
-        layers: as in `get`.
-        kv_heads: as in `get`.
-        tp: as in `get`.
-        pp: as in `get`.
+        dtype: as in `get`; required if stored dtypes differ.
+        layers: half-open range `(first, end)` of layers; by default all.
+        kv_heads: half-open range `(first, end)` of key/value heads; by default all.
+        tp: `(rank, size)`: the heads of this tensor-parallel rank. Instead of `kv_heads`.
+        pp: `(first, end)`: the layers of this pipeline stage. Instead of `layers`.
 
     Raises:
-        NotFound, InvalidReference, …: as `get`; the message names the row.
-        InvalidRequest: rows do not agree in layers, heads, head size or dtype, or none has a prefix.
+        NotFound, InvalidReference, …: the service reported the error, or a reference is malformed; the message names
+        the
+            row.
+        InvalidRequest: rows differ in layers, heads, head size or dtype, or no row has a prefix.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: an answer is damaged, answers another question, or did not come from the service.
     """
     wanted = many.Wanted.of(rows, batch_size)
-    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     references = list(wanted.first_row)
-    fetched = yield Together([flows.shared(self._reading, reference, form) for reference in references], _AT_ONCE)
+    fetched = yield Together([flows.shared(self._reading, reference, chosen) for reference in references], _AT_ONCE)
     for reference, result in zip(references, fetched, strict=True):
         if isinstance(result, PrefixServiceError):
             raise many.of_row(wanted.first_row[reference], result) from result.__cause__
@@ -136,28 +145,52 @@ def prefetch(
     tp: Rank | None = None,
     pp: Span | None = None,
 ) -> Flow[None]:
-    """Bring many prefixes into the cache, `concurrency` in parallel; other arguments are those of `get`.
+    """Fetches many prefixes into the cache, `concurrency` in parallel; the other arguments are those of `get`.
 
     Raises:
-        PrefixServiceError: the first, in the order of `references`, that failed, as `get`; the others are there.
+        PrefixServiceError: the error of the first reference that failed; the other prefixes are cached.
     """
-    form = options.form(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
+    chosen = options.prefix_options(dtype=dtype, layers=layers, kv_heads=kv_heads, tp=tp, pp=pp)
     at_once = options.whole("concurrency", concurrency, 1)
-    fetches = [flows.get(self._reading, reference, form) for reference in dict.fromkeys(options.references(references))]
+    names = dict.fromkeys(options.references(references))
+    fetches = [flows.get(self._reading, reference, chosen) for reference in names]
     for result in (yield Together(fetches, at_once)):
         if isinstance(result, PrefixServiceError):
             raise result
 
 
 def resolve(self: Caller, reference: str) -> Flow[ResolvedVersion]:
-    """Returns which version a reference means now, and the dimensions of its prefix. No tensor travels.
+    """Returns which version a reference means now, the dimensions of its prefix, and the fingerprint of its base model.
+    No tensor travels. The fingerprint, or that there is none, is remembered for a minute.
+
+    Raises:
+        NotFound, Unauthenticated, …: the service reported the error.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer does not describe that version.
+    """
+    return resolving.resolve(self._reading, reference)
+
+
+def base_model(self: Caller, reference: str) -> Flow[Fingerprint]:
+    """Returns the fingerprint of a version's base model, as it is now: without a field if none was given.
 
     Raises:
         NotFound, Unauthenticated, …: the service reported it.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer does not describe that version.
+        InvalidResponse: the answer is no fingerprint.
     """
-    return resolving.resolve(reference)
+    return resolving.base_model(reference)
+
+
+def put_base_model(self: Caller, reference: str, fingerprint: Fingerprint) -> Flow[None]:
+    """Replace the fingerprint of a version's base model.
+
+    Raises:
+        InvalidRequest: a field has another type.
+        NotFound, TooLarge, …: the service reported it; nothing was changed.
+        ConnectionFailed: the service did not answer before the deadline.
+    """
+    return resolving.put_base_model(self._reading, reference, options.fingerprint("fingerprint", fingerprint))
 
 
 def publish(
@@ -169,22 +202,23 @@ def publish(
     annotations: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publish a folder on this machine as a version of `tenant/name`. Returns its metadata, and whether it is new.
+    """Publishes a local folder as a version of `tenant/name`. Returns the version's metadata, and whether it is new.
 
     Args:
         adapter: where to publish, `tenant/name`.
-        folder: what PEFT's `save_pretrained` wrote: `adapter_config.json` and `adapter_model.safetensors`, and a
-            `README.md`, which becomes the model card. From a full training checkpoint the prefix is cut out first.
-        base_model_config: the base model's `config.json`, for dimensions that the adapter's config leaves out.
-        annotations: texts by key, as author, run, metrics. They stay with a new version; one that exists keeps its own.
+        folder: the output of PEFT's `save_pretrained`: `adapter_config.json`, `adapter_model.safetensors`, and a
+            `README.md`, which becomes the model card. The prefix is cut out of a full training checkpoint.
+        base_model_config: the base model's `config.json`, for dimensions that the adapter's config lacks.
+        annotations: texts by key, such as author, run, metrics. They belong to a new version; an existing one keeps its
+            own.
         progress: called with the bytes that were sent and their total, as in `get`.
 
     Raises:
         InvalidRequest: there is no such folder, or a file cannot be read.
-        InvalidConfig, InvalidCheckpoint: the folder lacks a file, or the service reported it; nothing was published.
-        TooLarge, QuotaExceeded, …: the service reported it; nothing was published.
+        InvalidConfig, InvalidCheckpoint: the folder lacks a file, or the service refused one; nothing was published.
+        TooLarge, QuotaExceeded, …: the service reported the error; nothing was published.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer is not one of the service.
+        InvalidResponse: the answer did not come from the service.
     """
     path = options.required_path("folder", folder)
     model = options.path("base_model_config", base_model_config)
@@ -201,23 +235,23 @@ def publish_files(
     card: bytes | None = None,
     annotations: Mapping[str, str] | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publish a version of `tenant/name` whose files lie in no folder. Returns its metadata, and whether it is new.
+    """Publishes a version of `tenant/name` from open files. Returns the version's metadata, and whether it is new.
 
     Args:
         adapter: where to publish, `tenant/name`.
         config: the bytes of `adapter_config.json`.
         weights: `adapter_model.safetensors`, open for reading in binary mode.
-        base_model_config: the bytes of the base model's `config.json`, for dimensions that the adapter's config leaves
-            out.
+        base_model_config: the bytes of the base model's `config.json`, for dimensions that the adapter's config lacks.
         card: the model card, a `README.md` as PEFT writes it.
-        annotations: texts by key, as author, run, metrics. Like the card they stay with a new version; one that exists
-            keeps its own.
+        annotations: texts by key, such as author, run, metrics. Like the card, they belong to a new version; an
+        existing
+            one keeps its own.
 
     Raises:
-        InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported it; nothing was published.
-        InvalidRequest: an argument is not a file that can be read.
+        InvalidConfig, InvalidCheckpoint, TooLarge, …: the service reported the error; nothing was published.
+        InvalidRequest: an argument is not a readable file.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer is not one of the service.
+        InvalidResponse: the answer did not come from the service.
     """
     model = None if base_model_config is None else options.content("base_model_config", base_model_config)
     text = None if card is None else options.content("card", card)
@@ -226,12 +260,13 @@ def publish_files(
 
 
 def compose(self: Caller, adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """Publish the concatenation of prefixes as a version of `tenant/name`, a CARTRIDGE as PEFT's
-    `compose_cartridge_adapters` makes it. Returns its metadata, and whether it is new.
+    """Publishes the concatenation of prefixes as a version of `tenant/name`, a CARTRIDGE as made by PEFT's
+    `compose_cartridge_adapters`. Returns the version's metadata, and whether it is new.
 
     Raises:
-        NotFound, InvalidRequest, …: the service reported it; nothing was published.
-        ConnectionFailed, InvalidResponse: as `publish`.
+        NotFound, InvalidRequest, …: the service reported the error; nothing was published.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer did not come from the service.
     """
     return flows.compose(adapter, options.references(references))
 
@@ -240,19 +275,22 @@ def inspect(self: Caller, reference: str) -> Flow[Mapping[str, Any]]:
     """Returns the metadata of a version: config, shapes, parameter counts, digest, size, aliases, residency.
 
     Raises:
-        NotFound, …: the service reported it.
+        NotFound, …: the service reported the error.
         ConnectionFailed: the service did not answer before the deadline.
-        InvalidResponse: the answer is not one of the service.
+        InvalidResponse: the answer did not come from the service.
     """
     return flows.inspect(reference)
 
 
 def float8_error(self: Caller, reference: str) -> "Flow[Float8Error]":
-    """Returns the error of `dtype="float8_e4m3fn"` for a version: largest and mean error of its keys and values,
-    absolute and relative, beside the bytes that it saves. Fetches both renderings.
+    """Returns the error of `dtype="float8_e4m3fn"` for a version, and its size in bytes; fetches both renderings.
+
+    The error is the largest and mean error of its keys and values, absolute and relative.
 
     Raises:
-        NotFound, …: as `get`.
+        NotFound, …: the service reported the error.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: an answer is damaged, or the two answers do not fit together.
     """
     return flows.float8_error(self._reading, reference)
 
@@ -269,28 +307,49 @@ def list_adapters(
     """Returns the adapters of a tenant.
 
     Args:
-        tenant: whose adapters.
+        tenant: the tenant's name.
         base_model: only adapters whose latest version is for this base model.
         search: only adapters whose names have this part.
-        sort: `name` (the default), `-created` (the latest publication first) or `-bytes` (the largest first).
+        sort: `name` (the default), `-created` (the latest publication first), `-bytes` (the largest first) or `-used`
+            (the most requests first).
         limit: at most so many; by default all.
 
     Raises:
-        InvalidRequest: an option has a value that it cannot have.
-        NotFound, …: the service reported it.
+        InvalidRequest: an option has an invalid value.
+        NotFound, …: the service reported the error.
         ConnectionFailed: the listing did not end before the deadline.
-        InvalidResponse: an answer is not one of the service, or the listing has no end.
+        InvalidResponse: an answer did not come from the service, or the listing has no end.
     """
     most = None if limit is None else options.whole("limit", limit, 1)
     return listing.adapters(tenant, {"base_model": base_model, "search": search, "sort": sort}, most)
 
 
-def is_ready(self: Caller) -> Flow[bool]:
-    """Returns whether the service can do its work.
+def list_page(
+    self: Caller, tenant: str, *, cursor: str | None = None, limit: int = 100
+) -> Flow[tuple[list[listing.Item], str | None]]:
+    """Returns some adapters of a tenant, in the order of their names, and the cursor of the next page: None if this is
+    the last one. `list` reads all pages in one call.
+
+    Args:
+        tenant: whose adapters.
+        cursor: that of the page, from the page before; by default the first page.
+        limit: at most so many adapters, 1,000 or fewer.
 
     Raises:
-        Unavailable: it reports that it cannot.
-        ConnectionFailed: it does not answer before the deadline.
-        InvalidResponse: the answer is not one of the service.
+        InvalidRequest: an option has a value that it cannot have.
+        NotFound, …: the service reported it.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer is not a page.
+    """
+    return listing.adapters_page(tenant, cursor, options.whole("limit", limit, 1))
+
+
+def is_ready(self: Caller) -> Flow[bool]:
+    """Returns whether the service is ready.
+
+    Raises:
+        Unavailable: the service reports that it is not ready.
+        ConnectionFailed: the service did not answer before the deadline.
+        InvalidResponse: the answer did not come from the service.
     """
     return flows.is_ready()

@@ -1,4 +1,4 @@
-"""Where an answer becomes a prefix: once for the cache, and for each caller in memory of its own. Needs torch."""
+"""Turns an answer into a prefix: once for the cache, and then in memory of its own for each caller. Needs torch."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -11,16 +11,16 @@ from prefix_service.client.cache.memory import MemoryFile, file_of, own_copy
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.client.protocol import Buffer
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.wire.received import read_kv, read_message
+from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 
 
 def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Cached:
-    """The prefix in a body, sharing its memory; float8 is decoded to float32, in memory that `allocate` returns.
+    """Returns the prefix in a body, whose memory it shares; float8 is decoded to float32, in memory from `allocate`.
 
     Raises:
-        InvalidResponse: it is none.
+        InvalidResponse: the body is not a prefix.
     """
-    received = read_message(body)
+    received = read_prefix_file(body)
     memory = body
 
     def decoded(size: int) -> memoryview:
@@ -33,14 +33,14 @@ def decode(body: Buffer, etag: str, allocate: Callable[[int], memoryview]) -> Ca
 
 
 def _file_under(tensor: Tensor, memory: Buffer) -> MemoryFile | None:
-    """The file in which a tensor lies; what is not aligned in a body was copied out of it."""
+    """Returns the file that a tensor is in; None if the tensor was not aligned, and was copied out of the body."""
     file = file_of(memory)
     storages = [each.untyped_storage().data_ptr() for each in (tensor, memory_of(memoryview(memory)))]
     return file if storages[0] == storages[1] else None
 
 
 def own(cached: Cached, *, is_shared: bool, pinned: bool) -> Prefix:
-    """A prefix for one caller, who may write to it; `is_shared` tells whether a cache keeps the one that was decoded.
+    """Returns a prefix that one caller owns and may write to. `is_shared` is whether a cache keeps the decoded one.
 
     Raises:
         InvalidResponse: there is not enough memory.

@@ -1,21 +1,23 @@
-"""What the clients do, without I/O: each flow yields requests and is sent their answers.
+"""The clients' operations without I/O: each flow yields requests, and receives their answers.
 
 `PrefixClient` and `AsyncPrefixClient` drive the same flows, so there is one way to do each thing.
 """
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
+from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
+from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
@@ -33,10 +35,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How prefixes are read: what is kept of them, memory for those that are kept, and what is verified.
+    """How prefixes are read: what is kept of them and of their base models, memory for those that are kept, and what is
+    verified.
 
-    `is_service_known` says that entries on disk certainly are this service's: without a key, nothing tells it from an
-    earlier one at the same address, and even versions are revalidated.
+    `is_service_known` is whether entries on disk certainly belong to this service. Without a key, it cannot be
+    distinguished from an earlier service at the same address, so even immutable versions are revalidated.
     """
 
     memory: LocalCache
@@ -45,10 +48,16 @@ class Reading:
     pinned: bool
     verify_digest: bool
     is_service_known: bool
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
 
 def get(reading: Reading, reference: str, options: PrefixOptions, progress: Progress | None = None) -> "Flow[Prefix]":
-    """A prefix in memory of the caller's own, from a cache or from the service."""
+    """Returns a prefix in memory of the caller's own, from a cache or from the service.
+
+    Raises:
+        InvalidReference, InvalidRequest: the reference is malformed, or options contradict each other.
+        InvalidResponse: the answer is damaged, or answers another question.
+    """
     cached = yield from _cached(reading, Question.of(reference, options), progress)
     own = partial(_own, reading, cached)
     one: Prefix = own() if _is_quickly_owned(reading, cached) else (yield Work(own))
@@ -59,13 +68,15 @@ def get(reading: Reading, reference: str, options: PrefixOptions, progress: Prog
 
 
 def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Prefix]":
-    """A prefix as the cache holds it, without a copy: only for callers that read it and do not hand it out."""
+    """Returns a prefix as the cache holds it, without a copy: only for
+    callers that neither change it nor pass it on.
+    """
     cached = yield from _cached(reading, Question.of(reference, options))
     return cached.prefix
 
 
 def _cached(reading: Reading, question: Question, progress: Progress | None = None) -> Flow[Cached]:
-    """The answer to a question from a cache, revalidated unless it is immutable, or from the service."""
+    """Returns the answer to a question, from a cache (revalidated unless it is immutable) or from the service."""
     cached, is_current = reading.memory.get(question.key), question.reference.immutable
     if cached is None and reading.disk is not None:
         cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
@@ -80,7 +91,7 @@ def _cached(reading: Reading, question: Question, progress: Progress | None = No
 
 
 def _is_quickly_owned(reading: Reading, cached: Cached) -> bool:
-    """Whether an event loop need not hand it to a thread."""
+    """Returns whether an event loop can make the caller's copy itself, without a thread."""
     return cached.file is not None or (cached.prefix.kv.nbytes <= _QUICKLY_COPIED and not reading.pinned)
 
 
@@ -91,7 +102,7 @@ def _own(reading: Reading, cached: Cached) -> "Prefix":
 
 
 def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
-    """What float8 costs a version: both renderings of it, compared."""
+    """Returns the error of float8 for a version, by comparing both of its renderings."""
     exact: Prefix = yield from shared(reading, reference, {})
     tenant, parsed = parse_qualified(reference)
     same = f"{tenant}/{parsed.adapter}@{exact.digest}"  # the alias may move in between
@@ -107,7 +118,10 @@ def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
 
 
 def _load(reading: Reading, question: Question) -> Cached | None:
-    """The answer that the disk has to a question; what is there under its name and answers another is removed."""
+    """Returns the answer that the disk has to a question.
+
+    Removes an entry under its name that answers another question.
+    """
     entry = None if reading.disk is None else reading.disk.load(question.key, reading.allocate)
     if reading.disk is None or entry is None:
         return None
@@ -120,7 +134,7 @@ def _load(reading: Reading, question: Question) -> Cached | None:
 
 
 def _received(reading: Reading, question: Question, cached: Cached | None, answer: Answer) -> Cached:
-    """The service's answer, compared with the question and kept on disk; or the cached one if that is current."""
+    """Returns the cached answer if a 304 says that it is current, else the new one, checked and stored on disk."""
     try:
         return _checked(reading, question, cached, answer)
     except PrefixServiceError as error:
@@ -159,16 +173,16 @@ def publish(
     annotations: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """A new version of `tenant/name`, and whether it is new."""
+    """Publishes a version of `tenant/name`; returns its metadata, and whether it is new."""
     tenant, name = adapter_alone(adapter)
-    files: dict[str, bytes | BinaryIO] = {"adapter_config.json": config}
+    files: dict[str, bytes | BinaryIO] = {CONFIG_NAME: config}
     if base_model_config is not None:
         files["base_model_config"] = base_model_config
     if card is not None:
-        files["README.md"] = card
+        files[CARD_NAME] = card
     if annotations:
         files["annotations"] = json_bytes("annotations", annotations)
-    files["adapter_model.safetensors"] = weights
+    files[WEIGHTS_NAME] = weights
     path = adapter_path(tenant, name, "versions")
     answer: Answer = yield Request("POST", path, files=files, progress=progress)
     return _published(tenant, name, answer)
@@ -181,7 +195,7 @@ def publish_folder(
     annotations: Mapping[str, str] | None,
     progress: Progress | None,
 ) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """A new version of `tenant/name` from a folder on this machine, and whether it is new."""
+    """Publishes a version of `tenant/name` from a local folder; returns its metadata, and whether it is new."""
     adapter_alone(adapter)
     upload, model = yield Work(partial(_opened, folder, base_model_config))
     with upload.weights as weights:
@@ -190,7 +204,7 @@ def publish_folder(
 
 def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, bytes | None]":
     """Open the weights of an adapter's folder, and read its config and the base model's."""
-    from prefix_service.checkpoints.sources import prepare_upload  # imports torch
+    from prefix_service.checkpoints.sources import prepare_upload
 
     if not folder.exists():
         raise InvalidRequest(f"there is no folder {folder} to publish")
@@ -202,15 +216,20 @@ def _opened(folder: Path, base_model_config: Path | None) -> "tuple[Upload, byte
 
 
 def compose(adapter: str, references: Iterable[str]) -> Flow[tuple[Mapping[str, Any], bool]]:
-    """A new version of `tenant/name`, the concatenation of others, and whether it is new."""
+    """Publishes the concatenation of prefixes as a version of `tenant/name`.
+
+    Returns its metadata, and whether it is new.
+    """
     tenant, name = adapter_alone(adapter)
     answer: Answer = yield Request("POST", adapter_path(tenant, name, "versions"), json={"compose": list(references)})
     return _published(tenant, name, answer)
 
 
 def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any], bool]:
-    """The version in the answer to a publication, with `tenant_created` if its tenant came into being, and whether it
-    is new."""
+    """Returns the version in the answer to a publication, and whether it is new.
+
+    It has `tenant_created` if its tenant was created with it.
+    """
     found = require_version(answer.json_object(), tenant, Reference(name), answer.headers.get("location"))
     if answer.headers.get("prefix-tenant-created") == "true":
         found = {**found, "tenant_created": True}
@@ -218,26 +237,28 @@ def _published(tenant: str, name: str, answer: Answer) -> tuple[Mapping[str, Any
 
 
 def adapter_alone(text: str) -> tuple[str, str]:
-    """The tenant and the name of an adapter, where no version of it is meant.
+    """Returns the tenant and the name of an adapter, for calls that are about no version of it.
 
     Raises:
-        InvalidReference: it is not of the form `tenant/name`.
-        InvalidRequest: it names a version.
+        InvalidReference: the text is not of the form `tenant/name`.
+        InvalidRequest: the text names a version.
     """
     tenant, parsed = parse_qualified(text)
     if parsed.explicit:
-        raise InvalidRequest(f"{tenant}/{parsed.adapter} alone is meant here, without @{parsed.selector}")
+        raise InvalidRequest(
+            f"name {tenant}/{parsed.adapter} without @{parsed.selector}: this call is about no version of it"
+        )
     return tenant, parsed.adapter
 
 
 def inspect(reference: str) -> Flow[Mapping[str, Any]]:
-    """What the service knows of a version."""
+    """Returns the service's description of a version."""
     tenant, parsed = parse_qualified(reference)
     answer: Answer = yield Request("GET", adapter_path(tenant, parsed))
     return require_version(answer.json_object(), tenant, parsed)
 
 
 def is_ready() -> Flow[bool]:
-    """Whether the service can do its work."""
+    """Returns whether the service is ready."""
     answer: Answer = yield Request("GET", "/readyz")
     return answer.status == 200 and bool(answer.json_object())

@@ -1,4 +1,4 @@
-"""Listings of the service, page by page, within bounds that no listing of it reaches."""
+"""Reads listings of the service page by page, within bounds that no such listing reaches."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -7,7 +7,7 @@ from prefix_service.client.flows.flows import Flow
 from prefix_service.client.protocol import Answer, Request, adapter_path, tenant_path
 from prefix_service.errors import InvalidResponse
 
-_PAGE: Final = 1000  # the most items that the service sends in one answer
+_PAGE: Final = 1000  # the most items of one answer
 _MOST_PAGES: Final = 10_000
 _MOST_BYTES: Final = 256 << 20
 _MOST_CURSOR: Final = 4096
@@ -16,7 +16,7 @@ Item = dict[str, Any]
 
 
 def adapters(tenant: str, asked: Mapping[str, str | None], limit: int | None) -> Flow[list[Item]]:
-    """Returns the adapters of a tenant, to the listing's end or up to `limit`; options that are None are not sent."""
+    """Returns a tenant's adapters, all of them or up to `limit`; options that are None are not sent."""
     params = {name: value for name, value in asked.items() if value is not None}
     return (yield from pages(tenant_path(tenant, "adapters"), params, limit))
 
@@ -43,14 +43,16 @@ def versions(tenant: str, adapter: str) -> Flow[list[Item]]:
 
 
 def residency(limit: int) -> Flow[Item]:
-    """Returns what the process that answers has in memory, up to `limit` of the largest versions; its budgets and
-    tenants are those of the first answer."""
+    """Returns the state of the answering process's memory, with up to `limit` of the largest versions.
+
+    Its budgets and tenants are those of the first page.
+    """
     first, resident = yield from _walk("/v1/residency", {}, limit, "resident")
     return {**first, "resident": resident, "next": None}
 
 
 def pages(path: str, params: Mapping[str, str] | None = None, limit: int | None = None) -> Flow[list[Item]]:
-    """Returns a listing, to its end or to `limit` items.
+    """Returns a listing, all of it or up to `limit` items.
 
     Raises:
         InvalidResponse: an answer is not a page, or the listing has no end.
@@ -60,7 +62,11 @@ def pages(path: str, params: Mapping[str, str] | None = None, limit: int | None 
 
 
 def _walk(path: str, params: Mapping[str, str], limit: int | None, name: str) -> Flow[tuple[Item, list[Item]]]:
-    """Returns the first page, and the items that all pages have under `name`."""
+    """Returns the first page, and the items that all pages have under `name`.
+
+    Raises:
+        InvalidResponse: an answer is not a page, or the listing has no end.
+    """
     first: Item | None = None
     items: list[Item] = []
     asked = dict(params)

@@ -1,30 +1,40 @@
-"""Methods of both clients that manage adapters, tenants and keys, as flows; they need nothing of their client.
+"""The methods of both clients that manage adapters, tenants and keys, as flows that need nothing of their client.
 
-Each can raise what the service reported (NotFound, Forbidden, …), and ConnectionFailed. A call is tried again where
-that is safe: then a deletion that finds nothing is done, and a change under a condition, of which the answer was lost,
-is reported as ConnectionFailed, since its first try may have made the condition false.
+Each can raise errors that the service reported (NotFound, Forbidden, …), and ConnectionFailed. A call is retried if
+that is safe: a repeated deletion that finds nothing counts as done, and a conditional change whose answer was lost is
+reported as ConnectionFailed, since the first attempt may have made the condition false.
 """
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from prefix_service.client.flows import listing
 from prefix_service.client.flows.flows import Flow, adapter_alone
 from prefix_service.client.flows.listing import Item, pages
 from prefix_service.client.protocol import Answer, Buffer, Request, adapter_path, tenant_path
-from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, PreconditionFailed
+from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound
 from prefix_service.prefix.references import check_alias, parse_qualified
 
 Found = Mapping[str, Any]
 
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """The release of a service, and the time of its clock in whole seconds when it answered; None if it sent none."""
+
+    version: str
+    time: datetime | None
+
+
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
-_LATEST: Final = 1000  # changes of the audit log
 
 
 def aliases(adapter: str) -> Flow[dict[str, int]]:
-    """The aliases of `tenant/name`, in the order of their names, and the version numbers that they point at."""
+    """Returns the aliases of `tenant/name` in the order of their names, with the version numbers that they point to."""
     tenant, name = adapter_alone(adapter)
     found: dict[str, int] = {}
     for item in (yield from listing.versions(tenant, name)):
@@ -44,16 +54,17 @@ def put_alias(
     if_match: int | None = None,
     create_only: bool = False,
 ) -> Flow[bool]:
-    """Point an alias at a version, and whether it is new.
+    """Points an alias to a version; returns whether the alias is new.
 
-    `preload` moves it once the version is in memory; `if_match` only if it points at that version, `create_only` only
-    if there is no such alias.
+    With `preload`, the alias moves once the version is in memory. With `if_match`, it moves only if it points to that
+    version; with `create_only`, only if it does not exist.
 
     Raises:
-        PreconditionFailed: it points elsewhere.
+        PreconditionFailed: the alias points to another version.
+        InvalidRequest: both conditions were given.
     """
     if create_only and if_match is not None:
-        raise InvalidRequest("an alias that is to be new points nowhere yet: ask for one condition, not both")
+        raise InvalidRequest("create_only and if_match exclude each other: pass one of them")
     headers = {"If-None-Match": "*"} if create_only else {}
     if if_match is not None:
         headers["If-Match"] = f'"{if_match}"'
@@ -65,7 +76,7 @@ def put_alias(
 
 
 def delete_alias(adapter: str, alias: str) -> Flow[None]:
-    """Forget an alias; its version stays."""
+    """Deletes an alias; its version stays."""
     yield from _deletion(_alias_path(adapter, alias))
 
 
@@ -75,81 +86,83 @@ def _alias_path(adapter: str, alias: str) -> str:
 
 
 def delete(reference: str) -> Flow[None]:
-    """Delete `tenant/name`, or the version `…@7` or `…@sha256:…`.
+    """Deletes `tenant/name`, or the version `…@7` or `…@sha256:…`.
 
     Raises:
-        Conflict: an alias points at the version.
+        Conflict: an alias points to the version.
     """
     yield from _deletion(adapter_path(*parse_qualified(reference)))
 
 
 def load(reference: str, *, pinned: bool = False) -> Flow[Found]:
-    """Bring a version into memory, and wait: its state there. `pinned` keeps it."""
+    """Loads a version into memory, and waits for it; returns its state there. `pinned` keeps it in memory."""
     path = adapter_path(*parse_qualified(reference), "residency")
     answer: Answer = yield Request("PUT", path, json={"pinned": pinned})
     return answer.json_object()
 
 
 def unload(reference: str) -> Flow[None]:
-    """Take a version out of memory; the next request loads it again."""
+    """Evicts a version from memory; the next request loads it again."""
     yield from _deletion(adapter_path(*parse_qualified(reference), "residency"))
 
 
 def versions(adapter: str) -> Flow[list[Item]]:
-    """Every version of `tenant/name`, newest first."""
+    """Returns every version of `tenant/name`, newest first."""
     return (yield from listing.versions(*adapter_alone(adapter)))
 
 
 def residency(limit: int = 100) -> Flow[Found]:
-    """What the process that answers has in memory: `tiers`, `tenants`, and the `limit` largest versions, `resident`."""
+    """Returns the state of the answering process's memory: `tiers`, `tenants`,
+    and the `limit` largest versions as `resident`.
+    """
     return (yield from listing.residency(limit))
 
 
 def tenants() -> Flow[list[Item]]:
-    """Every tenant, in the order of their names."""
+    """Returns every tenant, in the order of their names."""
     return (yield from pages("/v1/tenants"))
 
 
 def tenant(name: str) -> Flow[Found]:
-    """A tenant, its quotas, and what it has."""
+    """Returns a tenant, its quotas, and its usage of them."""
     answer: Answer = yield Request("GET", tenant_path(name))
     return answer.json_object()
 
 
 def put_tenant(name: str, quotas: Mapping[str, int | None] | None = None) -> Flow[tuple[Found, bool]]:
-    """Make a tenant, or give one other quotas: what it is then, and whether it is new.
+    """Creates a tenant, or replaces the quotas of one; returns the tenant, and whether it is new.
 
-    `quotas` sets `max_adapters`, `max_bytes` and `requests_per_second` at once; what it leaves out, or has as None, is
-    without limit. Without `quotas` they stay as they are.
+    `quotas` sets `max_adapters`, `max_bytes` and `requests_per_second` together; one that is missing or None is
+    unlimited. Without `quotas`, they are not changed.
     """
     answer: Answer = yield Request("PUT", tenant_path(name), json=quotas)
     return answer.json_object(), answer.status == 201
 
 
 def delete_tenant(name: str) -> Flow[None]:
-    """Delete a tenant with its keys, adapters and versions."""
+    """Deletes a tenant with its keys, adapters and versions."""
     yield from _deletion(tenant_path(name))
 
 
 def audit(tenant: str | None = None, limit: int = 100) -> Flow[list[Item]]:
-    """The `limit` latest changes, newest first: of a tenant's resources, or of all."""
+    """Returns the `limit` latest changes, newest first: of a tenant's resources, or of all."""
     path = "/v1/audit" if tenant is None else tenant_path(tenant, "audit")
     return (yield from pages(path, limit=limit))
 
 
 def whoami() -> Flow[Found]:
-    """The key of this client: its `id`, `name`, `tenant` (None: the platform), `scope`, and when it `expires`."""
+    """Returns this client's key: its `id`, `name`, `tenant` (None: the platform), `scope`, and when it `expires`."""
     answer: Answer = yield Request("GET", "/v1/whoami")
     return answer.json_object()
 
 
 def keys(tenant: str | None = None) -> Flow[list[Item]]:
-    """Every key of a tenant, or of the platform, oldest first, without their secrets."""
+    """Returns every key of a tenant, or of the platform, oldest first, without their secrets."""
     return (yield from pages(_keys_path(tenant)))
 
 
 def key(key_id: str, tenant: str | None = None) -> Flow[Found]:
-    """A key of a tenant, or of the platform, without its secret."""
+    """Returns a key of a tenant, or of the platform, without its secret."""
     answer: Answer = yield Request("GET", _key_path(key_id, tenant))
     return answer.json_object()
 
@@ -157,11 +170,12 @@ def key(key_id: str, tenant: str | None = None) -> Flow[Found]:
 def create_key(
     scope: str, tenant: str | None = None, *, name: str = "", expires: datetime | None = None
 ) -> Flow[Found]:
-    """Make a key of a tenant, or of the platform: what it is, and its text, `key`, which no other answer has. A naive
-    `expires` is in UTC. It is never sent twice.
+    """Creates a key of a tenant, or of the platform; returns it with its text, `key`, which no other answer contains.
+
+    A naive `expires` is in UTC. The request is never repeated.
 
     Raises:
-        ConnectionFailed: it may have been made: look at `keys`.
+        ConnectionFailed: there was no answer; the key may exist: look at `keys`.
     """
     wanted = {"scope": scope, "name": name, "expires": None if expires is None else expires.isoformat()}
     answer: Answer = yield Request("POST", _keys_path(tenant), json=wanted)
@@ -169,18 +183,19 @@ def create_key(
 
 
 def shorten_key(key_id: str, expires: datetime, tenant: str | None = None) -> Flow[Found]:
-    """Give a key of a tenant, or of the platform, an end, or an earlier one than it has: what it is then. A naive
-    `expires` is in UTC.
+    """Sets the expiry of a key of a tenant, or of the platform, or makes it earlier; returns the key.
+
+    A naive `expires` is in UTC.
 
     Raises:
-        Conflict: it ends earlier than that.
+        Conflict: the key expires earlier already.
     """
     answer: Answer = yield Request("PUT", _key_path(key_id, tenant), json={"expires": expires.isoformat()})
     return answer.json_object()
 
 
 def revoke_key(key_id: str, tenant: str | None = None) -> Flow[None]:
-    """Revoke a key of a tenant, or of the platform."""
+    """Revokes a key of a tenant, or of the platform."""
     yield from _deletion(_key_path(key_id, tenant))
 
 
@@ -195,7 +210,7 @@ def _key_path(key_id: str, tenant: str | None) -> str:
 
 
 def card(reference: str) -> Flow[str]:
-    """The model card of a version, in Markdown; empty where there is none."""
+    """Returns the model card of a version, in Markdown; empty if it has none."""
     answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "card"))
     try:
         return bytes(answer.body).decode()
@@ -204,13 +219,13 @@ def card(reference: str) -> Flow[str]:
 
 
 def put_card(reference: str, text: str) -> Flow[None]:
-    """Replace the model card of a version."""
+    """Replaces the model card of a version."""
     path = adapter_path(*parse_qualified(reference), "card")
     yield Request("PUT", path, headers={"Content-Type": "text/markdown"}, content=text.encode())
 
 
 def annotations(reference: str) -> Flow[dict[str, str]]:
-    """The annotations of a version: texts by key."""
+    """Returns the annotations of a version: texts by key."""
     answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "annotations"))
     found = answer.json_object()
     if not all(isinstance(value, str) for value in found.values()):
@@ -219,8 +234,30 @@ def annotations(reference: str) -> Flow[dict[str, str]]:
 
 
 def put_annotations(reference: str, annotations: Mapping[str, str]) -> Flow[None]:
-    """Replace all annotations of a version."""
+    """Replaces all annotations of a version."""
     yield Request("PUT", adapter_path(*parse_qualified(reference), "annotations"), json=dict(annotations))
+
+
+def config_file(reference: str) -> Flow[bytes]:
+    """The `adapter_config.json` of a version, byte for byte as it was uploaded; of one that was not uploaded, or to an
+    older service, the config as PEFT writes it."""
+    answer: Answer = yield Request("GET", adapter_path(*parse_qualified(reference), "config"))
+    answer.json_object()
+    return bytes(answer.body)
+
+
+def service() -> Flow[ServiceInfo]:
+    """Which release of prefix-service answers, and the time of its clock. It needs no key."""
+    answer: Answer = yield Request("GET", "/openapi.json")
+    info = answer.json_object().get("info")
+    release = info.get("version") if isinstance(info, dict) else None
+    if not isinstance(release, str):
+        raise InvalidResponse(f"the service should tell its version, got {release!r:.100}")
+    try:
+        moment = parsedate_to_datetime(answer.headers.get("date", "")).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return ServiceInfo(release, None)
+    return ServiceInfo(release, moment)
 
 
 def usage(
@@ -231,10 +268,10 @@ def usage(
     until: datetime | None = None,
     limit: int | None = None,
 ) -> Flow[list[Item]]:
-    """What was used by hour, oldest first: of a tenant's adapters, or of all.
+    """Returns usage by hour, oldest first: of a tenant's adapters, or of all.
 
-    `by` names what is counted apart, with commas between: `adapter`, `version`, `key`. `since` and `until` bound the
-    hours; a moment without an offset is in UTC.
+    `by` names what is counted separately, separated by commas: `adapter`, `version`, `key`. `since` and `until` bound
+    the hours; a time without an offset is in UTC.
     """
     path = "/v1/usage" if tenant is None else tenant_path(tenant, "usage")
     moments = {"since": since, "until": until}
@@ -249,10 +286,10 @@ def _deletion(path: str) -> Flow[None]:
 
 
 def parameters(reference: str, first: int, stop: int) -> Flow[Buffer]:
-    """The bytes `first` … `stop` - 1 of the weights file of a version, as it was uploaded; at most 32 MiB.
+    """Returns the bytes `first` … `stop` - 1 of a version's weights file, as it was uploaded; at most 32 MiB.
 
     Raises:
-        InvalidResponse: other bytes came.
+        InvalidResponse: the answer has other bytes.
     """
     path = adapter_path(*parse_qualified(reference), "parameters")
     answer: Answer = yield Request("GET", path, headers={"Range": f"bytes={first}-{stop - 1}"})
@@ -266,55 +303,30 @@ def parameters(reference: str, first: int, stop: int) -> Flow[Buffer]:
 
 def rollback(adapter: str, alias: str) -> Flow[tuple[int, int]]:
     """Point an alias at the version that it named before. Returns that version's number, and the one that it named
-    until now.
-
-    The audit log is where that is known, so it takes a key of scope `admin`. A second call undoes the first.
+    until now. A second call undoes the first.
 
     Raises:
-        NotFound: the audit log knows of no version before, or that version is gone.
+        NotFound: the alias named no other version before, or that version is gone.
         PreconditionFailed: somebody moved the alias meanwhile.
     """
-    tenant, name = adapter_alone(adapter)
     answer: Answer = yield Request("GET", _alias_path(adapter, alias))
-    current = _number(answer.json_object().get("version"))
-    moved = yield from _last_move(tenant, f"{tenant}/{name}@{alias}")
-    if moved is None:
+    found = answer.json_object()
+    current = _number(found.get("version"))
+    if found.get("previous") is None:
         raise NotFound(
-            f"the audit log no longer says what {adapter}@{alias} named before version {current}: name the version "
-            f"with `alias set {adapter} {alias} VERSION`"
+            f"the service knows of no version that {adapter}@{alias} named before {current}: point it at a version by "
+            "its number"
         )
-    if _number(moved.get("version")) != current:
-        raise PreconditionFailed(
-            f"{adapter}@{alias} was moved meanwhile: look at `alias list {adapter}`, and try again"
-        )
-    if moved.get("before") is None:
-        raise NotFound(f"{adapter}@{alias} has named version {current} since it was made, and nothing before")
-    before = _number(moved["before"])
+    before = _number(found["previous"])
     yield from put_alias(adapter, alias, before, if_match=current)
     return before, current
 
 
-def _last_move(tenant: str, target: str) -> Flow[Found | None]:
-    """The details of the latest move of an alias; None if the audit log has none. Mostly it is among the latest
-    changes, and the others are not read."""
-    for limit in (_LATEST, None):
-        entries = yield from pages(tenant_path(tenant, "audit"), limit=limit)
-        for entry in entries:
-            if entry.get("action") == "alias.moved" and entry.get("target") == target:
-                details = entry.get("details")
-                if not isinstance(details, dict):
-                    raise InvalidResponse(f"a move of an alias should have details, got {entry!r:.200}")
-                return details
-        if len(entries) < _LATEST:
-            break
-    return None
-
-
 def _number(value: Any) -> int:
-    """Returns the number of a version.
+    """Returns a value that is a version number.
 
     Raises:
-        InvalidResponse: it is none.
+        InvalidResponse: it is not one.
     """
     if type(value) is not int or value < 1:
         raise InvalidResponse(f"the number of a version was expected, got {value!r:.100}")

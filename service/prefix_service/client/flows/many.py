@@ -1,4 +1,4 @@
-"""Rows of `get_many`, without I/O and without torch: what they ask for, and which row is to blame."""
+"""The rows of `get_many`, without I/O and without torch: their references, and the row that an error is about."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
 
 Rows = Sequence[str | Sequence[str] | None]
-"""One each: `tenant/adapter@…`, a list of these, whose prefixes are concatenated in that order, or None."""
+"""One entry per row: `tenant/adapter@…`, a list of these (their prefixes are concatenated in order), or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Of each row the references, and whether they were given as a list; and of each reference the first row."""
+    """The references of each row, with whether the caller gave a list; and the first row of each reference."""
 
     rows: list[tuple[tuple[str, ...], bool]]
     first_row: Mapping[str, int]
 
     @classmethod
     def of(cls, rows: Rows, batch_size: int | None) -> "Wanted":
-        """Check rows one by one.
+        """Returns the checked rows.
 
         Raises:
-            InvalidReference: one is no reference.
+            InvalidReference: an entry is not a reference; the message names the row.
             InvalidRequest: `rows` is one text, a list is empty, or `batch_size` differs from the number of rows.
         """
         if isinstance(rows, str | bytes):
@@ -56,7 +56,7 @@ class Wanted:
 
 
 def of_row(index: int, error: PrefixServiceError) -> PrefixServiceError:
-    """The same error, naming the row that it is about."""
+    """Returns the error with the row in its message."""
     error.message = f"row {index}: {error.message}"
     error.args = (error.message,)
     return error
@@ -68,7 +68,7 @@ def assembled(
     attention_mask: "Tensor | None",
     allocate: Callable[[int], memoryview],
 ) -> "Flow[MixedPrefix]":
-    """The batch, from the prefix of each reference."""
+    """Returns the batch, assembled from the prefix of each reference."""
 
     def assemble() -> "MixedPrefix":
         from prefix_service.client.prefixes import mixed

@@ -1,6 +1,6 @@
-"""Flows as methods of the two clients: one carries them out in the caller's thread, the other on an event loop.
+"""Turns flows into methods of the two clients: one carries them out in the caller's thread, the other on an event loop.
 
-`help`, Jupyter and type checkers see the flow's own arguments, and the result of the flow.
+`help`, Jupyter and type checkers see the flow's own arguments, and the flow's result.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def plain(flow: Callable[P, Flow[T]]) -> Callable[Concatenate[Any, P], Flow[T]]:
 
 
 def named(client: type[Client]) -> type[Client]:
-    """Give the methods of a client the names under which it has them, so that they can be pickled and found."""
+    """Sets the names of a client's methods to those of its attributes, so that they can be pickled and found."""
     for name, method in vars(client).items():
         if hasattr(method, "__wrapped__"):
             method.__module__, method.__name__ = client.__module__, name
@@ -61,7 +61,7 @@ def named(client: type[Client]) -> type[Client]:
 
 
 def _described(method: Call, call: Callable[..., Any]) -> Call:
-    """Give a method the arguments of a call, and the result of its flow."""
+    """Sets the signature of a method: the arguments of a call, and the result of its flow."""
     signature = inspect.signature(call)
     own, *others = signature.parameters.values()
     found = signature.return_annotation

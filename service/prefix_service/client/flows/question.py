@@ -1,4 +1,4 @@
-"""Which prefix a client asks for, and whether an answer is one to that question."""
+"""The prefix that a client asks for, and the check that an answer is about it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from urllib.parse import unquote
 from prefix_service.client.options import PrefixOptions
 from prefix_service.client.protocol import Answer, Fetch, prefix_request
 from prefix_service.errors import InvalidRequest, InvalidResponse
-from prefix_service.prefix.form import KVDtype, Span
 from prefix_service.prefix.ranks import Rank, check_rank, kv_heads_of_rank
 from prefix_service.prefix.references import Reference, parse_qualified
+from prefix_service.prefix.variant import KVDtype, Span
 
 _MISSING = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A reference and the form in which its prefix is wanted. Whatever the batch, one row is asked for, in one tensor.
+    """A reference, and the variant in which its prefix is wanted. One row in one tensor is asked for, whatever the
+    batch.
 
-    `tp` stays a rank: only the service knows how many heads the version has that an alias means now.
+    `tp` stays a rank, since only the service knows how many heads the version has that an alias means now.
     """
 
     tenant: str
@@ -31,7 +32,7 @@ class Question:
 
     @classmethod
     def of(cls, text: str, options: PrefixOptions) -> Self:
-        """The question of `client.get(text, **options)`.
+        """Returns the question of `client.get(text, **options)`.
 
         Raises:
             InvalidReference: `text` is not of the form `tenant/adapter@…`.
@@ -53,12 +54,12 @@ class Question:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells this question from others in a cache, JSON's types alone."""
+        """The question as a cache key, of JSON's types alone."""
         adapter, selector = self.reference.adapter, self.reference.selector
         return (self.tenant, adapter, selector, self.dtype, self.layers, self.kv_heads, self.tp)
 
     def request(self, etag: str | None, read: Callable[[Answer], Any], *, is_verified: bool, blocks: bool) -> Fetch:
-        """The request that asks it; with `etag`, whether that answer is still current."""
+        """Returns the request that asks the question; with `etag`, it asks whether that answer is still current."""
         return prefix_request(
             self.tenant,
             self.reference,
@@ -73,10 +74,11 @@ class Question:
         )
 
     def require_answer(self, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        """Compare the question with an answer's metadata, which `read_metadata` has accepted, and with its headers.
+        """Checks that an answer is about this question, by its metadata, which `read_metadata` has accepted, and its
+        headers.
 
         Raises:
-            InvalidResponse: it answers another question.
+            InvalidResponse: the answer is about another question.
         """
         wanted = self._wanted(metadata)
         wrong = [
@@ -88,13 +90,13 @@ class Question:
             wrong.append("dtype 'float8_e4m3fn' instead of that of the stored weights")
         wrong += _headers_that_differ(headers, metadata)
         if wrong:
-            raise InvalidResponse(f"the answer is not one to the question for {self}: it has {', '.join(wrong)}")
+            raise InvalidResponse(f"the answer is not about {self}: it has {', '.join(wrong)}")
 
     def require_current(self, etag: str, metadata: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-        """Compare a 304 with the question whether the answer of this entity tag and metadata is current.
+        """Checks that a 304 is about the cached answer with this entity tag and metadata.
 
         Raises:
-            InvalidResponse: it is about another one.
+            InvalidResponse: it is about another answer.
         """
         wrong = _headers_that_differ(headers, metadata)
         found = headers.get("etag", _MISSING)
@@ -106,7 +108,7 @@ class Question:
             )
 
     def _wanted(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that metadata must have; what the question leaves open is not among them."""
+        """Returns the values that the metadata must have; values that the question leaves open are not included."""
         wanted: dict[str, Any] = {"tenant": self.tenant, "adapter": self.reference.adapter}
         if self.reference.version is not None:
             wanted["version"] = self.reference.version
@@ -123,7 +125,7 @@ class Question:
         try:
             return kv_heads_of_rank(num_kv_heads, tp)
         except InvalidRequest as error:
-            raise InvalidResponse(f"the answer to the question for {self} cannot be: {error}") from error
+            raise InvalidResponse(f"the answer for {self} is impossible: {error}") from error
 
     def __str__(self) -> str:
         parts = {"dtype": self.dtype, "layers": self.layers, "kv_heads": self.kv_heads, "tp": self.tp}
@@ -132,10 +134,11 @@ class Question:
 
 
 def require_version(found: Any, tenant: str, reference: Reference, location: str | None = None) -> Mapping[str, Any]:
-    """The description of a version, compared with what it was asked by, and with its `Location` if there is one.
+    """Returns the description of a version, after comparing it with the question, and with its `Location` if there is
+    one.
 
     Raises:
-        InvalidResponse: it is not the description of a version, or of another one.
+        InvalidResponse: it does not describe a version, or describes another one.
     """
     if not isinstance(found, dict) or type(found.get("version")) is not int or not isinstance(found.get("digest"), str):
         raise InvalidResponse(f"the answer for {tenant}/{reference} does not describe a version: {found!r:.200}")
@@ -149,12 +152,12 @@ def require_version(found: Any, tenant: str, reference: Reference, location: str
     if location is not None and not unquote(location).endswith(path):
         wrong.append(f"Location {location:.200} instead of …{path}")
     if wrong:
-        raise InvalidResponse(f"the answer is not one about {tenant}/{reference}: it has {', '.join(wrong)}")
+        raise InvalidResponse(f"the answer is not about {tenant}/{reference}: it has {', '.join(wrong)}")
     return found
 
 
 def _headers_that_differ(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> list[str]:
-    """`Prefix-Version` and `Prefix-Digest` where they contradict the metadata; a proxy may have removed them."""
+    """Returns the `Prefix-Version` and `Prefix-Digest` that contradict the metadata; a proxy may have removed them."""
     wanted = {"Prefix-Version": str(metadata["version"]), "Prefix-Digest": metadata["digest"]}
     found = {name: headers.get(name.lower()) for name in wanted}
     return [

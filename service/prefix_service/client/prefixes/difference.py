@@ -1,4 +1,4 @@
-"""How far two prefixes differ, layer by layer. Needs torch."""
+"""Compares two prefixes layer by layer. Needs torch."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,7 +11,7 @@ from prefix_service.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far two tensors of one shape differ.
+    """The difference of two tensors of one shape.
 
     `max_absolute` is the largest absolute difference of two elements. `relative` is the Euclidean norm of the
     difference, divided by the larger of both norms: 0 for equal tensors, at most 2. `cosine` is the cosine of the angle
@@ -27,7 +27,7 @@ class Difference:
         """Returns the difference of two tensors of finite numbers; computed in float64."""
         first, second = first.double().flatten(), second.double().flatten()
         off = second - first
-        if not off.any():  # exactly, where roundings would make the cosine a little less than 1
+        if not off.any():  # exactly equal; rounding would make the cosine slightly less than 1
             return cls(0.0, 0.0, 1.0)
         norms = float(first.norm()), float(second.norm())
         cosine = float(first @ second) / (norms[0] * norms[1]) if all(norms) else 0.0
@@ -36,7 +36,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class LayerDifference:
-    """How far the keys and the values of one layer differ; `layer` is its number in the model, from 0."""
+    """The differences of the keys and of the values of one layer; `layer` is its number in the model, from 0."""
 
     layer: int
     keys: Difference
@@ -44,10 +44,10 @@ class LayerDifference:
 
 
 def differences(first: Prefix, second: Prefix) -> list[LayerDifference]:
-    """Returns how far two prefixes differ, in the order of their layers.
+    """Returns the differences of two prefixes, in the order of their layers.
 
     Raises:
-        InvalidRequest: they have other numbers of layers, heads or tokens, or another head size: nothing corresponds.
+        InvalidRequest: they differ in the number of layers, heads or tokens, or in the head size.
     """
     one, other = first.kv.tensor, second.kv.tensor
     if one.shape != other.shape:

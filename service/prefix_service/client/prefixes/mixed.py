@@ -1,4 +1,4 @@
-"""What a worker gets for a batch whose rows have prefixes of their own, and what it becomes in a model."""
+"""A batch whose rows have prefixes of their own, and its use in a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
-from prefix_service.prefix.form import Identity
 from prefix_service.prefix.kv import position_ids
-from prefix_service.prefix.mixed import MixedBatch, Part, Row, mixed_mask
-from prefix_service.prefix.wire.mixed_message import stacked
+from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix, mixed_mask
+from prefix_service.prefix.variant import Identity
+from prefix_service.prefix.wire.mixed_prefix_file import stacked
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -22,20 +22,23 @@ if TYPE_CHECKING:
 _IDENTITY = [field.name for field in fields(Identity)]
 
 
-_SHOWN: Final = 3  # rows in the text of a batch
+_SHOWN: Final = 3  # rows in the `repr` of a batch
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MixedPrefix:
-    """The prefixes of a batch, one row each; shorter ones, and rows without one, have zeros on the left, which the mask
-    hides. Its memory is its own."""
+    """The prefixes of a batch, one per row. Shorter ones, and rows without one, have zeros on the left, which the mask
+    hides.
+
+    The batch has memory of its own.
+    """
 
     stacked: Tensor
-    """`[B, L', 2, H', N, D]`, N being that of the longest row."""
+    """Keys and values, `[B, L', 2, H', N, D]`; N is the length of the longest row."""
     lengths: Tensor
-    """Virtual tokens of each row, int64 `[B, 1]`."""
+    """The virtual tokens of each row, int64 `[B, 1]`."""
     metadata: Mapping[str, Any]
-    """`rows`: for each row what it was asked by, and its version, digest and num_virtual_tokens; or a list; or None."""
+    """`rows`: for each row its `ref`, `version`, `digest` and `num_virtual_tokens`, or a list of these, or None."""
     inputs_mask: Tensor | None = None
     """The input's mask `[B, S]`, if it was given."""
 
@@ -50,34 +53,34 @@ class MixedPrefix:
 
     @property
     def past_key_values(self) -> list[tuple[Tensor, Tensor]]:
-        """One `(key, value)` a layer, each `[B, H', N, D]`."""
+        """One `(key, value)` per layer, each `[B, H', N, D]`."""
         # (B, L', 2, H', N, D) -> L' x 2 x (B, H', N, D)
         return [(layer[:, 0], layer[:, 1]) for layer in self.stacked.unbind(1)]
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return self.stacked.shape[0]
 
     @property
     def num_virtual_tokens(self) -> int:
-        """N, that of the longest row."""
+        """N, the virtual tokens of the longest row."""
         return self.stacked.shape[4]
 
     @property
     def prefix_mask(self) -> Tensor:
-        """1 where a row has a virtual token, 0 in front of them: int64 `[B, N]`."""
+        """The mask of the prefixes, int64 `[B, N]`: 1 for virtual tokens, 0 in front of them."""
         return mixed_mask(self.lengths)
 
     @property
     def attention_mask(self) -> Tensor:
-        """`prefix_mask`, and behind it the input's mask if it was given: `[B, N]` or `[B, N + S]`."""
+        """`prefix_mask`, followed by the input's mask if it was given: `[B, N]` or `[B, N + S]`."""
         return self.prefix_mask if self.inputs_mask is None else self.extend_mask(self.inputs_mask)
 
     @property
     def position_ids(self) -> Tensor:
-        """Positions of the real tokens, each row's behind its own prefix: int64 `[B, S]`; not for encoder-decoder
-        models.
+        """Positions of the input's tokens, int64 `[B, S]`, starting behind each row's own prefix; not for
+        encoder-decoder models.
 
         Raises:
             InvalidRequest: the input's mask was not given.
@@ -87,10 +90,10 @@ class MixedPrefix:
         return position_ids(self.inputs_mask, self.lengths.to(self.inputs_mask.device))
 
     def for_inputs(self, attention_mask: Tensor) -> Self:
-        """The same prefixes in front of other inputs, whose mask this is, `[B, S]`; nothing is copied.
+        """Returns the same prefixes for other inputs, whose mask `[B, S]` this is, without a copy.
 
         Raises:
-            InvalidRequest: it has another number of rows.
+            InvalidRequest: the mask has another number of rows.
         """
         if attention_mask.ndim != 2 or len(attention_mask) != self.batch_size:
             raise InvalidRequest(
@@ -99,35 +102,43 @@ class MixedPrefix:
         return replace(self, inputs_mask=attention_mask)
 
     def extend_mask(self, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`prefix_mask` in front of an input's mask: `[B, S]` -> `[B, N + S]`, in its own dtype by default."""
+        """Returns `prefix_mask` followed by an input's mask: `[B, S]` -> `[B, N + S]`.
+
+        The dtype is that of the input's mask by default.
+        """
         mask = attention_mask.to(dtype or attention_mask.dtype)
         return torch.cat([self.prefix_mask.to(mask), mask], dim=1)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Keys, values and masks on another device; keys and values in another dtype."""
+        """Returns the batch with keys, values and masks on another device, and keys and values in another dtype."""
         target = None if device is None else torch.device(device)
         inputs = None if self.inputs_mask is None else self.inputs_mask.to(device=target)
         moved = self.stacked.to(device=target, dtype=dtype)
         return replace(self, stacked=moved, lengths=self.lengths.to(device=target), inputs_mask=inputs)
 
     def to_cache(self, config: "PreTrainedConfig | PreTrainedModel") -> "Cache":
-        """As `Prefix.to_cache`; give the model `attention_mask` and `position_ids` with it.
+        """Returns transformers' own cache for a model, filled with the prefixes; needs the extra `transformers`.
+
+        Pass `attention_mask` and `position_ids` to the model with it.
 
         Raises:
             DimensionMismatch: the prefixes do not fit the model.
+            InvalidRequest: a layer of the model keeps something other than keys and values.
         """
         from prefix_service.client.transformers.caches import to_cache
 
         return to_cache(self.past_key_values, config)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
-        """`model.generate`, each row behind its own prefix: see `prefix_service.client.transformers.generation`. The
-        input's mask is the one that was given before, unless it is given here.
+        """Returns the result of `model.generate`, with each row behind its own prefix.
+
+        See `prefix_service.client.transformers.generation`. The input's mask is the one given before, unless it is
+        given here.
 
         Raises:
             DimensionMismatch: the prefixes do not fit the model.
-            InvalidRequest: an option that cannot be served with a prefix, or a model that cannot tell prefixes of
-                several lengths apart.
+            InvalidRequest: an option cannot be used with a prefix, or the model cannot have prefixes of several
+            lengths.
         """
         from prefix_service.client.transformers.generation import generate
 
@@ -142,30 +153,30 @@ def assemble(
     attention_mask: Tensor | None,
     allocate: Callable[[int], memoryview],
 ) -> MixedPrefix:
-    """A batch from the prefixes of its rows: for each row its references, and whether they were given as a list.
+    """Returns a batch of the prefixes of its rows; each row has its references, and whether the caller gave a list.
 
     Raises:
-        InvalidRequest: rows do not agree, or the mask has another number of them.
+        InvalidRequest: the rows do not fit together, or the mask has another number of rows.
     """
-    part = partial(_part, prefixes)
-    batch = MixedBatch.of([Row(tuple(map(part, references)), is_list) for references, is_list in rows])
+    row_prefix = partial(_row_prefix, prefixes)
+    batch = MixedBatch.of([Row(tuple(map(row_prefix, references)), is_list) for references, is_list in rows])
     tensors = [[prefixes[reference].kv.tensor for reference in references] for references, _ in rows]
     layers, _, heads, _, head_dim = prefixes[batch.first.ref].kv.tensor.shape
     shape = (len(rows), layers, 2, heads, batch.num_virtual_tokens, head_dim)
     memory = allocate(prod(shape) * prefixes[batch.first.ref].kv.tensor.itemsize)
-    about = {"rows": [row.told() for row in batch.rows]}
-    mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, about)
+    metadata = {"rows": [row.as_metadata() for row in batch.rows]}
+    mixed = MixedPrefix(stacked(batch, tensors, memory).view(shape), batch.lengths, metadata)
     return mixed if attention_mask is None else mixed.for_inputs(attention_mask)
 
 
 def _shown(row: Any) -> str:
-    """One row of the metadata in short."""
+    """Returns one row of the metadata as a short text."""
     if row is None:
         return "no prefix"
     return str(row["ref"]) if isinstance(row, Mapping) else " + ".join(map(_shown, row))
 
 
-def _part(prefixes: Mapping[str, Prefix], reference: str) -> Part:
+def _row_prefix(prefixes: Mapping[str, Prefix], reference: str) -> RowPrefix:
     prefix = prefixes[reference]
     identity = Identity(**{name: prefix.metadata[name] for name in _IDENTITY})
-    return Part(reference, identity, str(prefix.kv.tensor.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+    return RowPrefix(reference, identity, str(prefix.kv.tensor.dtype).removeprefix("torch."))  # type: ignore[arg-type]

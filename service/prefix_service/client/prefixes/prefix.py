@@ -1,4 +1,4 @@
-"""What a worker gets: the keys and values of one prefix, and what they become in a model."""
+"""The keys and values of one prefix, and their use in a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,30 +18,31 @@ if TYPE_CHECKING:
 class Prefix:
     """A prefix for a batch.
 
-    What `get` returned is the caller's own, to be written to: no other call and no cache sees it. The rows of one batch
-    share memory, also with what `for_batch` returns: a value that is written to one row is in all of them.
-    `materialise` gives each row memory of its own.
+    A prefix from `get` is the caller's own, and may be written to: no other call and no cache sees it. The rows of one
+    batch share memory, also with prefixes that `for_batch` returns: a value that is written to one row is in all of
+    them. `materialise` gives each row memory of its own.
     """
 
     kv: PrefixKV
     metadata: Mapping[str, Any]
-    """What the service said of it: tenant, adapter, version, digest, peft_type, num_virtual_tokens, …"""
+    """The service's metadata: tenant, adapter, version, digest, peft_type, num_virtual_tokens, …"""
     batch_size: int = 1
     rows: Tensor | None = None
-    """`[L', 2, B, H', N, D]`, where the rows have memory of their own."""
+    """`[L', 2, B, H', N, D]`, if the rows have memory of their own."""
 
     def __repr__(self) -> str:
-        about, tensor = self.metadata, self.kv.tensor
+        metadata, tensor = self.metadata, self.kv.tensor
         layers, _, heads, tokens, size = tensor.shape
         dtype = str(tensor.dtype).removeprefix("torch.")
         return (
-            f"<Prefix {about.get('tenant')}/{about.get('adapter')}@{about.get('version')}: {self.batch_size} x "
-            f"{tokens} tokens, {layers} layers, {heads} heads of {size}, {dtype} on {tensor.device}>"
+            f"<Prefix {metadata.get('tenant')}/{metadata.get('adapter')}@{metadata.get('version')}: "
+            f"{self.batch_size} x {tokens} tokens, {layers} layers, {heads} heads of {size}, "
+            f"{dtype} on {tensor.device}>"
         )
 
     @property
     def past_key_values(self) -> list[tuple[Tensor, Tensor]]:
-        """One `(key, value)` a layer, each `[B, H, N, D]`."""
+        """One `(key, value)` per layer, each `[B, H', N, D]`."""
         if self.rows is None:
             return self.kv.pairs(self.batch_size)
         return [(layer[0], layer[1]) for layer in self.rows]
@@ -53,7 +54,7 @@ class Prefix:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """N."""
+        """N, the number of virtual tokens."""
         return self.kv.num_virtual_tokens
 
     @property
@@ -67,17 +68,19 @@ class Prefix:
         return str(self.metadata["digest"])
 
     def for_batch(self, batch_size: int) -> Self:
-        """The same prefix for another number of rows, which share one memory; nothing is copied.
+        """Returns the same prefix for another number of rows, which share one memory; nothing is copied.
 
         Raises:
-            InvalidRequest: fewer than one row.
+            InvalidRequest: `batch_size` is less than 1.
         """
         if batch_size < 1:
             raise InvalidRequest(f"batch_size must be at least 1, got {batch_size}")
         return replace(self, batch_size=batch_size, rows=None)
 
     def materialise(self) -> Self:
-        """The same with memory of its own for each row, to be written to: one copy, pinned where the prefix is."""
+        """Returns the prefix with memory of its own for each row, which may be
+        written to: one copy, pinned if the prefix is.
+        """
         shared = self.kv.tensor
         # (L', 2, H', N, D) -> (L', 2, B, H', N, D)
         shape = (*shared.shape[:2], self.batch_size, *shared.shape[2:])
@@ -85,52 +88,56 @@ class Prefix:
         return replace(self, rows=rows.copy_(shared.unsqueeze(2)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """On another device, or in another dtype."""
+        """Returns the prefix on another device, or in another dtype."""
         target = None if device is None else torch.device(device)
         rows = None if self.rows is None else self.rows.to(device=target, dtype=dtype)
         return replace(self, kv=self.kv.to(device=target, dtype=dtype), rows=rows)
 
     def extend_mask(self, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns ones for the prefix, in front of an input's mask: `[B, S]` -> `[B, N + S]`, by default in its dtype.
+        """Returns the mask of prefix and input, `[B, S]` -> `[B, N + S]`, by default in the dtype of the input's mask.
 
-        Falcon with ALiBi and 16 or more heads wants `torch.float32`, as PEFT always passes.
+        Falcon with ALiBi and 16 or more heads needs `torch.float32`, which PEFT always passes.
         """
         return extend_mask(attention_mask, self.num_virtual_tokens, dtype)
 
     def position_ids(self, attention_mask: Tensor) -> Tensor:
-        """Returns positions of the real tokens behind the prefix, int64 `[B, S]`, for left and for right padding.
+        """Returns the positions of the input's tokens behind the prefix, int64 `[B, S]`, for left and for right
+        padding.
 
-        They are for models of text that count from 0, such as Llama or GPT-2. Models that compute positions themselves
-        (of several dimensions, as Qwen2-VL's, or counted from another number, as RoBERTa's) get them from `generate`.
+        They are for text models that count from 0, such as Llama or GPT-2. Models that compute positions themselves
+        (with several dimensions, as Qwen2-VL, or counting from another number, as RoBERTa) get them from `generate`.
         """
         return position_ids(attention_mask, self.num_virtual_tokens)
 
     def to_cache(self, config: "PreTrainedConfig | PreTrainedModel", max_cache_len: int | None = None) -> "Cache":
         """Returns transformers' own cache for a model, filled with the prefix; needs the extra `transformers`.
 
-        With the model's config, keys and values keep the device and dtype of the prefix: bring it to the model's (`to`)
-        first. With the model itself, they take its dtype, and those of each layer go to the device of that layer, also
-        where the model is spread over devices or offloaded (`device_map`).
+        With the model's config, keys and values keep the device and dtype of the prefix: move it to the model's first
+        (`to`). With the model itself, they take its dtype, and those of each layer go to that layer's device, even if
+        the model is spread over devices or offloaded (`device_map`).
 
-        With `max_cache_len` it is a static cache, for `torch.compile`, with room for so many tokens, the prefix among
-        them. BLOOM wants a mask of that length then, with zeros behind the tokens.
+        With `max_cache_len` it is a static cache, for `torch.compile`, with room for that many tokens, including the
+        prefix. BLOOM then needs a mask of that length, with zeros behind the tokens.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
             InvalidRequest: `max_cache_len` leaves no room, the architecture has no static cache, or a layer keeps
-                something other than keys and values.
+            something
+                other than keys and values.
         """
         from prefix_service.client.transformers.caches import to_cache
 
         return to_cache(self.past_key_values, config, max_cache_len)
 
     def generate(self, model: Any, /, *args: Any, **options: Any) -> Any:
-        """Returns what `model.generate` returns behind this prefix, with padding on either side; images and other
-        inputs of the model go into `options`. See `prefix_service.client.transformers.generation.generate`.
+        """Returns the result of `model.generate` behind this prefix, with padding on either side.
+
+        Images and other inputs of the model are passed in `options`. See
+        `prefix_service.client.transformers.generation.generate`.
 
         Raises:
             DimensionMismatch: the prefix does not fit the model.
-            InvalidRequest: an option or an architecture that cannot be served with a prefix.
+            InvalidRequest: an option or an architecture cannot be used with a prefix.
         """
         from prefix_service.client.transformers.generation import generate
 

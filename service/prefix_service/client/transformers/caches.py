@@ -1,6 +1,6 @@
-"""A prefix in the caches of Hugging Face transformers, as each architecture wants it.
+"""Puts a prefix into the caches of Hugging Face transformers, in the form that each architecture needs.
 
-What a cache looks like was read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_layer_kv_target_shape`).
+The forms were read in PEFT 0.21.2 (`PeftModel.get_prompt`, `_get_layer_kv_target_shape`).
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers import MODEL_MAPPING, Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
-from prefix_service.client.transformers.devices import place, unwrapped
+from prefix_service.client.transformers.devices import to_layer_devices, unwrapped
 from prefix_service.client.transformers.static_cache import empty_static_cache
 from prefix_service.errors import DimensionMismatch, InvalidRequest
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""One `(key, value)` a layer, each `[B, H, N, D]`; rows may share memory."""
+"""One `(key, value)` per layer, each `[B, H, N, D]`; rows may share memory."""
 Shape = tuple[int | None, int | None]
-"""(heads, head size) as a layer caches them; None for what the config does not tell in one number."""
+"""(heads, head size) as a layer caches them; None if the config has no single number."""
 
 _FILLED_BY_CONFIG = ("gemma2", "gemma3", "gemma4")
 _KEYS_AND_VALUES = (
@@ -37,23 +37,23 @@ def to_cache(
     """Returns the cache that a model continues from, as PEFT's `get_prompt` builds it.
 
     With the model's config, keys and values keep their device and dtype. With the model itself, they take its dtype,
-    and the keys and values of each layer go to the device on which that layer computes, also where the model is spread
+    and the keys and values of each layer go to the device on which that layer computes, even if the model is spread
     over several devices or offloaded (`device_map`), or wrapped by `torch.compile` or PEFT's LoRA.
 
-    `past_key_values` has a `[B, H, N, D]` key and value of any float dtype for each layer (the decoder's, in served
-    order), as the adapter provisions them. They are copied: views are welcome and never written to. Most models get a
-    `DynamicCache`; Gemma 2 to 4 one that knows its sliding layers, and Gemma 4's layers are sliced, or left out where
+    `past_key_values` has a `[B, H, N, D]` key and value of any float dtype per layer (the decoder's, in served order),
+    in the adapter's dimensions. They are copied, so views are allowed and never written to. Most models get a
+    `DynamicCache`; Gemma 2 to 4 get one that knows its sliding layers, and Gemma 4's layers are sliced, or left out if
     they are wider than the prefix; encoder-decoder models get an `EncoderDecoderCache`, with the prefix in the
-    decoder's self-attention and nothing in its cross-attention. Encoders such as BERT take the `DynamicCache` too.
+    decoder's self-attention and nothing in its cross-attention. Encoders such as BERT use the `DynamicCache` too.
 
-    With `max_cache_len`, the tokens that the cache has room for, the prefix and all that follows, it is a `StaticCache`
+    With `max_cache_len`, the number of tokens that the cache has room for, including the prefix, it is a `StaticCache`
     instead (the decoder's self-attention), for `torch.compile`: its shapes are the same for each adapter and each step.
 
     Raises:
         DimensionMismatch: the number of layers, the heads or the head size are not the model's.
-        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, a
-            layer keeps something other than keys and values (state-space layers, latent attention), the architecture
-            takes no cache (RWKV), or the layers of a model that is spread over devices cannot be found.
+        InvalidRequest: `max_cache_len` leaves no room behind the prefix, the architecture has no static cache, a layer
+            keeps something other than keys and values (state-space layers, latent attention), the architecture takes no
+            cache (RWKV), or the layers of a model that is spread over devices cannot be found.
     """
     model: Any = None if isinstance(config, PreTrainedConfig) else unwrapped(config)
     config = config if isinstance(config, PreTrainedConfig) else model.config
@@ -65,7 +65,7 @@ def to_cache(
     if len(past_key_values) < layers or (len(past_key_values) > layers and not config.is_encoder_decoder):
         raise DimensionMismatch(f"the prefix has {len(past_key_values)} layers, the model has {layers}")
     if model is not None:
-        past_key_values = place(past_key_values, model, layers)
+        past_key_values = to_layer_devices(past_key_values, model, layers)
     tokens = past_key_values[0][0].shape[2]
     static = None if max_cache_len is None else empty_static_cache(decoder, tokens, max_cache_len)
     if decoder.model_type.startswith(_FILLED_BY_CONFIG):
@@ -80,19 +80,19 @@ def to_cache(
 
 
 def skips_layers(past_key_values: Pairs, config: PreTrainedConfig) -> bool:
-    """Whether a model of `config` has layers that go without the prefix, being wider than it (Gemma 4)."""
+    """Returns whether a model of `config` has layers that go without the prefix because they are wider (Gemma 4)."""
     decoder = config.get_text_config(decoder=True)
     return decoder.model_type.startswith(_FILLED_BY_CONFIG) and bool(_targets(past_key_values[0][0], decoder)[1])
 
 
 def _num_layers(decoder: PreTrainedConfig) -> int:
-    """T5 counts its decoder's layers under a name of their own."""
+    """Returns the number of the decoder's layers; T5 has a separate name for it."""
     own = getattr(decoder, "num_decoder_layers", None) if decoder.is_encoder_decoder else None
     return int(own or decoder.num_hidden_layers)
 
 
 def _check_takes_cache(*configs: PreTrainedConfig) -> None:
-    """Raises InvalidRequest where transformers' models of these configs take no cache, and would ignore one (RWKV)."""
+    """Raises InvalidRequest if transformers' models of these configs take no cache, and would ignore one (RWKV)."""
     mapping: Any = MODEL_MAPPING
     found = [mapping.get(type(config), None) for config in configs]
     known: list[Any] = [model for model in found if isinstance(model, type)]
@@ -101,7 +101,7 @@ def _check_takes_cache(*configs: PreTrainedConfig) -> None:
 
 
 def _check_layers(decoder: PreTrainedConfig) -> None:
-    """Raises InvalidRequest where a layer keeps something other than keys and values."""
+    """Raises InvalidRequest if a layer keeps something other than keys and values."""
     if getattr(decoder, "kv_lora_rank", None) is not None:
         raise InvalidRequest(f"{decoder.model_type} keeps compressed keys and values, which a prefix does not fit")
     for number, kind in enumerate(getattr(decoder, "layer_types", None) or ()):
@@ -122,7 +122,7 @@ def _layer_shape(decoder: PreTrainedConfig, layer: int) -> Shape:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if config.model_type == "gpt_bigcode" and config.multi_query:
         kv_heads = 1
-    if config.model_type == "falcon" and not config.new_decoder_architecture:  # the new one caches all heads
+    if config.model_type == "falcon" and not config.new_decoder_architecture:  # the new architecture caches all heads
         kv_heads = 1 if config.multi_query else config.num_kv_heads
     return kv_heads if isinstance(kv_heads, int) else None, head_dim if isinstance(head_dim, int) else None
 
@@ -137,9 +137,9 @@ def _check_shape(key: Tensor, shape: Shape, layer: int) -> None:
 
 
 def _targets(key: Tensor, decoder: PreTrainedConfig) -> tuple[dict[int, Shape], list[int]]:
-    """The shape of each layer that takes the prefix, and the layers that are wider and go without (Gemma 4).
+    """Returns the shape of each layer that takes the prefix, and the wider layers, which go without it (Gemma 4).
 
-    The last layers of a model may share the keys of an earlier one: they are neither.
+    The last layers of a model may share the keys of an earlier one; they are in neither.
     """
     own = _num_layers(decoder) - (getattr(decoder, "num_kv_shared_layers", None) or 0)
     shapes = {layer: _layer_shape(decoder, layer) for layer in range(own)}
@@ -152,7 +152,9 @@ def _targets(key: Tensor, decoder: PreTrainedConfig) -> tuple[dict[int, Shape], 
 
 
 def _filled(cache: Cache, pairs: Pairs, targets: dict[int, Shape]) -> Cache:
-    """Through `update`, with all virtual tokens: sliding layers trim themselves and still count them all."""
+    """Fills a cache through `update`, with all virtual tokens: sliding
+    layers trim themselves, but count all of them.
+    """
     for layer, (heads, dim) in targets.items():
         key, value = (tensor[:, :heads, :, :dim] for tensor in pairs[layer])
         cache.update(key, value, layer)

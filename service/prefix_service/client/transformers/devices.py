@@ -1,4 +1,4 @@
-"""The device of each layer of a model: one, or several where the model is spread (`device_map="auto"`)."""
+"""The device of each layer of a model: one device, or several if the model is spread (`device_map="auto"`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from prefix_service.errors import InvalidRequest
 
 
-def place(
+def to_layer_devices(
     past_key_values: Sequence[tuple[Tensor, Tensor]], model: PreTrainedModel, num_layers: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns the pairs of the first `num_layers` layers, each on the device where its layer computes, in the model's
-    dtype. Rows that share memory still share it.
+    dtype.
+
+    Rows that share memory still share it.
 
     Raises:
         InvalidRequest: the model is spread over devices and its layers cannot be found.
@@ -27,10 +29,10 @@ def place(
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns transformers' model inside of `torch.compile`'s wrapper or PEFT's (LoRA acts inside of the model too).
+    """Returns transformers' model inside the wrapper of `torch.compile` or PEFT (LoRA acts inside the model too).
 
     Raises:
-        InvalidRequest: an adapter acts in PEFT's wrapper, which a prefix passes by: another prefix or prompt, or aLoRA.
+        InvalidRequest: an adapter acts in PEFT's wrapper, which is bypassed here: another prefix or prompt, or aLoRA.
     """
     while True:
         if hasattr(model, "_orig_mod"):
@@ -48,8 +50,11 @@ def unwrapped(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """Returns the part of a model whose layers take the prefix: an encoder-decoder model's decoder, the language model
-    of a model with images. Where `get_decoder` finds only a head of that name, it is the model without its head."""
+    """Returns the part of a model whose layers take the prefix: an encoder-decoder model's decoder, or the language
+    model of a model with images.
+
+    If `get_decoder` returns only a head of that name, it is the model without its head.
+    """
     found = model.get_decoder()
     return found if isinstance(found, PreTrainedModel) else model.base_model
 
@@ -72,8 +77,11 @@ def _layer_devices(model: PreTrainedModel, num_layers: int) -> list[torch.device
 
 
 def _devices(module: nn.Module) -> Iterator[torch.device]:
-    """Yields the devices on which parts of `module` compute: the one to which accelerate moves the weights of a part
-    before it runs (an offloaded part has them nowhere, on `meta`), else the one on which the weights lie."""
+    """Yields the devices on which parts of `module` compute.
+
+    This is the device to which accelerate moves a part's weights before it runs (an offloaded part has them on `meta`),
+    else the device of the weights.
+    """
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
         hooks = getattr(hook, "hooks", [hook])

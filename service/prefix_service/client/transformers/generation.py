@@ -1,8 +1,8 @@
-"""transformers' own `generate` behind a prefix, for any padding.
+"""transformers' own `generate` behind a prefix, with any padding.
 
-What it needs was read in transformers 5.23.0 (`GenerationMixin._prefill`): behind a filled cache, input ids that are
-shorter than the mask are the new tokens alone. So no dummy ids stand in for the prefix, and no logits processor,
-stopping criterion, streamer or `max_length` ever counts them.
+It relies on transformers 5.23.0 (`GenerationMixin._prefill`): behind a filled cache, input ids that are shorter than
+the mask are the new tokens alone. No dummy ids stand for the prefix, so no logits processor, stopping criterion,
+streamer or `max_length` counts them.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, GenerationConfig, StaticCache
 
-from prefix_service.client.transformers.arrival import Arrival
 from prefix_service.client.transformers.caches import Pairs, skips_layers, to_cache
+from prefix_service.client.transformers.continuation import ContinuationCheck
 from prefix_service.client.transformers.devices import decoder_of, unwrapped
 from prefix_service.client.transformers.padding import Model, follows_mask, moved, padding_shows
 from prefix_service.errors import InvalidRequest
@@ -22,7 +22,7 @@ from prefix_service.prefix.kv import prefix_mask
 
 Options = dict[str, Any]
 
-_DEFAULT_NEW_TOKENS = 20  # transformers'
+_DEFAULT_NEW_TOKENS = 20  # transformers' own default
 
 
 def generate(
@@ -35,35 +35,37 @@ def generate(
     prefix_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Returns what `model.generate` returns behind a prefix, as PEFT's `generate` does, with any padding.
+    """Returns the result of `model.generate` behind a prefix, as PEFT's `generate` does, with any padding.
 
-    `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix a row; they are
-    brought to the model's dtype, and to the device of each layer. `model` may be wrapped by `torch.compile` or by
-    PEFT's LoRA. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder model. `attention_mask`
-    `[B, S]` belongs to it; without one, pad ids are padding where transformers itself takes them for that.
-    `prefix_mask` `[B, N]` (default: ones) has zeros where a row's prefix is shorter. `options` are those of
-    `model.generate`, images included; `use_cache=False` is ignored, as the prefix lives in the cache, and so are
-    `token_type_ids`, which PEFT drops in training too. The model computes its positions, unless they are given. With
-    `cache_implementation="static"` the cache is a static one, sized for this call or for `max_cache_len` if that is
-    more (prefix, input and new tokens): one size for all calls, and a compiled model is compiled once.
+    `past_key_values` are pairs `[1, H, N, D]`, shared by all rows, or `[B, H, N, D]`, one prefix per row; they are
+    converted to the model's dtype, and moved to the device of each layer. `model` may be wrapped by `torch.compile` or
+    by PEFT's LoRA. `input_ids` is int64 `[B, S]`, the encoder's input for an encoder-decoder model. `attention_mask`
+    `[B, S]` belongs to it; without one, pad ids are padding if transformers itself treats them so. `prefix_mask` `[B,
+    N]` (default: ones) has zeros where a row's prefix is shorter. `options` are those of `model.generate`, including
+    images; `use_cache=False` is ignored, since the prefix is in the cache, and so are `token_type_ids`, which PEFT
+    drops in training too. The model computes its positions, unless they are given. With `cache_implementation="static"`
+    the cache is a static one, sized for this call or for `max_cache_len` if that is more (prefix, input and new
+    tokens): with one size for all calls, a compiled model is compiled once.
 
     The result is that of `model.generate`: int64 `[B * num_return_sequences, S + new]`, in each row the caller's input
-    ids as they came, padding included, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
+    ids, including padding, then the new tokens (encoder-decoder models: the decoder's tokens alone); with
     `return_dict_in_generate`, transformers' output object with such `sequences`.
 
     With padding on the right, or anywhere else, each row equals that row on its own: the model sees it padded on the
-    left. Where that padding could change the row (`padding_shows`; layers without the prefix mistake the mask), rows of
+    left. If that padding could change the row (`padding_shows`; layers without the prefix misread the mask), rows of
     one length are generated at a time. Left-padded rows equal those of PEFT, which lets such models count the padding,
-    and lets the longest row of a batch choose the rotary frequencies of all (`dynamic` and `longrope`).
-    An encoder's rows are passed on as they are: BART's encoder counts padding on the left, with and without a prefix.
+    and lets the longest row of a batch determine the rotary frequencies of all (`dynamic` and `longrope`). An encoder's
+    rows are passed on unchanged: BART's encoder counts padding on the left, with and without a prefix.
 
     Raises:
         DimensionMismatch: the prefix does not fit the model.
-        InvalidRequest: no input ids, a mask of another shape, a cache of the caller's own, an assistant model (it has
-            no prefix), a static cache where the architecture has none, an architecture that no prefix fits, a model
-            that does not continue from the prefix (Phi-3, where the input is longer than its first range of positions;
-            a `generate` of the model's own), a row without a token, right padding with inputs that cannot be split by
-            row, or another option that cannot be served.
+        InvalidRequest: there are no input ids; a mask has another shape; the caller passes a cache of its own, or an
+            assistant model (which has no prefix); the architecture has no static cache, or no prefix fits it; the model
+            does not continue from the prefix (Phi-3, if the input is longer than its first range of positions; models
+            with
+            a `generate` of their own); a row has no token; right padding comes with inputs that cannot be split by row;
+            or
+            another option cannot be used.
     """
     model = unwrapped(model)
     _refuse(model, options)
@@ -74,7 +76,7 @@ def generate(
     prefix = _Prefix.of(past_key_values, prefix_mask, ids, _max_cache_len(model, past_key_values, ids, options))
     options = {name: value for name, value in options.items() if name != "max_cache_len"}
     if _option(model, options, "cache_implementation") is not None:
-        options["cache_implementation"] = None  # transformers takes no other cache beside that choice
+        options["cache_implementation"] = None  # transformers takes no other cache together with that choice
     if _option(model, options, "use_cache") is False:
         options["use_cache"] = True
     if model.config.is_encoder_decoder:
@@ -84,8 +86,9 @@ def generate(
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Pairs of batch 1 or B, the mask over their virtual tokens, int64 `[B, N]`, and the tokens that a static cache of
-    them has room for."""
+    """Pairs of batch 1 or B, the mask over their virtual tokens, int64 `[B, N]`, and the number of tokens that a static
+    cache has room for.
+    """
 
     pairs: Pairs
     mask: Tensor
@@ -93,7 +96,11 @@ class _Prefix:
 
     @classmethod
     def of(cls, pairs: Pairs, mask: Tensor | None, ids: Tensor, max_cache_len: int | None) -> Self:
-        """The prefix of a batch of input ids."""
+        """Returns the prefix of a batch of input ids.
+
+        Raises:
+            InvalidRequest: prefix or mask do not fit the batch.
+        """
         rows, _, tokens, _ = pairs[0][0].shape
         shape = len(ids), tokens
         if rows not in (1, len(ids)):
@@ -104,14 +111,14 @@ class _Prefix:
         return cls(pairs, mask.to(ids.device, torch.int64), max_cache_len)
 
     def select(self, rows: Tensor) -> Self:
-        """These rows of the batch."""
+        """Returns these rows of the batch."""
         own = rows.to(self.pairs[0][0].device)
         shared = self.pairs[0][0].shape[0] == 1
         pairs = self.pairs if shared else [(key[own], value[own]) for key, value in self.pairs]
         return type(self)(pairs, self.mask[rows], self.max_cache_len)
 
     def cache(self, model: Model, options: Options) -> Cache:
-        """Each row as many times, one behind the other, as transformers repeats the inputs."""
+        """Returns a cache with each row repeated consecutively, as transformers repeats the inputs."""
         repeats = max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
         total = self.mask.shape[0] * repeats
 
@@ -121,16 +128,19 @@ class _Prefix:
         return to_cache([(rows(key), rows(value)) for key, value in self.pairs], model, self.max_cache_len)
 
     def skips_layers(self, model: Model) -> bool:
-        """Whether layers go without it: they take the start of the mask for theirs, with zeros in it the wrong part."""
+        """Returns whether layers go without the prefix.
+
+        They read the start of the mask as theirs, which zeros in it break.
+        """
         return skips_layers(self.pairs, model.config)
 
     def extend(self, mask: Tensor) -> Tensor:
-        """`[B, S]` -> `[B, N + S]`."""
+        """Returns the mask of prefix and input, `[B, S]` -> `[B, N + S]`."""
         return torch.cat([self.mask.to(mask), mask], dim=1)
 
 
 def _option(model: Model, options: Options, name: str) -> Any:
-    """A generation option, with transformers' precedence: the call, the call's config, the model's config."""
+    """Returns a generation option, with transformers' precedence: the call, the call's config, the model's config."""
     if name in options:
         return options[name]
     configs = options.get("generation_config"), model.generation_config
@@ -139,7 +149,7 @@ def _option(model: Model, options: Options, name: str) -> Any:
 
 def _refuse(model: Model, options: Options) -> None:
     name = type(model).__name__
-    if next(iter(signature(model.generate).parameters)) == "pixel_values":  # BLIP-2 and others with a model inside
+    if next(iter(signature(model.generate).parameters)) == "pixel_values":  # BLIP-2 and others with an inner model
         raise InvalidRequest(f"{name} has a generate of its own, for images first, which would not pass the prefix on")
     if not any("past_key_values" in signature(part.forward).parameters for part in (model, decoder_of(model))):
         raise InvalidRequest(f"{type(model).__name__} takes no past_key_values, so that no prefix fits")
@@ -159,12 +169,12 @@ def _refuse(model: Model, options: Options) -> None:
         if _option(model, options, name) is not None:
             raise InvalidRequest(f"{name} cannot be served behind a prefix: {reason}")
     cache = _option(model, options, "cache_implementation")
-    if cache not in (None, "dynamic", "static", "hybrid"):  # transformers itself reads "hybrid" as none
+    if cache not in (None, "dynamic", "static", "hybrid"):  # transformers itself treats "hybrid" as none
         raise InvalidRequest(f"a prefix needs a dynamic or a static cache, not cache_implementation={cache!r}")
 
 
 def _max_cache_len(model: Model, pairs: Pairs, ids: Tensor, options: Options) -> int | None:
-    """The tokens that a static cache has room for, where one is asked for."""
+    """Returns the number of tokens that a static cache needs room for; None if none was asked for."""
     if _option(model, options, "cache_implementation") != "static":
         return None
     start = options.get("decoder_input_ids") if model.config.is_encoder_decoder else ids
@@ -173,14 +183,14 @@ def _max_cache_len(model: Model, pairs: Pairs, ids: Tensor, options: Options) ->
 
 
 def _end(model: Model, width: int, options: Options) -> int:
-    """Tokens of a row at the end, of which `width` are the caller's own."""
+    """Returns the tokens of a row at the end, `width` of which are the caller's own."""
     new, limit = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
     end: int = width + new if new is not None else limit or width + _DEFAULT_NEW_TOKENS
     return end
 
 
 def _input_mask(model: Model, ids: Tensor, mask: Tensor | None, options: Options) -> Tensor:
-    """int64 `[B, S]`: the caller's, or what transformers makes of the padding."""
+    """Returns the input's mask, int64 `[B, S]`: the caller's, or the one that transformers derives from the padding."""
     if mask is None:
         pad, eos = (_option(model, options, name) for name in ("pad_token_id", "eos_token_id"))
         untold = pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos])
@@ -191,7 +201,10 @@ def _input_mask(model: Model, ids: Tensor, mask: Tensor | None, options: Options
 
 
 def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, options: Options) -> Any:
-    """The decoder starts where its cache ends; the encoder's mask stays as it is."""
+    """Generates with an encoder-decoder model: the decoder starts where its cache ends.
+
+    The encoder's mask is unchanged.
+    """
     mask, start = options.get("decoder_attention_mask"), options.get("decoder_input_ids")
     if not prefix.mask.all():
         if not hasattr(model.config, "relative_attention_num_buckets"):
@@ -207,12 +220,12 @@ def _generate_encoder_decoder(model: Model, prefix: _Prefix, ids: Tensor, option
 
 
 def _from_cache(model: Model, cache: Cache, ids: Tensor, options: Options) -> Any:
-    """`model.generate`, which must continue from `cache`."""
-    arrival = Arrival(model, cache)
-    if not _option(model, options, "prompt_lookup_num_tokens"):  # lookup asks the processors before the first forward
-        options = options | {"logits_processor": [arrival, *(options.get("logits_processor") or ())]}
+    """Returns the result of `model.generate`, which must continue from `cache`."""
+    check = ContinuationCheck(model, cache)
+    if not _option(model, options, "prompt_lookup_num_tokens"):  # lookup asks processors before the first forward
+        options = options | {"logits_processor": [check, *(options.get("logits_processor") or ())]}
     output = model.generate(ids, past_key_values=cache, **options)
-    arrival.check()  # a `generate` of the model's own may drop the processors too
+    check.require()  # a model's own `generate` may drop the processors too
     return output
 
 
@@ -225,7 +238,8 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
     if not even and not follows_mask(model):
         raise InvalidRequest("rows with prefixes of several lengths need a model that takes position_ids")
     if bool((mask[:, 1:] >= mask[:, :-1]).all()):
-        # Float as PEFT's. Falcon's ALiBi is finer then: integers round it to bfloat16, as for a row without padding.
+        # Float, as PEFT's. Falcon's ALiBi is more exact then: it rounds integers to bfloat16, as for a row without
+        # padding.
         return _continue(model, prefix, ids, mask.to(torch.float32) if even else mask, options)
     if prefix.skips_layers(model) or padding_shows(model, prefix.mask.shape[1] + _end(model, ids.shape[1], options)):
         return _generate_by_length(model, prefix, ids, mask, options)
@@ -241,10 +255,10 @@ def _generate_decoder(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, 
 
 
 def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Any:
-    """`model.generate` on rows padded on the left: real tokens stand at positions N and up.
+    """Returns the result of `model.generate` for rows padded on the left, whose tokens have the positions N and up.
 
-    transformers asks the model for the positions of its inputs, which have several dimensions where there are images.
-    Behind a filled cache it would not ask, so it is done here: positions as without a prefix, and N added, as in PEFT.
+    transformers asks the model for the positions of its inputs, which have several dimensions if there are images.
+    Behind a filled cache it would not ask, so it is done here: the positions without a prefix, plus N, as in PEFT.
     """
     if "position_ids" in signature(model.forward).parameters:
         own = options.get("position_ids")
@@ -257,13 +271,13 @@ def _continue(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options:
 
 
 def _behind(ids: Tensor, new: Tensor, model: Model, options: Options) -> Tensor:
-    """The new tokens behind the caller's own ids."""
+    """Returns the new tokens behind the caller's own ids."""
     repeats = _option(model, options, "num_return_sequences") or 1
     return torch.cat([ids.repeat_interleave(repeats, dim=0), new.to(ids)], dim=1)
 
 
 def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor, options: Options) -> Tensor:
-    """Rows of one length at a time, without any padding."""
+    """Generates the rows of one length at a time, without any padding."""
     lengths = _lengths(model, mask, options)
     parts = []
     for length in sorted(set(lengths.tolist())):
@@ -283,7 +297,11 @@ def _generate_by_length(model: Model, prefix: _Prefix, ids: Tensor, mask: Tensor
 
 
 def _lengths(model: Model, mask: Tensor, options: Options) -> Tensor:
-    """Tokens of each row, `[B]`; refuses what may have an entry, or know a number, for each row."""
+    """Returns the tokens of each row, `[B]`.
+
+    Raises:
+        InvalidRequest: an option could have an entry per row, or depend on the number of rows.
+    """
     apart = {*GenerationConfig().to_dict(), "generation_config", "tokenizer", "synced_gpus"}  # type: ignore[no-untyped-call]
     per_row = [name for name, value in options.items() if name not in apart and value is not None]
     if _option(model, options, "return_dict_in_generate"):
@@ -295,7 +313,7 @@ def _lengths(model: Model, mask: Tensor, options: Options) -> Tensor:
 
 
 def _shortened(model: Model, options: Options, padding: int) -> Options:
-    """`min_length` and `max_length` count padding: less of it where the padding is gone."""
+    """Returns `min_length` and `max_length` without the padding, which they count, for rows without padding."""
     limits = {}
     for kind in ("min", "max"):
         limit = _option(model, options, f"{kind}_length")

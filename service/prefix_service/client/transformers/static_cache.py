@@ -1,4 +1,4 @@
-"""transformers' static cache, which `torch.compile` takes: when a call wants one, and one that has room."""
+"""transformers' static cache, which `torch.compile` needs: whether an architecture has one, and one that has room."""
 
 from typing import Any
 
@@ -8,11 +8,13 @@ from prefix_service.errors import InvalidRequest
 
 
 def empty_static_cache(config: PreTrainedConfig, num_virtual_tokens: int, max_cache_len: int) -> StaticCache:
-    """A `StaticCache` for `max_cache_len` tokens of a decoder of `config`, the prefix among them; each layer takes its
-    memory, dtype and device with its first tokens.
+    """Returns an empty `StaticCache` of a decoder of `config`, for `max_cache_len` tokens including the prefix.
+
+    Each layer takes its memory, dtype and device from its first tokens.
 
     Raises:
-        InvalidRequest: no room behind the prefix, or an architecture that transformers compiles with no static cache.
+        InvalidRequest: there is no room behind the prefix, or transformers compiles the architecture with no static
+        cache.
     """
     if max_cache_len <= num_virtual_tokens:
         raise InvalidRequest(
@@ -26,8 +28,11 @@ def empty_static_cache(config: PreTrainedConfig, num_virtual_tokens: int, max_ca
 
 
 def _has_static_cache(config: PreTrainedConfig) -> bool:
-    """What the model's class says of itself; one that transformers does not know (from the Hub) is tried."""
-    if config.model_type == "falcon" and config.alibi:  # the mask has the cache's length there, the bias the input's
+    """Returns whether the model's class declares a static cache.
+
+    A class that transformers does not know (from the Hub) is tried.
+    """
+    if config.model_type == "falcon" and config.alibi:  # the mask has the cache's length, the bias the input's
         return False
     model: Any = MODEL_MAPPING.get(type(config), None)
     return bool(getattr(model, "_can_compile_fullgraph", True))

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, and the parts of an upload."""
+"""Encodes the bodies of requests: JSON, and the parts of an upload."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,9 +20,9 @@ def encoded(request: Request) -> tuple[Mapping[str, str], Iterator[bytes]]:
         content = request.content
         made = httpx.Request(request.method, "http://service", files=files, json=request.json, content=content)
     except (TypeError, ValueError, AttributeError, OSError) as error:
-        raise InvalidRequest(f"what was given cannot be sent: {error}") from error
+        raise InvalidRequest(f"the arguments cannot be sent: {error}") from error
     headers = {name: value for name, value in made.headers.items() if name != "host"}
-    if "transfer-encoding" in headers:  # a file that does not tell its length
+    if "transfer-encoding" in headers:  # a file without a known length
         return headers, _chunks(_pieces(made.stream, None, None))
     return headers, _pieces(made.stream, int(headers.get("content-length", "0")), request.progress)
 
@@ -34,10 +34,10 @@ def _chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _pieces(stream: Any, declared: int | None, progress: Progress | None) -> Iterator[bytes]:
-    """Yields a body in pieces; `progress` follows one of a declared length.
+    """Yields a body in pieces; calls `progress` if the length is declared.
 
     Raises:
-        InvalidRequest: a file cannot be read, or has another length than it said.
+        InvalidRequest: a file cannot be read, or its length differs from the declared one.
     """
     sent = 0
     try:

@@ -1,20 +1,21 @@
-"""How to reach a service: its address, whom to trust, and the deadline of a call."""
+"""Connects to a service: its address, the certificates to trust, and the deadline of a call."""
 
 import socket
 import ssl
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
 
 from prefix_service.client.transport import dialling
 from prefix_service.client.transport.dialling import time_left
-from prefix_service.errors import ConnectionFailed, InvalidRequest
+from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse
 from prefix_service.system.forks import close_in_child, renew_in_child
 
 
 class NotConnected(OSError):
-    """There is no connection, so nothing of a request was sent."""
+    """There is no connection, so no part of the request was sent."""
 
 
 class Connection:
@@ -36,18 +37,23 @@ class Connection:
     ) -> None:
         self.url = _parsed(base_url)
         self.api_key, self.uds, self.timeout = api_key, uds, timeout
-        self.peer_uid: int | None = None  # whose process listened on the Unix socket that was dialled last
+        self.peer_uid: int | None = None  # of the process that listens on the most recently dialled Unix socket
+        self._catalog: str | None = None  # that earlier answers came from
         self._ca_file = ca_file
         if api_key is not None and not isinstance(api_key, str):
             raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise InvalidRequest("the API key has characters that no key has: a line break, or a letter beyond ASCII")
+            raise InvalidRequest(
+                "the API key has characters that a key cannot have: a line break, or a letter beyond ASCII"
+            )
         self._tls = None if self.url.scheme == "http" else _trusting(ca_file)
         renew_in_child(self)
 
     @property
     def address(self) -> str:
-        """The service's address for messages: the path of its Unix socket, or the URL without name and password."""
+        """The service's address for error messages: its Unix socket's path,
+        or its URL without user name and password.
+        """
         if self.uds is not None:
             return f"unix:{self.uds}"
         return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
@@ -60,16 +66,36 @@ class Connection:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return headers
 
+    def require_same_catalog(self, headers: Mapping[str, str]) -> None:
+        """Note from the headers of an answer which catalog the service has; one of an older release does not say.
+
+        Raises:
+            InvalidResponse: an earlier answer was another catalog's. Its versions may have the same numbers and other
+                contents.
+        """
+        found = headers.get("prefix-catalog")
+        if found is None or found == self._catalog:
+            return
+        if self._catalog is not None:
+            raise InvalidResponse(
+                f"{self.address} answers from catalog {found!r:.80}, and before from {self._catalog!r:.80}: services "
+                "with data folders of their own stand behind one address, or its folder was replaced; mend that, or "
+                "make another client"
+            )
+        self._catalog = found
+
     def renew(self) -> None:
-        """Drop the TLS context in a forked child: a thread of the parent may have held a lock in it. The next
-        connection makes another one, since reading the authorities takes 20 ms and more."""
+        """Drops the TLS context in a forked child, since a thread of the parent may have held a lock in it.
+
+        The next connection makes a new one, because reading the certificates takes 20 ms and more.
+        """
         self._tls = None
 
     def dial(self, until: float) -> socket.socket:
-        """Returns a new connection, with its TLS, made before the moment `until` of `time.monotonic`.
+        """Returns a new connection, including its TLS handshake, made before the time `until` of `time.monotonic`.
 
         Raises:
-            NotConnected: there is none; its cause says why.
+            NotConnected: no connection could be made; its cause has the reason.
         """
         try:
             dialled = self._dial_unix(until) if self.uds is not None else self._dial_tcp(until)
@@ -96,7 +122,7 @@ class Connection:
         try:
             if self._tls is None:
                 self._tls = _trusting(self._ca_file)
-            # A ragged end would pass for the end of a body that has no length.
+            # Else a truncated connection would look like the end of a body without a length.
             secured = self._tls.wrap_socket(
                 dialled,
                 server_hostname=self.url.raw_host.decode("ascii"),
@@ -108,7 +134,7 @@ class Connection:
             raise
         close_in_child(secured)
         try:
-            secured.settimeout(time_left(until))  # of the whole handshake
+            secured.settimeout(time_left(until))  # for the whole handshake
             secured.do_handshake()
         except BaseException:
             secured.close()
@@ -142,15 +168,17 @@ def _parsed(base_url: str) -> httpx.URL:
 
 
 def connection_failed(error: Exception, address: str) -> ConnectionFailed:
-    """Returns the error of this project for a failure of a socket or of httpx."""
+    """Returns a ConnectionFailed for an error of a socket or of httpx."""
     late = (TimeoutError, httpx.TimeoutException)
     kind = "did not answer in time" if isinstance(error, late) or isinstance(error.__cause__, late) else None
     return ConnectionFailed(f"{address} {kind or 'cannot be reached'}: {str(error) or type(error).__name__}")
 
 
 def _peer_uid(connected: socket.socket) -> int | None:
-    """Returns the user whose process listens on a Unix socket (unix(7), SO_PEERCRED); None where the system does not
-    say."""
+    """Returns the user of the process that listens on a Unix socket (unix(7), SO_PEERCRED).
+
+    Returns None on systems without that option.
+    """
     option: int | None = getattr(socket, "SO_PEERCRED", None)
     if option is None:
         return None

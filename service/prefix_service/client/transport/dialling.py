@@ -1,6 +1,7 @@
 """TCP connections to a name with several addresses (RFC 8305, "Happy Eyeballs").
 
-Each address is tried a moment after the one before it, or as soon as that one fails. The first connection wins."""
+Each address is tried a moment after the previous one, or as soon as that one fails. The first connection wins.
+"""
 
 import errno
 import os
@@ -16,16 +17,16 @@ from typing import Any, Final
 from prefix_service.system.forks import close_in_child
 
 _HEAD_START: Final = 0.25
-"""Seconds between the beginnings of two attempts, as RFC 8305 recommends."""
+"""Seconds between the starts of two attempts, as RFC 8305 recommends."""
 
-_LONGEST_WAIT: Final = 1_000_000.0  # seconds; poll(2) has 2,147,483
+_LONGEST_WAIT: Final = 1_000_000.0  # seconds; poll(2) allows 2,147,483
 
 Address = tuple[Any, ...]
-"""What `socket.getaddrinfo` returns for one address."""
+"""The type of one address that `socket.getaddrinfo` returns."""
 
 
 def connect(host: bytes, port: int, until: float) -> socket.socket:
-    """Returns a new non-blocking connection, made before the moment `until` of `time.monotonic`.
+    """Returns a new non-blocking connection, made before the time `until` of `time.monotonic`.
 
     Raises:
         OSError: no address could be reached; TimeoutError if none answered in time.
@@ -39,10 +40,10 @@ def connect(host: bytes, port: int, until: float) -> socket.socket:
 
 
 def time_left(until: float) -> float:
-    """Returns the seconds until a moment of `time.monotonic`, at most 1,000,000: system calls have no room for more.
+    """Returns the seconds until a time of `time.monotonic`, at most 1,000,000, because system calls have limits.
 
     Raises:
-        TimeoutError: it has passed.
+        TimeoutError: the time has passed.
     """
     left = until - time.monotonic()
     if left <= 0:
@@ -51,7 +52,7 @@ def time_left(until: float) -> float:
 
 
 class _Race:
-    """Attempts that run in parallel."""
+    """Connection attempts that run in parallel."""
 
     def __init__(self, head_start: float) -> None:
         self._head_start = head_start
@@ -60,7 +61,11 @@ class _Race:
         self._failed = OSError("there is no address")
 
     def winner(self, waiting: deque[Address], until: float) -> socket.socket:
-        """Returns the first socket that is connected."""
+        """Returns the first socket that is connected.
+
+        Raises:
+            OSError: all attempts failed; TimeoutError if none succeeded in time.
+        """
         next_start = 0.0
         while waiting or self._running:
             if waiting and time.monotonic() >= next_start:
@@ -77,7 +82,7 @@ class _Race:
         raise self._failed
 
     def _start(self, address: Address) -> bool:
-        """Returns whether an attempt has begun."""
+        """Starts an attempt; returns whether it has begun."""
         family, kind, protocol, _, where = address
         try:
             begun = socket.socket(family, kind, protocol)
@@ -107,18 +112,20 @@ class _Race:
         self._failed = OSError(code, os.strerror(code))
 
     def end(self) -> None:
-        """Close the attempts that did not win."""
+        """Closes the attempts that did not win."""
         for attempt in self._running.values():
             attempt.close()
 
 
 def _resolved(host: bytes, port: int, until: float) -> list[Address]:
-    """Returns the addresses of a name. The resolver knows no deadline, so a thread waits for it that may be left
-    behind."""
+    """Returns the addresses of a name.
+
+    The resolver has no deadline, so it runs in a thread, which is left behind if it takes too long.
+    """
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
-        pass  # a name
+        pass  # it is a name
     found: SimpleQueue[list[Address] | OSError] = SimpleQueue()
 
     def look_up() -> None:

@@ -1,5 +1,6 @@
-"""Requests over the lane. For tensors: memory for the body, its digest on arrival, large bodies in ranges, and on the
-same host no body at all."""
+"""Sends requests over the lane, and receives tensors: memory for the body, its digest on arrival, large bodies in
+ranges, and a mapping instead of a body on the same host.
+"""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -13,18 +14,20 @@ from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import SHARED_FILE_TYPE
+from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
 
-_MOST_PROBLEM: Final = 1 << 20  # bytes of an error
+_MOST_PROBLEM: Final = 1 << 20  # bytes of an error response
 MOST_JSON: Final = 32 << 20
-"""Bytes that an answer may have that is no tensors."""
+"""The most bytes of an answer without tensors."""
 
 
 class Fetcher:
-    """Safe to share between threads. `allocate` gives memory for a body, which takes long where it is `pinned`; a body
-    may come in ranges over `connections` at once, or with `shared_memory` be mapped where the service says that it
-    lies."""
+    """Carries out requests; safe to share between threads.
+
+    `allocate` returns memory for a body, and is slow if `pinned`. A body can be received in ranges over `connections`
+    connections. With `shared_memory`, the file that the service names is mapped instead of received.
+    """
 
     def __init__(
         self,
@@ -40,39 +43,42 @@ class Fetcher:
         self._pinned, self._shared_memory = pinned, shared_memory
 
     def carry_out(self, request: Request, until: float, interrupt: Interrupt) -> Any:
-        """Returns the answer to a request, or what a fetch makes of it, before the moment `until` of
-        `time.monotonic`.
+        """Returns the answer to a request, or the result of a fetch, before the time `until` of `time.monotonic`.
 
         Raises:
-            ConnectionFailed: it is not there by then, or not all of it.
-            PrefixServiceError: the service reported it, or the fetch refused it.
+            ConnectionFailed: the answer is missing or incomplete at that time.
+            PrefixServiceError: the service reported the error, or the fetch refused the answer.
         """
         try:
             if isinstance(request, Fetch):
                 return self._fetch(request, until, interrupt)
-            received = self._lane.exchange(request, place_json, until, interrupt, most=MOST_JSON)
+            received = self._lane.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
         return require_success(Answer(head.status, head.headers, body))
 
     def blocks(self, request: Request) -> bool:
-        """Whether a request needs a thread: disks and pinned memory take long, ranges come in threads, and the body of
-        a change may be read from a disk."""
+        """Returns whether a request needs a thread.
+
+        Disks and pinned memory are slow, ranges use threads, and the body of a change may be read from a disk.
+        """
         if isinstance(request, Fetch):
             return request.blocks or self._pinned or self._connections > 1
         return request.method != "GET"
 
     async def carry_out_on_loop(self, request: Request, until: float) -> Any:
-        """Returns what `carry_out` does, on the running event loop, for a request that does not block.
+        """Carries out a request that does not block on the running event loop; returns its answer, or the result of a
+        fetch.
 
         Raises:
-            ConnectionFailed, PrefixServiceError: as `carry_out`.
+            ConnectionFailed: the answer is missing or incomplete at the time `until`.
+            PrefixServiceError: the service reported the error, or the fetch refused the answer.
         """
         try:
             if isinstance(request, Fetch):
                 return await self._fetch_on_loop(request, until)
-            received = await self._lane.exchange_on_loop(request, place_json, until, most=MOST_JSON)
+            received = await self._lane.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -95,38 +101,38 @@ class Fetcher:
     def _answer(self, fetch: Fetch, until: float, interrupt: Interrupt) -> Answer:
         if self._connections > 1:
             try:
-                arrival = _Arrival(self._allocate, fetch.progress, is_verified=False)
-                pieces = Pieces(self._lane, fetch, until, interrupt, arrival.observer)
-                head, body = pieces.receive(arrival.place, self._connections)
+                received = _ReceivedBody(self._allocate, fetch.progress, is_verified=False)
+                pieces = Pieces(self._lane, fetch, until, interrupt, received.observer)
+                head, body = pieces.receive(received.allocate, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
-                pass  # whole, over one connection, it cannot be torn
+                pass  # received whole, over one connection, it cannot be torn
         return self._whole(fetch, until, interrupt)
 
     def _whole(
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
-        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
+        received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange
-        head, body = exchange(fetch, arrival.place, until, interrupt, headers=headers, observe=arrival.observe)
-        return Answer(head.status, head.headers, body, arrival.digest)
+        head, body = exchange(fetch, received.allocate, until, interrupt, headers=headers, observe=received.observe)
+        return Answer(head.status, head.headers, body, received.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
-        arrival = _Arrival(self._allocate, fetch.progress, is_verified=fetch.is_verified)
+        received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
         exchange = self._lane.exchange_on_loop
-        head, body = await exchange(fetch, arrival.place, until, headers=headers, observe=arrival.observe)
-        return Answer(head.status, head.headers, body, arrival.digest)
+        head, body = await exchange(fetch, received.allocate, until, headers=headers, observe=received.observe)
+        return Answer(head.status, head.headers, body, received.digest)
 
     def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         self._lane.close()
 
 
-def place_json(head: Head) -> memoryview:
-    """Returns memory for an answer that is no tensors.
+def allocate_json(head: Head) -> memoryview:
+    """Returns memory for an answer without tensors.
 
     Raises:
-        InvalidResponse: it is too long to be one of the service.
+        InvalidResponse: it is longer than any such answer of the service.
     """
     most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
     if head.length > most:
@@ -134,9 +140,11 @@ def place_json(head: Head) -> memoryview:
     return memoryview(bytearray(head.length))
 
 
-class _Arrival:
-    """One body on its way: where it goes, its digest, in the algorithm that its head names, and who follows it. A body
-    without a digest may be observed by several threads."""
+class _ReceivedBody:
+    """One body while it is received: its memory, its digest in the algorithm that the head names, and its progress.
+
+    Several threads may observe a body without a digest.
+    """
 
     def __init__(self, allocate: Callable[[int], memoryview], progress: Progress | None, *, is_verified: bool) -> None:
         self._allocate, self._progress = allocate, progress
@@ -146,23 +154,23 @@ class _Arrival:
         self._lock = threading.Lock()
         self._arrived = self._total = 0
 
-    def place(self, head: Head) -> memoryview:
+    def allocate(self, head: Head) -> memoryview:
         """Returns memory for the body of an answer with this head."""
         if head.status not in (200, 206):
-            return place_json(head)
+            return allocate_json(head)
         if self._is_verified and (algorithm := verifiable(head.headers)) is not None:
             self._algorithm, self._hasher = algorithm, new_hasher(algorithm)
-        if head.headers.get("content-type") != SHARED_FILE_TYPE:  # the name of a file is no tensors
+        if head.headers.get("content-type") != SHARED_FILE_TYPE:  # a file's name is not tensors
             self._total = head.length
         return self._allocate(head.length)
 
     @property
     def observer(self) -> Observer | None:
-        """What sees the pieces of a body without a digest; None if nothing follows them."""
+        """The observer of a body that has no digest; None if there is no progress to report."""
         return None if self._progress is None else self.observe
 
     def observe(self, piece: memoryview) -> None:
-        """Add a piece of the body to its digest, and report it."""
+        """Adds a piece of the body to its digest, and reports progress."""
         if self._hasher is not None:
             self._hasher.update(piece)
         if self._progress is not None and self._total:
@@ -172,7 +180,7 @@ class _Arrival:
 
     @property
     def digest(self) -> BodyDigest | None:
-        """The digest of what arrived; None where none was computed."""
+        """The digest of the received bytes; None if it was not computed."""
         if self._algorithm is None or self._hasher is None:
             return None
         return self._algorithm, self._hasher.digest()

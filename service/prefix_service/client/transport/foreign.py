@@ -1,8 +1,8 @@
-"""The way over a transport of the caller's own, `http=`: httpx drives it.
+"""Requests over a transport of the caller's own, `http=`, driven by httpx.
 
-Such a transport keeps its connections to itself. It has the time left of a call for each of its reads, and between the
-pieces of a body the clock is read. It stays in the process, and if it is asynchronous on the event loop, that used it
-first.
+Such a transport manages its own connections. Each of its reads may take the rest of a call's time, and the clock is
+read between the pieces of a body. The transport stays in the process that first used it and, if it is asynchronous, on
+that event loop.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from prefix_service.client.protocol import Answer, Fetch, Request
 from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.dialling import time_left
-from prefix_service.client.transport.fetcher import MOST_JSON, place_json
+from prefix_service.client.transport.fetcher import MOST_JSON, allocate_json
 from prefix_service.client.transport.http1 import Head, declared_length
 from prefix_service.client.transport.link import MOST_UNDECLARED
 from prefix_service.errors import InvalidRequest, InvalidResponse
@@ -25,10 +25,10 @@ _FAILURES: Final = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSErro
 
 
 class Foreign:
-    """Blocking."""
+    """Sends requests over a blocking transport."""
 
     def __init__(self, connection: Connection, transport: httpx.BaseTransport) -> None:
-        self._address = connection.address
+        self._connection = connection
         self._http = httpx.Client(**_options(connection), transport=transport)
         self._home = _Home()
 
@@ -36,9 +36,9 @@ class Foreign:
         """Returns the answer to a request.
 
         Raises:
-            ConnectionFailed: it is not there before the moment `until` of `time.monotonic`.
+            ConnectionFailed: there is no answer before the time `until` of `time.monotonic`.
             InvalidRequest: another process has used the transport.
-            InvalidResponse: it is longer than an answer can be.
+            InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(None)
         headers, content = _headers_and_content(request)
@@ -48,20 +48,22 @@ class Foreign:
                 for piece in response.iter_raw():
                     body.add(piece)
                     time_left(until)
-                return body.answer()
+                answer = body.answer()
         except _FAILURES as error:
-            raise connection_failed(error, self._address) from error
+            raise connection_failed(error, self._connection.address) from error
+        self._connection.require_same_catalog(answer.headers)
+        return answer
 
     def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         self._http.close()
 
 
 class AsyncForeign:
-    """For asyncio."""
+    """Sends requests over an asynchronous transport."""
 
     def __init__(self, connection: Connection, transport: httpx.AsyncBaseTransport) -> None:
-        self._address = connection.address
+        self._connection = connection
         self._http = httpx.AsyncClient(**_options(connection), transport=transport)
         self._home = _Home()
 
@@ -69,9 +71,9 @@ class AsyncForeign:
         """Returns the answer to a request.
 
         Raises:
-            ConnectionFailed: it is not there before the moment `until` of `time.monotonic`.
+            ConnectionFailed: there is no answer before the time `until` of `time.monotonic`.
             InvalidRequest: another process or event loop has used the transport.
-            InvalidResponse: it is longer than an answer can be.
+            InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(asyncio.get_running_loop())
         headers, content = _headers_and_content(request)
@@ -84,17 +86,19 @@ class AsyncForeign:
                 body = _Body(response, request)
                 async for piece in response.aiter_raw():
                     body.add(piece)
-                return body.answer()
+                answer = body.answer()
         except _FAILURES as error:
-            raise connection_failed(error, self._address) from error
+            raise connection_failed(error, self._connection.address) from error
+        self._connection.require_same_catalog(answer.headers)
+        return answer
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         await self._http.aclose()
 
 
 class _Home:
-    """The process and the event loop that have used a transport."""
+    """The process and the event loop that first used a transport."""
 
     def __init__(self) -> None:
         self._first: tuple[int, asyncio.AbstractEventLoop | None] | None = None
@@ -130,7 +134,7 @@ async def _later(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
 
 
 class _Body:
-    """An answer's body while it arrives, in memory of its declared length."""
+    """An answer's body while it is received, in memory of its declared length."""
 
     def __init__(self, response: httpx.Response, request: Request) -> None:
         pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
@@ -138,7 +142,7 @@ class _Body:
         declared = declared_length(self._headers)
         self._declared = declared or 0
         if not isinstance(request, Fetch):
-            place_json(Head(self._status, self._headers, declared or 0, keeps_alive=False))
+            allocate_json(Head(self._status, self._headers, declared or 0, keeps_alive=False))
         is_followed = isinstance(request, Fetch) and declared and self._status == 200
         self._progress = request.progress if is_followed else None
         self._most = MOST_UNDECLARED if isinstance(request, Fetch) else MOST_JSON
@@ -150,7 +154,11 @@ class _Body:
         self._position = 0
 
     def add(self, piece: bytes) -> None:
-        """Take the next bytes; a body without a declared length grows."""
+        """Adds the next bytes; a body without a declared length grows.
+
+        Raises:
+            InvalidResponse: the body is too long.
+        """
         self._data[self._position : self._position + len(piece)] = piece
         self._position += len(piece)
         if self._position > self._most:

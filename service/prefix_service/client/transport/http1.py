@@ -1,4 +1,4 @@
-"""Heads of HTTP/1.1 (RFC 9112): the plain answer is read here, every other form by h11."""
+"""Parses the heads of HTTP/1.1 answers (RFC 9112): plain ones here, all others with h11."""
 
 import re
 from collections.abc import Generator, Iterable, Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_HEAD: Final = 64 << 10
-"""Bytes that an answer's head may have."""
+"""The most bytes of an answer's head."""
 
 _MOST_INTERIM: Final = 16  # answers 1xx before the final one
 
@@ -18,7 +18,9 @@ _BODILESS: Final = (204, 304)
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Status and headers (names in lower case, repeated ones joined) of an answer, and the length of its body."""
+    """The head of an answer: its status, its headers (lower-case names,
+    repeated ones joined), and its body's length.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -27,8 +29,10 @@ class Head:
 
 
 def read_plain(head: bytes) -> Head | None:
-    """An answer whose length its head alone tells; None where h11 must decide: 1xx, chunks, two lengths, none, or
-    what is malformed."""
+    """Returns the head of an answer whose length follows from its head alone.
+
+    Returns None if h11 must decide: for 1xx, chunks, two lengths, no length, or a malformed head.
+    """
     match = _PLAIN.fullmatch(head)
     if match is None:
         return None
@@ -43,18 +47,18 @@ def read_plain(head: bytes) -> Head | None:
 
 
 def declared_length(headers: Mapping[str, str]) -> int | None:
-    """Returns the length that headers declare, if it is a sound one."""
+    """Returns the length that headers declare; None if it is missing or malformed."""
     length = headers.get("content-length", "")
     return int(length) if _LENGTH.fullmatch(length) else None
 
 
 def read_carefully(begun: bytes, most: int) -> Generator[None, bytes, tuple[Head, bytearray]]:
-    """Read an answer in any form that h11 accepts: give its first bytes, then send in the others (b"" at the end).
+    """Parses an answer in any form that h11 accepts. `begun` are its first bytes; send the others in, b"" at the end.
 
     Raises:
-        ConnectionError: it is malformed, ends too early, or has a body of more than `most` bytes.
+        ConnectionError: the answer is malformed, ends too early, or has a body of more than `most` bytes.
     """
-    import h11  # hardly ever needed
+    import h11  # rarely needed
 
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD - 1)
     connection.send(h11.Request(method="GET", target="/", headers=[("Host", "service")]))

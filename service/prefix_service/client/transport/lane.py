@@ -1,6 +1,7 @@
-"""Requests and answers over connections that stay; an answer's body is received into memory that is allocated once.
+"""The fast path for requests and answers: persistent connections, and bodies received into memory that is allocated
+once.
 
-httpx hands a body over in small pieces, each a copy, at a third of the speed, and knows no deadline of a whole request.
+httpx delivers a body in small pieces, each a copy, at a third of the speed, and has no deadline for a whole request.
 """
 
 import asyncio
@@ -18,18 +19,26 @@ from prefix_service.client.transport.bodies import encoded
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.link import MOST_UNDECLARED, Link, Observer, Place, carry_out, carry_out_on_loop
+from prefix_service.client.transport.link import (
+    MOST_UNDECLARED,
+    AllocateBody,
+    Link,
+    Observer,
+    carry_out,
+    carry_out_on_loop,
+)
 from prefix_service.system.forks import renew_in_child
 
 _MOST_IDLE: Final = 32
 _PATIENCE: Final = 0.25
-"""The part of the time left that a connection which was idle has for the first byte of an answer: its peer may have
-vanished without a word."""
+"""The share of the remaining time in which a reused connection must send the first byte of an answer; its peer may have
+vanished silently.
+"""
 _MOST_PATIENCE: Final = 60.0  # seconds
 
 
 class Interrupt:
-    """Breaks off exchanges from another thread."""
+    """Aborts exchanges from another thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,10 +47,10 @@ class Interrupt:
 
     @contextlib.contextmanager
     def watching(self, link: socket.socket) -> Iterator[None]:
-        """Break off what happens on this socket in the block.
+        """Registers a socket for `break_off` while the block runs.
 
         Raises:
-            ConnectionAbortedError: it was broken off before.
+            ConnectionAbortedError: `break_off` was called before.
         """
         with self._lock:
             if self.is_broken:
@@ -54,16 +63,20 @@ class Interrupt:
                 self._watched.discard(link)
 
     def break_off(self) -> None:
-        """End what is under way, and what would begin."""
+        """Aborts the exchanges in progress, and those that would begin later."""
         with self._lock:
             self.is_broken = True
             for link in self._watched:
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(link, socket.SHUT_RDWR)  # TLS's own would take its state from the reader
+                    # TLS's own shutdown would take its state from the reader.
+                    socket.socket.shutdown(link, socket.SHUT_RDWR)
 
 
 class Lane:
-    """Exchanges with one service over connections that stay; safe to share between threads and with forked children."""
+    """Exchanges with one service over persistent connections.
+
+    It can be shared between threads, and with forked children.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -75,14 +88,14 @@ class Lane:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Begin without connections, in a forked child too, where those of the parent are closed already."""
+        """Starts without connections, in a forked child too, where the parent's connections are closed already."""
         self._idle: list[Link] = []
         self._lock = threading.Lock()
 
     def exchange(
         self,
         request: Request,
-        place: Place,
+        allocate: AllocateBody,
         until: float,
         interrupt: Interrupt,
         *,
@@ -90,12 +103,16 @@ class Lane:
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
-        """Send a request, with more `headers`, and receive its answer's body where `place` says, before the moment
-        `until` of `time.monotonic`; `observe` sees the body as it comes, `most` bounds one without a declared length.
+        """Sends a request with additional `headers`; returns head and body of its answer before the time `until` of
+        `time.monotonic`.
+
+        `allocate` returns memory for the body, and `observe` sees its pieces as they arrive. A body without a declared
+        length may have `most` bytes.
 
         Raises:
-            OSError: no answer, or not all of it; TimeoutError if it did not come in time; NotConnected if nothing of
-                the request was sent.
+            OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
+                part of the request was sent.
+            InvalidResponse: another catalog answered than before.
         """
         message, body = self._message(request, headers)
 
@@ -103,7 +120,8 @@ class Lane:
             try:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
-                    received = carry_out(link.finish(begun, place, observe, most), link.socket, until)
+                    received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
@@ -124,24 +142,26 @@ class Lane:
     async def exchange_on_loop(
         self,
         request: Request,
-        place: Place,
+        allocate: AllocateBody,
         until: float,
         *,
         headers: Mapping[str, str] | None = None,
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
-        """Exchange a GET on the running event loop; a new connection is made in a thread.
+        """Exchanges a GET on the running event loop; a new connection is made in a thread.
 
         Raises:
-            OSError: as `exchange`.
+            OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
+                part of the request was sent.
         """
         message, _ = self._message(request, headers)
 
         async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
-                received = await carry_out_on_loop(link.finish(begun, place, observe, most), link.socket, until)
+                received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
+                self._connection.require_same_catalog(received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
@@ -168,8 +188,11 @@ class Lane:
         return start.encode("ascii") + lines + self._fixed, body
 
     def _idle_one(self, request: Request) -> Link | None:
-        """Returns a connection that was used before, if there is one. A change goes over a new one: that an idle one is
-        dead shows only after the request, which could not be sent again."""
+        """Returns a connection that was used before, if there is one.
+
+        A change gets a new connection: that an idle one is dead shows only after the request, which could not be
+        repeated.
+        """
         if request.method != "GET":
             return None
         while True:
@@ -193,7 +216,7 @@ class Lane:
         return Link(self._connection.dial(until))
 
     def _keep(self, link: Link) -> None:
-        """Keep a connection for another request, or close it."""
+        """Keeps a connection for another request, or closes it."""
         with self._lock:
             if link.stays and not self._is_closed and len(self._idle) < _MOST_IDLE:
                 self._idle.append(link)
@@ -207,16 +230,16 @@ class Lane:
             link.socket.close()
 
     def close(self) -> None:
-        """Close every connection; one in use closes when its exchange ends."""
+        """Closes every connection; one in use is closed when its exchange ends."""
         self._is_closed = True
         self._close_idle()
 
 
 def _patience(until: float) -> float:
-    """Returns the moment until which a connection that was idle may keep silent.
+    """Returns the time until which a reused connection may be silent.
 
     Raises:
-        TimeoutError: there is no time left.
+        TimeoutError: no time is left.
     """
     return time.monotonic() + min(_PATIENCE * time_left(until), _MOST_PATIENCE)
 

@@ -1,7 +1,8 @@
-"""One connection and an exchange over it, as steps that yield when they would block, so that a thread and an event loop
-can both carry them out.
+"""A sans-I/O exchange over one connection: it yields what it must wait for, so that a thread and an event loop can
+drive the same code.
 
-`SO_RCVLOWAT` (socket(7)) tells the kernel how many bytes are worth a waking, and gives the receiver that much room.
+`SO_RCVLOWAT` (socket(7)) tells the kernel how many bytes must arrive before it wakes the receiver, and gives it that
+much room.
 """
 
 import asyncio
@@ -19,20 +20,20 @@ from prefix_service.client.transport.http1 import MAX_HEAD, Head, read_carefully
 T = TypeVar("T")
 
 _WORTH_WAKING: Final = 512 << 10  # bytes
-_AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do something else
-_OBSERVED_AT_ONCE: Final = 256 << 10  # still in the processor's cache when the observer sees it
+_AT_ONCE: Final = 4 << 20  # bytes after which an event loop may do other work
+_OBSERVED_AT_ONCE: Final = 256 << 10  # bytes that are still in the processor's cache when the observer sees them
 MOST_UNDECLARED: Final = 1 << 30
-"""Bytes that a body may have that does not declare its length."""
+"""The most bytes of a body that does not declare its length."""
 
-Place = Callable[[Head], memoryview]
-"""Where the body of an answer with this head goes: as many bytes as its length."""
+AllocateBody = Callable[[Head], memoryview]
+"""Allocates the memory of a body, as many bytes as the length in its answer's head."""
 
 Observer = Callable[[memoryview], None]
-"""Sees each piece of a body in order, once it has arrived in its place."""
+"""Sees each piece of a body in order, once it is in memory."""
 
 
 class Wait(Enum):
-    """Why steps pause: the socket must become readable, writable or either, or others may take a turn."""
+    """The reasons to wait: the socket must become readable, writable or either, or a turn of other work."""
 
     READABLE = auto()
     WRITABLE = auto()
@@ -44,31 +45,31 @@ Steps = Generator[Wait, None, T]
 
 
 class Link:
-    """One connection, and where heads arrive."""
+    """One connection, and the memory in which heads are received."""
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setblocking(False)
         self.socket = connected
         self.stays = False
-        """Whether it has carried an answer, and may carry another."""
+        """Whether the connection has carried an answer, and may carry another."""
         self.has_begun = False
         """Whether an answer to the latest request has begun to arrive."""
         self._scratch = bytearray(MAX_HEAD)
         self._is_torn = False  # the answer came before the whole request was sent
         self._least = 1
-        # What TLS has taken out of the socket no longer counts there.
+        # Bytes that TLS has taken out of the socket no longer count there.
         self._says_least = connected.family != socket.AF_UNIX and not isinstance(connected, ssl.SSLSocket)
 
     def is_readable(self) -> bool:
-        """Whether something has come unasked: as a rule, the end."""
+        """Returns whether bytes have arrived unasked, or the connection has ended."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         return bool(poll.poll(0))
 
     def begin(self, request: bytes, body: Iterable[bytes] = ()) -> Steps[int]:
-        """Send a request, and receive the first bytes of its answer; returns their number.
+        """Sends a request, and receives the first bytes of its answer; returns their number.
 
-        An answer that comes before the whole body is sent ends the sending.
+        An answer that arrives before the whole body is sent ends the sending.
 
         Raises:
             OSError: the connection ended without an answer.
@@ -86,13 +87,15 @@ class Link:
         return (yield from self._receive(memoryview(self._scratch)))
 
     def finish(
-        self, count: int, place: Place, observe: Observer | None, most: int = MOST_UNDECLARED
+        self, count: int, allocate: AllocateBody, observe: Observer | None, most: int = MOST_UNDECLARED
     ) -> Steps[tuple[Head, memoryview]]:
-        """Receive the answer of which `begin` has received `count` bytes; its body goes where `place` says, and
-        `observe` sees it as it comes. A body that does not declare its length may have `most` bytes.
+        """Receives the rest of an answer whose first `count` bytes `begin` has received; returns its head and body.
+
+        `allocate` returns memory for the body, and `observe` sees its pieces as they arrive. A body without a declared
+        length may have `most` bytes.
 
         Raises:
-            OSError: not all of the answer came.
+            OSError: the answer is malformed or incomplete.
         """
         self.has_begun = True
         scratch = memoryview(self._scratch)
@@ -100,8 +103,8 @@ class Link:
             count += yield from self._receive(scratch[count:])
         head = read_plain(bytes(scratch[: stop + 4])) if stop >= 0 else None
         if head is None:
-            return (yield from self._carefully(bytes(scratch[:count]), place, observe, most))
-        body, arrived = place(head), count - stop - 4
+            return (yield from self._carefully(bytes(scratch[:count]), allocate, observe, most))
+        body, arrived = allocate(head), count - stop - 4
         if arrived > head.length:
             raise ConnectionError("the answer is longer than its Content-Length")
         body[:arrived] = scratch[stop + 4 : count]
@@ -111,8 +114,10 @@ class Link:
         return head, body
 
     def _send_unless_answered(self, rest: memoryview) -> Steps[int | None]:
-        """Send a piece of a body. If an answer comes first, or the connection ends, returns the number of bytes that
-        have come."""
+        """Sends a piece of a body.
+
+        Returns the number of received bytes if an answer arrives first, or the connection ends; else None.
+        """
         while rest:
             try:
                 rest = rest[self.socket.send(rest) :]
@@ -121,7 +126,7 @@ class Link:
                     return self._none_is_the_end(self.socket.recv_into(self._scratch))
                 except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                     yield Wait.EITHER
-            except OSError:  # the peer has closed; it may have said why before
+            except OSError:  # the peer has closed; it may have answered before
                 return (yield from self._receive(memoryview(self._scratch)))
         return None
 
@@ -148,7 +153,10 @@ class Link:
         return count
 
     def _waiting(self, call: Callable[[], int], wait: Wait) -> Steps[int]:
-        """What the call returns as soon as it need not block; TLS may have to read to write, and to write to read."""
+        """Returns the result of `call` as soon as it need not block.
+
+        TLS may have to read to write, and to write to read.
+        """
         while True:
             try:
                 return call()
@@ -165,7 +173,7 @@ class Link:
             self._least = least
 
     def _carefully(
-        self, begun: bytes, place: Place, observe: Observer | None, most: int
+        self, begun: bytes, allocate: AllocateBody, observe: Observer | None, most: int
     ) -> Steps[tuple[Head, memoryview]]:
         reading = read_carefully(begun, most)
         try:
@@ -176,7 +184,7 @@ class Link:
                 yield Wait.TURN
         except StopIteration as end:
             head, received = end.value
-        body = place(head)
+        body = allocate(head)
         body[:] = received
         if observe is not None:
             observe(body)
@@ -185,10 +193,10 @@ class Link:
 
 
 def carry_out(steps: Steps[T], link: socket.socket, until: float) -> T:
-    """Take the steps in this thread, before the moment `until` of `time.monotonic`.
+    """Carries out the steps in this thread before the time `until` of `time.monotonic`; returns their result.
 
     Raises:
-        TimeoutError: they were not done by then.
+        TimeoutError: they were not finished in time.
     """
     poll: select.poll | None = None
     try:
@@ -213,11 +221,12 @@ _EVENTS: Final = {
 
 
 async def carry_out_on_loop(steps: Steps[T], link: socket.socket, until: float) -> T:
-    """Take the steps of a request without a body on the running event loop, before the moment `until` of
-    `time.monotonic`; other tasks run while they wait.
+    """Carries out the steps of a request without a body on the running event loop; returns their result.
+
+    Other tasks run while the steps wait.
 
     Raises:
-        TimeoutError: they were not done by then.
+        TimeoutError: they were not finished before the time `until` of `time.monotonic`.
     """
     loop, fd = asyncio.get_running_loop(), link.fileno()
     ways = {
@@ -246,7 +255,7 @@ async def carry_out_on_loop(steps: Steps[T], link: socket.socket, until: float) 
 
 
 def _settle(ready: "asyncio.Future[None]") -> None:
-    if not ready.done():  # it may be called again before its reader is gone
+    if not ready.done():  # may be called again before its reader is removed
         ready.set_result(None)
 
 

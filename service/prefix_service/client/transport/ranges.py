@@ -1,4 +1,4 @@
-"""A large body in several ranges at once, over as many connections (RFC 9110, section 14)."""
+"""Receives a large body as several ranges in parallel, over as many connections (RFC 9110, section 14)."""
 
 import re
 import threading
@@ -8,21 +8,23 @@ from typing import Final
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
 from prefix_service.client.transport.lane import Interrupt, Lane
-from prefix_service.client.transport.link import Observer, Place
+from prefix_service.client.transport.link import AllocateBody, Observer
 
 PIECE: Final = 32 << 20
-"""Bytes of a range: what a body must exceed to come in several."""
+"""Bytes of a range; a larger body is received as several ranges."""
 
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 
 
 class Changed(Exception):
-    """The service has another body now, or does not answer with the range that was asked for."""
+    """The service has another body now, or does not answer with the requested range."""
 
 
 class Pieces:
-    """One body, received piece by piece by several threads; used once. `observe` sees each piece as it comes, in
-    whichever thread that is."""
+    """One body, received as ranges by several threads. An instance is used once.
+
+    `observe` sees each piece when it arrives, in the thread that received it.
+    """
 
     def __init__(
         self, lane: Lane, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
@@ -37,11 +39,11 @@ class Pieces:
         self._etag = ""
 
     def receive(self, allocate: Callable[[Head], memoryview], connections: int) -> tuple[Head, memoryview]:
-        """The whole body, or another answer than 206, which comes as it is.
+        """Returns head and body; the body is whole, or that of an answer with another status than 206.
 
         Raises:
-            Changed: it changed under way.
-            OSError: as `Lane.exchange`.
+            Changed: the body changed during the transfer.
+            OSError: an answer is missing or incomplete.
         """
 
         def first(head: Head) -> memoryview:
@@ -61,7 +63,7 @@ class Pieces:
                 return head, body
             self._take()
         finally:
-            self._starts = iter(())  # after a failure the others end with the piece that they are at
+            self._starts = iter(())  # after a failure, the other threads end with their current range
             for thread in self._threads:
                 thread.join()
         if self._failure is not None:
@@ -69,7 +71,7 @@ class Pieces:
         return head, self._memory
 
     def _plan(self, head: Head) -> int:
-        """The whole body's length, of which this is the first piece."""
+        """Returns the length of the whole body, whose first range has this head, and schedules its other ranges."""
         start, stop, total = _content_range(head)
         if (start, stop) != (0, min(PIECE, total)) or head.length != stop:
             raise Changed("another range than the one that was asked for")
@@ -80,7 +82,7 @@ class Pieces:
         return total
 
     def _take(self) -> None:
-        """Receive one piece after another, as long as there are some."""
+        """Receives one range after another until none is left."""
         try:
             while self._failure is None:
                 with self._lock:
@@ -88,29 +90,29 @@ class Pieces:
                 if start is None:
                     return
                 self._piece(start)
-        except BaseException as error:  # noqa: BLE001 - raised where the pieces come together
+        except BaseException as error:  # noqa: BLE001 - raised again by `receive`
             self._failure = error
 
     def _piece(self, start: int) -> None:
-        place = self._memory[start : start + PIECE]
-        stop = start + len(place)
+        memory = self._memory[start : start + PIECE]
+        stop = start + len(memory)
 
         def at(head: Head) -> memoryview:
             if head.status != 206 or head.headers.get("etag") != self._etag:
                 raise Changed("another body")
-            if _content_range(head) != (start, stop, len(self._memory)) or head.length != len(place):
+            if _content_range(head) != (start, stop, len(self._memory)) or head.length != len(memory):
                 raise Changed("another range than the one that was asked for")
-            return place
+            return memory
 
         self._exchange(at, {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag})
 
-    def _exchange(self, place: Place, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
+    def _exchange(self, allocate: AllocateBody, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
         exchange = self._lane.exchange
-        return exchange(self._request, place, self._until, self._interrupt, headers=headers, observe=self._observe)
+        return exchange(self._request, allocate, self._until, self._interrupt, headers=headers, observe=self._observe)
 
 
 def _content_range(head: Head) -> tuple[int, int, int]:
-    """Start, stop and length of the whole."""
+    """Returns start, stop and length of the whole body."""
     match = _CONTENT_RANGE.fullmatch(head.headers.get("content-range", ""))
     if match is None:
         raise Changed("a range that does not say which")

@@ -1,7 +1,7 @@
-"""An answer that names a file of the service: mapped, not copied, by a worker on the same host.
+"""Maps the file of the service that an answer names, instead of receiving a body, for a worker on the same host.
 
-Every mapping is private: what is written to it reaches nobody else. It lives as long as a tensor in it, whatever
-becomes of the file's name.
+Every mapping is private: nobody else sees what is written to it. It lives as long as a tensor in it, whatever happens
+to the file's name.
 """
 
 import logging
@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from prefix_service.client.protocol import Answer, Fetch, require_success
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import MEDIA_TYPE, SHARED_FILE_TYPE
+from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
 
-_MOST_TOLD: Final = 16 << 10  # bytes: a path has up to 4,096
-_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # nothing that a pipe or a link could do
+_MOST_ANSWER: Final = 16 << 10  # bytes; a path has up to 4,096
+_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # neither a pipe nor a link can be opened
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +26,21 @@ ACCEPTING_FILES: Final[Mapping[str, str]] = {"Accept": f"{SHARED_FILE_TYPE}, {ME
 
 
 def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | None:
-    """What `fetch` makes of an answer, or of the file that it names; None if the bytes must be asked for, because the
-    file cannot be reached from here or holds something else. `peer_uid` is the user whose process listens on the
-    socket, where the system says that.
+    """Returns the result of `fetch` for an answer, or for the file that it names.
+
+    Returns None if the file cannot be reached, or has other contents, so that the bytes must be asked for. `peer_uid`
+    is the user of the process that listens on the socket, if the system reports it.
 
     Raises:
-        InvalidResponse: it names something else than a file of the service, of root or of this process's user.
-        PrefixServiceError: the service reported it, or the fetch refused an answer that names no file.
+        InvalidResponse: the answer names a file that does not belong to the service, root or this process's user.
+        PrefixServiceError: the service reported the error, or the fetch refused an answer that names no file.
     """
     if answer.headers.get("content-type") != SHARED_FILE_TYPE:
         return fetch.read(require_success(answer))
-    path, size, digest = _told(answer)
+    path, size, digest = _parse_file_name(answer)
     try:
         body = _mapped(path, size, {peer_uid, 0, os.geteuid()})
-    except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or no path at all
+    except (OSError, ValueError) as error:  # evicted a moment ago, behind another mount or group, or not a path at all
         log.debug("%s cannot be mapped: %s", path, error)
         return None
     headers = {name: value for name, value in answer.headers.items() if name != "repr-digest"}
@@ -52,11 +53,15 @@ def read_shared(fetch: Fetch, answer: Answer, peer_uid: int | None) -> Any | Non
         return None
 
 
-def _told(answer: Answer) -> tuple[str, int, str | None]:
-    """The file's path and size, and the digest of its content where that was asked for."""
-    told = answer.json() if len(answer.body) <= _MOST_TOLD else None
-    if isinstance(told, dict):
-        path, size, digest = told.get("file"), told.get("bytes"), told.get("repr_digest")
+def _parse_file_name(answer: Answer) -> tuple[str, int, str | None]:
+    """Returns the file's path and size, and the digest of its contents if it was asked for.
+
+    Raises:
+        InvalidResponse: the answer does not name a file.
+    """
+    fields = answer.json() if len(answer.body) <= _MOST_ANSWER else None
+    if isinstance(fields, dict):
+        path, size, digest = fields.get("file"), fields.get("bytes"), fields.get("repr_digest")
         is_digest = digest is None or isinstance(digest, str)
         if isinstance(path, str) and path.startswith("/") and "\0" not in path and type(size) is int and is_digest:
             return path, size, digest

@@ -1,4 +1,4 @@
-"""Flows carried out: deadlines, retries of what is safe to retry, and several flows in parallel."""
+"""Carries out flows: deadlines, safe retries, and several flows in parallel."""
 
 import asyncio
 import time
@@ -37,7 +37,9 @@ Begun = tuple[Flow[Any], Step]
 
 
 class _Attempts:
-    """The deadline of a request, the growing pauses between its attempts, and whether one may have been carried out."""
+    """The attempts of one request: its deadline, the growing pauses
+    between them, and whether one may have succeeded.
+    """
 
     def __init__(self, request: Request, until: float) -> None:
         self._request, self._until = request, until
@@ -48,7 +50,7 @@ class _Attempts:
         """Returns the seconds to wait before another attempt.
 
         Raises:
-            PrefixServiceError: this very error, when another attempt cannot help or has no time.
+            PrefixServiceError: `error` itself, if another attempt cannot help or there is no time for it.
         """
         if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
             raise error
@@ -63,18 +65,20 @@ class _Attempts:
         return pause
 
     def found_done(self, error: PrefixServiceError) -> bool:
-        """Whether a deletion finds nothing because an earlier attempt, whose answer was lost, has done it."""
+        """Returns whether a deletion finds nothing because an earlier attempt, whose answer was lost, succeeded."""
         return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
 
 
 def _was_refused(error: PrefixServiceError) -> bool:
-    """Whether the request was certainly not carried out."""
+    """Returns whether the request was certainly not carried out."""
     return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
 
 
 def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
-    """Begin flows. Returns the results and errors of those that are done without a step, None for each of the others;
-    and the others by their index."""
+    """Starts flows.
+
+    Returns their results, with the results and errors of flows that need no step; and the others by their index.
+    """
     results: list[Any] = [None] * len(flows)
     waiting: dict[int, Begun] = {}
     for index, flow in enumerate(flows):
@@ -87,19 +91,33 @@ def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
     return results, waiting
 
 
+def _next_step(flow: Flow[Any], result: Any) -> Step:
+    """Returns the step that a flow takes next. An error that it finds in an answer carries the id of that request."""
+    try:
+        return flow.send(result)
+    except PrefixServiceError as error:
+        if isinstance(result, Answer):
+            error.met_by(result.request_id)
+        raise
+
+
 class Transport:
-    """Blocking; safe to share between threads. `timeout` is the deadline of a flow in seconds."""
+    """Carries out flows in the calling thread.
+
+    It can be shared between threads. `timeout` is a flow's deadline in seconds.
+    """
 
     def __init__(self, way: Fetcher | Foreign, timeout: float) -> None:
         self._way, self._timeout = way, timeout
         self._is_closed = False
 
     def run(self, flow: Flow[T]) -> T:
-        """Carry out a flow, and return its result.
+        """Carries out a flow; returns its result.
 
         Raises:
-            ConnectionFailed: it was not done before the deadline.
-            PrefixServiceError: the service reported it, or the flow raised it.
+            ConnectionFailed: it was not finished before the deadline.
+            InvalidRequest: the client is closed.
+            PrefixServiceError: the service reported the error, or the flow raised it.
         """
         try:
             step = next(flow)
@@ -113,12 +131,12 @@ class Transport:
     def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
         try:
             while True:
-                step = flow.send(self._carry_out(step, until))
+                step = _next_step(flow, self._carry_out(step, until))
         except StopIteration as end:
             result: T = end.value
             return result
         finally:
-            flow.close()  # after an error it lets go of its files
+            flow.close()  # after an error, the flow closes its files
 
     def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):
@@ -157,13 +175,13 @@ class Transport:
         return results
 
     def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         self._is_closed = True
         self._way.close()
 
 
 class AsyncTransport:
-    """For asyncio. It keeps the event loop free: what blocks for long is done in threads."""
+    """Carries out flows on an event loop; work that blocks for long runs in threads."""
 
     def __init__(self, way: Fetcher | AsyncForeign, timeout: float) -> None:
         self._way, self._timeout = way, timeout
@@ -172,11 +190,17 @@ class AsyncTransport:
         renew_in_child(self)
 
     def renew(self) -> None:
-        """Begin without threads, in a forked child too, where those of the parent do not run."""
+        """Starts without threads, in a forked child too, where the parent's threads do not run."""
         self._threads = ThreadPoolExecutor(_MOST_THREADS, "prefix-client")
 
     async def run(self, flow: Flow[T]) -> T:
-        """Carry out a flow, as `Transport.run`."""
+        """Carries out a flow; returns its result.
+
+        Raises:
+            ConnectionFailed: it was not finished before the deadline.
+            InvalidRequest: the client is closed.
+            PrefixServiceError: the service reported the error, or the flow raised it.
+        """
         try:
             step = next(flow)
         except StopIteration as end:
@@ -189,12 +213,12 @@ class AsyncTransport:
     async def _finish(self, flow: Flow[T], step: Step, until: float) -> T:
         try:
             while True:
-                step = flow.send(await self._carry_out(step, until))
+                step = _next_step(flow, await self._carry_out(step, until))
         except StopIteration as end:
             result: T = end.value
             return result
         finally:
-            flow.close()  # after an error it lets go of its files
+            flow.close()  # after an error, the flow closes its files
 
     async def _carry_out(self, step: Step, until: float) -> Any:
         if isinstance(step, Work):
@@ -218,7 +242,7 @@ class AsyncTransport:
             return await self._way.carry_out_on_loop(request, until)
         interrupt = Interrupt()
         try:
-            async with asyncio.timeout(time_left(until)):  # it may wait for a thread
+            async with asyncio.timeout(time_left(until)):  # which includes the wait for a thread
                 return await self._in_thread(partial(self._way.carry_out, request, until, interrupt))
         except TimeoutError as error:
             raise connection_failed(error, self._way.address) from error
@@ -245,7 +269,7 @@ class AsyncTransport:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         self._is_closed = True
         if isinstance(self._way, AsyncForeign):
             await self._way.close()

@@ -15,9 +15,11 @@ A request then names its adapter: in the server as `"model": "acme/summarize@pro
 
 from typing import Any
 
+__all__ = ["MultiConnector", "PrefixConnector", "PrefixMiddleware"]
+
 
 def __getattr__(name: str) -> Any:
-    """The connector brings vLLM: only who asks for it needs it installed.
+    """Returns a public class; the connectors import vLLM, so they are imported on demand.
 
     Raises:
         ImportError: vLLM is missing, or is not a version that this was built for.

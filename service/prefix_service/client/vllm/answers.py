@@ -1,4 +1,4 @@
-"""Answers of vLLM's server: ours in its form, and its own with the version that they were made with.
+"""Answers of vLLM's server: ours in its form, and its own with the versions that they were made with.
 
 Imports neither vLLM nor a web framework.
 """
@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from prefix_service.client.vllm.bodies import Message
 from prefix_service.client.vllm.failures import status_of
-from prefix_service.client.vllm.requests import CONTAINER, PARAMETER
-from prefix_service.client.vllm.resolver import Version
+from prefix_service.client.vllm.requests import CONTAINER
+from prefix_service.client.vllm.resolver import Composition
 from prefix_service.errors import PrefixServiceError, Unavailable
 
 Send = Callable[[Message], Awaitable[None]]
@@ -29,22 +29,17 @@ _START, _BODY = "http.response.start", "http.response.body"
 _LAST: Final = (b'"finish_reason":"', b'"choices":[]', b'"type":"message_stop"')
 
 
-def parameters_told(version: Version) -> dict[str, Any]:
-    """Returns the `kv_transfer_params` of an answer that was made with a version."""
-    return {PARAMETER: version.reference, "prefix_version": version.number}
-
-
 class Labelled:
-    """Sends an answer with the version that it was made with: in two headers, in the `kv_transfer_params` of a JSON
+    """Sends an answer with the versions that it was made with: in two headers, in the `kv_transfer_params` of a JSON
     body that has none, and in those of the last chunk of a stream, to which vLLM gives none."""
 
-    def __init__(self, send: Send, version: Version) -> None:
+    def __init__(self, send: Send, composition: Composition) -> None:
         self._send = send
         self._headers = [
-            (b"prefix-version", str(version.number).encode()),
-            (b"prefix-digest", version.digest.encode()),
+            (b"prefix-version", ", ".join(str(version.number) for version in composition.versions).encode()),
+            (b"prefix-digest", ", ".join(version.digest for version in composition.versions).encode()),
         ]
-        self._told = json.dumps(parameters_told(version), separators=(",", ":")).encode()
+        self._told = json.dumps(composition.told, separators=(",", ":")).encode()
         self._held: Message | None = None  # the head of a JSON answer, until its body is there
         self._is_stream = False
 

@@ -10,11 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
 
-from prefix_service.client.flows import flows, listing, management
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.names import MODEL, Named, Permissions
 from prefix_service.client.vllm.source import Source
@@ -74,9 +72,9 @@ class Catalogue:
         """
         try:
             parse_qualified(name)
-            await self._permissions.require(Named(name, MODEL))
+            await self._permissions.require(Named((name,), MODEL))
             async with self._inspections:
-                version = await self._source.run(partial(flows.inspect, name))
+                version = await self._source.inspect(name)
         except (InvalidReference, NotFound) as error:
             raise NotFound(f"The model `{name:.200}` does not exist.") from error
         return self._card_of(name, version)
@@ -113,17 +111,16 @@ class Catalogue:
         if own is not None:
             known = {own}
         elif any(_WILDCARDS & set(tenant) for tenant in wanted):
-            known = {str(item.get("name")) for item in await self._source.run(management.tenants)}
+            known = {str(item.get("tenant")) for item in await self._source.tenants()}
         else:
             return sorted(wanted)
         return sorted(one for one in known if any(fnmatchcase(one, pattern) for pattern in wanted))
 
-    async def _adapters(self, tenant: str) -> AsyncIterator[listing.Item]:
+    async def _adapters(self, tenant: str) -> AsyncIterator[dict[str, Any]]:
         cursor: str | None = None
         while True:
-            ask = partial(listing.adapters_page, tenant, cursor, _PAGE)
             try:
-                items, cursor = await self._source.run(ask)
+                items, cursor = await self._source.list_page(tenant, cursor, _PAGE)
             except NotFound:  # a tenant that is named in a pattern, and is not there yet
                 return
             for item in items:

@@ -22,11 +22,13 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_
 from vllm.model_executor.models.utils import extract_layer_index
 
 from prefix_service.client.vllm.config import CONNECTOR, MODULE, MULTI_CONNECTOR, ConnectorConfig
+from prefix_service.client.vllm.metrics import PrefixMetrics, PrefixStats
 from prefix_service.client.vllm.model import Model, refuse_model
 from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.shelf import Orders, Reports, Shelf
 from prefix_service.client.vllm.source import Source
+from prefix_service.client.vllm.tally import Tally
 from prefix_service.client.vllm.worker import WorkerHalf
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.ranks import kv_heads_of_rank
@@ -64,9 +66,10 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         model = Model.of(vllm_config)
         self.half: Any
         if role == KVConnectorRole.SCHEDULER:
-            shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size)
+            tally = Tally()
+            shelf = Shelf(config.cache_bytes, vllm_config.parallel_config.world_size, tally)
             resolver = Resolver(Source(config, config.cache_bytes), model)
-            self.half = SchedulerHalf(resolver, shelf, model, config)
+            self.half = SchedulerHalf(resolver, shelf, model, config, tally)
         else:
             rank = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             heads = kv_heads_of_rank(model.num_kv_heads, rank)
@@ -106,6 +109,27 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         """Forget what was remembered; called for `reset_prefix_cache` with `reset_connector`."""
         self.half.forget()
         return True
+
+    # --- What vLLM reports ---
+
+    def get_kv_connector_stats(self) -> PrefixStats | None:
+        """What the scheduler has counted since the last step; workers count nothing."""
+        if self.role != KVConnectorRole.SCHEDULER:
+            return None
+        counted = self.half.counted()
+        return None if counted is None else PrefixStats(counted)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PrefixStats:
+        """The same in the process that serves `/metrics`."""
+        return PrefixStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> PrefixMetrics:
+        """The series of that process."""
+        return PrefixMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # --- The worker ---
 

@@ -1,7 +1,7 @@
 """Compares the adapter that an HTTP request names with the one that reaches vLLM's engine. Imports no vLLM.
 
 vLLM's routes build the engine's parameters in many places. Whichever way a request names its adapter, the engine gets
-the version that was checked, by its digest. A route may change the adapter, or add what cannot be served behind a
+the versions that were checked, by their digests. A route may change the adapter, or add what cannot be served behind a
 prefix: such a call raises ValueError, which vLLM answers with 400. If the engine fails the request nevertheless, its
 reason is raised where vLLM reads the outputs: vLLM alone would answer with 500 and no reason.
 """
@@ -15,17 +15,23 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from prefix_service.client.vllm.failures import raise_for, unpack
-from prefix_service.client.vllm.requests import CONTAINER, PARAMETER, refuse_length, refuse_sampling
-from prefix_service.client.vllm.resolver import Version
+from prefix_service.client.vllm.requests import (
+    CONTAINER,
+    PARAMETER,
+    References,
+    refuse_length,
+    refuse_sampling,
+)
+from prefix_service.client.vllm.resolver import Composition
 from prefix_service.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The adapter that an HTTP request names, the version that this means, and the longest sequence of the model."""
+    """The adapters that an HTTP request names, the versions that these mean, and the longest sequence of the model."""
 
-    reference: str
-    version: Version
+    references: References
+    composition: Composition
     max_length: int
     model: str | None = None
     """The request's `model`, if that is what names the adapter."""
@@ -78,7 +84,7 @@ def _guarded(method: Callable[..., Any], params: str) -> Callable[..., Any]:
         arguments = signature.bind(*args, **kwargs).arguments
         try:
             _refuse_unfit(arguments.get(params), asked)
-            refuse_length(asked.version, _length(arguments.get("prompt")), asked.max_length)
+            refuse_length(asked.composition, _length(arguments.get("prompt")), asked.max_length)
         except InvalidRequest as error:
             raise ValueError(error.message) from error
         _hand_version(arguments[params], asked)
@@ -106,21 +112,27 @@ async def _reasoned(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, N
 
 def _refuse_unfit(params: Any, asked: Asked) -> None:
     # Several prompts of one HTTP request may share their parameters, which then have the version already.
-    if not hasattr(params, "extra_args") or _container(params).get(PARAMETER) not in (
+    if not hasattr(params, "extra_args") or _handed(params) not in (
         None,
-        asked.reference,
-        asked.version.reference,
+        asked.references,
+        asked.composition.references,
     ):
         raise InvalidRequest(
-            f"vLLM changed or lost {PARAMETER} {asked.reference} on the way to its engine: this route, or one of the "
-            "request's options, cannot be used with an adapter"
+            f"vLLM changed or lost {PARAMETER} {', '.join(asked.references)} on the way to its engine: this route, or "
+            "one of the request's options, cannot be used with an adapter"
         )
     refuse_sampling(params)
 
 
 def _hand_version(params: Any, asked: Asked) -> None:
-    named = {**_container(params), PARAMETER: asked.version.reference}
+    named = {**_container(params), PARAMETER: asked.composition.parameter}
     params.extra_args = {**(params.extra_args or {}), CONTAINER: named}
+
+
+def _handed(params: Any) -> Any:
+    """Returns what a route hands to the engine as `prefix_adapter`; a tuple where that is a text or a list."""
+    named = _container(params).get(PARAMETER)
+    return (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list) else named
 
 
 def _container(params: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""For vLLM's OpenAI-compatible server: checks the adapter that a request names before the engine sees the request.
+"""For vLLM's OpenAI-compatible server: checks the adapters that a request names before the engine sees the request.
 
 vLLM answers every failure inside of its engine with 500 and no reason, and ignores fields that it does not know.
 `--middleware prefix_service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets
@@ -25,9 +25,9 @@ from prefix_service.client.vllm.catalogue import Catalogue, page_of
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.guard import ASKED, Asked, guard_engine, guard_models
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.names import DEFAULT, FIELD, MODEL, Named, Permissions, Served, adapter_named
+from prefix_service.client.vllm.names import DEFAULT, FIELD, MODEL, Named, Permissions, Served, adapters_named
 from prefix_service.client.vllm.requests import PARAMETER
-from prefix_service.client.vllm.resolver import Resolver, Version
+from prefix_service.client.vllm.resolver import Composition, Resolver
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, Unavailable
 
@@ -134,9 +134,9 @@ class PrefixMiddleware:
                 )
             if named is not None:
                 field = named.field
-                version = await self._resolved(named, receive)
-                if version is not None:
-                    asked = self._asked(_path_of(scope), fields, named, version)
+                composition = await self._resolved(named, receive)
+                if composition is not None:
+                    asked = self._asked(_path_of(scope), fields, named, composition)
         except PrefixServiceError as error:
             await send_error(send, error, field)
             return
@@ -144,7 +144,8 @@ class PrefixMiddleware:
             return
         token = ASKED.set(asked)
         try:
-            await self._behind(scope, replay(body, receive), send if asked is None else Labelled(send, asked.version))
+            labelled = send if asked is None else Labelled(send, asked.composition)
+            await self._behind(scope, replay(body, receive), labelled)
         finally:
             ASKED.reset(token)
 
@@ -152,11 +153,11 @@ class PrefixMiddleware:
         return any(route.matches(scope)[0].name == "FULL" for route in self._router.routes)
 
     def _named(self, scope: Message, body: bytes) -> tuple[Named | None, Mapping[str, Any]]:
-        """Returns the adapter that a request names, or that is the default on its route, and the fields of its body."""
+        """Returns the adapters that a request names, or that are the default on its route, and its body's fields."""
         refuse_misplaced_outside(scope)
         fields = fields_of(scope, body)
         config = self._config if isinstance(self._config, ConnectorConfig) else None
-        return adapter_named(
+        return adapters_named(
             fields, scope["headers"], self._served, config, has_default=_path_of(scope) in ROUTES
         ), fields
 
@@ -182,21 +183,21 @@ class PrefixMiddleware:
             self._service = _Service.of(self._config, self._engine.vllm_config, self._models)
         return self._service
 
-    async def _resolved(self, named: Named, receive: Receive) -> Version | None:
-        """Returns the version that a reference means, by asking the service if necessary; None if it is a `model` that
-        names no adapter, which vLLM answers itself.
+    async def _resolved(self, named: Named, receive: Receive) -> Composition | None:
+        """Returns the versions that are meant, by asking the service if necessary; None if a `model` names no adapter,
+        which vLLM answers itself.
 
         Raises:
-            PrefixServiceError: the request cannot have that adapter, or the service does not answer.
+            PrefixServiceError: the request cannot have those adapters, or the service does not answer.
             _ClientLeft: the client left before.
         """
         service = self._connected()
-        if named.field == MODEL and await self._served.finds_lora(named.reference):
+        if named.field == MODEL and await self._served.finds_lora(named.references[0]):
             return None
         try:
             await service.permissions.require(named)
-            return service.resolver.recall(named.reference) or await _unless_left(
-                service.resolver.resolve(named.reference), receive
+            return service.resolver.recall(named.references) or await _unless_left(
+                service.resolver.resolve(named.references), receive
             )
         except (NotFound, InvalidInput) as error:
             if named.field == MODEL and isinstance(error, NotFound):
@@ -205,12 +206,12 @@ class PrefixMiddleware:
                 raise Unavailable(f"the server's default_adapter cannot be used: {error.message}") from error
             raise
 
-    def _asked(self, path: str, fields: Mapping[str, Any], named: Named, version: Version) -> Asked:
+    def _asked(self, path: str, fields: Mapping[str, Any], named: Named, composition: Composition) -> Asked:
         if path not in ROUTES:
             raise InvalidRequest(f"{path} takes no adapter: remove {named.field}, or use one of {sorted(ROUTES)}")
         refuse_options(fields)
-        model = named.reference if named.field == MODEL else None
-        return Asked(named.reference, version, self._connected().model.max_length, model)
+        model = named.references[0] if named.field == MODEL else None
+        return Asked(named.references, composition, self._connected().model.max_length, model)
 
     async def _answer_models(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer with vLLM's models and the adapters behind them, or with one of either."""
@@ -248,7 +249,7 @@ def _path_of(scope: Message) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-async def _unless_left(work: Coroutine[Any, Any, Version], receive: Receive) -> Version:
+async def _unless_left(work: Coroutine[Any, Any, Composition], receive: Receive) -> Composition:
     """Returns what `work` does; it is cancelled if the client leaves before.
 
     Raises:

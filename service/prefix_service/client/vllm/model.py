@@ -6,7 +6,7 @@ from typing import Any, Final, Self, cast
 
 from prefix_service.client.vllm.config import GARBAGE
 from prefix_service.errors import DimensionMismatch, InvalidRequest
-from prefix_service.prefix.form import KVDtype
+from prefix_service.prefix.variant import KVDtype
 
 _DRAFTS_WITHOUT_A_MODEL: Final = ("ngram", "ngram_gpu", "suffix")
 

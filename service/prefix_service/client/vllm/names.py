@@ -1,4 +1,4 @@
-"""Which adapter an HTTP request names, in which of its fields, and which ones it may name. Imports no vLLM."""
+"""Which adapters an HTTP request names, in which of its fields, and which ones it may name. Imports no vLLM."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from prefix_service.client.vllm.bodies import HEADER
 from prefix_service.client.vllm.config import ConnectorConfig
-from prefix_service.client.vllm.requests import CONTAINER, PARAMETER, adapter_asked
+from prefix_service.client.vllm.requests import CONTAINER, PARAMETER, References, adapters_asked
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import InvalidReference, InvalidRequest, NotFound
 from prefix_service.prefix.references import parse_qualified
@@ -24,10 +24,13 @@ log = logging.getLogger("vllm.prefix_service")
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """The reference of an adapter, and the field of the request that has it."""
+    """The references of adapters, in their order, and the field of the request that has them."""
 
-    reference: str
+    references: References
     field: str = FIELD
+
+    def __str__(self) -> str:
+        return ", ".join(self.references)
 
 
 class Served:
@@ -53,7 +56,7 @@ class Served:
         return model in self._models.lora_requests
 
 
-def adapter_named(
+def adapters_named(
     fields: Mapping[str, Any],
     headers: Iterable[tuple[bytes, bytes]],
     served: Served,
@@ -61,7 +64,7 @@ def adapter_named(
     *,
     has_default: bool,
 ) -> Named | None:
-    """Returns the adapter that an HTTP request names, None if it names none.
+    """Returns the adapters that an HTTP request names, None if it names none.
 
     A `model` that vLLM does not serve names an adapter if it has the form of a reference; whether there is such an
     adapter is not known yet. `config` is None where the engine has no PrefixConnector. `has_default` says whether the
@@ -69,28 +72,29 @@ def adapter_named(
 
     Raises:
         InvalidReference: `prefix_adapter` or the header is not of the form `tenant/adapter@…`.
-        InvalidRequest: the request names two adapters, or has a field that looks like an adapter and is none.
+        InvalidRequest: the request names other adapters in another field, or has a field that looks like an adapter and
+            is none.
     """
     found = []
-    reference = adapter_asked(fields, None if config is None else config.other_parameters)
-    if reference is not None:
-        found.append(Named(reference))
+    references = adapters_asked(fields, None if config is None else config.other_parameters)
+    if references:
+        found.append(Named(references))
     for name, value in headers:
         if name.lower() == HEADER:
             reference = value.decode("latin-1").strip()
             parse_qualified(reference)
-            found.append(Named(reference, "X-Prefix-Adapter"))
+            found.append(Named((reference,), "X-Prefix-Adapter"))
     model = fields.get(MODEL)
     if isinstance(model, str) and not served.has(model) and config is not None and _is_reference(model):
-        found.insert(0, Named(model, MODEL))
+        found.insert(0, Named((model,), MODEL))
     for one in found[1:]:
-        if one.reference != found[0].reference:
+        if one.references != found[0].references:
             raise InvalidRequest(
-                f"the request names {found[0].reference} in {found[0].field}, and {one.reference} in {one.field}: name "
-                "one adapter"
+                f"the request names {found[0]} in {found[0].field}, and {one} in {one.field}: name adapters in one "
+                f"field; {FIELD} takes a list"
             )
     if not found and has_default and config is not None and config.default_adapter and served.is_base(model):
-        return Named(config.default_adapter, DEFAULT)
+        return Named((config.default_adapter,), DEFAULT)
     return found[0] if found else None
 
 
@@ -112,21 +116,22 @@ class Permissions:
         self._has_warned = False
 
     async def require(self, named: Named) -> None:
-        """Refuse an adapter that requests may not name; the service decides whether the key reads it.
+        """Refuse adapters that requests may not name; the service decides whether the key reads them.
 
         Raises:
-            NotFound: requests may not name it.
+            NotFound: requests may not name one of them.
             PrefixServiceError: the service did not report whose key it is.
         """
         if named.field == DEFAULT:
             return
-        if self._patterns is not None:
-            adapter = named.reference.partition("@")[0]
-            allowed = any(fnmatchcase(adapter, pattern) for pattern in self._patterns)
-        else:
-            allowed = named.field != MODEL or bool(await self.patterns())
-        if not allowed:
-            raise NotFound(f"there is no {named.reference}")
+        has_models = named.field != MODEL or bool(await self.patterns())
+        for reference in named.references:
+            if not has_models or not self._allow(reference):
+                raise NotFound(f"there is no {reference}")
+
+    def _allow(self, reference: str) -> bool:
+        adapter = reference.partition("@")[0]
+        return self._patterns is None or any(fnmatchcase(adapter, pattern) for pattern in self._patterns)
 
     async def patterns(self) -> tuple[str, ...]:
         """Returns the patterns of the adapters that are listed.

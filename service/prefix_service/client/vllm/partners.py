@@ -13,7 +13,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import multi_connector
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 
-from prefix_service.client.vllm.config import refuse_partners
+from prefix_service.client.vllm.config import CONNECTOR, refuse_partners
 from prefix_service.client.vllm.connector import PrefixConnector
 
 
@@ -39,6 +39,13 @@ class MultiConnector(multi_connector.MultiConnector):  # type: ignore[misc] # vL
     def _get_connector_classes_and_configs(cls, vllm_config: Any) -> list[tuple[type, Any]]:
         found = super()._get_connector_classes_and_configs(vllm_config)
         return [(kind if issubclass(kind, PrefixConnector) else _unseeing(kind), config) for kind, config in found]
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
+        """The connectors' statistics; vLLM knows only the classes of its own connectors by name."""
+        if data is not None and CONNECTOR in data:
+            data = {**data, CONNECTOR: PrefixConnector.build_kv_connector_stats(data[CONNECTOR])}
+        return super().build_kv_connector_stats(data)
 
     def on_new_request(self, request: Any) -> None:
         """Ask the PrefixConnector first: partners must not see a request that names an adapter."""

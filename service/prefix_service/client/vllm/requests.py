@@ -9,10 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.mixed import MOST_IN_A_ROW
 from prefix_service.prefix.references import parse_qualified
 
 if TYPE_CHECKING:
-    from prefix_service.client.vllm.resolver import Version
+    from prefix_service.client.vllm.resolver import Composition
+
+References = tuple[str, ...]
+"""What a request names: one adapter, or several whose prefixes stand one behind the other in this order."""
 
 PARAMETER: Final = "prefix_adapter"
 CONTAINER: Final = "kv_transfer_params"
@@ -30,30 +34,31 @@ _PARAMETERS: Final = frozenset({"", BODY, "extra_body", "vllm_xargs", "extra_arg
 _Path = tuple[()] | tuple["_Path", Any]  # the keys from the request to a field: those around it, then its own
 
 
-def adapter_asked(fields: Mapping[str, Any], others: Collection[str] | None = ()) -> str | None:
-    """Return the reference that a request names, None if it names no adapter.
+def adapters_asked(fields: Mapping[str, Any], others: Collection[str] | None = ()) -> References:
+    """Return the references that a request names, in their order; none if it names no adapter.
 
     `fields` is the JSON body of an HTTP request, or `SamplingParams.extra_args`. `others` are the keys of
     `kv_transfer_params` that other connectors read, None if any key may stand there.
 
     Raises:
-        InvalidReference: the reference is not of the form `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
-        InvalidRequest: the reference is no text, or the request has a field that looks like an adapter and that vLLM
-            would ignore.
+        InvalidReference: a reference is not of the form `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
+        InvalidRequest: it is neither a text nor a list of 1 to 32 texts, or the request has a field that looks like an
+            adapter and that vLLM would ignore.
     """
     refuse_misplaced(fields.items())
-    return adapter_of(fields.get(CONTAINER), others)
+    return adapters_of(fields.get(CONTAINER), others)
 
 
-def adapter_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> str | None:
-    """Return the reference in `kv_transfer_params`, None if there is none.
+def adapters_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> References:
+    """Return the references in `kv_transfer_params`, in their order.
 
     Raises:
-        InvalidReference: as `adapter_asked`.
-        InvalidRequest: the reference is no text, the parameters are no object, or have a key that nobody reads.
+        InvalidReference: as `adapters_asked`.
+        InvalidRequest: `prefix_adapter` is neither a text nor a list of 1 to 32 texts, or the parameters are no object,
+            or have a key that nobody reads.
     """
     if kv_transfer_params is None:
-        return None
+        return ()
     if not isinstance(kv_transfer_params, Mapping):
         raise InvalidRequest(f"{CONTAINER} must be an object, got {kv_transfer_params!r:.100}")
     for key, value in kv_transfer_params.items():
@@ -66,13 +71,22 @@ def adapter_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> 
                 f"{CONTAINER} has {key!r:.100}, which nobody reads here: name an adapter in {PARAMETER}. If another "
                 f"connector reads it, list it in {_OTHERS_OPTION}"
             )
-    reference = kv_transfer_params.get(PARAMETER)
-    if reference is None:
-        return None
-    if not isinstance(reference, str):
-        raise InvalidRequest(f"{PARAMETER} must be text such as tenant/adapter@prod, got {reference!r:.100}")
-    parse_qualified(reference)
-    return reference
+    return _references(kv_transfer_params.get(PARAMETER))
+
+
+def _references(named: Any) -> References:
+    if named is None:
+        return ()
+    if isinstance(named, list) and not 1 <= len(named) <= MOST_IN_A_ROW:
+        raise InvalidRequest(f"{PARAMETER} as a list has 1 to {MOST_IN_A_ROW} adapters, got {len(named)}")
+    references = tuple(named) if isinstance(named, list) else (named,)
+    for reference in references:
+        if not isinstance(reference, str):
+            raise InvalidRequest(
+                f"{PARAMETER} must be text such as tenant/adapter@prod, or a list of such texts, got {reference!r:.100}"
+            )
+        parse_qualified(reference)
+    return references
 
 
 def refuse_misplaced(fields: Iterable[tuple[Any, Any]]) -> None:
@@ -228,16 +242,16 @@ def refuse_unservable(request: Any) -> None:
     )
 
 
-def refuse_length(version: "Version", prompt: int, max_length: int) -> None:
-    """Refuse a prompt of so many tokens behind a prefix.
+def refuse_length(composition: "Composition", prompt: int, max_length: int) -> None:
+    """Refuse a prompt of so many tokens behind prefixes.
 
     Raises:
-        InvalidRequest: with the prefix there is no room for an answer.
+        InvalidRequest: with the prefixes there is no room for an answer.
     """
-    count = version.num_virtual_tokens
+    count = composition.num_virtual_tokens
     if count + prompt >= max_length:
         raise InvalidRequest(
-            f"{version.adapter}@{version.number} has {count} virtual tokens: with the prompt's {prompt} there is no "
+            f"{composition.name} has {count} virtual tokens: with the prompt's {prompt} there is no "
             f"room for an answer in vLLM's max_model_len {max_length}"
         )
 

@@ -7,9 +7,11 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
+from prefix_service.client.vllm.background import all_of
 from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.requests import PARAMETER, References
 from prefix_service.client.vllm.source import Source
 from prefix_service.client.vllm.turns import Share, Turns
 from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
@@ -35,6 +37,46 @@ class Version:
     def reference(self) -> str:
         """Its immutable name."""
         return f"{self.tenant}/{self.adapter}@{self.digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """The versions that a request's references mean now, in their order: at least one. Their prefixes stand one behind
+    the other, and their total is what the request gets."""
+
+    versions: tuple[Version, ...]
+
+    @property
+    def tenant(self) -> str:
+        """The tenant in whose turn the bytes are fetched."""
+        return self.versions[0].tenant
+
+    @property
+    def references(self) -> References:
+        """The immutable names."""
+        return tuple(version.reference for version in self.versions)
+
+    @property
+    def name(self) -> str:
+        """The adapters and their versions, as people read them."""
+        return ", ".join(f"{version.adapter}@{version.number}" for version in self.versions)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens of all prefixes."""
+        return sum(version.num_virtual_tokens for version in self.versions)
+
+    @property
+    def parameter(self) -> str | list[str]:
+        """The value of `prefix_adapter` that means exactly this."""
+        references = list(self.references)
+        return references if len(references) > 1 else references[0]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The `kv_transfer_params` of an answer."""
+        numbers = [version.number for version in self.versions]
+        return {PARAMETER: self.parameter, "prefix_version": numbers if len(numbers) > 1 else numbers[0]}
 
 
 class _Memory:
@@ -87,24 +129,32 @@ class Resolver:
         self._slots, self._turns = Share(_QUESTIONS), Turns[tuple[str, asyncio.Future[None]]]()
         self._late: dict[str, asyncio.Task[None]] = {}  # of each tenant without an answer, the task that waits for one
 
-    def recall(self, reference: str) -> Version | None:
-        """Returns the version of a reference if it is certain: a version's number or digest was resolved before, an
-        alias within the last second. While the service does not answer for the tenant, what was resolved last is taken
+    def recall(self, references: References) -> Composition | None:
+        """Returns the versions of references if they are certain: a version's number or digest was resolved before, an
+        alias within the last second. While the service does not answer for a tenant, what was resolved last is taken
         as certain."""
+        versions = [self._recall(reference) for reference in references]
+        known = tuple(version for version in versions if version is not None)
+        return Composition(known) if len(known) == len(versions) else None
+
+    async def resolve(self, references: References) -> Composition:
+        """Returns the versions of references, by asking the service in parallel if necessary.
+
+        Raises:
+            PrefixServiceError: the service reported it, or did not answer before the client's deadline.
+            DimensionMismatch: a version is one for another model.
+        """
+        return Composition(tuple(await all_of(self._resolve(reference) for reference in references)))
+
+    def _recall(self, reference: str) -> Version | None:
         found = self._memory.get(reference)
         if found is None:
             return None
         version, until = found
         return version if time.monotonic() < until or version.tenant in self._late else None
 
-    async def resolve(self, reference: str) -> Version:
-        """Returns the version of a reference, by asking the service if necessary.
-
-        Raises:
-            PrefixServiceError: the service reported it, or did not answer before the client's deadline.
-            DimensionMismatch: the version is one for another model.
-        """
-        version = self.recall(reference)
+    async def _resolve(self, reference: str) -> Version:
+        version = self._recall(reference)
         if version is not None:
             return version
         found = self._memory.get(reference)

@@ -9,6 +9,8 @@ import hmac
 import json
 import secrets
 
+from prefix_service.client.vllm.resolver import Composition
+
 
 class Salts:
     """Salts of one engine: a secret of this process keeps requests from naming another's salt."""
@@ -16,7 +18,8 @@ class Salts:
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
 
-    def of(self, tenant: str, adapter: str, digest: str, own: str | None) -> str:
-        """The salt of a version for a request with a salt of its `own`."""
-        named = json.dumps([tenant, adapter, digest, own]).encode()
+    def of(self, composition: Composition, own: str | None) -> str:
+        """Returns the salt of a composition for a request with a salt of its `own`."""
+        versions = [[version.tenant, version.adapter, version.digest] for version in composition.versions]
+        named = json.dumps([versions, own]).encode()
         return hmac.new(self._secret, named, hashlib.sha256).hexdigest()

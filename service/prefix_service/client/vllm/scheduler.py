@@ -1,6 +1,6 @@
-"""The scheduler's half: which version a request means, its placeholders, its salt, and which blocks are to be filled.
+"""The scheduler's half: which versions a request means, its placeholders, its salt, and which blocks are to be filled.
 
-A request that names an adapter goes through these states: *asked* (the service is asked which version it is; not if
+A request that names adapters goes through these states: *asked* (the service is asked which versions they are; not if
 that is remembered), *prepared* (N placeholders stand in front of its prompt), *awaiting* (the workers fetch the bytes;
 not if they have them, or if vLLM's prefix cache does), *loading* (its blocks are filled in the next step). A request
 that cannot be served is *refused*: it claims one block, and the workers report it as failed. Nothing here may raise: an
@@ -12,17 +12,24 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefix_service.client.vllm.background import Background
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.failures import attach
 from prefix_service.client.vllm.model import Model
-from prefix_service.client.vllm.requests import adapter_asked, parameters_of, refuse_length, refuse_unservable
-from prefix_service.client.vllm.resolver import Resolver, Version
+from prefix_service.client.vllm.requests import (
+    References,
+    adapters_asked,
+    parameters_of,
+    refuse_length,
+    refuse_unservable,
+)
+from prefix_service.client.vllm.resolver import Composition, Resolver
 from prefix_service.client.vllm.salt import Salts
 from prefix_service.client.vllm.shelf import Load, Orders, Parcel, Reports, Shelf
+from prefix_service.client.vllm.tally import CACHE, Tally
 from prefix_service.errors import Internal, PrefixServiceError, Unavailable
 
 log = logging.getLogger("vllm.prefix_service")
@@ -32,45 +39,47 @@ log = logging.getLogger("vllm.prefix_service")
 class _Ticket:
     """One request on its way."""
 
-    asked: "Future[Version] | None" = None
-    version: Version | None = None  # from when it is prepared
+    asked: "Future[Composition] | None" = None
+    composition: Composition | None = None  # from when it is prepared
     parcel: Parcel | None = None  # while it needs the bytes
     until: float = 0.0  # the moment of `time.monotonic` by which they must be here
     error: PrefixServiceError | None = None  # why it is refused
+    since: float | None = field(default_factory=time.monotonic)  # when it came; None from when it waits no longer
+    is_in_cache: bool = False  # whether its blocks hold the prefixes, or will after this step
 
 
 class SchedulerHalf:
     """Scheduler side of the connector; called by one thread."""
 
-    def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig) -> None:
-        self._resolver, self._shelf, self._model, self._config = resolver, shelf, model, config
+    def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig, tally: Tally) -> None:
+        self._resolver, self._shelf, self._model, self._config, self._tally = resolver, shelf, model, config, tally
         self._background, self._salts = Background("prefix-versions"), Salts()
         self._tickets: dict[str, _Ticket] = {}
         self._loads: list[Load] = []
 
     def arrived(self, request: Any) -> None:
-        """A new request: prepare it, or begin to ask for its version."""
+        """A new request: prepare it, or begin to ask for its versions."""
         try:
-            reference = adapter_asked(parameters_of(request), self._config.other_parameters)
-            if reference is None:
-                reference = self._default(request)
-            if reference is None:
+            references = adapters_asked(parameters_of(request), self._config.other_parameters)
+            references = references or self._default(request)
+            if not references:
                 return
             ticket = self._tickets[request.request_id] = _Ticket()
             refuse_unservable(request)
-            version = self._resolver.recall(reference)
-            if version is None:
-                ticket.asked = self._background.submit(self._resolver.resolve(reference))
+            composition = self._resolver.recall(references)
+            if composition is None:
+                ticket.asked = self._background.submit(self._resolver.resolve(references))
             else:
-                self._prepare(request, ticket, version)
+                self._prepare(request, ticket, composition)
         except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
             self._refuse(request, error)
 
-    def _default(self, request: Any) -> str | None:
+    def _default(self, request: Any) -> References:
         """Returns the adapter of a request that names none: nothing for a LoRA's, or for one that generates nothing."""
-        if request.lora_request is not None or request.sampling_params is None:
-            return None
-        return self._config.default_adapter
+        default = self._config.default_adapter
+        if default is None or request.lora_request is not None or request.sampling_params is None:
+            return ()
+        return (default,)
 
     def claims(self, request_id: str) -> bool:
         """Whether a request names an adapter, or tried to and is refused; until it has finished."""
@@ -90,29 +99,37 @@ class SchedulerHalf:
             return None, False  # what vLLM has found for the prompt as it was is void
 
     def _matched(self, request: Any, ticket: _Ticket, num_computed_tokens: int) -> tuple[int | None, bool]:
-        version = ticket.version
-        if version is None:
+        composition = ticket.composition
+        if composition is None:
             if ticket.asked is not None and ticket.asked.done():
                 asked, ticket.asked = ticket.asked, None
                 self._prepare(request, ticket, asked.result())
             return None, False  # as above
-        left = version.num_virtual_tokens - num_computed_tokens
+        left = composition.num_virtual_tokens - num_computed_tokens
         if left <= 0:
+            self._note_end_of_wait(ticket)
             return 0, False
         if ticket.parcel is None:
-            nbytes = self._model.nbytes_on_worker(version.num_virtual_tokens)
-            ticket.parcel = self._shelf.want(request.request_id, version.tenant, version.reference, nbytes)
+            nbytes = self._model.nbytes_on_worker(composition.num_virtual_tokens)
+            wanted = composition.tenant, composition.references, nbytes
+            ticket.parcel = self._shelf.want(request.request_id, *wanted)
             ticket.until = time.monotonic() + self._config.timeout
         if ticket.parcel.error is not None:
             raise ticket.parcel.error
         if ticket.parcel.is_here:
+            self._note_end_of_wait(ticket)
             return left, True
         if time.monotonic() > ticket.until:
             raise Unavailable(
-                f"the bytes of {version.reference} have not come within {self._config.timeout} s: fetches take turns, "
+                f"the bytes of {composition.name} have not come within {self._config.timeout} s: fetches take turns, "
                 "tenant by tenant"
             )
         return None, False
+
+    def _note_end_of_wait(self, ticket: _Ticket) -> None:
+        if ticket.since is not None:
+            self._tally.add_wait(time.monotonic() - ticket.since)
+            ticket.since = None
 
     def _refuse(self, request: Any, error: Exception) -> None:
         known = isinstance(error, PrefixServiceError)
@@ -121,31 +138,37 @@ class SchedulerHalf:
         request.kv_transfer_params = None  # vLLM looks into it too, and would fall over what is no object
         request.skip_reading_prefix_cache = False  # or vLLM would not ask, and answer as if no adapter were named
         _bind(request, secrets.token_hex())  # nothing cached may stand in for the block that it claims
+        self._tally.add_failure()
         reason = error if isinstance(error, PrefixServiceError) else Internal(f"an unexpected error: {error!r:.200}")
         self._tickets[request.request_id] = _Ticket(error=reason)
 
-    def _prepare(self, request: Any, ticket: _Ticket, version: Version) -> None:
-        """Put placeholders in front of the prompt, and bind the request's blocks to the version."""
-        count = version.num_virtual_tokens
-        refuse_length(version, request.num_prompt_tokens, self._model.max_length)
+    def _prepare(self, request: Any, ticket: _Ticket, composition: Composition) -> None:
+        """Put placeholders in front of the prompt, and bind the request's blocks to the composition."""
+        count = composition.num_virtual_tokens
+        refuse_length(composition, request.num_prompt_tokens, self._model.max_length)
         # A repetition penalty looks at the prompt: give it nothing new to punish. Else one id for all, to share blocks.
         penalised = request.sampling_params.repetition_penalty != 1
         placeholders = [request.prompt_token_ids[0] if penalised else 0] * count
         request.prompt_token_ids = placeholders + request.prompt_token_ids  # a new list: the old one is the caller's
         request._all_token_ids[:0] = placeholders  # the read-only views of it stay
         request.num_prompt_tokens += count
-        _bind(request, self._salts.of(version.tenant, version.adapter, version.digest, request.cache_salt))
-        ticket.version = version
+        _bind(request, self._salts.of(composition, request.cache_salt))
+        ticket.composition = composition
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
         """A request has its blocks, and `num_tokens` of its prefix are to be written into them."""
         ticket = self._tickets.get(request.request_id)
-        if ticket is None or num_tokens == 0:
+        if ticket is None:
             return
-        if ticket.error is not None or ticket.version is None or ticket.parcel is None:
+        if ticket.error is None and ticket.composition is not None and not ticket.is_in_cache:
+            ticket.is_in_cache = True
+            self._tally.load(ticket.composition.references, CACHE)
+        if num_tokens == 0:
+            return
+        if ticket.error is not None or ticket.composition is None or ticket.parcel is None:
             self._loads.append(Load(request.request_id, None))
             return
-        end = ticket.version.num_virtual_tokens
+        end = ticket.composition.num_virtual_tokens
         self._loads.append(Load(request.request_id, ticket.parcel.number, end - num_tokens, end, list(block_ids)))
         self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
 
@@ -166,9 +189,9 @@ class SchedulerHalf:
             return None
         if ticket.error is not None:
             attach(request, ticket.error)
-        if ticket.version is None:
-            return None
-        return {"prefix_adapter": ticket.version.reference, "prefix_version": ticket.version.number}
+        if ticket.is_in_cache and ticket.composition is not None:
+            self._tally.unload(ticket.composition.references, CACHE)
+        return None if ticket.composition is None else ticket.composition.told
 
     def _leave(self, request_id: str) -> None:
         """Need neither an answer of the service nor bytes any longer."""
@@ -183,6 +206,10 @@ class SchedulerHalf:
         """Ask again, and fetch again, for requests that come from now on."""
         self._resolver.forget()
         self._shelf.forget()
+
+    def counted(self) -> dict[str, Any] | None:
+        """Returns what was counted since the last call, None for nothing."""
+        return self._tally.take()
 
     def close(self) -> None:
         """End the thread and the connections."""

@@ -4,11 +4,14 @@ The scheduler keeps this account, since it alone knows which requests wait; the 
 gets blocks of vLLM's cache only when every worker has the bytes, so a slow fetch holds no blocks.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from prefix_service.client.vllm.requests import References
+from prefix_service.client.vllm.tally import HOST, Tally
 from prefix_service.client.vllm.turns import Share, Turns
 from prefix_service.errors import OutOfSpace, PrefixServiceError
 
@@ -33,8 +36,8 @@ class Orders:
 
     loads: Sequence[Load] = ()
     drops: Sequence[int] = ()
-    fetches: Sequence[tuple[int, str]] = ()
-    """The number of each parcel, and the reference of its version."""
+    fetches: Sequence[tuple[int, References]] = ()
+    """The number of each parcel, and the references of its versions."""
 
 
 @dataclass(slots=True)
@@ -54,15 +57,16 @@ class Reports:
 
 @dataclass(slots=True, eq=False)
 class Parcel:
-    """The bytes of one version, `nbytes` on each worker, and the requests that need them."""
+    """The bytes of a composition, `nbytes` on each worker, and the requests that need them."""
 
     number: int
     tenant: str
-    reference: str
+    references: References
     nbytes: int
     missing: int
     """Workers that have not reported it."""
     users: set[str] = field(default_factory=set)
+    since: float = field(default_factory=time.monotonic)
     has_begun: bool = False
     error: PrefixServiceError | None = None
 
@@ -76,11 +80,11 @@ class Shelf:
     """Parcels of at most `budget` bytes on each of the `workers`. Parcels that no request needs are kept while there is
     room, and leave least recently used first."""
 
-    def __init__(self, budget: int, workers: int) -> None:
-        self._budget, self._workers = budget, workers
+    def __init__(self, budget: int, workers: int, tally: Tally) -> None:
+        self._budget, self._workers, self._tally = budget, workers, tally
         self._slots, self._bytes = Share(_FETCHES), Share(budget)
         self._waiting = Turns[Parcel]()
-        self._by_reference: dict[str, Parcel] = {}
+        self._by_references: dict[References, Parcel] = {}
         self._by_number: dict[int, Parcel] = {}
         self._idle: OrderedDict[int, Parcel] = OrderedDict()
         self._idle_bytes = 0
@@ -88,22 +92,22 @@ class Shelf:
         self._drops: list[int] = []
         self._may_begin = False  # whether something has changed since none could
 
-    def want(self, request_id: str, tenant: str, reference: str, nbytes: int) -> Parcel:
-        """Returns the parcel of a version, which stays until the request has called `leave`.
+    def want(self, request_id: str, tenant: str, references: References, nbytes: int) -> Parcel:
+        """Returns the parcel of a composition, which stays until the request has called `leave`.
 
         Raises:
             OutOfSpace: it exceeds the whole budget.
         """
-        parcel = self._by_reference.get(reference)
+        parcel = self._by_references.get(references)
         if parcel is None:
             if nbytes > self._budget:
                 raise OutOfSpace(
-                    f"{reference} has {nbytes} bytes on each worker, more than all of cache_bytes, {self._budget}: "
-                    "raise it in kv_connector_extra_config"
+                    f"{', '.join(references)} has {nbytes} bytes on each worker, more than all of cache_bytes, "
+                    f"{self._budget}: raise it in kv_connector_extra_config"
                 )
             self._last_number += 1
-            parcel = Parcel(self._last_number, tenant, reference, nbytes, self._workers)
-            self._by_reference[reference] = self._by_number[parcel.number] = parcel
+            parcel = Parcel(self._last_number, tenant, references, nbytes, self._workers)
+            self._by_references[references] = self._by_number[parcel.number] = parcel
             self._waiting.add(tenant, parcel)
             self._may_begin = True
         elif parcel.number in self._idle:
@@ -126,7 +130,7 @@ class Shelf:
             self._forget(parcel)
             return
         self._bytes.give(parcel.tenant, parcel.nbytes)
-        if parcel.is_here and self._by_reference.get(parcel.reference) is parcel:
+        if parcel.is_here and self._by_references.get(parcel.references) is parcel:
             self._idle[parcel.number] = parcel
             self._idle_bytes += parcel.nbytes
             return
@@ -145,7 +149,7 @@ class Shelf:
                 self._bytes.take(parcel.tenant, parcel.nbytes)
                 while self._bytes.taken + self._idle_bytes > self._budget:
                     self._drop_idle(next(iter(self._idle.values())))
-                fetches.append((parcel.number, parcel.reference))
+                fetches.append((parcel.number, parcel.references))
         drops, self._drops = self._drops, []
         return Orders(loads, drops, fetches)
 
@@ -163,6 +167,8 @@ class Shelf:
                 if parcel.is_here:
                     self._slots.give(parcel.tenant, 1)
                     self._may_begin = True
+                    self._tally.load(parcel.references, HOST)
+                    self._tally.add_load(time.monotonic() - parcel.since, parcel.nbytes * self._workers)
 
     def _fail(self, number: int, error: PrefixServiceError) -> None:
         parcel = self._by_number.get(number)
@@ -177,7 +183,7 @@ class Shelf:
         """Drop every parcel that nobody needs, and let those in use leave after it: new requests fetch again."""
         for parcel in list(self._idle.values()):
             self._drop_idle(parcel)
-        self._by_reference.clear()
+        self._by_references.clear()
 
     def _drop_idle(self, parcel: Parcel) -> None:
         del self._idle[parcel.number]
@@ -186,9 +192,11 @@ class Shelf:
 
     def _drop(self, parcel: Parcel) -> None:
         self._drops.append(parcel.number)
+        if parcel.is_here:
+            self._tally.unload(parcel.references, HOST)
         self._forget(parcel)
 
     def _forget(self, parcel: Parcel) -> None:
         del self._by_number[parcel.number]
-        if self._by_reference.get(parcel.reference) is parcel:
-            del self._by_reference[parcel.reference]
+        if self._by_references.get(parcel.references) is parcel:
+            del self._by_references[parcel.references]

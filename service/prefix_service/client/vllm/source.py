@@ -2,11 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefix_service.client.client import AsyncPrefixClient
-from prefix_service.client.flows.flows import Flow
 from prefix_service.client.flows.resolving import ResolvedVersion
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.errors import InvalidRequest, InvalidResponse, NotFound, Unauthenticated
@@ -52,13 +51,29 @@ class Source:
         """
         return await self._call(lambda client: client.resolve(reference))
 
-    async def run(self, flow: Callable[[], Flow[T]]) -> T:
-        """Returns what a flow of the client returns; a refused key is read again, as in `get`.
+    async def inspect(self, reference: str) -> Mapping[str, Any]:
+        """Returns what the service knows of a version; a refused key is read again, as in `get`.
 
         Raises:
-            PrefixServiceError: the service reported it, or did not answer.
+            PrefixServiceError: as `AsyncPrefixClient.inspect`.
         """
-        return await self._call(lambda client: client._transport.run(flow()))
+        return await self._call(lambda client: client.inspect(reference))
+
+    async def tenants(self) -> list[dict[str, Any]]:
+        """Returns every tenant; a refused key is read again, as in `get`.
+
+        Raises:
+            PrefixServiceError: as `AsyncPrefixClient.tenants`.
+        """
+        return await self._call(lambda client: client.tenants())
+
+    async def list_page(self, tenant: str, cursor: str | None, limit: int) -> tuple[list[dict[str, Any]], str | None]:
+        """Returns some adapters of a tenant and the cursor of the next page; a refused key is read again, as in `get`.
+
+        Raises:
+            PrefixServiceError: as `AsyncPrefixClient.list_page`.
+        """
+        return await self._call(lambda client: client.list_page(tenant, cursor=cursor, limit=limit))
 
     async def tenant(self) -> str | None:
         """Returns the tenant of the key, None for a key of the platform. The service is asked once for each key, by

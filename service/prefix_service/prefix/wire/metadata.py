@@ -1,23 +1,23 @@
-"""The metadata of an answer as values: which version it says it holds, and in which form. Without torch."""
+"""Parses the metadata of an answer: the version that it holds, and in which variant. Needs no torch."""
 
 from collections.abc import Mapping
 from typing import Any, Final, cast, get_args
 
 from prefix_service.errors import InvalidResponse
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, Span
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, Span, Variant
 
 _DTYPES: Final = get_args(KVDtype)
 _LAYOUTS: Final = get_args(Layout)
 
 
-def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
-    """Read the metadata that every prefix of this service carries; keys beyond it are ignored.
+def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Variant]:
+    """Returns the identity and the variant in the metadata of a prefix; ignores other keys.
 
     Raises:
-        InvalidResponse: a value is missing, has another type, or lies outside its range.
+        InvalidResponse: a value is missing, has another type, or is out of range.
     """
     identity = read_identity(metadata)
-    form = Form(
+    variant = Variant(
         dtype=read_dtype(metadata),
         batch_size=_size(metadata, "batch_size"),
         layers=_span(metadata, "layers", identity.num_layers),
@@ -25,14 +25,14 @@ def read_metadata(metadata: Mapping[str, Any]) -> tuple[Identity, Form]:
         layout=_one_of(metadata, "layout", _LAYOUTS),
         expand=_one_of(metadata, "expand", (True, False)),
     )
-    return identity, form
+    return identity, variant
 
 
 def read_identity(metadata: Mapping[str, Any]) -> Identity:
-    """Read which version metadata, or the description of a version, is about; keys beyond it are ignored.
+    """Returns the version that metadata, or the description of a version, is about; ignores other keys.
 
     Raises:
-        InvalidResponse: a value is missing, has another type, or lies outside its range.
+        InvalidResponse: a value is missing, has another type, or is out of range.
     """
     base_model = metadata.get("base_model_name_or_path")
     return Identity(
@@ -50,10 +50,10 @@ def read_identity(metadata: Mapping[str, Any]) -> Identity:
 
 
 def read_dtype(metadata: Mapping[str, Any]) -> KVDtype:
-    """Read the dtype of keys and values.
+    """Returns the dtype of keys and values.
 
     Raises:
-        InvalidResponse: it is missing, or none of this service's.
+        InvalidResponse: the dtype is missing, or not one that this service sends.
     """
     return cast(KVDtype, _one_of(metadata, "dtype", _DTYPES))
 

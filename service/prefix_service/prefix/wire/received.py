@@ -1,4 +1,4 @@
-"""What a client received: a safetensors file of this service, read in the memory that it arrived in."""
+"""Parses a safetensors file of this service in the memory in which a client received it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -11,28 +11,28 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidCheckpoint, InvalidResponse
 from prefix_service.prefix.buffers import memory_of
-from prefix_service.prefix.form import FORMAT
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.safetensors_header import TensorEntry, parse_header
 from prefix_service.prefix.safetensors_tensors import DTYPES
+from prefix_service.prefix.variant import FORMAT
 from prefix_service.prefix.wire.metadata import read_metadata
 
-_REMEMBERED: Final = 4096  # bytes of a header that is read once: twice what a stacked prefix has
+_REMEMBERED: Final = 4096  # bytes of a header that is cached once parsed: twice the header of a stacked prefix
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message that was read: its metadata and its tensors, which share the memory that was read into."""
+    """A parsed prefix file: its metadata, and its tensors, which share the memory of the file."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
-def read_message(data: bytearray | memoryview) -> Received:
-    """Read a response of the service; nothing is copied.
+def read_prefix_file(data: bytearray | memoryview) -> Received:
+    """Parses a response of the service without a copy.
 
     Raises:
-        InvalidResponse: not a sound safetensors file, or not one of this service.
+        InvalidResponse: the data is not a sound safetensors file, or not one of this service.
     """
     view = memoryview(data)
     stop = 8 + int.from_bytes(view[:8], "little")
@@ -45,7 +45,11 @@ def read_message(data: bytearray | memoryview) -> Received:
 
 
 def _read_header(start: memoryview, size: int) -> tuple[Mapping[str, TensorEntry], dict[str, Any]]:
-    """Tensors and metadata of a message of `size` bytes that begins with `start`."""
+    """Returns tensors and metadata of a file of `size` bytes that begins with `start`.
+
+    Raises:
+        InvalidResponse: the file is not a prefix in a format that this client reads.
+    """
     try:
         header = parse_header(start, dtypes=frozenset(DTYPES), size=size)
         metadata = json.loads(header.metadata.get("prefix", "null"))
@@ -58,43 +62,47 @@ def _read_header(start: memoryview, size: int) -> tuple[Mapping[str, TensorEntry
 
 @lru_cache(maxsize=256)
 def _remembered(start: bytes, size: int) -> tuple[Mapping[str, TensorEntry], dict[str, Any]]:
-    """The same of a header that is short: reading it takes longer than half a megabyte on the wire."""
+    """Parses a short header once, since parsing it takes longer than transferring half a megabyte."""
     return _read_header(memoryview(start), size)
 
 
 def _tensor_in(memory: Tensor, entry: TensorEntry) -> Tensor:
-    """A view, but of what is not aligned to its dtype, which this service never sends: a copy."""
+    """Returns a tensor of the file as a view.
+
+    A tensor that is not aligned to its dtype is copied; this service sends none.
+    """
     dtype, part = DTYPES[entry.dtype], memory[entry.start : entry.stop]
     return (part.clone() if entry.start % dtype.itemsize else part).view(dtype).view(entry.shape)
 
 
 def read_kv(received: Received, allocate: Callable[[int], memoryview] | None = None) -> PrefixKV:
-    """The keys and values of a message in the layout `stacked` and one row, `[L', 2, H', N, D]`.
+    """Returns the keys and values of a file in the layout `stacked` with one row, `[L', 2, H', N, D]`.
 
-    They share the memory of the message, except float8: it is decoded to float32 `value * scale`, in memory that
-    `allocate` returns for a number of bytes (default: memory of torch).
+    They share the memory of the file, except float8, which is decoded to float32 as `value * scale`, in memory that
+    `allocate` returns for a number of bytes (default: torch's).
 
     Raises:
         InvalidResponse: the metadata is not that of a prefix, or the tensors do not have its shapes and dtypes.
     """
-    identity, form = read_metadata(received.metadata)
-    if form.layout != "stacked" or form.rows != 1:
+    identity, variant = read_metadata(received.metadata)
+    if variant.layout != "stacked" or variant.rows != 1:
         raise InvalidResponse(
-            f"the answer has layout {form.layout} and {form.rows} rows, where layout stacked and one row was expected"
+            f"the answer has layout {variant.layout} and {variant.rows} rows, where layout stacked and one row was "
+            "expected"
         )
-    layers, heads = (last - first for first, last in (form.layers, form.kv_heads))
+    layers, heads = (last - first for first, last in (variant.layers, variant.kv_heads))
     shape = (1, layers, 2, heads, identity.num_virtual_tokens, identity.head_dim)
     expected = {
-        "past_key_values": (getattr(torch, form.dtype), shape),
-        "attention_mask": (torch.int64, (form.batch_size, identity.num_virtual_tokens)),
+        "past_key_values": (getattr(torch, variant.dtype), shape),
+        "attention_mask": (torch.int64, (variant.batch_size, identity.num_virtual_tokens)),
     }
-    if form.dtype == "float8_e4m3fn":
+    if variant.dtype == "float8_e4m3fn":
         expected["past_key_values_scale"] = (torch.float32, (*shape[:4], 1, 1))
     _require(received.tensors, expected)
     tensor = received.tensors["past_key_values"][0]
-    if form.dtype == "float8_e4m3fn":
+    if variant.dtype == "float8_e4m3fn":
         tensor = _decoded(tensor, received.tensors["past_key_values_scale"][0], allocate)
-    return PrefixKV(tensor, form.layers, form.kv_heads, identity.num_layers, identity.num_kv_heads)
+    return PrefixKV(tensor, variant.layers, variant.kv_heads, identity.num_layers, identity.num_kv_heads)
 
 
 def _require(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values in the dtype in which they travel, and in host memory."""
+"""Keys and values in host memory, in the dtype in which they are sent."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,34 +9,36 @@ import torch
 from torch import Tensor
 
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import KVDtype
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
+from prefix_service.prefix.variant import KVDtype
 
 KV_DTYPES: Final[Mapping[KVDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(KVDtype)}
-Part = Literal["values", "scales"]
-"""What a rendering has memory of."""
+BufferName = Literal["values", "scales"]
+"""The buffers of a rendering by name."""
 _FLOAT8_MAX: Final = 448.0  # the largest float8_e4m3fn
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """Keys and values as they travel, in host memory: `values` `[L', 2, H', N, D]`, and for float8 `scales`
-    float32 `[L', 2, H', 1, 1]`."""
+    """Keys and values as they are sent, in host memory.
+
+    `values` is `[L', 2, H', N, D]`; for float8 `scales` is float32 `[L', 2, H', 1, 1]`.
+    """
 
     values: Tensor
     scales: Tensor | None
     file: str | None = None
-    """The file in which they lie, where others on this host may map it."""
+    """The path of the file that holds the buffers, if other processes on this host can map it."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in host memory."""
+        """The size in host memory, in bytes."""
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
-    def bytes_of(self, part: Part) -> memoryview:
-        """The memory of `values` or `scales`."""
-        return self._values_bytes if part == "values" else self._scales_bytes
+    def bytes_of(self, buffer: BufferName) -> memoryview:
+        """Returns the memory of `values` or `scales`."""
+        return self._values_bytes if buffer == "values" else self._scales_bytes
 
     @cached_property
     def _values_bytes(self) -> memoryview:
@@ -45,16 +47,16 @@ class Rendering:
     @cached_property
     def _scales_bytes(self) -> memoryview:
         if self.scales is None:
-            raise AssertionError("a float8 message needs a float8 rendering")
+            raise AssertionError("a float8 file needs a float8 rendering")
         return bytes_of(self.scales)
 
 
 def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
-    """Sliced and cast on the device of `kv`, then one copy to host memory, pinned; no copy where nothing changes on
-    the CPU. Renderings of several threads do not wait for each other.
+    """Casts a prefix on its device, and copies it once to pinned host memory. On the CPU there is no copy if the dtype
+    stays the same. Renderings of several threads run in parallel.
 
-    float8 values are divided by `max |x| / 448` of their layer and head, which travels beside them; never by less
-    than the smallest normal float32, so that a head of zeros or of subnormals divides too.
+    float8 values are divided by a scale per layer and head, `max |x| / 448`, which is sent with them. The scale is at
+    least the smallest normal float32, so that heads of zeros or of subnormals can be divided too.
     """
     with own_stream(kv.tensor.device):
         tensor, scales = kv.tensor, None
@@ -68,7 +70,9 @@ def render(kv: PrefixKV, dtype: KVDtype) -> Rendering:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """The contiguous values in host memory; from a device pinned, and there once the current stream's work is done."""
+    """Returns the contiguous values in host memory. From a device the memory is pinned, and is filled once the work of
+    the current stream is done.
+    """
     tensor = tensor.contiguous()
     if tensor.device.type == "cpu":
         return tensor

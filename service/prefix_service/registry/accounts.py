@@ -1,4 +1,4 @@
-"""What one tenant has in memory: its bytes, its part of what stands on probation, and what left it only lately."""
+"""The memory of one tenant: its bytes, its entries on probation, and the keys that were evicted recently."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -8,12 +8,12 @@ from typing import Final, Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 _GHOSTS: Final = 0.9
-_CREDIT: Final = 3  # rounds in the main queue that uses may earn
+_CREDIT: Final = 3  # the most rounds in the main queue that uses can earn
 
 
 @dataclass(slots=True, eq=False)
 class Entry(Generic[K]):
-    """A resident key's bytes, whose they are, and why it may not leave."""
+    """A resident entry: its bytes, its owner, and its leases, pin and uses, which decide whether it can be evicted."""
 
     nbytes: int
     owner: "Tenant[K]"
@@ -25,14 +25,17 @@ class Entry(Generic[K]):
     resident: bool = True
 
     def use(self) -> None:
-        """Note a use."""
+        """Counts a use."""
         self.uses += 1
         self.credit = min(self.credit + 1, _CREDIT)
 
 
 class Tenant(Generic[K]):
-    """`used` bytes in memory, of which `leased` are read and `pinned` are pinned; `seen` is when it last asked for
-    something. `entries` counts what is resident, or was removed and is still read."""
+    """A tenant with `used` bytes in memory, of which `leased` are being read and `pinned` are pinned.
+
+    `seen` is the time of its last use, on the clock of admitted bytes. `entries` counts entries that are resident, or
+    that were removed and are still leased.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -47,18 +50,18 @@ class Tenant(Generic[K]):
         self._ghost_bytes = 0
 
     def first_on_probation(self) -> tuple[K, Entry[K]] | None:
-        """What has stood there longest and is not leased."""
+        """Returns the oldest entry on probation without a lease; None if there is none."""
         return next(((key, entry) for key, entry in self.probation.items() if not entry.leases), None)
 
     def remember(self, key: K, nbytes: int, part: int) -> None:
-        """Note what left, so that it is known when it comes back soon."""
+        """Remembers an evicted key, so that it is recognised if it is loaded again soon."""
         self._ghosts[key] = nbytes
         self._ghost_bytes += nbytes
         while self._ghost_bytes > _GHOSTS * max(part, self.used):
             self._ghost_bytes -= self._ghosts.popitem(last=False)[1]
 
     def recalls(self, key: K) -> bool:
-        """Whether a key left only lately; asked once, when it comes back."""
+        """Returns whether a key was evicted recently, and forgets it."""
         if (nbytes := self._ghosts.pop(key, None)) is None:
             return False
         self._ghost_bytes -= nbytes

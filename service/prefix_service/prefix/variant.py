@@ -1,11 +1,13 @@
-"""In which form a prefix is asked for, and which one it is: names and numbers alone, without torch."""
+"""The variant in which a prefix is asked for, and the identity of a prefix: names and numbers alone, without torch."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
 
 MEDIA_TYPE: Final = "application/vnd.safetensors"
 SHARED_FILE_TYPE: Final = "application/vnd.prefix-service.shared-file+json"
-"""Where on this host the same safetensors file lies: `{"file": <absolute path>, "bytes": <its size>}`."""
+"""Media type of an answer that names a file on this host: `{"file": <absolute path>, "bytes": <its size>}`. The file is
+the safetensors file that the answer would have been.
+"""
 
 FORMAT: Final = 1
 
@@ -18,7 +20,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which version a message holds, and the sizes of the whole prefix."""
+    """The version that a prefix file holds, and the dimensions of the whole prefix."""
 
     tenant: str
     adapter: str
@@ -33,8 +35,8 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """The form in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
+class Variant:
+    """The variant in which a prefix is asked for; `layers` and `kv_heads` are half-open ranges."""
 
     dtype: KVDtype
     batch_size: int
@@ -45,5 +47,5 @@ class Form:
 
     @property
     def rows(self) -> int:
-        """How often each key and value is sent."""
+        """How many times each key and value is sent: `batch_size` if `expand`, else once."""
         return self.batch_size if self.expand else 1

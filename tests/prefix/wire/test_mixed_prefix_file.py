@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_service.prefix.form import Form, Identity, Layout
-from prefix_service.prefix.mixed import MixedBatch, Part, Row
+from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix
+from prefix_service.prefix.variant import Identity, Layout, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
-from prefix_service.prefix.wire.mixed_message import MixedMessage
-from prefix_service.prefix.wire.received import read_message
+from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
+from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering
 
 LENGTHS = (80_000, 30, 50_000)  # lines of 2.4 MiB, 960 bytes, 1.5 MiB
 
 
-def _part(tokens: int) -> Part:
+def _part(tokens: int) -> RowPrefix:
     identity = Identity("acme", f"a{tokens}", 1, "sha256:0", "CARTRIDGE", None, tokens, 1, 2, 8)
-    return Part(f"acme/a{tokens}", identity, "float32")
+    return RowPrefix(f"acme/a{tokens}", identity, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +33,18 @@ def test_long_rows_are_sent_where_they_lie(layout: Layout, tensors: list[Tensor]
     long, short, middle = (_part(tokens) for tokens in LENGTHS)
     rows = [Row((long,)), Row((short,)), Row(), Row((middle, short), is_list=True)]
     batch = MixedBatch.of(rows)
-    form = Form("float32", 4, (0, 1), (0, 2), layout, expand=True)
-    message = MixedMessage(
-        batch, form, {"attention_mask": AttentionMask(4, LENGTHS[0], torch.int64, lengths=batch.lengths)}
+    variant = Variant("float32", 4, (0, 1), (0, 2), layout, expand=True)
+    file = MixedPrefixFile(
+        batch, variant, {"attention_mask": AttentionMask(4, LENGTHS[0], torch.int64, lengths=batch.lengths)}
     )
     renderings = [Rendering(tensor, None) for tensor in tensors]
     sources = [[renderings[0]], [renderings[1]], [], [renderings[2], renderings[1]]]
-    chunks: list[Any] = list(message.chunks(sources))
+    chunks: list[Any] = list(file.chunks(sources))
     assert max(map(len, chunks)) <= 8 << 20
-    assert sum(map(len, chunks)) == message.content_length
+    assert sum(map(len, chunks)) == file.content_length
     copied = sum(len(chunk) for chunk in chunks if isinstance(chunk, bytes))
     assert copied < 1 << 17, "zeros, masks and long prefixes are views"
-    received = read_message(bytearray(b"".join(chunks))).tensors
+    received = read_prefix_file(bytearray(b"".join(chunks))).tensors
     expected = torch.zeros(4, 1, 2, 2, LENGTHS[0], 8)
     for row, own in enumerate(([tensors[0]], [tensors[1]], [], [tensors[2], tensors[1]])):
         if own:

@@ -1,4 +1,4 @@
-"""`prefix.wire.message`: canonical bytes that every safetensors reader understands, without copies."""
+"""`prefix.wire.prefix_file`: canonical bytes that every safetensors reader understands, without copies."""
 
 import json
 import struct
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.form import Form, Identity, KVDtype, Layout, MaskDtype, Span
 from prefix_service.prefix.kv import PrefixKV
+from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
 from prefix_service.prefix.wire.extras import AttentionMask
-from prefix_service.prefix.wire.message import MASK_DTYPES, Message
-from prefix_service.prefix.wire.received import Received, read_kv, read_message
+from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
+from prefix_service.prefix.wire.received import Received, read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering, render
 
 L, H, N, D = 3, 2, 5, 4
@@ -37,23 +37,23 @@ def asked(
     expand: bool = True,
     layers: Span = (0, L),
     heads: Span = (0, H),
-) -> Form:
-    return Form(dtype, rows, layers, heads, layout, expand)
+) -> Variant:
+    return Variant(dtype, rows, layers, heads, layout, expand)
 
 
-def message_of(form: Form, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> Message:
-    return Message(identity, form, {"attention_mask": AttentionMask(form.batch_size, N, MASK_DTYPES[mask])})
+def file_of(variant: Variant, mask: MaskDtype = "int64", identity: Identity = IDENTITY) -> PrefixFile:
+    return PrefixFile(identity, variant, {"attention_mask": AttentionMask(variant.batch_size, N, MASK_DTYPES[mask])})
 
 
-def rendering_of(form: Form, kv: PrefixKV = WHOLE) -> Rendering:
-    return render(kv.sliced(form.layers, form.kv_heads), form.dtype)
+def rendering_of(variant: Variant, kv: PrefixKV = WHOLE) -> Rendering:
+    return render(kv.sliced(variant.layers, variant.kv_heads), variant.dtype)
 
 
-def body_of(message: Message, kv: PrefixKV = WHOLE, start: int = 0, stop: int | None = None) -> bytes:
-    return b"".join(message.chunks(rendering_of(message.form, kv), start, stop))
+def body_of(file: PrefixFile, kv: PrefixKV = WHOLE, start: int = 0, stop: int | None = None) -> bytes:
+    return b"".join(file.chunks(rendering_of(file.variant, kv), start, stop))
 
 
-forms = st.builds(
+variants = st.builds(
     asked,
     dtype=st.sampled_from(list(KV_DTYPES)),
     rows=st.integers(1, 3),
@@ -62,7 +62,7 @@ forms = st.builds(
     layers=st.sampled_from([(0, L), (1, 2), (1, 3)]),
     heads=st.sampled_from([(0, H), (1, 2)]),
 )
-messages = st.builds(message_of, forms, st.sampled_from(list(MASK_DTYPES)))
+files = st.builds(file_of, variants, st.sampled_from(list(MASK_DTYPES)))
 
 # A version of one layer, one head, one token of size 2: the key is [1, -2], the value [0.5, 3].
 TINY = PrefixKV.whole(torch.tensor([1.0, -2.0, 0.5, 3.0]).view(1, 2, 1, 1, 2))
@@ -86,32 +86,31 @@ GOLDEN = (
 
 def test_golden_bytes() -> None:
     """The exact bytes of a tiny answer: whoever changes one of them changes every ETag and digest in the world."""
-    form = Form("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
-    message = Message(TINY_IDENTITY, form, {"attention_mask": AttentionMask(2, 1, torch.int64)})
-    assert body_of(message, TINY) == GOLDEN
+    variant = Variant("bfloat16", 2, (0, 1), (0, 1), "layers", expand=True)
+    file = PrefixFile(TINY_IDENTITY, variant, {"attention_mask": AttentionMask(2, 1, torch.int64)})
+    assert body_of(file, TINY) == GOLDEN
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20))
 def test_the_metadata_is_canonical_json(name: str) -> None:
     """RFC 8785, whatever the base model is called."""
-    message = message_of(asked(), identity=replace(IDENTITY, base_model_name_or_path=name))
-    text = json.loads(message.header[8:])["__metadata__"]["prefix"]
+    file = file_of(asked(), identity=replace(IDENTITY, base_model_name_or_path=name))
+    text = json.loads(file.header[8:])["__metadata__"]["prefix"]
     assert text.encode() == rfc8785.dumps(json.loads(text))
     assert json.loads(text)["base_model_name_or_path"] == name
 
 
-def expected_tensors(form: Form, mask: Tensor) -> dict[str, Tensor]:
+def expected_tensors(variant: Variant, mask: Tensor) -> dict[str, Tensor]:
     """What the contract promises, from the rendering."""
-    rendering = rendering_of(form)
-    values = rendering.values.expand(form.rows, *rendering.values.shape)
+    rendering = rendering_of(variant)
+    values = rendering.values.expand(variant.rows, *rendering.values.shape)
     found = {"attention_mask": mask}
-    if form.layout == "stacked":
+    if variant.layout == "stacked":
         found["past_key_values"] = values
         if rendering.scales is not None:
             found["past_key_values_scale"] = rendering.scales[None]
         return found
-    for index, layer in enumerate(range(*form.layers)):
+    for index, layer in enumerate(range(*variant.layers)):
         for part, name in enumerate(("key", "value")):
             found[f"past_key_values.{layer}.{name}"] = values[:, index, part]
             if rendering.scales is not None:
@@ -119,13 +118,12 @@ def expected_tensors(form: Form, mask: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@settings(deadline=None)
-@given(messages)
-def test_any_safetensors_reader_understands_it(message: Message) -> None:
-    """Names, shapes, dtypes and values, read by safetensors itself, in every form."""
-    body = body_of(message)
-    assert len(body) == message.content_length
-    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
+@given(files)
+def test_any_safetensors_reader_understands_it(file: PrefixFile) -> None:
+    """Names, shapes, dtypes and values, read by safetensors itself, in every variant."""
+    body = body_of(file)
+    assert len(body) == file.content_length
+    wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
     found = load(body)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -133,58 +131,55 @@ def test_any_safetensors_reader_understands_it(message: Message) -> None:
         assert torch.equal(found[name].float(), tensor.float())
 
 
-@settings(deadline=None)
-@given(messages)
-def test_the_client_reads_it_too(message: Message) -> None:
+@given(files)
+def test_the_client_reads_it_too(file: PrefixFile) -> None:
     """The same tensors, sharing the memory that was read into, and the metadata of the contract."""
-    data = bytearray(body_of(message))
-    received = read_message(data)
-    wanted = expected_tensors(message.form, message.extras["attention_mask"].rows(0, message.form.batch_size))
+    data = bytearray(body_of(file))
+    received = read_prefix_file(data)
+    wanted = expected_tensors(file.variant, file.extras["attention_mask"].rows(0, file.variant.batch_size))
     assert received.tensors.keys() == wanted.keys()
     assert all(torch.equal(received.tensors[name].float(), tensor.float()) for name, tensor in wanted.items())
-    assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": message.form.batch_size}.items()
-    assert received.metadata["layers"] == list(message.form.layers)
+    assert received.metadata.items() >= {"format": 1, "tenant": "acme", "batch_size": file.variant.batch_size}.items()
+    assert received.metadata["layers"] == list(file.variant.layers)
 
 
-@settings(deadline=None)
-@given(messages)
-def test_every_tensor_is_aligned(message: Message) -> None:
+@given(files)
+def test_every_tensor_is_aligned(file: PrefixFile) -> None:
     """The data begins at a multiple of 64, and each tensor at one of its element's size: it can be mapped."""
-    (length,) = struct.unpack("<Q", message.header[:8])
-    fields = json.loads(message.header[8:])
+    (length,) = struct.unpack("<Q", file.header[:8])
+    fields = json.loads(file.header[8:])
     del fields["__metadata__"]
     assert (8 + length) % 64 == 0
-    assert len(message.header) == 8 + length
+    assert len(file.header) == 8 + length
     sizes = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "BOOL": 1}
     assert all(field["data_offsets"][0] % sizes[field["dtype"]] == 0 for field in fields.values())
 
 
-@settings(deadline=None)
-@given(messages)
-def test_the_same_question_has_the_same_bytes(message: Message) -> None:
-    """Two messages planned apart agree, whatever order their tensors were named in."""
-    again = Message(replace(message.identity), replace(message.form), dict(message.extras))
-    assert body_of(again) == body_of(message)
+@given(files)
+def test_the_same_question_has_the_same_bytes(file: PrefixFile) -> None:
+    """Two files planned apart agree, whatever order their tensors were named in."""
+    again = PrefixFile(replace(file.identity), replace(file.variant), dict(file.extras))
+    assert body_of(again) == body_of(file)
 
 
 @settings(deadline=None, max_examples=200)
-@given(messages, st.data())
-def test_a_range_is_that_slice_of_the_whole(message: Message, data: st.DataObject) -> None:
+@given(files, st.data())
+def test_a_range_is_that_slice_of_the_whole(file: PrefixFile, data: st.DataObject) -> None:
     """Every `start:stop` of the body, header included."""
-    whole = body_of(message)
+    whole = body_of(file)
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.integers(start, len(whole)))
-    assert body_of(message, WHOLE, start, stop) == whole[start:stop]
+    assert body_of(file, WHOLE, start, stop) == whole[start:stop]
 
 
-@given(messages)
-def test_a_tensor_alone_is_that_part_of_the_whole(message: Message) -> None:
+@given(files)
+def test_a_tensor_alone_is_that_part_of_the_whole(file: PrefixFile) -> None:
     """The tensors in their order are all that stands behind the header; of each, its own bytes are told."""
-    rendering = rendering_of(message.form)
-    bodies = {name: b"".join(message.chunks_of(name, rendering)) for name in message.tensors}
-    assert message.header + b"".join(bodies.values()) == body_of(message)
+    rendering = rendering_of(file.variant)
+    bodies = {name: b"".join(file.chunks_of(name, rendering)) for name in file.tensors}
+    assert file.header + b"".join(bodies.values()) == body_of(file)
     assert {name: len(body) for name, body in bodies.items()} == {
-        name: tensor.nbytes for name, tensor in message.tensors.items()
+        name: tensor.nbytes for name, tensor in file.tensors.items()
     }
 
 
@@ -192,19 +187,19 @@ def test_chunks_are_small_enough_for_a_slow_reader() -> None:
     """At most 8 MiB each, at any offset, and together the whole."""
     kv = PrefixKV.whole(torch.zeros(1, 2, 1, 5, 1 << 19))
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, head_dim=1 << 19)
-    message = Message(identity, asked(layers=(0, 1), heads=(0, 1)), {})
-    sizes = [len(chunk) for chunk in message.chunks(rendering_of(message.form, kv), 3)]
+    file = PrefixFile(identity, asked(layers=(0, 1), heads=(0, 1)), {})
+    sizes = [len(chunk) for chunk in file.chunks(rendering_of(file.variant, kv), 3)]
     assert max(sizes) == 8 << 20
-    assert sum(sizes) == message.content_length - 3
+    assert sum(sizes) == file.content_length - 3
 
 
 def test_chunks_share_memory_with_the_rendering() -> None:
     """Every long row is the rendering's own memory, sent again."""
     kv = PrefixKV.whole(torch.randn(1, 2, 1, 1, 1 << 14))  # rows of 64 KiB
     identity = replace(IDENTITY, num_layers=1, num_kv_heads=1, num_virtual_tokens=1, head_dim=1 << 14)
-    message = message_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
-    rendering = rendering_of(message.form, kv)
-    chunks = list(message.chunks(rendering))[1:]  # behind header and mask
+    file = file_of(asked(rows=3, layers=(0, 1), heads=(0, 1)), identity=identity)
+    rendering = rendering_of(file.variant, kv)
+    chunks = list(file.chunks(rendering))[1:]  # behind header and mask
     before = bytes(chunks[0])
     rendering.values.neg_()
     assert len(chunks) == 2 * 3
@@ -213,9 +208,9 @@ def test_chunks_share_memory_with_the_rendering() -> None:
 
 def test_short_rows_are_joined() -> None:
     """A thousand rows of 40 bytes are a few chunks, not a thousand."""
-    message = message_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
-    chunks = list(message.chunks(rendering_of(message.form)))
-    assert b"".join(chunks) == body_of(message)
+    file = file_of(asked(rows=1000, layout="stacked", layers=(0, 1), heads=(0, 1)))
+    chunks = list(file.chunks(rendering_of(file.variant)))
+    assert b"".join(chunks) == body_of(file)
     assert len(chunks) < 5
 
 
@@ -223,13 +218,13 @@ def test_a_large_batch_takes_no_memory() -> None:
     """256 rows of 1.3 MB are sent from one."""
     kv = PrefixKV.whole(torch.zeros(4, 2, 8, 20, 256))
     identity = replace(IDENTITY, num_layers=4, num_kv_heads=8, num_virtual_tokens=20, head_dim=256)
-    form = asked(rows=256, layers=(0, 4), heads=(0, 8))
-    message, rendering = Message(identity, form, {}), rendering_of(form, kv)
+    variant = asked(rows=256, layers=(0, 4), heads=(0, 8))
+    file, rendering = PrefixFile(identity, variant, {}), rendering_of(variant, kv)
     tracemalloc.start()
-    sent = sum(len(chunk) for chunk in message.chunks(rendering))
+    sent = sum(len(chunk) for chunk in file.chunks(rendering))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert sent == message.content_length > 256 * kv.nbytes
+    assert sent == file.content_length > 256 * kv.nbytes
     assert peak < 100_000
     assert rendering.values.data_ptr() == kv.tensor.data_ptr()
 
@@ -243,7 +238,7 @@ def test_bytes_outlive_their_tensor() -> None:
 
 def test_unexpanded_values_come_once() -> None:
     """With `expand=false` keys and values have one row, and the mask has them all."""
-    received = read_message(bytearray(body_of(message_of(asked(rows=5, expand=False)))))
+    received = read_prefix_file(bytearray(body_of(file_of(asked(rows=5, expand=False)))))
     assert received.tensors["past_key_values.0.key"].shape == (1, H, N, D)
     assert received.tensors["attention_mask"].shape == (5, N)
     assert received.metadata["batch_size"] == 5
@@ -258,7 +253,6 @@ def test_halves_are_rounded_to_nearest_even(dtype: KVDtype) -> None:
 tensors = st.lists(st.floats(-1e6, 1e6, width=32, allow_nan=False), min_size=N * D, max_size=N * D)
 
 
-@settings(deadline=None)
 @given(tensors, st.sampled_from([1.0, 1e-20, 1e-38, 1e-44, 1e30]))
 def test_float8_is_within_its_error(values: list[float], magnitude: float) -> None:
     """With the largest of a head at 448, a value is off by half a step: 1/16 of itself, or 2^-10 of the scale."""
@@ -287,15 +281,15 @@ def test_float8_scales_belong_to_layer_and_head() -> None:
 @pytest.mark.parametrize("dtype", list(KV_DTYPES))
 def test_a_stacked_row_comes_back_as_a_prefix(dtype: KVDtype) -> None:
     """The value that was sent, with the model's numbers; float8 as float32."""
-    form = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
-    kv = read_kv(read_message(bytearray(body_of(message_of(form)))))
+    variant = asked(dtype, layout="stacked", layers=(1, 3), heads=(1, 2))
+    kv = read_kv(read_prefix_file(bytearray(body_of(file_of(variant)))))
     assert (kv.layers, kv.kv_heads, kv.num_layers, kv.num_kv_heads) == ((1, 3), (1, 2), L, H)
-    wanted = rendering_of(form)
+    wanted = rendering_of(variant)
     values = wanted.values if wanted.scales is None else wanted.values.float() * wanted.scales
     assert torch.equal(kv.tensor, values)
 
 
-SOUND = body_of(message_of(asked(layout="stacked")))
+SOUND = body_of(file_of(asked(layout="stacked")))
 
 
 def foreign(prefix: str | None) -> bytes:
@@ -320,11 +314,11 @@ def foreign(prefix: str | None) -> bytes:
 def test_an_answer_that_is_no_prefix(data: bytes, message: str) -> None:
     """Whatever came, the reader says InvalidResponse."""
     with pytest.raises(InvalidResponse, match=message):
-        read_message(bytearray(data))
+        read_prefix_file(bytearray(data))
 
 
 def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Received:
-    sound = read_message(bytearray(SOUND))
+    sound = read_prefix_file(bytearray(SOUND))
     return Received({**sound.metadata, **(metadata or {})}, {**sound.tensors, **tensors})
 
 
@@ -349,7 +343,7 @@ def changed(metadata: Mapping[str, Any] | None = None, **tensors: Tensor) -> Rec
         (changed({"layers": [0, 2]}), r"past_key_values .* float32 \[1, 2, 2, 2, 5, 4\], got"),
         (changed({"dtype": "float16"}), "past_key_values .* float16 .*, got float32"),
         (changed({"dtype": "float8_e4m3fn"}), "past_key_values .* float8_e4m3fn .*, got float32"),
-        (read_message(bytearray(body_of(message_of(asked())))), "layout layers and 1 rows, where layout stacked"),
+        (read_prefix_file(bytearray(body_of(file_of(asked())))), "layout layers and 1 rows, where layout stacked"),
         (changed(past_key_values_scale=torch.ones(7)), r"past_key_values_scale .* should be none, got float32 \[7\]"),
         (changed({"num_virtual_tokens": 6}), r"attention_mask .* int64 \[1, 6\], got int64 \[1, 5\]"),
         (changed(past_key_values=torch.zeros(1)), r"past_key_values .* got float32 \[1\]"),

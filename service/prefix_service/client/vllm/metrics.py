@@ -1,0 +1,109 @@
+"""Adapters in vLLM's `/metrics`, in the shape that vLLM gives to its LoRAs (its pull request 54830), and in its log.
+
+Read against vLLM 0.32.0: the engine's process counts (`tally.py`), and vLLM hands the counts to the process that serves
+`/metrics` as `SchedulerStats.kv_connector_stats`.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from prometheus_client import Counter, Gauge, Histogram
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from prefix_service.client.vllm import tally
+
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
+_SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # several API servers write their metrics into files, and remove none
+
+
+class PrefixStats(KVConnectorStats):  # type: ignore[misc] # vLLM is not installed where mypy runs
+    """What the scheduler has counted since its last step."""
+
+    def reset(self) -> None:
+        """Forget it."""
+        self.data: dict[str, Any] = {}
+
+    def aggregate(self, other: "PrefixStats") -> "PrefixStats":
+        """Returns this and what was counted later."""
+        return PrefixStats(tally.added(self.data, other.data) if self.data and other.data else self.data or other.data)
+
+    def reduce(self) -> dict[str, int | float]:
+        """Returns a summary for vLLM's log."""
+        seconds = self.data[tally.LOAD_SECONDS]
+        return {
+            "Prefix loads": len(seconds),
+            "Avg prefix load time (ms)": round(1000 * sum(seconds) / max(1, len(seconds)), 3),
+            "Prefix bytes loaded (MB)": round(self.data[tally.LOAD_BYTES] / 1e6, 3),
+            "Prefix requests failed": self.data[tally.FAILURES],
+        }
+
+    def is_empty(self) -> bool:
+        """Whether nothing was counted."""
+        return not self.data
+
+
+class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # as above
+    """The series of one process that serves `/metrics`, for each engine."""
+
+    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], labelvalues: Any) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, labelvalues)
+        gauge, counter, histogram = (metric_types[kind] for kind in (Gauge, Counter, Histogram))
+        self._gauge = gauge(
+            name="vllm:prefix_adapter_loaded",
+            documentation="Prefix adapters that are loaded: level cpu, in the host memory of every worker; level gpu, "
+            "in the KV cache of a request under way. 1 while an adapter is loaded.",
+            labelnames=[*labelnames, "adapter_name", "level"],
+            multiprocess_mode="mostrecent",
+        )
+        self._load_seconds = self._of_engines(
+            histogram,
+            "vllm:prefix_adapter_load_seconds",
+            "Time from the first request for a prefix adapter until every worker has its bytes.",
+            buckets=_SECONDS,
+        )
+        self._load_bytes = self._of_engines(
+            counter, "vllm:prefix_adapter_load_bytes", "Bytes of prefix adapters that workers took from the service."
+        )
+        self._wait_seconds = self._of_engines(
+            histogram,
+            "vllm:prefix_adapter_wait_seconds",
+            "Time that a request waited for the versions and bytes of its prefix adapters.",
+            buckets=_SECONDS,
+        )
+        self._failures = self._of_engines(
+            counter, "vllm:prefix_adapter_failures", "Requests that failed because of their prefix adapters."
+        )
+        self._shown: dict[int, set[tuple[str, str]]] = {}
+        self._removes = _SHARED not in os.environ and hasattr(self._gauge, "remove")  # Ray's gauges have none
+
+    def _of_engines(self, kind: Callable[..., Any], name: str, documentation: str, **more: Any) -> dict[int, Any]:
+        metric = kind(name=name, documentation=documentation, labelnames=self._labelnames, **more)
+        return {engine: metric.labels(*values) for engine, values in self.per_engine_labelvalues.items()}
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add what the scheduler of an engine has counted."""
+        for seconds in transfer_stats_data[tally.LOAD_SECONDS]:
+            self._load_seconds[engine_idx].observe(seconds)
+        for seconds in transfer_stats_data[tally.WAIT_SECONDS]:
+            self._wait_seconds[engine_idx].observe(seconds)
+        self._load_bytes[engine_idx].inc(transfer_stats_data[tally.LOAD_BYTES])
+        self._failures[engine_idx].inc(transfer_stats_data[tally.FAILURES])
+        loaded = transfer_stats_data.get(tally.LOADED)
+        if loaded is not None:
+            self._show({(name, level) for name, level in loaded}, engine_idx)
+
+    def _show(self, loaded: set[tuple[str, str]], engine: int) -> None:
+        """Set the series of what is loaded to 1, and remove the others, or where none is removed set them to 0."""
+        values, shown = self.per_engine_labelvalues[engine], self._shown.setdefault(engine, set())
+        for key in shown - loaded:
+            if self._removes:
+                self._gauge.remove(*map(str, values), *key)
+                shown.remove(key)
+            else:
+                self._gauge.labels(*values, *key).set(0)
+        for key in loaded - shown:
+            if len(shown) < tally.MOST_NAMED:
+                shown.add(key)
+        for key in loaded & shown:
+            self._gauge.labels(*values, *key).set(1)

@@ -1,0 +1,90 @@
+"""What vLLM's `/metrics` reports of adapters: which are loaded, and what loading takes. Pure state."""
+
+from collections import OrderedDict
+from typing import Any, Final
+
+from prefix_service.client.vllm.requests import References
+
+MOST_NAMED: Final = 1000
+"""Adapters that are reported as loaded; of more, those that were loaded last."""
+
+HOST: Final = "cpu"
+"""The level of an adapter whose bytes every worker has in host memory."""
+CACHE: Final = "gpu"
+"""The level of an adapter that a request under way has in vLLM's KV cache."""
+
+LOADED: Final = "loaded"
+LOAD_SECONDS: Final = "load_seconds"
+LOAD_BYTES: Final = "load_bytes"
+WAIT_SECONDS: Final = "wait_seconds"
+FAILURES: Final = "failures"
+
+
+class Tally:
+    """Counts from one reading to the next; used by one thread."""
+
+    def __init__(self) -> None:
+        self._loaded: OrderedDict[tuple[str, str], int] = OrderedDict()  # name and level: how often
+        self._has_changed = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._load_seconds: list[float] = []
+        self._wait_seconds: list[float] = []
+        self._load_bytes = self._failures = 0
+
+    def load(self, references: References, level: str) -> None:
+        """Count adapters as loaded at a level, once more."""
+        key = adapter_name(references), level
+        self._has_changed |= key not in self._loaded
+        self._loaded[key] = self._loaded.get(key, 0) + 1
+        self._loaded.move_to_end(key)
+
+    def unload(self, references: References, level: str) -> None:
+        """Count adapters as loaded at a level, once less."""
+        key = adapter_name(references), level
+        self._loaded[key] -= 1
+        if not self._loaded[key]:
+            del self._loaded[key]
+            self._has_changed = True
+
+    def add_load(self, seconds: float, nbytes: int) -> None:
+        """Count a load from the service into host memory: how long, and how many bytes on all workers."""
+        self._load_seconds.append(seconds)
+        self._load_bytes += nbytes
+
+    def add_wait(self, seconds: float) -> None:
+        """Count a request that waited for the versions and bytes of its adapters."""
+        self._wait_seconds.append(seconds)
+
+    def add_failure(self) -> None:
+        """Count a request that failed for its adapters."""
+        self._failures += 1
+
+    def take(self) -> dict[str, Any] | None:
+        """Returns what was counted since the last call, and what is loaded if that has changed; None for nothing."""
+        if not (self._has_changed or self._load_seconds or self._wait_seconds or self._failures):
+            return None
+        counted: dict[str, Any] = {
+            LOAD_SECONDS: self._load_seconds,
+            LOAD_BYTES: self._load_bytes,
+            WAIT_SECONDS: self._wait_seconds,
+            FAILURES: self._failures,
+        }
+        if self._has_changed:
+            counted[LOADED] = [list(key) for key in list(self._loaded)[-MOST_NAMED:]]
+        self._has_changed = False
+        self._clear()
+        return counted
+
+
+def adapter_name(references: References) -> str:
+    """Returns the adapters of references, without their versions: one name of few for whatever requests ask for."""
+    return ",".join(reference.partition("@")[0] for reference in references)
+
+
+def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Returns what two readings have counted, of which `other` is the later one."""
+    both = {name: one[name] + other[name] for name in (LOAD_SECONDS, LOAD_BYTES, WAIT_SECONDS, FAILURES)}
+    latest = other.get(LOADED, one.get(LOADED))
+    return both if latest is None else {**both, LOADED: latest}

@@ -1,0 +1,84 @@
+"""The fingerprint of a base model: what its keys and values depend on, checked and bounded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
+
+from prefix_service.errors import InvalidRequest, TooLarge
+from prefix_service.prefix.json_text import shown
+
+MOST_FINGERPRINT: Final = 16 << 10
+"""Bytes of a fingerprint, written as `check_fingerprint` writes it."""
+
+MOST_MEMBERS: Final = 256
+"""Members of one of its objects."""
+
+MOST_TEXT: Final = 256
+"""Characters of one of its texts."""
+
+TEXTS: Final = ("architecture", "tokenizer", "weights_index")
+OBJECTS: Final = ("sizes", "rope", "norms")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What the keys and values of a prefix depend on in its base model; None where that is not known.
+
+    `architecture` is the model's class. `sizes`, `rope` and `norms` are settings of its config, by their names:
+    dimensions, rotary embedding, normalisation. `tokenizer` and `weights_index` are hashes, of the tokenizer and of the
+    index of the weights.
+    """
+
+    architecture: str | None = None
+    sizes: Mapping[str, Any] | None = None
+    rope: Mapping[str, Any] | None = None
+    norms: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    weights_index: str | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Returns a fingerprint from its JSON object; fields beyond it are ignored, as those of a later release.
+
+        Raises:
+            InvalidRequest: a field has another type, a text is empty or too long, or an object has too many members.
+        """
+        return cls(**{name: _checked(name, values[name]) for name in (*TEXTS, *OBJECTS) if name in values})
+
+    def known(self) -> dict[str, Any]:
+        """Returns the fields that are known, as JSON has them."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+NO_FINGERPRINT: Final = Fingerprint()
+
+
+def check_fingerprint(values: Mapping[str, Any]) -> str:
+    """Returns a fingerprint as JSON, its names sorted and without blanks; empty if it has no field.
+
+    Raises:
+        InvalidRequest: a field is unknown or has another type, or a text is empty or too long.
+        TooLarge: it has more than `MOST_FINGERPRINT` bytes.
+    """
+    unknown = next((name for name in values if name not in (*TEXTS, *OBJECTS)), None)
+    if unknown is not None:
+        raise InvalidRequest(f"a fingerprint has {', '.join((*TEXTS, *OBJECTS))}, and no {shown(unknown)}")
+    known = Fingerprint.of(values).known()
+    text = json.dumps(known, sort_keys=True, separators=(",", ":")) if known else ""
+    if len(text) > MOST_FINGERPRINT:
+        raise TooLarge(f"the fingerprint has {len(text)} bytes, and may have {MOST_FINGERPRINT}: leave out details")
+    return text
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in OBJECTS:
+        if not isinstance(value, dict):
+            raise InvalidRequest(f"{name} must be a JSON object, got {shown(value)}: leave it out if it is not known")
+        if len(value) > MOST_MEMBERS:
+            raise InvalidRequest(f"{name} has {len(value)} members, and may have {MOST_MEMBERS}: leave out details")
+    elif not isinstance(value, str) or not 0 < len(value) <= MOST_TEXT:
+        raise InvalidRequest(
+            f"{name} must be a text of 1 to {MOST_TEXT} characters, got {shown(value)}: leave it out if it is not known"
+        )
+    return value

@@ -1,0 +1,279 @@
+"""A prefix as a safetensors file, with canonical bytes and without copies; `received` parses it.
+
+The header is written here because an ETag and a digest cover the bytes, and safetensors' own writer orders metadata by
+a hash map. Layout: 8 bytes little-endian header length, a JSON header padded with spaces so that the data begins at a
+multiple of 64, then the tensors, widest dtype first, so that each is aligned to its element.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import repeat
+from math import prod
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+import torch
+
+from prefix_service.prefix.safetensors_tensors import NAMES
+from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
+from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
+from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
+
+_ALIGNMENT: Final = 64
+JOINED: Final = 1 << 16  # bytes, below which a copy is cheaper than a send of its own
+_BLOCK: Final = 1 << 18  # bytes of short rows that are joined
+CHUNK: Final = 8 << 20  # bytes, which the event loop copies at most for a slow reader
+
+MASK_DTYPES: Final[Mapping[MaskDtype, torch.dtype]] = {name: getattr(torch, name) for name in get_args(MaskDtype)}
+
+
+SlotSource = BufferName | Literal["extra"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype and shape of one tensor of a file, known before its values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Slot(NamedTuple):
+    """One tensor of a file. `source` has one row of it, at `row_index`; the row is sent `times` times."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    source: SlotSource
+    row_index: tuple[int, ...] = ()
+    times: int = 1
+
+
+class _ByteRun(NamedTuple):
+    """The bytes `start:stop` of a rendering's buffer, sent `times` times."""
+
+    source: BufferName
+    start: int
+    stop: int
+    times: int
+
+    def piece(self, rendering: Rendering) -> Piece:
+        return rendering.bytes_of(self.source)[self.start : self.stop], self.times
+
+
+def write_header(metadata: Mapping[str, Any], tensors: Iterable[TensorSpec | Slot]) -> bytes:
+    """Returns length and JSON header, padded, of a file with `metadata` and with these tensors in order."""
+    # RFC 8785 for what stands here: ASCII keys, strings, integers, booleans, null, and lists and objects of these.
+    prefix = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    members = [json.dumps({"__metadata__": {"prefix": prefix}}, separators=(",", ":"), ensure_ascii=False)[1:-1]]
+    position = 0
+    # A file may have thousands of tensors of very few shapes: the text of each shape is written once.
+    known: dict[tuple[torch.dtype, tuple[int, ...]], tuple[str, int]] = {}
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.shape
+        if kind not in known:
+            shape = ",".join(map(str, tensor.shape))
+            known[kind] = f'"dtype":"{NAMES[tensor.dtype]}","shape":[{shape}]', tensor.nbytes
+        fields, nbytes = known[kind]
+        members.append(f'"{tensor.name}":{{{fields},"data_offsets":[{position},{position + nbytes}]}}')
+        position += nbytes
+    text = f"{{{','.join(members)}}}".encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+@dataclass(frozen=True)
+class PrefixFile:
+    """A response planned from sizes alone: header and length are known before a tensor is touched.
+
+    The tensors are those of `identity` in `variant`, and `extras` (masks and position ids) by name.
+    """
+
+    identity: Identity
+    variant: Variant
+    extras: Mapping[str, Extra]
+
+    @property
+    def canonical(self) -> "PrefixFile":
+        """The file in which this project's client asks for the same rendering: one tensor, one row."""
+        variant = replace(self.variant, batch_size=1, layout="stacked", expand=False)
+        mask = AttentionMask(1, self.identity.num_virtual_tokens, torch.int64)
+        return PrefixFile(self.identity, variant, {"attention_mask": mask})
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is the canonical file.
+
+        The headers differ for every other variant, and for a mask that was posted.
+        """
+        return self.header == self.canonical.header
+
+    @cached_property
+    def _slots(self) -> list[Slot]:
+        extras = [Slot(name, extra.dtype, extra.shape, extra.nbytes, "extra") for name, extra in self.extras.items()]
+        slots = extras + (self._layer_slots() if self.variant.layout == "layers" else self._stacked_slots())
+        widths = {dtype: dtype.itemsize for dtype in {slot.dtype for slot in slots}}
+        return sorted(slots, key=lambda slot: -widths[slot.dtype])
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Slot]:
+        """The tensors by name, in the order of the file."""
+        return {slot.name: slot for slot in self._slots}
+
+    def _layer_slots(self) -> list[Slot]:
+        variant, heads = self.variant, self.variant.kv_heads[1] - self.variant.kv_heads[0]
+        shape = (variant.rows, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        dtype, slots = KV_DTYPES[variant.dtype], []
+        nbytes = prod(shape) * dtype.itemsize
+        for number, layer in enumerate(range(*variant.layers)):
+            for part, name in enumerate(("key", "value")):
+                full, index = f"past_key_values.{layer}.{name}", (number, part)
+                slots.append(Slot(full, dtype, shape, nbytes, "values", index, variant.rows))
+                if variant.dtype == "float8_e4m3fn":
+                    slots.append(Slot(f"{full}_scale", torch.float32, (1, heads, 1, 1), 4 * heads, "scales", index))
+        return slots
+
+    def _stacked_slots(self) -> list[Slot]:
+        variant, dtype = self.variant, KV_DTYPES[self.variant.dtype]
+        layers, heads = variant.layers[1] - variant.layers[0], variant.kv_heads[1] - variant.kv_heads[0]
+        shape = (variant.rows, layers, 2, heads, self.identity.num_virtual_tokens, self.identity.head_dim)
+        slots = [Slot("past_key_values", dtype, shape, prod(shape) * dtype.itemsize, "values", (), variant.rows)]
+        if variant.dtype == "float8_e4m3fn":
+            scales, nbytes = (1, layers, 2, heads, 1, 1), 4 * 2 * layers * heads
+            slots.append(Slot("past_key_values_scale", torch.float32, scales, nbytes, "scales"))
+        return slots
+
+    @cached_property
+    def rendering_nbytes(self) -> int:
+        """The size in bytes of the rendering that the file is made of."""
+        return sum(slot.nbytes // slot.times for slot in self._slots if slot.source != "extra")
+
+    @cached_property
+    def header(self) -> bytes:
+        """Length and JSON header, padded."""
+        return write_header({"format": FORMAT, **asdict(self.identity), **asdict(self.variant)}, self._slots)
+
+    @cached_property
+    def content_length(self) -> int:
+        """The size of the whole file in bytes."""
+        return len(self.header) + sum(slot.nbytes for slot in self._slots)
+
+    def around_values(self) -> tuple[bytes, bytes]:
+        """Returns the bytes in front of keys and values and behind them, for a
+        file that sends them once and without scales.
+        """
+        before, after = bytearray(), bytearray()
+        found = before
+        for part in self._parts:
+            if isinstance(part, _ByteRun):
+                found = after
+            else:
+                found += part if isinstance(part, bytes) else b"".join(chunks_of(part.pieces()))
+        return bytes(before), bytes(after)
+
+    @cached_property
+    def _parts(self) -> list[bytes | Extra | _ByteRun]:
+        """The file in order: bytes that need no rendering, extras that are made when they are sent, and runs of a
+        rendering.
+
+        Adjacent bytes are joined, and so are adjacent runs.
+        """
+        parts: list[bytes | Extra | _ByteRun] = [self.header]
+        for slot in self._slots:
+            last = parts[-1]
+            if slot.source == "extra":
+                extra = self.extras[slot.name]
+                if isinstance(last, bytes) and extra.nbytes <= JOINED:
+                    parts[-1] = b"".join((last, *chunks_of(extra.pieces())))
+                else:
+                    parts.append(extra)
+                continue
+            run = self._run_of(slot, slot.source)
+            if isinstance(last, _ByteRun) and _adjoin(last, run):
+                parts[-1] = _ByteRun(last.source, last.start, run.stop, 1)
+            else:
+                parts.append(run)
+        return parts
+
+    @property
+    def planned_nbytes(self) -> int:
+        """An estimate of the memory that the plan takes, in bytes, without a mask that was posted."""
+        return 4096 + 4 * len(self.header) + sum(len(part) for part in self._parts if isinstance(part, bytes))
+
+    def _run_of(self, slot: Slot, source: BufferName) -> _ByteRun:
+        row = slot.nbytes // slot.times
+        # (layer, part) of (L', 2, …) in the order of memory; one tensor of all begins at 0
+        start = row * (2 * slot.row_index[0] + slot.row_index[1]) if slot.row_index else 0
+        return _ByteRun(source, start, start + row, slot.times)
+
+    def pieces(self, rendering: Rendering) -> Iterator[Piece]:
+        """Yields the bytes of the file in order; a repeated row is one piece with its number of repetitions."""
+        for part in self._parts:
+            if isinstance(part, _ByteRun):
+                yield part.piece(rendering)
+            elif isinstance(part, bytes):
+                yield part, 1
+            else:
+                yield from part.pieces()
+
+    def chunks(self, rendering: Rendering, start: int = 0, stop: int | None = None) -> Iterator[Bytes]:
+        """Yields the bytes `start:stop` of the file in chunks of at most 8 MiB; long rows are not copied."""
+        stop = self.content_length if stop is None else stop
+        if (start, stop) == (0, self.content_length):
+            return chunks_of(self.pieces(rendering))
+        return chunks_of(_clipped(self.pieces(rendering), start, stop))
+
+    def chunks_of(self, name: str, rendering: Rendering) -> Iterator[Bytes]:
+        """Yields the bytes of one tensor in chunks of at most 8 MiB; long rows are not copied."""
+        slot = self.tensors[name]
+        if slot.source == "extra":
+            return chunks_of(self.extras[name].pieces())
+        return chunks_of([self._run_of(slot, slot.source).piece(rendering)])
+
+
+def chunks_of(pieces: Iterable[Piece]) -> Iterator[Bytes]:
+    """Yields pieces in chunks of at most 8 MiB. Short rows that are repeated are copied, many to a chunk."""
+    for row, times in pieces:
+        together = min(times, _BLOCK // len(row)) if 0 < len(row) < JOINED else 1
+        if together > 1:
+            yield from repeat(bytes(row) * together, times // together)
+            times %= together
+            if times:
+                yield bytes(row) * times
+            continue
+        for _ in range(times):
+            yield from (row[at : at + CHUNK] for at in range(0, len(row), CHUNK))
+
+
+def _clipped(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
+    """Yields the pieces that hold the bytes `start:stop`."""
+    position = 0
+    for row, times in pieces:
+        if position >= stop:
+            return
+        size = len(row)
+        first, last = max(start - position, 0), min(stop - position, size * times)
+        position += size * times
+        if first >= last:
+            continue
+        head, tail = first // size, (last - 1) // size  # the rows of the first byte and of the last
+        if head == tail:
+            yield row[first - head * size : last - head * size], 1
+        else:
+            yield row[first - head * size :], 1
+            yield row, tail - head - 1
+            yield row[: last - tail * size], 1
+
+
+def _adjoin(first: _ByteRun, second: _ByteRun) -> bool:
+    """Returns whether two runs are adjacent and sent once, so that they can be joined."""
+    return first.source == second.source and first.stop == second.start and first.times == second.times == 1

@@ -1,0 +1,78 @@
+"""What the connector touches in vLLM is looked for in its source, and refused by name where it is missing."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from prefix_service.client.vllm.probe import TOUCHED, missing
+from prefix_service.client.vllm.versions import TRIED, check_vllm
+
+BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """The folder of a vLLM that has what is touched, and nothing else."""
+    for file, classes in TOUCHED.items():
+        lines = []
+        for name, members in classes.items():
+            lines += [f"class {name}(Parent):", "    a: int = 0"]
+            for member, parameters in members.items():
+                is_method = parameters or member in ("aggregate", "__init__")
+                lines.append(
+                    f"    def {member}(self, {', '.join(parameters)}): ..." if is_method else f"    {member}: int"
+                )
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("\n".join(lines))
+    return tmp_path
+
+
+def change(package: Path, file: str, before: str, after: str) -> None:
+    """Change something in the source of a file."""
+    text = (package / file).read_text()
+    assert before in text
+    (package / file).write_text(text.replace(before, after))
+
+
+def test_a_vllm_that_has_what_is_touched_is_taken(package: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Silently if it was tried, patches too; else with a warning that names both."""
+    for version in TRIED:
+        check_vllm(f"{version}.1", package)
+    assert caplog.records == []
+    with caplog.at_level(logging.WARNING):
+        check_vllm("0.34.0", package)
+    (warned,) = caplog.messages
+    assert "vLLM 0.34.0 was not tried with this prefix-service, which was tested with 0.30 to 0.32" in warned
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "lacks"),
+    [
+        ("v1/request.py", "    block_hashes: int", "    hashes: int", "Request.block_hashes (vllm/v1/request.py)"),
+        (BASE, "def get_transfer_results", "def get_results", f"KVConnectorBase_V1.get_transfer_results (vllm/{BASE})"),
+        (BASE, "(self, request, block_ids)", "(self, request)", "the parameter block_ids of KVConnectorBase_V1."),
+        (BASE, "class KVConnectorMetadata", "class Metadata", f"KVConnectorMetadata (vllm/{BASE})"),
+        ("exceptions.py", "class", "klass", "vllm/exceptions.py"),
+    ],
+)
+def test_a_vllm_that_lacks_something_is_refused_by_its_name(
+    package: Path, file: str, before: str, after: str, lacks: str
+) -> None:
+    """A field, a hook, a parameter, a class, a file that cannot be read; also in a version that was tried."""
+    change(package, file, before, after)
+    (named,) = missing(package)
+    assert named.startswith(lacks)
+    with pytest.raises(ImportError, match=r"vLLM 0\.32\.0, which is installed, lacks what it touches") as refused:
+        check_vllm("0.32.0", package)
+    assert lacks in str(refused.value)
+
+
+def test_fields_are_found_wherever_a_class_has_them(package: Path) -> None:
+    """Annotated, assigned in the class or in a method, or as a property; a method with keywords and async ones."""
+    for after in ("block_hashes = 0", "def set(self): self.block_hashes = 0", "def block_hashes(self): ..."):
+        change(package, "v1/request.py", "    block_hashes: int", f"    {after}")
+        assert missing(package) == []
+        change(package, "v1/request.py", f"    {after}", "    block_hashes: int")
+    change(package, BASE, "def request_finished(self, request,", "async def request_finished(self, request, *,")
+    assert missing(package) == []
