@@ -16,6 +16,7 @@ from prefix_service.catalog.changes import (
     AliasDeleted,
     AliasMoved,
     AnnotationsChanged,
+    BaseModelChanged,
     CardChanged,
     Change,
     KeyCreated,
@@ -104,6 +105,10 @@ MUTATIONS: dict[str, tuple[Callable[[Mutations], object], Callable[[Mutations], 
     "annotations": (
         lambda do: do.describe("annotations", Description("", {"a": "b"})),
         lambda do: [AnnotationsChanged("acme", "a", 1, do.digests[0])],
+    ),
+    "fingerprint": (
+        lambda do: do.describe("base-model", Description(fingerprint="{}")),
+        lambda do: [BaseModelChanged("acme", "a", 1, do.digests[0])],
     ),
     "alias": (
         lambda do: do.catalog.put_alias("acme", "a", "prod", 2, BY),

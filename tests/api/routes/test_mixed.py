@@ -175,11 +175,12 @@ def test_metadata_tells_the_rows(client: httpx.Client) -> None:
 
 
 def test_headers(client: httpx.Client) -> None:
-    """Nobody keeps a mixed batch, and no one version's headers stand on it."""
+    """Nobody keeps a mixed batch, and no one version's headers stand on it; those of every answer do."""
     headers = client.post(PATH, json={"rows": ROWS}).headers
     assert headers["content-type"] == MEDIA_TYPE
     assert headers["cache-control"] == "no-store"
-    assert not [name for name in headers if name.startswith("prefix-") or name in ("etag", "accept-ranges")]
+    assert [name for name in headers if name.startswith("prefix-")] == ["prefix-catalog"]
+    assert not {"etag", "accept-ranges"} & set(headers)
 
 
 def test_a_single_row_is_as_that_prefix(client: httpx.Client) -> None:

@@ -81,7 +81,7 @@ class DiskCache:
         except OSError:
             return None
         with contextlib.suppress(OSError):  # another process may have removed it
-            os.utime(path)
+            _mark_used(path)
         return entry
 
     def store(self, key: tuple[Any, ...], entry: Entry) -> None:
@@ -133,6 +133,7 @@ class DiskCache:
                     written = 0
                     while written < len(part):
                         written += file.write(part[written:])
+            _mark_used(temporary)
             Path(temporary).replace(path)
         except BaseException:
             _remove(temporary)
@@ -160,6 +161,12 @@ class DiskCache:
     def _files(self) -> Iterator[os.DirEntry[str]]:
         with os.scandir(self._folder) as found:
             yield from (file for file in found if _NAME.fullmatch(file.name) or file.name.startswith(_TEMPORARY))
+
+
+def _mark_used(path: Path | str) -> None:
+    """Sets the modification time. The kernel's own has a granularity of up to 10 ms, in which two uses would tie."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]) -> Entry | None:
