@@ -190,7 +190,7 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     expect(dialog.get_by_role("row").filter(has_text="revision")).to_contain_text('"r0""r2"')
     dialog.get_by_role("button", name="Move it").click()
     told = page.get_by_role("status").filter(has_text="prod points at 3 now")
-    expect(told).to_be_visible()
+    expect(told.get_by_text("prod points at 3 now")).to_be_visible()
     assert service.client().get(alias).json()["version"] == 3
     expect(told.get_by_role("button").first).to_have_text("Roll back")
     told.get_by_role("button", name="Roll back").click()

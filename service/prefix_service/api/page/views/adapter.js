@@ -67,7 +67,8 @@ export default function Adapter({ names: [tenant, reference] }) {
     <${Description} path=${path} />
     ${may("admin") && html`<div class="two"><${Used} tenant=${tenant} name=${name} /><${Timeline} tenant=${tenant}
       name=${name} version=${version.version} /></div>`}
-    <section class="card"><h2>Versions</h2><div class="wide"><table><thead><tr><th>Version</th><th>Aliases</th>
+    <section class="card"><h2>Versions</h2><div class="wide" tabindex="0" role="group"
+      aria-label="Versions"><table><thead><tr><th>Version</th><th>Aliases</th>
       <th>Published</th>
       <th class="number">Weights</th><th class="wideonly">Digest</th></tr></thead><tbody>
       ${(versions || []).map((one) => html`<tr><td><a href="#/adapters/${tenant}/${name}@${one.version}">
@@ -142,7 +143,8 @@ function Reads({ rows, first }) {
   const at = Array.from({ length: 24 }, (_, hour) => (first + hour * HOUR) / 1000);
   const perHour = at.map((hour) => total(rows.filter((row) => Date.parse(row.hour) / 1000 === hour), "requests"));
   return html`<${Chart} at=${at} lines=${[["requests an hour", perHour, number]]} />
-    <div class="wide"><table><thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
+    <div class="wide" tabindex="0" role="group"
+      aria-label="Reads by version"><table><thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
       <th class="number">Cold loads</th><th class="number">Keys that read it</th></tr></thead>
     <tbody>${[...versions].sort(([a], [b]) => b - a).map(([version, some]) => html`<tr><td>${version}</td>
       <td class="number">${number(total(some, "requests"))}</td><td class="number">${bytes(total(some, "bytes"))}</td>

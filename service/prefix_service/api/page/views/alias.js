@@ -61,7 +61,8 @@ function Changes({ before, after }) {
 
 export function Differences({ found, before, after }) {
   if (found.length === 0) return html`<p class="soft">The weights alone: the configs are equal.</p>`;
-  return html`<div class="wide"><table><thead><tr><th>In the config</th><th>Version ${before}</th>
+  return html`<div class="wide" tabindex="0" role="group"
+      aria-label="Differences"><table><thead><tr><th>In the config</th><th>Version ${before}</th>
     <th>Version ${after}</th></tr></thead>
     <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${shortened(key)}</${Text}></code></td><td>
       <bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;

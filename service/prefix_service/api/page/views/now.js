@@ -149,7 +149,8 @@ function Problems({ data }) {
   rows.sort((a, b) => b[2] - a[2]);
   return html`<section class="card"><h2>Refused and failed</h2>${rows.length === 0 ? html`<p
     class="soft">None in the last hour.</p>`
-    : html`<div class="wide"><table><thead><tr><th>What</th><th class="number">Minute</th><th class="number">Hour</th>
+    : html`<div class="wide" tabindex="0" role="group"
+      aria-label="Refused and failed requests"><table><thead><tr><th>What</th><th class="number">Minute</th><th class="number">Hour</th>
       </tr></thead>
       <tbody>${rows.map(([code, minute, hour]) => html`<tr><td><code>${code}</code>
         <div class="soft">${words(code).why}</div></td>
@@ -158,7 +159,8 @@ function Problems({ data }) {
 }
 
 function Busiest({ tenants }) {
-  return html`<section class="card"><h2>Busiest tenants of the last hour</h2><div class="wide"><table>
+  return html`<section class="card"><h2>Busiest tenants of the last hour</h2><div class="wide" tabindex="0" role="group"
+      aria-label="Busiest tenants"><table>
     <thead><tr><th>Tenant</th><th class="number">Requests</th><th class="number">Bytes</th></tr></thead>
     <tbody>${tenants.map((tenant) => html`<tr><td><a href="#/adapters/${tenant.tenant}">
       <${Text}>${tenant.tenant}</${Text}></a></td>

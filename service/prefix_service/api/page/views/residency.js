@@ -31,7 +31,8 @@ export default function Residency() {
         <p class="soft">The area is bytes on the device and in host memory; hatched ones are pinned. ${data.next ? `The largest ${MOST} are shown.` : ""}
         These are the numbers of the process that answered; each worker has its own.</p>`}</section>
     ${known && html`<${One} one=${known} onDone=${reload} />`}
-    ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide"><table>
+    ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
+      aria-label="Versions in memory"><table>
       <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th>
         <th class="number">Lookups</th><th>Why it stays</th></tr></thead>
       <tbody>${data.resident.slice(0, 200).map((one) => html`<tr><td><button class="link" type="button"

@@ -114,7 +114,8 @@ function Keys({ owner, path, scopes }) {
   return html`<section class="card"><div class="bar"><h2>Keys</h2><${NewKey} path=${path} scopes=${scopes}
     onMade=${(key) => { setMade(key); reload(); }} /></div>
     <${Failure} error=${error} retry=${reload} />
-    <div class="wide"><table><thead><tr><th>Name</th><th>Scope</th><th>Last use</th><th class="wideonly">Ends</th>
+    <div class="wide" tabindex="0" role="group"
+      aria-label="Keys"><table><thead><tr><th>Name</th><th>Scope</th><th>Last use</th><th class="wideonly">Ends</th>
       <th class="wideonly">Made</th><th class="wideonly">Id</th><th>Change</th></tr></thead>
       <tbody>${(keys || []).map((key) => html`<tr key=${key.id}><td><${Text}>${key.name || "–"}</${Text}>
         ${key.id === me.value.id ? html` <span class="chip">yours</span>` : ""}</td>

@@ -37,8 +37,8 @@ export default function Usage() {
     ${rows && html`<section class="card"><h2>Requests an hour</h2><${Chart} key=${`${by}${hours}${rows.length}`}
       at=${at} lines=${[["requests", perHour, number]]} /></section>
     <section class="card"><h2>In all</h2>${sorted.length === 0 ? html`<p
-      class="soft">Nobody has read a prefix in this time. What is read is written within a minute.</p>` : html`<div
-      class="wide"><table>
+      class="soft">Nobody has read a prefix in this time. What is read is written within a minute.</p>` : html`<div class="wide" tabindex="0" role="group"
+      aria-label="Usage in all"><table>
       <thead><tr><th>What</th><th class="number">Requests</th><th class="number">Bytes</th>
         <th class="number">Prefix tokens</th><th class="number">Cold loads</th></tr></thead>
       <tbody>${sorted.map((sum) => html`<tr key=${sum.name}><td><${Text}>${sum.name}</${Text}></td>
