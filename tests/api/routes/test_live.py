@@ -46,7 +46,7 @@ def _events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def _ends(events: Iterator[dict[str, Any]]) -> None:
+def _ends(events: Iterator[object]) -> None:
     """Assert that a stream ends; it would go on for ever."""
     until = time.monotonic() + 60
     for _ in events:
@@ -149,6 +149,23 @@ def test_a_stream_ends_with_its_session(server: Server) -> None:
             next(events)
             assert client.delete("/ui/session", headers=page).status_code == 204
             _ends(events)
+
+
+@pytest.mark.parametrize("path", ["/v1/tenants/acme/live", "/v1/changes"])
+def test_a_session_ends_with_its_key_in_all_workers(server: Server, path: str) -> None:
+    """Its streams end, and every request from then on is refused, whichever worker answers."""
+    page = {"X-Prefix-CSRF": "1", "Origin": server.url}
+    made = _new_key(server, "acme")
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        assert client.post("/ui/session", json={"key": made["key"]}, headers=page).status_code == 201
+        with client.stream("GET", path, headers={**STREAM, **page}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert server.client().delete(f"/v1/tenants/acme/keys/{made['id']}").status_code == 204
+            cookie = {"Cookie": f"prefix-session={client.cookies['prefix-session']}", **page}
+            for _ in range(8):
+                problem(httpx.get(f"{server.url}/v1/whoami", headers=cookie), 401, "unauthenticated")
+            _ends(lines)
 
 
 def test_a_stream_ends_with_the_service(server: Server) -> None:
