@@ -233,6 +233,7 @@ def test_keys_are_made_rotated_and_revoked(service: Server, admin_page: Seen) ->
     first = page.locator("pre.secret").inner_text()
     assert service.client(first).get("/v1/whoami").json()["name"] == "workers"
     page.get_by_role("button", name="I have it").click()
+    expect(page.locator("pre.secret")).to_have_count(0)
     assert first not in page.content()
     row = page.get_by_role("row").filter(has_text="workers")
     row.get_by_role("button", name="Rotate").click()
