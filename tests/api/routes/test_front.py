@@ -94,6 +94,7 @@ _FOREIGN: list[dict[str, str]] = [
     {"X-Prefix-CSRF": "1", "Origin": "https://evil.example"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}0"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}/"},
+    {"X-Prefix-CSRF": "1", "Origin": "{url}", "Host": "127.0.0.1"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}", "Sec-Fetch-Site": "cross-site"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}", "Sec-Fetch-Site": "same-site"},
 ]
@@ -105,7 +106,7 @@ def test_pages_of_other_sites_get_nothing(server: Server, signed_in: httpx.Clien
     headers = {name: value.format(url=server.url) for name, value in sent.items()}
     path = f"/v1/tenants/{TENANT}/adapters/foreign/versions"
     told = problem(signed_in.post(path, json={"config": CONFIG}, headers=headers), 401, "unauthenticated")
-    assert "own Origin" in told["detail"]
+    assert "only in calls of the page itself, and this one " in told["detail"]
     problem(server.client().get(f"/v1/tenants/{TENANT}/adapters/foreign"), 404)
     for method in ("POST", "DELETE"):
         body = {"key": server.admin_key} if method == "POST" else None
@@ -113,6 +114,33 @@ def test_pages_of_other_sites_get_nothing(server: Server, signed_in: httpx.Clien
         problem(answer, 403, "forbidden")
         assert "set-cookie" not in answer.headers
     assert signed_in.get("/v1/whoami", headers={"X-Prefix-CSRF": "1"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "host"),
+    [
+        ("https://prefix.example.com", "prefix.example.com"),
+        ("https://prefix.example.com", "Prefix.Example.com:443"),
+        ("http://prefix.example.com:80", "prefix.example.com"),
+        ("https://prefix.example.com:8443", "prefix.example.com:8443"),
+        ("http://[::1]:8080", "[::1]:8080"),
+        ("http://[::1]", "[::1]:80"),
+    ],
+)
+def test_the_address_that_a_proxy_passes_on(server: Server, anyone: httpx.Client, origin: str, host: str) -> None:
+    """The port of the scheme may be named or not."""
+    headers = {"X-Prefix-CSRF": "1", "Origin": origin, "Host": host}
+    assert anyone.post("/ui/session", json={"key": server.admin_key}, headers=headers).status_code == 201
+
+
+@pytest.mark.parametrize("origin", ["https://prefix.example.com:8443", "http://prefix.example.com"])
+def test_a_proxy_that_changes_the_address(server: Server, anyone: httpx.Client, origin: str) -> None:
+    """The error names both addresses, and what to write into the proxy's configuration."""
+    headers = {"X-Prefix-CSRF": "1", "Origin": origin, "Host": "prefix.example.com:443"}
+    answer = anyone.post("/ui/session", json={"key": server.admin_key}, headers=headers)
+    detail = problem(answer, 403, "forbidden")["detail"]
+    assert f"the Origin '{origin}' and the Host 'prefix.example.com:443'" in detail
+    assert "Host $http_host" in detail
 
 
 def test_a_read_needs_the_header_alone(signed_in: httpx.Client) -> None:

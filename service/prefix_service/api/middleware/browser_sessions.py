@@ -18,7 +18,9 @@ CSRF_HEADER: Final = "X-Prefix-CSRF"
 
 _COOKIE: Final = "prefix-session"
 _ID: Final = re.compile(r"[A-Za-z0-9_-]{43}")
-_ORIGIN: Final = re.compile(rb"https?://([^/?#]+)")
+_ORIGIN: Final = re.compile(rb"(https?)://([^/?#]+)")
+_PORT: Final = re.compile(rb":[0-9]+$")
+_PORTS: Final = {b"http": b":80", b"https": b":443"}
 _MOST_KNOWN: Final = 4096
 
 
@@ -63,10 +65,10 @@ class BrowserSessions:
         """
         if (session_id := _cookie(scope)) is None:
             return None
-        if not is_of_page(scope):
+        if (reason := why_foreign(scope)) is not None:
             raise Unauthenticated(
-                f"a session counts only in calls of the page itself, with the header {CSRF_HEADER} and the page's own "
-                "Origin: send a key as 'Authorization: Bearer pfx_…'"
+                f"a session counts only in calls of the page itself, and {reason}: send a key as "
+                "'Authorization: Bearer pfx_…'"
             )
         if session_id not in self._alive:
             self._keys.admit_stranger()
@@ -87,19 +89,34 @@ class BrowserSessions:
             del self._alive[next(iter(self._alive))]
 
 
-def is_of_page(scope: Scope) -> bool:
-    """Whether a request was sent by a page of this very service: it has the header `X-Prefix-CSRF`, and the page's own
-    Origin. Browsers leave the Origin out of a GET to their own site; it is required of what changes something."""
+def why_foreign(scope: Scope) -> str | None:
+    """Returns why a request was not sent by a page of this very service; None if it was. Such a request has the header
+    `X-Prefix-CSRF`, and the page's own Origin. Browsers leave the Origin out of a GET to their own site; a request that
+    changes something must have it."""
     headers = dict(scope["headers"])
     if CSRF_HEADER.lower().encode() not in headers:
-        return False
-    if headers.get(b"sec-fetch-site", b"same-origin") != b"same-origin":
-        return False
-    origin = headers.get(b"origin")
+        return f"this one has no header {CSRF_HEADER}"
+    if (site := headers.get(b"sec-fetch-site", b"same-origin")) != b"same-origin":
+        return f"this one comes from another site (Sec-Fetch-Site: {_shown(site)})"
+    origin, host = headers.get(b"origin"), headers.get(b"host", b"")
     if origin is None:
-        return scope["method"] in ("GET", "HEAD")
+        return None if scope["method"] in ("GET", "HEAD") else "this one has no Origin"
     found = _ORIGIN.fullmatch(origin)
-    return found is not None and found[1].lower() == headers.get(b"host", b"").lower()
+    if found is not None and _with_port(found[1], found[2]) == _with_port(found[1], host):
+        return None
+    return (
+        f"this one has the Origin {_shown(origin)} and the Host {_shown(host)}, which must be the same address: a "
+        "proxy has to pass on the Host that the browser sent, with its port (nginx: proxy_set_header Host $http_host)"
+    )
+
+
+def _with_port(scheme: bytes, host: bytes) -> bytes:
+    """Returns a host in small letters, with the port of its scheme if it names none."""
+    return host.lower() if _PORT.search(host) else host.lower() + _PORTS[scheme]
+
+
+def _shown(value: bytes) -> str:
+    return repr(value.decode("latin-1")[:100])
 
 
 def session_cookie(session_id: str, scope: Scope) -> str:

@@ -12,7 +12,7 @@ from prefix_service.api.dependencies.bodies import read_body
 from prefix_service.api.dependencies.json_bodies import json_object, validated
 from prefix_service.api.http.negotiation import lists, require_media_type
 from prefix_service.api.middleware.auth import require_local
-from prefix_service.api.middleware.browser_sessions import CSRF_HEADER, is_of_page, session_cookie
+from prefix_service.api.middleware.browser_sessions import session_cookie, why_foreign
 from prefix_service.api.routes.documentation import json_body, request_headers
 from prefix_service.api.routes.keys import identity
 from prefix_service.api.routes.schemas import Identity
@@ -97,8 +97,5 @@ async def sign_out(request: Request, response: Response, state: StateOf) -> None
 
 
 def _require_page(request: Request) -> None:
-    if not is_of_page(request.scope):
-        raise Forbidden(
-            f"only the page itself signs in and out, with the header {CSRF_HEADER} and its own Origin, which must be "
-            "the address that the service is asked at: a proxy in front of it has to leave Host as it is"
-        )
+    if (reason := why_foreign(request.scope)) is not None:
+        raise Forbidden(f"only the page itself signs in and out, and {reason}")

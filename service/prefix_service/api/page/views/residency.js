@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { call, get, may, query, tenantPath } from "../api.js";
 import { bytes, number, percent } from "../format.js";
-import { Act, BytesGauge, Failure, Text, Title, useLoaded } from "../parts.js";
+import { Act, BytesGauge, Failure, Moment, Text, Title, useLoaded } from "../parts.js";
 import { layout } from "./treemap.js";
 
 const MOST = 1000;
@@ -31,6 +31,7 @@ export default function Residency() {
         <p class="soft">The area is bytes on the device and in host memory; hatched ones are pinned. ${data.next ? `The largest ${MOST} are shown.` : ""}
         These are the numbers of the process that answered; each worker has its own.</p>`}</section>
     ${known && html`<${One} one=${known} onDone=${reload} />`}
+    <${Evicted} evicted=${data.evicted} />
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
       aria-label="Versions in memory"><table>
       <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th>
@@ -41,6 +42,23 @@ export default function Residency() {
           <td class="number">${bytes(one.host_bytes)}</td>
         <td class="number">${number(one.uses)}</td><td>${REASONS[one.reason] || one.reason}</td></tr>`)}</tbody></table>
           </div></section>`}`;
+}
+
+// What left memory, the newest first, and why it was the one.
+function Evicted({ evicted }) {
+  const why = (one) => {
+    if (one.reason === "memory") return "the machine had no memory left, although the budget had: make the budget smaller";
+    const room = one.for_tenant === one.tenant ? "its own tenant needed room" : html`<${Text}>${one.for_tenant}</${Text}> needed room`;
+    return html`${room}, and ${one.reason === "idle" ? "it had not been used lately" : "it was new and hardly used"}`;
+  };
+  return html`<section class="card"><h2>Evicted lately</h2>${evicted.length === 0
+    ? html`<p class="soft">Nothing has been evicted since the start.</p>`
+    : html`<div class="wide" tabindex="0" role="group" aria-label="Evicted lately"><table><thead><tr><th>When</th><th>Version</th>
+        <th>From</th><th class="number">Bytes</th><th class="number">Lookups</th><th>Why</th></tr></thead>
+      <tbody>${evicted.slice(0, 50).map((one) => html`<tr><td><${Moment} at=${one.at} /></td><td>
+        <a href="#/adapters/${one.tenant}/${one.adapter}@${one.version}"><${Text}>${nameOf(one)}</${Text}></a></td>
+        <td>${one.tier === "device" ? "the device" : "host memory"}</td><td class="number">${bytes(one.nbytes)}</td>
+        <td class="number">${number(one.uses)}</td><td>${why(one)}</td></tr>`)}</tbody></table></div>`}</section>`;
 }
 
 const nameOf = (one) => `${one.tenant}/${one.adapter}@${one.version}`;
