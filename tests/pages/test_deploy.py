@@ -89,13 +89,6 @@ def test_the_objects_of_kubernetes() -> None:
     assert sum(parse_bytes(value) for value in environment.values()) + (1 << 30) < limit
 
 
-def test_the_scrape_of_prometheus() -> None:
-    """The port that the service has by default, with a key."""
-    (scrape,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"127.0.0.1:{Settings.model_fields['port'].default}"]}]
-    assert scrape["authorization"].keys() == {"credentials_file"}
-
-
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """A service behind nginx with the file's configuration, on a network of its own; only its certificate is ours."""
