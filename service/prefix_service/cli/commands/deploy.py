@@ -44,7 +44,7 @@ def deploy(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a file to copy: for systemd, nginx, Kubernetes, Prometheus or Grafana."""
+    """Print a configuration file to copy."""
     if output is not None:
         check_output(output)
     text = files("prefix_service").joinpath("deploy", _FILES[name]).read_text()

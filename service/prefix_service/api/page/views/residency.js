@@ -48,8 +48,8 @@ export default function Residency() {
 function Evicted({ evicted }) {
   const why = (one) => {
     if (one.reason === "memory") return "the machine had no memory left, although the budget had: make the budget smaller";
-    const room = one.for_tenant === one.tenant ? "its own tenant needed room" : html`<${Text}>${one.for_tenant}</${Text}> needed room`;
-    return html`${room}, and ${one.reason === "idle" ? "it had not been used lately" : "it was new and hardly used"}`;
+    const room = one.for_tenant === one.tenant ? "its own tenant needed room" : `${one.for_tenant} needed room`;
+    return `${room}, and ${one.reason === "idle" ? "it had not been used lately" : "it was new and hardly used"}`;
   };
   return html`<section class="card"><h2>Evicted lately</h2>${evicted.length === 0
     ? html`<p class="soft">Nothing has been evicted since the start.</p>`
