@@ -98,7 +98,8 @@ class Settings(BaseSettings):
         int,
         Field(
             gt=0,
-            description="callers of a process that follow changes, beside its requests; a quarter may be of one tenant",
+            description="callers of a process that follow changes or live numbers, beside its requests; a quarter may "
+            "be of one tenant",
         ),
     ] = 4096
     garbage_grace: Annotated[

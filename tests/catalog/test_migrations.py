@@ -337,7 +337,9 @@ def test_a_newer_database_is_refused(place: Place) -> None:
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed"])
+@pytest.mark.parametrize(
+    "obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed", "sessions"]
+)
 def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> None:
     """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""
     execute(old, f"CREATE TABLE {obstacle} (x integer primary key)")

@@ -94,6 +94,7 @@ def commands_on_a_service(server: Server, tmp_path_factory: pytest.TempPathFacto
         *("tenant set imports", "tenant show imports", "tenant list", "tenant rm imports-none --yes"),
         *("key create --tenant imports --scope read", "key list", f"key rotate {rotated} --platform"),
         *(f"key revoke {revoked} --platform", "whoami", "audit", "usage imports"),
+        "deploy grafana",
     ]
 
 

@@ -58,12 +58,14 @@ SUCCEED = {
     "bench": f"bench {NAME} --seconds 0.1",
     "backup": "backup {folder}/copy --data-dir {data}",
     "openapi": "openapi",
+    "deploy": "deploy nginx",
 }
 """A use of each command that succeeds, in any order."""
 FAIL = {
     "serve": ("serve --dev --host 0.0.0.0", "invalid-input"),
     "backup": ("backup {folder} --data-dir {data}", "conflict"),
     "openapi": ("openapi -o {folder}", "invalid-request"),
+    "deploy": ("deploy grafana -o {folder}", "invalid-request"),
     "convert": (f"convert {LLAMA} {LLAMA}", "conflict"),
     "pull": (f"pull {NAME} {LLAMA}", "conflict"),
 }

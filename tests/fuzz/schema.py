@@ -58,6 +58,7 @@ def _published(client: httpx.Client) -> dict[str, dict[str, str]]:
         "GET /v1/tenants/{tenant}/adapters/{name}/aliases/{alias}": {"alias": "prod"},
         "DELETE /v1/tenants/{tenant}/adapters/{ref}": {"ref": "deleted"},
         "GET /v1/changes": {"since": since},
+        "POST /ui/session": {"origin": str(client.base_url).rstrip("/")},
         # With quotas, the tenant that the other operations use would refuse them everything.
         "PUT /v1/tenants/{tenant}": {"tenant": "other"},
         "DELETE /v1/tenants/{tenant}": {"tenant": "gone"},

@@ -33,6 +33,8 @@ def before_call(_context: schemathesis.HookContext, case: schemathesis.Case[Any]
         case.query["cursor"] = existing["cursor"]
     if case.query and case.query.get("since") == _ANY_REVISION:
         case.query["since"] = existing["since"]
+    if "origin" in existing:  # any other is refused before the body is read
+        case.headers.update({"X-Prefix-CSRF": "1", "Origin": existing["origin"]})
     if case.meta is None or case.meta.is_negative_at(ParameterLocation.PATH):
         return
     for name in case.path_parameters.keys() & existing.keys():

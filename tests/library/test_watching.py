@@ -142,12 +142,12 @@ async def test_shares(database: Database) -> None:
     watchers = Watchers(database, 2 * SHARE)
     acme = of(database, "acme")
     with watchers.begin(acme, for_ever), watchers.begin(acme, for_ever):
-        with pytest.raises(Overloaded, match="tenant 'acme' follows changes 2 times"), watchers.begin(acme, for_ever):
+        with pytest.raises(Overloaded, match="tenant 'acme' has 2 watchers"), watchers.begin(acme, for_ever):
             pass
         with watchers.begin(BY, for_ever):
             pass
     with watchers.begin(acme, for_ever):
         pass
     few = Watchers(database, 1)
-    with few.begin(acme, for_ever), pytest.raises(Overloaded, match="1 times here"), few.begin(BY, for_ever):
+    with few.begin(acme, for_ever), pytest.raises(Overloaded, match="there are 1 watchers"), few.begin(BY, for_ever):
         pass

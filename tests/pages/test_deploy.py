@@ -89,13 +89,6 @@ def test_the_objects_of_kubernetes() -> None:
     assert sum(parse_bytes(value) for value in environment.values()) + (1 << 30) < limit
 
 
-def test_the_scrape_of_prometheus() -> None:
-    """Prometheus scrapes the service's default port with a key."""
-    (scrape,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"127.0.0.1:{Settings.model_fields['port'].default}"]}]
-    assert scrape["authorization"].keys() == {"credentials_file"}
-
-
 @pytest.fixture(scope="module")
 def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     """Yields a service that nginx serves with the file's configuration, and a certificate of ours."""
@@ -109,7 +102,8 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     site = (FOLDER / "nginx.conf").read_text()
     for path, file in re.findall(r"(/etc/ssl/\w+/prefix\.example\.com\.(\w+))", site):
         site = site.replace(path, str(folder / ("cert.pem" if file == "pem" else "key.pem")))
-    (folder / "site.conf").write_text(site)
+    # Another port too: the browser's address has it then, and the page's own Origin.
+    (folder / "site.conf").write_text(site.replace("listen 443 ssl;", "listen 443 ssl; listen 8443 ssl;"))
     (folder / "proxy.conf").write_text(NGINX.format(folder=folder))
     with network() as namespace:
         story = Story(tmp_path_factory.mktemp("behind"), namespace, {})
@@ -153,3 +147,12 @@ def test_an_adapter_passes_nginx(behind: Story) -> None:
     form = " ".join(f"-F {name}=@large/{name}" for name in ("adapter_config.json", "adapter_model.safetensors"))
     behind.sh(f"{common}/versions {form}\n{common}@1/prefix?batch_size=4 -o prefix.safetensors")
     assert (behind.folder / "prefix.safetensors").stat().st_size > 8 << 20
+
+
+def test_signing_in_through_nginx_on_another_port(behind: Story) -> None:
+    """The page's Origin is the address that the service sees."""
+    behind.sh(
+        "curl -sSf --cacert $CERTIFICATE --resolve prefix.example.com:8443:127.0.0.1 -H 'X-Prefix-CSRF: 1' "
+        "-H 'Origin: https://prefix.example.com:8443' --json '{\"key\": \"'$PREFIX_API_KEY'\"}' "
+        "https://prefix.example.com:8443/ui/session"
+    )

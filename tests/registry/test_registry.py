@@ -547,6 +547,33 @@ async def test_what_a_registry_tells_of_itself() -> None:
     assert registry.tiers()[0].evictions == 1
 
 
+async def test_what_was_evicted_is_told_with_its_reason() -> None:
+    """The newest first: new and hardly used, used more but not lately, or for want of memory itself; for whom, and how
+    often each was used."""
+    registry, load = registry_of(2 * SIZE), Loader()
+    other = VersionKey("beta", "other", 1, "sha256:b")
+
+    def told() -> list[tuple[object, ...]]:
+        rows = registry.snapshot().evicted(1000)
+        assert [row.at for row in rows] == sorted((row.at for row in rows), reverse=True)
+        return [(row.version, row.tier, row.nbytes, row.uses, row.for_tenant, row.reason) for row in rows]
+
+    for number in (1, 2, 3):
+        await registry.prefix(version(number), SIZE, Loader(number))
+    assert told() == [(1, "device", SIZE, 0, "acme", "probation")]
+    for _ in range(3):
+        await registry.prefix(version(2), SIZE, load)
+    await registry.prefix(other, SIZE, Loader(4))
+    assert told()[0] == (3, "device", SIZE, 0, "beta", "probation")
+    registry._evict_all_for("acme", on_device=False)
+    assert (2, "device", SIZE, 3, "acme", "memory") in told()
+    assert len(registry.snapshot().evicted(1)) == 1
+    registry = registry_of(4 * SIZE)
+    for number in (1, 2, 3, 4, 5, 1, 2, 3, 4, 6):  # what is loaded again soon is no longer on probation
+        await registry.prefix(version(number), SIZE, Loader(number))
+    assert told()[0] == (1, "device", SIZE, 0, "acme", "idle")
+
+
 async def test_a_rendering_is_that_slice_in_that_dtype() -> None:
     """A rendering has the layers, heads and dtype of its key."""
     tensor = torch.arange(48.0).view(2, 2, 2, 3, 2)

@@ -17,9 +17,11 @@ from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers
 from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.charging import ChargingMiddleware
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
 from prefix_service.api.middleware.known_keys import KnownKeys
@@ -36,7 +38,9 @@ from prefix_service.api.routes import (
     audit,
     changes,
     descriptions,
+    front,
     keys,
+    live,
     mixed,
     ops,
     prefixes,
@@ -53,6 +57,7 @@ from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import Listener, call
 from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
@@ -80,7 +85,7 @@ class App(FastAPI):
         behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.library.catalog_id)
+        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.live, state.library.catalog_id)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -108,7 +113,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
                 state = _compose(settings, database, metrics, shared_files)
                 app.open(state)
                 with state.library.feed.followed(), state.known_keys.running():
-                    async with metrics.sampled(), state.usage_counts.running():
+                    async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
                         yield
         finally:
             database.close()
@@ -130,6 +135,8 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(descriptions.router)
     app.include_router(changes.router)
     app.include_router(ops.router)
+    app.include_router(front.router)
+    app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
     for room in (adapters, aliases, residency, tenants, keys, audit, usage):
@@ -171,12 +178,15 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         processors=os.cpu_count() or 1,
     )
     metrics.watch(registry.tiers, admission.report)
+    numbers = Live(metrics.place)
+    numbers.watch(registry.tiers, admission.requests)
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
     feed = library.feed
     known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
-    authenticator = Authenticator(None if settings.dev else known_keys)
+    browser_sessions = BrowserSessions(Sessions(database), known_keys)
+    authenticator = Authenticator(None if settings.dev else known_keys, browser_sessions)
     rates = RateLimits(library.tenants.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage = UsageStore(database)
@@ -192,10 +202,12 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         admission=admission,
         keyring=keyring,
         known_keys=known_keys,
+        browser_sessions=browser_sessions,
         audit_ids=OpaqueNumbers(keyring.derived("audit ids")),
         authenticator=authenticator,
         rates=rates,
         metrics=metrics,
+        live=numbers,
         answers=Answers(library),
         inference_statistics=statistics,
         usage_counts=usage_counts,

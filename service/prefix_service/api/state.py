@@ -8,9 +8,11 @@ from fastapi import Depends, Request
 from prefix_service.api.http.opaque import OpaqueNumbers
 from prefix_service.api.http.revisions import Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
@@ -32,10 +34,12 @@ class State:
     admission: Admission
     keyring: Keyring
     known_keys: KnownKeys
+    browser_sessions: BrowserSessions
     audit_ids: OpaqueNumbers
     authenticator: Authenticator
     rates: RateLimits
     metrics: Metrics
+    live: Live
     answers: Answers
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts

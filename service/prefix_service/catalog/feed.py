@@ -75,10 +75,10 @@ class ChangeFeed:
             if latest != self._revision:
                 # Revisions have no gaps. A smaller one: an older copy of the catalog was put in its place.
                 is_complete = len(found) == latest - self._revision <= _MOST
-                self._hear(latest, [stored.change for stored in found] if is_complete else [EverythingChanged()])
+                self._apply(latest, [stored.change for stored in found] if is_complete else [EverythingChanged()])
             self._read_at = began
 
-    def _hear(self, revision: int, changes: list[Change]) -> None:
+    def _apply(self, revision: int, changes: list[Change]) -> None:
         """Call the listeners with the changes up to a revision; the caller holds the lock."""
         self._revision = revision
         for listener in self._listeners:
@@ -89,7 +89,7 @@ class ChangeFeed:
             # Mostly nobody else has written since: then the changes are known, and the writer waits for no read, which
             # could come behind the next commit.
             if last - len(changes) == self._revision:
-                self._hear(last, changes)
+                self._apply(last, changes)
                 return
         try:
             self.catch_up()

@@ -1,4 +1,4 @@
-"""Removal of audit entries, changes and usage that are older than the settings allow."""
+"""Removal of ended sessions, and of audit entries, changes and usage that are older than the settings allow."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -7,7 +7,8 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.garbage import SLICE
-from prefix_service.catalog.schema import audit, changes, usage
+from prefix_service.catalog.schema import audit, changes, sessions, usage
+from prefix_service.catalog.sessions import IDLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +74,19 @@ def expire_usage(database: Database, days: int) -> bool:
         same = [column == sa.bindparam(f"old_{column.name}", type_=column.type) for column in key]
         connection.execute(sa.delete(usage).where(*same), expired)
     return len(expired) == SLICE
+
+
+def expire_sessions(database: Database) -> bool:
+    """Removes some of the page's sessions that have not been used for too long, and returns whether there may be more.
+
+    Raises:
+        OutOfSpace, StorageFailed: the database refused; nothing was removed.
+    """
+    with database.reading() as connection:
+        idle = sessions.c.used < now(connection) - IDLE
+        ended = connection.scalars(sa.select(sessions.c.hash).where(idle).order_by(sessions.c.used).limit(SLICE)).all()
+    if not ended:
+        return False
+    with database.writing(frees=True) as connection:
+        connection.execute(sa.delete(sessions).where(sessions.c.hash.in_(ended)))
+    return len(ended) == SLICE

@@ -206,3 +206,14 @@ usage = sa.Table(
     sa.Column("prefix_tokens", sa.BigInteger, nullable=False),
     sa.Index(None, "tenant_id", "hour"),
 )
+
+# Sessions of the page at /ui; `hash` is the SHA-256 of the id that the browser's cookie has.
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("hash", sa.Text, primary_key=True),
+    sa.Column("key_id", sa.ForeignKey("keys.id", ondelete="CASCADE"), nullable=False),
+    sa.Column("began", sa.DateTime, nullable=False),
+    sa.Column("used", sa.DateTime, nullable=False, index=True),
+    sa.Index(None, "key_id", "began"),
+)

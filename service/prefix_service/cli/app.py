@@ -13,6 +13,7 @@ from prefix_service.cli.commands import (
     alias,
     bench,
     demo,
+    deploy,
     doctor,
     fetching,
     key,
@@ -55,6 +56,7 @@ residency.register(app)
 doctor.register(app)
 bench.register(app)
 usage.register(app)
+deploy.register(app)
 demo.register(app)
 
 

@@ -13,7 +13,13 @@ from prefix_service.blobs.folder import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.retention import Retention, expire_audit, expire_changes, expire_usage
+from prefix_service.catalog.retention import (
+    Retention,
+    expire_audit,
+    expire_changes,
+    expire_sessions,
+    expire_usage,
+)
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 
@@ -98,8 +104,8 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """The work of the collector's thread: removes deleted rows, frees blobs, and removes entries that are older than
-    `retention` allows."""
+    """The work of the collector's thread: removes deleted rows, frees blobs, and removes ended sessions and entries that
+    are older than `retention` allows."""
 
     def __init__(self, database: Database, blobs: BlobStore, grace: float, retention: Retention) -> None:
         self._database, self._grace, self._retention = database, grace, retention
@@ -124,6 +130,7 @@ class Housekeeping:
         in_slices(lambda: expire_audit(self._database, self._retention.audit), stop)
         in_slices(lambda: expire_changes(self._database, self._retention.changes), stop)
         in_slices(lambda: expire_usage(self._database, self._retention.usage), stop)
+        in_slices(lambda: expire_sessions(self._database), stop)
 
 
 def in_slices(remove: Callable[[], bool], stop: threading.Event) -> None:

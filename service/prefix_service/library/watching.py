@@ -1,4 +1,5 @@
-"""Callers that wait for changes: bounded in number, woken by the change feed, one look into the catalog for many."""
+"""Callers that wait for changes or live numbers: bounded in number, and woken by the change feed. Those that ask for
+the same changes share one look into the catalog."""
 
 import asyncio
 import contextlib
@@ -49,9 +50,9 @@ class Watchers:
         """
         of_tenant = max(1, self._most // SHARE)
         if len(self._watching.get(by.tenant, ())) >= of_tenant:
-            raise Overloaded(f"{_named(by.tenant)} follows changes {of_tenant} times here, the most: try again", 10)
+            raise Overloaded(f"{_named(by.tenant)} has {of_tenant} watchers here, the most: try again", 10)
         if self._total >= self._most:
-            raise Overloaded(f"changes are followed {self._most} times here, the most: try again", 10)
+            raise Overloaded(f"there are {self._most} watchers here, the most: try again", 10)
         watcher = Watcher(self, by, admit)
         own = self._watching.setdefault(by.tenant, set())
         own.add(watcher)
@@ -120,7 +121,7 @@ class Watchers:
 
 
 class Watcher:
-    """One caller that waits for changes."""
+    """One caller that waits for changes, or for time to pass."""
 
     def __init__(self, watchers: Watchers, by: Principal, admit: Callable[[], Awaitable[float]]) -> None:
         self._watchers, self._by, self._admit = watchers, by, admit
@@ -144,13 +145,30 @@ class Watcher:
             self._woken.clear()
             ends = await self._admit()
             seen = await self._watchers.read(self._by, since)
-            left = min(deadline, ends) - time.monotonic()
             if seen.changes or self._watchers.is_ending or time.monotonic() >= deadline:
                 return seen
             since = seen.revision
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(left, 0)):
-                    await self._woken.wait()
+            await self._sleep(min(deadline, ends))
+
+    async def wait(self, seconds: float) -> None:
+        """Returns after so many seconds, or when the process ends.
+
+        Raises:
+            Unauthenticated: the key was revoked, or has ended.
+            StorageFailed: the catalog cannot be read.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            self._woken.clear()
+            ends = await self._admit()
+            if self._watchers.is_ending or time.monotonic() >= deadline:
+                return
+            await self._sleep(min(deadline, ends))
+
+    async def _sleep(self, until: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(until - time.monotonic(), 0)):
+                await self._woken.wait()
 
 
 def _named(tenant: str | None) -> str:

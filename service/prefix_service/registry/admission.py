@@ -42,9 +42,14 @@ class InFlight:
 
     def __init__(self, most: int, most_of_tenant: int) -> None:
         self.total = self.strangers = 0
-        self._most, self._most_of_tenant = most, most_of_tenant
+        self.most, self._most_of_tenant = most, most_of_tenant
         self._most_strangers = max(1, most // _STRANGERS)
         self._of: dict[str, int] = {}
+
+    @property
+    def by_tenant(self) -> Mapping[str, int]:
+        """The requests in flight of each tenant that has any."""
+        return self._of
 
     def of(self, tenant: str) -> int:
         """Returns a tenant's requests in flight."""
@@ -59,7 +64,7 @@ class InFlight:
         Raises:
             Overloaded: there are too many in flight; the request is not counted.
         """
-        if self.total >= self._most + (RESERVE if reserved else 0):
+        if self.total >= self.most + (RESERVE if reserved else 0):
             raise Overloaded(f"{self.total} requests are in flight, the most that this process takes: try again")
         if tenant is not None:
             if (count := self.of(tenant)) >= self._most_of_tenant:

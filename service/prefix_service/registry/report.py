@@ -1,12 +1,17 @@
 """Reports of a registry: the bytes of each budget, the versions in memory, and the tenants' shares."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 TierName = Literal["device", "host"]
 Reason = Literal["loading", "reading", "pinned", "share", "kept"]
 """Why a version is in memory: it is being loaded or read, it is pinned, its tenant is within its guaranteed share, or
 the eviction policy has kept it so far.
+"""
+EvictionReason = Literal["probation", "idle", "memory"]
+"""Why something was evicted: room was needed, and it was new and hardly used (`probation`), or had been used more, but
+not lately (`idle`); or the machine had no memory left, although the budget had (`memory`).
 """
 
 
@@ -65,3 +70,20 @@ class ShareReport:
     tier: TierName
     used: int
     share: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionReport:
+    """A prefix (tier `device`) or a rendering (`host`) that left memory, `nbytes` large and used `uses` times since it
+    was loaded, for something of the tenant `for_tenant`, and why it was the one.
+    """
+
+    at: datetime
+    tier: TierName
+    tenant: str
+    adapter: str
+    version: int
+    nbytes: int
+    uses: int
+    for_tenant: str
+    reason: EvictionReason

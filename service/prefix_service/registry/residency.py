@@ -7,18 +7,34 @@ pass through that tenth and displace nothing else.
 """
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, Generic
 
 from prefix_service.errors import Unavailable
 from prefix_service.registry.accounts import Entry, K, Tenant
 from prefix_service.registry.holdings import Holdings
+from prefix_service.registry.report import EvictionReason
 
 _PROBATION: Final = 0.1
 _PROMOTED: Final = 2  # uses on probation that move an entry to the main queue
 _ROUNDS: Final = 4  # after which every entry of the main queue has lost its credit
 _GUARANTEED: Final = 2  # half of the budget is divided among the tenants
+_LATELY: Final = 100  # evictions that are kept to be shown
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction(Generic[K]):
+    """An entry that was evicted for a tenant: when, its bytes and uses, and why it was the one."""
+
+    at: datetime
+    key: K
+    nbytes: int
+    uses: int
+    for_tenant: str
+    reason: EvictionReason
 
 
 class Residency(Generic[K]):
@@ -39,6 +55,7 @@ class Residency(Generic[K]):
         self.budget = budget
         self.used = 0
         self.holdings: Holdings[K] = Holdings(budget, setting)
+        self.evicted: deque[Eviction[K]] = deque(maxlen=_LATELY)
         self._entries: dict[K, Entry[K]] = {}
         self._tenants: dict[str, Tenant[K]] = {}
         self._main: OrderedDict[K, Entry[K]] = OrderedDict()
@@ -120,9 +137,12 @@ class Residency(Generic[K]):
             self._dequeue(*victim)
             self._count(victim[1], -victim[1].nbytes)
             leaving.append(victim)
+        now = datetime.now(UTC)
         for key, entry in leaving:
             entry.owner.remember(key, entry.nbytes, part)
             self._drop(key, entry)
+            reason: EvictionReason = "memory" if needed is None else "idle" if entry.proven else "probation"
+            self.evicted.append(Eviction(now, key, entry.nbytes, entry.uses, owner.name, reason))
         return [key for key, _ in leaving]
 
     def _victim(self, owner: Tenant[K], part: int) -> tuple[K, Entry[K]] | None:

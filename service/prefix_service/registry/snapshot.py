@@ -8,7 +8,8 @@ from typing import Any, Final, Generic, TypeAlias, get_args
 
 from prefix_service.registry.accounts import Entry, K
 from prefix_service.registry.keys import RenderingKey, VersionKey
-from prefix_service.registry.report import Reason, ResidentReport, ShareReport, TierName
+from prefix_service.registry.report import EvictionReport, Reason, ResidentReport, ShareReport, TierName
+from prefix_service.registry.residency import Eviction
 
 Place: TypeAlias = tuple[int, VersionKey]
 """A version's position in the order of `Snapshot.resident`: its bytes, negated, and its key."""
@@ -18,7 +19,8 @@ _SUMS: Final = ("device_bytes", "host_bytes", "renderings", "uses", "readers")
 
 @dataclass(frozen=True, slots=True)
 class TierSnapshot(Generic[K]):
-    """The entries of one tier, the keys that were being loaded, and each tenant's bytes and guaranteed `share`.
+    """The entries of one tier, the keys that were being loaded, each tenant's bytes and guaranteed `share`, and the
+    latest evictions.
 
     The counts of an entry can change after the snapshot was taken.
     """
@@ -28,6 +30,7 @@ class TierSnapshot(Generic[K]):
     loading: frozenset[K]
     tenants: Sequence[tuple[str, int]]
     share: int
+    evicted: Sequence[Eviction[K]]
 
     def reason(self, key: K, entry: Entry[K]) -> Reason:
         """Returns why an entry stays in memory."""
@@ -55,6 +58,12 @@ class Snapshot:
     def shares(self, limit: int) -> list[ShareReport]:
         """Returns the shares of up to `limit` tenants in each tier, the device first, the largest first."""
         return [*self.prefixes.shares(limit), *self.renderings.shares(limit)]
+
+    def evicted(self, limit: int) -> list[EvictionReport]:
+        """Returns up to `limit` of the latest evictions, the newest first."""
+        found = [_evicted("device", one.key, one) for one in self.prefixes.evicted]
+        found += [_evicted("host", one.key.version, one) for one in self.renderings.evicted]
+        return heapq.nlargest(limit, found, key=lambda one: one.at)
 
     def resident(self, limit: int, after: Place | None = None) -> list[ResidentReport]:
         """Returns up to `limit` versions in memory, the largest first, starting behind the position `after`."""
@@ -90,6 +99,11 @@ def _row(key: VersionKey, entry: Entry[Any], reason: Reason) -> ResidentReport:
     return ResidentReport(
         key.tenant, key.adapter, key.version, key.digest, 0, 0, 0, entry.uses, readers, entry.pinned, reason
     )
+
+
+def _evicted(tier: TierName, key: VersionKey, one: Eviction[Any]) -> EvictionReport:
+    of_version = key.tenant, key.adapter, key.version
+    return EvictionReport(one.at, tier, *of_version, one.nbytes, one.uses, one.for_tenant, one.reason)
 
 
 def _joined(first: ResidentReport | None, second: ResidentReport) -> ResidentReport:

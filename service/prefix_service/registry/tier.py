@@ -276,7 +276,14 @@ class Tier(Generic[K, V]):
         """Returns a copy of the current entries."""
         residency = self.residency
         tenants = [(tenant.name, tenant.used) for tenant in residency.tenants()]
-        return TierSnapshot(self._name, list(residency.items()), frozenset(self._loads), tenants, residency.share)
+        return TierSnapshot(
+            name=self._name,
+            entries=list(residency.items()),
+            loading=frozenset(self._loads),
+            tenants=tenants,
+            share=residency.share,
+            evicted=list(residency.evicted),
+        )
 
 
 class Lease(Generic[K, V]):

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from prefix_service.api.app import create_app
+from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.settings import Settings
 from tests.api.helpers import MEDIA_TYPE, head, problem, raw, upload
 from tests.commands import run_command
@@ -27,6 +28,9 @@ PUBLIC = {
     "/docs/swagger-ui-bundle.js",
     "/docs/swagger-ui.css",
     "/docs/favicon-32x32.png",
+    "/",
+    "/ui/session",
+    *PAGE_FILES,
 }
 ABSENT = ("/trace/setting", "/logging", "/status", "/register", "/unregister")
 """Endings of the paths of Triton's extensions that are refused with every key."""
@@ -175,7 +179,7 @@ def test_without_a_valid_key(server: Server, anyone: httpx.Client, revoked: list
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/nowhere", "/v1", "/v1/", "/v1/tenants/", "/redoc", "/v2", "//livez", "/livez/"]
+    "path", ["/nowhere", "/v1", "/v1/", "/v1/tenants/", "/redoc", "/v2", "//livez", "/livez/", "/ui/", "/ui/x"]
 )
 def test_without_a_key_where_nothing_is(server: Server, path: str) -> None:
     """Without a key a path that does not exist is answered with 401, like one that does."""
@@ -251,13 +255,13 @@ def test_with_a_key_for_metrics(admin: httpx.Client, anyone: httpx.Client, keys:
                 assert "for GET /metrics and GET /v1/whoami alone" in problem(answer, 403, "forbidden")["detail"]
 
 
-@pytest.mark.parametrize("path", ["/", "/nowhere", "/metrics/", "/v1/whoami/", "/v1"])
+@pytest.mark.parametrize("path", ["/nowhere", "/metrics/", "/v1/whoami/", "/v1"])
 def test_with_a_key_for_metrics_where_nothing_is(server: Server, keys: dict[str, str], path: str) -> None:
     """A metrics key gets 403 for any other path, whether or not it exists."""
     assert raw(server, head("GET", path, Authorization=f"Bearer {keys['metrics']}")).status == 403
 
 
-@pytest.mark.parametrize("path", sorted(PUBLIC))
+@pytest.mark.parametrize("path", sorted(PUBLIC - {"/ui/session"}))
 def test_public_routes(server: Server, path: str) -> None:
     """Public routes answer without a key and with a bad one."""
     assert httpx.get(server.url + path).status_code == 200

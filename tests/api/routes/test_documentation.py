@@ -20,7 +20,7 @@ from tests.conftest import Server
 
 COMMITTED = Path(__file__).parents[3] / "openapi" / "openapi.json"
 SWAGGER_UI = Path(__file__).parents[3] / "service" / "prefix_service" / "api" / "swagger_ui"
-PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"}
+PUBLIC = {"/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/", "/ui/session"}
 METHODS = {"get", "put", "post", "delete", "head"}
 
 

@@ -45,6 +45,15 @@ def lists(headers: Headers, media_type: str) -> bool:
     return False
 
 
+def takes_gzip(headers: Headers) -> bool:
+    """Whether a caller names gzip among the encodings that it takes."""
+    for item in _joined(headers, "accept-encoding").split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        if name == "gzip" and _quality(parameters) > 0:
+            return True
+    return False
+
+
 def require_json_acceptable(request: Request) -> None:
     """Checks that the caller accepts JSON, for routes that answer with it; a deletion answers with nothing.
 

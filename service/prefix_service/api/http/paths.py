@@ -1,5 +1,6 @@
 """Path parameters for the OpenAPI document. Routes check the values themselves, with this project's error codes."""
 
+import re
 from typing import Annotated, Final
 
 from fastapi import Path
@@ -17,6 +18,9 @@ HEALTH: Final = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/r
 
 WATCHED: Final = "/v1/changes"
 """The path whose requests wait for changes."""
+
+LIVE: Final = re.compile(r"/v1/(?:tenants/[^/]+/)?live")
+"""The paths whose answers can be streams."""
 
 REFERENCE_FILES: Final = {
     "/docs": ("page.html", "text/html; charset=utf-8"),

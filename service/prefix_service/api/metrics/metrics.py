@@ -30,7 +30,7 @@ class Metrics:
         registry = CollectorRegistry()
         self.exposed = registry if place is None else whole_service(place.folder)
         self.in_flight = 0
-        self._place = place
+        self.place = place
         self._requests = _Requests(registry)
         self._tiers = _Tiers(registry)
         self._work = _Work(registry)
@@ -64,8 +64,8 @@ class Metrics:
             yield
         finally:
             sampling.cancel()
-            if self._place is not None:
-                self._place.leave()
+            if self.place is not None:
+                self.place.leave()
 
     async def _keep_sampling(self) -> None:
         while True:

@@ -8,7 +8,9 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
+from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.catalog.records import DEV, Principal
@@ -19,39 +21,59 @@ from prefix_service.prefix.references import check_name
 
 _OF_METRICS_KEYS: Final = frozenset({"/metrics", "/v1/whoami"})
 """The routes that a key of scope `metrics` may use."""
-PUBLIC: Final = HEALTH | {"/openapi.json", *REFERENCE_FILES}
+PUBLIC: Final = HEALTH | {"/", "/openapi.json", "/ui/session", *REFERENCE_FILES, *PAGE_FILES}
 _LOCAL: Final = rb"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 _LOCAL_HOST: Final = re.compile(_LOCAL, re.IGNORECASE)
 _LOCAL_ORIGIN: Final = re.compile(rb"https?://" + _LOCAL)
 
 
 class Authenticator:
-    """Turns an `Authorization` header into a principal. Without keys (dev mode) every caller is a platform admin."""
+    """Turns the key or the browser session of a request into a principal. Without keys (dev mode) every caller is a
+    platform admin."""
 
-    def __init__(self, keys: KnownKeys | None) -> None:
-        self._keys = keys
+    def __init__(self, keys: KnownKeys | None, sessions: BrowserSessions) -> None:
+        self._keys, self._sessions = keys, sessions
 
     def remembered(self, header: bytes) -> Principal | None:
         """Returns the caller's principal, if its key has been verified before and is still valid; else None."""
         return DEV if self._keys is None else self._keys.recall(header)
 
-    async def authenticate(self, header: bytes) -> Principal:
-        """Returns the caller's principal, by the value of an `Authorization` header; the value is empty if there is
+    async def authenticate(self, scope: Scope, *, notes_use: bool = True) -> Principal:
+        """Returns the caller's principal: by the `Authorization` header of a request, or without one by its session,
+        whose use is noted unless `notes_use` is False.
+
+        Raises:
+            Unauthenticated: there is no key and no session, or an invalid one.
+            Overloaded, StorageFailed: this process does not know the key or the session, and cannot look it up now.
+        """
+        header = _header(scope, b"authorization")
+        if (known := self.remembered(header)) is not None:
+            return known
+        if not header and (principal := await self._sessions.find(scope, notes_use=notes_use)) is not None:
+            return principal
+        return await self.verify(header)
+
+    async def verify(self, header: bytes) -> Principal:
+        """Returns the principal of the key in the value of an `Authorization` header; the value is empty if there is
         none.
 
         Raises:
             Unauthenticated: there is no key, or an invalid one.
             Overloaded, StorageFailed: this process does not know the key, and cannot look it up now.
         """
-        if (known := self.remembered(header)) is not None:
-            return known
         scheme, _, key = header.decode("latin-1").partition(" ")
         if self._keys is None or scheme.lower() != "bearer" or not key:
             raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer pfx_…'")
         return await self._keys.verify(header, key.strip())
 
-    def ends(self, caller: Principal) -> float:
-        """Returns the moment of `time.monotonic` when the key of a caller ends that was authenticated just now."""
+    async def admit(self, scope: Scope) -> float:
+        """Checks again the key or the session of a request that goes on, and returns the moment of `time.monotonic`
+        when its key ends. That a request goes on is no use of a session.
+
+        Raises:
+            Unauthenticated, Overloaded, StorageFailed: as `authenticate`.
+        """
+        caller = await self.authenticate(scope, notes_use=False)
         return math.inf if self._keys is None else self._keys.ends(caller.key_id)
 
 
@@ -71,10 +93,10 @@ class AuthenticationMiddleware:
             Overloaded, StorageFailed: this process does not know the key, and cannot look it up now.
         """
         if scope["path"] not in PUBLIC:
-            header = _header(scope, b"authorization")
-            principal = self._authenticator.remembered(header) or await self._authenticator.authenticate(header)
+            remembered = self._authenticator.remembered(_header(scope, b"authorization"))
+            principal = remembered or await self._authenticator.authenticate(scope)
             if principal is DEV:
-                _require_local(scope)
+                require_local(scope)
             scope["principal"], scope["tenant"] = principal, principal.tenant
             request_context.get()["key_id"] = principal.key_id
             # Checked here, since cached answers and routes for any key follow.
@@ -91,7 +113,7 @@ def _header(scope: Scope, wanted: bytes) -> bytes:
     return b""
 
 
-def _require_local(scope: Scope) -> None:
+def require_local(scope: Scope) -> None:
     """Refuses requests of a web page that a browser on this machine has opened: without keys, it could read and change
     everything (DNS rebinding: the page's own name resolves to 127.0.0.1; RFC 6454, section 7; W3C Fetch Metadata).
 

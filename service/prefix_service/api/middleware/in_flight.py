@@ -1,8 +1,11 @@
 """Bounds the requests in flight, after the key was checked and before any body is read."""
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from prefix_service.api.http.paths import HEALTH, WATCHED
+from prefix_service.api.http.event_stream import EVENT_STREAM
+from prefix_service.api.http.negotiation import lists
+from prefix_service.api.http.paths import HEALTH, LIVE, WATCHED
 from prefix_service.api.middleware.auth import PUBLIC
 from prefix_service.api.middleware.rates import charged
 from prefix_service.catalog.records import Principal
@@ -12,7 +15,7 @@ from prefix_service.system.turns import ASKING
 
 class InFlightMiddleware:
     """Counts every request, until the last byte of its answer has left, except those of health routes, and
-    those that wait for changes, which have a bound of their own.
+    those that wait for changes or live numbers, which have a bound of their own.
 
     A request counts for the tenant that its rate is charged to. Platform admins on routes that concern no tenant's
     adapters, and scrapes of the metrics, have a few places of their own. So have the public routes, which ask for no
@@ -30,7 +33,7 @@ class InFlightMiddleware:
         Raises:
             Overloaded: too many requests are in flight.
         """
-        if scope["path"] in HEALTH or scope["path"] == WATCHED:
+        if scope["path"] in HEALTH or scope["path"] == WATCHED or _is_live_stream(scope):
             await self._app(scope, receive, send)
             return
         if scope["path"] in PUBLIC:
@@ -47,6 +50,11 @@ class InFlightMiddleware:
             await self._app(scope, receive, send)
         finally:
             self._admission.requests.end(tenant)
+
+
+def _is_live_stream(scope: Scope) -> bool:
+    """Whether a request asks for a stream of live numbers, which its route counts among the watchers."""
+    return LIVE.fullmatch(scope["path"]) is not None and lists(Headers(raw=scope["headers"]), EVENT_STREAM)
 
 
 def _is_of_operator(scope: Scope) -> bool:

@@ -92,6 +92,15 @@ class KnownKeys:
         stored = self._keys.get(key_id)
         return math.inf if stored is None else stored.ends
 
+    def admit_stranger(self) -> None:
+        """Counts a lookup of an id, of a key or a session, that this process has never heard of.
+
+        Raises:
+            Overloaded: too many were looked up within a second.
+        """
+        if not self._strangers.hit(_STRANGERS, "unknown ids"):
+            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
+
     def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""
         for change in changes:
@@ -128,8 +137,8 @@ class KnownKeys:
         known = self._keys.get(key_id)
         if self._are_known() and (known is not None or key_id in self._missing):
             return known
-        if key_id not in self._keys and not self._strangers.hit(_STRANGERS, "unknown ids"):
-            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
+        if key_id not in self._keys:
+            self.admit_stranger()
         changes = self._changes
         try:
             async with asyncio.timeout(_PATIENCE):

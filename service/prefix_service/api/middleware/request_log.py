@@ -8,9 +8,11 @@ from typing import Any, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefix_service.api.http.event_stream import STREAM
 from prefix_service.api.http.paths import HEALTH
 from prefix_service.api.http.problems import defect, problem
 from prefix_service.api.http.served import SERVED, Served, load_seconds
+from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.errors import PrefixServiceError
@@ -33,10 +35,10 @@ class RequestMiddleware:
     adapter is named if the caller may read it and the answer is made of it.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, catalog_id: str) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, usage: UsageCounts, live: Live, catalog_id: str) -> None:
         self._app = app
         self._catalog = b"prefix-catalog", catalog_id.encode()
-        self._metrics, self._usage = metrics, usage
+        self._metrics, self._usage, self._live = metrics, usage, live
         self._log = RequestLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,6 +68,8 @@ class RequestMiddleware:
         sent = 0 if method == "HEAD" else outcome.sent
         self._metrics.count(route, method, outcome.status, seconds, sent)
         self._usage.count(scope, outcome.status, sent)
+        if route not in _QUIET and STREAM not in scope:
+            self._count_live(scope, outcome.status, seconds, sent)
         level = _level(route, outcome.status)
         if not self._log.is_enabled_for(level):
             return
@@ -83,6 +87,10 @@ class RequestMiddleware:
             _name(fields, parts)
             _divide(fields, load_seconds(scope), started, outcome.began or ended, ended)
         self._log.write(level, fields)
+
+    def _count_live(self, scope: Scope, status: int, seconds: float, sent: int) -> None:
+        code = scope.get("problem") or ("aborted" if not status else None)
+        self._live.count(scope.get("tenant"), code, seconds, sent, is_cold=load_seconds(scope) is not None)
 
 
 class _Outcome:

@@ -1,14 +1,16 @@
 """Changes as they happen: a page of them, waited for if there are none yet, or a stream of events."""
 
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
+from prefix_service.api.http.event_stream import EVENT_STREAM, Events, EventStream, event
 from prefix_service.api.http.negotiation import lists, require_json_acceptable
 from prefix_service.api.http.paths import WATCHED
 from prefix_service.api.http.presence import while_connected
@@ -18,12 +20,10 @@ from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.changes import SeenChanges, StoredChange
 from prefix_service.catalog.records import Principal
-from prefix_service.errors import PrefixServiceError
 from prefix_service.library.watching import Watcher
 
 router = APIRouter(tags=["changes"])
 
-_EVENT_STREAM: Final = "text/event-stream"
 _LONGEST: Final = 30.0  # seconds that an answer waits for the first change
 _HEARTBEAT: Final = 15.0  # seconds between two signs of life of a stream
 
@@ -67,7 +67,7 @@ class ChangesPage(BaseModel):
         Last_Event_ID="of a stream: the id of the last event that was received; it precedes `since`"
     ),
     responses={
-        200: {"content": {_EVENT_STREAM: {"schema": {"type": "string"}}}},
+        200: {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}},
         **refusals({410: "Some of the changes since then are no longer kept: read everything again"}),
     },
 )
@@ -75,14 +75,14 @@ async def changes(request: Request, caller: Caller, state: StateOf, since: Since
     """What changed since a revision, for the eyes of the key that asks: of its tenant, or of all for a key of the
     platform. Changes of keys and quotas need a key of scope admin. If there are none yet, the answer waits for up to 30
     seconds. With `Accept: text/event-stream` it is a stream of events, of which each has one item as JSON."""
-    is_stream = lists(request.headers, _EVENT_STREAM)
+    is_stream = lists(request.headers, EVENT_STREAM)
     if not is_stream:
         require_json_acceptable(request)
     given = request.headers.get("last-event-id", since) if is_stream else since
     begin = None if given is None else state.revisions.revision(caller, given)
-    watching = _Watching(state, caller, request.headers.get("authorization", ""))
+    watching = _Watching(state, caller, request.scope)
     if is_stream:
-        return _EventStream(watching, begin)
+        return EventStream(watching.begin(), partial(watching.events, begin))
     with watching.begin() as watcher:
         if begin is None:
             return watching.page(await state.watchers.read(caller, None))
@@ -93,8 +93,8 @@ async def changes(request: Request, caller: Caller, state: StateOf, since: Since
 class _Watching:
     """One caller that watches changes, and what it is shown of them."""
 
-    def __init__(self, state: State, by: Principal, authorization: str) -> None:
-        self.state, self.by, self._authorization = state, by, authorization.encode("latin-1")
+    def __init__(self, state: State, by: Principal, scope: Scope) -> None:
+        self._state, self._by, self._scope = state, by, scope
 
     def begin(self) -> AbstractContextManager[Watcher]:
         """Counts the caller while the block runs.
@@ -102,57 +102,38 @@ class _Watching:
         Raises:
             Overloaded: there are too many.
         """
-        return self.state.watchers.begin(self.by, self._admit)
+        return self._state.watchers.begin(self._by, partial(self._state.authenticator.admit, self._scope))
 
-    async def _admit(self) -> float:
-        authenticator = self.state.authenticator
-        return authenticator.ends(await authenticator.authenticate(self._authorization))
+    async def events(self, since: int | None, watcher: Watcher) -> Events:
+        """Yields the changes after a revision as events, and the latest revision every few seconds.
 
-    def revision(self, revision: int) -> str:
-        """Returns a revision as the caller is shown it."""
-        return self.state.revisions.text(self.by, revision)
+        Raises:
+            Unauthenticated: the key was revoked, or has ended.
+            Gone: some of the changes since then are no longer kept.
+            StorageFailed: the catalog cannot be read.
+        """
+        watchers = self._state.watchers
+        seen = await watchers.read(self._by, since)
+        while True:
+            events = [event(item.revision, item.model_dump_json().encode()) for item in map(self._item, seen.changes)]
+            # An id alone is no event, and a browser goes on from it all the same.
+            yield b"".join([*events, b"id: %b\n\n" % self._revision(seen.revision).encode()])
+            if watchers.is_ending:
+                return
+            seen = await watcher.next(seen.revision, _HEARTBEAT)
 
-    def item(self, stored: StoredChange) -> ChangeItem:
-        """Returns a change as the caller is shown it."""
+    def _revision(self, revision: int) -> str:
+        return self._state.revisions.text(self._by, revision)
+
+    def _item(self, stored: StoredChange) -> ChangeItem:
         values = asdict(stored.change)
         key = values.pop("key_id", None)
-        names = {"revision": self.revision(stored.revision), "kind": stored.change.kind, "time": stored.time}
+        names = {"revision": self._revision(stored.revision), "kind": stored.change.kind, "time": stored.time}
         return ChangeItem.model_validate({**names, **values, "key": key})
 
     def page(self, seen: SeenChanges) -> Response:
         """Returns the answer with these changes."""
-        page = ChangesPage(revision=self.revision(seen.revision), items=[self.item(change) for change in seen.changes])
+        page = ChangesPage(
+            revision=self._revision(seen.revision), items=[self._item(change) for change in seen.changes]
+        )
         return Response(page.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-class _EventStream(Response):
-    """Sends changes as server-sent events until the client leaves, its key ends, or the process does."""
-
-    def __init__(self, watching: _Watching, since: int | None) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers, media_type=_EVENT_STREAM)
-        del self.headers["Content-Length"]
-        self._watching, self._since = watching, since
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. What forbids it is raised before the answer begins."""
-        with self._watching.begin() as watcher:
-            seen = await self._watching.state.watchers.read(self._watching.by, self._since)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await while_connected(receive, self._send_events(watcher, seen, send))
-
-    async def _send_events(self, watcher: Watcher, seen: SeenChanges, send: Send) -> None:
-        with suppress(PrefixServiceError):  # whoever is refused here comes again, and is told why
-            while True:
-                events = [_event(self._watching.item(change)) for change in seen.changes]
-                # An id alone is no event, and a browser goes on from it all the same.
-                events.append(b"id: %b\n\n" % self._watching.revision(seen.revision).encode())
-                await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
-                if self._watching.state.watchers.is_ending:
-                    break
-                seen = await watcher.next(seen.revision, _HEARTBEAT)
-        await send({"type": "http.response.body"})
-
-
-def _event(item: ChangeItem) -> bytes:
-    return b"id: %b\ndata: %b\n\n" % (item.revision.encode(), item.model_dump_json().encode())

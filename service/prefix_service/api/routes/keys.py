@@ -37,6 +37,15 @@ _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 @router.get("/v1/whoami")
 async def whoami(caller: Caller, state: StateOf) -> Identity:
     """The key that asks: whose it is, what it may do, and until when."""
+    return await identity(state, caller)
+
+
+async def identity(state: State, caller: Principal) -> Identity:
+    """Returns what a caller may know of the key that it asks with.
+
+    Raises:
+        Unauthenticated: the key was revoked meanwhile.
+    """
     if not caller.has_key:
         return Identity(id=caller.key_id, name="", tenant=None, scope=caller.scope, expires=None)
     try:

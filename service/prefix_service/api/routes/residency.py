@@ -19,7 +19,7 @@ from prefix_service.api.state import LibraryOf, StateOf
 from prefix_service.prefix.references import parse_reference
 from prefix_service.registry.admission import PLATFORM
 from prefix_service.registry.keys import VersionKey
-from prefix_service.registry.report import ResidentReport, ShareReport, TierReport
+from prefix_service.registry.report import EvictionReport, ResidentReport, ShareReport, TierReport
 from prefix_service.registry.snapshot import Place, place_of
 
 router = APIRouter(tags=["residency"])
@@ -29,11 +29,13 @@ _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
 
 
 class Residency(BaseModel):
-    """The memory of this process: its budgets, the tenants with the most bytes in each of them, and a page of the
-    resident versions, the largest first. `next` is the cursor of the following page, or null."""
+    """The memory of this process: its budgets, the tenants with the most bytes in each of them, the latest evictions,
+    the newest first, and a page of the resident versions, the largest first. `next` is the cursor of the following
+    page, or null."""
 
     tiers: list[TierReport]
     tenants: list[ShareReport]
+    evicted: list[EvictionReport]
     resident: list[ResidentReport]
     next: str | None
 
@@ -47,8 +49,9 @@ async def overview(
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> Response:
-    """Return what the answering process has in memory, where and why: the largest versions and tenants first, at most
-    `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
+    """Return what the answering process has in memory, where and why: the largest versions and tenants first, and
+    what it evicted lately, at most `limit` of each. A version whose bytes change between two pages may be on both,
+    or on none."""
     place = _place(decode_cursor(cursor, _PLACE.fullmatch))
     registry = state.library.registry
     tiers, snapshot = registry.tiers(), registry.snapshot()
@@ -56,7 +59,13 @@ async def overview(
     def make() -> Response:
         found = snapshot.resident(limit + 1, place)
         following = encode_cursor(_named(place_of(found[limit - 1]))) if len(found) > limit else None
-        shown = Residency(tiers=tiers, tenants=snapshot.shares(limit), resident=found[:limit], next=following)
+        shown = Residency(
+            tiers=tiers,
+            tenants=snapshot.shares(limit),
+            evicted=snapshot.evicted(limit),
+            resident=found[:limit],
+            next=following,
+        )
         return json_page(request, shown.model_dump_json().encode(), following)
 
     return await state.admission.run(PLATFORM, make)

@@ -1,0 +1,59 @@
+"""`deploy`: files to copy, for what runs the service or looks at it."""
+
+import sys
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from prefix_service.cli.console import print_json
+from prefix_service.cli.files import check_output, written
+from prefix_service.cli.options import Json
+
+
+class Deployed(StrEnum):
+    """What there is a file for."""
+
+    SYSTEMD = "systemd"
+    NGINX = "nginx"
+    KUBERNETES = "kubernetes"
+    PROMETHEUS = "prometheus"
+    ALERTS = "alerts"
+    GRAFANA = "grafana"
+
+
+_FILES: Final = {
+    Deployed.SYSTEMD: "prefix-service.service",
+    Deployed.NGINX: "nginx.conf",
+    Deployed.KUBERNETES: "kubernetes.yaml",
+    Deployed.PROMETHEUS: "prometheus.yml",
+    Deployed.ALERTS: "alerts.yml",
+    Deployed.GRAFANA: "grafana.json",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command()(deploy)
+
+
+def deploy(
+    name: Annotated[Deployed, typer.Argument(help="What the file is for: alerts are rules for Prometheus.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: print.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a configuration file to copy."""
+    if output is not None:
+        check_output(output)
+    text = files("prefix_service").joinpath("deploy", _FILES[name]).read_text()
+    if output is not None:
+        with written(output) as aside:
+            aside.write_text(text)
+        if as_json:
+            print_json({"path": str(output)})
+    elif as_json:
+        print_json({"name": _FILES[name], "text": text})
+    else:
+        sys.stdout.write(text)

@@ -1,0 +1,75 @@
+"""The files of the page: copies are what the registry has, and nothing is loaded from elsewhere."""
+
+import gzip
+import re
+from hashlib import sha256
+from typing import Final
+
+import httpx
+
+from prefix_service.api.http.page_files import PAGE_FILES, PAGE_FOLDER
+from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
+from tests.conftest import Server
+
+VENDOR: Final = PAGE_FOLDER / "vendor"
+REWRITTEN: Final = {"./preact.js": "preact", "./hooks.js": "preact/hooks", "./signals-core.js": "@preact/signals-core"}
+
+
+def test_copies_are_what_the_registry_has() -> None:
+    """Each file of the folder is listed with its hash, the way back from relative specifiers taken."""
+    listed = dict(
+        re.findall(r"^\| `(.+?)` \| .+ \| `([0-9a-f]{64})` \|$", (VENDOR / "README.md").read_text(), re.MULTILINE)
+    )
+    copies = {}
+    for file in VENDOR.iterdir():
+        if file.name != "README.md":
+            data = file.read_bytes()
+            for ours, theirs in REWRITTEN.items():
+                data = data.replace(f'from"{ours}"'.encode(), f'from"{theirs}"'.encode())
+            copies[file.name] = sha256(data).hexdigest()
+    assert copies == listed
+
+
+def test_every_import_is_a_file_of_the_page() -> None:
+    """Specifiers are relative, and lead to what the service serves: a browser would ask for nothing else."""
+    imports = re.compile(
+        r"""(?:^import[^;]*?from|^export[^;]*?from|[;}]import[^;]*?from|import\()\s*"([^"]+)";?""", re.M
+    )
+    found = 0
+    for file in PAGE_FOLDER.rglob("*.js"):
+        for specifier in imports.findall(file.read_text()):
+            assert specifier.startswith("."), (file, specifier)
+            target = (file.parent / specifier).resolve().relative_to(PAGE_FOLDER.resolve()).as_posix()
+            assert f"/ui/{target}" in PAGE_FILES, (file, specifier)
+            found += 1
+    assert found > 20
+
+
+def test_no_script_writes_markup_or_text_as_code() -> None:
+    """What could turn text into markup or code is nowhere in our own files."""
+    forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|localStorage")
+    for file in (*PAGE_FOLDER.glob("*.js"), *PAGE_FOLDER.glob("views/*.js")):
+        assert forbidden.search(file.read_text()) is None, file
+
+
+def test_they_are_served_under_the_strict_policy(server: Server) -> None:
+    """Every file, as it is in the package; compressed for a browser, with an entity tag."""
+    with httpx.Client(base_url=server.url) as client:
+        for path, (file, media_type) in PAGE_FILES.items():
+            answer = client.get(path)
+            assert answer.status_code == 200, path
+            assert answer.headers["content-type"] == media_type
+            assert answer.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
+            assert answer.headers["content-encoding"] == "gzip"
+            assert answer.content == (PAGE_FOLDER / file).read_bytes()
+            plain = client.get(path, headers={"Accept-Encoding": "identity"})
+            assert "content-encoding" not in plain.headers
+            assert plain.content == answer.content
+            assert plain.headers["etag"] != answer.headers["etag"]
+            assert client.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+
+
+def test_the_first_view_is_small() -> None:
+    """All of the page together, which is more than any view needs, is below 100 kB on the wire."""
+    sizes = {file: len(gzip.compress((PAGE_FOLDER / file).read_bytes())) for file, _ in PAGE_FILES.values()}
+    assert sum(sizes.values()) < 100_000, sizes

@@ -1,0 +1,346 @@
+"""The page in a browser: every view and flow."""
+
+import re
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Route, expect
+
+from tests.api.page.conftest import HOSTILE, Seen
+from tests.conftest import Server
+
+VIEWS = {
+    "now": "Now",
+    "adapters/acme": "Adapters of acme",
+    "adapters/acme/summarize": "acme/summarize",
+    "residency": "Memory",
+    "tenants": "Tenants and keys",
+    "tenants/acme": "acme",
+    "tenants/@platform": "Keys of the platform",
+    "usage": "Usage",
+    "audit": "Audit",
+    "console": "Console",
+}
+
+
+def test_signing_in_and_out(service: Server, seen: Seen) -> None:
+    """A wrong key is refused in words; a right one is kept nowhere in the browser, and signing out ends it."""
+    page = seen.page
+    page.goto(f"{service.url}/")
+    assert page.url == f"{service.url}/ui"
+    page.get_by_label("Key", exact=True).fill("pfx_wrong")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("malformed")
+    seen.expect_refusal(401)
+    page.get_by_label("Key", exact=True).fill(service.admin_key)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Now")
+    kept = page.evaluate("[...Object.values(localStorage), ...Object.values(sessionStorage), document.cookie].join()")
+    assert kept == ""
+    page.reload()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Now")
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("Key", exact=True)).to_be_visible()
+    page.reload()
+    expect(page.get_by_label("Key", exact=True)).to_be_visible()
+
+
+def test_a_key_that_is_revoked_is_signed_out(service: Server, seen: Seen) -> None:
+    """The live stream ends, and the page asks for a key again."""
+    made = service.client().post("/v1/keys", json={"scope": "read"}).json()
+    seen.sign_in(made["key"])
+    assert service.client().delete(f"/v1/keys/{made['id']}").status_code == 204
+    expect(seen.page.get_by_label("Key", exact=True)).to_be_visible()
+    seen.expect_refusal(401)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 400)])
+def test_every_view(admin_page: Seen, scheme: str, width: int) -> None:
+    """Each has its heading, shows no failure, fits into the window, and axe finds nothing serious in it."""
+    page = admin_page.page
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size({"width": width, "height": 900})
+    for view, title in VIEWS.items():
+        admin_page.open(view, title)
+        page.wait_for_load_state("networkidle") if view != "now" else page.get_by_text(
+            "requests a second", exact=True
+        ).wait_for()
+        expect(page.get_by_role("alert")).to_have_count(0)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, view
+        found = Axe().run(page).response["violations"]
+        assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == [], view
+
+
+def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
+    """A tenant's reader has its tenant's numbers and adapters, and no buttons that would be refused."""
+    made = service.client().post("/v1/tenants/acme/keys", json={"scope": "read"}).json()
+    seen.sign_in(made["key"])
+    expect(seen.page.get_by_role("navigation").get_by_role("link")).to_have_text(["Now", "Adapters", "Console"])
+    seen.page.get_by_text("requests a second", exact=True).wait_for()
+    seen.open("adapters", "Adapters of acme")
+    expect(seen.page.get_by_text("Drop an adapter's folder")).to_have_count(0)
+    seen.open("adapters/acme/summarize", "acme/summarize")
+    expect(seen.page.get_by_role("button", name=re.compile("Pin|Delete|move|New alias"))).to_have_count(0)
+
+
+def test_now_is_live(service: Server, admin_page: Seen) -> None:
+    """What is asked for after the view was opened comes in by itself, and refusals are explained."""
+    page = admin_page.page
+    page.get_by_text("requests a second", exact=True).wait_for()
+    assert service.client().get("/v1/tenants/acme/adapters/now-missing").status_code == 404
+    row = page.get_by_role("row").filter(has_text="not-found")
+    expect(row).to_contain_text("belongs to another tenant")
+    expect(page.locator(".u-wrap")).to_have_count(4)
+
+
+def test_upload_and_residency(admin_page: Seen, adapter_folder: Path) -> None:
+    """A folder is published, with the line for the worker; it is found, pinned, seen in memory, and unloaded."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    page.get_by_label("Files of an adapter").set_input_files(list(adapter_folder.iterdir()))
+    page.get_by_label("Name of the adapter").fill("dropped")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.get_by_role("status").filter(has_text="Published")).to_contain_text("acme/dropped@1")
+    expect(page.get_by_text('client.get("acme/dropped@1"')).to_be_visible()
+    page.get_by_label("Search by name").fill("dropp")
+    page.get_by_role("row").filter(has_text="dropped").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("acme/dropped")
+    expect(page.get_by_label("The model card")).to_have_text("# Dropped")
+    page.get_by_role("button", name="Pin", exact=True).click()
+    expect(page.get_by_text("in memory on cpu, pinned")).to_be_visible()
+    admin_page.open("residency", "Memory")
+    page.get_by_role("button", name="acme/dropped@1").click()
+    chosen = page.get_by_role("region", name="The chosen version")
+    chosen.get_by_role("button", name="Unpin").click()
+    chosen.get_by_role("button", name="Pin", exact=True).wait_for()
+    chosen.get_by_role("button", name="Unload").click()
+    expect(page.get_by_role("button", name="acme/dropped@1")).to_have_count(0)
+
+
+def test_a_folder_is_dropped(admin_page: Seen) -> None:
+    """Files that are dragged onto the page are read as those that are chosen."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    transfer = page.evaluate_handle(
+        """() => {
+            const dropped = new DataTransfer();
+            for (const name of ["adapter_config.json", "adapter_model.safetensors"]) {
+                dropped.items.add(new File(["{}"], name));
+            }
+            return dropped;
+        }"""
+    )
+    page.locator(".drop").dispatch_event("drop", {"dataTransfer": transfer})
+    expect(page.get_by_text("2 files, 4 B")).to_be_visible()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, "is a pickle"),
+        ({"adapter_model.safetensors": b"x"}, "adapter_config.json is missing"),
+    ],
+)
+def test_files_that_cannot_be_sent(admin_page: Seen, tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    """The page says what is wrong, and asks the service nothing."""
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    admin_page.open("adapters/acme", "Adapters of acme")
+    admin_page.page.get_by_label("Files of an adapter").set_input_files([tmp_path / name for name in files])
+    expect(admin_page.page.get_by_role("alert")).to_contain_text(words)
+    expect(admin_page.page.get_by_role("button", name="Publish")).to_have_count(0)
+
+
+def test_an_upload_that_the_service_refuses(admin_page: Seen, adapter_folder: Path) -> None:
+    """The service's findings are shown in its words."""
+    (adapter_folder / "adapter_model.safetensors").write_bytes(b"not safetensors at all")
+    admin_page.open("adapters/acme", "Adapters of acme")
+    page = admin_page.page
+    page.get_by_label("Files of an adapter").set_input_files(list(adapter_folder.iterdir()))
+    page.get_by_label("Name of the adapter").fill("bad")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.get_by_role("alert")).to_contain_text("safetensors")
+    admin_page.expect_refusal(422)
+
+
+def test_a_quota_that_is_reached(service: Server, admin_page: Seen, adapter_folder: Path) -> None:
+    """Quotas are set in a dialog, shown as bars, and an upload beyond them is refused in words."""
+    page = admin_page.page
+    service.client().put("/v1/tenants/small")
+    admin_page.open("tenants/small", "small")
+    page.get_by_role("button", name="Change quotas").click()
+    page.get_by_label("Adapters", exact=True).fill("0")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("0 of 0")).to_be_visible()
+    admin_page.open("adapters/small", "Adapters of small")
+    page.get_by_label("Files of an adapter").set_input_files(list(adapter_folder.iterdir()))
+    page.get_by_label("Name of the adapter").fill("one")
+    page.get_by_role("button", name="Publish").click()
+    expect(page.get_by_role("alert")).to_contain_text("adapters")
+    admin_page.expect_refusal(507)
+
+
+def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) -> None:
+    """The dialog shows what changes; afterwards the first button is the way back."""
+    page, alias = admin_page.page, "/v1/tenants/acme/adapters/summarize/aliases/prod"
+    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    page.get_by_role("button", name="Move alias prod").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("row").filter(has_text="revision")).to_contain_text('"r0""r2"')
+    dialog.get_by_role("button", name="Move it").click()
+    told = page.get_by_role("status").filter(has_text="prod points at 3 now")
+    expect(told.get_by_text("prod points at 3 now")).to_be_visible()
+    assert service.client().get(alias).json()["version"] == 3
+    expect(told.get_by_role("button").first).to_have_text("Roll back")
+    told.get_by_role("button", name="Roll back").click()
+    expect(page.get_by_text("prod points at 1 again")).to_be_visible()
+    assert service.client().get(alias).json()["version"] == 1
+
+
+def test_two_versions_are_compared(admin_page: Seen) -> None:
+    """Only what differs between the configs is shown; the life of a version has its publication and its reads."""
+    page = admin_page.page
+    admin_page.open("adapters/acme/summarize@1", "acme/summarize")
+    page.get_by_label("Compare with version").select_option("2")
+    rows = page.get_by_role("row").filter(has=page.get_by_role("cell", name="revision", exact=True))
+    expect(rows).to_contain_text('"r1""r0"')
+    expect(page.get_by_role("row").filter(has_text="peft_type")).to_have_count(0)
+    life = page.get_by_role("list").filter(has_text="published")
+    expect(life).to_contain_text("prod was pointed at it")
+
+
+def test_an_alias_that_somebody_else_moved(service: Server, admin_page: Seen) -> None:
+    """The move is refused: it would undo what the page has not shown."""
+    page = admin_page.page
+    path = "/v1/tenants/acme/adapters/summarize/aliases/canary"
+    service.client().put(path, json={"version": 1})
+    admin_page.open("adapters/acme/summarize@3", "acme/summarize")
+    page.get_by_role("button", name="Move alias canary").click()
+    service.client().put(path, json={"version": 2})
+    page.get_by_role("button", name="Move it").click()
+    expect(page.get_by_role("alert")).to_contain_text("points at 2")
+    admin_page.expect_refusal(412)
+
+
+def test_keys_are_made_rotated_and_revoked(service: Server, admin_page: Seen) -> None:
+    """A key is shown once; its successor too; and what is revoked is gone."""
+    page = admin_page.page
+    admin_page.open("tenants/acme", "acme")
+    page.get_by_role("button", name="New key").click()
+    page.get_by_label("What it is for").fill("workers")
+    page.get_by_role("button", name="Make it").click()
+    first = page.locator("pre.secret").inner_text()
+    assert service.client(first).get("/v1/whoami").json()["name"] == "workers"
+    page.get_by_role("button", name="I have it").click()
+    expect(page.locator("pre.secret")).to_have_count(0)
+    assert first not in page.content()
+    row = page.get_by_role("row").filter(has_text="workers")
+    row.get_by_role("button", name="Rotate").click()
+    page.get_by_role("dialog").get_by_role("button", name="Rotate").click()
+    second = page.locator("pre.secret").inner_text()
+    assert second != first
+    page.get_by_role("button", name="I have it").click()
+    expect(row).to_have_count(2)
+    assert service.client(first).get("/v1/whoami").json()["expires"] is not None
+    old = row.filter(has_text=first.split("_")[1])
+    old.get_by_role("button", name="Revoke").click()
+    page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
+    expect(row).to_have_count(1)
+    assert service.client(first).get("/v1/whoami").status_code == 401
+    assert service.client(second).get("/v1/whoami").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "view", ["adapters/acme", "adapters/acme/hostile", "tenants/acme", "audit", "usage", "residency", "now"]
+)
+def test_foreign_text_is_text(service: Server, admin_page: Seen, view: str) -> None:
+    """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
+    assert service.client().get("/v1/tenants/acme/adapters/hostile/prefix").status_code == 200
+    page = admin_page.page
+    page.set_viewport_size({"width": 400, "height": 900})
+    page.goto(f"{admin_page.url}/ui#/{view}")
+    page.get_by_role("heading", level=1).wait_for()
+    page.wait_for_timeout(500)
+    if view.endswith("hostile"):
+        expect(page.get_by_label("The model card")).to_contain_text("<script>window.pwned=1</script><svg onload")
+        expect(page.get_by_text("<script>window.pwned=1").first).to_be_visible()
+    if view == "tenants/acme":
+        expect(page.get_by_text(HOSTILE[:50]).first).to_be_visible()
+    assert page.evaluate("document.querySelectorAll('main script, main svg, main img, main iframe').length") == 0
+    assert page.evaluate("[...document.links].filter((link) => !/^https?:/.test(link.href)).length") == 0
+    assert page.evaluate("window.pwned") is None
+    assert "\u202e" not in page.locator("body").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_twenty_thousand_adapters(admin_page: Seen) -> None:
+    """Pages come as the end comes near, and only rows in sight are in the page."""
+    many = 20_000
+    latest = {"version": 1, "created": "2026-11-26T00:00:00Z", "base_model_name_or_path": None}
+
+    def answer(route: Route) -> None:
+        found = re.search(r"cursor=(\d+)", route.request.url)
+        first = int(found[1]) if found else 0
+        names = [f"adapter-{number:05}" for number in range(first, first + 200)]
+        items = [{"tenant": "acme", "adapter": name, "bytes": 1, "aliases": {}, "latest": latest} for name in names]
+        route.fulfill(json={"items": items, "next": str(first + 200) if first + 200 < many else None})
+
+    page = admin_page.page
+    page.route("**/v1/tenants/acme/adapters?**", answer)
+    admin_page.open("adapters/acme", "Adapters of acme")
+    page.get_by_text("adapter-00000").wait_for()
+    page.evaluate("setInterval(() => document.querySelector('.scroll').scrollBy(0, 1e6), 10)")
+    expect(page.get_by_text("20,000 shown")).to_be_visible(timeout=120_000)
+    expect(page.get_by_text("adapter-19999")).to_be_visible()
+    assert page.get_by_role("row").count() < 80
+
+
+def test_the_keyboard(admin_page: Seen) -> None:
+    """`g a` goes to the adapters, `/` searches, `?` lists the shortcuts, Escape closes them."""
+    page = admin_page.page
+    page.get_by_role("heading", level=1, name="Now").wait_for()
+    page.keyboard.press("g")
+    page.keyboard.press("a")
+    page.get_by_label("Search by name").wait_for()
+    page.keyboard.press("/")
+    expect(page.get_by_label("Search by name")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_contain_text("Go to Adapters")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_the_console_asks_its_own_origin_alone(admin_page: Seen) -> None:
+    """Calls of the views are there as curl, without a key; an address of elsewhere is a path here."""
+    page = admin_page.page
+    admin_page.open("adapters/acme", "Adapters of acme")
+    page.get_by_role("row").filter(has_text="summarize").wait_for()
+    admin_page.open("console", "Console")
+    expect(page.get_by_text("/v1/tenants/acme/adapters?sort=name").first).to_be_visible()
+    assert "pfx_" not in page.content()
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text('"scope": "admin"')
+    page.get_by_label("Path").fill("https://elsewhere.example/v1/whoami")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    admin_page.errors.clear()
+    page.get_by_label("Method").select_option("PUT")
+    page.get_by_label("Path").fill("v1/tenants/from-the-console")
+    page.get_by_label("JSON").fill('{"max_adapters": 3}')
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text('"max_adapters": 3')
+
+
+def test_a_tenants_admin_sees_the_tenant(service: Server, seen: Seen) -> None:
+    """It manages its keys, reads its usage and audit, and nothing of the platform is there."""
+    made = service.client().post("/v1/tenants/acme/keys", json={"scope": "admin"}).json()
+    seen.sign_in(made["key"])
+    seen.open("tenants", "acme")
+    expect(seen.page.get_by_role("button", name="Change quotas")).to_have_count(0)
+    expect(seen.page.get_by_role("row").filter(has_text="yours")).to_have_count(1)
+    seen.open("audit", "Audit")
+    expect(seen.page.get_by_role("row").filter(has_text="version.published").first).to_be_visible()
+    seen.open("usage", "Usage")

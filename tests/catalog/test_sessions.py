@@ -1,0 +1,130 @@
+"""`catalog.sessions`: a session ends after 12 hours, after an hour without use, and with its key."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import Principal
+from prefix_service.catalog.retention import expire_sessions
+from prefix_service.catalog.schema import sessions
+from prefix_service.catalog.sessions import Sessions
+from prefix_service.catalog.tenants import Tenants
+from prefix_service.errors import Unauthenticated
+from tests.catalog.conftest import BY
+
+
+@pytest.fixture
+def keyring(database: Database, tmp_path: Path) -> Keyring:
+    Tenants(database).put("acme", BY)
+    return Keyring(database, tmp_path / "key.secret")
+
+
+@pytest.fixture
+def caller(keyring: Keyring) -> Principal:
+    return keyring.verify(keyring.create("acme", "write", "", BY)[1])
+
+
+def move(database: Database, **columns: timedelta) -> None:
+    """Put moments of all sessions back."""
+    with database.writing() as connection:
+        for row in connection.execute(sa.select(sessions)).mappings().all():
+            earlier = {name: row[name] - past for name, past in columns.items()}
+            connection.execute(sa.update(sessions).where(sessions.c.hash == row["hash"]).values(earlier))
+
+
+def test_a_session_stands_for_its_key(database: Database, caller: Principal) -> None:
+    """It is found by its id alone, which the catalog does not have."""
+    made = Sessions(database)
+    session_id = made.begin(caller)
+    found = made.find(session_id)
+    assert found is not None
+    assert (found.principal, found.is_use_due) == (caller, False)
+    assert made.find(session_id[:-1]) is None
+    with database.reading() as connection:
+        assert session_id not in str(connection.execute(sa.select(sessions)).all())
+
+
+@pytest.mark.parametrize(
+    ("began", "used", "is_alive"),
+    [
+        (timedelta(hours=11, minutes=59), timedelta(minutes=59), True),
+        (timedelta(hours=12), timedelta(0), False),
+        (timedelta(hours=2), timedelta(hours=1), False),
+    ],
+)
+def test_a_session_ends(
+    database: Database, caller: Principal, began: timedelta, used: timedelta, is_alive: bool
+) -> None:
+    """12 hours after it began, and an hour after its last use."""
+    made = Sessions(database)
+    session_id = made.begin(caller)
+    move(database, began=began, used=used)
+    assert (made.find(session_id) is not None) == is_alive
+
+
+def test_use_keeps_a_session_alive(database: Database, caller: Principal) -> None:
+    """A use is noted once in a minute."""
+    made = Sessions(database)
+    session_id = made.begin(caller)
+    move(database, used=timedelta(minutes=59))
+    found = made.find(session_id)
+    assert found is not None
+    assert found.is_use_due
+    made.note_use(session_id)
+    found = made.find(session_id)
+    assert found is not None
+    assert not found.is_use_due
+
+
+def test_a_session_ends_with_its_key(database: Database, keyring: Keyring, caller: Principal) -> None:
+    """A key that is revoked, whose end has come, or whose tenant is deleted."""
+    made = Sessions(database)
+    revoked = made.begin(caller)
+    other = keyring.verify(keyring.create("acme", "admin", "", BY)[1])
+    of_tenant = made.begin(other)
+    ends = datetime.now(UTC) + timedelta(seconds=1)
+    ending = made.begin(keyring.verify(keyring.create("acme", "read", "", BY, ends)[1]))
+    keyring.revoke("acme", caller.key_id, BY)
+    assert made.find(revoked) is None
+    assert made.find(of_tenant) is not None
+    while datetime.now(UTC) <= ends:
+        pass
+    assert made.find(ending) is None
+    Tenants(database).delete("acme", BY)
+    assert made.find(of_tenant) is None
+    with pytest.raises(Unauthenticated):
+        made.begin(caller)
+
+
+def test_a_session_that_is_ended(database: Database, caller: Principal) -> None:
+    """It is gone, others stay, and ending it again changes nothing."""
+    made = Sessions(database)
+    first, second = made.begin(caller), made.begin(caller)
+    made.end(first)
+    made.end(first)
+    assert made.find(first) is None
+    assert made.find(second) is not None
+
+
+def test_a_key_has_a_bounded_number_of_sessions(database: Database, caller: Principal) -> None:
+    """The oldest ends."""
+    made = Sessions(database)
+    ids = [made.begin(caller) for _ in range(33)]
+    assert made.find(ids[0]) is None
+    assert all(made.find(session_id) is not None for session_id in ids[1:])
+
+
+def test_ended_sessions_are_removed(database: Database, caller: Principal) -> None:
+    """Those that were not used for too long; no other."""
+    made = Sessions(database)
+    made.begin(caller)
+    move(database, used=timedelta(hours=2))
+    alive = made.begin(caller)
+    assert not expire_sessions(database)
+    with database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(sessions)) == 1
+    assert made.find(alive) is not None
