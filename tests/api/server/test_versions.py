@@ -60,7 +60,7 @@ def test_the_installed_packages_have_all_parts(site: Path) -> None:
 def test_a_release_that_lacks_a_part_is_refused_by_its_name(
     site: Path, name: str, file: str, before: str, after: str, lacks: str
 ) -> None:
-    """A method, a parameter, a field, a class: the error says what is missing, in which version, and what to install."""
+    """A method, a parameter, a field, a class: the error says what is missing in which version, and what to install."""
     change(site / name / file, before, after)
     with pytest.raises(InvalidInput) as refused:
         check(name, "9.9.9", site / name)

@@ -1,4 +1,4 @@
-"""The parts of vLLM that the connector touches. They are looked for in vLLM's source at start, before vLLM is changed."""
+"""The parts of vLLM that the connector touches; they are looked for in its source at start, before vLLM is changed."""
 
 from pathlib import Path
 from typing import Final
