@@ -79,7 +79,7 @@ def test_serve_does_not_start_on_a_newer_uvicorn_without_a_method(site: Path, tm
     command = [sys.executable, "-c", program, "serve", "--data-dir", str(tmp_path / "data")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error (invalid-input): this prefix-service works with uvicorn 0.35 to 0.54; ")
+    assert ended.stderr.startswith("error (invalid-input): this prefix-service works with uvicorn 0.53 to 0.54; ")
     assert "uvicorn 9.9.9, which is installed, lacks parts" in ended.stderr
     assert f"HttpToolsProtocol.on_body (uvicorn/{HTTPTOOLS})" in ended.stderr
     assert not (tmp_path / "data").exists()

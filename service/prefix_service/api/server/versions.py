@@ -8,8 +8,10 @@ from typing import Final
 from prefix_service.errors import InvalidInput
 from prefix_service.system.source_probe import Touched, missing
 
-WORKING: Final = {"uvicorn": "0.35 to 0.54", "h11": "0.16"}
-"""The versions that pass the tests, which pyproject.toml demands."""
+WORKING: Final = {"uvicorn": "0.53 to 0.54", "h11": "0.16"}
+"""The versions that pass the tests, which pyproject.toml demands. Earlier ones answer HTTP/1.0 without saying that the
+connection ends (uvicorn 0.52), or accept malformed chunks (h11 0.15, CVE-2025-43859).
+"""
 
 _NEWEST: Final = {name: versions.rpartition(" ")[2] for name, versions in WORKING.items()}
 
