@@ -383,7 +383,7 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
         ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
         ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
         ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
-        ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
+        ("'body.kv_transfer_params' is there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
         ("nested too deeply", behind.post("[" * 100_000)),
         ("'form.prefix_adapter'", behind.post(many + part.format("prefix_adapter"), content_type=boundary)),
         ("more than 2000 parts", behind.post(many + some + part, content_type=boundary)),
