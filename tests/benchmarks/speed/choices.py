@@ -5,24 +5,28 @@ body. Three clients take turns, backwards in every other round: one with the par
 without it as a control, whose ratio says how small a difference this machine can tell. Ratios are medians of paired
 rounds with their quartiles.
 
-head parser  a regular expression for plain heads, ÷ h11 for all of them
-event loop   AsyncPrefixClient receives everything on the event loop, ÷ in threads; also sixteen at the same time
-ranges       four connections ÷ one; also from a server that sends 5 Gbit/s over each connection
+receive path  PrefixClient's own connection, ÷ the standard library's http.client below the same client
+head parser   a regular expression for plain heads, ÷ h11 for all of them
+event loop    AsyncPrefixClient receives everything on the event loop, ÷ in threads; also sixteen at the same time
+ranges        four connections ÷ one; also from a server that sends 5 Gbit/s over each connection
 """
 
 import asyncio
 import contextlib
+import http.client
 import io
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from unittest import mock
+from urllib.parse import urlencode
 
 import h11
 
 from prefix_service.client import AsyncPrefixClient, PrefixClient
+from prefix_service.client.protocol import Request
 from prefix_service.client.transport import http1, link
 from prefix_service.client.transport.fetcher import Fetcher
 from tests.benchmarks.fleet import Shape
@@ -39,6 +43,45 @@ _TENANT: Final = "bench"
 
 Three = tuple[Fetch, Fetch, Fetch]
 """A fetch with a part of the client, one without it, and a second one without it."""
+
+
+class ByLibrary:
+    """`Lane.exchange` with http.client; without deadlines, interrupts, and a second try over a new connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]))
+        self._headers = {"Authorization": f"Bearer {server.admin_key}", "Accept-Encoding": "identity"}
+
+    def exchange(
+        self, request: Request, allocate: link.AllocateBody, *_rest: Any, observe: link.Observer | None, **_more: Any
+    ) -> tuple[http1.Head, memoryview]:
+        """Returns head and body of the answer."""
+        path = f"{request.path}?{urlencode(request.params)}"
+        self._connection.request(request.method, path, headers={**request.headers, **self._headers})
+        answer = self._connection.getresponse()
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        head = http1.Head(answer.status, headers, answer.length or 0, keeps_alive=True)
+        body, position = allocate(head), 0
+        step = link._AT_ONCE if observe is None else link._OBSERVED_AT_ONCE
+        while position < len(body):
+            count = answer.readinto(body[position : position + step])
+            if observe is not None:
+                observe(body[position : position + count])
+            position += count
+        answer.read()  # marks the answer as read, so that the connection is kept
+        return head, body
+
+
+@contextlib.contextmanager
+def _receive_paths(server: Server, reference: str, cache_bytes: int) -> Iterator[Three]:
+    with contextlib.ExitStack() as stack:
+        own, *others = _clients(stack, server.url, server.admin_key, [1] * 3, cache_bytes)
+        for client in others:
+            way = client._transport._way
+            assert isinstance(way, Fetcher)
+            way._lane.exchange = ByLibrary(server).exchange  # type: ignore[assignment,method-assign]
+        mine, other, control = (timed(partial(client.get, reference)) for client in (own, *others))
+        yield mine, other, control
 
 
 def read_by_h11(head: bytes) -> http1.Head | None:
@@ -112,12 +155,14 @@ def _cases(server: Server, tokens: int) -> dict[str, Callable[[], contextlib.Abs
     if not tokens:
         reference, kept = f"{_TENANT}/tokens-20", 1 << 30
         return {
+            "receive path": partial(_receive_paths, server, reference, kept),
             "head parser": partial(_head_parsers, server, reference, kept),
             "event loop": partial(_event_loop, server, reference, kept),
             f"event loop, {_TOGETHER} together": partial(_event_loop, server, reference, kept, _TOGETHER),
         }
     reference = f"{_TENANT}/tokens-{tokens}@1"
     found: dict[str, Callable[[], contextlib.AbstractContextManager[Three]]] = {
+        "receive path": partial(_receive_paths, server, reference, 0),
         "head parser": partial(_head_parsers, server, reference, 0),
         "event loop": partial(_event_loop, server, reference, 0),
     }

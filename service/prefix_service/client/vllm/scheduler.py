@@ -151,7 +151,7 @@ class SchedulerHalf:
         """Puts placeholders in front of the prompt, and binds the request's blocks to the composition."""
         count = composition.num_virtual_tokens
         refuse_length(composition, request.num_prompt_tokens, self._model.max_length)
-        # A repetition penalty counts the prompt's ids, to which its first one adds none; otherwise one id shares blocks.
+        # A repetition penalty counts the prompt's ids, to which its first one adds none; other requests share id 0.
         penalised = request.sampling_params.repetition_penalty != 1
         placeholders = [request.prompt_token_ids[0] if penalised else 0] * count
         request.prompt_token_ids = placeholders + request.prompt_token_ids  # a new list: the old one is the caller's
