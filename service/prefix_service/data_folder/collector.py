@@ -104,8 +104,8 @@ def _batches(blobs: Iterable[StoredBlob]) -> Iterator[list[StoredBlob]]:
 
 
 class Housekeeping:
-    """The work of the collector's thread: removes deleted rows, frees blobs, and removes ended sessions and entries that
-    are older than `retention` allows."""
+    """The work of the collector's thread: removes deleted rows, frees blobs, and removes ended sessions, and entries
+    that are older than `retention` allows."""
 
     def __init__(self, database: Database, blobs: BlobStore, grace: float, retention: Retention) -> None:
         self._database, self._grace, self._retention = database, grace, retention

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tests.benchmarks.speed import (
     cached,
+    choices,
     client,
     cold,
     digests,
@@ -28,6 +29,7 @@ from tests.benchmarks.speed.harness import Outcome, say
 PARTS: Final[dict[str, Callable[..., Outcome]]] = {
     "wire": wire.measure,
     "client": client.measure,
+    "choices": choices.measure,
     "digests": digests.measure,
     "cached": cached.measure,
     "worker": worker.measure,

@@ -9,11 +9,13 @@ raw         one connection, a prebuilt request, `recv_into` until the fresh memo
 client      PrefixClient.get, which compares the body with its CRC-32C
 async       AsyncPrefixClient.get, which does that too
 unverified  the clients with verify_digest=False
+http.client the standard library's: a kept HTTPConnection, and `readinto` into the fresh memory; no tensor is made of it
 httpx       a reused httpx.Client().get(…).content, then safetensors.torch.load
 """
 
 import asyncio
 import contextlib
+import http.client
 import io
 import multiprocessing
 import socket
@@ -31,7 +33,7 @@ import torch
 from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.prefix.buffers import bytes_of
 from tests.benchmarks.fleet import Shape
-from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, in_turns, ratio, say
+from tests.benchmarks.speed.harness import QUIET, Chart, Outcome, Spread, against_control, in_turns, ratio, say
 from tests.benchmarks.tables import Grid
 from tests.conftest import running_server
 
@@ -90,6 +92,22 @@ def raw_loop(port: int, path: str, key: str) -> Callable[[], object]:
     return fetch
 
 
+def standard_library(connection: http.client.HTTPConnection, path: str, key: str) -> Callable[[], object]:
+    """The least that a client can do which leaves HTTP to the standard library."""
+
+    def fetch() -> object:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        memory = torch.empty(int(answer.headers["Content-Length"]), dtype=torch.uint8)
+        view, position = bytes_of(memory), 0
+        while position < len(view):
+            position += answer.readinto(view[position:])
+        answer.read()  # marks the answer as read, so that the connection is kept
+        return memory
+
+    return fetch
+
+
 @contextlib.contextmanager
 def bare_server(answer: bytes) -> Iterator[int]:
     """A server that gives one answer to everything; its port."""
@@ -131,7 +149,8 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
         PrefixClient(url, key, cache_bytes=0) as client,
         PrefixClient(url, key, cache_bytes=0, verify_digest=False) as trusting,
         asyncio.Runner() as runner,
-        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as by_httpx,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as by_library,
     ):
         later = AsyncPrefixClient(url, key, cache_bytes=0)
         later_trusting = AsyncPrefixClient(url, key, cache_bytes=0, verify_digest=False)
@@ -141,7 +160,8 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
             "async": timed_async(runner, lambda: later.get(reference)),
             "client, unverified": timed(lambda: trusting.get(reference)),
             "async, unverified": timed_async(runner, lambda: later_trusting.get(reference)),
-            "httpx": timed(lambda: safetensors.torch.load(http.get(path).content)),
+            "http.client": timed(standard_library(by_library, path, key)),
+            "httpx": timed(lambda: safetensors.torch.load(by_httpx.get(path).content)),
         }
         for fetch in found.values():
             fetch()
@@ -151,23 +171,13 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
 
 
 def cost_of_the_digest(url: str, key: str, reference: str, rounds: int) -> list[str]:
-    """Returns the time of a fetch with the digest ÷ without it, and, as a control, without ÷ without.
-
-    Three clients take turns in an order that alternates, so that none always follows the same other one.
-    """
-    options: dict[str, bool | None] = {"with": None, "without": False, "control": False}
+    """Returns the time of a fetch with the digest ÷ without it, and, as a control, without ÷ without."""
     with contextlib.ExitStack() as stack:
-        fetches: dict[str, Fetch] = {}
-        for name, verify in options.items():
+        fetches = []
+        for verify in (None, False, False):
             client = stack.enter_context(PrefixClient(url, key, cache_bytes=0, verify_digest=verify))
-            fetches[name] = timed(partial(client.get, reference))
-        found: dict[str, list[float]] = {name: [] for name in fetches}
-        for number in range(-2, rounds):
-            for name in list(fetches)[:: 1 if number % 2 else -1]:
-                seconds = fetches[name]()
-                if number >= 0:
-                    found[name].append(seconds)
-    return [str(ratio(found[name], found["without"])) for name in ("with", "control")]
+            fetches.append(timed(partial(client.get, reference)))
+        return list(map(str, against_control(*fetches, rounds)))
 
 
 def compared(rows: list[list[str]], title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> dict[str, float]:

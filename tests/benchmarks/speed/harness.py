@@ -53,6 +53,23 @@ def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int, warm_up: int
     return found
 
 
+def against_control(
+    mine: Callable[[], float], other: Callable[[], float], control: Callable[[], float], rounds: int
+) -> tuple[Spread, Spread]:
+    """Returns the ratios of paired rounds of `mine` to `other`, and of `control`, which does what `other` does, to it.
+
+    Every other round runs backwards, so that none always follows the same other one. How far the second ratio is from
+    1 is what this machine can tell apart.
+    """
+    found: dict[Callable[[], float], list[float]] = {mine: [], other: [], control: []}
+    for number in range(-2, rounds):
+        for case in list(found)[:: 1 if number % 2 else -1]:
+            value = case()
+            if number >= 0:
+                found[case].append(value)
+    return ratio(found[mine], found[other]), ratio(found[control], found[other])
+
+
 def ratio(values: list[float], to: list[float]) -> Spread:
     """Returns the ratio of paired rounds."""
     return Spread.of([one / other for one, other in zip(values, to, strict=True)])

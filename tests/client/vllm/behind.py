@@ -40,28 +40,28 @@ class Models:
         self.resolvable: set[str] = set()  # LoRAs that a resolver finds
 
     def is_base_model(self, model_name: str) -> bool:
-        """Returns whether a name is the base model's, as vLLM does."""
+        """Returns whether vLLM serves a base model of that name."""
         return any(model.name == model_name for model in self.base_model_paths)
 
     def model_name(self, lora_request: Any = None) -> str:
-        """Returns the name of the LoRA or the base model, as vLLM does."""
+        """Returns the name of a LoRA, or of the base model."""
         name: str = self.base_model_paths[0].name if lora_request is None else lora_request.lora_name
         return name
 
     async def resolve_lora(self, lora_name: str) -> None:
-        """Loads a LoRA that a resolver finds, as vLLM does."""
+        """Loads the LoRA that a resolver finds, as vLLM does."""
         if lora_name in self.resolvable:
             self.lora_requests[lora_name] = SimpleNamespace(lora_name=lora_name)
 
     async def show_available_models(self) -> Any:
-        """Returns the list of models, as vLLM does."""
+        """Returns the served models in the form of vLLM's answer."""
         cards = [{"id": one.name, "parent": None} for one in self.base_model_paths]
         cards += [{"id": name, "parent": "base"} for name in self.lora_requests]
         return SimpleNamespace(model_dump=lambda: {"object": "list", "data": cards})
 
 
 class Behind:
-    """An application that answers with the request that it got, and has vLLM's state."""
+    """An application with the state of vLLM's, which answers with the request that it received."""
 
     def __init__(self, url: str, model: dict[str, Any], *, transfers: bool = True) -> None:
         self.url, self.key = url, os.environ["PREFIX_API_KEY"]
@@ -91,7 +91,7 @@ class Behind:
         self.reached.append(sampling_params)
 
     def serve_models(self) -> None:
-        """Adds a table of served models, and answers with it as vLLM's routes do."""
+        """Gives the application a table of served models, by which it answers as vLLM's routes do."""
         self.state.openai_serving_models = self.models
         self.routes.append("/v1/models")
 
@@ -126,7 +126,7 @@ class Behind:
         )
 
     def post(self, content: Any, path: str = "/v1/completions", **headers: str) -> httpx.Response:
-        """Returns the application's answer, in a life of its own."""
+        """Starts the application, posts a request, and returns the answer."""
         app = Starlette(routes=[Route(one, self._echo, methods=["GET", "POST"]) for one in self.routes])
         app.state = State(vars(self.state))
         for middleware in (*self.middlewares, PrefixMiddleware):  # the last is the outermost

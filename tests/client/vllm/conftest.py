@@ -10,7 +10,7 @@ from tests.conftest import Publish, Server
 
 @pytest.fixture
 def behind(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    """Returns an application behind the middleware, with an adapter that fits."""
+    """An application behind the middleware, and an adapter that fits its model."""
     publish("vllm", "fits", GPT2)
     monkeypatch.setenv("PREFIX_API_KEY", server.admin_key)
     with PrefixClient(server.url, server.admin_key) as client:

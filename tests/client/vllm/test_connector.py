@@ -37,7 +37,7 @@ GPT2_MODEL = Model(num_layers=4, num_kv_heads=4, head_dim=8, dtype="float32", ma
 
 
 def test_without_vllm_the_connector_says_what_to_install() -> None:
-    """The package can be imported without vLLM, and the connector's name raises what to install."""
+    """The package can be imported without vLLM; a name that it does not have is an AttributeError."""
     hidden = "import sys; sys.modules['vllm'] = None; from prefix_service.client.vllm import PrefixConnector"
     done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True, text=True)
     assert (
@@ -73,7 +73,7 @@ def test_a_wrong_configuration_is_refused_with_words(given_: dict[str, Any], wor
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key's file goes first, and a missing file is an error."""
+    """`api_key_file` goes before the environment; a file that cannot be read is an error."""
     file = tmp_path / "key"
     file.write_text("from-file\n")
     monkeypatch.setenv("OTHER", "from-environment")
@@ -105,7 +105,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz_-0"
 
 @given(st.lists(st.tuples(st.integers(0, 14), st.sampled_from(["", *_LETTERS]), st.booleans()), max_size=2))
 def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[tuple[int, str, bool]]) -> None:
-    """A misspelt parameter is refused wherever a caller may write it."""
+    """A misspelt parameter is refused at the top, among other parameters, and in `kv_transfer_params`."""
     key = "prefix_adapter"
     for place, letter, insert in edits:
         key = key[:place] + letter + key[place if insert else place + 1 :]
@@ -118,7 +118,7 @@ def test_what_is_within_two_edits_of_the_parameter_is_never_ignored(edits: list[
 
 
 def test_several_adapters_are_a_list_in_their_order() -> None:
-    """Adapters are one text or a list of 1 to 32 well-formed references, in order, repeated or not."""
+    """Adapters are a text, or a list of 1 to 32 references, also of the same one; anything else is refused."""
     assert adapters_of({"prefix_adapter": ["acme/a"]}) == adapters_of({"prefix_adapter": "acme/a"})
     assert adapters_of({"prefix_adapter": ["acme/b@2", "beta/a", "acme/b@2"]}) == ("acme/b@2", "beta/a", "acme/b@2")
     assert len(adapters_of({"prefix_adapter": ["acme/a"] * 32})) == 32
@@ -130,7 +130,7 @@ def test_several_adapters_are_a_list_in_their_order() -> None:
 
 
 def test_a_field_that_is_null_names_nothing() -> None:
-    """A null names no adapter wherever it is, because clients send null for what they leave out."""
+    """Clients send null for a field that they leave out, at any depth."""
     nulls = {"prefix_adapter": None, "adapter": None, "kvTransferParams": None}
     fields = {**nulls, "extra_body": nulls, "kv_transfer_params": {"prefix_adapter": "acme/a", "hint": None}}
     assert adapters_asked(fields) == ("acme/a",)
@@ -140,7 +140,7 @@ def test_a_field_that_is_null_names_nothing() -> None:
 @pytest.mark.parametrize("name", ["extra_body", "vllm_xargs", "extra_args", "sampling_params"])
 @pytest.mark.parametrize("named", [{"adapter": "acme/a"}, {"kv_transfer_params": {"prefix_adapter": "acme/a"}}])
 def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str, named: dict[str, Any]) -> None:
-    """An adapter in a list, or in parameters encoded twice, is refused; text that is no JSON is no parameter."""
+    """Parameters are found in lists and in JSON inside of a text; a text that is not JSON has no parameters."""
     for value in ([{}, named], json.dumps(named), json.dumps([named])):
         with pytest.raises(InvalidRequest, match=rf"'{name}\.[a-z_]+', which vLLM would ignore"):
             adapters_asked({name: value})
@@ -150,7 +150,7 @@ def test_an_adapter_in_a_list_or_a_text_of_parameters_is_never_ignored(name: str
 
 
 def test_keys_are_compared_up_to_a_limit() -> None:
-    """Other keys pass in any number, and keys that must be compared letter by letter up to a limit."""
+    """Unlike keys are never too many; keys that must be compared letter by letter are refused above a limit."""
     others = {f"{number:013}": 1 for number in range(100_000)}
     alike = {f"ixad{number:09}": 1 for number in range(1000)}
     assert adapters_asked({**others, "inner": alike, **alike}) == ()
@@ -159,7 +159,7 @@ def test_keys_are_compared_up_to_a_limit() -> None:
 
 
 def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
-    """Schemas and metadata can use the word."""
+    """Schemas and metadata may have keys that look like the parameter."""
     data = {"prefix_adapter": 1, "adapter": 2}
     fields = {
         "ec_transfer_params": {},
@@ -174,14 +174,14 @@ def test_fields_of_vllm_and_data_of_the_callers_own_are_no_adapter() -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda one: st.lists(one)))
 def test_whatever_a_request_sends_is_a_reference_or_an_error_of_ours(sent: Any) -> None:
-    """Only our errors are raised: another exception in vLLM's scheduler would end the engine for everybody."""
+    """Any other exception in vLLM's scheduler would end the engine for all requests."""
     for params in (sent, {"prefix_adapter": sent}):
         with suppress(InvalidReference, InvalidRequest):
             adapters_of(params)
 
 
 def test_extra_parameters_of_an_engines_request_are_an_object() -> None:
-    """Extra parameters that are no object raise our error, because another one would end the engine."""
+    """Both of generating and of pooling requests; any other exception would end the engine."""
     for extra in (None, {}, {"a": 1}):
         generating = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), pooling_params=None)
         pooling = SimpleNamespace(sampling_params=None, pooling_params=SimpleNamespace(extra_kwargs=extra))
@@ -215,14 +215,14 @@ _PLAIN = {
     ],
 )
 def test_what_vllm_cannot_do_behind_a_prefix_is_refused(change: dict[str, Any], words: str) -> None:
-    """Each option that vLLM cannot serve after a prefix is refused with its name."""
+    """Each such option of a request is refused, and the error names it."""
     refuse_unservable(SimpleNamespace(**_PLAIN))
     with pytest.raises(InvalidRequest, match=words):
         refuse_unservable(SimpleNamespace(**{**_PLAIN, **change}))
 
 
 class FullAttentionSpec:
-    """A class with the name of vLLM's."""
+    """A class with the name of vLLM's, by which it is recognised."""
 
     def __init__(self, sliding_window: int | None = None) -> None:
         self.sliding_window = sliding_window
@@ -252,7 +252,7 @@ def _engine(**change: Any) -> tuple[Any, Any]:
     ],
 )
 def test_an_engine_in_which_prefixes_would_be_wrong_does_not_start(change: dict[str, Any], words: str) -> None:
-    """The error says why an engine's configuration would make prefixes wrong."""
+    """Each such configuration is refused, and the error has the reason."""
     refuse_model(*_engine())
     refuse_model(*_engine(draft=SimpleNamespace(method="ngram")))
     with pytest.raises(InvalidRequest, match=words):
@@ -280,7 +280,7 @@ _RECOMPUTE = {"kv_load_failure_policy": "recompute"}
     ],
 )
 def test_partners_with_which_an_adapter_could_be_lost_are_refused(transfer: Any, words: str) -> None:
-    """The error says why partners are refused; others are accepted before and after the connector."""
+    """Such a MultiConnector is refused with the reason; other partners are accepted, before and after ours."""
     refuse_partners(_multi(_PREFIXES, _OTHER))
     refuse_partners(_multi(_OTHER, _PREFIXES, _OTHER))
     with pytest.raises(InvalidRequest, match=words):
@@ -288,7 +288,7 @@ def test_partners_with_which_an_adapter_could_be_lost_are_refused(transfer: Any,
 
 
 def test_the_engines_configuration_is_found_among_partners() -> None:
-    """The connector's configuration is found alone and among partners, or is missing."""
+    """The configuration is found if PrefixConnector is alone, or one of several; without it there is an error."""
     alone = SimpleNamespace(kv_connector_extra_config={"url": "http://x"})
     assert ConnectorConfig.of_engine(alone) == ConnectorConfig.of_engine(_multi(_OTHER, _PREFIXES))
     for none in (None, _multi(_OTHER), SimpleNamespace(kv_connector_extra_config={})):
@@ -311,7 +311,7 @@ _COMPOSITIONS = st.builds(Composition, st.lists(_VERSIONS, min_size=1, max_size=
 
 @given(st.lists(st.tuples(_COMPOSITIONS, st.none() | st.text(max_size=3)), unique=True, max_size=8))
 def test_salts_differ_where_anything_differs(named: list[tuple[Composition, str | None]]) -> None:
-    """Salts are stable within a process, and differ for anything else and in another process."""
+    """Salts are stable within a process, and differ between processes."""
     salts = Salts()
     made = [salts.of(*one) for one in named]
     assert len(set(made)) == len(named)
@@ -320,7 +320,7 @@ def test_salts_differ_where_anything_differs(named: list[tuple[Composition, str 
 
 
 def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) -> None:
-    """A fitting adapter, no adapter, other JSON, no JSON and no body pass unchanged."""
+    """A request is unchanged if its adapter fits, or it names none, or its body is other JSON, no JSON, or empty."""
     adapter = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}, "prompt": "ü"}
     for content in (json.dumps(adapter), '{"prompt": "\\u00fc"}', '["prefix_adapter"]', "{prefix_adapter", "", None):
         answer = behind.post(content)
@@ -346,7 +346,7 @@ def test_the_middleware_lets_through_what_is_right_as_it_came(behind: Behind) ->
 def test_the_middleware_tells_what_is_wrong(
     behind: Behind, params: Any, more: dict[str, Any], status: int, words: str
 ) -> None:
-    """The error has the form of vLLM's own errors."""
+    """The answer has the form of vLLM's own errors."""
     answer = behind.post(json.dumps({"kv_transfer_params": params, **more}))
     told = answer.json()["error"]
     assert (answer.status_code, told["code"], told["param"]) == (status, status, "kv_transfer_params.prefix_adapter")
@@ -356,7 +356,7 @@ def test_the_middleware_tells_what_is_wrong(
 def test_the_middleware_tells_of_a_wrong_model_a_wrong_engine_and_a_service_that_is_away(
     behind: Behind, server: Server
 ) -> None:
-    """What caller or operator must change is a 400, and what passes by itself a 503."""
+    """400 if the caller or the operator must change something, 503 if the fault may pass by itself."""
     content = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
     other = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2}
     for app, status, words in (
@@ -370,7 +370,7 @@ def test_the_middleware_tells_of_a_wrong_model_a_wrong_engine_and_a_service_that
 
 
 def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
-    """An adapter is refused in a query, a header, a form, on other routes, and in ambiguous or endless bodies."""
+    """It is refused in the query, a header or a form, on other routes, and in an ambiguous or too deep body."""
     body = json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}})
     boundary = "multipart/form-data; boundary=x"
     some = '--x\r\nContent-Disposition: form-data; name="{}"\r\n\r\n1\r\n'
@@ -383,7 +383,7 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
         ("'form.kv_transfer_params'", behind.post(part.format("kv_transfer_params"), content_type=boundary)),
         ("'form.prefix-adapter'", behind.post("a=1&prefix-adapter=vllm/fits", content_type=urlencoded)),
         ("/tokenize takes no adapter", behind.post(body, "/tokenize")),
-        ("'body.kv_transfer_params' stands there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
+        ("'body.kv_transfer_params' is there twice", behind.post(body[:-1] + ', "kv_transfer_params": {}}')),
         ("nested too deeply", behind.post("[" * 100_000)),
         ("'form.prefix_adapter'", behind.post(many + part.format("prefix_adapter"), content_type=boundary)),
         ("more than 2000 parts", behind.post(many + some + part, content_type=boundary)),
@@ -400,7 +400,7 @@ def test_an_adapter_outside_of_a_json_body_is_refused(behind: Behind) -> None:
     "piece", [b"form-data;", b"--x\r\nContent-Disposition:", b"content-disposition: name=\r\n", b"%41"]
 )
 def test_a_hostile_form_costs_no_more_than_its_length(content_type: str, piece: bytes) -> None:
-    """A form of 200 KB is read in linear time: a search from the start at each piece would take a minute."""
+    """A form of 200 KB is read quickly; a search that began again at each piece would take a minute."""
     began = time.process_time()
     with suppress(InvalidRequest):
         bodies.fields_of({"headers": [(b"content-type", content_type.encode())]}, piece * (200_000 // len(piece)))
@@ -408,7 +408,7 @@ def test_a_hostile_form_costs_no_more_than_its_length(content_type: str, piece: 
 
 
 def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body beyond the limit is a 413."""
+    """A larger body gets 413 before the rest of it has arrived."""
     monkeypatch.setattr(bodies, "MAX_BODY", 100)
     assert behind.post(" " * 100).status_code == 200
     answer = behind.post(" " * 101)
@@ -416,7 +416,7 @@ def test_a_body_is_read_up_to_a_limit(behind: Behind, monkeypatch: pytest.Monkey
 
 
 def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
-    """A server without an engine, as `vllm launch render`, refuses adapters and serves plain requests."""
+    """On a server such as `vllm launch render` only requests without an adapter pass."""
     del behind.state.engine_client
     assert behind.post('{"prompt": "Why?"}').status_code == 200
     answer = behind.post('{"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}')
@@ -424,7 +424,7 @@ def test_a_server_without_an_engine_takes_no_adapter(behind: Behind) -> None:
 
 
 async def test_a_client_that_leaves_within_its_body_reaches_nobody(behind: Behind) -> None:
-    """A half of a body never reaches the application."""
+    """The application never gets half of a body."""
     arriving = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
     async def receive() -> Any:
@@ -440,7 +440,7 @@ async def test_a_client_that_leaves_within_its_body_reaches_nobody(behind: Behin
 
 
 class Refusing:
-    """An authentication between vLLM's routes and what `--middleware` names, as vLLM has it."""
+    """An authentication between the routes and the class that `--middleware` names, where vLLM's is."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -453,7 +453,7 @@ class Refusing:
 
 
 def test_only_who_is_let_through_learns_of_an_adapter(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers that are not let through get the authentication's answer, whatever and however much they send."""
+    """A caller without a key gets the authentication's answer to any request of any size."""
     monkeypatch.setattr(bodies, "MAX_BODY", 100)
     behind.middlewares = [Refusing]
     for adapter, status in (("vllm/fits", 200), ("vllm/none", 404), ("none", 400), (" " * 100, 413)):
@@ -465,14 +465,14 @@ def test_only_who_is_let_through_learns_of_an_adapter(behind: Behind, monkeypatc
 
 
 def test_what_is_posted_to_no_route_is_not_read(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body is read only where vLLM would read it, because vLLM leaves most paths open to callers without a key."""
+    """vLLM leaves most paths open to callers without a key, so a body is only read where vLLM would read it."""
     monkeypatch.setattr(bodies, "MAX_BODY", 0)
     assert behind.post("{}", "/nowhere").status_code == 404
     assert behind.post("{}", "/tokenize").status_code == 413
 
 
 def test_the_engine_gets_the_adapter_that_was_asked_for_whatever_a_route_does(behind: Behind) -> None:
-    """The engine gets the adapter even if a route lost it, and none if a route changed it."""
+    """The engine gets it in any task, if a route lost it, and with a partner's parameters; a changed one is refused."""
     adapter: dict[str, Any] = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
     partners: list[dict[str, Any]] = [{"kv_transfer_params": {"hint": 1}}, {"other": 2, "kv_transfer_params": None}]
     for behind.handed in (adapter, {}, *partners):
@@ -494,7 +494,7 @@ def test_the_engine_gets_the_adapter_that_was_asked_for_whatever_a_route_does(be
 def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engine(
     behind: Behind, option: str, value: Any
 ) -> None:
-    """Such an option is a ValueError, of which vLLM makes a 400, and not a 500; plain requests can have it."""
+    """The call raises ValueError, which vLLM answers with 400; requests without an adapter may have the option."""
     behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
     behind.sampling[option] = value
     with pytest.raises(ValueError, match=f"a request with prefix_adapter cannot have {option}"):
@@ -504,7 +504,7 @@ def test_an_option_that_a_route_adds_and_no_prefix_allows_never_reaches_the_engi
 
 
 def test_a_prompt_that_leaves_no_room_behind_its_prefix_never_reaches_the_engine(behind: Behind) -> None:
-    """The error has the numbers, and the longest prompt that leaves room for a token is accepted."""
+    """The error has the numbers; a prompt that leaves room for one token reaches the engine."""
     behind.handed = {"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}
     with PrefixClient(behind.url, behind.key) as client:
         room = 128 - client.get("vllm/fits").num_virtual_tokens
@@ -519,7 +519,7 @@ def test_a_prompt_that_leaves_no_room_behind_its_prefix_never_reaches_the_engine
 async def test_a_client_that_leaves_while_the_service_is_asked_takes_its_question_back(
     behind: Behind, server: Server
 ) -> None:
-    """The middleware closes its connection to the service, and the application is not called."""
+    """The question's connection ends, and the application is not called."""
     leaves, body = asyncio.Event(), json.dumps({"kv_transfer_params": {"prefix_adapter": "vllm/fits"}}).encode()
     messages: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -548,7 +548,7 @@ async def test_a_client_that_leaves_while_the_service_is_asked_takes_its_questio
 
 
 async def test_the_reason_of_a_failure_in_the_engine_is_raised_where_its_outputs_are_read() -> None:
-    """The reason travels with the trace context, and other outputs pass unchanged."""
+    """The trace context carries the reason, and stays; outputs without a reason are unchanged."""
     request = SimpleNamespace(trace_headers={"traceparent": "00-1-2-01"})
     failures.attach(request, InvalidRequest("too long"))
     failed = SimpleNamespace(trace_headers=request.trace_headers, kv_transfer_params=None)

@@ -32,7 +32,7 @@ GPT2_MODEL = Model(num_layers=4, num_kv_heads=4, head_dim=8, dtype="float32", ma
 
 @pytest.fixture
 def vllm(behind: Behind, publish: Publish) -> Behind:
-    """Returns vLLM's server, whose callers may name the adapters of two tenants."""
+    """vLLM's server, on which requests may name the adapters of two tenants."""
     publish("other", "hidden", GPT2)
     behind.serve_models()
     behind.extra["adapters"] = ["vllm/*", "more/a?c*"]
@@ -40,12 +40,12 @@ def vllm(behind: Behind, publish: Publish) -> Behind:
 
 
 def ask(vllm: Behind, path: str = "/v1/completions", headers: Any = None, **fields: Any) -> Any:
-    """Posts a request."""
+    """Posts a request; returns the answer."""
     return vllm.post(json.dumps(fields), path, **(headers or {}))
 
 
 def reached(vllm: Behind) -> str | None:
-    """Returns the adapter of the engine's last call, or None."""
+    """Returns the adapter of the engine's last call; None if it had none."""
     extra = vllm.reached[-1].extra_args or {}
     reference: str | None = extra.get("kv_transfer_params", {}).get("prefix_adapter")
     return reference
@@ -54,7 +54,7 @@ def reached(vllm: Behind) -> str | None:
 @pytest.mark.parametrize("name", ["vllm/fits", "vllm/fits@1", "vllm/fits@latest"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_adapter_is_a_model(vllm: Behind, name: str, stream: bool) -> None:
-    """The engine gets the version by digest; the answer has the requested name, the version and the digest."""
+    """The engine gets the version by its digest; the answer has the requested name, the version and the digest."""
     answer = ask(vllm, model=name, prompt="Why?", stream=stream)
     assert answer.status_code == 200
     digest = answer.headers["prefix-digest"]
@@ -69,7 +69,7 @@ def test_an_adapter_is_a_model(vllm: Behind, name: str, stream: bool) -> None:
 
 
 def test_names_that_vllm_serves_come_first(vllm: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A served model, a loaded LoRA and one that a resolver finds precede an adapter; no name means the base."""
+    """Served models go first, then loaded LoRAs, LoRAs of resolvers, and adapters; no name means the base model."""
     vllm.models.base_model_paths[1].name = "vllm/fits"
     cases: list[tuple[dict[str, Any], str]]
     cases = [({"model": "vllm/fits"}, "base"), ({"model": "org/lora"}, "org/lora"), ({}, "base")]
@@ -86,7 +86,7 @@ def test_names_that_vllm_serves_come_first(vllm: Behind, monkeypatch: pytest.Mon
 
 
 def reached_by(vllm: Behind, **fields: Any) -> str | None:
-    """Returns the adapter that the engine gets for a request that is answered."""
+    """Posts a request that must succeed; returns the adapter that the engine got."""
     assert ask(vllm, **fields).status_code == 200
     return reached(vllm)
 
@@ -95,7 +95,7 @@ def reached_by(vllm: Behind, **fields: Any) -> str | None:
     "name", ["vllm/none", "vllm/fits@7", "vllm/fits@nope", "other/hidden", "none/none", "nosuch", "Org/Model", "a/b/c"]
 )
 def test_what_is_not_allowed_is_the_same_404_as_what_is_missing(vllm: Behind, name: str) -> None:
-    """On each route a forbidden adapter gets vLLM's own 404, as a missing one."""
+    """Every route answers with vLLM's own 404, so a caller cannot tell the two apart."""
     for path in ("/v1/completions", "/tokenize"):
         answer = ask(vllm, path, model=name)
         assert (answer.status_code, answer.json()["error"]["message"]) == (404, f"The model `{name}` does not exist.")
@@ -103,7 +103,7 @@ def test_what_is_not_allowed_is_the_same_404_as_what_is_missing(vllm: Behind, na
 
 
 def test_patterns_hold_wherever_an_adapter_is_named(vllm: Behind) -> None:
-    """Patterns hold for `kv_transfer_params` and the header too, with the words for a missing adapter."""
+    """They hold in `kv_transfer_params` and the header too, where the answer is that of a missing adapter."""
     cases: list[tuple[dict[str, Any], Any]] = [
         ({"kv_transfer_params": {"prefix_adapter": "other/hidden"}}, {}),
         ({}, {"x_prefix_adapter": "other/hidden"}),
@@ -116,7 +116,7 @@ def test_patterns_hold_wherever_an_adapter_is_named(vllm: Behind) -> None:
 
 
 def test_a_key_of_the_platform_without_patterns_has_no_models(vllm: Behind) -> None:
-    """No adapter is listed or a model then, but `prefix_adapter` and the header can name one."""
+    """No adapter is listed, or accepted as a model; `prefix_adapter` and the header still name one."""
     vllm.extra.pop("adapters")
     assert ask(vllm, model="vllm/fits").status_code == 404
     assert [card["id"] for card in listed(vllm)["data"]] == ["base", "org/base", "org/lora"]
@@ -126,7 +126,7 @@ def test_a_key_of_the_platform_without_patterns_has_no_models(vllm: Behind) -> N
 
 
 def test_a_header_names_an_adapter(vllm: Behind) -> None:
-    """The header names an adapter for any served model, whose name the answer keeps; a malformed one is a 400."""
+    """The header goes with any served model, whose name the answer keeps; a malformed reference is 400."""
     answer = ask(vllm, headers={"x_prefix_adapter": "vllm/fits"}, model="org/base")
     assert (answer.json()["model"], answer.headers["prefix-version"]) == ("base", "1")
     assert reached(vllm) == f"vllm/fits@{answer.headers['prefix-digest']}"
@@ -136,7 +136,7 @@ def test_a_header_names_an_adapter(vllm: Behind) -> None:
 
 
 def test_a_request_names_one_adapter(vllm: Behind) -> None:
-    """A request can name an adapter in several places if it is the same."""
+    """Several fields may name an adapter if all name the same one."""
     named: dict[str, Any] = {"kv_transfer_params": {"prefix_adapter": "vllm/fits@1"}}
     header = {"x_prefix_adapter": "vllm/fits@1"}
     assert ask(vllm, headers=header, model="vllm/fits@1", **named).json()["model"] == "vllm/fits@1"
@@ -148,7 +148,7 @@ def test_a_request_names_one_adapter(vllm: Behind) -> None:
 
 
 def test_a_request_may_name_several_adapters(vllm: Behind, publish: Publish) -> None:
-    """The engine gets the version of each, in order, and headers and parameters of the answer have all."""
+    """The engine gets each version in order, the answer has all in its headers and parameters, and patterns hold."""
     publish("more", "abc", GPT2)
     named = ["more/abc", "vllm/fits@1", "vllm/fits"]
     answer = ask(vllm, kv_transfer_params={"prefix_adapter": named})
@@ -173,7 +173,7 @@ def test_a_request_may_name_several_adapters(vllm: Behind, publish: Publish) -> 
 
 
 def test_the_default_adapter_is_that_of_requests_that_name_none(vllm: Behind) -> None:
-    """It does not serve LoRAs or routes without adapters; if it cannot be used, the answer is a 503."""
+    """It is not used for a LoRA, or on a route without adapters; a default that cannot be used is 503."""
     vllm.extra |= {"default_adapter": "other/hidden@1", "adapters": ["vllm/*"]}
     assert (reached_by(vllm) or "").startswith("other/hidden@sha256:")
     assert (reached_by(vllm, model="org/base", kv_transfer_params={}) or "").startswith("other/hidden@sha256:")
@@ -186,7 +186,7 @@ def test_the_default_adapter_is_that_of_requests_that_name_none(vllm: Behind) ->
 
 
 def test_the_default_adapter_holds_without_the_middleware() -> None:
-    """In `LLM()` too, a request that generates and has no LoRA gets the default adapter."""
+    """The scheduler uses it for each request that generates and has no LoRA, also in `LLM()`."""
     config = ConnectorConfig.of({"url": "http://x", "default_adapter": "acme/a"})
     half: Any = SchedulerHalf.__new__(SchedulerHalf)
     half._config = config
@@ -198,7 +198,7 @@ def test_the_default_adapter_holds_without_the_middleware() -> None:
 
 
 def test_what_cannot_be_had_with_an_adapter_cannot_be_had_with_one_as_a_model(vllm: Behind, server: Server) -> None:
-    """A route, an option or a base model that does not fit is a 400 with the reason and the field."""
+    """Other routes, options and base models get 400 with the reason, and with `model` as the field."""
     other = Behind(server.url, {"num_layers": 2, "num_kv_heads": 2, "head_dim": 2})
     other.serve_models()
     other.extra["adapters"] = ["vllm/*"]
@@ -213,7 +213,7 @@ def test_what_cannot_be_had_with_an_adapter_cannot_be_had_with_one_as_a_model(vl
 
 
 def test_without_a_connector_names_are_vllms_alone(vllm: Behind) -> None:
-    """Without a connector neither vLLM's models nor its 404 change."""
+    """Without a connector neither the list of models nor the 404 changes."""
     vllm.state.engine_client.vllm_config.kv_transfer_config = None
     assert ask(vllm, model="vllm/fits").status_code == 404
     assert ask(vllm, model="base").json()["model"] == "base"
@@ -221,7 +221,7 @@ def test_without_a_connector_names_are_vllms_alone(vllm: Behind) -> None:
 
 
 def listed(vllm: Behind, query: str = "") -> Any:
-    """Returns the answer to `GET /v1/models`."""
+    """Returns the JSON of `GET /v1/models`."""
     answer = vllm.post(None, f"/v1/models{query}")
     assert answer.status_code == 200, answer.text
     return answer.json()
@@ -230,7 +230,7 @@ def listed(vllm: Behind, query: str = "") -> Any:
 def test_models_are_vllms_and_the_adapters_that_are_allowed_and_fit(
     vllm: Behind, publish: Publish, server: Server
 ) -> None:
-    """Adapters are listed as vLLM's own cards, with the base model as parent."""
+    """Adapters have cards of vLLM's form, with the base model as parent."""
     for name in ("abc", "axcd", "ab", "b"):
         publish("more", name, GPT2)
     told = listed(vllm)
@@ -255,7 +255,7 @@ def test_models_are_vllms_and_the_adapters_that_are_allowed_and_fit(
 
 
 def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list, by which routers see that vLLM lives, still has vLLM's models; an adapter's card is a 503."""
+    """Routers read the list to see whether vLLM lives, so it is answered; an adapter's card is 503."""
     monkeypatch.setattr(catalogue, "_PATIENCE", 0.2)
     vllm.extra["url"] = "http://127.0.0.1:9"
     assert [card["id"] for card in listed(vllm)["data"]] == ["base", "org/base", "org/lora"]
@@ -265,17 +265,17 @@ def test_while_the_service_is_away_vllms_own_models_are_listed(vllm: Behind, mon
 
 
 class Listed:
-    """A source with the listings of a service: its tenants, and so many adapters of each."""
+    """A source that lists tenants, and as many adapters of each as `counts` says."""
 
     def __init__(self, own: str | None, **counts: int) -> None:
         self.own, self.counts, self.asked, self.away = own, counts, 0, False
 
     async def tenant(self) -> str | None:
-        """Returns the key's tenant."""
+        """Returns the tenant of the key."""
         return self.own
 
     async def tenants(self) -> list[dict[str, Any]]:
-        """Returns every tenant, as the service lists it."""
+        """Returns every tenant, as the service lists them."""
         self._ask()
         return [{"tenant": name, "adapters": count} for name, count in self.counts.items()]
 
@@ -309,7 +309,7 @@ def of(source: Listed, adapters: list[str] | None) -> Catalogue:
 
 
 async def test_five_thousand_adapters_are_listed_and_paged() -> None:
-    """All fitting adapters are in one answer, which the OpenAI SDK reads, and in pages; one in ten does not fit."""
+    """One answer has all, as the OpenAI SDK reads it, and so have pages; one adapter in ten is for another model."""
     source = Listed("acme", acme=5000, other=3)
     made = of(source, None)
     cards = await made.cards()
@@ -334,7 +334,7 @@ async def test_five_thousand_adapters_are_listed_and_paged() -> None:
 
 @pytest.mark.parametrize("limit", ["0", "-1", "10001", "ten", "", "1e3", "\u0663"])
 def test_a_page_has_a_limit_of_one_to_ten_thousand(limit: str) -> None:
-    """Any other limit raises."""
+    """Any other limit is refused."""
     if limit:
         with pytest.raises(InvalidRequest, match="limit must be a number from 1 to 10000"):
             page_of([], [], f"limit={limit}")
@@ -359,13 +359,13 @@ def test_a_page_has_a_limit_of_one_to_ten_thousand(limit: str) -> None:
 async def test_the_key_and_the_patterns_say_whose_adapters_are_listed(
     own: str | None, adapters: list[str] | None, listed: list[str]
 ) -> None:
-    """A tenant's key lists its own, and the platform's what a pattern names, or nothing."""
+    """A tenant's key lists its own adapters, a platform's key those of the patterns, and none without patterns."""
     cards = await of(Listed(own, acme=3, other=3), adapters).cards()
     assert [card["id"] for card in cards] == listed
 
 
 async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last list is used, and the service is asked again later, whatever it sends."""
+    """An error, or an answer that cannot be read, leaves the last list, and the service is asked again later."""
     monkeypatch.setattr(catalogue, "_FRESH", 0.0)
     monkeypatch.setattr(catalogue, "_TIMES_READ", 0)
     source = Listed("acme", acme=2)
@@ -381,13 +381,13 @@ async def test_while_the_service_does_not_answer_the_last_list_stands(monkeypatc
 
 
 async def test_as_many_adapters_are_listed_as_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The list ends at its bound."""
+    """Adapters above the limit are not listed."""
     monkeypatch.setattr(catalogue, "_MOST_KEPT", 3)
     assert len(await of(Listed("acme", acme=9), None).cards()) == 3
 
 
 async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
-    """Closing does not wait for the answer of a service that hangs."""
+    """Closing does not wait for a service that hangs."""
 
     class Hanging(Listed):
         async def list_page(self, *_asked: Any) -> Any:
@@ -404,7 +404,7 @@ async def test_a_list_that_is_being_read_is_given_up_at_the_end() -> None:
     "page", [{"items": [{}] * 3, "next": None}, {"items": [], "next": "same"}, {"items": [], "next": 7}]
 )
 def test_a_page_of_adapters_that_cannot_be_is_an_error(page: dict[str, Any]) -> None:
-    """More items than requested, or a wrong next page, raise InvalidResponse."""
+    """Refused are more items than requested, and a cursor that is the current one, or no text."""
     flow = listing.adapters_page("acme", "same", 2)
     request: Any = next(flow)
     assert request.params == {"limit": "2", "cursor": "same"}
@@ -413,7 +413,7 @@ def test_a_page_of_adapters_that_cannot_be_is_an_error(page: dict[str, Any]) -> 
 
 
 async def test_a_key_is_asked_about_once_for_all_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key's tenant is read once for all callers, and again after a failure."""
+    """All callers share one question, also its failure; a service without that route has no tenant for any key."""
     source, asked = Source(ConnectorConfig.of({"url": "http://x"}), 0), 0
     answer: Any = ConnectionFailed("away")
 
@@ -476,7 +476,7 @@ async def _labelled(content_type: str, *bodies: bytes) -> tuple[dict[bytes, byte
 
 
 async def test_the_last_chunk_of_each_kind_of_stream_has_the_version() -> None:
-    """The last chunks of chat, completions, usage and messages have the version; similar texts stay as they are."""
+    """The last chunks of chat, completions, usage and messages have it; other chunks are unchanged."""
     last = [
         b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n',
         b'data: {"choices":[],"usage":{"total_tokens":3}}\n\n',
@@ -505,7 +505,7 @@ async def test_the_last_chunk_of_each_kind_of_stream_has_the_version() -> None:
 
 
 async def test_a_json_answer_has_the_version_where_vllm_left_it_out() -> None:
-    """The version is added where vLLM left it out; other answers, and those in pieces, stay as they are."""
+    """An answer that has the field already, or that comes in pieces, is unchanged."""
     headers, (body,) = await _labelled("application/json", b'{"a":1,"kv_transfer_params":null}')
     assert json.loads(body) == {
         "a": 1, "kv_transfer_params": {"prefix_adapter": COMPOSITION.versions[0].reference, "prefix_version": 3}
@@ -519,7 +519,7 @@ async def test_a_json_answer_has_the_version_where_vllm_left_it_out() -> None:
 def test_a_key_of_a_tenant_has_its_own_adapters_as_models(
     behind: Behind, publish: Publish, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without patterns a tenant's key lists and serves its own adapters, and no other tenant's."""
+    """Without patterns a tenant's key lists and accepts its own adapters, and no other tenant's."""
     publish("other", "hidden", GPT2)
     behind.serve_models()
     key = admin.post("/v1/tenants/vllm/keys", json={"scope": "read"}).json()["key"]

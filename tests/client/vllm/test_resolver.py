@@ -35,7 +35,7 @@ def held(server: Server, publish: Publish, monkeypatch: pytest.MonkeyPatch) -> I
 
 @asynccontextmanager
 async def resolving(url: str, **more: Any) -> AsyncIterator[Resolver]:
-    """Yields a resolver that is closed at the end."""
+    """Yields a resolver, which is closed at the end."""
     with PrefixClient(url, os.environ["PREFIX_API_KEY"]) as client:
         told = client.get("quick/a").metadata
     model = Model(told["num_layers"], told["num_kv_heads"], told["head_dim"], "float32", 128)
@@ -48,7 +48,7 @@ async def resolving(url: str, **more: Any) -> AsyncIterator[Resolver]:
 
 
 async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Server, held: Holder) -> None:
-    """Numbers and digests are recalled for ever, and an alias, which may move, is asked for again."""
+    """Numbers and digests always mean one version; an alias may move, so it is asked for again."""
     async with resolving(held.url) as resolver:
         assert resolver.recall(("quick/a@1",)) is None
         version = await resolver.resolve(("quick/a@1",))
@@ -67,7 +67,7 @@ async def test_what_was_resolved_is_recalled_for_ever_or_for_a_second(server: Se
 
 
 async def test_a_question_takes_no_tensors(held: Holder) -> None:
-    """A reference is resolved while every fetch of a prefix is held up."""
+    """A question is answered while every fetch of a prefix is held up."""
     async with resolving(held.url) as resolver:
         held.hold(b"/prefix")
         assert (await resolver.resolve(("quick/a",))).versions[0].number == 1
@@ -75,7 +75,7 @@ async def test_a_question_takes_no_tensors(held: Holder) -> None:
 
 
 async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Holder) -> None:
-    """Waiting requests share one question, whose connection ends when the last of them leaves."""
+    """When the last request leaves, the question is cancelled, and the service sees its connection end."""
     async with resolving(held.url) as resolver:
         held.hold(b"/tenants/slow/")
         asking = [asyncio.create_task(resolver.resolve(("slow/a",))) for _ in range(5)]
@@ -93,7 +93,7 @@ async def test_one_question_for_all_who_wait_and_none_when_nobody_does(held: Hol
 
 
 async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
-    """A slow tenant's many questions are answered, or fail at the deadline, and delay no other tenant's."""
+    """A tenant's many questions delay no other tenant's; each is answered, or fails at the deadline with the reason."""
     async with resolving(held.url, timeout=3) as resolver:
         held.hold(b"/tenants/slow/")
         asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
@@ -108,7 +108,7 @@ async def test_a_tenant_that_is_slow_holds_up_nobody_else(held: Holder) -> None:
 
 
 async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held: Holder) -> None:
-    """A request that leaves gives up its place, in the queue and among running questions."""
+    """Requests that leave free their place, whether they were asked already or waited."""
     async with resolving(held.url) as resolver:
         held.hold(b"/none-")
         asking = [asyncio.create_task(resolver.resolve((f"slow/none-{number}",))) for number in range(40)]
@@ -121,7 +121,7 @@ async def test_requests_that_leave_make_room_for_the_others_of_their_tenant(held
 
 
 async def test_a_tenant_above_its_rate_delays_its_own_new_adapters_alone(server: Server, held: Holder) -> None:
-    """Forty throttled questions of one tenant do not delay another tenant's answer."""
+    """One tenant asks forty questions at one a second; another tenant's question is not delayed."""
     with PrefixClient(server.url, server.admin_key) as client:
         client.put_tenant("slow", {"requests_per_second": 1})
     async with resolving(held.url, timeout=6) as resolver:
@@ -163,7 +163,7 @@ async def _until(condition: Any) -> None:
 
 
 async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> None:
-    """A version that does not fit raises each time."""
+    """A version that does not fit is asked for, and refused, each time."""
     source = Source(ConnectorConfig.of({"url": held.url}), 0)
     resolver = Resolver(source, Model(9, 2, 8, "float32", 128))
     for _ in range(2):
@@ -174,7 +174,7 @@ async def test_a_version_of_another_model_is_not_remembered(held: Holder) -> Non
 
 
 async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish: Publish, tmp_path: Path) -> None:
-    """After a 401 the key's file is read again once; if it has the refused key, the 401 is raised."""
+    """The file is read after a 401; if it still has the refused key, the caller gets the 401."""
     publish("quick", "a", GPT2)
     file = tmp_path / "key"
     file.write_text("prefix_" + "0" * 16)
@@ -191,7 +191,7 @@ async def test_a_rotated_key_is_read_again_from_its_file(server: Server, publish
 
 
 def test_work_in_the_background_can_be_cancelled_and_ends_with_its_loop() -> None:
-    """A caller's thread never waits, and closing before the first work does nothing."""
+    """The caller's thread never waits; closing before the first coroutine does nothing."""
     background, closed = Background("test"), []
 
     async def last() -> None:

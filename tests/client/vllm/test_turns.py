@@ -15,7 +15,7 @@ from prefix_service.errors import NotFound, OutOfSpace
 
 @pytest.mark.parametrize(("tenants", "each"), [(1, 6), (2, 4), (3, 3)])
 def test_tenants_that_take_all_they_may_have_equal_parts_and_leave_one_as_large(tenants: int, each: int) -> None:
-    """One tenant takes a half of the whole, two a third each, three a quarter each."""
+    """One tenant gets half of the whole, two get a third each, three a quarter each."""
     share, names = Share(12), [f"tenant-{number}" for number in range(tenants)]
     taken = Counter[str]()
     while begun := [name for name in names if share.has_room(name, 1)]:
@@ -30,7 +30,7 @@ def test_tenants_that_take_all_they_may_have_equal_parts_and_leave_one_as_large(
 
 
 def test_who_has_nothing_may_take_all_that_is_left() -> None:
-    """A tenant without anything may take more than a part, if there is room."""
+    """So a prefix that is larger than one tenant's part is served too, once there is room."""
     share = Share(10)
     assert share.has_room("a", 10)
     assert not share.has_room("a", 11)
@@ -56,7 +56,7 @@ def _orders(shelf: Shelf) -> list[str]:
 
 
 def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room() -> None:
-    """Requests share a fetch, the least recently used parcel makes room, and one too large is refused."""
+    """Requests share one fetch; the least recently used parcel makes room; a parcel above the budget is refused."""
     shelf = Shelf(10, 2, Tally())
     first, same = shelf.want("r1", "acme", ("a",), 5), shelf.want("r2", "acme", ("a",), 5)
     assert first is same
@@ -77,7 +77,7 @@ def test_a_parcel_is_here_when_every_worker_has_it_and_stays_while_there_is_room
 
 
 def test_a_parcel_that_nobody_waits_for_is_given_up() -> None:
-    """A queued parcel is dropped silently, a running one by an order, and later reports of it are ignored."""
+    """A waiting fetch is forgotten, a running one is dropped by an order; later reports of it are ignored."""
     shelf = Shelf(10, 1, Tally())
     parcel, waiting = shelf.want("r1", "acme", ("a",), 10), shelf.want("r2", "acme", ("b",), 10)
     assert _orders(shelf) == ["a"]
@@ -90,7 +90,7 @@ def test_a_parcel_that_nobody_waits_for_is_given_up() -> None:
 
 
 def test_a_failure_reaches_those_who_wait_and_nobody_later() -> None:
-    """The next request fetches again, and every worker gives the room back."""
+    """The next request fetches again, and the room on every worker is free."""
     shelf = Shelf(10, 2, Tally())
     parcel = shelf.want("r1", "acme", ("a",), 10)
     assert _orders(shelf) == ["a"]
@@ -104,7 +104,7 @@ def test_a_failure_reaches_those_who_wait_and_nobody_later() -> None:
 
 
 def test_what_is_forgotten_is_fetched_again() -> None:
-    """A parcel in use stays for its users, is reported as loaded, and goes after them."""
+    """A parcel in use stays until its requests leave, and counts as loaded until then."""
     tally = Tally()
     shelf = Shelf(10, 1, tally)
     kept, used = shelf.want("r1", "acme", ("a",), 2), shelf.want("r2", "acme", ("b",), 2)
@@ -122,7 +122,7 @@ def test_what_is_forgotten_is_fetched_again() -> None:
 
 
 def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
-    """A reading has the loaded names without versions, once a level, and loads, waits and failures since the last."""
+    """Reports have names without versions, each level once, and loads, waits and failures since the last reading."""
     tally = Tally()
     assert tally.take() is None
     for reference in ("acme/a@sha256:1", "acme/a@sha256:2"):
@@ -154,7 +154,7 @@ def test_what_is_loaded_is_reported_when_it_changes_and_up_to_a_limit() -> None:
 
 
 class ShelfMachine(RuleBasedStateMachine):
-    """A model in which workers carry out orders, stay within the budget, and hold what the shelf takes for held."""
+    """Workers that carry out the orders never exceed the budget, and hold all parcels that the shelf counts as held."""
 
     BUDGET, WORKERS = 20, 2
 
@@ -221,7 +221,7 @@ class ShelfMachine(RuleBasedStateMachine):
         assert {name: count for (name, _), count in self.tally._loaded.items()} == here
 
     def teardown(self) -> None:
-        """Checks that every waiting request is served in the end, and nothing is charged when all have left."""
+        """Every waiting request is served in the end, and no tenant is charged once all have left."""
         for _ in range(3 * len(self.users) + 1):
             self.step()
             for number, count in list(self.silent.items()):

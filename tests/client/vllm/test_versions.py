@@ -1,4 +1,4 @@
-"""The connector looks for what it uses of vLLM in vLLM's source, and names what is missing."""
+"""The parts of vLLM that the connector touches are looked for in its source; an error names a missing one."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ BASE = "distributed/kv_transfer/kv_connector/v1/base.py"
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """Returns the folder of a vLLM that has what is used, and nothing else."""
+    """The folder of a vLLM that has the touched parts, and nothing else."""
     for file, classes in TOUCHED.items():
         lines = []
         for name, members in classes.items():
@@ -29,14 +29,14 @@ def package(tmp_path: Path) -> Path:
 
 
 def change(package: Path, file: str, before: str, after: str) -> None:
-    """Replaces text in the source of a file."""
+    """Replaces a text in the source of a file."""
     text = (package / file).read_text()
     assert before in text
     (package / file).write_text(text.replace(before, after))
 
 
 def test_a_vllm_that_has_what_is_touched_is_taken(package: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A tried version is accepted silently, patches too, and another one with a warning that names both."""
+    """A tried version, with any patch level, is accepted silently; another one with a warning that names both."""
     for version in TRIED:
         check_vllm(f"{version}.1", package)
     assert caplog.records == []
@@ -59,7 +59,7 @@ def test_a_vllm_that_has_what_is_touched_is_taken(package: Path, caplog: pytest.
 def test_a_vllm_that_lacks_something_is_refused_by_its_name(
     package: Path, file: str, before: str, after: str, lacks: str
 ) -> None:
-    """The error names a missing field, hook, parameter, class or file, even in a version that was tried."""
+    """A missing field, hook, parameter, class or file is refused, also in a version that was tried."""
     change(package, file, before, after)
     (named,) = missing(package)
     assert named.startswith(lacks)
@@ -69,7 +69,7 @@ def test_a_vllm_that_lacks_something_is_refused_by_its_name(
 
 
 def test_fields_are_found_wherever_a_class_has_them(package: Path) -> None:
-    """A field is found annotated, assigned, or as a property, and a method with keywords or as async."""
+    """A field may be annotated, assigned in the class or a method, or a property; a method async, or with keywords."""
     for after in ("block_hashes = 0", "def set(self): self.block_hashes = 0", "def block_hashes(self): ..."):
         change(package, "v1/request.py", "    block_hashes: int", f"    {after}")
         assert missing(package) == []

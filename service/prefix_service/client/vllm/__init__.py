@@ -1,6 +1,6 @@
 """Prefixes in stock vLLM, without a patch: a KV connector, and a middleware for vLLM's OpenAI-compatible server.
 
-vLLM is given the names alone (README.md beside this file says how), and imports them itself:
+vLLM gets the names of the classes, and imports them itself (README.md in this folder):
 
     kv_transfer_config = {
         "kv_connector": "PrefixConnector",

@@ -1,4 +1,4 @@
-"""Answers of vLLM's server: ours in its form, and its own with the versions that they were made with.
+"""Answers of vLLM's server: the middleware's in vLLM's form, and vLLM's with the versions that made them.
 
 Imports neither vLLM nor a web framework.
 """
@@ -25,13 +25,13 @@ _KEY: Final = f'"{CONTAINER}":'.encode()
 _NULL: Final = _KEY + b"null"
 _START, _BODY = "http.response.start", "http.response.body"
 
-# What the last chunk of a stream has, and no text in JSON can: chat and completions, their usage, messages.
+# Each is in the last chunk of a stream (of chat and completions, of their usage, of messages), and in no JSON text.
 _LAST: Final = (b'"finish_reason":"', b'"choices":[]', b'"type":"message_stop"')
 
 
 class Labelled:
-    """Sends an answer with the versions that it was made with: in two headers, in the `kv_transfer_params` of a JSON
-    body that has none, and in those of the last chunk of a stream, to which vLLM gives none."""
+    """Sends an answer with the versions that made it: in two headers, in the `kv_transfer_params` of a JSON body where
+    they are null, and in a stream in its last chunk, where vLLM writes none."""
 
     def __init__(self, send: Send, composition: Composition) -> None:
         self._send = send
@@ -39,12 +39,12 @@ class Labelled:
             (b"prefix-version", ", ".join(str(version.number) for version in composition.versions).encode()),
             (b"prefix-digest", ", ".join(version.digest for version in composition.versions).encode()),
         ]
-        self._told = json.dumps(composition.told, separators=(",", ":")).encode()
-        self._held: Message | None = None  # the head of a JSON answer, until its body is there
+        self._parameters = json.dumps(composition.answer_parameters, separators=(",", ":")).encode()
+        self._held: Message | None = None  # the head of a JSON answer, until its body comes
         self._is_stream = False
 
     async def __call__(self, message: Message) -> None:
-        """Pass on a message."""
+        """Passes on a message."""
         if message["type"] == _START:
             content_type = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             message = {**message, "headers": [*message["headers"], *self._headers]}
@@ -65,7 +65,7 @@ class Labelled:
         before, null, after = message.get("body", b"").rpartition(_NULL)
         if not null:
             return message
-        body = before + _KEY + self._told + after
+        body = before + _KEY + self._parameters + after
         start["headers"] = [
             (name, str(len(body)).encode() if name.lower() == b"content-length" else value)
             for name, value in start["headers"]
@@ -80,11 +80,11 @@ class Labelled:
 
     def _marked_line(self, line: bytes) -> bytes:
         is_last = line.startswith(b"data: {") and line.endswith(b"}") and any(mark in line for mark in _LAST)
-        return line[:-1] + b"," + _KEY + self._told + b"}" if is_last and _KEY not in line else line
+        return line[:-1] + b"," + _KEY + self._parameters + b"}" if is_last and _KEY not in line else line
 
 
 async def send_json(send: Send, status: int, content: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-    """Send a JSON answer."""
+    """Sends a JSON answer."""
     body = json.dumps(content, separators=(",", ":")).encode()
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": _START, "status": status, "headers": [*own, *headers]})
@@ -92,8 +92,8 @@ async def send_json(send: Send, status: int, content: Any, headers: tuple[tuple[
 
 
 async def send_error(send: Send, error: PrefixServiceError, field: str) -> None:
-    """Send an error in vLLM's form; `field` is what the request has wrong."""
+    """Sends an error in vLLM's form; `field` is the faulty field of the request."""
     status = status_of(error)
-    told = {"message": error.message, "type": _TYPES[status], "param": field, "code": status}
+    described = {"message": error.message, "type": _TYPES[status], "param": field, "code": status}
     retry = ((b"retry-after", str(error.retry_after).encode()),) if isinstance(error, Unavailable) else ()
-    await send_json(send, status, {"error": told}, retry)
+    await send_json(send, status, {"error": described}, retry)

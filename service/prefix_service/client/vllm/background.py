@@ -1,4 +1,4 @@
-"""Coroutines in parallel, and an event loop in a thread of its own, for a caller that must not wait."""
+"""Runs coroutines in parallel, and on an event loop in a thread of its own for a caller that must not wait."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Returns what coroutines return, carried out in parallel; when one fails, the others are cancelled."""
+    """Runs coroutines in parallel, and returns their results in order; when one fails, the others are cancelled."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
@@ -20,21 +20,21 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class Background:
-    """Carries out coroutines; cancelling the future of one cancels it. The thread starts with the first."""
+    """Runs coroutines in a thread, which starts with the first of them."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Begin a coroutine."""
+        """Begins a coroutine; cancelling the future that this returns cancels it."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=_run, args=(self._loop,), name=self._name, daemon=True).start()
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel what is under way, carry out a last coroutine, and end the thread; without waiting for it."""
+        """Cancels the running coroutines, runs a last one, and ends the thread; does not wait for that."""
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(_end(last), self._loop)
             self._loop = None

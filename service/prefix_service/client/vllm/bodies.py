@@ -29,7 +29,7 @@ _NAME: Final = re.compile(rb'\bname\*?="?([^";]*)', re.IGNORECASE)
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """Read a request's body to its end; None if the client leaves before.
+    """Returns a request's whole body; None if the client leaves before its end.
 
     Raises:
         TooLarge: the body has more than 256 MiB.
@@ -48,14 +48,14 @@ async def read_body(receive: Receive) -> bytes | None:
 
 
 async def has_left(receive: Receive) -> bool:
-    """Wait, behind a request's body, until its client leaves."""
+    """Returns True once the client of a request, whose body was read, has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
     return True
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields a body that was read, then the messages that follow it."""
+    """Returns a `receive` that yields a body that was read, then the messages that follow it."""
     waiting: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def replayed() -> Message:
@@ -65,7 +65,7 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 def refuse_misplaced_outside(scope: Message) -> None:
-    """Refuse query parameters and header fields that look like an adapter.
+    """Refuses query parameters and header fields that look like an adapter.
 
     Raises:
         InvalidRequest: there is one.
@@ -76,7 +76,7 @@ def refuse_misplaced_outside(scope: Message) -> None:
 
 
 def fields_of(scope: Message, body: bytes) -> Mapping[str, Any]:
-    """Return the fields of a JSON object; none for another body, which vLLM takes for no request of text.
+    """Returns the fields of a JSON object; none for any other body, from which vLLM generates no text.
 
     Raises:
         InvalidRequest: a form has a field that looks like an adapter, or more than 2,000 fields, or a JSON object has a
@@ -101,18 +101,18 @@ def fields_of(scope: Message, body: bytes) -> Mapping[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two entries of one name the last holds; vLLM does not see the first."""
+    """Returns the entries as a dict, in which the last entry of a name counts; vLLM does not see the others."""
     made = dict(pairs)
     if len(made) < len(pairs):
         hidden = [(key, value) for key, value in pairs if made[key] is not value]
         for name in misplaced((BODY, {key: value}) for key, value in hidden):
-            raise InvalidRequest(f"{name!r:.100} stands there twice, and vLLM would see the last alone")
+            raise InvalidRequest(f"{name!r:.100} is there twice, and vLLM would read only the last one")
     return made
 
 
 def _part_names(body: bytes, boundary: str | None) -> Iterator[str]:
-    """Yield the names in the heads of a multipart body's parts."""
-    if not boundary:  # vLLM answers with 400
+    """Yields the names in the heads of a multipart body's parts."""
+    if not boundary:  # vLLM will answer with 400
         return
     _before, *parts = body.split(b"--" + boundary.encode("latin-1", "replace"), _MAX_PARTS + 2)
     if len(parts) > _MAX_PARTS + 1:  # one more ends the body
@@ -124,7 +124,7 @@ def _part_names(body: bytes, boundary: str | None) -> Iterator[str]:
 
 
 def _pair_names(body: bytes) -> Iterator[str]:
-    """Yield the names in an urlencoded body."""
+    """Yields the names in an urlencoded body."""
     pairs = body.split(b"&", _MAX_PARTS)
     if len(pairs) > _MAX_PARTS:
         raise InvalidRequest(f"the form has more than {_MAX_PARTS} fields")

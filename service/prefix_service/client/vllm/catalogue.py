@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what vLLM serves, and behind it the adapters that requests may name and that fit its model.
+"""`GET /v1/models`: vLLM's own models, then the adapters that requests may name and that fit its model.
 
 Imports neither vLLM nor a web framework.
 """
@@ -30,10 +30,10 @@ Card = dict[str, Any]
 
 MOST_LISTED: Final = 10_000  # adapters in one answer
 _MOST_KEPT: Final = 100_000
-_PAGE: Final = 500  # read in a few milliseconds, in which the event loop does nothing else
+_PAGE: Final = 500  # adapters; parsing them blocks the event loop for a few milliseconds
 _FRESH: Final = 10.0  # seconds
 _TIMES_READ: Final = 10
-_PATIENCE: Final = 5.0  # seconds that a caller waits for the service; vLLM's own models are listed without it
+_PATIENCE: Final = 5.0  # seconds that a caller waits for the service; then the last list is returned
 _INSPECTIONS: Final = 8  # in parallel
 _WILDCARDS: Final = frozenset("*?")
 
@@ -43,8 +43,9 @@ log = logging.getLogger("vllm.prefix_service")
 class Catalogue:
     """The adapters that are listed, as cards of vLLM's form; used on one event loop.
 
-    They are read once for all callers, and again when they are older than 10 seconds, or than ten times as long as
-    reading took. While the service does not answer, the last list stands. `parent` is the served base model's name.
+    One reading serves all callers. The next one begins when the list is 10 seconds old, or ten times as old as reading
+    took, whichever is later. While the service does not answer, callers get the last list. `parent` is the name of the
+    served base model.
     """
 
     def __init__(self, source: Source, permissions: Permissions, model: Model, parent: str) -> None:
@@ -105,7 +106,7 @@ class Catalogue:
                     return
 
     async def _tenants(self, patterns: tuple[str, ...]) -> list[str]:
-        """Returns the tenants that patterns allow: the own one, or those of a key of the platform."""
+        """Returns the tenants that patterns allow: of a tenant's key its own, of a platform's key any."""
         wanted = {pattern.partition("/")[0] for pattern in patterns}
         own = await self._source.tenant() if wanted else None
         if own is not None:
@@ -121,7 +122,7 @@ class Catalogue:
         while True:
             try:
                 items, cursor = await self._source.list_page(tenant, cursor, _PAGE)
-            except NotFound:  # a tenant that is named in a pattern, and is not there yet
+            except NotFound:  # a pattern may name a tenant before it exists
                 return
             for item in items:
                 yield item
@@ -148,7 +149,7 @@ class Catalogue:
             ) from error
 
     async def close(self) -> None:
-        """Give up reading."""
+        """Cancels reading."""
         if self._reading is not None:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
@@ -158,7 +159,7 @@ class Catalogue:
 def page_of(own: list[Card], adapters: list[Card], query: str) -> Card:
     """Returns a list of models as the OpenAI API has it: all, or a page of `limit` behind the model `after`.
 
-    `own` are vLLM's cards, `adapters` those in the order of their names.
+    `own` are the cards of vLLM's models, and `adapters` the cards of adapters in the order of their names.
 
     Raises:
         InvalidRequest: `limit` is no number from 1 to 10,000.

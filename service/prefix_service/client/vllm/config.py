@@ -78,7 +78,7 @@ class ConnectorConfig(BaseModel):
 
     @classmethod
     def of_engine(cls, kv_transfer_config: Any) -> Self:
-        """Return the configuration of the engine's `PrefixConnector`, which may be one of a `MultiConnector`'s.
+        """Returns the configuration of the engine's `PrefixConnector`, which may be one of a `MultiConnector`'s.
 
         Raises:
             InvalidRequest: the engine has none, or its configuration is wrong.
@@ -93,7 +93,7 @@ class ConnectorConfig(BaseModel):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
-        """From the JSON that vLLM was given.
+        """Reads the configuration from the JSON that vLLM was given.
 
         Raises:
             InvalidRequest: a key that is unknown or missing, or a value of another kind.
@@ -101,19 +101,19 @@ class ConnectorConfig(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            told = [f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()]
+            faults = [f"{'.'.join(map(str, one['loc'])) or 'it'}: {one['msg']}" for one in error.errors()]
             known = ", ".join(cls.model_fields)
-            raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(told)}. It may have: {known}") from error
+            raise InvalidRequest(f"kv_connector_extra_config: {'; '.join(faults)}. It may have: {known}") from error
 
     def client(self, key: str | None, cache_bytes: int) -> AsyncPrefixClient:
-        """Returns a client of that service.
+        """Returns a client of the configured service.
 
         Raises:
             InvalidRequest: the URL is none.
         """
         return AsyncPrefixClient(
             self.url,
-            key or "",  # not that of another variable
+            key or "",  # None would read PREFIX_API_KEY, which `api_key_env` may have replaced
             uds=self.uds,
             ca_file=self.ca_file,
             timeout=self.timeout,
@@ -140,7 +140,7 @@ class ConnectorConfig(BaseModel):
 
 
 def refuse_partners(kv_transfer_config: Any) -> None:
-    """Refuse a `MultiConnector` in which a request could be answered without its adapter.
+    """Refuses a `MultiConnector` in which a request could be answered without its adapter.
 
     Raises:
         InvalidRequest: it is one.

@@ -1,10 +1,10 @@
-"""The class that vLLM loads: its hooks, handed to the half that this process is. Read against vLLM 0.32.0.
+"""The connector that vLLM loads: passes its hooks to the scheduler's or the worker's half. Read against vLLM 0.32.0.
 
 `vllm.v1.core.sched.scheduler.Scheduler` asks for matched tokens before it allocates; `(None, False)` leaves a request
-waiting and others running, `(n, True)` holds its blocks until every worker has reported it, done or failed. Metadata
-goes to the workers with each step and back (`KVConnectorOutput.kv_connector_worker_meta`), and steps happen, though
-empty, while any request waits (`EngineCore.step`, `KVConnectorModelRunnerMixin.kv_connector_no_forward`): so workers
-can fetch bytes, and report them, before a block is claimed.
+waiting while others run, and `(n, True)` holds its blocks until every worker has reported it as done or failed.
+Metadata goes to the workers with each step, and comes back (`KVConnectorOutput.kv_connector_worker_meta`). Steps,
+though empty, happen while any request waits (`EngineCore.step`, `KVConnectorModelRunnerMixin.kv_connector_no_forward`),
+so workers can fetch bytes, and report them, before a block is claimed.
 """
 
 from dataclasses import dataclass, field
@@ -36,23 +36,23 @@ from prefix_service.prefix.ranks import kv_heads_of_rank
 
 @dataclass
 class PrefixOrders(KVConnectorMetadata):  # type: ignore[misc] # vLLM is not installed where mypy runs
-    """What travels from the scheduler to the workers with each step."""
+    """The message that the scheduler sends to the workers with each step."""
 
     orders: Orders = field(default_factory=Orders)
 
 
 @dataclass
-class PrefixReports(KVConnectorWorkerMetadata):  # type: ignore[misc] # as above
-    """What travels back."""
+class PrefixReports(KVConnectorWorkerMetadata):  # type: ignore[misc] # vLLM is not installed where mypy runs
+    """The message that the workers send back."""
 
     reports: Reports
 
     def aggregate(self, other: "PrefixReports") -> "PrefixReports":
-        """Returns what two groups of workers report, as one."""
+        """Returns the reports of two groups of workers as one."""
         return PrefixReports(self.reports.aggregate(other.reports))
 
 
-class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
+class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # vLLM is not installed where mypy runs
     """Prefixes of prefix-service as keys and values that vLLM need not compute.
 
     Raises:
@@ -79,41 +79,41 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
     # --- The scheduler ---
 
     def on_new_request(self, request: Any) -> None:
-        """A request arrived."""
+        """Prepares a request that arrived."""
         self.half.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """What of a request comes from its prefix."""
+        """Returns how many tokens of a request come from its prefix, and whether they come later."""
         answer: tuple[int | None, bool] = self.half.matched(request, num_computed_tokens)
         return answer
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """A request has its blocks."""
+        """Notes the blocks of a request, so that this step fills them."""
         self.half.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> PrefixOrders:
-        """What workers have to do."""
+        """Returns the orders for the workers."""
         return PrefixOrders(self.half.take_orders())
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """What workers report."""
+        """Notes the reports of the workers."""
         metadata = connector_output.kv_connector_worker_meta
         if metadata is not None:
             self.half.take_reports(metadata.reports)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request ended; its blocks may go immediately."""
+        """Forgets a request that ended; its blocks may be freed immediately."""
         return False, self.half.finished(request)
 
     def reset_cache(self) -> bool:
-        """Forget what was remembered; called for `reset_prefix_cache` with `reset_connector`."""
+        """Forgets versions and bytes; vLLM calls this for `reset_prefix_cache` with `reset_connector`."""
         self.half.forget()
         return True
 
-    # --- What vLLM reports ---
+    # --- Metrics ---
 
     def get_kv_connector_stats(self) -> PrefixStats | None:
-        """What the scheduler has counted since the last step; workers count nothing."""
+        """Returns the scheduler's counts since the last step; workers count nothing."""
         if self.role != KVConnectorRole.SCHEDULER:
             return None
         counted = self.half.counted()
@@ -121,20 +121,20 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PrefixStats:
-        """The same in the process that serves `/metrics`."""
+        """Returns the counts in the process that serves `/metrics`, to which vLLM sent them as `data`."""
         return PrefixStats(data or {})
 
     @classmethod
     def build_prom_metrics(
         cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
     ) -> PrefixMetrics:
-        """The series of that process."""
+        """Returns the metrics of the process that serves `/metrics`."""
         return PrefixMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # --- The worker ---
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """The layers of this rank.
+        """Registers the layers of this rank.
 
         Raises:
             InvalidRequest: prefixes cannot be written to them, or vLLM's own MultiConnector holds this connector.
@@ -150,30 +150,30 @@ class PrefixConnector(KVConnectorBase_V1):  # type: ignore[misc] # as above
         self.half.register({extract_layer_index(name): layers[name] for name in kv_caches})
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin what the scheduler asked for."""
+        """Begins the scheduler's orders."""
         self.half.start(self._get_connector_metadata().orders)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Write what this step loads, and report it."""
+        """Writes the prefixes that this step loads, and reports their requests."""
         done, failed = self.half.finish()
         return KVConnectorTransferResults(finished_recving=done, failed_recving=failed)
 
     def build_connector_worker_meta(self) -> PrefixReports | None:
-        """What became of fetches since the last step."""
+        """Returns the fetches that ended since the last step."""
         reports = self.half.reports()
         return PrefixReports(reports) if reports.arrived or reports.failed else None
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request begins when all its layers are there."""
+        """Does nothing: a request begins when all of its layers are written."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: prefixes are only read."""
+        """Does nothing: prefixes are only read."""
 
     def wait_for_save(self) -> None:
-        """Nothing: prefixes are only read."""
+        """Does nothing: prefixes are only read."""
 
     # --- Both ---
 
     def shutdown(self) -> None:
-        """End threads and connections."""
+        """Ends threads and connections."""
         self.half.close()

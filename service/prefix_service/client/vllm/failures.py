@@ -17,7 +17,7 @@ _PARAMETER: Final = "prefix_error"
 
 
 def status_of(error: PrefixServiceError) -> int:
-    """Returns the status of an answer to a caller of vLLM: 503 for what the caller cannot change."""
+    """Returns the status of an answer to a caller of vLLM: 503 if the caller cannot change the reason."""
     if isinstance(error, NotFound):
         return 404
     if isinstance(error, TooLarge):
@@ -26,14 +26,13 @@ def status_of(error: PrefixServiceError) -> int:
 
 
 def attach(request: Any, error: PrefixServiceError) -> None:
-    """Attach the reason of its failure to a request of vLLM's scheduler, beside its trace context."""
+    """Adds the reason of its failure to the trace context of a request of vLLM's scheduler."""
     reason = json.dumps([status_of(error), error.message])
     request.trace_headers = {**(request.trace_headers or {}), _HEADER: reason}
 
 
 def unpack(outputs: Iterable[Any]) -> None:
-    """Move each reason in the engine's outputs to where vLLM passes it on: to the parameters of the request's
-    output."""
+    """Moves each reason in the engine's outputs to `kv_transfer_params`, which vLLM passes on to the output."""
     for output in outputs:
         reason = output.trace_headers and output.trace_headers.get(_HEADER)
         if reason:
@@ -41,7 +40,7 @@ def unpack(outputs: Iterable[Any]) -> None:
 
 
 def raise_for(output: Any) -> None:
-    """Raise the reason, if a request's output has one.
+    """Raises the reason for which a request failed, if its output has one.
 
     Raises:
         ValueError: the caller must change the request; vLLM answers with 400.

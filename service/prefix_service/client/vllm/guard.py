@@ -2,8 +2,8 @@
 
 vLLM's routes build the engine's parameters in many places. Whichever way a request names its adapter, the engine gets
 the versions that were checked, by their digests. A route may change the adapter, or add what cannot be served behind a
-prefix: such a call raises ValueError, which vLLM answers with 400. If the engine fails the request nevertheless, its
-reason is raised where vLLM reads the outputs: vLLM alone would answer with 500 and no reason.
+prefix: such a call raises ValueError, which vLLM answers with 400. If the engine fails the request
+nevertheless, its reason is raised where vLLM reads the outputs; vLLM alone would answer with 500 and no reason.
 """
 
 import functools
@@ -38,14 +38,16 @@ class Asked:
 
 
 ASKED: Final = ContextVar[Asked | None]("prefix_adapter", default=None)
-"""What the HTTP request being served asks for; tasks that serve it inherit it."""
+"""The adapters of the HTTP request that is being served; the tasks that serve it inherit this."""
 
 _METHODS: Final = {"generate": "sampling_params", "encode": "pooling_params"}
 
 
 def guard_engine(engine_client: Any) -> None:
-    """Make the engine client refuse calls that lost the adapter of their HTTP request, or cannot be served with it, and
-    raise the reasons of the engine."""
+    """Makes the engine client refuse a call that lost the adapter of its HTTP request, or cannot be served with it.
+
+    The client also raises the engine's reason for a failure.
+    """
     for name, params in _METHODS.items():
         method = getattr(engine_client, name, None)
         if method is not None:
@@ -56,7 +58,7 @@ def guard_engine(engine_client: Any) -> None:
 
 
 def guard_models(models: Any) -> None:
-    """Make vLLM's table of served models take the adapter that a request names as its `model` for the base model, and
+    """Makes vLLM's table of served models take the adapter that a request names as its `model` for the base model, and
     give it that name in the answer."""
     is_base_model, model_name = models.is_base_model, models.model_name
 
@@ -103,7 +105,7 @@ def _unpacked(process: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def _reasoned(outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Yield a request's outputs, or raise the reason why it failed."""
+    """Yields a request's outputs, or raises the reason why it failed."""
     async with aclosing(outputs):
         async for output in outputs:
             raise_for(output)
@@ -130,7 +132,7 @@ def _hand_version(params: Any, asked: Asked) -> None:
 
 
 def _handed(params: Any) -> Any:
-    """Returns what a route hands to the engine as `prefix_adapter`; a tuple where that is a text or a list."""
+    """Returns what a route hands to the engine as `prefix_adapter`; a text or a list becomes a tuple."""
     named = _container(params).get(PARAMETER)
     return (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list) else named
 

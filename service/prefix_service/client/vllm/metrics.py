@@ -18,14 +18,14 @@ _SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # several API servers write their m
 
 
 class PrefixStats(KVConnectorStats):  # type: ignore[misc] # vLLM is not installed where mypy runs
-    """What the scheduler has counted since its last step."""
+    """The scheduler's counts since its last step."""
 
     def reset(self) -> None:
-        """Forget it."""
+        """Forgets the counts."""
         self.data: dict[str, Any] = {}
 
     def aggregate(self, other: "PrefixStats") -> "PrefixStats":
-        """Returns this and what was counted later."""
+        """Returns these counts and later ones as one."""
         return PrefixStats(tally.added(self.data, other.data) if self.data and other.data else self.data or other.data)
 
     def reduce(self) -> dict[str, int | float]:
@@ -39,12 +39,12 @@ class PrefixStats(KVConnectorStats):  # type: ignore[misc] # vLLM is not install
         }
 
     def is_empty(self) -> bool:
-        """Whether nothing was counted."""
+        """Returns whether nothing was counted."""
         return not self.data
 
 
-class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # as above
-    """The series of one process that serves `/metrics`, for each engine."""
+class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # vLLM is not installed where mypy runs
+    """The metrics of a process that serves `/metrics`, with series for each engine."""
 
     def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], labelvalues: Any) -> None:
         super().__init__(vllm_config, metric_types, labelnames, labelvalues)
@@ -82,7 +82,7 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # as above
         return {engine: metric.labels(*values) for engine, values in self.per_engine_labelvalues.items()}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Add what the scheduler of an engine has counted."""
+        """Adds the counts of an engine's scheduler."""
         for seconds in transfer_stats_data[tally.LOAD_SECONDS]:
             self._load_seconds[engine_idx].observe(seconds)
         for seconds in transfer_stats_data[tally.WAIT_SECONDS]:
@@ -94,7 +94,7 @@ class PrefixMetrics(KVConnectorPromMetrics):  # type: ignore[misc] # as above
             self._show({(name, level) for name, level in loaded}, engine_idx)
 
     def _show(self, loaded: set[tuple[str, str]], engine: int) -> None:
-        """Set the series of what is loaded to 1, and remove the others, or where none is removed set them to 0."""
+        """Sets the series of loaded adapters to 1; removes the others, or sets them to 0 if that is impossible."""
         values, shown = self.per_engine_labelvalues[engine], self._shown.setdefault(engine, set())
         for key in shown - loaded:
             if self._removes:

@@ -1,8 +1,8 @@
-"""For vLLM's OpenAI-compatible server: checks the adapters that a request names before the engine sees the request.
+"""Checks the adapters of a request to vLLM's OpenAI-compatible server before the engine sees it.
 
 vLLM answers every failure inside of its engine with 500 and no reason, and ignores fields that it does not know.
-`--middleware prefix_service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and lets
-everything else through as it came. It imports neither vLLM nor a web framework.
+`--middleware prefix_service.client.vllm.PrefixMiddleware` answers in vLLM's own form with the reason, and passes
+all other requests on unchanged. It imports neither vLLM nor a web framework.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ _MODELS: Final = "/v1/models"
 
 @dataclass(frozen=True, slots=True)
 class _Service:
-    """What asks the service, on the event loop of vLLM's server."""
+    """The collaborators that ask the service, on the event loop of vLLM's server."""
 
     resolver: Resolver
     permissions: Permissions
@@ -74,7 +74,7 @@ class _Service:
         return cls(Resolver(source, model), permissions, Catalogue(source, permissions, model, parent), model)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Closes the connections."""
         await self.catalogue.close()
         await self.resolver.close()
 
@@ -82,8 +82,8 @@ class _Service:
 class PrefixMiddleware:
     """Checks requests between all middlewares of vLLM's application and its routes.
 
-    vLLM puts what `--middleware` names around its own authentication. A check there would read bodies of callers
-    without an API key, and tell them which adapters there are.
+    vLLM puts the class that `--middleware` names around its own authentication. A check there would read the bodies of
+    callers without an API key, and reveal to them which adapters exist.
     """
 
     def __init__(self, app: App) -> None:
@@ -98,7 +98,7 @@ class PrefixMiddleware:
         self._service: _Service | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Pass on what arrives; `_check` meets what the other middlewares let through."""
+        """Passes everything on; `_check` gets the requests that the other middlewares let through."""
         if self._router is None:
             self._router = scope["app"].router
             self._behind, self._router.middleware_stack = self._router.middleware_stack, self._check
@@ -109,7 +109,7 @@ class PrefixMiddleware:
                 await self.close()
 
     async def _check(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Check what is posted to a route, and pass it on; answer what asks for the models."""
+        """Checks a POST to a route and passes it on; answers a request for the models."""
         if scope["type"] != "http":
             await self._behind(scope, receive, send)
         elif scope["method"] == "GET" and f"{_path_of(scope)}/".startswith(f"{_MODELS}/"):
@@ -184,8 +184,9 @@ class PrefixMiddleware:
         return self._service
 
     async def _resolved(self, named: Named, receive: Receive) -> Composition | None:
-        """Returns the versions that are meant, by asking the service if necessary; None if a `model` names no adapter,
-        which vLLM answers itself.
+        """Returns the versions that a request means; asks the service if necessary.
+
+        Returns None if a `model` names no adapter: vLLM answers that itself.
 
         Raises:
             PrefixServiceError: the request cannot have those adapters, or the service does not answer.
@@ -214,7 +215,7 @@ class PrefixMiddleware:
         return Asked(named.references, composition, self._connected().model.max_length, model)
 
     async def _answer_models(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer with vLLM's models and the adapters behind them, or with one of either."""
+        """Answers with vLLM's models followed by the adapters, or with the one model or adapter that the path names."""
         self._find_engine(scope["app"].state)
         if self._models is None or isinstance(self._config, InvalidRequest):
             await self._behind(scope, receive, send)
@@ -234,7 +235,7 @@ class PrefixMiddleware:
         await send_json(send, 200, found)
 
     async def close(self) -> None:
-        """End threads and connections."""
+        """Ends threads and connections."""
         self._parsers.shutdown(wait=False, cancel_futures=True)
         if self._service is not None:
             await self._service.close()
@@ -250,7 +251,7 @@ def _path_of(scope: Message) -> str:
 
 
 async def _unless_left(work: Coroutine[Any, Any, Composition], receive: Receive) -> Composition:
-    """Returns what `work` does; it is cancelled if the client leaves before.
+    """Returns the result of `work`, which is cancelled if the client leaves.
 
     Raises:
         _ClientLeft: the client left.
@@ -267,7 +268,7 @@ async def _unless_left(work: Coroutine[Any, Any, Composition], receive: Receive)
 
 
 def refuse_options(fields: Mapping[str, Any]) -> None:
-    """Refuse options of a request body that cannot be had with an adapter.
+    """Refuses options of a request body that vLLM cannot serve with an adapter.
 
     Raises:
         InvalidRequest: there is one.

@@ -1,4 +1,4 @@
-"""The model that prefixes go into: whether it can take any, and whether one fits. Imports no vLLM."""
+"""The model that vLLM serves: whether it can take prefixes, and whether one fits. Imports no vLLM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Model:
 
     @classmethod
     def of(cls, vllm_config: Any) -> Self:
-        """From vLLM's configuration."""
+        """Reads the model from vLLM's configuration."""
         model = vllm_config.model_config
         return cls(
             model.get_total_num_hidden_layers(),
@@ -39,13 +39,13 @@ class Model:
         )
 
     def nbytes_on_worker(self, num_virtual_tokens: int) -> int:
-        """Returns the bytes of a prefix that one rank has."""
+        """Returns the bytes of one rank's part of a prefix."""
         heads = -(-self.num_kv_heads // self.tensor_ranks)
         layers = -(-self.num_layers // self.pipeline_ranks)
         return 2 * layers * heads * num_virtual_tokens * self.head_dim * (4 if self.dtype == "float32" else 2)
 
     def check(self, metadata: Mapping[str, Any]) -> None:
-        """Check that a prefix fits.
+        """Checks that a prefix fits.
 
         Raises:
             DimensionMismatch: it does not.
@@ -63,7 +63,7 @@ class Model:
 
 
 def refuse_model(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Refuse a configuration of vLLM in which prefixes would be wrong, or were never tried.
+    """Refuses a configuration of vLLM in which prefixes would be wrong, or were never tried.
 
     Raises:
         InvalidRequest: it is one.

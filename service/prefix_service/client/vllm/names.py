@@ -1,4 +1,4 @@
-"""Which adapters an HTTP request names, in which of its fields, and which ones it may name. Imports no vLLM."""
+"""Finds the adapters that an HTTP request names, and checks that it may name them. Imports no vLLM."""
 
 import logging
 import os
@@ -67,7 +67,7 @@ def adapters_named(
     """Returns the adapters that an HTTP request names, None if it names none.
 
     A `model` that vLLM does not serve names an adapter if it has the form of a reference; whether there is such an
-    adapter is not known yet. `config` is None where the engine has no PrefixConnector. `has_default` says whether the
+    adapter is not known yet. `config` is None where the engine has no PrefixConnector. With `has_default`, the
     configured default applies to a request that names none.
 
     Raises:
@@ -107,16 +107,16 @@ def _is_reference(text: str) -> bool:
 
 
 class Permissions:
-    """Which adapters requests may name: those that match a pattern of the configuration, or, without patterns, every
-    one that the key reads. As `model` and in lists a key of the platform has none without patterns, since it reads all
-    tenants."""
+    """The adapters that requests may name: those that match a pattern of the configuration, or, without patterns, every
+    one that the key reads. A key of the platform reads all tenants, so that without patterns it allows no adapter as
+    `model`, and lists none."""
 
     def __init__(self, config: ConnectorConfig, source: Source) -> None:
         self._patterns, self._source = config.adapters, source
         self._has_warned = False
 
     async def require(self, named: Named) -> None:
-        """Refuse adapters that requests may not name; the service decides whether the key reads them.
+        """Refuses adapters that requests may not name; the service decides whether the key reads them.
 
         Raises:
             NotFound: requests may not name one of them.

@@ -18,7 +18,7 @@ from prefix_service.client.vllm.connector import PrefixConnector
 
 
 class MultiConnector(multi_connector.MultiConnector):  # type: ignore[misc] # vLLM is not installed where mypy runs
-    """A `PrefixConnector` beside partners, in any order.
+    """A `PrefixConnector` and its partners, in any order.
 
     Raises:
         InvalidRequest: a request could be answered without its adapter, or with another's, in this configuration.
@@ -42,13 +42,13 @@ class MultiConnector(multi_connector.MultiConnector):  # type: ignore[misc] # vL
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Any:
-        """The connectors' statistics; vLLM knows only the classes of its own connectors by name."""
+        """Returns the connectors' statistics; vLLM knows only the classes of its own connectors by name."""
         if data is not None and CONNECTOR in data:
             data = {**data, CONNECTOR: PrefixConnector.build_kv_connector_stats(data[CONNECTOR])}
         return super().build_kv_connector_stats(data)
 
     def on_new_request(self, request: Any) -> None:
-        """Ask the PrefixConnector first: partners must not see a request that names an adapter."""
+        """Asks the PrefixConnector first: partners must not see a request that names an adapter."""
         self.prefixes.on_new_request(request)
         if self.prefixes.half.claims(request.request_id):
             self._claimed.add(request.request_id)
@@ -56,7 +56,7 @@ class MultiConnector(multi_connector.MultiConnector):  # type: ignore[misc] # vL
             partner.on_new_request(request)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        """Describe this step to the workers, then forget the claimed requests that it reports as finished."""
+        """Describes this step to the workers, then forgets the claimed requests that it reports as finished."""
         metadata = super().build_connector_meta(scheduler_output)
         self._claimed -= scheduler_output.finished_req_ids
         return metadata
@@ -106,7 +106,7 @@ class _Unseeing:
 
 
 def _unseeing(kind: type) -> type:
-    """The name stays: vLLM finds a connector's statistics by the name of its class."""
+    """Returns a subclass of the same name, by which vLLM finds a connector's statistics."""
     return type(kind.__name__, (_Unseeing, kind), {"__module__": kind.__module__})
 
 
@@ -115,7 +115,7 @@ def _less(ids: set[str] | None, claimed: AbstractSet[str]) -> set[str] | None:
 
 
 def _without(output: SchedulerOutput, claimed: AbstractSet[str]) -> SchedulerOutput:
-    """Return a step's output without some of its requests."""
+    """Returns a step's output without some of its requests."""
     if not claimed:
         return output
     scheduled = {name: count for name, count in output.num_scheduled_tokens.items() if name not in claimed}

@@ -1,20 +1,16 @@
-"""What the connector touches in vLLM: looked for in vLLM's own source at start, before anything of it is changed.
+"""The parts of vLLM that the connector touches; they are looked for in its source at start, before vLLM is changed."""
 
-The source is read, not imported: so nothing starts, and a vLLM for another machine can be looked at too.
-"""
-
-import ast
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
+
+from prefix_service.system import source_probe
+from prefix_service.system.source_probe import Touched
 
 _BASE: Final = "distributed/kv_transfer/kv_connector/v1/base.py"
 _STATS: Final = "distributed/kv_transfer/kv_connector/v1/metrics.py"
 _MULTI: Final = "distributed/kv_transfer/kv_connector/v1/multi_connector.py"
 
-_Names = Mapping[str, tuple[str, ...]]
-
-TOUCHED: Final[Mapping[str, Mapping[str, _Names]]] = {
+TOUCHED: Final[Touched] = {
     "v1/request.py": {
         "Request": {
             "__init__": ("sampling_params", "pooling_params", "lora_request", "cache_salt"),
@@ -106,44 +102,8 @@ TOUCHED: Final[Mapping[str, Mapping[str, _Names]]] = {
     },
     "exceptions.py": {"GracefulHTTPError": {}},
 }  # fmt: skip
-"""By file and class: fields, and methods with the parameters that they must have."""
 
 
 def missing(package: Path) -> list[str]:
-    """Returns what is touched and the vLLM in this folder does not have, as people read it."""
-    return [name for file, classes in TOUCHED.items() for name in _missing_in(package / file, file, classes)]
-
-
-def _missing_in(path: Path, file: str, classes: Mapping[str, _Names]) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        yield f"vllm/{file}"
-        return
-    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for name, members in classes.items():
-        if name not in found:
-            yield f"{name} (vllm/{file})"
-            continue
-        has = _members(found[name])
-        for member, parameters in members.items():
-            if member not in has:
-                yield f"{name}.{member} (vllm/{file})"
-            for parameter in parameters:
-                if member in has and parameter not in has[member]:
-                    yield f"the parameter {parameter} of {name}.{member} (vllm/{file})"
-
-
-def _members(found: ast.ClassDef) -> dict[str, set[str]]:
-    """Returns the fields, and the methods with their parameters, that a class has itself."""
-    has: dict[str, set[str]] = {}
-    for node in ast.walk(found):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            arguments = node.args
-            named = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-            has.setdefault(node.name, set()).update(one.arg for one in named)
-        elif isinstance(node, ast.AnnAssign | ast.Assign):
-            for target in node.targets if isinstance(node, ast.Assign) else (node.target,):
-                if isinstance(target, ast.Name | ast.Attribute):
-                    has.setdefault(target.id if isinstance(target, ast.Name) else target.attr, set())
-    return has
+    """Returns the parts that the connector touches and that the vLLM in this folder lacks, described for people."""
+    return source_probe.missing("vllm", package, TOUCHED)

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from prefix_service.client.vllm.resolver import Composition
 
 References = tuple[str, ...]
-"""What a request names: one adapter, or several whose prefixes stand one behind the other in this order."""
+"""The adapters of a request: one, or several whose prefixes follow each other in this order."""
 
 PARAMETER: Final = "prefix_adapter"
 CONTAINER: Final = "kv_transfer_params"
 BODY: Final = "body"
-_MAX_COMPARED: Final = 1000  # keys of a request that share a third of the parameter's letters, and are not it
+_MAX_COMPARED: Final = 1000  # keys of a request that share a third of the parameter's letters without being it
 _OTHERS_OPTION: Final = "kv_connector_extra_config.other_parameters"
 
 # Objects of the caller's own data: schemas, metadata, another request's answer. Their keys name no parameters.
@@ -35,10 +35,10 @@ _Path = tuple[()] | tuple["_Path", Any]  # the keys from the request to a field:
 
 
 def adapters_asked(fields: Mapping[str, Any], others: Collection[str] | None = ()) -> References:
-    """Return the references that a request names, in their order; none if it names no adapter.
+    """Returns the references that a request names, in their order; none if it names no adapter.
 
     `fields` is the JSON body of an HTTP request, or `SamplingParams.extra_args`. `others` are the keys of
-    `kv_transfer_params` that other connectors read, None if any key may stand there.
+    `kv_transfer_params` that other connectors read, or None if any key is allowed.
 
     Raises:
         InvalidReference: a reference is not of the form `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
@@ -50,10 +50,10 @@ def adapters_asked(fields: Mapping[str, Any], others: Collection[str] | None = (
 
 
 def adapters_of(kv_transfer_params: Any, others: Collection[str] | None = ()) -> References:
-    """Return the references in `kv_transfer_params`, in their order.
+    """Returns the references in `kv_transfer_params`, in their order.
 
     Raises:
-        InvalidReference: as `adapters_asked`.
+        InvalidReference: a reference is not of the form `tenant/adapter`, `…@7`, `…@alias` or `…@sha256:…`.
         InvalidRequest: `prefix_adapter` is neither a text nor a list of 1 to 32 texts, or the parameters are no object,
             or have a key that nobody reads.
     """
@@ -90,7 +90,7 @@ def _references(named: Any) -> References:
 
 
 def refuse_misplaced(fields: Iterable[tuple[Any, Any]]) -> None:
-    """Refuse fields that look like an adapter where vLLM does not read one.
+    """Refuses fields that look like an adapter where vLLM does not read one.
 
     Raises:
         InvalidRequest: there is such a field.
@@ -103,9 +103,9 @@ def refuse_misplaced(fields: Iterable[tuple[Any, Any]]) -> None:
 
 
 def misplaced(fields: Iterable[tuple[Any, Any]]) -> Iterator[str]:
-    """Yield the dotted names of fields that look like an adapter, except what stands in `kv_transfer_params`.
+    """Yields the dotted names of fields that look like an adapter, except those in `kv_transfer_params`.
 
-    A field that is null names nothing, as if it were left out.
+    A null field counts as left out.
 
     Raises:
         InvalidRequest: more than 1,000 different keys must be compared letter by letter.
@@ -166,7 +166,7 @@ class _Near:
         self._pieces = [self._name[size * part // parts : size * (part + 1) // parts] for part in range(parts)]
 
     def may_be(self, letters: str) -> bool:
-        """Return False for most texts that are not within the edits, quickly: each edit spoils one piece at most."""
+        """Returns False, quickly, for most texts that are not within the edits: each edit changes one piece at most."""
         apart = abs(len(letters) - len(self._name))
         return apart <= self._edits and any(piece in letters for piece in self._pieces)
 
@@ -186,7 +186,7 @@ def _names_adapter(letters: str, *, parameters: bool) -> bool:
 
 
 def _distance(one: str, other: str) -> int:
-    """Return the edits (insert, delete, substitute) between two short texts."""
+    """Returns the edits (insert, delete, substitute) between two short texts."""
     row = list(range(len(other) + 1))
     for count, letter in enumerate(one, 1):
         left, row[0], diagonal = count, count, row[0]
@@ -197,7 +197,7 @@ def _distance(one: str, other: str) -> int:
 
 
 def parameters_of(request: Any) -> Mapping[str, Any]:
-    """Return the extra parameters of a vLLM request.
+    """Returns the extra parameters of a vLLM request.
 
     Raises:
         InvalidRequest: they are no object.
@@ -210,10 +210,10 @@ def parameters_of(request: Any) -> Mapping[str, Any]:
 
 
 def refuse_sampling(sampling: Any) -> None:
-    """Refuse sampling parameters that vLLM cannot serve behind a prefix; `None` stands for a pooling request.
+    """Refuses sampling parameters that vLLM cannot serve behind a prefix, and None, which is a pooling request.
 
     Raises:
-        InvalidRequest: they are such.
+        InvalidRequest: vLLM cannot serve them.
     """
     _refuse(
         {
@@ -227,10 +227,10 @@ def refuse_sampling(sampling: Any) -> None:
 
 
 def refuse_unservable(request: Any) -> None:
-    """Refuse a vLLM request that names an adapter and asks for what vLLM cannot do behind one.
+    """Refuses a vLLM request whose options vLLM cannot serve behind a prefix.
 
     Raises:
-        InvalidRequest: it does.
+        InvalidRequest: it has such an option.
     """
     refuse_sampling(request.sampling_params)
     _refuse(
@@ -243,10 +243,10 @@ def refuse_unservable(request: Any) -> None:
 
 
 def refuse_length(composition: "Composition", prompt: int, max_length: int) -> None:
-    """Refuse a prompt of so many tokens behind prefixes.
+    """Refuses a prompt of `prompt` tokens that leaves no room for an answer behind its prefixes.
 
     Raises:
-        InvalidRequest: with the prefixes there is no room for an answer.
+        InvalidRequest: there is no room.
     """
     count = composition.num_virtual_tokens
     if count + prompt >= max_length:

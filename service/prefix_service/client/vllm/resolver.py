@@ -1,4 +1,4 @@
-"""Which version a reference means: remembered where that is possible, else asked for, tenants in turn."""
+"""Finds the version that a reference means, by memory or by asking the service, tenant after tenant."""
 
 import asyncio
 import threading
@@ -18,14 +18,14 @@ from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceEr
 from prefix_service.prefix.references import parse_qualified
 
 _QUESTIONS: Final = 32  # in parallel
-_FRESH: Final = 1.0  # seconds for which an alias is taken to mean what it meant
-_PATIENCE: Final = 1.0  # seconds that a request whose adapter is remembered waits for news of it
+_FRESH: Final = 1.0  # seconds in which an alias is not asked for again
+_PATIENCE: Final = 1.0  # seconds that a request waits for the service if the version of its adapter is remembered
 _MOST_REMEMBERED: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What a reference means now: immutable, so that all ranks load the same."""
+    """The version that a reference means now; immutable, so that all ranks load the same bytes."""
 
     tenant: str
     adapter: str
@@ -41,14 +41,13 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """The versions that a request's references mean now, in their order: at least one. Their prefixes stand one behind
-    the other, and their total is what the request gets."""
+    """The versions that a request's references mean now, at least one, in the order of their prefixes."""
 
     versions: tuple[Version, ...]
 
     @property
     def tenant(self) -> str:
-        """The tenant in whose turn the bytes are fetched."""
+        """The tenant that the fetch of the bytes is charged to."""
         return self.versions[0].tenant
 
     @property
@@ -58,22 +57,22 @@ class Composition:
 
     @property
     def name(self) -> str:
-        """The adapters and their versions, as people read them."""
+        """The adapters and their versions, for people."""
         return ", ".join(f"{version.adapter}@{version.number}" for version in self.versions)
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Tokens of all prefixes."""
+        """The number of tokens of all prefixes."""
         return sum(version.num_virtual_tokens for version in self.versions)
 
     @property
     def parameter(self) -> str | list[str]:
-        """The value of `prefix_adapter` that means exactly this."""
+        """The value of `prefix_adapter` that names exactly these versions."""
         references = list(self.references)
         return references if len(references) > 1 else references[0]
 
     @property
-    def told(self) -> dict[str, Any]:
+    def answer_parameters(self) -> dict[str, Any]:
         """The `kv_transfer_params` of an answer."""
         numbers = [version.number for version in self.versions]
         return {PARAMETER: self.parameter, "prefix_version": numbers if len(numbers) > 1 else numbers[0]}
@@ -88,14 +87,14 @@ class _Memory:
         self._entries: OrderedDict[str, tuple[Version, float]] = OrderedDict()
 
     def get(self, reference: str) -> tuple[Version, float] | None:
-        """Returns what is remembered of a reference."""
+        """Returns a remembered version and its moment; None if the reference is not remembered."""
         with self._lock:
             if reference in self._entries:
                 self._entries.move_to_end(reference)
             return self._entries.get(reference)
 
     def put(self, reference: str, version: Version, until: float) -> None:
-        """Remember what a reference means."""
+        """Remembers the version that a reference means."""
         with self._lock:
             self._entries[reference] = version, until
             self._entries.move_to_end(reference)
@@ -103,14 +102,14 @@ class _Memory:
                 self._entries.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forgets everything."""
         with self._lock:
             self._entries.clear()
 
 
 @dataclass(slots=True)
 class _Question:
-    """What the service is asked, and how many wait for its answer."""
+    """A question to the service, and how many callers wait for its answer."""
 
     task: "asyncio.Task[Version]"
     waiting: int = 0
@@ -131,8 +130,8 @@ class Resolver:
 
     def recall(self, references: References) -> Composition | None:
         """Returns the versions of references if they are certain: a version's number or digest was resolved before, an
-        alias within the last second. While the service does not answer for a tenant, what was resolved last is taken
-        as certain."""
+        alias within the last second. While the service does not answer for a tenant, the versions that were resolved
+        last count as certain."""
         versions = [self._recall(reference) for reference in references]
         known = tuple(version for version in versions if version is not None)
         return Composition(known) if len(known) == len(versions) else None
@@ -170,7 +169,7 @@ class Resolver:
         return found[0]
 
     async def _answer(self, reference: str) -> Version:
-        """Wait for the answer to a question, which is given up when nobody waits for it any more."""
+        """Returns the answer to a question, which is cancelled when no caller waits for it any more."""
         question = self._questions.get(reference)
         if question is None:
             question = self._questions[reference] = _Question(asyncio.create_task(self._ask(reference)))
@@ -203,7 +202,7 @@ class Resolver:
 
     @asynccontextmanager
     async def _turn_of(self, tenant: str) -> AsyncIterator[None]:
-        """Wait until the tenant may ask another question, and let others ask after the block."""
+        """Waits until the tenant may ask another question; frees its turn at the end of the block."""
         turn = tenant, asyncio.get_running_loop().create_future()
         self._turns.add(tenant, turn)
         self._begin()
@@ -219,12 +218,12 @@ class Resolver:
 
     def _begin(self) -> None:
         for tenant, begun in self._turns.take(lambda turn: self._slots.has_room(turn[0], 1)):
-            if not begun.done():  # its request may have left, and not been told yet
+            if not begun.done():  # else its request was cancelled, and has not noticed yet
                 self._slots.take(tenant, 1)
                 begun.set_result(None)
 
     async def _await_news(self, tenant: str, reference: str) -> None:
-        """Ask until the service answers for a tenant, be it with an error."""
+        """Asks until the service answers for a tenant, even with an error."""
         try:
             while True:
                 if await self._is_answered(reference):
@@ -243,12 +242,12 @@ class Resolver:
         return True
 
     def forget(self) -> None:
-        """Forget every version: each is asked for again."""
+        """Forgets every version, so that each is asked for again."""
         self._memory.clear()
         self._source.forget()
 
     async def close(self) -> None:
-        """Give up every question, and close the connections."""
+        """Cancels every question, and closes the connections."""
         tasks = [*self._late.values(), *(question.task for question in self._questions.values())]
         for task in tasks:
             task.cancel()

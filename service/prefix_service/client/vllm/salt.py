@@ -1,7 +1,7 @@
-"""The salt under which vLLM keeps blocks: what stands behind a prefix belongs to that prefix alone.
+"""Salts for the hashes of vLLM's blocks, so that blocks behind a prefix are found for that prefix only.
 
-Placeholders of all adapters are the same ids, so that vLLM's prefix cache would take one adapter's blocks for
-another's, or for those of a plain prompt.
+The placeholders of all adapters are the same ids. Without a salt, vLLM's prefix cache would take one adapter's blocks
+for another's, or for those of a plain prompt.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from prefix_service.client.vllm.resolver import Composition
 
 
 class Salts:
-    """Salts of one engine: a secret of this process keeps requests from naming another's salt."""
+    """The salts of one engine. A secret of this process keeps a request from guessing the salt of another."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)

@@ -1,10 +1,10 @@
-"""The scheduler's half: which versions a request means, its placeholders, its salt, and which blocks are to be filled.
+"""The scheduler's half: finds a request's versions, adds placeholders and salt, and has its blocks filled.
 
 A request that names adapters goes through these states: *asked* (the service is asked which versions they are; not if
 that is remembered), *prepared* (N placeholders stand in front of its prompt), *awaiting* (the workers fetch the bytes;
 not if they have them, or if vLLM's prefix cache does), *loading* (its blocks are filled in the next step). A request
-that cannot be served is *refused*: it claims one block, and the workers report it as failed. Nothing here may raise: an
-exception would end the engine for everybody. Nothing here waits: the same thread schedules everybody's requests.
+that cannot be served is *refused*: it claims one block, and the workers report it as failed. No hook may raise, since
+an exception would end the engine for all requests, or wait, since its thread schedules all requests.
 """
 
 import logging
@@ -37,19 +37,19 @@ log = logging.getLogger("vllm.prefix_service")
 
 @dataclass(slots=True)
 class _Ticket:
-    """One request on its way."""
+    """The state of one request that names adapters."""
 
     asked: "Future[Composition] | None" = None
-    composition: Composition | None = None  # from when it is prepared
+    composition: Composition | None = None  # once it is prepared
     parcel: Parcel | None = None  # while it needs the bytes
-    until: float = 0.0  # the moment of `time.monotonic` by which they must be here
+    until: float = 0.0  # the time of `time.monotonic` by which they must have arrived
     error: PrefixServiceError | None = None  # why it is refused
-    since: float | None = field(default_factory=time.monotonic)  # when it came; None from when it waits no longer
-    is_in_cache: bool = False  # whether its blocks hold the prefixes, or will after this step
+    since: float | None = field(default_factory=time.monotonic)  # its arrival; None once it waits no longer
+    is_in_cache: bool = False  # whether its blocks hold the prefixes after this step
 
 
 class SchedulerHalf:
-    """Scheduler side of the connector; called by one thread."""
+    """The scheduler's side of the connector; called by one thread."""
 
     def __init__(self, resolver: Resolver, shelf: Shelf, model: Model, config: ConnectorConfig, tally: Tally) -> None:
         self._resolver, self._shelf, self._model, self._config, self._tally = resolver, shelf, model, config, tally
@@ -58,7 +58,7 @@ class SchedulerHalf:
         self._loads: list[Load] = []
 
     def arrived(self, request: Any) -> None:
-        """A new request: prepare it, or begin to ask for its versions."""
+        """Prepares a new request, or begins to ask for its versions."""
         try:
             references = adapters_asked(parameters_of(request), self._config.other_parameters)
             references = references or self._default(request)
@@ -75,18 +75,21 @@ class SchedulerHalf:
             self._refuse(request, error)
 
     def _default(self, request: Any) -> References:
-        """Returns the adapter of a request that names none: nothing for a LoRA's, or for one that generates nothing."""
+        """Returns the configured adapter for a request that names none; none if it uses a LoRA or generates nothing."""
         default = self._config.default_adapter
         if default is None or request.lora_request is not None or request.sampling_params is None:
             return ()
         return (default,)
 
     def claims(self, request_id: str) -> bool:
-        """Whether a request names an adapter, or tried to and is refused; until it has finished."""
+        """Returns whether an unfinished request names an adapter, or tried to and is refused."""
         return request_id in self._tickets
 
     def matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Returns how many tokens behind the computed ones come from the prefix, and whether later; None: ask again."""
+        """Returns how many tokens after the computed ones come from the prefix, and whether they come later.
+
+        The number is None if vLLM must ask again.
+        """
         ticket = self._tickets.get(request.request_id)
         if ticket is None:
             return 0, False
@@ -96,7 +99,7 @@ class SchedulerHalf:
             return self._matched(request, ticket, num_computed_tokens)
         except Exception as error:  # noqa: BLE001 - this request fails, the engine lives
             self._refuse(request, error)
-            return None, False  # what vLLM has found for the prompt as it was is void
+            return None, False  # vLLM must look again: what it found was for the prompt without placeholders
 
     def _matched(self, request: Any, ticket: _Ticket, num_computed_tokens: int) -> tuple[int | None, bool]:
         composition = ticket.composition
@@ -104,7 +107,7 @@ class SchedulerHalf:
             if ticket.asked is not None and ticket.asked.done():
                 asked, ticket.asked = ticket.asked, None
                 self._prepare(request, ticket, asked.result())
-            return None, False  # as above
+            return None, False  # vLLM must look again, with the placeholders
         left = composition.num_virtual_tokens - num_computed_tokens
         if left <= 0:
             self._note_end_of_wait(ticket)
@@ -135,18 +138,20 @@ class SchedulerHalf:
         known = isinstance(error, PrefixServiceError)
         log.error("request %s fails: %s", request.request_id, error, exc_info=None if known else error)
         self._leave(request.request_id)
-        request.kv_transfer_params = None  # vLLM looks into it too, and would fall over what is no object
-        request.skip_reading_prefix_cache = False  # or vLLM would not ask, and answer as if no adapter were named
-        _bind(request, secrets.token_hex())  # nothing cached may stand in for the block that it claims
+        request.kv_transfer_params = None  # vLLM reads it too, and would raise if it is not an object
+        request.skip_reading_prefix_cache = (
+            False  # else vLLM would not ask, and would answer as if no adapter were named
+        )
+        _bind(request, secrets.token_hex())  # no cached block may replace the one that it claims
         self._tally.add_failure()
         reason = error if isinstance(error, PrefixServiceError) else Internal(f"an unexpected error: {error!r:.200}")
         self._tickets[request.request_id] = _Ticket(error=reason)
 
     def _prepare(self, request: Any, ticket: _Ticket, composition: Composition) -> None:
-        """Put placeholders in front of the prompt, and bind the request's blocks to the composition."""
+        """Puts placeholders in front of the prompt, and binds the request's blocks to the composition."""
         count = composition.num_virtual_tokens
         refuse_length(composition, request.num_prompt_tokens, self._model.max_length)
-        # A repetition penalty looks at the prompt: give it nothing new to punish. Else one id for all, to share blocks.
+        # A repetition penalty counts the prompt's ids, to which its first one adds none; other requests share id 0.
         penalised = request.sampling_params.repetition_penalty != 1
         placeholders = [request.prompt_token_ids[0] if penalised else 0] * count
         request.prompt_token_ids = placeholders + request.prompt_token_ids  # a new list: the old one is the caller's
@@ -156,7 +161,7 @@ class SchedulerHalf:
         ticket.composition = composition
 
     def allocated(self, request: Any, block_ids: Sequence[int], num_tokens: int) -> None:
-        """A request has its blocks, and `num_tokens` of its prefix are to be written into them."""
+        """Notes the blocks of a request, into which `num_tokens` of its prefix are to be written."""
         ticket = self._tickets.get(request.request_id)
         if ticket is None:
             return
@@ -173,16 +178,16 @@ class SchedulerHalf:
         self._leave(request.request_id)  # the workers carry out a step's loads before they drop anything
 
     def take_orders(self) -> Orders:
-        """Returns what the workers do in this step."""
+        """Returns the workers' orders for this step."""
         loads, self._loads = self._loads, []
         return self._shelf.take_orders(loads)
 
     def take_reports(self, reports: Reports) -> None:
-        """Note what the workers report of a step."""
+        """Notes the workers' reports of a step."""
         self._shelf.take_reports(reports)
 
     def finished(self, request: Any) -> dict[str, Any] | None:
-        """Forget a request, and give up what it alone waits for. Returns what its answer says of the adapter."""
+        """Forgets a request, and cancels what it alone waits for. Returns the `kv_transfer_params` of its answer."""
         self._leave(request.request_id)
         ticket = self._tickets.pop(request.request_id, None)
         if ticket is None:
@@ -191,10 +196,10 @@ class SchedulerHalf:
             attach(request, ticket.error)
         if ticket.is_in_cache and ticket.composition is not None:
             self._tally.unload(ticket.composition.references, CACHE)
-        return None if ticket.composition is None else ticket.composition.told
+        return None if ticket.composition is None else ticket.composition.answer_parameters
 
     def _leave(self, request_id: str) -> None:
-        """Need neither an answer of the service nor bytes any longer."""
+        """Notes that a request needs neither an answer of the service nor bytes any longer."""
         ticket = self._tickets.get(request_id)
         if ticket is not None and ticket.asked is not None:
             ticket.asked.cancel()
@@ -203,21 +208,21 @@ class SchedulerHalf:
             ticket.parcel = None
 
     def forget(self) -> None:
-        """Ask again, and fetch again, for requests that come from now on."""
+        """Forgets versions and bytes, so that later requests ask and fetch again."""
         self._resolver.forget()
         self._shelf.forget()
 
     def counted(self) -> dict[str, Any] | None:
-        """Returns what was counted since the last call, None for nothing."""
+        """Returns the counts since the last call; None if there are none."""
         return self._tally.take()
 
     def close(self) -> None:
-        """End the thread and the connections."""
+        """Ends the thread and the connections."""
         self._background.close(self._resolver.close)
 
 
 def _bind(request: Any, salt: str) -> None:
-    """Hash a request's blocks under a salt."""
+    """Hashes a request's blocks under a salt."""
     request.cache_salt = salt
     request.block_hashes.clear()
     request.update_block_hashes()

@@ -1,4 +1,4 @@
-"""Which prefixes lie in the workers' host memory, are on their way there, or wait for their turn. Pure state.
+"""The prefixes in the workers' host memory, those on their way there, and those that wait for a turn. Pure state.
 
 The scheduler keeps this account, since it alone knows which requests wait; the workers carry out its orders. A request
 gets blocks of vLLM's cache only when every worker has the bytes, so a slow fetch holds no blocks.
@@ -20,8 +20,8 @@ _FETCHES: Final = 32  # in parallel on each worker; fetches wait for a network, 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What workers do for a request: write prefix positions `start` to `end` of a parcel into its blocks, of which
-    `block_ids` has all; or report it as failed, where there is no parcel."""
+    """Orders the workers to write positions `start` to `end` of a parcel into the blocks `block_ids` of a request, or,
+    without a parcel, to report the request as failed."""
 
     request_id: str
     parcel: int | None
@@ -32,7 +32,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What the workers do in a step, in this order: load, drop, fetch. Parcels have numbers, each used once."""
+    """The workers' tasks in a step, in this order: load, drop, fetch. A parcel has a number, which is used once."""
 
     loads: Sequence[Load] = ()
     drops: Sequence[int] = ()
@@ -42,13 +42,13 @@ class Orders:
 
 @dataclass(slots=True)
 class Reports:
-    """What became of parcels since the last step: on how many workers each has arrived, and why others failed."""
+    """The parcels that arrived since the last step, and on how many workers; those that failed, and why."""
 
     arrived: dict[int, int] = field(default_factory=dict)
     failed: dict[int, PrefixServiceError] = field(default_factory=dict)
 
     def aggregate(self, other: "Reports") -> "Reports":
-        """Returns what two groups of workers report, as one."""
+        """Returns the reports of two groups of workers as one."""
         for number, count in other.arrived.items():
             self.arrived[number] = self.arrived.get(number, 0) + count
         self.failed.update(other.failed)
@@ -64,7 +64,7 @@ class Parcel:
     references: References
     nbytes: int
     missing: int
-    """Workers that have not reported it."""
+    """The number of workers that have not reported it."""
     users: set[str] = field(default_factory=set)
     since: float = field(default_factory=time.monotonic)
     has_begun: bool = False
@@ -90,7 +90,7 @@ class Shelf:
         self._idle_bytes = 0
         self._last_number = 0
         self._drops: list[int] = []
-        self._may_begin = False  # whether something has changed since none could
+        self._may_begin = False  # whether anything has changed since the last try to begin one
 
     def want(self, request_id: str, tenant: str, references: References, nbytes: int) -> Parcel:
         """Returns the parcel of a composition, which stays until the request has called `leave`.
@@ -118,7 +118,7 @@ class Shelf:
         return parcel
 
     def leave(self, request_id: str, parcel: Parcel) -> None:
-        """A request needs a parcel no longer. One on its way that nobody needs is given up."""
+        """Notes that a request needs a parcel no longer; cancels a fetch that no request needs."""
         if request_id not in parcel.users:
             return
         parcel.users.remove(request_id)
@@ -139,7 +139,7 @@ class Shelf:
         self._drop(parcel)
 
     def take_orders(self, loads: Sequence[Load]) -> Orders:
-        """Returns what the workers begin, with these loads."""
+        """Returns the orders of a step with these loads, and the drops and fetches that can begin now."""
         fetches = []
         if self._may_begin:
             self._may_begin = False
@@ -157,7 +157,7 @@ class Shelf:
         return self._slots.has_room(parcel.tenant, 1) and self._bytes.has_room(parcel.tenant, parcel.nbytes)
 
     def take_reports(self, reports: Reports) -> None:
-        """Note what the workers report; parcels that were given up meanwhile are passed over."""
+        """Notes the workers' reports; ignores parcels that were cancelled."""
         for number, error in reports.failed.items():
             self._fail(number, error)
         for number, count in reports.arrived.items():
@@ -180,7 +180,7 @@ class Shelf:
             self._may_begin = True
 
     def forget(self) -> None:
-        """Drop every parcel that nobody needs, and let those in use leave after it: new requests fetch again."""
+        """Drops parcels that no request needs, and the others once their requests leave; new requests fetch again."""
         for parcel in list(self._idle.values()):
             self._drop_idle(parcel)
         self._by_references.clear()

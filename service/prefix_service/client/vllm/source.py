@@ -89,7 +89,7 @@ class Source:
     async def _ask_tenant(self) -> str | None:
         try:
             tenant = (await self._call(lambda client: client.whoami())).get("tenant")
-        except NotFound:  # an older service, which does not report it: taken for the platform's, which has least here
+        except NotFound:  # an older service does not report it: taken for a platform's key, which allows least here
             return None
         if tenant is not None and not isinstance(tenant, str):
             raise InvalidResponse(f"a key's tenant should be a name or null, got {tenant!r:.100}")
@@ -105,7 +105,7 @@ class Source:
         return await ask(self._client)
 
     async def _has_renewed(self, client: AsyncPrefixClient) -> bool:
-        """Whether there is another client than the one whose key was refused."""
+        """Returns whether another client has replaced the one whose key was refused."""
         if self._client is client:
             try:
                 key = await asyncio.to_thread(self._config.api_key)
@@ -113,16 +113,16 @@ class Source:
                 log.warning("the service refuses the key, and %s", error)
                 return False
             if self._client is client and key != self._key:
-                self._retired.append(client)  # others may be waiting for its answers
+                self._retired.append(client)  # other calls may wait for its answers
                 self._key, self._client = key, self._config.client(key, self._cache_bytes)
         return self._client is not client
 
     def forget(self) -> None:
-        """Forget every prefix that was fetched, in `cache_dir` too."""
+        """Forgets every prefix that was fetched, in `cache_dir` too."""
         self._client.clear_cache()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Closes every connection."""
         if self._tenant is not None:
             self._tenant[1].cancel()
         for client in (*self._retired, self._client):

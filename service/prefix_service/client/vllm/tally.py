@@ -1,4 +1,4 @@
-"""What vLLM's `/metrics` reports of adapters: which are loaded, and what loading takes. Pure state."""
+"""The counts of adapters for vLLM's `/metrics`: which are loaded, and what loading costs. Pure state."""
 
 from collections import OrderedDict
 from typing import Any, Final
@@ -6,12 +6,12 @@ from typing import Any, Final
 from prefix_service.client.vllm.requests import References
 
 MOST_NAMED: Final = 1000
-"""Adapters that are reported as loaded; of more, those that were loaded last."""
+"""The most adapters that are reported as loaded, those that were loaded last."""
 
 HOST: Final = "cpu"
-"""The level of an adapter whose bytes every worker has in host memory."""
+"""Level of an adapter whose bytes are in the host memory of every worker."""
 CACHE: Final = "gpu"
-"""The level of an adapter that a request under way has in vLLM's KV cache."""
+"""Level of an adapter that is in vLLM's KV cache for a running request."""
 
 LOADED: Final = "loaded"
 LOAD_SECONDS: Final = "load_seconds"
@@ -21,7 +21,7 @@ FAILURES: Final = "failures"
 
 
 class Tally:
-    """Counts from one reading to the next; used by one thread."""
+    """Counts from one call of `take` to the next; used by one thread."""
 
     def __init__(self) -> None:
         self._loaded: OrderedDict[tuple[str, str], int] = OrderedDict()  # name and level: how often
@@ -34,14 +34,14 @@ class Tally:
         self._load_bytes = self._failures = 0
 
     def load(self, references: References, level: str) -> None:
-        """Count adapters as loaded at a level, once more."""
+        """Counts one more load of adapters at a level."""
         key = adapter_name(references), level
         self._has_changed |= key not in self._loaded
         self._loaded[key] = self._loaded.get(key, 0) + 1
         self._loaded.move_to_end(key)
 
     def unload(self, references: References, level: str) -> None:
-        """Count adapters as loaded at a level, once less."""
+        """Counts one load of adapters less at a level."""
         key = adapter_name(references), level
         self._loaded[key] -= 1
         if not self._loaded[key]:
@@ -49,20 +49,20 @@ class Tally:
             self._has_changed = True
 
     def add_load(self, seconds: float, nbytes: int) -> None:
-        """Count a load from the service into host memory: how long, and how many bytes on all workers."""
+        """Counts a load from the service into host memory: its seconds, and its bytes on all workers."""
         self._load_seconds.append(seconds)
         self._load_bytes += nbytes
 
     def add_wait(self, seconds: float) -> None:
-        """Count a request that waited for the versions and bytes of its adapters."""
+        """Counts a request that waited for the versions and bytes of its adapters."""
         self._wait_seconds.append(seconds)
 
     def add_failure(self) -> None:
-        """Count a request that failed for its adapters."""
+        """Counts a request that failed because of its adapters."""
         self._failures += 1
 
     def take(self) -> dict[str, Any] | None:
-        """Returns what was counted since the last call, and what is loaded if that has changed; None for nothing."""
+        """Returns the counts since the last call, and the loaded adapters if they have changed; None if nothing has."""
         if not (self._has_changed or self._load_seconds or self._wait_seconds or self._failures):
             return None
         counted: dict[str, Any] = {
@@ -79,12 +79,12 @@ class Tally:
 
 
 def adapter_name(references: References) -> str:
-    """Returns the adapters of references, without their versions: one name of few for whatever requests ask for."""
+    """Returns the adapters of references as one name, without versions, so that metrics have few names."""
     return ",".join(reference.partition("@")[0] for reference in references)
 
 
 def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns what two readings have counted, of which `other` is the later one."""
+    """Returns the sum of two readings, of which `other` is the later one."""
     both = {name: one[name] + other[name] for name in (LOAD_SECONDS, LOAD_BYTES, WAIT_SECONDS, FAILURES)}
     latest = other.get(LOADED, one.get(LOADED))
     return both if latest is None else {**both, LOADED: latest}

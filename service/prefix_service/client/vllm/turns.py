@@ -1,4 +1,4 @@
-"""How tenants share what there is one of: equal turns, and room that no tenant can take whole. Pure state."""
+"""Shares slots and bytes between tenants: equal turns, and room that no tenant can take whole. Pure state."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -10,8 +10,9 @@ T = TypeVar("T")
 class Share:
     """An amount (of slots, of bytes) that tenants take and give back.
 
-    A tenant that has some may take more only while it then has at most what is left, so that one alone gets half of the
-    total, two a third each, and there is always room for another (dynamic thresholds, Choudhury and Hahne 1998).
+    A tenant that already has some may take more only if its new amount is at most the rest. One tenant alone gets half
+    of the total, two get a third each, and there is always room for another (dynamic thresholds, Choudhury and Hahne
+    1998).
     """
 
     def __init__(self, total: int) -> None:
@@ -19,21 +20,21 @@ class Share:
         self._of: dict[str, int] = {}
 
     def has_room(self, tenant: str, amount: int) -> bool:
-        """Whether a tenant may take an amount now."""
+        """Returns whether a tenant may take an amount now."""
         own, left = self.of(tenant), self._total - self.taken - amount
         return left >= 0 and (own == 0 or own + amount <= left)
 
     def of(self, tenant: str) -> int:
-        """Returns what a tenant has."""
+        """Returns the amount that a tenant has."""
         return self._of.get(tenant, 0)
 
     def take(self, tenant: str, amount: int) -> None:
-        """Count an amount as the tenant's."""
+        """Gives a tenant an amount."""
         self.taken += amount
         self._of[tenant] = self.of(tenant) + amount
 
     def give(self, tenant: str, amount: int) -> None:
-        """Count an amount as the tenant's no longer."""
+        """Takes an amount back from a tenant."""
         self.taken -= amount
         self._of[tenant] -= amount
         if not self._of[tenant]:
@@ -41,17 +42,17 @@ class Share:
 
 
 class Turns(Generic[T]):
-    """What waits: of each tenant in the order of arrival, and the tenants in turn."""
+    """A queue for each tenant, in order of arrival; the tenants take turns."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
 
     def add(self, tenant: str, item: T) -> None:
-        """Let an item wait, behind the others of its tenant."""
+        """Adds an item to the end of its tenant's queue."""
         self._waiting.setdefault(tenant, deque()).append(item)
 
     def discard(self, tenant: str, item: T) -> None:
-        """Let an item wait no longer, if it does."""
+        """Removes an item, if it waits."""
         items = self._waiting.get(tenant)
         if items is not None and item in items:
             items.remove(item)
@@ -59,9 +60,9 @@ class Turns(Generic[T]):
                 del self._waiting[tenant]
 
     def take(self, may_begin: Callable[[T], bool]) -> Iterator[T]:
-        """Yield the items that may begin, each of which must have begun before the next is asked for.
+        """Yields the items that may begin; the caller begins each one before it asks for the next.
 
-        A tenant whose first item may not begin is passed over, and the others go on.
+        A tenant whose first item may not begin is passed over.
         """
         passed_over = 0
         while passed_over < len(self._waiting):

@@ -1,4 +1,4 @@
-"""Which vLLM can be used: one that has what the connector touches, best one of those that it was tried with."""
+"""Checks the installed vLLM: it must have the parts that the connector touches, and should be a tried version."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Final
 from prefix_service.client.vllm.probe import missing
 
 TRIED: Final = ("0.30", "0.31", "0.32")
-"""The versions that answered as PEFT does under load, the oldest first."""
+"""The versions whose answers under load equalled PEFT's, the oldest first."""
 
 _RANGE: Final = f"{TRIED[0]} to {TRIED[-1]}"
 
@@ -15,10 +15,10 @@ log = logging.getLogger("vllm.prefix_service")
 
 
 def require_vllm() -> None:
-    """Check the vLLM that is installed; one that was not tried is a warning.
+    """Checks the installed vLLM; logs a warning if its version was not tried.
 
     Raises:
-        ImportError: there is none, or it lacks something that the connector touches.
+        ImportError: there is none, or it lacks a part that the connector touches.
     """
     try:
         import vllm
@@ -33,10 +33,10 @@ def require_vllm() -> None:
 
 
 def check_vllm(version: str, package: Path) -> None:
-    """Check a vLLM by its version and its folder.
+    """Checks a vLLM by its version and its folder.
 
     Raises:
-        ImportError: it lacks something that the connector touches.
+        ImportError: it lacks a part that the connector touches.
     """
     lacks = missing(package)
     if lacks:

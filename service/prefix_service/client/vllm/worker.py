@@ -1,5 +1,6 @@
-"""A worker's half: fetches this rank's layers and heads in the background, and writes them between two steps of the
-model."""
+"""The worker's half: fetches this rank's layers and heads in the background, and writes them between two steps of the
+model.
+"""
 
 import asyncio
 import logging
@@ -25,22 +26,22 @@ log = logging.getLogger("vllm.prefix_service")
 
 
 class WorkerHalf:
-    """Worker side of the connector. Its calls come from one thread, which alone writes to the cache: so no write meets
-    a forward pass, on whatever stream it runs."""
+    """The worker's side of the connector. One thread makes all calls, and no other writes
+    to the cache, so no write overlaps a forward pass on any stream."""
 
     def __init__(self, source: Source, model: Model, kv_heads: Span, block_size: int) -> None:
         self._source, self._model, self._kv_heads, self._block_size = source, model, kv_heads, block_size
         self._background = Background("prefix-bytes")
         self._layers: dict[int, Any] = {}
-        self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number: those that arrived, and those on their way
+        self._parcels: dict[int, Future[list[Prefix]]] = {}  # by number, arrived or on their way
         self._unreported: set[int] = set()
         self._loads: list[tuple[Load, Future[list[Prefix]] | None]] = []
 
     def register(self, layers: Mapping[int, Any]) -> None:
-        """The attention layers of this rank, by their number in the model.
+        """Registers the attention layers of this rank, by their number in the model.
 
         Raises:
-            InvalidRequest: layers that prefixes cannot be written to.
+            InvalidRequest: prefixes cannot be written to these layers.
         """
         first, last = min(layers), max(layers) + 1
         if set(layers) != set(range(first, last)):
@@ -54,7 +55,7 @@ class WorkerHalf:
         self._layers = dict(sorted(layers.items()))
 
     def start(self, orders: Orders) -> None:
-        """Begin what the scheduler orders."""
+        """Begins the scheduler's orders."""
         for load in orders.loads:
             self._loads.append((load, None if load.parcel is None else self._parcels.get(load.parcel)))
         for number in orders.drops:
@@ -72,7 +73,7 @@ class WorkerHalf:
         return await all_of(self._source.get(reference, **options) for reference in references)
 
     def reports(self) -> Reports:
-        """Returns what became of parcels since the last step."""
+        """Returns the parcels that arrived or failed since the last step."""
         reports = Reports()
         for number in [number for number in self._unreported if self._parcels[number].done()]:
             self._unreported.remove(number)
@@ -87,7 +88,7 @@ class WorkerHalf:
         return reports
 
     def finish(self) -> tuple[set[str], set[str]]:
-        """Write what this step loads: returns the requests that are done with, and those of them that failed."""
+        """Writes the prefixes that this step loads; returns the requests that are done, and which of them failed."""
         loads, self._loads = self._loads, []
         failed = set[str]()
         for load, parcel in loads:
@@ -102,7 +103,10 @@ class WorkerHalf:
         return {load.request_id for load, _ in loads}, failed
 
     def _write(self, load: Load, prefixes: "Sequence[Prefix]") -> None:
-        """Into the blocks, by the backend's own writer: blocks have other layouts, and other dtypes, inside."""
+        """Writes prefixes into a request's blocks.
+
+        The attention backend's own writer knows their layout and dtype.
+        """
         device = next(iter(self._layers.values())).kv_cache.device
         positions = torch.arange(load.start, load.end)
         blocks = torch.tensor(load.block_ids)
@@ -114,7 +118,7 @@ class WorkerHalf:
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
     def close(self) -> None:
-        """End the thread and the connections."""
+        """Ends the thread and the connections."""
         self._background.close(self._source.close)
 
 
