@@ -7,18 +7,17 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import h11
 import pytest
-import uvicorn
 
 from prefix_service.api.server.versions import TOUCHED, WORKING, check
 from prefix_service.errors import InvalidInput
 
 HTTPTOOLS = "protocols/http/httptools_impl.py"
-INSTALLED = {"uvicorn": uvicorn.__version__, "h11": h11.__version__}
+INSTALLED = {name: version(name) for name in TOUCHED}
 
 
 @pytest.fixture

@@ -173,11 +173,13 @@ def contestants(port: int, path: str, key: str, reference: str) -> Iterator[dict
 def cost_of_the_digest(url: str, key: str, reference: str, rounds: int) -> list[str]:
     """Returns the time of a fetch with the digest ÷ without it, and, as a control, without ÷ without."""
     with contextlib.ExitStack() as stack:
-        fetches = []
-        for verify in (None, False, False):
-            client = stack.enter_context(PrefixClient(url, key, cache_bytes=0, verify_digest=verify))
-            fetches.append(timed(partial(client.get, reference)))
-        return list(map(str, against_control(*fetches, rounds)))
+        mine, other, control = (
+            timed(
+                partial(stack.enter_context(PrefixClient(url, key, cache_bytes=0, verify_digest=verify)).get, reference)
+            )
+            for verify in (None, False, False)
+        )
+        return list(map(str, against_control(mine, other, control, rounds)))
 
 
 def compared(rows: list[list[str]], title: str, fetches: dict[str, Fetch], size: int, rounds: int) -> dict[str, float]:

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from prefix_service.client import AsyncPrefixClient, PrefixClient
-from prefix_service.client.protocol import Answer, Fetch
-from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.link import Link, Steps, Wait, carry_out
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound, Unavailable
 from tests.client.conftest import LLAMA
@@ -288,12 +286,6 @@ def never(connection: socket.socket) -> None:
     read_request(connection)
 
 
-def on_loop(client: AsyncPrefixClient) -> AsyncPrefixClient:
-    """The client, which now receives everything on the event loop, as it otherwise does revalidations alone."""
-    client._transport._way.blocks = lambda _request: False  # type: ignore[method-assign,union-attr]
-    return client
-
-
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for it, at most a minute."""
     for _ in range(6000):
@@ -308,7 +300,7 @@ def test_every_form_of_answer_is_read_on_the_event_loop(form: str) -> None:
     """What HTTP/1.1 allows arrives where no thread waits for it either."""
 
     async def fetch(url: str) -> None:
-        async with on_loop(AsyncPrefixClient(url, timeout=60)) as client:
+        async with AsyncPrefixClient(url, timeout=60) as client:
             assert is_right(await client.get("a/b@1"))
             assert is_right(await client.get("a/b"))
 
@@ -322,7 +314,7 @@ def test_no_broken_framing_passes_on_the_event_loop(fault: str) -> None:
     """It is the failure that it is in a thread."""
 
     async def fetch(url: str) -> None:
-        async with on_loop(AsyncPrefixClient(url, timeout=1)) as client:
+        async with AsyncPrefixClient(url, timeout=1) as client:
             await client.get("a/b@1")
 
     with hostile_server(says(FAULTS[fault])) as server:
@@ -335,7 +327,7 @@ def test_a_deadline_holds_on_the_event_loop() -> None:
     """An answer that stops half-way is told when the time is over."""
 
     async def fetch(url: str) -> None:
-        async with on_loop(AsyncPrefixClient(url, timeout=0.3)) as client:
+        async with AsyncPrefixClient(url, timeout=0.3) as client:
             await client.get("a/b@1")
 
     began = time.monotonic()
@@ -344,8 +336,8 @@ def test_a_deadline_holds_on_the_event_loop() -> None:
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.parametrize("where", [on_loop, lambda client: client], ids=["loop", "thread"])
-def test_cancellation_closes_the_connection(where: Callable[[AsyncPrefixClient], AsyncPrefixClient]) -> None:
+@pytest.mark.parametrize("verify_digest", [False, True])
+def test_cancellation_closes_the_connection(verify_digest: bool) -> None:
     """A cancelled get ends at once, on the wire too, and the client goes on; in a thread and on the event loop."""
     ended: list[bool] = []
 
@@ -354,7 +346,7 @@ def test_cancellation_closes_the_connection(where: Callable[[AsyncPrefixClient],
         ended.append(True)
 
     async def cancel(url: str) -> None:
-        async with where(AsyncPrefixClient(url)) as client:
+        async with AsyncPrefixClient(url, verify_digest=verify_digest) as client:
             getting = asyncio.ensure_future(client.get("a/b@1"))
             await until(lambda: bool(server.requests and server.requests[0]))
             assert not getting.done()
@@ -391,38 +383,6 @@ def each_step(steps: Steps[object], link: socket.socket) -> Iterator[Wait]:
         yield wait
 
 
-def test_bodies_come_in_threads_and_revalidations_on_the_event_loop() -> None:
-    """Threads receive and check several bodies in parallel; a 304 would wait for its thread longer than it takes."""
-    places: list[tuple[int, str]] = []
-
-    async def fetch(url: str) -> None:
-        async with AsyncPrefixClient(url) as client:
-            fetcher = client._transport._way
-            assert isinstance(fetcher, Fetcher)
-            whole, on_the_loop = fetcher._whole, fetcher._whole_on_loop
-
-            def in_thread(fetch: Fetch, *rest: Any) -> Answer:
-                answer = whole(fetch, *rest)
-                places.append((answer.status, threading.current_thread().name))
-                return answer
-
-            async def beside_tasks(fetch: Fetch, *rest: Any) -> Answer:
-                answer = await on_the_loop(fetch, *rest)
-                places.append((answer.status, "the event loop"))
-                return answer
-
-            fetcher._whole, fetcher._whole_on_loop = in_thread, beside_tasks  # type: ignore[method-assign]
-            for _ in range(2):
-                assert is_right(await client.get("a/b"))
-
-    current = b'HTTP/1.1 304 Not Modified\r\nETag: "e"\r\n\r\n'
-    with hostile_server(says(answer(), current), says(current)) as server:
-        asyncio.run(fetch(server.url))
-    assert [status for status, _ in places] == [200, 304]
-    assert places[0][1].startswith("prefix-client")
-    assert places[1][1] == "the event loop"
-
-
 def test_the_event_loop_stays_free() -> None:
     """While an answer dawdles, other tasks run."""
 
@@ -433,7 +393,7 @@ def test_the_event_loop_stays_free() -> None:
         connection.sendall(answer()[500:])
 
     async def tick(url: str) -> int:
-        async with on_loop(AsyncPrefixClient(url)) as client:
+        async with AsyncPrefixClient(url) as client:
             getting, ticks = asyncio.ensure_future(client.get("a/b@1")), 0
             while not getting.done():
                 await asyncio.sleep(0.01)

@@ -61,14 +61,10 @@ class Fetcher:
     def blocks(self, request: Request) -> bool:
         """Returns whether a request needs a thread.
 
-        Disks and pinned memory are slow, ranges use threads, and the body of a change may be read from a disk. Threads
-        receive and check several bodies in parallel, for which one event loop takes up to twice as long; a
-        revalidation or the name of a shared file is short, and a thread would add a quarter to its time
-        (tests/benchmarks/speed).
+        Disks and pinned memory are slow, ranges use threads, and the body of a change may be read from a disk.
         """
         if isinstance(request, Fetch):
-            brings_body = "If-None-Match" not in request.headers and not self._shared_memory
-            return request.blocks or brings_body or self._pinned or self._connections > 1
+            return request.blocks or self._pinned or self._connections > 1
         return request.method != "GET"
 
     async def carry_out_on_loop(self, request: Request, until: float) -> Any:
