@@ -233,3 +233,19 @@ def test_hardening_44_loads_over_the_budget_at_once(small: Server) -> None:
         watching.result(60)
     assert len(seen) > 10
     assert all(used <= budget for used, budget in seen)
+
+
+def test_evictions_are_listed_with_their_reasons(small: Server) -> None:
+    """Residency names what was evicted lately, the newest first, at most `limit`."""
+    end_by_eviction(small)
+    evicted = small.client().get("/v1/residency").json()["evicted"]
+    assert len(evicted) > 2
+    assert [row["at"] for row in evicted] == sorted((row["at"] for row in evicted), reverse=True)
+    for row in evicted:
+        assert row["at"].endswith("Z")
+        assert (row["tenant"], row["for_tenant"], row["version"]) == ("races", "races", 1)
+        assert row["adapter"].startswith("large-")
+        assert row["tier"] in ("device", "host")
+        assert row["reason"] in ("probation", "idle")
+        assert row["nbytes"] >= LARGE_SIZE
+    assert small.client().get("/v1/residency", params={"limit": 1}).json()["evicted"] == evicted[:1]

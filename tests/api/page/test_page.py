@@ -118,6 +118,31 @@ def test_upload_and_residency(admin_page: Seen, adapter_folder: Path) -> None:
     expect(page.get_by_role("button", name="acme/dropped@1")).to_have_count(0)
 
 
+def test_evictions_are_explained(admin_page: Seen) -> None:
+    """What left memory lately, for whom, and what that says."""
+    reasons = {
+        "probation": "beta needed room, and it was new and hardly used",
+        "idle": "beta needed room, and it had not been used lately",
+        "memory": "the machine had no memory left",
+    }
+    common = {"at": "2027-01-31T12:00:00Z", "tier": "device", "tenant": "acme", "adapter": "gone", "nbytes": 2048}
+    evicted = [
+        {**common, "version": number, "uses": 3, "for_tenant": "beta", "reason": reason}
+        for number, reason in enumerate(reasons, 1)
+    ]
+    page = admin_page.page
+
+    def answer(route: Route) -> None:
+        found = route.fetch()
+        route.fulfill(response=found, json={**found.json(), "evicted": evicted})
+
+    page.route("**/v1/residency?*", answer)
+    admin_page.open("residency", "Memory")
+    table = page.get_by_role("group", name="Evicted lately")
+    for number, words in enumerate(reasons.values(), 1):
+        expect(table.get_by_role("row").filter(has_text=f"acme/gone@{number}")).to_contain_text(words)
+
+
 def test_a_folder_is_dropped(admin_page: Seen) -> None:
     """Files that are dragged onto the page are read as those that are chosen."""
     page = admin_page.page

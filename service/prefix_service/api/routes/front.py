@@ -16,9 +16,9 @@ from prefix_service.api.middleware.browser_sessions import session_cookie, why_f
 from prefix_service.api.routes.documentation import json_body, request_headers
 from prefix_service.api.routes.keys import identity
 from prefix_service.api.routes.schemas import Identity
-from prefix_service.api.state import StateOf
+from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import DEV
-from prefix_service.errors import Forbidden, Unauthenticated
+from prefix_service.errors import Forbidden, ReadOnly, Unauthenticated
 from prefix_service.library.request_model import RequestModel
 
 router = APIRouter(tags=["page"])
@@ -60,7 +60,7 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
     """Begin a session of the page with a key. The cookie `prefix-session` stands for the key in calls with the header
     `X-Prefix-CSRF: 1` and the page's own `Origin`, for 12 hours at most and 1 hour without use. In dev mode nobody
     needs one."""
-    _require_page(request)
+    _require_page(request, state)
     require_media_type(request.headers, "application/json")
     wanted = validated(SignIn, json_object(await read_body(request, _MOST)))
     response.headers["Cache-Control"] = "no-store"
@@ -90,11 +90,13 @@ async def who_is_signed_in(request: Request, response: Response, state: StateOf)
 @router.delete("/ui/session", status_code=204, openapi_extra=_OF_PAGE)
 async def sign_out(request: Request, response: Response, state: StateOf) -> None:
     """End the session of the page, if there is one."""
-    _require_page(request)
+    _require_page(request, state)
     await state.browser_sessions.end(request.scope)
     response.headers["Set-Cookie"] = session_cookie("", request.scope)
 
 
-def _require_page(request: Request) -> None:
+def _require_page(request: Request, state: State) -> None:
+    if state.settings.read_only:
+        raise ReadOnly("this service is read-only (--read-only): sign in at the one that writes")
     if (reason := why_foreign(request.scope)) is not None:
         raise Forbidden(f"only the page itself signs in and out, and {reason}")
