@@ -167,7 +167,8 @@ change = {"action": "version.published", "target": "acme/a@1", "details": {"dige
 log.info("audit", extra={**by, **change})
 change = {"action": "key.created", "target": "22dc", "details": {"scope": "read", "name": "a\\x1b[2J\\nb"}}
 log.info("audit", extra={**by, **change})
-log.info("audit", extra={**by, "action": "alias.moved", "target": "acme/a@prod", "details": {"version": 1, "before": None}})
+change = {"action": "alias.moved", "target": "acme/a@prod", "details": {"version": 1, "before": None}}
+log.info("audit", extra={**by, **change})
 """
     begin = _BEGIN.format(level="info") + 'log = logging.getLogger("prefix_service")'
     subprocess.run([sys.executable, "-c", begin + code], check=True, stderr=child)

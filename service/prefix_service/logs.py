@@ -177,7 +177,9 @@ def _for_a_person(logger: Any, method: str, event: EventDict) -> Any:
     if event["event"] != "audit":
         return _COLOURED(logger, method, event)
     # The digest has room on no terminal, and `versions` shows it.
-    details = [f"{name}={value}" for name, value in event["details"].items() if value not in (None, "") and name != "digest"]
+    details = [
+        f"{name}={value}" for name, value in event["details"].items() if value not in (None, "") and name != "digest"
+    ]
     words = [_clock(), event["action"], event["target"], *details, "by key", event["key_id"]]
     return printable(" ".join(map(str, words)))
 

@@ -73,6 +73,8 @@ def test_a_duration_without_end(text: str) -> None:
 
 def test_moments_that_may_have_passed() -> None:
     """In UTC without a zone; the error says what may be written."""
-    assert parse_past("2020-01-31T12:00+02:00") == parse_past("2020-01-31T10:00") == datetime(2020, 1, 31, 10, tzinfo=UTC)
+    assert (
+        parse_past("2020-01-31T12:00+02:00") == parse_past("2020-01-31T10:00") == datetime(2020, 1, 31, 10, tzinfo=UTC)
+    )
     with pytest.raises(InvalidInput, match=r"'yesterday' is no moment: .* or as a duration ago, as in 90d"):
         parse_past("yesterday")

@@ -224,8 +224,8 @@ def test_an_id_that_is_none_is_not_carried(lines: tuple[str, ...]) -> None:
 
 def ids_sent(connections: list[list[bytes]]) -> list[str]:
     """The id of each request that came, in order."""
-    found = (re.search(rb"\r\nx-request-id: ([0-9a-f]{32})\r\n", head, re.IGNORECASE) for head in sum(connections, []))
-    return [match[1].decode() for match in found if match]
+    line = re.compile(rb"\r\nx-request-id: ([0-9a-f]{32})\r\n", re.IGNORECASE)
+    return [found.decode() for requests in connections for head in requests for found in line.findall(head)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,14 +1,13 @@
 """`usage`: which adapters and versions are used, by which keys, hour by hour."""
 
 from collections.abc import Mapping
-
 from typing import Annotated, Any
 
 import typer
 
 from prefix_service.cli.console import human_bytes, human_time, print_json, print_table
 from prefix_service.cli.moments import parse_past
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect, own_tenant
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     tenant: Annotated[
-        str | None, typer.Argument(metavar="TENANT", help="The tenant; without one, all of them (platform admin).")
+        str | None, typer.Argument(metavar="TENANT", help="The tenant; else that of the key, or all (platform admin).")
     ] = None,
     by: Annotated[
         str, typer.Option("--by", metavar="adapter,version,key", help="What is counted apart; '' for the sums alone.")
@@ -40,6 +39,7 @@ def usage(
     """
     first, last = parse_past(since), None if until is None else parse_past(until)
     with connect(url, api_key) as client:
+        tenant = own_tenant(client, tenant)
         items = client.usage(tenant, by=by, since=first, until=last, limit=limit)
     if as_json:
         print_json({"items": items})
