@@ -232,7 +232,11 @@ def ids_sent(connections: list[list[bytes]]) -> list[str]:
 @pytest.mark.parametrize("name", ["get", "inspect", "compose", "publish"])
 def test_an_error_without_an_answer_carries_the_id_that_was_sent(kind: type[Any], name: str) -> None:
     """The service may have read the request, and logged it: every attempt under one id."""
-    with hostile_server(lambda connection: [read_request(connection)][:0]) as server:
+
+    def reads(connection: socket.socket) -> None:
+        read_request(connection)
+
+    with hostile_server(reads) as server:
         with pytest.raises(ConnectionFailed) as raised:
             called(kind(server.url, timeout=1), SMALL[name])
         ids = ids_sent(server.requests)
