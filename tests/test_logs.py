@@ -142,7 +142,7 @@ plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "b
 times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
 requests = RequestLog()
 requests.write("info", dict(plain))
-requests.write("info", {**plain, **times, "adapter": "a", "version": 7})
+requests.write("info", {**plain, **times, "tenant": "acme", "adapter": "a", "version": 7})
 requests.write("info", {**plain, **times, "cold": False, "versions": ["acme/a@7", "acme/b@1"], "num_versions": 17})
 requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id": "r1"})
 """
@@ -152,9 +152,33 @@ requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id
     os.close(parent)
     assert shown == [
         "200 GET /v1/x 12.3 ms 7 B",
-        "200 GET /v1/x 12.3 ms 7 B a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
         "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
         "404 GET /v1/x 12.3 ms 7 B not-found r1",
+    ]
+
+
+def test_a_terminal_gets_readable_lines_of_changes() -> None:
+    """What was done to what, and by whom; what its tenant wrote is escaped."""
+    parent, child = pty.openpty()
+    code = """
+by = {"tenant": "acme", "actor": "acme", "key_id": "0f07", "request_id": "r1"}
+change = {"action": "version.published", "target": "acme/a@1", "details": {"digest": "sha256:00"}}
+log.info("audit", extra={**by, **change})
+change = {"action": "key.created", "target": "22dc", "details": {"scope": "read", "name": "a\\x1b[2J\\nb"}}
+log.info("audit", extra={**by, **change})
+change = {"action": "alias.moved", "target": "acme/a@prod", "details": {"version": 1, "before": None}}
+log.info("audit", extra={**by, **change})
+"""
+    begin = _BEGIN.format(level="info") + 'log = logging.getLogger("prefix_service")'
+    subprocess.run([sys.executable, "-c", begin + code], check=True, stderr=child)
+    os.close(child)
+    shown = [line.partition(" ")[2] for line in os.read(parent, 65536).decode().splitlines()]
+    os.close(parent)
+    assert shown == [
+        "version.published acme/a@1 by key 0f07",
+        r"key.created 22dc scope=read name=a\u001b[2J\u000ab by key 0f07",
+        "alias.moved acme/a@prod version=1 by key 0f07",
     ]
 
 

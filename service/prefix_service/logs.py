@@ -121,9 +121,8 @@ class RequestLog:
 
 
 def _readable(fields: dict[str, Any]) -> str:
-    now = datetime.now().astimezone().strftime("%H:%M:%S")
     took, size = f"{fields['seconds'] * 1000:.1f} ms", f"{fields['bytes']} B"
-    words = [now, fields["status"], fields["method"], fields["route"], took, size]
+    words = [_clock(), fields["status"], fields["method"], fields["route"], took, size]
     if "cold" in fields:
         words += _served_for_people(fields)
     if fields["code"] is not None:
@@ -131,9 +130,13 @@ def _readable(fields: dict[str, Any]) -> str:
     return " ".join(map(str, words))
 
 
+def _clock() -> str:
+    return datetime.now().astimezone().strftime("%H:%M:%S")
+
+
 def _served_for_people(fields: dict[str, Any]) -> list[str]:
     if "adapter" in fields:
-        named = f"{fields['adapter']}@{fields['version']}"
+        named = f"{fields['tenant']}/{fields['adapter']}@{fields['version']}"
     else:
         named = f"{fields['versions'][0]} and {fields['num_versions'] - 1} more"
     times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("wait", "load", "send"))
@@ -156,8 +159,7 @@ class _Handler(logging.Handler):
 
 def _rendering(*, colours: bool) -> list[Processor]:
     if colours:
-        # Rich's tracebacks, the default, show the values of local variables: keys among them.
-        return [_escape, structlog.dev.ConsoleRenderer(exception_formatter=_traceback), _redact]
+        return [_escape, _for_a_person, _redact]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json), _redact, _harmless]
 
 
@@ -170,10 +172,26 @@ def _escape(_logger: Any, _method: str, event: EventDict) -> EventDict:
     return {**shown, "event": printable_lines(str(event.get("event", "")))}
 
 
+def _for_a_person(logger: Any, method: str, event: EventDict) -> Any:
+    """Renders a change as one line like those of requests, and everything else in colours."""
+    if event["event"] != "audit":
+        return _COLOURED(logger, method, event)
+    # The digest has room on no terminal, and `versions` shows it.
+    details = [
+        f"{name}={value}" for name, value in event["details"].items() if value not in (None, "") and name != "digest"
+    ]
+    words = [_clock(), event["action"], event["target"], *details, "by key", event["key_id"]]
+    return printable(" ".join(map(str, words)))
+
+
 def _traceback(file: TextIO, exc_info: ExcInfo) -> None:
     text = io.StringIO()
     plain_traceback(text, exc_info)
     file.write(printable_lines(text.getvalue()))
+
+
+# Rich's tracebacks, the default, show the values of local variables: keys among them.
+_COLOURED: Final = structlog.dev.ConsoleRenderer(exception_formatter=_traceback)
 
 
 def _harmless(_logger: Any, _method: str, line: Any) -> Any:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from prefix_service.cli.moments import parse_duration, parse_end
+from prefix_service.cli.moments import parse_duration, parse_end, parse_past
 from prefix_service.errors import InvalidInput
 
 
@@ -23,7 +23,8 @@ from prefix_service.errors import InvalidInput
 def test_durations(text: str, duration: timedelta) -> None:
     """A duration has one or several units, from weeks to seconds."""
     assert parse_duration(text) == duration
-    assert abs(parse_end(text) - datetime.now(UTC) - duration) < timedelta(seconds=10)
+    assert abs(parse_end(text) - datetime.now(UTC) - duration) < timedelta(minutes=1)
+    assert abs(datetime.now(UTC) - parse_past(text) - duration) < timedelta(minutes=1)
 
 
 @pytest.mark.parametrize("text", ["", "7", "d", "7 d", "7D", "-7d", "7.5d", "7y", "0d", "0h0m", "٣d", "soon"])
@@ -68,3 +69,12 @@ def test_a_duration_without_end(text: str) -> None:
     """A duration longer than a century, than the calendar, or than Python's own is refused."""
     with pytest.raises(InvalidInput, match="is too long a duration: 36500d is the longest"):
         parse_duration(text)
+
+
+def test_moments_that_may_have_passed() -> None:
+    """In UTC without a zone; the error says what may be written."""
+    assert (
+        parse_past("2020-01-31T12:00+02:00") == parse_past("2020-01-31T10:00") == datetime(2020, 1, 31, 10, tzinfo=UTC)
+    )
+    with pytest.raises(InvalidInput, match=r"'yesterday' is no moment: .* or as a duration ago, as in 90d"):
+        parse_past("yesterday")

@@ -158,4 +158,6 @@ def test_who_waits_sees_for_whom(terminal: Terminal) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         shown = terminal.run("list", "acme", "--url", url, status=1)
     failed = f"error (connection-failed): {url} did not answer in time: timed out"
-    assert " ".join(shown.split()) == f"waiting for {url} … {failed}"
+    said, _, request = " ".join(shown.split()).partition(" (request ")
+    assert said == f"waiting for {url} … {failed}"
+    assert re.fullmatch(r"[0-9a-f]{32}\)", request)

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import resource
 import socket
 import time
@@ -12,9 +13,10 @@ from typing import Any, Final
 import pytest
 
 from prefix_service.client import PrefixClient
-from prefix_service.errors import NotFound, PrefixServiceError, TooLarge
+from prefix_service.errors import ConnectionFailed, NotFound, PrefixServiceError, TooLarge
 from tests.client.hostile import BODY, answer, hostile_server, read_request, repr_digest, says
 from tests.client.transport.test_deadlines import CALLS, JSON, KINDS, Call, called
+from tests.conftest import free_port
 
 PROBLEM: Final = "Content-Type: application/problem+json"
 DEEP: Final = b"[" * 100_000
@@ -212,10 +214,50 @@ def test_an_error_of_a_row_has_the_id_of_its_request(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("lines", [(), ("X-Request-ID: a b",), ("X-Request-ID: " + "x" * 129,)])
 def test_an_id_that_is_none_is_not_carried(lines: tuple[str, ...]) -> None:
-    """A malformed id, which might reach a terminal, is dropped."""
+    """The error carries the id that the client sent if the answer's is malformed, which might reach a terminal."""
     told = problem({"code": "not-found", "detail": "x"}, *lines)
     with hostile_server(says(told)) as server, pytest.raises(NotFound) as raised:
         called(PrefixClient(server.url, timeout=60), CALLS["inspect"])
+    assert [raised.value.request_id] == ids_sent(server.requests)
+
+
+def ids_sent(connections: list[list[bytes]]) -> list[str]:
+    """The id of each request that came, in order."""
+    line = re.compile(rb"\r\nx-request-id: ([0-9a-f]{32})\r\n", re.IGNORECASE)
+    return [found.decode() for requests in connections for head in requests for found in line.findall(head)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["get", "inspect", "compose", "publish"])
+def test_an_error_without_an_answer_carries_the_id_that_was_sent(kind: type[Any], name: str) -> None:
+    """The service may have read the request, and logged it: every attempt under one id."""
+
+    def reads(connection: socket.socket) -> None:
+        read_request(connection)
+
+    with hostile_server(reads) as server:
+        with pytest.raises(ConnectionFailed) as raised:
+            called(kind(server.url, timeout=1), SMALL[name])
+        ids = ids_sent(server.requests)
+    assert set(ids) == {raised.value.request_id}
+    assert (len(ids) > 1) is (name != "compose")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_requests_have_two_ids(kind: type[Any]) -> None:
+    """Also of one client, over one connection."""
+    told = answer(b'{"items": []}', JSON)
+    with hostile_server(says(told, told)) as server, contextlib.suppress(PrefixServiceError):
+        called(kind(server.url, timeout=5), lambda client: client.get_many(["a/b", "a/c"]))
+    ids = ids_sent(server.requests)
+    assert len(ids) == len(set(ids)) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_before_anything_was_sent_has_no_id(kind: type[Any]) -> None:
+    """No log could have it."""
+    with pytest.raises(ConnectionFailed) as raised:
+        called(kind(f"http://127.0.0.1:{free_port()}", timeout=0.3), CALLS["inspect"])
     assert raised.value.request_id is None
 
 

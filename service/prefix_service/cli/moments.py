@@ -2,7 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 from prefix_service.errors import InvalidInput
 
@@ -37,21 +37,35 @@ def parse_end(text: str) -> datetime:
         InvalidInput: it is none, or it is in the past.
     """
     now = datetime.now(UTC)
+    moment = _moment(text, now, "from now")
+    if moment <= now:
+        raise InvalidInput(f"{text} is in the past: it is {now:%Y-%m-%d %H:%M:%S} UTC now")
+    return moment
+
+
+def parse_past(text: str) -> datetime:
+    """A moment, in UTC: `2027-01-31` or `2027-01-31T12:00:00+01:00`, which is in UTC without a zone, or a duration ago,
+    as `7d`.
+
+    Raises:
+        InvalidInput: it is none.
+    """
+    return _moment(text, datetime.now(UTC), "ago")
+
+
+def _moment(text: str, now: datetime, way: Literal["from now", "ago"]) -> datetime:
     try:
         if duration := _duration(text):
-            return (now + duration).replace(microsecond=0)
+            return (now + duration if way == "from now" else now - duration).replace(microsecond=0)
         moment = datetime.fromisoformat(text)
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError as error:
         raise InvalidInput(f"{text!r:.40} is beyond the years that a date can have") from error
     except ValueError as error:
         raise InvalidInput(
             f"{text!r:.40} is no moment: write it as in 2027-01-31 or 2027-01-31T12:00:00Z (in UTC without a zone), or "
-            "as a duration from now, as in 90d, 12h or 1h30m"
+            f"as a duration {way}, as in 90d, 12h or 1h30m"
         ) from error
-    if moment <= now:
-        raise InvalidInput(f"{text} is in the past: it is {now:%Y-%m-%d %H:%M:%S} UTC now")
-    return moment
 
 
 def _duration(text: str) -> timedelta:

@@ -17,13 +17,17 @@ from rich.text import Text
 
 from prefix_service.cli.completion import complete_adapter
 from prefix_service.cli.console import errors_console, waiting_for
-from prefix_service.errors import InvalidRequest
+from prefix_service.errors import InvalidRequest, Unauthenticated
 from prefix_service.system.printable import printable
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient
 
 DEFAULT_URL: Final = "http://127.0.0.1:8080"
+MAKE_A_KEY: Final = (
+    "set PREFIX_API_KEY: `prefix-service key create` makes a key, and the first one is in the file bootstrap.key of "
+    "the service's data folder"
+)
 _PATIENCE: Final = 5.0  # seconds
 
 Url = Annotated[str, typer.Option("--url", envvar="PREFIX_URL", help="Where the service is.")]
@@ -125,6 +129,7 @@ def connect(
     Raises:
         InvalidRequest: the authorities cannot be read.
         ConnectionFailed, Unavailable: it is not there; said within seconds, for a person waits.
+        Unauthenticated: the block needs a key, and none was given.
     """
     from prefix_service.client import PrefixClient
 
@@ -133,7 +138,20 @@ def connect(
         probe.is_ready()
     said = contextlib.nullcontext() if shows_progress else waiting_for(address(url))
     with said, PrefixClient(url, api_key, cache_bytes=cache_bytes, **way) as client:
-        yield client
+        try:
+            yield client
+        except Unauthenticated as error:
+            if api_key:
+                raise
+            raise Unauthenticated(f"a key is needed: {MAKE_A_KEY}").met_by(error.request_id) from error
+
+
+def own_tenant(client: "PrefixClient", tenant: str | None) -> str | None:
+    """Returns the tenant that was named, or that of the key; None for a key of the platform."""
+    if tenant is not None:
+        return tenant
+    own: str | None = client.whoami()["tenant"]
+    return own
 
 
 def confirm(deletion: str, *, yes: bool) -> None:

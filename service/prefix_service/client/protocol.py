@@ -1,6 +1,7 @@
 """Requests and answers of the service, without any I/O."""
 
 import json
+import random
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,15 @@ _WANT_DIGEST: Final = {"Want-Repr-Digest": "crc32c=2, sha-256=1"}
 """Prefers the cheap one; a service that does not know it sends SHA-256."""
 
 
+def _new_id() -> str:
+    return f"{random.getrandbits(128):032x}"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request; `files` are the parts of a multipart body, in order; `content` is a body as it is, whose media type
-    stands in `headers`. `progress` follows its body, or that of a fetch's answer."""
+    stands in `headers`. `progress` follows its body, or that of a fetch's answer. The service logs it under
+    `request_id`, each attempt and each range."""
 
     method: str
     path: str
@@ -42,6 +48,7 @@ class Request:
     json: Any = None
     content: bytes | None = None
     progress: Progress | None = None
+    request_id: str = field(default_factory=_new_id, kw_only=True, compare=False)
 
     @property
     def is_idempotent(self) -> bool:

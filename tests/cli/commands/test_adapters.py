@@ -213,3 +213,16 @@ def test_diff_of_equal_and_of_incomparable_versions(run: Run) -> None:
     assert found["layers"] is None
     assert found["reason"].startswith("keys and values of different shapes")
     assert "error (not-found)" in run("diff", "clidiff/c", "clidiff/none").stderr
+
+
+def test_a_key_of_a_tenant_needs_not_name_it(run: Run, server: Server) -> None:
+    """Lists, usage and audit are of its own tenant; a key of the platform says whose adapters it wants."""
+    run("publish", LLAMA, "cliown/a")
+    own = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.key("admin", "cliown")}
+    for command, title in (("list", "Adapters of"), ("usage", "Usage of"), ("audit", "Changes of")):
+        shown, named = run_command(command, environment=own), run_command(command, "cliown", environment=own)
+        assert shown.stdout.startswith(f"{title} cliown"), shown.stderr
+        assert shown.stdout == named.stdout
+    failed = run("list")
+    assert "a key of the platform has no tenant of its own: `list TENANT`, or `list --all`" in failed.stderr
+    assert "list --all" in run("list", "cliown", "--all").stderr

@@ -8,9 +8,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.cli.conftest import Run
 from tests.commands import Finished, run_command
 from tests.conftest import Server, running_server
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in a folder without `data`, which `doctor` looks at: a checkout has one after the first request."""
+    monkeypatch.chdir(tmp_path)
+
 
 AWAY = {"PREFIX_URL": "http://127.0.0.1:9", "PREFIX_API_KEY": ""}
 

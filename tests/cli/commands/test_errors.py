@@ -4,7 +4,8 @@ import json
 import re
 
 from tests.cli.conftest import Run
-from tests.conftest import CORPUS
+from tests.commands import run_command
+from tests.conftest import CORPUS, Server
 
 LLAMA = CORPUS / "cases" / "llama-n20-emb" / "adapter"
 
@@ -43,3 +44,13 @@ def test_json_holds_for_deletions_too(run: Run) -> None:
         (("tenant", "rm", "clijson", "--yes"), {"deleted": "clijson"}),
     ):
         assert json.loads(run(*arguments, "--json").stdout) == document
+
+
+def test_without_a_key_the_command_line_says_where_one_is(server: Server) -> None:
+    """In the words of who types, not of HTTP; a wrong key is told as the service tells it."""
+    failed = run_command("list", "acme", environment={"PREFIX_URL": server.url})
+    words = r"a key is needed: set PREFIX_API_KEY: .* bootstrap.key .*"
+    assert re.fullmatch(rf"error \(unauthenticated\): {words} \(request [0-9a-f]{{32}}\)\n", failed.stderr)
+    failed = run_command("list", "acme", environment={"PREFIX_URL": server.url, "PREFIX_API_KEY": "wrong"})
+    assert "the key is malformed" in failed.stderr
+    assert "PREFIX_API_KEY" not in failed.stderr

@@ -25,7 +25,18 @@ from prefix_service.cli.console import (
     say_lines,
     working,
 )
-from prefix_service.cli.options import DEFAULT_URL, AdapterName, ApiKey, Json, Ref, Url, Yes, confirm, connect
+from prefix_service.cli.options import (
+    DEFAULT_URL,
+    AdapterName,
+    ApiKey,
+    Json,
+    Ref,
+    Url,
+    Yes,
+    confirm,
+    connect,
+    own_tenant,
+)
 from prefix_service.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -58,7 +69,7 @@ def register(app: typer.Typer) -> None:
 
 
 def list_adapters(
-    tenant: Annotated[str | None, typer.Argument(metavar="TENANT", help="The tenant.")] = None,
+    tenant: Annotated[str | None, typer.Argument(metavar="TENANT", help="The tenant; else that of the key.")] = None,
     every_tenant: Annotated[bool, typer.Option("--all", help="The adapters of all tenants.")] = False,
     search: Annotated[str | None, typer.Option(help="Only adapters whose names hold this.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
@@ -71,12 +82,14 @@ def list_adapters(
     as_json: Json = False,
 ) -> None:
     """List the adapters of a tenant, or with --all of all tenants. The size is that of all versions."""
-    if (tenant is None) != every_tenant:
+    if every_tenant and tenant is not None:
         raise InvalidRequest("list the adapters of one tenant with `list TENANT`, or those of all with `list --all`")
     asked = {"search": search, "base_model": base_model, "sort": sort.value}
     with connect(url, api_key) as client, working("listing adapters"):
-        if tenant is None:
+        if every_tenant:
             items = _of_all_tenants(client, asked, sort, limit)
+        elif (tenant := own_tenant(client, tenant)) is None:
+            raise InvalidRequest("a key of the platform has no tenant of its own: `list TENANT`, or `list --all`")
         else:
             items = _adapters(client, tenant, asked, limit)
     if as_json:

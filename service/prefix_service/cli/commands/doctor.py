@@ -18,7 +18,7 @@ from prefix_service.cli.checks.check import Check
 from prefix_service.cli.checks.folder import folder_checks
 from prefix_service.cli.commands.serve import load_settings
 from prefix_service.cli.console import human_bytes, print_json, print_table, say, working
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, address, chosen_socket, connect
+from prefix_service.cli.options import DEFAULT_URL, MAKE_A_KEY, ApiKey, Json, Url, address, chosen_socket, connect
 from prefix_service.errors import (
     ConnectionFailed,
     InvalidInput,
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 _CLOCK: Final = 30.0  # seconds that two clocks may differ
 _SOON: Final = timedelta(days=7)
 _PACKAGES: Final = ("torch", "safetensors", "transformers", "vllm")
-_MAKE_A_KEY: Final = (
-    "set PREFIX_API_KEY: `prefix-service key create` makes a key, and the first one is in the file bootstrap.key of "
-    "the service's data folder"
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -148,7 +144,7 @@ def _no_key(error: PrefixServiceError, api_key: str | None) -> Check:
     if isinstance(error, NotFound):
         return Check("key", "warning", "not checked: this service does not say whose key it is", "update the service")
     if isinstance(error, Unauthenticated):
-        return Check("key", "failed", "none is set" if api_key is None else f"refused: {error}", _MAKE_A_KEY)
+        return Check("key", "failed", "none is set" if api_key is None else f"refused: {error}", MAKE_A_KEY)
     return Check("key", "failed", str(error), _what_to_do(error))
 
 

@@ -85,7 +85,7 @@ def publish(
         if config is not None:
             raise typer.BadParameter("--config is that of one adapter: with --tenant each folder has its own")
         adapters = _named_after_folders(words, tenant)
-        with connect(url, api_key) as client:
+        with connect(url, api_key, shows_progress=True) as client:
             outcomes = _publish_folders(client, adapters, base, annotations)
         _tell_outcomes(outcomes, as_json=as_json)
         return

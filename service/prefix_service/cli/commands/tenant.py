@@ -14,7 +14,7 @@ from prefix_service.cli.console import (
     report,
     used_of,
 )
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, Yes, confirm, connect, own_tenant
 from prefix_service.errors import InvalidInput, NotFound
 from prefix_service.system.sizes import parse_bytes
 
@@ -95,15 +95,16 @@ def remove_tenant(
 
 def audit(
     tenant: Annotated[
-        str | None, typer.Argument(metavar="TENANT", help="Only changes of this tenant's resources.")
+        str | None, typer.Argument(metavar="TENANT", help="Only changes of this tenant's resources; else of the key's.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 50,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show who changed what, newest first. Without a tenant, of all; that takes a key of the platform's admin."""
+    """Show who changed what, newest first. With a key of the platform's admin and without a tenant, of all."""
     with connect(url, api_key) as client:
+        tenant = own_tenant(client, tenant)
         found = client.audit(tenant, limit)
     if as_json:
         print_json({"items": found})

@@ -1,15 +1,13 @@
 """`usage`: which adapters and versions are used, by which keys, hour by hour."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
 from prefix_service.cli.console import human_bytes, human_time, print_json, print_table
-from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect
-
-_DAY: Final = timedelta(days=1)
+from prefix_service.cli.moments import parse_past
+from prefix_service.cli.options import DEFAULT_URL, ApiKey, Json, Url, connect, own_tenant
 
 
 def register(app: typer.Typer) -> None:
@@ -19,20 +17,16 @@ def register(app: typer.Typer) -> None:
 
 def usage(
     tenant: Annotated[
-        str | None, typer.Argument(metavar="TENANT", help="The tenant; without one, all of them (platform admin).")
+        str | None, typer.Argument(metavar="TENANT", help="The tenant; else that of the key, or all (platform admin).")
     ] = None,
     by: Annotated[
         str, typer.Option("--by", metavar="adapter,version,key", help="What is counted apart; '' for the sums alone.")
     ] = "adapter",
     since: Annotated[
-        datetime | None,
-        typer.Option(
-            metavar="MOMENT", help="From the hour of 2027-01-31 or 2027-01-31T12:00:00 (UTC) on; else of a day ago."
-        ),
-    ] = None,
-    until: Annotated[
-        datetime | None, typer.Option(metavar="MOMENT", help="Hours that begin before this moment (UTC).")
-    ] = None,
+        str,
+        typer.Option(metavar="MOMENT", help="From the hour of 2027-01-31 or 2027-01-31T12:00:00Z on, or of 7d ago."),
+    ] = "1d",
+    until: Annotated[str | None, typer.Option(metavar="MOMENT", help="Hours that begin before this moment.")] = None,
     limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many lines.")] = 1000,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -43,9 +37,9 @@ def usage(
     That is requests, bytes sent, loads of versions that were not in memory (cold), and prefix tokens handed out. The
     oldest hour is first; counts appear within a minute.
     """
-    first = datetime.now(UTC) - _DAY if since is None else since.replace(tzinfo=UTC)
-    last = None if until is None else until.replace(tzinfo=UTC)
+    first, last = parse_past(since), None if until is None else parse_past(until)
     with connect(url, api_key) as client:
+        tenant = own_tenant(client, tenant)
         items = client.usage(tenant, by=by, since=first, until=last, limit=limit)
     if as_json:
         print_json({"items": items})

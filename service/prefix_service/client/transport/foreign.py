@@ -124,7 +124,7 @@ def _arguments(request: Request, until: float) -> dict[str, Any]:
 
 def _headers_and_content(request: Request) -> tuple[list[tuple[bytes, bytes]], Iterator[bytes] | None]:
     about_body, content = ({}, None) if request.method == "GET" else encoded(request)
-    merged: Mapping[str, str] = {**request.headers, **about_body}
+    merged: Mapping[str, str] = {"X-Request-ID": request.request_id, **request.headers, **about_body}
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in merged.items()], content
 
 

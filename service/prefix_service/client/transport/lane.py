@@ -184,7 +184,7 @@ class Lane:
         query = _query(tuple(request.params.items()))
         start = f"{request.method} {self._path}{request.path}{query} HTTP/1.1\r\n"
         about_body, body = ({}, ()) if request.method == "GET" else encoded(request)
-        lines = _lines({**request.headers, **about_body, **(headers or {})})
+        lines = _lines({"X-Request-ID": request.request_id, **request.headers, **about_body, **(headers or {})})
         return start.encode("ascii") + lines + self._fixed, body
 
     def _idle_one(self, request: Request) -> Link | None:

@@ -69,6 +69,11 @@ class _Attempts:
         return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
 
 
+def _named(error: PrefixServiceError, request: Request) -> PrefixServiceError:
+    """Returns an error with the id of its request, also if no answer told it; without, if nothing was sent."""
+    return error if isinstance(error.__cause__, _NEVER_SENT) else error.met_by(request.request_id)
+
+
 def _was_refused(error: PrefixServiceError) -> bool:
     """Returns whether the request was certainly not carried out."""
     return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
@@ -150,7 +155,7 @@ class Transport:
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                time.sleep(attempts.pause_after(error))
+                time.sleep(attempts.pause_after(_named(error, step)))
 
     def _once(self, request: Request, until: float) -> Any:
         if isinstance(self._way, Fetcher):
@@ -232,7 +237,7 @@ class AsyncTransport:
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                await asyncio.sleep(attempts.pause_after(error))
+                await asyncio.sleep(attempts.pause_after(_named(error, step)))
 
     async def _once(self, request: Request, until: float) -> Any:
         if isinstance(self._way, AsyncForeign):
