@@ -51,14 +51,16 @@ def state_of(request: Request) -> State:
     return state
 
 
-def _library(request: Request) -> Library:
+# FastAPI calls a dependency that is no coroutine in a thread.
+
+
+async def _state(request: Request) -> State:
+    return state_of(request)
+
+
+async def _library(request: Request) -> Library:
     return state_of(request).library
 
 
-def _settings(request: Request) -> Settings:
-    return state_of(request).settings
-
-
-StateOf = Annotated[State, Depends(state_of)]
+StateOf = Annotated[State, Depends(_state)]
 LibraryOf = Annotated[Library, Depends(_library)]
-SettingsOf = Annotated[Settings, Depends(_settings)]

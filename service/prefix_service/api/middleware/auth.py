@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Final
 
 from fastapi import Depends, Request
@@ -116,9 +116,12 @@ def _quoted(value: bytes) -> str:
     return repr(value.decode("latin-1")[:100])
 
 
-def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
-    def check(request: Request, tenant: TenantPath) -> str:
-        principal = _caller(request)
+# FastAPI calls a dependency that is no coroutine in a thread, however little it does.
+
+
+def _tenant_with(scope: KeyScope) -> Callable[[Request, str], Awaitable[str]]:
+    async def check(request: Request, tenant: TenantPath) -> str:
+        principal = await _caller(request)
         check_name("tenant", tenant)
         if not principal.may_see(tenant):
             # The message is that of a missing one, so that a caller learns nothing about other tenants.
@@ -132,14 +135,14 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
     return check
 
 
-def _caller(request: Request) -> Principal:
+async def _caller(request: Request) -> Principal:
     principal: Principal = request.scope["principal"]
     return principal
 
 
-def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
-    def check(request: Request) -> Principal:
-        principal = _caller(request)
+def _platform_with(scope: KeyScope) -> Callable[[Request], Awaitable[Principal]]:
+    async def check(request: Request) -> Principal:
+        principal = await _caller(request)
         if principal.tenant is not None:
             raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
         _require(principal, scope)
