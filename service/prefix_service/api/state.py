@@ -11,13 +11,16 @@ from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
-from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
+from prefix_service.library.adapters import Adapters
+from prefix_service.library.following import Following
+from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.library import Library
+from prefix_service.library.pages import Pages
+from prefix_service.library.publishing import Publisher
+from prefix_service.library.tenancy import Tenancy
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
@@ -29,8 +32,12 @@ class State:
 
     settings: Settings
     library: Library
+    publisher: Publisher
+    adapters: Adapters
+    tenancy: Tenancy
+    pages: Pages
+    following: Following
     admission: Admission
-    keyring: Keyring
     known_keys: KnownKeys
     audit_ids: OpaqueNumbers
     authenticator: Authenticator
@@ -39,7 +46,6 @@ class State:
     answers: Answers
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
-    usage: UsageStore
     readiness: Readiness
     revisions: Revisions
     watchers: Watchers

@@ -168,8 +168,7 @@ class ParametersResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes the whole file
-        file = await self._library.admission.run(self._version.tenant, look)
+        file = await self._library.open_weights(self._version)  # reads and hashes the whole file
         try:
             file.seek(start)
             yield Content(_read(file, stop - start))

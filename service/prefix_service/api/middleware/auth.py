@@ -9,11 +9,11 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
+from prefix_service.library.known_keys import KnownKeys
 from prefix_service.logs import request_context
 from prefix_service.prefix.references import check_name
 

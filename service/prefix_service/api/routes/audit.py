@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
 from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
@@ -39,39 +39,22 @@ class AuditPage(BaseModel):
 
 
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
-async def tenant_audit(
-    request: Request,
-    tenant: AdministeredTenant,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def tenant_audit(tenant: AdministeredTenant, asked: AskedPage, state: StateOf) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, state, tenant, limit, cursor)
+    return await _page(state, tenant, asked)
 
 
 @router.get("/v1/audit", response_model=AuditPage)
-async def audit(
-    request: Request,
-    _caller: PlatformAdmin,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def audit(_caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Response:
     """Every change, newest first."""
-    return await _page(request, state, None, limit, cursor)
+    return await _page(state, None, asked)
 
 
-async def _page(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
-    ids, audit = state.audit_ids, state.library.audit
-
-    def load(place: str, limit: int) -> list[AuditEntry]:
-        return audit.listed(tenant, before=ids.number(place) if place else None, limit=limit)
+async def _page(state: State, tenant: str | None, asked: Asked) -> Response:
+    ids = state.audit_ids
+    places = Places(lambda text: ids.number(text) if ids.holds(text) else None, ids.text)
 
     def item(entry: AuditEntry) -> AuditItem:
         return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id)})
 
-    listing = Listing(load, lambda entry: ids.text(entry.id), item)
-    return await answer_page(request, tenant, listing, decode_cursor(cursor, ids.holds), limit)
+    return asked.answer(await state.pages.audit(tenant, asked.wanted(places, item)), places)

@@ -19,7 +19,7 @@ from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import InvalidReference, NotFound
 from prefix_service.library.library import Library
-from prefix_service.library.plan import MixedPlan, MixedRequest, require_few_rows
+from prefix_service.library.plan import MixedPlan, MixedRequest
 from prefix_service.prefix.references import Reference, parse_qualified
 from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.extras import InputMask
@@ -84,7 +84,7 @@ async def post_prefixes(request: Request, by: Caller, _memory: HeldBody, state: 
     def read(values: dict[str, Any]) -> tuple[MixedRequest, list[list[Asked]], InputMask | None]:
         mask = mask_from_json(values.pop("attention_mask", None))
         wanted = validated(MixedRequest, values)
-        require_few_rows(len(wanted.rows), library.limits)
+        library.require_few_rows(len(wanted.rows))
         return wanted, _parsed(wanted), mask
 
     wanted, rows, mask = await read_mask_json(request, read)
