@@ -68,7 +68,7 @@ class Follower:
         self.library, self.feed = cases.library, cases.feed
         self.keys = KnownKeys(keyring, lambda: self.feed.are_known)
         self.rates = RateLimits(cases.tenancy.requests_per_second, lambda: self.feed.are_known)
-        for listening in (self.library, self.keys, self.rates):
+        for listening in (cases.residency, self.keys, self.rates):
             self.feed.listen(listening.on_changes)
 
     async def _made(self, keyring: Keyring, blobs: FolderBlobStore, limits: Limits) -> UseCases:

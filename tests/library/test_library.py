@@ -81,7 +81,7 @@ async def test_a_lost_derived_blob_is_made_again_from_the_weights(cases: UseCase
     version = await published(cases, "llama-n20-emb")
     before = await body_of(cases, version)
     blob(tmp_path, version.key_values).unlink()
-    await cases.library.unload(version, COMMAND_LINE)
+    await cases.residency.unload(version, COMMAND_LINE)
     assert await body_of(cases, version) == before
     assert blob(tmp_path, version.key_values).exists()
 
@@ -104,7 +104,7 @@ async def test_an_mlp_that_gives_other_bits_gets_another_entity_tag(
     old = with_other_bits(database, tmp_path, version)
     others = await body_of(cases, old)
     assert others != bits
-    await cases.library.unload(old, COMMAND_LINE)
+    await cases.residency.unload(old, COMMAND_LINE)
     blob(tmp_path, old.key_values).unlink()
     with pytest.raises(EncodedAgain) as again:
         await body_of(cases, old)
@@ -139,7 +139,7 @@ async def test_a_load_takes_the_new_bits(cases: UseCases, database: Database, tm
     old = with_other_bits(database, tmp_path, version)
     blob(tmp_path, old.key_values).unlink()
     assert (await cases.library.load(old)).key_values == version.key_values
-    assert cases.library.residency(old)["resident"]
+    assert cases.residency.state(old)["resident"]
 
 
 async def test_a_composition_takes_the_new_bits(cases: UseCases, database: Database, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ async def test_lost_bits_are_served_though_the_disk_is_full(
     version = await published(cases, "llama-n20-emb")
     before = await body_of(cases, version)
     blob(tmp_path, version.key_values).unlink()
-    await cases.library.unload(version, COMMAND_LINE)
+    await cases.residency.unload(version, COMMAND_LINE)
 
     def full(_store: FolderBlobStore) -> None:
         raise OutOfSpace("cannot begin a blob: No space left on device")
@@ -183,7 +183,7 @@ async def test_lost_weights_are_damage(cases: UseCases, tmp_path: Path) -> None:
     version = await published(cases, "llama-n20-emb")
     for digest in (version.weights, version.key_values):
         blob(tmp_path, digest).unlink()
-    await cases.library.unload(version, COMMAND_LINE)
+    await cases.residency.unload(version, COMMAND_LINE)
     with pytest.raises(CorruptBlob, match="lost"):
         await body_of(cases, version)
     with pytest.raises(CorruptBlob, match="lost"):
@@ -199,7 +199,7 @@ async def test_bit_rot_is_noticed_and_mended_for_one_version_alone(cases: UseCas
         for digest in digests:
             path = blob(tmp_path, digest)
             path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-        await cases.library.unload(version, COMMAND_LINE)
+        await cases.residency.unload(version, COMMAND_LINE)
         if served:
             assert await body_of(cases, version) == before
         else:
@@ -235,7 +235,7 @@ async def test_a_blob_folder_that_is_gone_is_not_damage(cases: UseCases, tmp_pat
     """No blob is lost, all are elsewhere: nothing is encoded again, and once the folder is back all is as before."""
     version = await published(cases, "llama-n20-emb")
     before = await body_of(cases, version)
-    await cases.library.unload(version, COMMAND_LINE)
+    await cases.residency.unload(version, COMMAND_LINE)
     (tmp_path / "blobs").rename(tmp_path / "away")
     for empty in (False, True):  # a mount point without its disk is empty
         if empty:
@@ -256,7 +256,7 @@ async def test_the_same_files_again_mend_a_version(cases: UseCases, tmp_path: Pa
     before = await body_of(cases, version)
     for digest in (version.weights, version.key_values):
         blob(tmp_path, digest).unlink()
-    await cases.library.unload(version, COMMAND_LINE)
+    await cases.residency.unload(version, COMMAND_LINE)
     with pytest.raises(CorruptBlob, match="lost"):
         await body_of(cases, version)
     assert await published(cases, "llama-n20-emb") == version

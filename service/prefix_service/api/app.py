@@ -186,11 +186,12 @@ def _compose(
     readiness = Readiness([Catalog(database).check, blobs.check, partial(check, settings)])
     watchers = Watchers(database, settings.max_watchers)
     # Watchers last: when they wake, a revoked key is known to be.
-    for listening in (cases.library, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
+    for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
         feed.listen(_on_this_loop(listening.on_changes))
     state = State(
         settings=settings,
         library=cases.library,
+        residency=cases.residency,
         publisher=cases.publisher,
         adapters=cases.adapters,
         tenancy=cases.tenancy,

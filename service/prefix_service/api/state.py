@@ -20,6 +20,7 @@ from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.library import Library
 from prefix_service.library.pages import Pages
 from prefix_service.library.publishing import Publisher
+from prefix_service.library.residency import Residency
 from prefix_service.library.tenancy import Tenancy
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
@@ -32,6 +33,7 @@ class State:
 
     settings: Settings
     library: Library
+    residency: Residency
     publisher: Publisher
     adapters: Adapters
     tenancy: Tenancy

@@ -21,6 +21,7 @@ from prefix_service.library.library import Library
 from prefix_service.library.pages import Pages
 from prefix_service.library.plan import Limits
 from prefix_service.library.publishing import Publisher
+from prefix_service.library.residency import Residency
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.library.tenancy import Tenancy
 from prefix_service.registry.admission import Admission
@@ -31,10 +32,11 @@ from prefix_service.registry.registry import AdapterRegistry
 class UseCases:
     """What a service does, for callers that are already authorised. Whatever blocks is behind an `async` method.
 
-    `library` and `publisher` listen to `feed` with their `on_changes`, on the event loop.
+    `residency` and `publisher` listen to `feed` with their `on_changes`, on the event loop.
     """
 
     library: Library
+    residency: Residency
     publisher: Publisher
     adapters: Adapters
     tenancy: Tenancy
@@ -58,9 +60,10 @@ def compose(
     with database.reading() as connection:
         followed = catalog_id(connection)
     encodings = Encodings(catalog, blobs, registry.device, registry.host_memory)
-    library = Library(RememberedVersions(catalog, feed), encodings, registry, limits, admission, audit, shared_files)
+    library = Library(RememberedVersions(catalog, feed), encodings, registry, limits, admission, shared_files)
     return UseCases(
         library=library,
+        residency=Residency(library, registry, admission, audit),
         publisher=Publisher(catalog, blobs, encodings, admission, limits.upload_bytes, library.clear_failures),
         adapters=Adapters(catalog, Descriptions(database), listings),
         tenancy=Tenancy(database, tenants, keyring),

@@ -1,23 +1,13 @@
-"""Prefixes: resolve, plan, serve, load and unload."""
+"""Prefixes: resolve, plan, serve and load."""
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
-from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.changes import (
-    AdapterDeleted,
-    Change,
-    EverythingChanged,
-    TenantDeleted,
-    VersionDeleted,
-    VersionEncoded,
-)
-from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import Principal, Version, VersionName
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.remembered import RememberedVersions
 from prefix_service.errors import NotFound
 from prefix_service.library.digests import BodyDigests
@@ -39,31 +29,13 @@ from prefix_service.prefix.references import Reference
 from prefix_service.prefix.wire.digests import Algorithm
 from prefix_service.prefix.wire.extras import InputMask
 from prefix_service.prefix.wire.rendering import Rendering
-from prefix_service.registry.admission import PLATFORM, Admission
+from prefix_service.registry.admission import Admission
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import AdapterRegistry
-from prefix_service.registry.report import ResidentReport, ShareReport, TierReport
-from prefix_service.registry.snapshot import place_of
 from prefix_service.registry.tier import Lease, Leases
-
-T = TypeVar("T")
 
 OnLoad = Callable[[Version, float], object]
 """Is called with a version whose tensors were read, and the seconds that it took, also if it failed."""
-
-ResidentPlace = tuple[int, VersionName]
-"""The place of a version among those in memory, the largest first: its bytes, and its name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What is in memory: both budgets, the tenants with the most bytes in each, the largest versions, and the place of
-    the last of these versions if others follow, else None."""
-
-    tiers: Sequence[TierReport]
-    shares: Sequence[ShareReport]
-    resident: Sequence[ResidentReport]
-    last: ResidentPlace | None
 
 
 class Library:
@@ -76,11 +48,10 @@ class Library:
         registry: AdapterRegistry,
         limits: Limits,
         admission: Admission,
-        audit: AuditLog,
         shared_files: SharedFiles | None = None,
     ) -> None:
         self._versions, self._encodings, self._registry = versions, encodings, registry
-        self._limits, self._admission, self._audit = limits, admission, audit
+        self._limits, self._admission = limits, admission
         self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
@@ -166,8 +137,8 @@ class Library:
                 if again.version in renewed:
                     raise unstable(again) from again
                 renewed.add(again.version)
-                key = _key(again.version).whole
-                plans = [plan.renewed(again.version) if _key(plan.version).whole == key else plan for plan in plans]
+                key = key_of(again.version).whole
+                plans = [plan.renewed(again.version) if key_of(plan.version).whole == key else plan for plan in plans]
 
     @contextlib.asynccontextmanager
     async def current_rendering(self, plan: Plan, on_load: OnLoad | None = None) -> AsyncIterator[Rendering]:
@@ -198,7 +169,7 @@ class Library:
             OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         version, variant = plan.version, plan.file.variant
-        key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
+        key = RenderingKey(key_of(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
         share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
         return self._registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
@@ -233,7 +204,7 @@ class Library:
 
     def clear_failures(self, version: Version) -> None:
         """Forgets that a version could not be loaded, after its stored bytes were repaired."""
-        self._registry.clear_failures(_key(version))
+        self._registry.clear_failures(key_of(version))
 
     async def load(self, version: Version) -> Version:
         """Loads a version into memory; returns it, with other keys and values if it was encoded again.
@@ -251,84 +222,10 @@ class Library:
                 raise unstable(repeated) from repeated
 
     async def _load_now(self, version: Version) -> Version:
-        await self._registry.prefix(_key(version), version.key_values_bytes, partial(self._encodings.load, version))
+        await self._registry.prefix(key_of(version), version.key_values_bytes, partial(self._encodings.load, version))
         return version
 
-    async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """Loads a version on request, records it in the audit log, and pins it if `pinned`.
 
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority; nothing is pinned.
-            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
-        """
-        await self.load(version)
-        add = partial(self._audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
-        await write_catalog(add)
-        loaded = await self.load(version)  # it may have been evicted while the change was recorded
-        self._registry.pin(_key(loaded), pinned=pinned)
-
-    async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
-        """Evicts all versions of an adapter; the audit log names the latest version, and those that were in memory.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority, or there is no such adapter.
-        """
-        latest = await self.resolve(tenant, Reference(adapter))
-        present = [VersionName(*key[:4]) for key in self._registry.versions() if key[:2] == (tenant, adapter)]
-        await self.unload(latest, by)
-        for version in present:
-            if version.number != latest.number:
-                await self.unload(version, by)
-
-    async def unload(self, version: Version | VersionName, by: Principal) -> None:
-        """Evicts a version; the next request loads it again.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
-        """
-        await write_catalog(self._audit.add, by, "residency.unloaded", version.tenant, str(version))
-        self._registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
-
-    def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
-        """Returns whether a version is resident and pinned, and on which device."""
-        return self._registry.state(VersionKey(version.tenant, version.adapter, version.number, version.digest))
-
-    def resident(self, tenant: str | None) -> list[VersionName]:
-        """Returns the versions in memory, of a tenant or of all, in the order of names and numbers."""
-        return [VersionName(*key[:4]) for key in sorted(self._registry.versions()) if tenant in (None, key.tenant)]
-
-    async def memory(self, limit: int, after: ResidentPlace | None, write: Callable[[Memory], T]) -> T:
-        """Returns what `write` makes, in a thread, of what is in memory: up to `limit` tenants of each budget, and up
-        to `limit` versions, beginning behind `after`."""
-        tiers, snapshot = self._registry.tiers(), self._registry.snapshot()
-        begin = None if after is None else (-after[0], VersionKey(*astuple(after[1])))
-
-        def read() -> T:
-            found = snapshot.resident(limit + 1, begin)
-            last = None
-            if len(found) > limit:
-                nbytes, key = place_of(found[limit - 1])
-                last = -nbytes, VersionName(*key[:4])
-            return write(Memory(tiers, snapshot.shares(limit), found[:limit], last))
-
-        return await self._admission.run(PLATFORM, read)
-
-    def on_changes(self, changes: Sequence[Change]) -> None:
-        """Take what was deleted or encoded again out of memory, whichever process did it."""
-        tenants, adapters = set[str](), set[tuple[str, str]]()
-        for change in changes:
-            match change:
-                case TenantDeleted(tenant):
-                    tenants.add(tenant)
-                case AdapterDeleted(tenant, adapter):
-                    adapters.add((tenant, adapter))
-                case VersionDeleted() | VersionEncoded():
-                    self._registry.forget(VersionKey(change.tenant, change.adapter, change.version, change.digest))
-                case EverythingChanged():
-                    self._registry.forget_where(lambda _: True)
-        if tenants or adapters:
-            self._registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
-
-
-def _key(version: Version) -> VersionKey:
+def key_of(version: Version) -> VersionKey:
+    """Returns the identity of a version in memory, with its keys and values."""
     return VersionKey(version.tenant, version.adapter, version.number, version.digest, version.key_values)

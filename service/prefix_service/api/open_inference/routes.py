@@ -171,9 +171,8 @@ async def repository_load(
         given = ", ".join(wanted.parameters)
         raise InvalidRequest(f"load takes no parameters, got {given:.80}: a version is what was published")
     await state.tenancy.require_authority(by)
-    library = state.library
-    version = await resolved(library, tenant, name)
-    await library.pin(version, by, pinned=bool(library.residency(version)["pinned"]))
+    version = await resolved(state.library, tenant, name)
+    await state.residency.pin(version, by, pinned=bool(state.residency.state(version)["pinned"]))
     return Response()
 
 
@@ -185,7 +184,7 @@ async def repository_unload(
     await _optional(request, UnloadRequest)
     await state.tenancy.require_authority(by)
     check_name("adapter", name)
-    await state.library.unload_all(tenant, name, by)
+    await state.residency.unload_all(tenant, name, by)
     return Response()
 
 
@@ -231,15 +230,15 @@ async def _metadata(state: State, version: Version) -> Response:
 
 
 def _all(state: State, tenant: str | None) -> AsyncIterator[bytes]:
-    residency = state.library.residency
-    return every_version(
-        state.pages, tenant, None, lambda version: _entry(version, ready=bool(residency(version)["resident"]))
-    )
+    def entry(version: VersionName) -> dict[str, Any]:
+        return _entry(version, ready=bool(state.residency.state(version)["resident"]))
+
+    return every_version(state.pages, tenant, None, entry)
 
 
 async def _ready(state: State, tenant: str | None) -> AsyncIterator[bytes]:
     """Yields what is in memory, without a look at what is not."""
-    names = state.library.resident(tenant)
+    names = state.residency.versions(tenant)
     for begin in range(0, len(names) or 1, PAGE):
         page = partial(written, names[begin : begin + PAGE], partial(_entry, ready=True))
         yield await state.admission.run(tenant or PLATFORM, page)

@@ -306,7 +306,7 @@ async def _answer(
 ) -> Response:
     """Returns a version as JSON, written in a thread in its tenant's turn: a config of 60 KB takes milliseconds."""
     aliases = await state.adapters.aliases(version.tenant, version.adapter)
-    residency = state.library.residency(version)
+    residency = state.residency.state(version)
 
     def write() -> Response:
         body = VersionDetail.about(version, aliases, residency).model_dump_json()

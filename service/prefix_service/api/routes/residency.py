@@ -15,9 +15,9 @@ from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body
 from prefix_service.api.routes.schemas import ResidencyRequest, ResidencyState
-from prefix_service.api.state import LibraryOf, StateOf
+from prefix_service.api.state import StateOf
 from prefix_service.catalog.records import VersionName
-from prefix_service.library.library import Memory, ResidentPlace
+from prefix_service.library.residency import Overview, ResidentPlace
 from prefix_service.prefix.references import parse_reference
 from prefix_service.registry.report import ResidentReport, ShareReport, TierReport
 
@@ -54,16 +54,16 @@ _PLACES: Final = Places(_place_in, _text)
 
 
 @router.get("/v1/residency", response_model=Residency)
-async def overview(_caller: PlatformReader, asked: AskedPage, library: LibraryOf) -> Response:
+async def overview(_caller: PlatformReader, asked: AskedPage, state: StateOf) -> Response:
     """Return what the answering process has in memory, where and why: the largest versions and tenants first, at most
     `limit` of each. A version whose bytes change between two pages may be on both, or on none."""
 
-    def write(memory: Memory) -> Response:
-        following = None if memory.last is None else cursor_of(memory.last, _PLACES)
-        shown = Residency(tiers=memory.tiers, tenants=memory.shares, resident=memory.resident, next=following)
+    def write(found: Overview) -> Response:
+        following = None if found.last is None else cursor_of(found.last, _PLACES)
+        shown = Residency(tiers=found.tiers, tenants=found.shares, resident=found.resident, next=following)
         return asked.respond(shown.model_dump_json().encode(), following)
 
-    return await library.memory(asked.limit, asked.after(_PLACES), write)
+    return await state.residency.overview(asked.limit, asked.after(_PLACES), write)
 
 
 @router.put(_PATH, openapi_extra=json_body(ResidencyRequest, required=False))
@@ -74,20 +74,19 @@ async def load(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor
         require_media_type(request.headers, "application/json")
         wanted = await read_model(request, ResidencyRequest)
     await state.tenancy.require_authority(by)
-    library = state.library
-    version = await library.resolve(tenant, parse_reference(ref))
-    await library.pin(version, by, pinned=wanted.pinned)
-    return ResidencyState.model_validate(library.residency(version))
+    version = await state.library.resolve(tenant, parse_reference(ref))
+    await state.residency.pin(version, by, pinned=wanted.pinned)
+    return ResidencyState.model_validate(state.residency.state(version))
 
 
 @router.get(_PATH)
-async def residency(tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> ResidencyState:
+async def residency(tenant: ReadableTenant, ref: RefPath, state: StateOf) -> ResidencyState:
     """Whether a version is in memory."""
-    version = await library.resolve(tenant, parse_reference(ref))
-    return ResidencyState.model_validate(library.residency(version))
+    version = await state.library.resolve(tenant, parse_reference(ref))
+    return ResidencyState.model_validate(state.residency.state(version))
 
 
 @router.delete(_PATH, status_code=204)
-async def unload(tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> None:
+async def unload(tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf) -> None:
     """Take a version out of memory; the next request loads it again."""
-    await library.unload(await library.resolve(tenant, parse_reference(ref)), by)
+    await state.residency.unload(await state.library.resolve(tenant, parse_reference(ref)), by)
