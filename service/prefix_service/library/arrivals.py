@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from anyio import to_thread
 
-from prefix_service.blobs.folder import StagedBlob
+from prefix_service.blobs.port import StagedBlob
 from prefix_service.catalog.records import Principal, Room
 from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, Unauthenticated
 

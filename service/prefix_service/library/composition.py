@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prefix_service.blobs.folder import BlobStore
+from prefix_service.blobs.port import BlobStore
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import catalog_id

@@ -16,7 +16,7 @@ import torch
 from anyio import to_thread
 from torch import Tensor
 
-from prefix_service.blobs.folder import BlobStore, StagedBlob
+from prefix_service.blobs.port import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
 from prefix_service.catalog.reads import read_catalog, write_catalog

@@ -33,11 +33,10 @@ from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.http.presence import while_connected
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, response_headers
+from prefix_service.api.routes.new_versions import ComposedVersion, FreshVersion
 from prefix_service.api.routes.schemas import (
     AdapterItem,
     AdapterPage,
-    ComposedVersion,
-    FreshVersion,
     VersionDetail,
     VersionPage,
     VersionSummary,

@@ -1,8 +1,9 @@
 """Aliases: names that point at one version, and move atomically."""
 
-from typing import Final
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
@@ -10,9 +11,9 @@ from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
-from prefix_service.api.routes.schemas import Alias, AliasState, AliasTarget
 from prefix_service.api.state import State, StateOf
 from prefix_service.errors import PreconditionFailed
+from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.references import Reference, check_alias, check_name
 
 router = APIRouter(tags=["aliases"])
@@ -28,6 +29,26 @@ _CONDITIONS: Final = request_headers(
 _REFUSALS: Final = refusals(
     {404: "There is no such adapter, version or alias", 412: "The alias does not point where the condition says"}
 )
+
+
+class AliasTarget(RequestModel):
+    """Where an alias points; `preload` moves it once the version is resident."""
+
+    version: Annotated[int, Field(ge=1, lt=10**18), INTEGRAL]  # as in references: at most 18 digits
+    preload: bool = False
+
+
+class Alias(BaseModel):
+    """An alias of an adapter."""
+
+    alias: str
+    version: int
+
+
+class AliasState(Alias):
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if there was none."""
+
+    previous: int | None
 
 
 @router.put(

@@ -23,7 +23,7 @@ from prefix_service.api.http.negotiation import (
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
-from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
+from prefix_service.api.routes.new_versions import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed

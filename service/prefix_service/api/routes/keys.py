@@ -3,9 +3,10 @@
 import contextlib
 import re
 from datetime import datetime
-from typing import Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, Field
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
@@ -14,22 +15,82 @@ from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
 from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.documentation import json_body
-from prefix_service.api.routes.schemas import (
-    CreatedKey,
-    Identity,
-    KeyEnd,
-    KeyItem,
-    KeyPage,
-    NewPlatformKey,
-    NewTenantKey,
-)
+from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.records import Key, Principal
+from prefix_service.catalog.records import Key, Principal, Scope
 from prefix_service.errors import NotFound, Unauthenticated
+from prefix_service.library.request_model import RequestModel
 
 router = APIRouter(tags=["keys"])
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) > 64:
+        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")
+    return value
+
+
+_Expires = Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)]
+
+
+class _NewKey(RequestModel):
+    name: str = Field(default="", max_length=200)
+    expires: _Expires | None = None
+
+
+class NewTenantKey(_NewKey):
+    """A key of a tenant to make; `expires` is in the future."""
+
+    scope: Literal["read", "write", "admin"]
+
+
+class NewPlatformKey(_NewKey):
+    """A key of the platform to make; `expires` is in the future."""
+
+    scope: Scope
+
+
+class KeyEnd(RequestModel):
+    """An end for a key: in the future, and not later than the end that it has."""
+
+    expires: _Expires
+
+
+class Identity(BaseModel):
+    """The key that asks; `tenant` is null for a key of the platform."""
+
+    id: str
+    name: str
+    tenant: str | None
+    scope: Scope
+    expires: Moment | None
+
+
+class KeyItem(BaseModel):
+    """A key without its secret; `tenant` is null for a key of the platform."""
+
+    id: str
+    tenant: str | None
+    scope: Scope
+    name: str
+    created: Moment
+    expires: Moment | None
+    last_used: Moment | None
+
+
+class CreatedKey(KeyItem):
+    """A new key with its text, which no later answer contains."""
+
+    key: str
+
+
+class KeyPage(BaseModel):
+    """Keys, oldest first; `next` is the cursor of younger ones, or null."""
+
+    items: list[KeyItem]
+    next: str | None
 
 
 @router.get("/v1/whoami")

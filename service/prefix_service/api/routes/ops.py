@@ -1,12 +1,20 @@
 """What those who run the service ask: is it live, is it ready, what does it count."""
 
+from typing import Literal
+
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from prefix_service.api.middleware.auth import MetricsReader
-from prefix_service.api.routes.schemas import Health
 from prefix_service.api.state import StateOf
 
 router = APIRouter()
+
+
+class Health(BaseModel):
+    """Live or ready."""
+
+    status: Literal["ok"] = "ok"
 
 
 @router.get("/livez", tags=["health"])

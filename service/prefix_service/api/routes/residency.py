@@ -14,9 +14,10 @@ from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body
-from prefix_service.api.routes.schemas import ResidencyRequest, ResidencyState
+from prefix_service.api.routes.schemas import ResidencyState
 from prefix_service.api.state import StateOf
 from prefix_service.catalog.records import VersionName
+from prefix_service.library.request_model import RequestModel
 from prefix_service.library.residency import Overview, ResidentPlace
 from prefix_service.prefix.references import parse_reference
 from prefix_service.registry.report import ResidentReport, ShareReport, TierReport
@@ -25,6 +26,12 @@ router = APIRouter(tags=["residency"])
 
 _PLACE: Final = re.compile(r"[0-9]{1,18} [a-z0-9._-]{1,64} [a-z0-9._-]{1,64} [0-9]{1,18} sha256:[0-9a-f]{64}")
 _PATH: Final = "/v1/tenants/{tenant}/adapters/{ref}/residency"
+
+
+class ResidencyRequest(RequestModel):
+    """Whether the version stays until it is unloaded."""
+
+    pinned: bool = False
 
 
 class Residency(BaseModel):
