@@ -15,6 +15,7 @@ from prefix_service.catalog.changes import Change, EverythingChanged, TenantChan
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import InvalidReference, RateLimited
 from prefix_service.prefix.references import check_name
+from prefix_service.system.bounded import put_last
 
 _REMEMBERED_TENANTS: Final = 10_000
 
@@ -102,9 +103,7 @@ class RateLimits:
         found = await self._rate_of(tenant)
         rate = None if found is None else RateLimitItemPerSecond(found)
         if changes == self._changes:  # else it may have been read before a change that came meanwhile
-            self._known[tenant] = rate
-            if len(self._known) > _REMEMBERED_TENANTS:
-                del self._known[next(iter(self._known))]
+            put_last(self._known, tenant, rate, _REMEMBERED_TENANTS)
         return rate
 
 
