@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from limits import RateLimitItemPerSecond
 
-from prefix_service.api.middleware import known_keys
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
@@ -32,7 +30,9 @@ from prefix_service.catalog.records import NewVersion, Quotas, Version
 from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PrefixServiceError, Unauthenticated
-from prefix_service.library.library import Library
+from prefix_service.library import known_keys
+from prefix_service.library.composition import UseCases, compose
+from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.plan import Limits
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.kv import PrefixKV
@@ -63,15 +63,16 @@ class Follower:
         self.registry = AdapterRegistry(torch.device("cpu"), 1 << 20, 1 << 20)
         blobs = FolderBlobStore(folder / "blobs")
         limits = Limits(batch_size=8, sequence_length=64, upload_bytes=1 << 20)
-        self.library = loop.run(self._made(blobs, limits))
-        self.feed = self.library.feed
-        self.keys = KnownKeys(Keyring(self.database, folder / "key.secret"), lambda: self.feed.are_known)
-        self.rates = RateLimits(Tenants(self.database).requests_per_second, lambda: self.feed.are_known)
-        for listening in (self.library, self.keys, self.rates):
+        keyring = Keyring(self.database, folder / "key.secret")
+        cases = loop.run(self._made(keyring, blobs, limits))
+        self.library, self.feed = cases.library, cases.feed
+        self.keys = KnownKeys(keyring, lambda: self.feed.are_known)
+        self.rates = RateLimits(cases.tenancy.requests_per_second, lambda: self.feed.are_known)
+        for listening in (cases.residency, self.keys, self.rates):
             self.feed.listen(listening.on_changes)
 
-    async def _made(self, blobs: FolderBlobStore, limits: Limits) -> Library:
-        return Library(self.database, blobs, self.registry, limits, generous_admission())
+    async def _made(self, keyring: Keyring, blobs: FolderBlobStore, limits: Limits) -> UseCases:
+        return compose(self.database, keyring, blobs, self.registry, limits, generous_admission())
 
     def read_on(self) -> None:
         """Read the feed, on the loop that the caches belong to."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.blobs.folder import BlobStore, FolderBlobStore, StagedBlob
+from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.blobs.port import BlobStore, StagedBlob
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, StorageFailed
 from tests.missing import not_tested
 
@@ -206,7 +207,7 @@ def test_a_removal_waits_for_a_rename(folder: FolderBlobStore) -> None:
     """`remove` waits for the lock that a commit holds, and then spares the blob that was renewed."""
     digest = aged(folder, DATA, 1000)
     with ThreadPoolExecutor(1) as pool:
-        with folder.locked(fcntl.LOCK_SH):
+        with folder._locked(fcntl.LOCK_SH):
             removal = pool.submit(folder.remove, [digest], 60)
             with pytest.raises(TimeoutError):
                 removal.result(0.2)

@@ -8,10 +8,10 @@ import sqlalchemy as sa
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import AdapterOrder, AdapterPlace
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Use
 from prefix_service.catalog.schema import versions
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.catalog.usage import UsageStore, Use
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content
 

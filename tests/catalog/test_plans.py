@@ -13,11 +13,11 @@ from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, VersionName
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, Use, VersionName
 from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.catalog.usage import UsageStore, Use
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import parse_reference
 from tests.catalog.conftest import BY, Content, on_sqlite, remove_deleted

@@ -9,10 +9,11 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.deletions import Deletions
+from prefix_service.catalog.records import Use
 from prefix_service.catalog.retention import expire_usage
 from prefix_service.catalog.schema import usage as table
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.catalog.usage import UsageStore, Use
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.errors import NotFound
 from tests.catalog.conftest import BY, remove_deleted
 

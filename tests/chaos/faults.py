@@ -15,6 +15,7 @@ from random import Random
 from typing import Final, Literal
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 from prefix_service.prefix.references import parse_reference
 from tests.chaos.service import Service, read_only
@@ -202,7 +203,7 @@ def _blobs_of(service: Service, chosen: list[tuple[Adapter, int]]) -> Iterator[l
     store = FolderBlobStore(blob_folder(service.data_dir))
     with serving(service.data_dir) as opened:
         versions = [
-            opened.library.catalog.resolve(adapter.tenant, parse_reference(f"{adapter.name}@{version}"))
+            Catalog(opened.database).resolve(adapter.tenant, parse_reference(f"{adapter.name}@{version}"))
             for adapter, version in chosen
         ]
         yield [(store.path(version.weights), store.path(version.key_values)) for version in versions]

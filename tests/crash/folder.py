@@ -12,13 +12,17 @@ import structlog
 import torch
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import Version
+from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import Collector
 from prefix_service.data_folder.opening import blob_folder, bootstrap_file, catalog_file
+from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits, PrefixRequest
 from prefix_service.prefix.references import parse_reference
@@ -45,7 +49,7 @@ class Service:
 
     data_dir: Path
     database: Database
-    library: Library
+    cases: UseCases
     blobs: FolderBlobStore
     keyring: Keyring
 
@@ -67,8 +71,9 @@ def serving(data_dir: Path) -> Iterator[Service]:
     blobs = FolderBlobStore(blob_folder(data_dir))
     registry = AdapterRegistry(torch.device("cpu"), 1 << 26, 1 << 26)
     try:
-        library = Library(database, blobs, registry, _LIMITS, generous_admission())
-        yield Service(data_dir, database, library, blobs, Keyring(database, data_dir / "key.secret"))
+        keyring = Keyring(database, data_dir / "key.secret")
+        cases = compose(database, keyring, blobs, registry, _LIMITS, generous_admission())
+        yield Service(data_dir, database, cases, blobs, keyring)
     finally:
         database.close()
 
@@ -84,17 +89,17 @@ def snapshot(service: Service) -> Snapshot:
 
 
 async def _snapshot(service: Service) -> Snapshot:
-    library = service.library
+    library, listings = service.cases.library, Listings(service.database)
     found: Snapshot = {"admin": _first_key_works(service)}
-    for tenant in library.tenants.listed("", 1000):
+    for tenant in Tenants(service.database).listed("", 1000):
         found[tenant.name] = (tenant.adapters, tenant.bytes)
-        for adapter in library.listings.adapters(tenant.name, after=None, limit=1000):
+        for adapter in listings.adapters(tenant.name, after=None, limit=1000):
             name = adapter.latest.adapter
             latest = await library.resolve(tenant.name, parse_reference(name))
             found[f"{tenant.name}/{name}"] = (latest.number, adapter.aliases)
-            for version in library.listings.versions(tenant.name, name, before=None, limit=1000):
+            for version in listings.versions(tenant.name, name, before=None, limit=1000):
                 found[f"{tenant.name}/{name}@{version.number}"] = await _whole(library, version)
-    entries = library.audit.listed(None, before=None, limit=1000)
+    entries = AuditLog(service.database).listed(None, before=None, limit=1000)
     found["audit"] = [(entry.action, entry.tenant, entry.target, entry.details) for entry in entries if entry.tenant]
     return found
 
@@ -104,7 +109,7 @@ async def _whole(library: Library, version: Version) -> tuple[str, str, str]:
     manifest = f"sha256:{hashlib.sha256(version.manifest.encode()).hexdigest()}"
     if manifest != version.digest:
         raise AssertionError(f"{version.digest} is the digest of another manifest")
-    with library.encodings.open_weights(version) as file:
+    with await library.open_weights(version) as file:
         weights = hashlib.sha256(file.read()).hexdigest()
     plan = library.plan(version, PrefixRequest())
     async with library.rendering(plan) as rendering:

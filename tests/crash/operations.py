@@ -10,10 +10,11 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.data_folder.opening import opened
-from prefix_service.library.library import Library
-from prefix_service.library.publishing import Target
+from prefix_service.library.arrivals import Target
+from prefix_service.library.publishing import Publisher
 from prefix_service.prefix.config import parse_config
 from prefix_service.prefix.json_text import parse_json
 from prefix_service.prefix.references import parse_reference
@@ -29,20 +30,20 @@ Change = Callable[[], object]
 Act = Callable[[Path, str], AbstractContextManager[Change]]
 
 
-async def publish(library: Library, tenant: str, adapter: str, case: str) -> None:
+async def publish(publisher: Publisher, tenant: str, adapter: str, case: str) -> None:
     """Uploads a corpus case as the API does."""
     directory = CORPUS / "cases" / case / "adapter"
     config = parse_config(parse_json((directory / "adapter_config.json").read_bytes(), "the config"), from_file=True)
     weights = (directory / "adapter_model.safetensors").read_bytes()
     target = Target(tenant, adapter, COMMAND_LINE, make_tenant=True)
-    async with library.publisher.receiving(target, 0) as upload:
+    async with publisher.receiving(target, 0) as upload:
         for start in range(0, len(weights), _PIECE):
-            await to_thread.run_sync(upload.weights.write, weights[start : start + _PIECE])
-        await library.publisher.publish(target, config, upload)
+            await upload.take(partial(upload.write, weights[start : start + _PIECE]))
+        await publisher.publish(upload, config)
 
 
 def _publish(service: Service, case: str) -> Change:
-    return partial(anyio.run, publish, service.library, "acme", "a", case)
+    return partial(anyio.run, publish, service.cases.publisher, "acme", "a", case)
 
 
 def _publish_again(service: Service, _: str) -> Change:
@@ -50,16 +51,16 @@ def _publish_again(service: Service, _: str) -> Change:
 
 
 def _move(service: Service, _: str) -> Change:
-    put = partial(service.library.catalog.put_alias, "acme", "a", "prod", 2, COMMAND_LINE)
+    put = partial(Catalog(service.database).put_alias, "acme", "a", "prod", 2, COMMAND_LINE)
     return partial(anyio.run, to_thread.run_sync, put)
 
 
 def _delete(service: Service, _: str) -> Change:
-    return partial(anyio.run, service.library.delete, "acme", parse_reference("a@2"), COMMAND_LINE)
+    return partial(anyio.run, service.cases.adapters.delete, "acme", parse_reference("a@2"), COMMAND_LINE)
 
 
 def _delete_tenant(service: Service, _: str) -> Change:
-    return partial(anyio.run, service.library.delete_tenant, "acme", COMMAND_LINE)
+    return partial(anyio.run, service.cases.tenancy.delete, "acme", COMMAND_LINE)
 
 
 def _collect(service: Service, _: str) -> Change:
@@ -100,7 +101,7 @@ def one_tenant(data_dir: Path) -> None:
     """Makes a folder where only another tenant has something, with content that comes again."""
     start(data_dir)
     with serving(data_dir) as service:
-        anyio.run(publish, service.library, "beta", "b", _OTHERS[0])
+        anyio.run(publish, service.cases.publisher, "beta", "b", _OTHERS[0])
 
 
 def two_tenants(data_dir: Path) -> None:
@@ -108,8 +109,8 @@ def two_tenants(data_dir: Path) -> None:
     one_tenant(data_dir)
     with serving(data_dir) as service:
         for case in _OTHERS:
-            anyio.run(publish, service.library, "acme", "a", case)
-        service.library.catalog.put_alias("acme", "a", "prod", 1, COMMAND_LINE)
+            anyio.run(publish, service.cases.publisher, "acme", "a", case)
+        Catalog(service.database).put_alias("acme", "a", "prod", 1, COMMAND_LINE)
 
 
 def with_garbage(data_dir: Path) -> None:

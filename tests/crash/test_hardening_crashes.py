@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.records import COMMAND_LINE
@@ -132,11 +133,10 @@ def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path
     """
     start(data_dir)
     with serving(data_dir) as service:
-        library = service.library
         for case in CASES[:2]:
-            anyio.run(publish, library, "acme", "a", case)
-        whole = [library.catalog.resolve("acme", parse_reference(f"a@{number}")) for number in (1, 2)]
-        anyio.run(library.delete, "acme", parse_reference("a"), COMMAND_LINE)
+            anyio.run(publish, service.cases.publisher, "acme", "a", case)
+        whole = [Catalog(service.database).resolve("acme", parse_reference(f"a@{number}")) for number in (1, 2)]
+        anyio.run(service.cases.adapters.delete, "acme", parse_reference("a"), COMMAND_LINE)
         while Deletions(service.database).remove_slice():
             pass
         time.sleep(2)
@@ -146,7 +146,7 @@ def test_hardening_42_what_is_published_during_a_collection_stays(data_dir: Path
 
             def wanted(self, digests: Collection[str], grace: float) -> set[str]:
                 found = super().wanted(digests, grace)
-                anyio.run(publish, library, "acme", "a", CASES[0])
+                anyio.run(publish, service.cases.publisher, "acme", "a", CASES[0])
                 return found
 
         collected = Collector(Racing(service.database), service.blobs, grace=1).collect()

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.data_folder.opening import blob_folder
 from prefix_service.prefix.references import parse_reference
 from tests.api.helpers import CONFIG, problem, upload, versions_path, weights
@@ -136,7 +137,7 @@ def blobs_of(data_dir: Path, reference: str) -> tuple[Path, Path]:
     """Returns the files of a version's weights and of its keys and values."""
     with serving(data_dir) as service:
         tenant, _, rest = reference.partition("/")
-        version = service.library.catalog.resolve(tenant, parse_reference(rest))
+        version = Catalog(service.database).resolve(tenant, parse_reference(rest))
     return file_of(data_dir, version.weights), file_of(data_dir, version.key_values)
 
 

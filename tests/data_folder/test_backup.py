@@ -19,8 +19,8 @@ from prefix_service.catalog.changes import catalog_id, changes_after
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.records import COMMAND_LINE, NewVersion
-from prefix_service.catalog.usage import UsageStore, Use
+from prefix_service.catalog.records import COMMAND_LINE, NewVersion, Use
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.backup import back_up
 from prefix_service.data_folder.opening import catalog_file, keys_of, opened
 from prefix_service.errors import Conflict, NotFound

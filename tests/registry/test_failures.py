@@ -94,7 +94,7 @@ def test_it_keeps_no_memory_alive() -> None:
         raise CorruptBlob(f"bit rot in {type(tensor)}")
 
     tensors: list[weakref.ref[Tensor]] = []
-    failures: Failures[str] = Failures()
+    failures: Failures[str] = Failures(lambda: 0.0)
     try:
         fail()
     except CorruptBlob as error:

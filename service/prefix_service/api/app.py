@@ -21,10 +21,8 @@ from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
-from prefix_service.api.middleware.browser_sessions import BrowserSessions
 from prefix_service.api.middleware.charging import ChargingMiddleware
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.queries import StrictPathMiddleware
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
@@ -53,15 +51,18 @@ from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.feed import Listener, call
+from prefix_service.catalog.feed import ChangeFeed, Listener, call
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file, check
 from prefix_service.data_folder.readiness import Readiness
-from prefix_service.library.library import Library
+from prefix_service.library.composition import compose
+from prefix_service.library.known_keys import KnownKeys
+from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.library.watching import Watchers
@@ -82,10 +83,12 @@ class App(FastAPI):
         """Serve with these collaborators from now on."""
         self.state.prefix_service = state
         behind: ASGIApp = ChargingMiddleware(super().__call__, state.answers, state.rates)
-        behind = RevisionMiddleware(behind, state.library.feed, state.revisions)
+        behind = RevisionMiddleware(behind, state.following, state.revisions)
         behind = InFlightMiddleware(behind, state.admission)
         behind = AuthenticationMiddleware(behind, state.authenticator)
-        self._front = RequestMiddleware(behind, state.metrics, state.usage_counts, state.live, state.library.catalog_id)
+        self._front = RequestMiddleware(
+            behind, state.metrics, state.usage_counts, state.live, state.following.catalog_id
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._front if scope["type"] == "http" else super().__call__)(scope, receive, send)
@@ -110,9 +113,9 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
         database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
-                state = _compose(settings, database, metrics, shared_files)
+                state, feed = _compose(settings, database, metrics, shared_files)
                 app.open(state)
-                with state.library.feed.followed(), state.known_keys.running():
+                with feed.followed(), state.known_keys.running():
                     async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
                         yield
         finally:
@@ -167,7 +170,9 @@ def _shared_files(settings: Settings) -> contextlib.AbstractContextManager[Share
     return contextlib.closing(SharedFiles(settings.shared_dir))
 
 
-def _compose(settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None) -> State:
+def _compose(
+    settings: Settings, database: Database, metrics: Metrics, shared_files: SharedFiles | None
+) -> tuple[State, ChangeFeed]:
     device = choose_device(settings.device)
     registry = AdapterRegistry(device, settings.device_bytes, settings.rendering_bytes)
     limits = Limits(settings.max_batch_size, settings.max_sequence_length, settings.max_upload_bytes)
@@ -181,38 +186,42 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     numbers = Live(metrics.place)
     numbers.watch(registry.tiers, admission.requests)
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
-    library = Library(database, blobs, registry, limits, admission, shared_files)
     keyring = Keyring(database, settings.secret_file)
-    feed = library.feed
+    cases = compose(database, keyring, blobs, registry, limits, admission, shared_files)
+    feed = cases.feed
     known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
-    browser_sessions = BrowserSessions(Sessions(database), known_keys)
-    authenticator = Authenticator(None if settings.dev else known_keys, browser_sessions)
-    rates = RateLimits(library.tenants.requests_per_second, lambda: feed.are_known)
+    page_sessions = PageSessions(Sessions(database), known_keys)
+    authenticator = Authenticator(None if settings.dev else known_keys, page_sessions)
+    rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
-    usage = UsageStore(database)
-    usage_counts = UsageCounts(None if settings.read_only else usage)
-    readiness = Readiness([library.catalog.check, blobs.check, partial(check, settings)])
+    usage_counts = UsageCounts(None if settings.read_only else UsageStore(database).add)
+    readiness = Readiness([Catalog(database).check, blobs.check, partial(check, settings)])
     watchers = Watchers(database, settings.max_watchers)
     # Watchers last: when they wake, a revoked key is known to be.
-    for listening in (library, known_keys, rates, statistics, usage_counts, watchers):
+    for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
         feed.listen(_on_this_loop(listening.on_changes))
-    return State(
+    state = State(
         settings=settings,
-        library=library,
+        library=cases.library,
+        residency=cases.residency,
+        publisher=cases.publisher,
+        adapters=cases.adapters,
+        tenancy=cases.tenancy,
+        pages=cases.pages,
+        following=cases.following,
         admission=admission,
-        keyring=keyring,
         known_keys=known_keys,
-        browser_sessions=browser_sessions,
+        page_sessions=page_sessions,
         audit_ids=OpaqueNumbers(keyring.derived("audit ids")),
         authenticator=authenticator,
         rates=rates,
         metrics=metrics,
         live=numbers,
-        answers=Answers(library),
+        answers=Answers(cases.library),
         inference_statistics=statistics,
         usage_counts=usage_counts,
-        usage=usage,
         readiness=readiness,
         revisions=Revisions(keyring.derived),
         watchers=watchers,
     )
+    return state, feed

@@ -12,14 +12,18 @@ from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
 from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import Authenticator
-from prefix_service.api.middleware.browser_sessions import BrowserSessions
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
-from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
+from prefix_service.library.adapters import Adapters
+from prefix_service.library.following import Following
+from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.library import Library
+from prefix_service.library.page_sessions import PageSessions
+from prefix_service.library.pages import Pages
+from prefix_service.library.publishing import Publisher
+from prefix_service.library.residency import Residency
+from prefix_service.library.tenancy import Tenancy
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
@@ -31,10 +35,15 @@ class State:
 
     settings: Settings
     library: Library
+    residency: Residency
+    publisher: Publisher
+    adapters: Adapters
+    tenancy: Tenancy
+    pages: Pages
+    following: Following
     admission: Admission
-    keyring: Keyring
     known_keys: KnownKeys
-    browser_sessions: BrowserSessions
+    page_sessions: PageSessions
     audit_ids: OpaqueNumbers
     authenticator: Authenticator
     rates: RateLimits
@@ -43,7 +52,6 @@ class State:
     answers: Answers
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
-    usage: UsageStore
     readiness: Readiness
     revisions: Revisions
     watchers: Watchers
@@ -55,14 +63,16 @@ def state_of(request: Request) -> State:
     return state
 
 
-def _library(request: Request) -> Library:
+# FastAPI calls a dependency that is no coroutine in a thread.
+
+
+async def _state(request: Request) -> State:
+    return state_of(request)
+
+
+async def _library(request: Request) -> Library:
     return state_of(request).library
 
 
-def _settings(request: Request) -> Settings:
-    return state_of(request).settings
-
-
-StateOf = Annotated[State, Depends(state_of)]
+StateOf = Annotated[State, Depends(_state)]
 LibraryOf = Annotated[Library, Depends(_library)]
-SettingsOf = Annotated[Settings, Depends(_settings)]

@@ -1,18 +1,19 @@
 """Content-addressed bytes in a folder: durable before they are visible, verified on every read."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import BinaryIO, Final
 
+from prefix_service.blobs.port import Allocate, ChunkObserver, StoredBlob
+from prefix_service.blobs.reading import PIECE, digest_of, pieces
+from prefix_service.blobs.staged import StagedFile
 from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
 from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
 from prefix_service.system.host_memory import host_memory
@@ -22,48 +23,6 @@ log = logging.getLogger("prefix_service")
 
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _REMOVED_TOGETHER: Final = 50
-_PIECE: Final = 1 << 20  # bytes, read and then hashed while they are in the processor's cache
-
-Allocate = Callable[[int], memoryview]
-"""Allocates the writable memory of `n` bytes that a blob is read into."""
-
-ChunkObserver = Callable[[memoryview], object]
-"""Is called with each chunk of a blob in order, before the blob is verified."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBlob:
-    """A blob in a listing: its size in bytes, and the seconds since its last commit by the file system's clock."""
-
-    digest: str
-    size: int
-    age: float
-
-
-class StagedBlob(Protocol):
-    """A blob while it is written; it is not visible until `commit`."""
-
-    size: int
-
-    @property
-    def digest(self) -> str: ...
-    def write(self, data: bytes | bytearray | memoryview) -> None: ...
-    def read(self, start: int = ..., stop: int | None = ...) -> memoryview: ...
-    def commit(self) -> str: ...
-    def discard(self) -> None: ...
-
-
-class BlobStore(Protocol):
-    """The interface of a blob store that the library needs; digests are `sha256:<64 hex>`."""
-
-    def stage(self) -> StagedBlob: ...
-    def read(self, digest: str, allocate: Allocate = ..., observer: ChunkObserver | None = None) -> memoryview: ...
-    def open(self, digest: str) -> BinaryIO: ...
-    def exists(self, digest: str) -> bool: ...
-    def check(self) -> None: ...
-    def listed(self) -> Iterator[StoredBlob]: ...
-    def remove(self, digests: Sequence[str], older_than: float) -> set[str]: ...
-    def sweep(self, older_than: float) -> int: ...
 
 
 class FolderBlobStore:
@@ -158,7 +117,7 @@ class FolderBlobStore:
         limit = self._now() - older_than
         gone = set()
         for begin in range(0, len(digests), _REMOVED_TOGETHER):
-            with translated("remove blobs"), self.locked(fcntl.LOCK_EX):
+            with translated("remove blobs"), self._locked(fcntl.LOCK_EX):
                 for digest in digests[begin : begin + _REMOVED_TOGETHER]:
                     path = self.path(digest)
                     with contextlib.suppress(FileNotFoundError):
@@ -172,20 +131,26 @@ class FolderBlobStore:
         with translated("read the time of the blob folder"), tempfile.TemporaryFile(dir=self._staging) as probe:
             return os.fstat(probe.fileno()).st_mtime
 
-    @contextlib.contextmanager
-    def locked(self, how: int) -> Iterator[None]:
+    def _locked(self, how: int) -> contextlib.AbstractContextManager[int]:
         """Holds the store's lock: `fcntl.LOCK_SH` excludes removals, `fcntl.LOCK_EX` excludes commits too."""
-        with locked(self._root / "lock", how):
-            yield
+        return locked(self._root / "lock", how)
 
-    def prepare(self, folder: Path) -> None:
+    def _place(self, staged: Path, digest: str) -> None:
+        """Moves a finished file to its blob's path, durably."""
+        target = self.path(digest)
+        self._prepare(target.parent)
+        with self._locked(fcntl.LOCK_SH):
+            staged.replace(target)
+        sync_folder(target.parent)
+
+    def _prepare(self, folder: Path) -> None:
         """Creates a folder of blobs durably; a folder that exists could still be lost in a power failure."""
         if folder not in self._flushed:
             folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
             sync_folder(self._root)
             self._flushed.add(folder)
 
-    def stage(self) -> "StagedFile":
+    def stage(self) -> StagedFile:
         """Begins a blob.
 
         Raises:
@@ -197,7 +162,7 @@ class FolderBlobStore:
         with translated("begin a blob"):
             handle, name = tempfile.mkstemp(dir=self._staging)
             fcntl.flock(handle, fcntl.LOCK_SH)  # held until the file is closed, so that no sweep removes it
-            return StagedFile(self, os.fdopen(handle, "w+b"), Path(name))
+            return StagedFile(os.fdopen(handle, "w+b"), Path(name), self._place)
 
     def read(self, digest: str, allocate: Allocate = host_memory, observer: ChunkObserver | None = None) -> memoryview:
         """Returns all bytes of a blob, verified, in memory from `allocate`.
@@ -214,12 +179,12 @@ class FolderBlobStore:
         with self._existing(digest) as file:
             with translated(f"read blob {digest}"):
                 data = allocate(os.fstat(file.fileno()).st_size)
-                for piece in _pieces(file, data):
+                for piece in pieces(file, data):
                     if observer is not None:
                         observer(piece)
                     found.update(piece)
                     length += len(piece)
-            if length != len(data) or _digest(found) != digest:
+            if length != len(data) or digest_of(found) != digest:
                 raise self._damaged(digest, file)
             return data
 
@@ -235,7 +200,7 @@ class FolderBlobStore:
         with contextlib.ExitStack() as closing:
             file = closing.enter_context(self._existing(digest))
             with translated(f"read blob {digest}"):
-                found = _digest(hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]  # it is an open file
+                found = digest_of(hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]  # it is an open file
                 file.seek(0)
             if found != digest:
                 raise self._damaged(digest, file)
@@ -256,10 +221,10 @@ class FolderBlobStore:
         found, length = hashlib.sha256(), 0
         with self._existing(digest) as file:
             with translated(f"copy blob {digest}"), open(target, "wb", opener=private_opener) as copied:
-                while piece := file.read(_PIECE):
+                while piece := file.read(PIECE):
                     found.update(piece)
                     length += copied.write(piece)
-            if _digest(found) != digest:
+            if digest_of(found) != digest:
                 target.unlink()
                 raise self._damaged(digest, file)
         return length
@@ -289,7 +254,7 @@ class FolderBlobStore:
         """Moves a damaged file to the quarantine, unless the disk is read-only; returns its path."""
         aside = self._quarantine / path.name
         if not self._read_only:
-            with contextlib.suppress(OSError), self.locked(fcntl.LOCK_EX):
+            with contextlib.suppress(OSError), self._locked(fcntl.LOCK_EX):
                 if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                     path.replace(aside)
                 return str(aside.relative_to(self._root))
@@ -305,94 +270,6 @@ class FolderBlobStore:
             raise NotFound(f"{digest!r:.100} is not a digest")
         name = digest.removeprefix("sha256:")
         return self._root / name[:2] / name
-
-
-class StagedFile:
-    """A blob while it is written; `size` counts the bytes written so far."""
-
-    def __init__(self, store: FolderBlobStore, file: BinaryIO, path: Path) -> None:
-        self.size = 0
-        self._store, self._file, self._path = store, file, path
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Appends bytes.
-
-        Raises:
-            OutOfSpace, StorageFailed: the disk refused; discard the blob.
-        """
-        with translated("write a blob"):
-            self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    @property
-    def digest(self) -> str:
-        """The digest of the bytes written so far."""
-        return _digest(self._hash)
-
-    def read(self, start: int = 0, stop: int | None = None) -> memoryview:
-        """Returns the bytes `start:stop` of those written so far, in new memory; later writes still append.
-
-        Raises:
-            StorageFailed: the disk refused.
-        """
-        with translated("read a blob back"):
-            data = read_range(self._file, start, self.size if stop is None else stop)
-            self._file.seek(0, os.SEEK_END)
-        return data
-
-    def commit(self) -> str:
-        """Makes the blob durable and visible; returns its digest.
-
-        Raises:
-            OutOfSpace, StorageFailed: the disk refused; nothing is visible, and the upload must be repeated.
-        """
-        digest = self.digest
-        target = self._store.path(digest)
-        with translated(f"store blob {digest}"):
-            self._file.flush()
-            os.utime(self._file.fileno())  # the blob's age counts from here
-            os.fsync(self._file.fileno())
-            self._store.prepare(target.parent)
-            with self._store.locked(fcntl.LOCK_SH):
-                self._path.replace(target)
-            self._file.close()
-            sync_folder(target.parent)
-        return digest
-
-    def discard(self) -> None:
-        """Removes a blob that was not committed; does nothing after `commit`."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):  # a sweep removes a file that stays
-            self._path.unlink()
-
-
-def read_range(file: BinaryIO, start: int, stop: int) -> memoryview:
-    """Returns the bytes `start:stop` of an open blob, in new memory.
-
-    Raises:
-        StorageFailed: the disk refused, or the file has become shorter.
-    """
-    with translated("read a blob"):
-        data = host_memory(stop - start)
-        file.seek(start)
-        if sum(map(len, _pieces(file, data))) != len(data):
-            raise OSError(errno.EIO, "the file has become shorter")
-    return data
-
-
-def _digest(sha256: "hashlib._Hash") -> str:
-    return f"sha256:{sha256.hexdigest()}"
-
-
-def _pieces(file: BinaryIO, data: memoryview) -> Iterator[memoryview]:
-    """Fills `data` from a file, and yields each chunk; stops early if the file has become shorter."""
-    at = 0
-    while count := file.readinto(data[at : at + _PIECE]):  # type: ignore[attr-defined]  # BufferedReader alone has it
-        yield data[at : at + count]
-        at += count
 
 
 def _stored(folder: Path, now: float) -> Iterator[StoredBlob]:

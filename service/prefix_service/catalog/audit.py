@@ -8,14 +8,12 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.database import Database, afterwards
-from prefix_service.catalog.records import AuditEntry, Principal
+from prefix_service.catalog.records import PLATFORM, AuditEntry, Principal
 from prefix_service.catalog.schema import audit, keys, tenants
 from prefix_service.errors import NotFound
 
 log = logging.getLogger("prefix_service")
 
-PLATFORM: Final = "platform"
-"""The actor of changes by keys of the platform."""
 ENTRY: Final = sa.select(*(audit.c[name] for name in AuditEntry.__dataclass_fields__))
 """The rows of the audit log, as `AuditEntry` takes them."""
 

@@ -51,6 +51,9 @@ DEV: Final = Principal("dev", None, "admin", has_key=False)
 """Every caller of a service in dev mode, which has no keys."""
 
 
+PLATFORM: Final = "platform"
+"""The actor in the audit of changes by keys of the platform."""
+
 WITHOUT_KEY: Final = frozenset(by.key_id for by in (SERVICE, COMMAND_LINE, DEV))
 """What stands in the audit in place of a key's id."""
 
@@ -232,3 +235,42 @@ class AuditEntry:
     target: str
     details: dict[str, Any]
     key_name: str | None = None
+
+
+Dimension = Literal["adapter", "version", "key"]
+"""What usage can be listed by, beside hour and tenant."""
+
+OF_PLATFORM: Final = "platform:"
+"""Begins the id under which a key of the platform is stored."""
+
+
+@dataclass(slots=True)
+class Use:
+    """Requests for one version by one key within an hour, named by its beginning (naive, in UTC): bytes that were sent,
+    loads that they began, and prefix tokens, those of every row counted.
+
+    Adapter "", version 0 and key "" mean any: in a listing that is not by them, and of what a tenant used beyond what
+    is counted apart.
+    """
+
+    hour: datetime
+    tenant: str
+    adapter: str = ""
+    version: int = 0
+    key: str = ""
+    requests: int = 0
+    bytes: int = 0
+    cold_loads: int = 0
+    prefix_tokens: int = 0
+
+    @property
+    def place(self) -> tuple[datetime, str, str, int, str]:
+        """Returns the position in a listing, which is sorted by it: no other entry of the listing has the same."""
+        return self.hour, self.tenant, self.adapter, self.version, self.key
+
+    def add(self, other: "Use") -> None:
+        """Adds the counts of another."""
+        self.requests += other.requests
+        self.bytes += other.bytes
+        self.cold_loads += other.cold_loads
+        self.prefix_tokens += other.prefix_tokens

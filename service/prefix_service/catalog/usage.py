@@ -2,56 +2,18 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, insert
+from prefix_service.catalog.records import Dimension, Use
 from prefix_service.catalog.schema import adapters, tenants, usage
 from prefix_service.errors import NotFound
 
-Dimension = Literal["adapter", "version", "key"]
-"""What usage can be listed by, beside hour and tenant."""
-
-OF_PLATFORM: Final = "platform:"
-"""Begins the id under which a key of the platform is stored."""
-
 _COUNTS: Final = ("requests", "bytes", "cold_loads", "prefix_tokens")
 _KEY: Final = ("hour", "tenant_id", "adapter", "version", "key_id")
-
-
-@dataclass(slots=True)
-class Use:
-    """Requests for one version by one key within an hour, named by its beginning (naive, in UTC): bytes that were sent,
-    loads that they began, and prefix tokens, those of every row counted.
-
-    Adapter "", version 0 and key "" mean any: in a listing that is not by them, and of what a tenant used beyond what
-    is counted apart.
-    """
-
-    hour: datetime
-    tenant: str
-    adapter: str = ""
-    version: int = 0
-    key: str = ""
-    requests: int = 0
-    bytes: int = 0
-    cold_loads: int = 0
-    prefix_tokens: int = 0
-
-    @property
-    def place(self) -> tuple[datetime, str, str, int, str]:
-        """Returns the position in a listing, which is sorted by it: no other entry of the listing has the same."""
-        return self.hour, self.tenant, self.adapter, self.version, self.key
-
-    def add(self, other: "Use") -> None:
-        """Adds the counts of another."""
-        self.requests += other.requests
-        self.bytes += other.bytes
-        self.cold_loads += other.cold_loads
-        self.prefix_tokens += other.prefix_tokens
 
 
 class UsageStore:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from prefix_service.blobs.folder import BlobStore, StoredBlob
+from prefix_service.blobs.port import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
 from prefix_service.catalog.garbage import Garbage

@@ -1,9 +1,13 @@
-"""Bytes of versions that are being published, counted as used by their tenants."""
+"""Versions that are being published: where to, the weights that have arrived, and the bytes that count as used."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
+from anyio import to_thread
+
+from prefix_service.blobs.port import StagedBlob
 from prefix_service.catalog.records import Principal, Room
 from prefix_service.errors import NotFound, PrefixServiceError, QuotaExceeded, Unauthenticated
 
@@ -98,3 +102,56 @@ class Arrival:
         if not self._of_tenants[self.tenant]:
             del self._of_tenants[self.tenant]
         self._held = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The adapter that a version is published to, and its publisher.
+
+    `make_tenant` creates the tenant with the version.
+    """
+
+    tenant: str
+    adapter: str
+    by: Principal
+    make_tenant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A version that is being uploaded: its target, its weights while they are written, and its bytes that count as
+    used."""
+
+    target: Target
+    weights: StagedBlob
+    arrival: Arrival
+
+    @property
+    def size(self) -> int:
+        """The bytes of weights that were written."""
+        return self.weights.size
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Appends to the weights. Blocking: call it in `take`.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused.
+        """
+        self.weights.write(data)
+
+    async def take(self, write: Callable[[], object]) -> None:
+        """Calls `write` in a thread; it writes what has arrived.
+
+        Raises:
+            OutOfSpace, StorageFailed: the disk refused.
+        """
+        await to_thread.run_sync(write)
+
+    def hold(self) -> None:
+        """Counts all weights that were written as used.
+
+        Raises:
+            QuotaExceeded: the quota leaves less.
+            Unauthenticated, NotFound: the publisher's key was revoked, or the tenant was deleted.
+        """
+        self.arrival.hold(self.weights.size)

@@ -11,7 +11,8 @@ from typing import BinaryIO, Final, TypeVar
 import torch
 from torch import Tensor
 
-from prefix_service.blobs.folder import Allocate, BlobStore, ChunkObserver, read_range
+from prefix_service.blobs.port import Allocate, BlobStore, ChunkObserver
+from prefix_service.blobs.reading import read_range
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable

@@ -1,33 +1,15 @@
-"""The use cases: resolve, plan, fetch, load and delete. The only module where the rooms meet; there is no HTTP here."""
+"""Prefixes: resolve, plan, serve and load."""
 
 import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import BinaryIO
 
-from prefix_service.blobs.folder import BlobStore
-from prefix_service.catalog.audit import AuditLog
-from prefix_service.catalog.authority import prove
-from prefix_service.catalog.catalog import Catalog
-from prefix_service.catalog.changes import (
-    AdapterDeleted,
-    Change,
-    EverythingChanged,
-    TenantDeleted,
-    VersionDeleted,
-    VersionEncoded,
-    catalog_id,
-)
-from prefix_service.catalog.database import Database
-from prefix_service.catalog.descriptions import Descriptions
-from prefix_service.catalog.feed import ChangeFeed
-from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import Principal, Version, VersionName
+from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.remembered import RememberedVersions
-from prefix_service.catalog.tenants import Tenants
-from prefix_service.errors import InvalidRequest, NotFound
+from prefix_service.errors import NotFound
 from prefix_service.library.digests import BodyDigests
 from prefix_service.library.encodings import EncodedAgain, Encodings, unstable
 from prefix_service.library.plan import (
@@ -39,8 +21,8 @@ from prefix_service.library.plan import (
     PrefixRequest,
     make_mixed_plan,
     make_plan,
+    require_few_rows,
 )
-from prefix_service.library.publishing import Publisher
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import Reference
@@ -52,46 +34,24 @@ from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.registry import AdapterRegistry
 from prefix_service.registry.tier import Lease, Leases
 
-log = logging.getLogger("prefix_service")
-
 OnLoad = Callable[[Version, float], object]
 """Is called with a version whose tensors were read, and the seconds that it took, also if it failed."""
 
 
 class Library:
-    """The service's use cases, for callers that are already authorised."""
+    """The versions of one catalog and their tensors, for callers that are already authorised."""
 
     def __init__(
         self,
-        database: Database,
-        blobs: BlobStore,
+        versions: RememberedVersions,
+        encodings: Encodings,
         registry: AdapterRegistry,
         limits: Limits,
         admission: Admission,
         shared_files: SharedFiles | None = None,
     ) -> None:
-        self._database = database
-        self.catalog = Catalog(database)
-        self.descriptions = Descriptions(database)
-        self.listings = Listings(database)
-        self.feed = ChangeFeed(database)
-        with database.reading() as connection:
-            self.catalog_id = catalog_id(connection)
-        self._versions = RememberedVersions(self.catalog, self.feed)
-        self.tenants = Tenants(database)
-        self.audit = AuditLog(database)
-        self.limits = limits
-        self.admission = admission
-        self.registry = registry
-        self.encodings = Encodings(self.catalog, blobs, registry.device, registry.host_memory)
-        self.publisher = Publisher(
-            self.catalog,
-            blobs,
-            self.encodings,
-            admission,
-            limits.upload_bytes,
-            mended=lambda version: registry.clear_failures(_key(version)),
-        )
+        self._versions, self._encodings, self._registry = versions, encodings, registry
+        self._limits, self._admission = limits, admission
         self._digests = BodyDigests(admission)
         self._shared_files = shared_files
 
@@ -129,7 +89,7 @@ class Library:
         Raises:
             InvalidRequest: an option is out of bounds, or contradicts the mask.
         """
-        return make_plan(version, request, mask, self.limits)
+        return make_plan(version, request, mask, self._limits)
 
     def plan_mixed(self, rows: MixedVersions, request: MixedRequest, mask: InputMask | None) -> MixedPlan:
         """Everything of an answer for many adapters but its tensors. Blocking.
@@ -137,7 +97,15 @@ class Library:
         Raises:
             InvalidRequest: the rows do not fit together, or an option is out of bounds or contradicts rows or mask.
         """
-        return make_mixed_plan(rows, request, mask, self.limits)
+        return make_mixed_plan(rows, request, mask, self._limits)
+
+    def require_few_rows(self, rows: int) -> None:
+        """Checks the number of rows of a batch for many adapters, before their references are read.
+
+        Raises:
+            InvalidRequest: there are more than a batch may have.
+        """
+        require_few_rows(rows, self._limits)
 
     @contextlib.asynccontextmanager
     async def renderings(self, plan: MixedPlan, on_load: OnLoad | None = None) -> AsyncIterator[list[list[Rendering]]]:
@@ -169,8 +137,8 @@ class Library:
                 if again.version in renewed:
                     raise unstable(again) from again
                 renewed.add(again.version)
-                key = _key(again.version).whole
-                plans = [plan.renewed(again.version) if _key(plan.version).whole == key else plan for plan in plans]
+                key = key_of(again.version).whole
+                plans = [plan.renewed(again.version) if key_of(plan.version).whole == key else plan for plan in plans]
 
     @contextlib.asynccontextmanager
     async def current_rendering(self, plan: Plan, on_load: OnLoad | None = None) -> AsyncIterator[Rendering]:
@@ -201,10 +169,10 @@ class Library:
             OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
         """
         version, variant = plan.version, plan.file.variant
-        key = RenderingKey(_key(version), variant.dtype, variant.layers, variant.kv_heads)
+        key = RenderingKey(key_of(version), variant.dtype, variant.layers, variant.kv_heads)
         load = partial(self._load, version, plan, digest, on_load)
         share = None if self._shared_files is None else partial(self._shared_files.share, plan.file)
-        return self.registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
+        return self._registry.rendering(key, plan.file.rendering_nbytes, version.key_values_bytes, load, share)
 
     async def body_digest(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes | None:
         """Returns the digest of the whole body (RFC 9530), computed once per entity tag and algorithm.
@@ -220,10 +188,23 @@ class Library:
     def _load(self, version: Version, plan: Plan, digest: Algorithm | None, on_load: OnLoad | None) -> PrefixKV:
         began = time.perf_counter()
         try:
-            return self.encodings.load(version, self._digests.observing(plan, digest))
+            return self._encodings.load(version, self._digests.observing(plan, digest))
         finally:
             if on_load is not None:
                 on_load(version, time.perf_counter() - began)
+
+    async def open_weights(self, version: Version) -> BinaryIO:
+        """Returns the weights file, byte for byte as it was uploaded, verified in its tenant's turn. The caller closes
+        it.
+
+        Raises:
+            CorruptBlob, StorageFailed: the stored bytes cannot be read.
+        """
+        return await self._admission.run(version.tenant, partial(self._encodings.open_weights, version))
+
+    def clear_failures(self, version: Version) -> None:
+        """Forgets that a version could not be loaded, after its stored bytes were repaired."""
+        self._registry.clear_failures(key_of(version))
 
     async def load(self, version: Version) -> Version:
         """Loads a version into memory; returns it, with other keys and values if it was encoded again.
@@ -241,99 +222,10 @@ class Library:
                 raise unstable(repeated) from repeated
 
     async def _load_now(self, version: Version) -> Version:
-        await self.registry.prefix(_key(version), version.key_values_bytes, partial(self.encodings.load, version))
+        await self._registry.prefix(key_of(version), version.key_values_bytes, partial(self._encodings.load, version))
         return version
 
-    async def require_authority(self, by: Principal) -> None:
-        """Checks the caller's authority once more: after the body has arrived, and before anything is read or loaded
-        for it.
 
-        The transaction that writes checks it again.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority.
-        """
-        await read_catalog(prove, self._database, by)
-
-    async def pin(self, version: Version, by: Principal, *, pinned: bool) -> None:
-        """Loads a version on request, records it in the audit log, and pins it if `pinned`.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority; nothing is pinned.
-            OutOfSpace, Unavailable, Overloaded: the memory budget does not allow it now.
-        """
-        await self.load(version)
-        add = partial(self.audit.add, by, "residency.loaded", version.tenant, str(version), pinned=pinned)
-        await write_catalog(add)
-        loaded = await self.load(version)  # it may have been evicted while the change was recorded
-        self.registry.pin(_key(loaded), pinned=pinned)
-
-    async def unload_all(self, tenant: str, adapter: str, by: Principal) -> None:
-        """Evicts all versions of an adapter; the audit log names the latest version, and those that were in memory.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority, or there is no such adapter.
-        """
-        latest = await self.resolve(tenant, Reference(adapter))
-        present = [VersionName(*key[:4]) for key in self.registry.versions() if key[:2] == (tenant, adapter)]
-        await self.unload(latest, by)
-        for version in present:
-            if version.number != latest.number:
-                await self.unload(version, by)
-
-    async def unload(self, version: Version | VersionName, by: Principal) -> None:
-        """Evicts a version; the next request loads it again.
-
-        Raises:
-            Unauthenticated, NotFound: `by` has lost its authority; the version stays in memory.
-        """
-        await write_catalog(self.audit.add, by, "residency.unloaded", version.tenant, str(version))
-        self.registry.forget(VersionKey(version.tenant, version.adapter, version.number, version.digest))
-
-    def residency(self, version: Version | VersionName) -> dict[str, bool | str]:
-        """Returns whether a version is resident and pinned, and on which device."""
-        return self.registry.state(VersionKey(version.tenant, version.adapter, version.number, version.digest))
-
-    async def delete(self, tenant: str, reference: Reference, by: Principal) -> None:
-        """Deletes an adapter, or the version that a number or digest names. Transfers in progress complete.
-
-        Raises:
-            InvalidRequest: the selector is an alias or `latest`.
-            NotFound: there is no such adapter or version.
-            Conflict: an alias points to the version.
-            Unauthenticated: `by` has lost its authority.
-        """
-        if reference.explicit and not reference.immutable:
-            raise InvalidRequest(f"delete by version number or digest, not by {reference.selector!r}")
-        await write_catalog(self.catalog.delete, tenant, reference, by)
-
-    async def delete_tenant(self, tenant: str, by: Principal) -> None:
-        """Deletes a tenant with everything it has. Transfers in progress complete.
-
-        Raises:
-            NotFound: there is no such tenant.
-            Unauthenticated: `by` has lost its authority.
-        """
-        await write_catalog(self.tenants.delete, tenant, by)
-
-    def on_changes(self, changes: Sequence[Change]) -> None:
-        """Take what was deleted or encoded again out of memory, whichever process did it, and end uploads that have
-        lost their key or tenant."""
-        self.publisher.on_changes(changes)
-        tenants, adapters = set[str](), set[tuple[str, str]]()
-        for change in changes:
-            match change:
-                case TenantDeleted(tenant):
-                    tenants.add(tenant)
-                case AdapterDeleted(tenant, adapter):
-                    adapters.add((tenant, adapter))
-                case VersionDeleted() | VersionEncoded():
-                    self.registry.forget(VersionKey(change.tenant, change.adapter, change.version, change.digest))
-                case EverythingChanged():
-                    self.registry.forget_where(lambda _: True)
-        if tenants or adapters:
-            self.registry.forget_where(lambda version: version.tenant in tenants or version[:2] in adapters)
-
-
-def _key(version: Version) -> VersionKey:
+def key_of(version: Version) -> VersionKey:
+    """Returns the identity of a version in memory, with its keys and values."""
     return VersionKey(version.tenant, version.adapter, version.number, version.digest, version.key_values)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -17,13 +17,13 @@ import torch
 from anyio import CancelScope, to_thread
 from torch import Tensor
 
-from prefix_service.blobs.folder import BlobStore, StagedBlob
+from prefix_service.blobs.port import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
 from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import NewVersion, Principal, Version
+from prefix_service.catalog.records import NewVersion, Version
 from prefix_service.errors import InvalidConfig, PrefixServiceError
-from prefix_service.library.arrivals import Arrival, Arrivals
+from prefix_service.library.arrivals import Arrivals, Target, Upload
 from prefix_service.library.encodings import Encodings
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, header_nbytes, locate_prefix
@@ -42,27 +42,6 @@ log = logging.getLogger("prefix_service")
 _PARSED: Final = 32  # bytes of memory that parsing takes per byte of a header, at most (measured: 27)
 _LONGEST_NAME: Final = 1000  # characters of a base model's name, which listings show
 _FLAT: Final = "prompt_embeddings"  # the tensor's name in files that PEFT saves
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The adapter that a version is published to, and its publisher.
-
-    `make_tenant` creates the tenant with the version.
-    """
-
-    tenant: str
-    adapter: str
-    by: Principal
-    make_tenant: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """A version that is being uploaded: its weights while they are written, and its bytes that count as used."""
-
-    weights: StagedBlob
-    arrival: Arrival
 
 
 class Publisher:
@@ -87,7 +66,8 @@ class Publisher:
 
     @contextlib.asynccontextmanager
     async def receiving(self, target: Target, nbytes: int) -> AsyncIterator[Upload]:
-        """Begins a version of at least `nbytes` bytes before any of them arrives; the block writes the weights.
+        """Begins a version of at least `nbytes` bytes before any of them arrives; the block writes the weights and
+        publishes them. Weights that are not published by its end are removed.
 
         Raises:
             NotFound: there is no such tenant.
@@ -99,7 +79,7 @@ class Publisher:
         with self._arrivals.begin(target.tenant, target.by, room, nbytes) as arrival:
             weights = await to_thread.run_sync(self._blobs.stage)
             try:
-                yield Upload(weights, arrival)
+                yield Upload(target, weights, arrival)
             finally:
                 await in_thread(weights.discard)
 
@@ -112,7 +92,7 @@ class Publisher:
             self._arrivals.refuse(gone, revoked)
 
     async def publish(
-        self, target: Target, config: PrefixConfig, upload: Upload, description: Description = EMPTY
+        self, upload: Upload, config: PrefixConfig, description: Description = EMPTY
     ) -> tuple[Version, bool]:
         """Publishes weights that have arrived. Returns the version, and whether it is new.
 
@@ -127,7 +107,7 @@ class Publisher:
             OutOfSpace, StorageFailed: the disk or the catalog refused, or the work takes too much memory.
             Overloaded: other work held the memory for too long.
         """
-        weights, admission = upload.weights, self._admission
+        target, weights, admission = upload.target, upload.weights, self._admission
         header = await to_thread.run_sync(header_nbytes, weights.read, weights.size)
         async with admission.work(target.tenant, _PARSED * header) as work:
             file = await work.run(partial(locate_prefix, weights.read, weights.size, config))
@@ -227,7 +207,7 @@ class Publisher:
         async with self.receiving(target, 2 * nbytes + len(manifest)) as upload:
             async with self._admission.work(target.tenant, fresh_nbytes(config)) as work:
                 await work.compute(_writing_fresh(upload.weights, config, init, seed))
-            return await self.publish(target, config, upload, description)
+            return await self.publish(upload, config, description)
 
     async def publish_composed(
         self, target: Target, sources: Sequence[tuple[str, Version]], description: Description = EMPTY
@@ -253,7 +233,7 @@ class Publisher:
             for _, version in sources:
                 async with self._admission.work(target.tenant, self._encodings.rows_nbytes(version)) as work:
                     await work.compute(self._writing_rows(upload.weights, version, dtype))
-            return await self.publish(target, config, upload, description)
+            return await self.publish(upload, config, description)
 
     def _writing_rows(self, weights: StagedBlob, version: Version, dtype: torch.dtype) -> Generator[None, None, None]:
         for rows in self._encodings.rows(version):

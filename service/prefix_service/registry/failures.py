@@ -2,12 +2,12 @@
 
 import copy
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic
 
 from prefix_service.errors import CorruptBlob, InvalidInput, PrefixServiceError, StorageFailed
 from prefix_service.registry.accounts import K
+from prefix_service.system.bounded import put_last
 
 REMEMBERED_SECONDS: Final = 3.0
 _REMEMBERED_KEYS: Final = 1_000
@@ -19,14 +19,12 @@ class Failures(Generic[K]):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._errors: OrderedDict[K, tuple[float, PrefixServiceError]] = OrderedDict()  # in order of expiry
+        self._errors: dict[K, tuple[float, PrefixServiceError]] = {}  # in order of expiry
 
     def remember(self, key: K, error: BaseException) -> None:
         """Remembers a lasting error; a key that is remembered already keeps its expiry."""
         if isinstance(error, _LASTING) and self._known(key) is None:
-            self._errors[key] = (self._clock() + REMEMBERED_SECONDS, _fresh(error))
-            if len(self._errors) > _REMEMBERED_KEYS:
-                self._errors.popitem(last=False)
+            put_last(self._errors, key, (self._clock() + REMEMBERED_SECONDS, _fresh(error)), _REMEMBERED_KEYS)
 
     def check(self, key: K) -> None:
         """Raises the error that is remembered for a key, if any."""

@@ -63,6 +63,8 @@ def _seen(client: httpx.Client, tenant: str) -> dict[str, Any]:
     for template in sorted(path for path, methods in document.items() if "get" in methods):
         answer = client.get(template.format(**names))
         headers = {name: value for name, value in answer.headers.items() if name not in ("date", "x-request-id")}
+        if template.endswith("/live"):  # numbers of its own requests, which go on
+            continue
         # Two texts of one revision differ by chance.
         text = re.sub('"revision":"[0-9a-f]{32}"', "", answer.text)
         found[template] = [answer.status_code, headers, text]

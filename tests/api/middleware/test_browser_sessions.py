@@ -1,107 +1,21 @@
-"""Sessions of the page: looked up at each request, and unknown ones as rarely as unknown keys."""
-
-from collections.abc import Iterator
-from datetime import timedelta
-from pathlib import Path
+"""`api.middleware.browser_sessions` reads the id of a session from the cookies of a request."""
 
 import pytest
-import sqlalchemy as sa
-from starlette.types import Scope
 
-from prefix_service.api.middleware.browser_sessions import BrowserSessions
-from prefix_service.api.middleware.known_keys import KnownKeys
-from prefix_service.catalog.database import Database
-from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import COMMAND_LINE, Principal
-from prefix_service.catalog.schema import sessions
-from prefix_service.catalog.sessions import Sessions
-from prefix_service.errors import Overloaded, Unauthenticated
+from prefix_service.api.middleware.browser_sessions import session_of
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(tmp_path / "catalog.sqlite")
-    yield opened
-    opened.close()
+def _found(value: str) -> str | None:
+    headers = [(b"x-prefix-csrf", b"1"), (b"cookie", f"theme=dark; prefix-session={value}".encode())]
+    return session_of({"type": "http", "method": "GET", "headers": headers})
 
 
-@pytest.fixture
-def keyring(database: Database, tmp_path: Path) -> Keyring:
-    return Keyring(database, tmp_path / "key.secret")
-
-
-@pytest.fixture
-def caller(keyring: Keyring) -> Principal:
-    return keyring.verify(keyring.create(None, "read", "", COMMAND_LINE)[1])
-
-
-class PatientKeys(KnownKeys):
-    """Lets three unknown ids be looked up, then no more."""
-
-    left = 3
-
-    def admit_stranger(self) -> None:
-        if not self.left:
-            raise Overloaded("too many unknown keys")
-        self.left -= 1
-
-
-@pytest.fixture
-def browsers(database: Database, keyring: Keyring) -> BrowserSessions:
-    return BrowserSessions(Sessions(database), PatientKeys(keyring, lambda: True))
-
-
-def request(session_id: str) -> Scope:
-    """A read of the page."""
-    headers = [(b"x-prefix-csrf", b"1"), (b"cookie", f"theme=dark; prefix-session={session_id}".encode())]
-    return {"type": "http", "method": "GET", "headers": headers}
-
-
-async def test_a_session_that_is_known_is_always_looked_up(browsers: BrowserSessions, caller: Principal) -> None:
-    """While too many unknown ids are tried, too."""
-    known = request(await browsers.begin(caller))
-    for number in range(3):
-        with pytest.raises(Unauthenticated):
-            await browsers.find(request(f"{number:043}"))
-    assert await browsers.find(known) == caller
-    with pytest.raises(Overloaded):
-        await browsers.find(request("x" * 43))
-
-
-async def test_a_session_that_has_ended_is_unknown(browsers: BrowserSessions, caller: Principal) -> None:
-    """Whoever keeps its id tries no more often than with any other."""
-    ended = request(await browsers.begin(caller))
-    await browsers.end(ended)
-    for _ in range(3):
-        with pytest.raises(Unauthenticated):
-            await browsers.find(ended)
-    with pytest.raises(Overloaded):
-        await browsers.find(ended)
-
-
-async def test_a_stream_does_not_keep_a_session_alive(
-    browsers: BrowserSessions, caller: Principal, database: Database
-) -> None:
-    """Only requests are use: an open page in which nobody does anything ends after an hour."""
-    session = request(await browsers.begin(caller))
-
-    def unused() -> timedelta:
-        with database.reading() as connection:
-            row = connection.execute(sa.select(sessions.c.began, sessions.c.used)).one()
-        passed: timedelta = row.began - row.used
-        return passed
-
-    with database.writing() as connection:
-        moment = connection.scalar(sa.select(sessions.c.began))
-        assert moment is not None
-        connection.execute(sa.update(sessions).values(used=moment - timedelta(minutes=10)))
-    assert await browsers.find(session, notes_use=False) == caller
-    assert unused() == timedelta(minutes=10)
-    assert await browsers.find(session) == caller
-    assert unused() <= timedelta(0)
+def test_a_cookie_among_others() -> None:
+    """The id is found behind another cookie."""
+    assert _found("y" * 43) == "y" * 43
 
 
 @pytest.mark.parametrize("value", ["", "x", "y" * 42, "y" * 44, "é" * 43])
-async def test_cookies_that_are_none(browsers: BrowserSessions, value: str) -> None:
-    """What is no id is no session, and is not looked up."""
-    assert await browsers.find(request(value)) is None
+def test_cookies_that_are_none(value: str) -> None:
+    """A value that is no id is no session."""
+    assert _found(value) is None

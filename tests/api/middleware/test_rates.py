@@ -91,7 +91,7 @@ def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     asked: list[str] = []
     app = create_app(settings)
 
-    def rate_of(tenant: str) -> int | None:
+    async def rate_of(tenant: str) -> int | None:
         asked.append(tenant)
         return rates.get(tenant)
 
@@ -275,7 +275,11 @@ def test_the_client_comes_back_when_told(limited: Limited) -> None:
 
 def test_made_up_tenants_take_bounded_memory() -> None:
     """The remembered rates and the windows are bounded, however many tenants a platform's key names."""
-    limits = RateLimits({"acme": 5}.get, lambda: True)
+
+    async def rate_of(tenant: str) -> int | None:
+        return {"acme": 5}.get(tenant)
+
+    limits = RateLimits(rate_of, lambda: True)
 
     async def ask() -> None:
         for number in range(10_100):
@@ -293,7 +297,7 @@ def test_a_catalog_that_fails_is_told(tmp_path: Path) -> None:
     with opened(settings), keys_of(settings) as (keyring, _):
         key = keyring.create(None, "admin", "", COMMAND_LINE)[1]
 
-    def fails(tenant: str) -> int | None:
+    async def fails(tenant: str) -> int | None:
         raise StorageFailed(f"the catalog is gone, so is the rate of {tenant}")
 
     app = create_app(settings)

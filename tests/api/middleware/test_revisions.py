@@ -13,6 +13,7 @@ from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.records import Principal
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import InvalidRequest, Unavailable
+from prefix_service.library.following import Following
 from tests.catalog.conftest import BY
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +27,7 @@ class Lagging:
         self.database, self.other = (Database(folder / "catalog.sqlite") for _ in range(2))
         self.feed = ChangeFeed(self.database)
         self.revisions = Revisions(lambda purpose: purpose.encode().ljust(32))
-        self._middleware = RevisionMiddleware(self._app, self.feed, self.revisions)
+        self._middleware = RevisionMiddleware(self._app, Following(self.feed, "0" * 32), self.revisions)
         self.answered: list[int] = []
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,9 +13,9 @@ from prefix_service.api.middleware import usage_counts
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.catalog.changes import TenantDeleted
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.records import COMMAND_LINE, Principal
+from prefix_service.catalog.records import COMMAND_LINE, Dimension, Principal, Use
 from prefix_service.catalog.tenants import Tenants
-from prefix_service.catalog.usage import Dimension, UsageStore, Use
+from prefix_service.catalog.usage import UsageStore
 from prefix_service.errors import StorageFailed
 
 HOUR = usage_counts._this_hour()
@@ -59,7 +59,7 @@ def store() -> Store:
 
 @pytest.fixture
 def counts(store: Store) -> UsageCounts:
-    return UsageCounts(store)
+    return UsageCounts(store.add)
 
 
 def scope(*parts: Served, by: Principal = BY) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 def test_a_deleted_tenant(database: Database) -> None:
     """A namesake does not get what a deleted tenant used."""
     tenants, store = Tenants(database), UsageStore(database)
-    counts = UsageCounts(store)
+    counts = UsageCounts(store.add)
     tenants.put("acme", COMMAND_LINE)
     counts.count(scope(), 200, 10)
     counts.on_changes([TenantDeleted("acme")])

@@ -8,7 +8,7 @@ from typing import Final
 import httpx
 
 from prefix_service.api.http.page_files import PAGE_FILES, PAGE_FOLDER
-from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
+from prefix_service.api.http.public_pages import CONTENT_SECURITY_POLICY
 from tests.conftest import Server
 
 VENDOR: Final = PAGE_FOLDER / "vendor"

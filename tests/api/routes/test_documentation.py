@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from prefix_service.api.http.paths import REFERENCE_FILES
-from prefix_service.api.routes.documentation import CONTENT_SECURITY_POLICY
+from prefix_service.api.http.public_pages import CONTENT_SECURITY_POLICY
 from tests.commands import PREFIX_SERVICE
 from tests.conftest import Server
 

@@ -11,8 +11,9 @@ from urllib.parse import urlencode
 import httpx
 import pytest
 
-from prefix_service.api.dependencies.pagination import PAGE_BYTES, encode_cursor
+from prefix_service.api.dependencies.pagination import NAMES, cursor_of
 from prefix_service.data_folder.opening import catalog_file
+from prefix_service.library.pages import PAGE_BYTES
 from tests.api.helpers import problem, upload, weights
 from tests.conftest import Server, running_server
 
@@ -159,7 +160,7 @@ def test_orders_that_there_are_not(own: Server, sort: str) -> None:
 )
 def test_cursors_of_another_order(own: Server, sort: str, place: str) -> None:
     """A cursor belongs to the order of its listing; in another it is a 422."""
-    answer = own.client().get(ADAPTERS, params={"sort": sort, "cursor": encode_cursor(place)})
+    answer = own.client().get(ADAPTERS, params={"sort": sort, "cursor": cursor_of(place, NAMES)})
     problem(answer, 422, "invalid-request")
 
 
@@ -167,7 +168,7 @@ def test_cursors_of_another_order(own: Server, sort: str, place: str) -> None:
 @pytest.mark.parametrize("path", [VERSIONS, KEYS, "/v1/keys", "/v1/residency"])
 def test_cursors_that_no_listing_gave(own: Server, path: str, place: str) -> None:
     """A cursor that no listing gave is a 422, whatever it decodes to."""
-    problem(own.client().get(path, params={"cursor": encode_cursor(place)}), 422, "invalid-request")
+    problem(own.client().get(path, params={"cursor": cursor_of(place, NAMES)}), 422, "invalid-request")
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x", "-1"])

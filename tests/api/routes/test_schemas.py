@@ -95,7 +95,7 @@ def resolved(schema: Any, document: dict[str, Any]) -> Any:
 def test_one_unknown_field_is_enough() -> None:
     """One error is collected for any number of unknown fields."""
     from prefix_service.api.dependencies.json_bodies import validated
-    from prefix_service.api.routes.schemas import ResidencyRequest
+    from prefix_service.api.routes.residency import ResidencyRequest
     from prefix_service.errors import InvalidRequest
 
     with pytest.raises(InvalidRequest, match="x0: Extra inputs are not permitted"):
@@ -106,7 +106,7 @@ def test_one_unknown_field_is_enough() -> None:
 def test_a_whole_number_is_an_integer(version: float) -> None:
     """A whole number is an integer however it is written, as in JSON Schema."""
     from prefix_service.api.dependencies.json_bodies import validated
-    from prefix_service.api.routes.schemas import AliasTarget
+    from prefix_service.api.routes.aliases import AliasTarget
 
     assert validated(AliasTarget, {"version": version}).version == 1
 

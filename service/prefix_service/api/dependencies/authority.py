@@ -8,7 +8,6 @@ from fastapi import Depends, Request
 from prefix_service.api.http.paths import TenantPath
 from prefix_service.api.middleware.auth import Caller
 from prefix_service.api.state import state_of
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import NotFound
 
@@ -16,8 +15,7 @@ from prefix_service.errors import NotFound
 async def _actor(request: Request, tenant: TenantPath, caller: Caller) -> Principal:
     if caller.tenant is not None:
         return replace(caller, acts_on=caller.tenant_id)
-    acts_on = await read_catalog(state_of(request).library.tenants.require, tenant)
-    return replace(caller, acts_on=acts_on)
+    return replace(caller, acts_on=await state_of(request).tenancy.tenant_id(tenant))
 
 
 async def _founder(request: Request, tenant: TenantPath, caller: Caller) -> Principal:

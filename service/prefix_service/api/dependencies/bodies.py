@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Final
 
-from anyio import to_thread
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -12,9 +12,8 @@ from starlette.requests import ClientDisconnect
 from prefix_service.api.dependencies.multipart import MultipartReader, Part
 from prefix_service.api.http.patience import MINIMUM_RATE, Patience
 from prefix_service.api.state import state_of
-from prefix_service.blobs.folder import StagedBlob
 from prefix_service.errors import InvalidRequest, RequestTimeout, TooLarge, UnsafeCheckpoint
-from prefix_service.library.publishing import Upload
+from prefix_service.library.arrivals import Upload
 from prefix_service.prefix.description import MOST_CARD
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from prefix_service.prefix.json_text import MAX_BASE_CONFIG_BYTES, MAX_CONFIG_BYTES
@@ -77,15 +76,15 @@ async def read_upload(request: Request, upload: Upload, limit: int) -> Mapping[s
         QuotaExceeded: more bytes than the tenant's quota leaves.
         RequestTimeout: it did not arrive in time.
     """
-    parts = _Parts(MultipartReader(request.headers["content-type"]), upload.weights, limit)
+    parts = _Parts(MultipartReader(request.headers["content-type"]), upload, limit)
     pending = bytearray()
     async for piece in _arriving(request, limit + _BESIDE, extends=True):
         pending += piece
         if len(pending) >= _BATCH:
-            await to_thread.run_sync(parts.receive, bytes(pending))
+            await upload.take(partial(parts.receive, bytes(pending)))
             pending.clear()
-            upload.arrival.hold(upload.weights.size)
-    await to_thread.run_sync(parts.receive, bytes(pending))
+            upload.hold()
+    await upload.take(partial(parts.receive, bytes(pending)))
     return parts.finished()
 
 
@@ -121,9 +120,9 @@ async def _arriving(request: Request, limit: int, *, extends: bool) -> AsyncIter
 class _Parts:
     """The state of one multipart body: which part is arriving, and what has arrived."""
 
-    def __init__(self, reader: MultipartReader, weights: StagedBlob, limit: int) -> None:
+    def __init__(self, reader: MultipartReader, upload: Upload, limit: int) -> None:
         self._reader = reader
-        self._weights, self._limit = weights, limit
+        self._upload, self._limit = upload, limit
         self._others: dict[str, bytearray] = {}
         self._seen: list[str] = []
 
@@ -175,9 +174,9 @@ class _Parts:
     def _add_to_part(self, data: bytes) -> None:
         name = self._seen[-1]
         if name == WEIGHTS_NAME:
-            if self._weights.size + len(data) > self._limit:
+            if self._upload.size + len(data) > self._limit:
                 raise TooLarge(f"the weights have more than {self._limit} bytes")
-            self._weights.write(data)
+            self._upload.write(data)
             return
         self._others[name] += data
         if len(self._others[name]) > _MOST[name]:

@@ -1,120 +1,125 @@
-"""Listings over HTTP: opaque cursors, and pages that are read and written off the event loop."""
+"""Listings over HTTP: the page that a caller asks for, and opaque cursors."""
 
 import base64
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Final, Generic, TypeVar
 from urllib.parse import urlencode
 
 import orjson
-from fastapi import Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 
-from prefix_service.api.dependencies.json_bodies import held
-from prefix_service.api.state import state_of
+from prefix_service.api.dependencies.json_bodies import reserved
 from prefix_service.errors import InvalidReference, InvalidRequest
+from prefix_service.library.pages import PAGE_BYTES, Page, WantedPage
 from prefix_service.logs import redacted
 from prefix_service.prefix.references import check_name
-from prefix_service.registry.admission import PLATFORM
 
 Row = TypeVar("Row")
+Place = TypeVar("Place")
 
-Limit = Annotated[int, Query(ge=1, le=1000, description="the most items of a page, which may have fewer")]
-Cursor = Annotated[
+_NUMBER: Final = re.compile(r"[0-9]{1,18}")
+
+_Limit = Annotated[int, Query(ge=1, le=1000, description="the most items of a page, which may have fewer")]
+_Cursor = Annotated[
     str | SkipJsonSchema[None],
     Query(
         min_length=1, max_length=1000, description="`next` of the page before", json_schema_extra={"format": "cursor"}
     ),
 ]
 
-PAGE_BYTES: Final = 2 << 20
-"""A page ends with the item that makes it this long, whatever its limit."""
 
-HeldPage = Annotated[None, held(PAGE_BYTES)]
-"""Memory for a page until it has left: whoever leaves many unread must not fill the process."""
+@dataclass(frozen=True, slots=True)
+class Places(Generic[Place]):
+    """How the cursors of a listing hold its places: `read` returns the place that a text holds, or None; `text` returns
+    the text of a place."""
 
-_TOGETHER: Final = 100  # rows that are in memory together
-
-NUMBER: Final = re.compile(r"[0-9]{1,18}").fullmatch
-"""Whether a cursor names a number."""
+    read: Callable[[str], Place | None]
+    text: Callable[[Place], str]
 
 
-def is_name(text: str) -> bool:
-    """Returns whether a cursor names a tenant or an adapter."""
+def number_in(text: str) -> int | None:
+    """Returns the number that a cursor's text holds, or None."""
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
+def name_in(text: str) -> str | None:
+    """Returns the name of a tenant or an adapter that a cursor's text holds, or None."""
     with contextlib.suppress(InvalidReference):
-        return bool(check_name("cursor", text))
-    return False
+        return check_name("cursor", text)
+    return None
+
+
+NUMBERS: Final = Places(number_in, str)
+NAMES: Final = Places(name_in, str)
 
 
 @dataclass(frozen=True, slots=True)
-class Listing(Generic[Row]):
-    """Functions that read and write one listing. `load` returns up to so many rows behind a place, which is empty for
-    the first page; `place` returns the place of a row, and `item` the row as the listing shows it."""
+class Asked:
+    """The page of a listing that a request asks for: at most `limit` items behind the place in a cursor."""
 
-    load: Callable[[str, int], Sequence[Row]]
-    place: Callable[[Row], str]
-    item: Callable[[Row], BaseModel]
+    request: Request
+    limit: int
+    cursor: str | None
 
+    def after(self, places: Places[Place]) -> Place | None:
+        """Returns the place behind which the page begins; None for the first page.
 
-async def answer_page(request: Request, tenant: str | None, listing: Listing[Row], after: str, limit: int) -> Response:
-    """Returns a page, made in a thread in its tenant's turn, with the Link header of the following one.
+        Raises:
+            InvalidRequest: the cursor is not of this listing.
+        """
+        if self.cursor is None:
+            return None
+        text = _decoded(self.cursor)
+        place = None if text is None or _encoded(text) != self.cursor else places.read(text)
+        if place is None:
+            raise InvalidRequest(f"cursor {self.cursor!r:.80} is not one that this listing gave")
+        return place
 
-    Raises:
-        NotFound: there is no such listing.
-        StorageFailed: the catalog refused.
-    """
+    def wanted(self, places: Places[Place], item: Callable[[Row], BaseModel]) -> WantedPage[Row, Place]:
+        """Returns the page as the library takes it: `item` is what the listing shows of a row.
 
-    def make() -> Response:
-        items, following = _page(listing, after, limit)
-        cursor = None if following is None else encode_cursor(following)
-        body = b'{"items":[%b],"next":%b}' % (b",".join(items), orjson.dumps(cursor))
-        return json_page(request, body, cursor)
+        Raises:
+            InvalidRequest: the cursor is not of this listing.
+        """
+        return WantedPage(self.after(places), self.limit, lambda row: item(row).model_dump_json().encode())
 
-    return await state_of(request).admission.run(tenant or PLATFORM, make)
+    def answer(self, page: Page[Place], places: Places[Place]) -> Response:
+        """Returns the response with a page, with the Link header (RFC 8288) of the following one."""
+        cursor = None if page.last is None else cursor_of(page.last, places)
+        return self.respond(b'{"items":[%b],"next":%b}' % (page.items, orjson.dumps(cursor)), cursor)
 
+    def respond(self, body: bytes, cursor: str | None) -> Response:
+        """Returns the response with a written page, with the Link header of the page behind `cursor`."""
+        headers = {} if cursor is None else {"Link": self._next_link(cursor)}
+        return Response(body, media_type="application/json", headers=headers)
 
-def _page(listing: Listing[Row], after: str, limit: int) -> tuple[list[bytes], str | None]:
-    """Returns the items, and the place of the last one if there are more."""
-    items: list[bytes] = []
-    size, place = 0, after
-    while True:
-        asked = min(_TOGETHER, limit + 1 - len(items))
-        rows = listing.load(place, asked)
-        for row in rows:
-            if len(items) == limit or size >= PAGE_BYTES:
-                return items, place
-            items.append(listing.item(row).model_dump_json().encode())
-            size, place = size + len(items[-1]), listing.place(row)
-        if len(rows) < asked:
-            return items, None
-
-
-def json_page(request: Request, body: bytes, cursor: str | None) -> Response:
-    """Returns a page that is written already, with the Link header (RFC 8288) of the page behind `cursor`."""
-    headers = {} if cursor is None else {"Link": _next_link(request, cursor)}
-    return Response(body, media_type="application/json", headers=headers)
+    def _next_link(self, cursor: str) -> str:
+        query = redacted(urlencode({**self.request.query_params, "cursor": cursor}))
+        return f'<{self.request.scope["path"]}?{query}>; rel="next"'
 
 
-def encode_cursor(place: str) -> str:
+async def _asked(request: Request, limit: _Limit = 100, cursor: _Cursor = None) -> AsyncIterator[Asked]:
+    """Reserves memory for the page until it has left: whoever leaves many unread must not fill the process."""
+    async with reserved(request, PAGE_BYTES):
+        yield Asked(request, limit, cursor)
+
+
+AskedPage = Annotated[Asked, Depends(_asked)]
+"""The page that the request asks for; declared after whatever says whether the caller may see it."""
+
+
+def cursor_of(place: Place, places: Places[Place]) -> str:
     """Returns the cursor of the page behind a place."""
-    return base64.urlsafe_b64encode(place.encode()).decode().rstrip("=")
+    return _encoded(places.text(place))
 
 
-def decode_cursor(cursor: str | None, is_place: Callable[[str], object] = is_name) -> str:
-    """Returns the place behind which a page begins; empty for the first.
-
-    Raises:
-        InvalidRequest: it is no cursor of this listing.
-    """
-    if cursor is None:
-        return ""
-    place = _decoded(cursor)
-    if place is None or not is_place(place) or encode_cursor(place) != cursor:
-        raise InvalidRequest(f"cursor {cursor!r:.80} is not one that this listing gave")
-    return place
+def _encoded(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def _decoded(cursor: str) -> str | None:
@@ -122,8 +127,3 @@ def _decoded(cursor: str) -> str | None:
     with contextlib.suppress(ValueError):
         return base64.b64decode(padded.encode(), b"-_", validate=True).decode()
     return None
-
-
-def _next_link(request: Request, cursor: str) -> str:
-    query = redacted(urlencode({**request.query_params, "cursor": cursor}))
-    return f'<{request.scope["path"]}?{query}>; rel="next"'

@@ -54,7 +54,7 @@ def takes_gzip(headers: Headers) -> bool:
     return False
 
 
-def require_json_acceptable(request: Request) -> None:
+async def require_json_acceptable(request: Request) -> None:
     """Checks that the caller accepts JSON, for routes that answer with it; a deletion answers with nothing.
 
     Raises:

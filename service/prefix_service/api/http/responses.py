@@ -30,25 +30,36 @@ DRAIN: Final = "drain"
 """Key in the scope's state, if the server is ours: a function that waits until nearly all output has left."""
 
 Fields = list[tuple[bytes, bytes]]
+Chunks = Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
     """Bytes of a body that are ready to be sent, and the header fields that depend on them."""
 
-    chunks: Iterable[bytes | memoryview] | AsyncIterable[bytes | memoryview]
+    chunks: Chunks
     fields: Fields = field(default_factory=list)
 
 
-class BytesResponse(Response, ABC):
+class RawResponse(Response, ABC):
+    """Sends its head and body itself. `Response.__init__` is not called, since it would encode a body."""
+
+    def __init__(self) -> None:
+        self.background = None  # FastAPI sets it where a route has background tasks
+
+    @abstractmethod
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request."""
+
+
+class BytesResponse(RawResponse):
     """A safetensors file with a known entity tag and length: answers 304, 206 or 200, with backpressure.
 
-    It keeps no state of a request, so one instance can answer many. `Response.__init__` is not called, since it would
-    encode a body.
+    It keeps no state of a request, so one instance can answer many.
     """
 
     def __init__(self, etag: str, length: int, headers: Mapping[str, str]) -> None:
-        self.background = None
+        super().__init__()
         self._etag, self._length = etag, length
         self._entity_fields = _raw({"ETag": etag, **headers})
         self._common = _raw({"Content-Type": MEDIA_TYPE, "Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff"})
@@ -79,22 +90,20 @@ class BytesResponse(Response, ABC):
         async with self._content(scope, receive, start, stop) as content:
             status = 206 if found else 200
             await send({"type": "http.response.start", "status": status, "headers": fields + content.fields})
-            if isinstance(content.chunks, AsyncIterable):
-                async for chunk in content.chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body"})
-            else:
-                await send_chunks(scope, send, content.chunks)
+            await send_chunks(scope, send, content.chunks)
 
 
-async def send_chunks(scope: Scope, send: Send, chunks: Iterable[bytes | memoryview]) -> None:
+async def send_chunks(scope: Scope, send: Send, chunks: Chunks) -> None:
     """Sends a whole body, piece by piece; returns once nearly all of it has left."""
-    last: bytes | memoryview | None = None
-    for chunk in chunks:
-        if last is not None:
-            await send({"type": "http.response.body", "body": last, "more_body": True})
-        last = chunk
-    last = b"" if last is None else last
+    last: bytes | memoryview = b""
+    if isinstance(chunks, AsyncIterable):
+        async for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    else:
+        for chunk in chunks:
+            if last:
+                await send({"type": "http.response.body", "body": last, "more_body": True})
+            last = chunk
     await send({"type": "http.response.body", "body": last})
     if (drain := scope.get("state", {}).get(DRAIN)) is not None:
         await drain()
@@ -168,8 +177,7 @@ class ParametersResponse(BytesResponse):
 
     @asynccontextmanager
     async def _content(self, _scope: Scope, _receive: Receive, start: int, stop: int) -> AsyncIterator[Content]:
-        look = partial(self._library.encodings.open_weights, self._version)  # reads and hashes the whole file
-        file = await self._library.admission.run(self._version.tenant, look)
+        file = await self._library.open_weights(self._version)  # reads and hashes the whole file
         try:
             file.seek(start)
             yield Content(_read(file, stop - start))

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Final, Literal
 
 import torch
+from anyio import to_thread
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
@@ -72,13 +73,14 @@ class Metrics:
             self.sample()
             await asyncio.sleep(_SAMPLING_SECONDS)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """The exposed numbers in the format that `accept` (a header's value) asks for, and its media type. Blocking."""
+    async def exposition(self, accept: str) -> tuple[bytes, str]:
+        """The exposed numbers in the format that `accept` (a header's value) asks for, and its media type."""
+        self.sample()
         try:
             encoder, media_type = choose_encoder(accept)
         except TypeError:  # a version that is not made of numbers
             encoder, media_type = choose_encoder("")
-        return encoder(self.exposed), media_type
+        return await to_thread.run_sync(encoder, self.exposed), media_type
 
 
 class _Requests:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Final
 
 from fastapi import Depends, Request
@@ -10,12 +10,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
-from prefix_service.api.middleware.browser_sessions import BrowserSessions
-from prefix_service.api.middleware.known_keys import KnownKeys
+from prefix_service.api.middleware.browser_sessions import session_of
 from prefix_service.api.middleware.revisions import WRITES
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated
+from prefix_service.library.known_keys import KnownKeys
+from prefix_service.library.page_sessions import PageSessions
 from prefix_service.logs import request_context
 from prefix_service.prefix.references import check_name
 
@@ -31,7 +32,7 @@ class Authenticator:
     """Turns the key or the browser session of a request into a principal. Without keys (dev mode) every caller is a
     platform admin."""
 
-    def __init__(self, keys: KnownKeys | None, sessions: BrowserSessions) -> None:
+    def __init__(self, keys: KnownKeys | None, sessions: PageSessions) -> None:
         self._keys, self._sessions = keys, sessions
 
     def remembered(self, header: bytes) -> Principal | None:
@@ -49,8 +50,8 @@ class Authenticator:
         header = _header(scope, b"authorization")
         if (known := self.remembered(header)) is not None:
             return known
-        if not header and (principal := await self._sessions.find(scope, notes_use=notes_use)) is not None:
-            return principal
+        if not header and (session_id := session_of(scope)) is not None:
+            return await self._sessions.find(session_id, notes_use=notes_use)
         return await self.verify(header)
 
     async def verify(self, header: bytes) -> Principal:
@@ -138,9 +139,12 @@ def _quoted(value: bytes) -> str:
     return repr(value.decode("latin-1")[:100])
 
 
-def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
-    def check(request: Request, tenant: TenantPath) -> str:
-        principal = _caller(request)
+# FastAPI calls a dependency that is no coroutine in a thread, however little it does.
+
+
+def _tenant_with(scope: KeyScope) -> Callable[[Request, str], Awaitable[str]]:
+    async def check(request: Request, tenant: TenantPath) -> str:
+        principal = await _caller(request)
         check_name("tenant", tenant)
         if not principal.may_see(tenant):
             # The message is that of a missing one, so that a caller learns nothing about other tenants.
@@ -154,14 +158,14 @@ def _tenant_with(scope: KeyScope) -> Callable[[Request, str], str]:
     return check
 
 
-def _caller(request: Request) -> Principal:
+async def _caller(request: Request) -> Principal:
     principal: Principal = request.scope["principal"]
     return principal
 
 
-def _platform_with(scope: KeyScope) -> Callable[[Request], Principal]:
-    def check(request: Request) -> Principal:
-        principal = _caller(request)
+def _platform_with(scope: KeyScope) -> Callable[[Request], Awaitable[Principal]]:
+    async def check(request: Request) -> Principal:
+        principal = await _caller(request)
         if principal.tenant is not None:
             raise Forbidden("this needs a key of the platform, and yours belongs to a tenant")
         _require(principal, scope)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,15 +12,15 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from starlette.types import Scope
 
 from prefix_service.catalog.changes import Change, EverythingChanged, TenantChange
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import InvalidReference, RateLimited
 from prefix_service.prefix.references import check_name
+from prefix_service.system.bounded import put_last
 
 _REMEMBERED_TENANTS: Final = 10_000
 
-RateOf = Callable[[str], int | None]
-"""Returns a tenant's requests per second; None without a limit, and for a missing tenant. Blocks."""
+RateOf = Callable[[str], Awaitable[int | None]]
+"""Returns a tenant's requests per second; None without a limit, and for a missing tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +100,10 @@ class RateLimits:
         if tenant in self._known and self._are_known():
             return self._known[tenant]
         changes = self._changes
-        found = await read_catalog(self._rate_of, tenant)
+        found = await self._rate_of(tenant)
         rate = None if found is None else RateLimitItemPerSecond(found)
         if changes == self._changes:  # else it may have been read before a change that came meanwhile
-            self._known[tenant] = rate
-            if len(self._known) > _REMEMBERED_TENANTS:
-                del self._known[next(iter(self._known))]
+            put_last(self._known, tenant, rate, _REMEMBERED_TENANTS)
         return rate
 
 

@@ -2,19 +2,15 @@
 
 from typing import Final
 
-import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefix_service.api.http.revisions import Revisions
-from prefix_service.catalog.feed import ChangeFeed
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal
-from prefix_service.errors import Overloaded, StorageFailed, Unavailable
+from prefix_service.library.following import Following
 
 WRITES: Final = "writes"
 """In the scope of a request that needs a key of scope `write` or `admin`, and changes something."""
 
-_PATIENCE: Final = 1.0  # seconds
 _MIN: Final = b"prefix-min-revision"
 
 
@@ -22,8 +18,8 @@ class RevisionMiddleware:
     """Adds `Prefix-Revision` to the answers of writes, and lets a request with `Prefix-Min-Revision` wait until this
     process has applied the changes up to that revision."""
 
-    def __init__(self, app: ASGIApp, feed: ChangeFeed, revisions: Revisions) -> None:
-        self._app, self._feed, self._revisions = app, feed, revisions
+    def __init__(self, app: ASGIApp, following: Following, revisions: Revisions) -> None:
+        self._app, self._following, self._revisions = app, following, revisions
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on.
@@ -37,21 +33,11 @@ class RevisionMiddleware:
             return
         for name, value in scope["headers"]:
             if name == _MIN:
-                await self._reach(self._revisions.revision(caller, value.decode("latin-1")))
+                # The writer received the revision after its commit, so one look into the catalog must find it.
+                await self._following.reach(self._revisions.revision(caller, value.decode("latin-1")))
         if scope["method"] not in ("GET", "HEAD"):
             send = self._with_revision(scope, caller, send)
         await self._app(scope, receive, send)
-
-    async def _reach(self, revision: int) -> None:
-        """The writer received the revision after its commit, so one look into the catalog must find it."""
-        if self._feed.revision < revision:
-            try:
-                with anyio.fail_after(_PATIENCE):
-                    await read_catalog(self._feed.catch_up)
-            except (TimeoutError, Overloaded, StorageFailed) as error:
-                raise _too_early() from error
-        if self._feed.revision < revision:
-            raise _too_early()
 
     def _with_revision(self, scope: Scope, caller: Principal, send: Send) -> Send:
         async def send_with_revision(message: Message) -> None:
@@ -60,14 +46,10 @@ class RevisionMiddleware:
                 message["type"] == "http.response.start"
                 and scope.get(WRITES)
                 and message["status"] < 400
-                and self._feed.are_known
+                and self._following.are_known
             ):
-                text = self._revisions.text(caller, self._feed.revision)
+                text = self._revisions.text(caller, self._following.revision)
                 message["headers"] = [*message.get("headers", ()), (b"prefix-revision", text.encode())]
             await send(message)
 
         return send_with_revision
-
-
-def _too_early() -> Unavailable:
-    return Unavailable("this process does not know the changes up to Prefix-Min-Revision yet: try again")

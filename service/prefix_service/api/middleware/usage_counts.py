@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -14,8 +14,7 @@ from starlette.types import Scope
 
 from prefix_service.api.http.served import FIRST_BYTE, SERVED, Served, is_loaded
 from prefix_service.catalog.changes import Change, TenantDeleted
-from prefix_service.catalog.records import Principal
-from prefix_service.catalog.usage import OF_PLATFORM, UsageStore, Use
+from prefix_service.catalog.records import OF_PLATFORM, Principal, Use
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.turns import in_thread
 
@@ -40,11 +39,12 @@ class UsageCounts:
     """The counts since the last write. Used from the event loop alone.
 
     Memory is bounded: usage beyond `MOST_OF_TENANT` pairs of version and key per tenant and hour, or beyond `MOST`
-    pairs of all tenants, is counted for the tenant alone. Without a `store`, counts are dropped.
+    pairs of all tenants, is counted for the tenant alone. `add` writes some of them to the catalog, and
+    blocks; without it, counts are dropped.
     """
 
-    def __init__(self, store: UsageStore | None) -> None:
-        self._store = store
+    def __init__(self, add: Callable[[Sequence[Use]], None] | None) -> None:
+        self._add = add
         self._hour = _this_hour()
         self._counts: dict[_Counted, Use] = {}
         self._apart: dict[str, set[_Counted]] = {}
@@ -118,19 +118,19 @@ class UsageCounts:
         counts, self._counts = self._counts, {}
         if (hour := _this_hour()) != self._hour:
             self._hour, self._apart, self._apart_in_all = hour, {}, 0
-        if counts and self._store is not None:
+        if counts and self._add is not None:
             self._taken.append(counts)
-        if self._store is not None and (self._taken or self._unwritten):
-            await in_thread(partial(self._drain, self._store))
+        if self._add is not None and (self._taken or self._unwritten):
+            await in_thread(partial(self._drain, self._add))
 
-    def _drain(self, store: UsageStore) -> None:
+    def _drain(self, add: Callable[[Sequence[Use]], None]) -> None:
         """Writes the counts in slices; runs in one thread at a time."""
         while self._taken:
             for use in self._taken.pop(0).values():
                 self._unwritten.setdefault(use.place, Use(*use.place)).add(use)
         try:
             while some := list(islice(self._unwritten.values(), _TOGETHER)):
-                store.add(some)
+                add(some)
                 for use in some:
                     del self._unwritten[use.place]
                 if self._unwritten:

@@ -34,7 +34,7 @@ from prefix_service.api.open_inference.schemas import (
     Statistics,
     TensorMetadata,
 )
-from prefix_service.api.state import LibraryOf, State, StateOf
+from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.errors import NotFound
 from prefix_service.library.library import Library
@@ -65,17 +65,17 @@ _LISTING: Final[dict[str, Any]] = {
 
 
 @router.get(f"{MODEL}/config", response_model=ModelConfig)
-async def model_config(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
+async def model_config(tenant: ReadableTenant, name: NamePath, state: StateOf) -> Response:
     """The configuration of a model's latest version."""
-    version = await resolved(library, tenant, name)
-    return await json_in_turn(library, tenant, partial(_configuration, library, version))
+    version = await resolved(state.library, tenant, name)
+    return await json_in_turn(state.admission, tenant, partial(_configuration, state.library, version))
 
 
 @router.get(f"{VERSION}/config", response_model=ModelConfig)
-async def version_config(tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf) -> Response:
+async def version_config(tenant: ReadableTenant, name: NamePath, version: SelectorPath, state: StateOf) -> Response:
     """The configuration of one version."""
-    found = await resolved(library, tenant, name, version)
-    return await json_in_turn(library, tenant, partial(_configuration, library, found))
+    found = await resolved(state.library, tenant, name, version)
+    return await json_in_turn(state.admission, tenant, partial(_configuration, state.library, found))
 
 
 @router.get("/models/stats", **_LISTING)
@@ -116,7 +116,7 @@ def _configured(tensor: TensorMetadata) -> dict[str, Any]:
 
 async def _counts(state: State, tenant: str | None, adapter: str | None = None) -> StreamingResponse:
     counted = partial(_counted, state.inference_statistics)
-    pages = every_version(state.library, tenant, adapter, counted)
+    pages = every_version(state.pages, tenant, adapter, counted)
     return await json_list(pages, b'{"model_stats":[', b"]}")
 
 

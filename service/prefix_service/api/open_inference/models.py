@@ -1,7 +1,6 @@
 """The models of the Open Inference Protocol: a model is an adapter, `<tenant>/<adapter>`, with its versions."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -13,10 +12,11 @@ from prefix_service.api.open_inference.responses import DATATYPES
 from prefix_service.api.open_inference.schemas import TensorMetadata
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.library.library import Library
+from prefix_service.library.pages import Pages, WantedPage
 from prefix_service.library.plan import PrefixRequest
 from prefix_service.prefix.references import Reference, check_name, parse_reference
 from prefix_service.prefix.wire.extras import InputMask
-from prefix_service.registry.admission import PLATFORM
+from prefix_service.registry.admission import Admission
 
 MODEL: Final = "/models/{tenant}/{name}"
 VERSION: Final = MODEL + "/versions/{version}"
@@ -68,9 +68,9 @@ def outputs_of(library: Library, version: Version) -> list[TensorMetadata]:
     ]
 
 
-async def json_in_turn(library: Library, tenant: str, make: Callable[[], BaseModel]) -> Response:
+async def json_in_turn(admission: Admission, tenant: str, make: Callable[[], BaseModel]) -> Response:
     """Returns a model as JSON, made in a thread in its tenant's turn: what is said of each layer takes milliseconds."""
-    text = await library.admission.run(tenant, lambda: make().model_dump_json())
+    text = await admission.run(tenant, lambda: make().model_dump_json())
     return Response(text, media_type="application/json")
 
 
@@ -92,19 +92,19 @@ async def _joined(first: bytes, others: AsyncIterator[bytes], before: bytes, aft
 
 
 async def every_version(
-    library: Library, tenant: str | None, adapter: str | None, shown: Callable[[VersionName], dict[str, Any]]
+    pages: Pages, tenant: str | None, adapter: str | None, shown: Callable[[VersionName], dict[str, Any]]
 ) -> AsyncIterator[bytes]:
     """Yields the versions of an adapter, of a tenant, or of all, as JSON objects with commas between them, in the order
     of their names and numbers; at least one page. Pages are read and written in threads, in their tenant's turn."""
 
-    def page(after: VersionName | None) -> tuple[bytes, VersionName | None]:
-        found = library.listings.index(tenant, adapter, after=after, limit=PAGE)
-        return written(found, shown), found[-1] if len(found) == PAGE else None
+    def write(version: VersionName) -> bytes:
+        return orjson.dumps(shown(version))
 
-    last = None
+    last: VersionName | None = None
     while True:
-        text, last = await library.admission.run(tenant or PLATFORM, partial(page, last))
-        yield text
+        page = await pages.index(tenant, adapter, WantedPage(last, PAGE, write))
+        yield page.items
+        last = page.last
         if last is None:
             return
 

@@ -8,10 +8,9 @@ from typing import Final
 
 import orjson
 import torch
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from prefix_service.api.http.responses import send_chunks
+from prefix_service.api.http.responses import RawResponse, send_chunks
 from prefix_service.api.http.served import SERVED, note_load, served
 from prefix_service.api.metrics.inference_statistics import Measurement
 from prefix_service.api.open_inference.requests import JSON_LENGTH
@@ -33,7 +32,7 @@ _STEP: Final = 1 << 14  # numbers that are written in one call, which holds Pyth
 _TEXT, _PARSED = 25, 100  # bytes of a number as text, and of memory that writing it takes
 
 
-class TensorsResponse(Response):
+class TensorsResponse(RawResponse):
     """The outputs of a planned prefix that were asked for; its rendering stays pinned until the last byte left.
 
     By default these are all that have elements: without an input mask, `position_ids` has none. There are some for
@@ -48,7 +47,7 @@ class TensorsResponse(Response):
         asked: InferenceRequest,
         measurement: Measurement,
     ) -> None:
-        self.background = None
+        super().__init__()
         self._admission, self._library = admission, library
         self._plan, self._asked, self._measurement = plan, asked, measurement
         by_default = asked.parameters.binary_data_output

@@ -46,10 +46,8 @@ from prefix_service.api.open_inference.schemas import (
 )
 from prefix_service.api.routes.documentation import json_body, request_headers
 from prefix_service.api.state import LibraryOf, State, StateOf, state_of
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Version, VersionName
 from prefix_service.errors import InvalidRequest
-from prefix_service.library.library import Library
 from prefix_service.prefix.references import check_name
 from prefix_service.registry.admission import PLATFORM
 
@@ -109,17 +107,15 @@ async def server_ready(state: StateOf) -> ServerReady:
 
 
 @router.get(MODEL, response_model=ModelMetadata)
-async def model_metadata(tenant: ReadableTenant, name: NamePath, library: LibraryOf) -> Response:
+async def model_metadata(tenant: ReadableTenant, name: NamePath, state: StateOf) -> Response:
     """The inputs and outputs of a model's latest version."""
-    return await _metadata(library, await resolved(library, tenant, name))
+    return await _metadata(state, await resolved(state.library, tenant, name))
 
 
 @router.get(VERSION, response_model=ModelMetadata)
-async def version_metadata(
-    tenant: ReadableTenant, name: NamePath, version: SelectorPath, library: LibraryOf
-) -> Response:
+async def version_metadata(tenant: ReadableTenant, name: NamePath, version: SelectorPath, state: StateOf) -> Response:
     """The inputs and outputs of one version."""
-    return await _metadata(library, await resolved(library, tenant, name, version))
+    return await _metadata(state, await resolved(state.library, tenant, name, version))
 
 
 @router.get(f"{MODEL}/ready")
@@ -158,37 +154,37 @@ async def infer_version(
     responses={200: {"description": "Every version that the key may see", "model": list[IndexEntry]}},
     openapi_extra=json_body(IndexRequest, required=False),
 )
-async def repository_index(request: Request, caller: Caller, library: LibraryOf) -> StreamingResponse:
+async def repository_index(request: Request, caller: Caller, state: StateOf) -> StreamingResponse:
     """Every version that the caller may see, in the order of names and numbers, and whether it is in memory."""
     wanted = await _optional(request, IndexRequest)
-    pages = _ready(library, caller.tenant) if wanted.ready else _all(library, caller.tenant)
+    pages = _ready(state, caller.tenant) if wanted.ready else _all(state, caller.tenant)
     return await json_list(pages)
 
 
 @router.post(f"{_REPOSITORY}/load", response_class=Response, openapi_extra=json_body(LoadRequest, required=False))
 async def repository_load(
-    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, state: StateOf
 ) -> Response:
     """Load a model's latest version into memory now, and wait; whether it is pinned stays as it is."""
     wanted = await _optional(request, LoadRequest)
     if wanted.parameters:
         given = ", ".join(wanted.parameters)
         raise InvalidRequest(f"load takes no parameters, got {given:.80}: a version is what was published")
-    await library.require_authority(by)
-    version = await resolved(library, tenant, name)
-    await library.pin(version, by, pinned=bool(library.residency(version)["pinned"]))
+    await state.tenancy.require_authority(by)
+    version = await resolved(state.library, tenant, name)
+    await state.residency.pin(version, by, pinned=bool(state.residency.state(version)["pinned"]))
     return Response()
 
 
 @router.post(f"{_REPOSITORY}/unload", response_class=Response, openapi_extra=json_body(UnloadRequest, required=False))
 async def repository_unload(
-    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, by: Actor, state: StateOf
 ) -> Response:
     """Take all versions of a model out of memory; the next inference loads what it needs again."""
     await _optional(request, UnloadRequest)
-    await library.require_authority(by)
+    await state.tenancy.require_authority(by)
     check_name("adapter", name)
-    await library.unload_all(tenant, name, by)
+    await state.residency.unload_all(tenant, name, by)
     return Response()
 
 
@@ -218,8 +214,8 @@ async def _inferred(request: Request, state: State, version: Version) -> Tensors
         return response
 
 
-async def _metadata(library: Library, version: Version) -> Response:
-    numbers = await read_catalog(library.listings.numbers, version.tenant, version.adapter, PAGE)
+async def _metadata(state: State, version: Version) -> Response:
+    numbers = await state.adapters.numbers(version.tenant, version.adapter, PAGE)
 
     def make() -> ModelMetadata:
         return ModelMetadata(
@@ -227,24 +223,25 @@ async def _metadata(library: Library, version: Version) -> Response:
             versions=[str(number) for number in numbers],
             platform=platform_of(version),
             inputs=inputs_of_every_model(),
-            outputs=outputs_of(library, version),
+            outputs=outputs_of(state.library, version),
         )
 
-    return await json_in_turn(library, version.tenant, make)
+    return await json_in_turn(state.admission, version.tenant, make)
 
 
-def _all(library: Library, tenant: str | None) -> AsyncIterator[bytes]:
-    return every_version(
-        library, tenant, None, lambda version: _entry(version, ready=bool(library.residency(version)["resident"]))
-    )
+def _all(state: State, tenant: str | None) -> AsyncIterator[bytes]:
+    def entry(version: VersionName) -> dict[str, Any]:
+        return _entry(version, ready=bool(state.residency.state(version)["resident"]))
+
+    return every_version(state.pages, tenant, None, entry)
 
 
-async def _ready(library: Library, tenant: str | None) -> AsyncIterator[bytes]:
+async def _ready(state: State, tenant: str | None) -> AsyncIterator[bytes]:
     """Yields what is in memory, without a look at what is not."""
-    names = [VersionName(*key[:4]) for key in sorted(library.registry.versions()) if tenant in (None, key.tenant)]
+    names = state.residency.versions(tenant)
     for begin in range(0, len(names) or 1, PAGE):
         page = partial(written, names[begin : begin + PAGE], partial(_entry, ready=True))
-        yield await library.admission.run(tenant or PLATFORM, page)
+        yield await state.admission.run(tenant or PLATFORM, page)
 
 
 def _entry(version: VersionName, *, ready: bool) -> dict[str, Any]:

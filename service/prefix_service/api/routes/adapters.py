@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic.json_schema import SkipJsonSchema
 
 from prefix_service.api.dependencies.authority import Actor, Founder
@@ -26,36 +27,24 @@ from prefix_service.api.dependencies.json_bodies import (
     reserved,
     validated,
 )
-from prefix_service.api.dependencies.pagination import (
-    NUMBER,
-    Cursor,
-    HeldPage,
-    Limit,
-    Listing,
-    answer_page,
-    decode_cursor,
-    is_name,
-)
+from prefix_service.api.dependencies.pagination import NUMBERS, AskedPage, Places, name_in, number_in
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import DeletablePath, NamePath, RefPath
 from prefix_service.api.http.presence import while_connected
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, response_headers
+from prefix_service.api.routes.new_versions import ComposedVersion, FreshVersion
 from prefix_service.api.routes.schemas import (
     AdapterItem,
     AdapterPage,
-    ComposedVersion,
-    FreshVersion,
     VersionDetail,
     VersionPage,
     VersionSummary,
 )
-from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog
-from prefix_service.catalog.records import Adapter, AdapterOrder, AdapterPlace, Principal, Version
+from prefix_service.api.state import State, StateOf
+from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Principal, Version
 from prefix_service.errors import InvalidRequest, NotFound
-from prefix_service.library.library import Library
-from prefix_service.library.publishing import Target, Upload
+from prefix_service.library.arrivals import Target, Upload
 from prefix_service.prefix.config import PrefixConfig, parse_config
 from prefix_service.prefix.description import Description, check_annotations, decode_card
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
@@ -137,9 +126,7 @@ _UPLOAD: Final[dict[str, Any]] = {
         ),
     },
 )
-async def publish(
-    request: Request, tenant: WritableTenant, name: NamePath, by: Founder, library: LibraryOf
-) -> Response:
+async def publish(request: Request, tenant: WritableTenant, name: NamePath, by: Founder, state: StateOf) -> Response:
     """Publish a version: a multipart upload of trained weights, or JSON for an untrained prefix, or for the
     concatenation of others. A version that exists keeps its card and annotations."""
     check_name("adapter", name)
@@ -147,41 +134,42 @@ async def publish(
     target = _target(tenant, name, by)
     if media_type == "application/json":
         wanted = await read_json(request, _fresh_or_composed)
-        await library.require_authority(by)
+        await state.tenancy.require_authority(by)
         if isinstance(wanted, ComposedVersion):
-            publishing = _publish_composed(wanted, library, target)
+            publishing = _publish_composed(wanted, state, target)
         else:
-            publishing = _publish_fresh(wanted, library, target)
+            publishing = _publish_fresh(wanted, state, target)
         version, is_new = await _wanted(request, publishing)
     else:
-        version, is_new = await _publish_upload(request, library, target)
+        version, is_new = await _publish_upload(request, state, target)
     headers = {"Location": f"/v1/tenants/{tenant}/adapters/{name}@{version.number}"}
     if by.acts_on is None:
         headers["Prefix-Tenant-Created"] = "true"
-    return await _answer(request, library, version, 201 if is_new else 200, headers)
+    return await _answer(request, state, version, 201 if is_new else 200, headers)
 
 
 def _fresh_or_composed(values: dict[str, Any]) -> FreshVersion | ComposedVersion:
     return validated(ComposedVersion, values) if "compose" in values else validated(FreshVersion, values)
 
 
-async def _publish_fresh(wanted: FreshVersion, library: Library, target: Target) -> tuple[Version, bool]:
-    config = await library.admission.run(target.tenant, partial(parse_config, wanted.config))
+async def _publish_fresh(wanted: FreshVersion, state: State, target: Target) -> tuple[Version, bool]:
+    config = await state.admission.run(target.tenant, partial(parse_config, wanted.config))
     description = wanted.description()
-    return await library.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed, description)
+    return await state.publisher.publish_fresh(target, config, wanted.init_weights, wanted.seed, description)
 
 
-async def _publish_composed(wanted: ComposedVersion, library: Library, target: Target) -> tuple[Version, bool]:
+async def _publish_composed(wanted: ComposedVersion, state: State, target: Target) -> tuple[Version, bool]:
     """From all that the caller may read."""
     named = [(name, *parse_qualified(name)) for name in wanted.compose]
-    sources = [(name, await library.resolve_for(target.by, tenant, reference)) for name, tenant, reference in named]
-    return await library.publisher.publish_composed(target, sources, wanted.description())
+    library, by = state.library, target.by
+    sources = [(name, await library.resolve_for(by, tenant, reference)) for name, tenant, reference in named]
+    return await state.publisher.publish_composed(target, sources, wanted.description())
 
 
-async def _publish_upload(request: Request, library: Library, target: Target) -> tuple[Version, bool]:
-    async with library.publisher.receiving(target, declared_weights(request)) as upload:
-        config, description = await _receive(request, upload, library.limits.upload_bytes)
-        return await _wanted(request, library.publisher.publish(target, config, upload, description))
+async def _publish_upload(request: Request, state: State, target: Target) -> tuple[Version, bool]:
+    async with state.publisher.receiving(target, declared_weights(request)) as upload:
+        config, description = await _receive(request, upload, state.settings.max_upload_bytes)
+        return await _wanted(request, state.publisher.publish(upload, config, description))
 
 
 async def _wanted(request: Request, publishing: Coroutine[Any, Any, tuple[Version, bool]]) -> tuple[Version, bool]:
@@ -223,30 +211,32 @@ def _target(tenant: str, name: str, by: Principal) -> Target:
     return Target(tenant, name, by, makes_tenants)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """Which adapters a listing has, and what it is sorted by."""
+
+    search: str | None
+    base_model: str | None
+    order: AdapterOrder
+
+
+async def _sought(
+    search: Search = None, base_model: Annotated[str | None, Query(max_length=1000)] = None, sort: Sort = "name"
+) -> _Sought:
+    return _Sought(search, base_model, sort)
+
+
 @router.get("/v1/tenants/{tenant}/adapters", response_model=AdapterPage)
 async def list_adapters(
-    request: Request,
-    tenant: ReadableTenant,
-    _memory: HeldPage,
-    library: LibraryOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-    search: Search = None,
-    base_model: Annotated[str | None, Query(max_length=1000)] = None,
-    sort: Sort = "name",
+    tenant: ReadableTenant, asked: AskedPage, state: StateOf, sought: Annotated[_Sought, Depends(_sought)]
 ) -> Response:
     """The adapters of a tenant, sorted by name, by the moment of the latest publication, by bytes, or by use."""
-    place = decode_cursor(cursor, lambda text: _place(text, sort))
-    await read_catalog(library.tenants.require, tenant)
-
-    def load(place: str, limit: int) -> list[Adapter]:
-        after = _place(place, sort) if place else None
-        return library.listings.adapters(
-            tenant, after=after, limit=limit, order=sort, search=search, base_model=base_model
-        )
-
-    listing = Listing(load, lambda row: _text(AdapterPlace.of(row, sort)), AdapterItem.of)
-    return await answer_page(request, tenant, listing, place, limit)
+    places = _PLACES[sought.order]
+    wanted = asked.wanted(places, AdapterItem.of)
+    page = await state.pages.adapters(
+        tenant, wanted, order=sought.order, search=sought.search, base_model=sought.base_model
+    )
+    return asked.answer(page, places)
 
 
 def _text(place: AdapterPlace) -> str:
@@ -257,64 +247,68 @@ def _text(place: AdapterPlace) -> str:
     return f"{key} {place.name}"
 
 
-def _place(text: str, sort: AdapterOrder) -> AdapterPlace | None:
-    """Returns the place that a cursor of a listing sorted by `sort` holds; None if it holds no such place."""
-    key, _, name = ("", "", text) if sort == "name" else text.rpartition(" ")
-    if not is_name(name):
-        return None
-    if sort == "name":
-        return AdapterPlace(None, name)
-    if sort in ("-bytes", "-used"):
-        return AdapterPlace(int(key), name) if NUMBER(key) else None
+def _by_name(text: str) -> AdapterPlace | None:
+    name = name_in(text)
+    return None if name is None else AdapterPlace(None, name)
+
+
+def _by_number(text: str) -> AdapterPlace | None:
+    key, _, name = text.rpartition(" ")
+    number = number_in(key)
+    return None if number is None or name_in(name) is None else AdapterPlace(number, name)
+
+
+def _by_moment(text: str) -> AdapterPlace | None:
+    key, _, name = text.rpartition(" ")
     with contextlib.suppress(ValueError):
         moment = datetime.fromisoformat(key)
-        return AdapterPlace(moment, name) if moment.isoformat() == key and moment.tzinfo is None else None
+        if moment.isoformat() == key and moment.tzinfo is None and name_in(name) is not None:
+            return AdapterPlace(moment, name)
     return None
 
 
+_PLACES: Final[dict[AdapterOrder, Places[AdapterPlace]]] = {
+    "name": Places(_by_name, _text),
+    "-created": Places(_by_moment, _text),
+    "-bytes": Places(_by_number, _text),
+    "-used": Places(_by_number, _text),
+}
+
+
 @router.get("/v1/tenants/{tenant}/adapters/{ref}", response_model=VersionDetail)
-async def inspect(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+async def inspect(request: Request, tenant: ReadableTenant, ref: RefPath, state: StateOf) -> Response:
     """A version: its config, shapes, parameter counts, digest, size, aliases and residency."""
-    return await _answer(request, library, await library.resolve(tenant, parse_reference(ref)))
+    return await _answer(request, state, await state.library.resolve(tenant, parse_reference(ref)))
 
 
 @router.get("/v1/tenants/{tenant}/adapters/{name}/versions", response_model=VersionPage)
-async def list_versions(
-    request: Request,
-    tenant: ReadableTenant,
-    _memory: HeldPage,
-    name: NamePath,
-    library: LibraryOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def list_versions(tenant: ReadableTenant, asked: AskedPage, name: NamePath, state: StateOf) -> Response:
     """The versions of an adapter, newest first."""
     check_name("adapter", name)
-    place = decode_cursor(cursor, NUMBER)
-    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
+    aliases = await state.adapters.aliases(tenant, name)
 
-    def load(place: str, limit: int) -> list[Version]:
-        return library.listings.versions(tenant, name, before=int(place) if place else None, limit=limit)
+    def item(version: Version) -> VersionSummary:
+        return VersionSummary.of(version, aliases)
 
-    listing = Listing(load, lambda row: str(row.number), lambda row: VersionSummary.of(row, aliases))
-    return await answer_page(request, tenant, listing, place, limit)
+    wanted = asked.wanted(NUMBERS, item)
+    return asked.answer(await state.pages.versions(tenant, name, wanted), NUMBERS)
 
 
 @router.delete("/v1/tenants/{tenant}/adapters/{ref}", status_code=204)
-async def delete(tenant: WritableTenant, ref: DeletablePath, by: Actor, library: LibraryOf) -> None:
+async def delete(tenant: WritableTenant, ref: DeletablePath, by: Actor, state: StateOf) -> None:
     """Delete an adapter, or the version that a number or digest names."""
-    await library.delete(tenant, parse_reference(ref), by)
+    await state.adapters.delete(tenant, parse_reference(ref), by)
 
 
 async def _answer(
-    request: Request, library: Library, version: Version, status: int = 200, headers: Mapping[str, str] | None = None
+    request: Request, state: State, version: Version, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Returns a version as JSON, written in a thread in its tenant's turn: a config of 60 KB takes milliseconds."""
-    aliases = await read_catalog(library.catalog.aliases_of, version.tenant, version.adapter)
-    residency = library.residency(version)
+    aliases = await state.adapters.aliases(version.tenant, version.adapter)
+    residency = state.residency.state(version)
 
     def write() -> Response:
         body = VersionDetail.about(version, aliases, residency).model_dump_json()
         return Response(body, status, headers, "application/json")
 
-    return await library.admission.run(payer(request), write)
+    return await state.admission.run(payer(request), write)

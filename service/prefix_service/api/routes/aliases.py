@@ -1,8 +1,9 @@
 """Aliases: names that point at one version, and move atomically."""
 
-from typing import Final
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
@@ -10,11 +11,9 @@ from prefix_service.api.http.negotiation import is_expected, require_media_type
 from prefix_service.api.http.paths import AliasPath, NamePath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import json_body, refusals, request_headers
-from prefix_service.api.routes.schemas import Alias, AliasState, AliasTarget
-from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.api.state import State, StateOf
 from prefix_service.errors import PreconditionFailed
-from prefix_service.library.library import Library
+from prefix_service.library.request_model import INTEGRAL, RequestModel
 from prefix_service.prefix.references import Reference, check_alias, check_name
 
 router = APIRouter(tags=["aliases"])
@@ -32,6 +31,26 @@ _REFUSALS: Final = refusals(
 )
 
 
+class AliasTarget(RequestModel):
+    """Where an alias points; `preload` moves it once the version is resident."""
+
+    version: Annotated[int, Field(ge=1, lt=10**18), INTEGRAL]  # as in references: at most 18 digits
+    preload: bool = False
+
+
+class Alias(BaseModel):
+    """An alias of an adapter."""
+
+    alias: str
+    version: int
+
+
+class AliasState(Alias):
+    """An alias of an adapter; `previous` is the version that it pointed at before, null if there was none."""
+
+    previous: int | None
+
+
 @router.put(
     _PATH,
     responses={201: {"model": Alias, "description": "The alias is new"}, **_REFUSALS},
@@ -44,20 +63,19 @@ async def put_alias(
     name: NamePath,
     alias: AliasPath,
     by: Actor,
-    library: LibraryOf,
+    state: StateOf,
 ) -> Alias:
     """Point an alias at a version; `If-Match` moves it only from where the caller saw it, `If-None-Match: *` only
     makes it."""
     _check(name, alias)
     require_media_type(request.headers, "application/json")
     target = await read_model(request, AliasTarget)
-    expected = await _expected(request, library, tenant, name, alias)
+    expected = await _expected(request, state, tenant, name, alias)
     if target.preload:
-        await library.require_authority(by)  # before the work; the write proves it itself
+        await state.tenancy.require_authority(by)  # before the work; the write proves it itself
         reference = Reference(name, str(target.version), explicit=True)
-        await library.load(await library.resolve(tenant, reference))
-    put = library.catalog.put_alias
-    is_new = await write_catalog(put, tenant, name, alias, target.version, by, expected)
+        await state.library.load(await state.library.resolve(tenant, reference))
+    is_new = await state.adapters.put_alias(tenant, name, alias, target.version, by, expected)
     response.status_code = 201 if is_new else 200
     response.headers["ETag"] = _etag(target.version)
     return Alias(alias=alias, version=target.version)
@@ -65,26 +83,26 @@ async def put_alias(
 
 @router.get(_PATH)
 async def get_alias(
-    response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, library: LibraryOf
+    response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, state: StateOf
 ) -> AliasState:
     """Where an alias points, and where it pointed before: that is where a rollback moves it."""
     _check(name, alias)
-    number, previous = await read_catalog(library.catalog.alias, tenant, name, alias)
+    number, previous = await state.adapters.alias(tenant, name, alias)
     response.headers["ETag"] = _etag(number)
     return AliasState(alias=alias, version=number, previous=previous)
 
 
 @router.delete(_PATH, status_code=204, responses=_REFUSALS, openapi_extra=_CONDITIONS)
 async def delete_alias(
-    request: Request, tenant: WritableTenant, name: NamePath, alias: AliasPath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, name: NamePath, alias: AliasPath, by: Actor, state: StateOf
 ) -> None:
     """Forget an alias, with `If-Match` only where the caller saw it; its version stays."""
     _check(name, alias)
-    expected = await _expected(request, library, tenant, name, alias)
-    await write_catalog(library.catalog.delete_alias, tenant, name, alias, by, expected)
+    expected = await _expected(request, state, tenant, name, alias)
+    await state.adapters.delete_alias(tenant, name, alias, by, expected)
 
 
-async def _expected(request: Request, library: Library, tenant: str, name: str, alias: str) -> int | None:
+async def _expected(request: Request, state: State, tenant: str, name: str, alias: str) -> int | None:
     """Where the alias must point for the caller's condition to hold; the catalog compares it again as it writes."""
     if request.headers.get("if-none-match") is not None:
         if request.headers["if-none-match"].strip() != "*":
@@ -92,8 +110,7 @@ async def _expected(request: Request, library: Library, tenant: str, name: str, 
         return None
     if request.headers.get("if-match") is None:
         return _ANYWHERE
-    aliases = await read_catalog(library.catalog.aliases_of, tenant, name)
-    current = aliases.get(alias)
+    current = (await state.adapters.aliases(tenant, name)).get(alias)
     if current is None or not is_expected(request.headers, _etag(current)):
         raise PreconditionFailed(f"alias {alias!r} points at {'nothing' if current is None else current}")
     return current

@@ -3,15 +3,14 @@
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
 from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.audit import PLATFORM
-from prefix_service.catalog.records import WITHOUT_KEY, AuditEntry
+from prefix_service.catalog.records import PLATFORM, WITHOUT_KEY, AuditEntry
 
 router = APIRouter(tags=["audit"])
 
@@ -40,44 +39,24 @@ class AuditPage(BaseModel):
 
 
 @router.get("/v1/tenants/{tenant}/audit", response_model=AuditPage)
-async def tenant_audit(
-    request: Request,
-    tenant: AdministeredTenant,
-    caller: Caller,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def tenant_audit(tenant: AdministeredTenant, caller: Caller, asked: AskedPage, state: StateOf) -> Response:
     """Every change of a tenant's resources, newest first."""
-    return await _page(request, state, tenant, limit, cursor, hides_platform=caller.tenant is not None)
+    return await _page(state, tenant, asked, hides_platform=caller.tenant is not None)
 
 
 @router.get("/v1/audit", response_model=AuditPage)
-async def audit(
-    request: Request,
-    _caller: PlatformAdmin,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def audit(_caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Response:
     """Every change, newest first."""
-    return await _page(request, state, None, limit, cursor, hides_platform=False)
+    return await _page(state, None, asked, hides_platform=False)
 
 
-async def _page(
-    request: Request, state: State, tenant: str | None, limit: int, cursor: str | None, *, hides_platform: bool
-) -> Response:
-    ids, audit = state.audit_ids, state.library.audit
-
-    def load(place: str, limit: int) -> list[AuditEntry]:
-        return audit.listed(tenant, before=ids.number(place) if place else None, limit=limit)
+async def _page(state: State, tenant: str | None, asked: Asked, *, hides_platform: bool) -> Response:
+    ids = state.audit_ids
+    places = Places(lambda text: ids.number(text) if ids.holds(text) else None, ids.text)
 
     def item(entry: AuditEntry) -> AuditItem:
         is_hidden = hides_platform and entry.actor == PLATFORM and entry.key_id not in WITHOUT_KEY
         key_id = PLATFORM if is_hidden else entry.key_id
         return AuditItem.model_validate({**asdict(entry), "id": ids.text(entry.id), "key_id": key_id})
 
-    listing = Listing(load, lambda entry: ids.text(entry.id), item)
-    return await answer_page(request, tenant, listing, decode_cursor(cursor, ids.holds), limit)
+    return asked.answer(await state.pages.audit(tenant, asked.wanted(places, item)), places)

@@ -11,7 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.types import Scope
 
 from prefix_service.api.http.event_stream import EVENT_STREAM, Events, EventStream, event
-from prefix_service.api.http.negotiation import lists, require_json_acceptable
+from prefix_service.api.http.negotiation import lists, require_acceptable
 from prefix_service.api.http.paths import WATCHED
 from prefix_service.api.http.presence import while_connected
 from prefix_service.api.middleware.auth import Caller
@@ -77,7 +77,7 @@ async def changes(request: Request, caller: Caller, state: StateOf, since: Since
     seconds. With `Accept: text/event-stream` it is a stream of events, of which each has one item as JSON."""
     is_stream = lists(request.headers, EVENT_STREAM)
     if not is_stream:
-        require_json_acceptable(request)
+        require_acceptable(request.headers, "application/json")
     given = request.headers.get("last-event-id", since) if is_stream else since
     begin = None if given is None else state.revisions.revision(caller, given)
     watching = _Watching(state, caller, request.scope)

@@ -23,12 +23,10 @@ from prefix_service.api.http.negotiation import (
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.middleware.auth import ReadableTenant, WritableTenant
 from prefix_service.api.routes.documentation import refusals, request_headers, response_headers
-from prefix_service.api.routes.schemas import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
-from prefix_service.api.state import LibraryOf
-from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.api.routes.new_versions import ANNOTATIONS_SCHEMA, FINGERPRINT_SCHEMA
+from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import PreconditionFailed
-from prefix_service.library.library import Library
 from prefix_service.prefix.config import write_config
 from prefix_service.prefix.description import (
     MOST_ANNOTATIONS,
@@ -109,21 +107,21 @@ _CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))
 async def get_card(
-    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldCard, library: LibraryOf
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldCard, state: StateOf
 ) -> Response:
     """The model card of a version, in Markdown, exactly as it was stored; empty where there is none."""
     require_acceptable(request.headers, _MARKDOWN)
-    return await _answer(request, library, tenant, ref, f"{_MARKDOWN}; charset=utf-8", _card)
+    return await _answer(request, state, tenant, ref, f"{_MARKDOWN}; charset=utf-8", _card)
 
 
 @router.put(f"{_PATH}/card", **_documented_change(_MARKDOWN, _CARD_SCHEMA))
-async def put_card(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf) -> Response:
+async def put_card(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf) -> Response:
     """Replace the model card of a version: up to 256 KiB of UTF-8. With `If-Match` only if it is what the caller
     saw."""
     require_media_type(request.headers, _MARKDOWN)
     async with reserved(request, declared_bytes(request, MOST_CARD)):
         card = decode_card(await read_body(request, MOST_CARD))
-    return await _change(request, library, by, (tenant, ref), "card", _card, partial(replace, card=card))
+    return await _change(request, state, by, (tenant, ref), "card", _card, partial(replace, card=card))
 
 
 @router.get(
@@ -133,22 +131,22 @@ async def put_card(request: Request, tenant: WritableTenant, ref: RefPath, by: A
     **_documented(_JSON, ANNOTATIONS_SCHEMA),
 )
 async def get_annotations(
-    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldAnnotations, library: LibraryOf
+    request: Request, tenant: ReadableTenant, ref: RefPath, _memory: _HeldAnnotations, state: StateOf
 ) -> Response:
     """The annotations of a version: a JSON object of texts, empty where there are none."""
-    return await _answer(request, library, tenant, ref, _JSON, _annotations)
+    return await _answer(request, state, tenant, ref, _JSON, _annotations)
 
 
 @router.put(f"{_PATH}/annotations", **_documented_change(_JSON, ANNOTATIONS_SCHEMA))
 async def put_annotations(
-    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
+    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf
 ) -> Response:
     """Replace all annotations of a version: a JSON object of up to 64 texts of up to 4 KiB. With `If-Match` only if
     they are what the caller saw."""
     require_media_type(request.headers, _JSON)
     annotations = await read_json(request, check_annotations)
     change = partial(replace, annotations=annotations)
-    return await _change(request, library, by, (tenant, ref), "annotations", _annotations, change)
+    return await _change(request, state, by, (tenant, ref), "annotations", _annotations, change)
 
 
 @router.get(
@@ -157,21 +155,19 @@ async def put_annotations(
     dependencies=[Depends(require_json_acceptable)],
     **_documented(_JSON, FINGERPRINT_SCHEMA),
 )
-async def get_base_model(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+async def get_base_model(request: Request, tenant: ReadableTenant, ref: RefPath, state: StateOf) -> Response:
     """The fingerprint of a version's base model: what keys and values depend on, as far as it is known; an empty object
     where nothing is."""
-    return await _answer(request, library, tenant, ref, _JSON, _fingerprint)
+    return await _answer(request, state, tenant, ref, _JSON, _fingerprint)
 
 
 @router.put(f"{_PATH}/base-model", **_documented_change(_JSON, FINGERPRINT_SCHEMA))
-async def put_base_model(
-    request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, library: LibraryOf
-) -> Response:
+async def put_base_model(request: Request, tenant: WritableTenant, ref: RefPath, by: Actor, state: StateOf) -> Response:
     """Replace the fingerprint of a version's base model: up to 16 KiB of JSON. With `If-Match` only if it is what the
     caller saw."""
     require_media_type(request.headers, _JSON)
     change = partial(replace, fingerprint=await read_json(request, check_fingerprint))
-    return await _change(request, library, by, (tenant, ref), "base-model", _fingerprint, change)
+    return await _change(request, state, by, (tenant, ref), "base-model", _fingerprint, change)
 
 
 @router.get(
@@ -180,10 +176,10 @@ async def put_base_model(
     dependencies=[Depends(require_json_acceptable)],
     **_documented(_JSON, {"type": "object"}, "The file; or the config as PEFT writes it, where no file was uploaded"),
 )
-async def get_config(request: Request, tenant: ReadableTenant, ref: RefPath, library: LibraryOf) -> Response:
+async def get_config(request: Request, tenant: ReadableTenant, ref: RefPath, state: StateOf) -> Response:
     """The `adapter_config.json` of a version, byte for byte as it was uploaded. Of a version that was made of JSON, or
     uploaded to an older release, the config as PEFT writes it."""
-    return await _answer(request, library, tenant, ref, _JSON, _config_file)
+    return await _answer(request, state, tenant, ref, _JSON, _config_file)
 
 
 def _card(description: Description, _version: Version) -> bytes:
@@ -202,10 +198,10 @@ def _config_file(description: Description, version: Version) -> bytes:
     return description.config_file or write_config(version.config)
 
 
-async def _answer(request: Request, library: Library, tenant: str, ref: str, media_type: str, part: _Part) -> Response:
+async def _answer(request: Request, state: State, tenant: str, ref: str, media_type: str, part: _Part) -> Response:
     """Returns a part of a description, made in a thread in its tenant's turn."""
-    version = await library.resolve(tenant, parse_reference(ref))
-    description = await read_catalog(library.descriptions.get, version)
+    version = await state.library.resolve(tenant, parse_reference(ref))
+    description = await state.adapters.description(version)
 
     def write() -> Response:
         body = part(description, version)
@@ -214,12 +210,12 @@ async def _answer(request: Request, library: Library, tenant: str, ref: str, med
             return Response(status_code=304, headers=headers)
         return Response(body, headers=headers | {"X-Content-Type-Options": "nosniff"}, media_type=media_type)
 
-    return await library.admission.run(payer(request), write)
+    return await state.admission.run(payer(request), write)
 
 
 async def _change(
     request: Request,
-    library: Library,
+    state: State,
     by: Principal,
     where: tuple[str, str],
     what: str,
@@ -227,19 +223,20 @@ async def _change(
     change: Callable[[Description], Description],
 ) -> Response:
     """Changes a part of the description of the version that tenant and reference name."""
-    await library.require_authority(by)
+    await state.tenancy.require_authority(by)
     tenant, ref = where
-    version = await library.resolve(tenant, parse_reference(ref))
+    version = await state.library.resolve(tenant, parse_reference(ref))
 
     def checked(current: Description) -> Description:
         if "if-match" in request.headers and not is_expected(request.headers, _etag(part(current, version))):
             raise PreconditionFailed(f"the {what} of {tenant}/{ref} changed meanwhile: read it again, then change it")
         return change(current)
 
-    def store() -> dict[str, str]:
-        return _headers(version, part(library.descriptions.change(version, by, what, checked), version))
+    def headers(changed: Description) -> dict[str, str]:
+        return _headers(version, part(changed, version))
 
-    return Response(status_code=204, headers=await write_catalog(store))
+    stored = await state.adapters.change_description(version, by, what, checked, headers)
+    return Response(status_code=204, headers=stored)
 
 
 def _headers(version: Version, body: bytes) -> dict[str, str]:

@@ -12,10 +12,9 @@ from prefix_service.api.dependencies.bodies import read_body
 from prefix_service.api.dependencies.json_bodies import json_object, validated
 from prefix_service.api.http.negotiation import lists, require_media_type
 from prefix_service.api.middleware.auth import require_local
-from prefix_service.api.middleware.browser_sessions import session_cookie, why_foreign
+from prefix_service.api.middleware.browser_sessions import cookie_of, session_cookie, session_of, why_foreign
 from prefix_service.api.routes.documentation import json_body, request_headers
-from prefix_service.api.routes.keys import identity
-from prefix_service.api.routes.schemas import Identity
+from prefix_service.api.routes.keys import Identity, identity
 from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import DEV
 from prefix_service.errors import Forbidden, ReadOnly, Unauthenticated
@@ -69,7 +68,7 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
         return await identity(state, DEV)
     header = f"Bearer {wanted.key}".encode()
     caller = state.authenticator.remembered(header) or await state.authenticator.verify(header)
-    session_id = await state.browser_sessions.begin(caller)
+    session_id = await state.page_sessions.begin(caller)
     response.headers["Set-Cookie"] = session_cookie(session_id, request.scope)
     return await identity(state, caller)
 
@@ -82,8 +81,8 @@ async def who_is_signed_in(request: Request, response: Response, state: StateOf)
         require_local(request.scope)
         return await identity(state, DEV)
     with contextlib.suppress(Unauthenticated):
-        if (caller := await state.browser_sessions.find(request.scope)) is not None:
-            return await identity(state, caller)
+        if (session_id := session_of(request.scope)) is not None:
+            return await identity(state, await state.page_sessions.find(session_id))
     return None
 
 
@@ -91,7 +90,8 @@ async def who_is_signed_in(request: Request, response: Response, state: StateOf)
 async def sign_out(request: Request, response: Response, state: StateOf) -> None:
     """End the session of the page, if there is one."""
     _require_page(request, state)
-    await state.browser_sessions.end(request.scope)
+    if (session_id := cookie_of(request.scope)) is not None:
+        await state.page_sessions.end(session_id)
     response.headers["Set-Cookie"] = session_cookie("", request.scope)
 
 

@@ -3,35 +3,94 @@
 import contextlib
 import re
 from datetime import datetime
-from functools import partial
-from typing import Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, Field
 
 from prefix_service.api.dependencies.authority import Actor
 from prefix_service.api.dependencies.json_bodies import read_model
-from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import KeyPath
 from prefix_service.api.middleware.auth import AdministeredTenant, Caller, PlatformAdmin
 from prefix_service.api.routes.documentation import json_body
-from prefix_service.api.routes.schemas import (
-    CreatedKey,
-    Identity,
-    KeyEnd,
-    KeyItem,
-    KeyPage,
-    NewPlatformKey,
-    NewTenantKey,
-)
+from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.reads import read_catalog, write_catalog
-from prefix_service.catalog.records import Key, Principal
+from prefix_service.catalog.records import Key, Principal, Scope
 from prefix_service.errors import NotFound, Unauthenticated
+from prefix_service.library.request_model import RequestModel
 
 router = APIRouter(tags=["keys"])
 
 _KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
+
+
+def _no_number(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) > 64:
+        raise ValueError("a moment is written as text, as in 2027-01-31T12:00:00Z")
+    return value
+
+
+_Expires = Annotated[datetime, BeforeValidator(_no_number), Field(strict=False)]
+
+
+class _NewKey(RequestModel):
+    name: str = Field(default="", max_length=200)
+    expires: _Expires | None = None
+
+
+class NewTenantKey(_NewKey):
+    """A key of a tenant to make; `expires` is in the future."""
+
+    scope: Literal["read", "write", "admin"]
+
+
+class NewPlatformKey(_NewKey):
+    """A key of the platform to make; `expires` is in the future."""
+
+    scope: Scope
+
+
+class KeyEnd(RequestModel):
+    """An end for a key: in the future, and not later than the end that it has."""
+
+    expires: _Expires
+
+
+class Identity(BaseModel):
+    """The key that asks; `tenant` is null for a key of the platform."""
+
+    id: str
+    name: str
+    tenant: str | None
+    scope: Scope
+    expires: Moment | None
+
+
+class KeyItem(BaseModel):
+    """A key without its secret; `tenant` is null for a key of the platform."""
+
+    id: str
+    tenant: str | None
+    scope: Scope
+    name: str
+    created: Moment
+    expires: Moment | None
+    last_used: Moment | None
+
+
+class CreatedKey(KeyItem):
+    """A new key with its text, which no later answer contains."""
+
+    key: str
+
+
+class KeyPage(BaseModel):
+    """Keys, oldest first; `next` is the cursor of younger ones, or null."""
+
+    items: list[KeyItem]
+    next: str | None
 
 
 @router.get("/v1/whoami")
@@ -49,7 +108,7 @@ async def identity(state: State, caller: Principal) -> Identity:
     if not caller.has_key:
         return Identity(id=caller.key_id, name="", tenant=None, scope=caller.scope, expires=None)
     try:
-        key = await read_catalog(state.keyring.get, caller.tenant, caller.key_id)
+        key = await state.tenancy.key(caller.tenant, caller.key_id)
     except NotFound as error:
         raise Unauthenticated("the key was revoked while the request was under way") from error
     return Identity.model_validate(key, from_attributes=True)
@@ -62,22 +121,15 @@ async def create_tenant_key(request: Request, tenant: AdministeredTenant, by: Ac
 
 
 @router.get("/v1/tenants/{tenant}/keys", response_model=KeyPage)
-async def list_tenant_keys(
-    request: Request,
-    tenant: AdministeredTenant,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def list_tenant_keys(tenant: AdministeredTenant, asked: AskedPage, state: StateOf) -> Response:
     """The keys of a tenant, oldest first, without their secrets."""
-    return await _list(request, state, tenant, limit, cursor)
+    return await _list(state, tenant, asked)
 
 
 @router.get("/v1/tenants/{tenant}/keys/{key_id}")
 async def get_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of a tenant, without its secret."""
-    return _item(await read_catalog(state.keyring.get, tenant, key_id))
+    return _item(await state.tenancy.key(tenant, key_id))
 
 
 @router.put("/v1/tenants/{tenant}/keys/{key_id}", openapi_extra=json_body(KeyEnd))
@@ -91,7 +143,7 @@ async def shorten_tenant_key(
 @router.delete("/v1/tenants/{tenant}/keys/{key_id}", status_code=204)
 async def revoke_tenant_key(tenant: AdministeredTenant, key_id: KeyPath, by: Actor, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
-    await _revoke(state, tenant, key_id, by)
+    await state.tenancy.revoke_key(tenant, key_id, by)
 
 
 @router.post("/v1/keys", status_code=201, openapi_extra=json_body(NewPlatformKey))
@@ -101,22 +153,15 @@ async def create_platform_key(request: Request, by: PlatformAdmin, state: StateO
 
 
 @router.get("/v1/keys", response_model=KeyPage)
-async def list_platform_keys(
-    request: Request,
-    _caller: PlatformAdmin,
-    _memory: HeldPage,
-    state: StateOf,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-) -> Response:
+async def list_platform_keys(_caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Response:
     """The keys of the platform, oldest first, without their secrets."""
-    return await _list(request, state, None, limit, cursor)
+    return await _list(state, None, asked)
 
 
 @router.get("/v1/keys/{key_id}")
 async def get_platform_key(_caller: PlatformAdmin, key_id: KeyPath, state: StateOf) -> KeyItem:
     """A key of the platform, without its secret."""
-    return _item(await read_catalog(state.keyring.get, None, key_id))
+    return _item(await state.tenancy.key(None, key_id))
 
 
 @router.put("/v1/keys/{key_id}", openapi_extra=json_body(KeyEnd))
@@ -128,44 +173,38 @@ async def shorten_platform_key(request: Request, by: PlatformAdmin, key_id: KeyP
 @router.delete("/v1/keys/{key_id}", status_code=204)
 async def revoke_platform_key(by: PlatformAdmin, key_id: KeyPath, state: StateOf) -> None:
     """Revoke a key: at once here, within seconds in other processes."""
-    await _revoke(state, None, key_id, by)
+    await state.tenancy.revoke_key(None, key_id, by)
 
 
 async def _create(request: Request, state: State, tenant: str | None, by: Principal) -> CreatedKey:
     require_media_type(request.headers, "application/json")
     model: type[NewPlatformKey] | type[NewTenantKey] = NewPlatformKey if tenant is None else NewTenantKey
     wanted = await read_model(request, model)
-    create = partial(state.keyring.create, tenant, wanted.scope, wanted.name, by, wanted.expires)
-    key, text = await write_catalog(create)
+    key, text = await state.tenancy.create_key(tenant, wanted.scope, wanted.name, by, wanted.expires)
     return CreatedKey(**_item(key).model_dump(), key=text)
 
 
 async def _shorten(request: Request, state: State, tenant: str | None, key_id: str, by: Principal) -> KeyItem:
     require_media_type(request.headers, "application/json")
     wanted = await read_model(request, KeyEnd)
-    return _item(await write_catalog(state.keyring.shorten, tenant, key_id, wanted.expires, by))
+    return _item(await state.tenancy.shorten_key(tenant, key_id, wanted.expires, by))
 
 
-async def _list(request: Request, state: State, tenant: str | None, limit: int, cursor: str | None) -> Response:
-    def load(place: str, limit: int) -> list[Key]:
-        created, _, key_id = place.partition(" ")
-        after = (datetime.fromisoformat(created), key_id) if place else None
-        return state.keyring.listed(tenant, after=after, limit=limit)
-
-    listing = Listing(load, lambda key: f"{key.created.isoformat()} {key.id}", _item)
-    return await answer_page(request, tenant, listing, decode_cursor(cursor, _is_place), limit)
+async def _list(state: State, tenant: str | None, asked: Asked) -> Response:
+    return asked.answer(await state.pages.keys(tenant, asked.wanted(_PLACES, _item)), _PLACES)
 
 
-def _is_place(text: str) -> bool:
-    """Returns whether a cursor names a moment and a key's id."""
+def _place_in(text: str) -> tuple[datetime, str] | None:
+    """Returns the moment and the key's id that a cursor's text holds, or None."""
     created, _, key_id = text.partition(" ")
     with contextlib.suppress(ValueError):
-        return datetime.fromisoformat(created).isoformat() == created and _KEY_ID.fullmatch(key_id) is not None
-    return False
+        moment = datetime.fromisoformat(created)
+        if moment.isoformat() == created and _KEY_ID.fullmatch(key_id):
+            return moment, key_id
+    return None
 
 
-async def _revoke(state: State, tenant: str | None, key_id: str, by: Principal) -> None:
-    await write_catalog(state.keyring.revoke, tenant, key_id, by)
+_PLACES: Final = Places(_place_in, lambda place: f"{place[0].isoformat()} {place[1]}")
 
 
 def _item(key: Key) -> KeyItem:

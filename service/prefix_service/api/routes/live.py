@@ -12,7 +12,6 @@ from prefix_service.api.http.event_stream import EVENT_STREAM, Events, EventStre
 from prefix_service.api.http.negotiation import lists, require_acceptable
 from prefix_service.api.middleware.auth import PlatformReader, ReadableTenant
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.library.watching import Watcher
 from prefix_service.registry.admission import PLATFORM
 
@@ -81,7 +80,7 @@ async def tenant_live_numbers(request: Request, tenant: ReadableTenant, state: S
 async def _answer(request: Request, state: State, tenant: str | None, since: float) -> Response:
     if tenant is not None:
         # What an earlier tenant of this name did is not shown.
-        created = (await read_catalog(state.library.tenants.get, tenant)).created
+        created = (await state.tenancy.tenant(tenant)).created
         since = max(since, created.replace(tzinfo=UTC).timestamp())
     if lists(request.headers, EVENT_STREAM):
         watching = state.watchers.begin(request.scope["principal"], partial(state.authenticator.admit, request.scope))

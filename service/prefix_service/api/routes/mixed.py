@@ -1,17 +1,17 @@
 """`POST /v1/prefixes`: one batch for many adapters."""
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.dependencies.json_bodies import payer, read_mask_json, validated
 from prefix_service.api.dependencies.masks import mask_from_json
 from prefix_service.api.http.negotiation import require_acceptable, require_media_type
-from prefix_service.api.http.responses import DRAIN
+from prefix_service.api.http.responses import RawResponse, send_chunks
 from prefix_service.api.http.served import SERVED, note_load, served_together
 from prefix_service.api.middleware.auth import Caller
 from prefix_service.api.routes.prefixes import BINARY, MASK_SCHEMA, HeldBody
@@ -19,7 +19,7 @@ from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.errors import InvalidReference, NotFound
 from prefix_service.library.library import Library
-from prefix_service.library.plan import MixedPlan, MixedRequest, require_few_rows
+from prefix_service.library.plan import MixedPlan, MixedRequest
 from prefix_service.prefix.references import Reference, parse_qualified
 from prefix_service.prefix.variant import MEDIA_TYPE
 from prefix_service.prefix.wire.extras import InputMask
@@ -42,11 +42,11 @@ Asked = tuple[str, str, Reference]
 """A reference as it was written, its tenant, and the rest."""
 
 
-class MixedResponse(Response):
+class MixedResponse(RawResponse):
     """A planned batch for many adapters; the renderings stay pinned until the last byte left."""
 
     def __init__(self, library: Library, plan: MixedPlan) -> None:
-        self.background = None
+        super().__init__()
         self._library, self._plan = library, plan
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
@@ -60,12 +60,14 @@ class MixedResponse(Response):
         ]
         async with self._library.renderings(self._plan, partial(note_load, scope)) as renderings:
             await send({"type": "http.response.start", "status": 200, "headers": fields})
-            for chunk in self._plan.file.chunks(renderings):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await asyncio.sleep(0)  # to put many short lines together takes milliseconds
-            await send({"type": "http.response.body"})
-            if (drain := scope.get("state", {}).get(DRAIN)) is not None:
-                await drain()
+            await send_chunks(scope, send, _in_steps(self._plan.file.chunks(renderings)))
+
+
+async def _in_steps(chunks: Iterable[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
+    """Lets other requests go on between two chunks: putting many short lines together takes milliseconds."""
+    for chunk in chunks:
+        yield chunk
+        await asyncio.sleep(0)
 
 
 @router.post(
@@ -84,7 +86,7 @@ async def post_prefixes(request: Request, by: Caller, _memory: HeldBody, state: 
     def read(values: dict[str, Any]) -> tuple[MixedRequest, list[list[Asked]], InputMask | None]:
         mask = mask_from_json(values.pop("attention_mask", None))
         wanted = validated(MixedRequest, values)
-        require_few_rows(len(wanted.rows), library.limits)
+        library.require_few_rows(len(wanted.rows))
         return wanted, _parsed(wanted), mask
 
     wanted, rows, mask = await read_mask_json(request, read)

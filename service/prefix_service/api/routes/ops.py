@@ -1,13 +1,20 @@
 """What those who run the service ask: is it live, is it ready, what does it count."""
 
-from anyio import to_thread
+from typing import Literal
+
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
 
 from prefix_service.api.middleware.auth import MetricsReader
-from prefix_service.api.routes.schemas import Health
 from prefix_service.api.state import StateOf
 
 router = APIRouter()
+
+
+class Health(BaseModel):
+    """Live or ready."""
+
+    status: Literal["ok"] = "ok"
 
 
 @router.get("/livez", tags=["health"])
@@ -31,7 +38,5 @@ async def ready(state: StateOf) -> Health:
 )
 async def metrics(request: Request, _caller: MetricsReader, state: StateOf) -> Response:
     """What the service counts, for Prometheus: of all its processes, whichever answers."""
-    state.metrics.sample()
-    accept = request.headers.get("accept", "")
-    content, media_type = await to_thread.run_sync(state.metrics.exposition, accept)
+    content, media_type = await state.metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})

@@ -1,18 +1,19 @@
 """Usage by hour, readable by the tenant's admin, and all of it by the platform's."""
 
+import contextlib
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, BeforeValidator
 from pydantic.json_schema import SkipJsonSchema
 
-from prefix_service.api.dependencies.pagination import Cursor, HeldPage, Limit, Listing, answer_page, decode_cursor
+from prefix_service.api.dependencies.pagination import Asked, AskedPage, Places
 from prefix_service.api.middleware.auth import AdministeredTenant, PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.usage import OF_PLATFORM, Dimension, Use
+from prefix_service.catalog.records import OF_PLATFORM, Dimension, Use
 from prefix_service.errors import InvalidRequest
 
 router = APIRouter(tags=["usage"])
@@ -89,56 +90,39 @@ class UsagePage(BaseModel):
 
 @router.get("/v1/tenants/{tenant}/usage", response_model=UsagePage)
 async def tenant_usage(
-    request: Request,
     tenant: AdministeredTenant,
-    _memory: HeldPage,
+    asked: AskedPage,
     state: StateOf,
     by: By = "",
     since: Since = None,
     until: Until = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
 ) -> Response:
     """Requests for a tenant's prefixes by hour, the bytes that were sent, the loads that they began, and the prefix
     tokens of all rows. What happened is written within a minute. All keys of the platform appear as `platform`."""
-    return await _page(request, state, tenant, by, (since, until), (limit, cursor))
+    return await _page(state, tenant, by, (since, until), asked)
 
 
 @router.get("/v1/usage", response_model=UsagePage)
 async def usage(
-    request: Request,
     _caller: PlatformAdmin,
-    _memory: HeldPage,
+    asked: AskedPage,
     state: StateOf,
     by: By = "",
     since: Since = None,
     until: Until = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
 ) -> Response:
     """Requests for the prefixes of every tenant by hour, as a tenant's usage, with each key of the platform apart."""
-    return await _page(request, state, None, by, (since, until), (limit, cursor))
+    return await _page(state, None, by, (since, until), asked)
 
 
 async def _page(
-    request: Request,
-    state: State,
-    tenant: str | None,
-    by: str,
-    when: tuple[datetime | None, datetime | None],
-    page: tuple[int, str | None],
+    state: State, tenant: str | None, by: str, when: tuple[datetime | None, datetime | None], asked: Asked
 ) -> Response:
     dimensions = _dimensions(by)
     since, until = (_utc(name, moment) for name, moment in zip(("since", "until"), when, strict=True))
     first = None if since is None else since.replace(minute=0, second=0, microsecond=0)
-
-    def load(place: str, limit: int) -> list[Use]:
-        after = _use(place) if place else None
-        return state.usage.listed(tenant, dimensions, since=first, until=until, after=after, limit=limit)
-
-    limit, cursor = page
-    listing = Listing(load, _place, UsageItem.of)
-    return await answer_page(request, tenant, listing, decode_cursor(cursor, _is_place), limit)
+    wanted = asked.wanted(_PLACES, UsageItem.of)
+    return asked.answer(await state.pages.usage(tenant, dimensions, wanted, since=first, until=until), _PLACES)
 
 
 def _dimensions(by: str) -> frozenset[Dimension]:
@@ -160,21 +144,20 @@ def _utc(name: str, moment: datetime | None) -> datetime | None:
         raise InvalidRequest(f"{name} lies outside the years 1 to 9999: {moment.isoformat()}") from error
 
 
-def _place(use: Use) -> str:
+def _text(use: Use) -> str:
     hour, *rest = use.place
     return " ".join((hour.isoformat(), *map(str, rest)))
 
 
-def _use(place: str) -> Use:
-    hour, tenant, adapter, version, key = place.split(" ")
-    return Use(datetime.fromisoformat(hour), tenant, adapter, int(version), key)
-
-
-def _is_place(text: str) -> bool:
-    """Returns whether a cursor names an hour and what is counted in it."""
+def _place_in(text: str) -> Use | None:
+    """Returns the hour, and what is counted in it, that a cursor's text names, or None."""
     if _PLACE.fullmatch(text) is None:
-        return False
-    try:
-        return _place(_use(text)) == text
-    except ValueError:
-        return False
+        return None
+    hour, tenant, adapter, version, key = text.split(" ")
+    with contextlib.suppress(ValueError):
+        use = Use(datetime.fromisoformat(hour), tenant, adapter, int(version), key)
+        return use if _text(use) == text else None
+    return None
+
+
+_PLACES: Final = Places(_place_in, _text)

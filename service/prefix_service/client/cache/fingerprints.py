@@ -5,6 +5,7 @@ import time
 from typing import Final
 
 from prefix_service.prefix.fingerprint import Fingerprint
+from prefix_service.system.bounded import put_last
 from prefix_service.system.forks import renew_in_child
 
 _FRESH: Final = 60.0  # seconds
@@ -32,10 +33,7 @@ class Fingerprints:
     def put(self, version: str, fingerprint: Fingerprint) -> None:
         """Remember a fingerprint that was read now, instead of the one that was read first if there are many."""
         with self._lock:
-            self._known.pop(version, None)
-            self._known[version] = time.monotonic(), fingerprint
-            if len(self._known) > _MOST:
-                del self._known[next(iter(self._known))]
+            put_last(self._known, version, (time.monotonic(), fingerprint), _MOST)
 
     def clear(self) -> None:
         """Forget everything."""

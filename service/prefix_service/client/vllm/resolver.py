@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from prefix_service.client.vllm.source import Source
 from prefix_service.client.vllm.turns import Share, Turns
 from prefix_service.errors import ConnectionFailed, CorruptBlob, PrefixServiceError, Unavailable
 from prefix_service.prefix.references import parse_qualified
+from prefix_service.system.bounded import put_last
 
 _QUESTIONS: Final = 32  # in parallel
 _FRESH: Final = 1.0  # seconds in which an alias is not asked for again
@@ -84,22 +84,19 @@ class _Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, tuple[Version, float]] = OrderedDict()
+        self._entries: dict[str, tuple[Version, float]] = {}
 
     def get(self, reference: str) -> tuple[Version, float] | None:
         """Returns a remembered version and its moment; None if the reference is not remembered."""
         with self._lock:
-            if reference in self._entries:
-                self._entries.move_to_end(reference)
-            return self._entries.get(reference)
+            if (found := self._entries.get(reference)) is not None:
+                put_last(self._entries, reference, found, _MOST_REMEMBERED)
+            return found
 
     def put(self, reference: str, version: Version, until: float) -> None:
         """Remembers the version that a reference means."""
         with self._lock:
-            self._entries[reference] = version, until
-            self._entries.move_to_end(reference)
-            while len(self._entries) > _MOST_REMEMBERED:
-                self._entries.popitem(last=False)
+            put_last(self._entries, reference, (version, until), _MOST_REMEMBERED)
 
     def clear(self) -> None:
         """Forgets everything."""

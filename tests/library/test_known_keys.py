@@ -1,4 +1,4 @@
-"""`api.middleware.known_keys` checks keys in memory, and asks the catalog once for each, seldom for wrong ones."""
+"""`library.known_keys` checks keys in memory, and asks the catalog once for each, seldom for wrong ones."""
 
 import threading
 import zlib
@@ -11,7 +11,6 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from prefix_service.api.middleware.known_keys import KnownKeys
 from prefix_service.catalog.changes import EverythingChanged
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed
@@ -19,6 +18,7 @@ from prefix_service.catalog.keys import Keyring, StoredKey
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Overloaded, StorageFailed, Unauthenticated
+from prefix_service.library.known_keys import KnownKeys
 from tests.conftest import running_server
 
 pytestmark = pytest.mark.anyio

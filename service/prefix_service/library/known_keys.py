@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 from limits import RateLimitItemPerSecond
 from limits.storage import MemoryStorage
@@ -28,9 +28,8 @@ from prefix_service.catalog.keys import USE_GRANULARITY, Keyring, StoredKey
 from prefix_service.catalog.records import Principal
 from prefix_service.errors import OutOfSpace, Overloaded, StorageFailed, Unauthenticated
 from prefix_service.system.background import in_background
+from prefix_service.system.bounded import put_last
 
-K = TypeVar("K")
-V = TypeVar("V")
 _MOST_KEYS: Final = 65_536
 _MOST_MISSING: Final = 4096
 _STRANGERS: Final = RateLimitItemPerSecond(50)
@@ -84,7 +83,7 @@ class KnownKeys:
         stored = await self._stored(key_id)
         if stored is None or not stored.admits(found) or (principal := self._used(stored)) is None:
             raise Unauthenticated("the key is unknown, expired or revoked")
-        _remember(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
+        put_last(self._verified, hashlib.sha256(header).digest(), stored, _MOST_KEYS)
         return principal
 
     def ends(self, key_id: str) -> float:
@@ -110,9 +109,9 @@ class KnownKeys:
                     self._keys |= {one.key_id: None for one in gone if one.tenant == tenant}
                 case KeyRevoked(_, key_id):
                     self._keys.pop(key_id, None)
-                    _remember(self._missing, key_id, None, _MOST_MISSING)
+                    put_last(self._missing, key_id, None, _MOST_MISSING)
                 case KeyCreated(_, key_id) | KeyShortened(_, key_id):
-                    _remember(self._keys, key_id, None, _MOST_KEYS)
+                    put_last(self._keys, key_id, None, _MOST_KEYS)
                     self._missing.pop(key_id, None)
                 case EverythingChanged():
                     self._keys = dict.fromkeys(self._keys)
@@ -147,10 +146,10 @@ class KnownKeys:
             raise StorageFailed(f"the catalog has not answered within {_PATIENCE:g} seconds: try again") from error
         if changes == self._changes:  # else it may have been read before a change that came meanwhile
             if found is not None:
-                _remember(self._keys, key_id, found, _MOST_KEYS)
+                put_last(self._keys, key_id, found, _MOST_KEYS)
             else:
                 self._keys.pop(key_id, None)
-                _remember(self._missing, key_id, None, _MOST_MISSING)
+                put_last(self._missing, key_id, None, _MOST_MISSING)
         return found
 
     def _used(self, stored: StoredKey) -> Principal | None:
@@ -159,11 +158,11 @@ class KnownKeys:
         if now >= stored.ends:
             return None
         if now - self._noted.get(key_id, -math.inf) >= USE_GRANULARITY.total_seconds():
-            _remember(self._noted, key_id, now, _MOST_KEYS)
+            put_last(self._noted, key_id, now, _MOST_KEYS)
             if self._notes_uses:
                 self._uses.put((key_id, datetime.now(UTC).replace(tzinfo=None)))
             if self._keys.get(key_id) is stored:  # recently used keys are dropped last
-                _remember(self._keys, key_id, stored, _MOST_KEYS)
+                put_last(self._keys, key_id, stored, _MOST_KEYS)
         return stored.principal
 
     def _note(self, stop: threading.Event) -> None:
@@ -175,11 +174,3 @@ class KnownKeys:
                     self._keyring.note_uses(uses)
             if is_last:
                 return
-
-
-def _remember(known: dict[K, V], key: K, value: V, most: int) -> None:
-    """Puts an entry at the end of a dictionary, and drops the first if there are more than `most`."""
-    known.pop(key, None)
-    known[key] = value
-    if len(known) > most:
-        del known[next(iter(known))]

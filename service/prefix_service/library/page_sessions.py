@@ -1,0 +1,66 @@
+"""Sessions of the page at `/ui`: the key that each was begun with."""
+
+import contextlib
+from typing import Final
+
+from prefix_service.catalog.reads import read_catalog, write_catalog
+from prefix_service.catalog.records import Principal
+from prefix_service.catalog.sessions import LONGEST, Sessions
+from prefix_service.errors import Forbidden, OutOfSpace, ReadOnly, StorageFailed, Unauthenticated
+from prefix_service.library.known_keys import KnownKeys
+from prefix_service.system.bounded import put_last
+
+__all__ = ["LONGEST", "PageSessions"]
+
+_MOST_KNOWN: Final = 4096
+
+
+class PageSessions:
+    """Finds the principal of a session. The catalog is read at every request: a session that was ended, or a key that
+    was revoked, anywhere, counts no more.
+
+    Ids that were not alive here before are looked up as rarely as unknown keys. Belongs to the event loop.
+    """
+
+    def __init__(self, sessions: Sessions, keys: KnownKeys) -> None:
+        self._sessions, self._keys = sessions, keys
+        self._alive: dict[str, None] = {}
+
+    async def begin(self, by: Principal) -> str:
+        """Begins a session of a caller, and returns its id.
+
+        Raises:
+            Forbidden: keys of scope `metrics` see nothing that the page shows.
+            Unauthenticated, ReadOnly, OutOfSpace, StorageFailed: as `Sessions.begin`.
+        """
+        if by.scope == "metrics":
+            raise Forbidden("yours is a key of scope metrics, which sees nothing of the page: sign in with another")
+        session_id = await write_catalog(self._sessions.begin, by)
+        put_last(self._alive, session_id, None, _MOST_KNOWN)
+        return session_id
+
+    async def end(self, session_id: str) -> None:
+        """Ends a session, if there is one of this id."""
+        self._alive.pop(session_id, None)
+        await write_catalog(self._sessions.end, session_id)
+
+    async def find(self, session_id: str, *, notes_use: bool = True) -> Principal:
+        """Returns the principal of the key that a session was begun with. The use keeps the session alive unless
+        `notes_use` is False.
+
+        Raises:
+            Unauthenticated: the session has ended, or there never was one.
+            Overloaded: too many unknown ids have been looked up within a second.
+            StorageFailed: the catalog does not answer.
+        """
+        if session_id not in self._alive:
+            self._keys.admit_stranger()
+        session = await read_catalog(self._sessions.find, session_id)
+        if session is None:
+            self._alive.pop(session_id, None)
+            raise Unauthenticated("the session has ended: sign in again")
+        put_last(self._alive, session_id, None, _MOST_KNOWN)
+        if notes_use and session.is_use_due:
+            with contextlib.suppress(OutOfSpace, StorageFailed, ReadOnly):
+                await write_catalog(self._sessions.note_use, session_id)
+        return session.principal

@@ -1,0 +1,32 @@
+"""What routes need is found on the event loop: FastAPI calls whatever is no coroutine in a thread of a pool of forty,
+which a disk that hangs would fill."""
+
+from collections.abc import Iterator
+from inspect import isasyncgenfunction, iscoroutinefunction
+from pathlib import Path
+
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel
+
+from prefix_service.api.app import create_app
+from prefix_service.settings import Settings
+
+
+def _calls(dependant: Dependant) -> Iterator[object]:
+    yield dependant.call
+    for each in dependant.dependencies:
+        yield from _calls(each)
+
+
+def test_no_dependency_takes_a_thread(tmp_path: Path) -> None:
+    """Neither routes nor what they depend on are called in threads."""
+    app = create_app(Settings(data_dir=tmp_path))
+    dependants = [found for each in iter_route_contexts(app.routes) if (found := getattr(each, "dependant", None))]
+    assert len(dependants) > 40
+    calls = {call for dependant in dependants for call in _calls(dependant) if not _is_model(call)}
+    assert [call for call in calls if not iscoroutinefunction(call) and not isasyncgenfunction(call)] == []
+
+
+def _is_model(call: object) -> bool:
+    return isinstance(call, type) and issubclass(call, BaseModel)

@@ -1,0 +1,94 @@
+"""`library.page_sessions` looks each session up at every request, and unknown ones as rarely as unknown keys."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from prefix_service.catalog.database import Database
+from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.records import COMMAND_LINE, Principal
+from prefix_service.catalog.schema import sessions
+from prefix_service.catalog.sessions import Sessions
+from prefix_service.errors import Overloaded, Unauthenticated
+from prefix_service.library.known_keys import KnownKeys
+from prefix_service.library.page_sessions import PageSessions
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = Database(tmp_path / "catalog.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def keyring(database: Database, tmp_path: Path) -> Keyring:
+    return Keyring(database, tmp_path / "key.secret")
+
+
+@pytest.fixture
+def caller(keyring: Keyring) -> Principal:
+    return keyring.verify(keyring.create(None, "read", "", COMMAND_LINE)[1])
+
+
+class PatientKeys(KnownKeys):
+    """Lets three unknown ids be looked up, then no more."""
+
+    left = 3
+
+    def admit_stranger(self) -> None:
+        if not self.left:
+            raise Overloaded("too many unknown keys")
+        self.left -= 1
+
+
+@pytest.fixture
+def browsers(database: Database, keyring: Keyring) -> PageSessions:
+    return PageSessions(Sessions(database), PatientKeys(keyring, lambda: True))
+
+
+async def test_a_session_that_is_known_is_always_looked_up(browsers: PageSessions, caller: Principal) -> None:
+    """A known session is found while too many unknown ids are tried."""
+    known = await browsers.begin(caller)
+    for number in range(3):
+        with pytest.raises(Unauthenticated):
+            await browsers.find(f"{number:043}")
+    assert await browsers.find(known) == caller
+    with pytest.raises(Overloaded):
+        await browsers.find("x" * 43)
+
+
+async def test_a_session_that_has_ended_is_unknown(browsers: PageSessions, caller: Principal) -> None:
+    """A client that keeps the id of an ended session tries no more often than with any other."""
+    ended = await browsers.begin(caller)
+    await browsers.end(ended)
+    for _ in range(3):
+        with pytest.raises(Unauthenticated):
+            await browsers.find(ended)
+    with pytest.raises(Overloaded):
+        await browsers.find(ended)
+
+
+async def test_a_stream_does_not_keep_a_session_alive(
+    browsers: PageSessions, caller: Principal, database: Database
+) -> None:
+    """Only requests are use: an open page in which nobody does anything ends after an hour."""
+    session = await browsers.begin(caller)
+
+    def unused() -> timedelta:
+        with database.reading() as connection:
+            row = connection.execute(sa.select(sessions.c.began, sessions.c.used)).one()
+        passed: timedelta = row.began - row.used
+        return passed
+
+    with database.writing() as connection:
+        moment = connection.scalar(sa.select(sessions.c.began))
+        assert moment is not None
+        connection.execute(sa.update(sessions).values(used=moment - timedelta(minutes=10)))
+    assert await browsers.find(session, notes_use=False) == caller
+    assert unused() == timedelta(minutes=10)
+    assert await browsers.find(session) == caller
+    assert unused() <= timedelta(0)
