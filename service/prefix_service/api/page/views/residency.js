@@ -54,11 +54,11 @@ function Evicted({ evicted }) {
   return html`<section class="card"><h2>Evicted lately</h2>${evicted.length === 0
     ? html`<p class="soft">Nothing has been evicted since the start.</p>`
     : html`<div class="wide" tabindex="0" role="group" aria-label="Evicted lately"><table><thead><tr><th>When</th><th>Version</th>
-        <th>From</th><th class="number">Bytes</th><th class="number">Lookups</th><th>Why</th></tr></thead>
+        <th class="wideonly">From</th><th class="number wideonly">Bytes</th><th class="number wideonly">Lookups</th><th>Why</th></tr></thead>
       <tbody>${evicted.slice(0, 50).map((one) => html`<tr><td><${Moment} at=${one.at} /></td><td>
         <a href="#/adapters/${one.tenant}/${one.adapter}@${one.version}"><${Text}>${nameOf(one)}</${Text}></a></td>
-        <td>${one.tier === "device" ? "the device" : "host memory"}</td><td class="number">${bytes(one.nbytes)}</td>
-        <td class="number">${number(one.uses)}</td><td>${why(one)}</td></tr>`)}</tbody></table></div>`}</section>`;
+        <td class="wideonly">${one.tier === "device" ? "the device" : "host memory"}</td>
+        <td class="number wideonly">${bytes(one.nbytes)}</td><td class="number wideonly">${number(one.uses)}</td><td>${why(one)}</td></tr>`)}</tbody></table></div>`}</section>`;
 }
 
 const nameOf = (one) => `${one.tenant}/${one.adapter}@${one.version}`;
