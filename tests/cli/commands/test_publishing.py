@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from prefix_service.checkpoints.sources import prepare_upload
 from prefix_service.errors import InvalidConfig
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, on_terminal
 from tests.commands import run_command
 from tests.conftest import CORPUS, Server
 
@@ -127,6 +128,17 @@ def test_many_folders_are_published_by_their_names(run: Run, folders: list[Path]
     told = json.loads(run("publish", folders[0], f"{folders[1]}/", "--tenant", "climany", "--json").stdout)
     assert [(item["adapter"], item["created_now"]) for item in told["items"]] == [("one", False), ("two", False)]
     assert (told["failed"], told["not_tried"]) == ([], [])
+
+
+def test_the_bar_of_many_folders_stands_alone(server: Server, folders: list[Path]) -> None:
+    """It shows what takes long: no other line says so too, however short a person's patience."""
+    code = "from prefix_service.cli import app, console; console._SILENCE = 0.0; app.run()"
+    environment = {"PREFIX_URL": server.url, "PREFIX_API_KEY": server.admin_key}
+    command: list[str | Path] = [sys.executable, "-c", code, "publish", *folders, "--tenant", "clibar"]
+    status, shown = on_terminal(80, command, environment)
+    assert status == 0
+    assert f"{len(folders)}/{len(folders)}" in shown
+    assert shown.count("waiting for") <= 1  # before the first folder, until the service has answered
 
 
 def test_the_folder_where_one_stands_has_its_own_name(
