@@ -42,6 +42,7 @@ from prefix_service.api.routes import (
     mixed,
     ops,
     prefixes,
+    publishing,
     residency,
     tenants,
     usage,
@@ -142,7 +143,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
-    for room in (adapters, aliases, residency, tenants, keys, audit, usage):
+    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
