@@ -89,7 +89,7 @@ class Tenants:
         return found
 
     def requests_per_second(self, name: str) -> int | None:
-        """How many requests a tenant may make in a second; None for no limit, or no such tenant."""
+        """Returns how many requests a tenant may send in a second; None for no limit, or no such tenant."""
         query = sa.select(tenants.c.requests_per_second).where(tenants.c.name == name)
         with self._database.reading() as connection:
             rate: int | None = connection.scalar(query)

@@ -1,4 +1,4 @@
-"""What names and describes versions: aliases, descriptions, numbers; and their deletion."""
+"""Aliases and descriptions of versions, and the deletion of adapters, versions and aliases."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 class Adapters:
-    """Any method may also raise OutOfSpace or StorageFailed, when the catalog refuses."""
+    """Adapters, their versions and aliases, for callers that are already authorised. Any method may also raise
+    OutOfSpace or StorageFailed, when the catalog refuses."""
 
     def __init__(self, catalog: Catalog, descriptions: Descriptions, listings: Listings) -> None:
         self._catalog, self._descriptions, self._listings = catalog, descriptions, listings

@@ -30,7 +30,7 @@ from prefix_service.registry.registry import AdapterRegistry
 
 @dataclass(frozen=True, slots=True)
 class UseCases:
-    """What a service does, for callers that are already authorised. Whatever blocks is behind an `async` method.
+    """The use cases of a service, for callers that are already authorised. Whatever blocks is behind an `async` method.
 
     `residency` and `publisher` listen to `feed` with their `on_changes`, on the event loop.
     """

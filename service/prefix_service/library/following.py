@@ -1,4 +1,4 @@
-"""How far this process knows the catalog's changes."""
+"""The revision up to which this process knows the catalog's changes."""
 
 from typing import Final
 

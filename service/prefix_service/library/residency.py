@@ -32,8 +32,8 @@ ResidentPlace = tuple[int, VersionName]
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """What is in memory: both budgets, the tenants with the most bytes in each, the latest evictions, the largest
-    versions, and the place of the last of these versions if others follow, else None."""
+    """A snapshot of the memory: both budgets, the tenants with the most bytes in each, the latest evictions, the
+    largest versions, and the place of the last of these versions if others follow, else None."""
 
     tiers: Sequence[TierReport]
     shares: Sequence[ShareReport]

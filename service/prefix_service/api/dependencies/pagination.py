@@ -35,7 +35,7 @@ _Cursor = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Places(Generic[Place]):
-    """How the cursors of a listing hold its places: `read` returns the place that a text holds, or None; `text` returns
+    """The two directions of a listing's cursors: `read` returns the place that a text holds, or None; `text` returns
     the text of a place."""
 
     read: Callable[[str], Place | None]

@@ -1,4 +1,4 @@
-"""What a worker counts in a slot of some seconds, and how the slots of all workers become one document."""
+"""The counts of one worker in a slot of some seconds, and the document that sums the slots of all workers."""
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -63,7 +63,7 @@ class TierCounts:
 
     @classmethod
     def between(cls, before: TierReport | None, now: TierReport) -> "TierCounts":
-        """What happened between two reports; without the first one, since the start."""
+        """Returns the counts between two reports; without the first one, those since the start."""
         counted = ("hits", "misses", "evictions", "failures")
         changes = {name: getattr(now, name) - (getattr(before, name) if before else 0) for name in counted}
         return cls(now.name, now.place, now.budget, now.used, now.pinned, now.entries, **changes)

@@ -105,7 +105,7 @@ class InferenceResponse(BaseModel):
 
 
 class ServerMetadata(BaseModel):
-    """This server, and the extensions that it speaks."""
+    """The server's name and version, and the extensions that it supports."""
 
     name: str
     version: str

@@ -32,7 +32,7 @@ _REFUSALS: Final = refusals(
 
 
 class AliasTarget(RequestModel):
-    """Where an alias points; `preload` moves it once the version is resident."""
+    """The version that an alias names; with `preload` it moves once the version is resident."""
 
     version: Annotated[int, Field(ge=1, lt=10**18), INTEGRAL]  # as in references: at most 18 digits
     preload: bool = False
@@ -85,7 +85,8 @@ async def put_alias(
 async def get_alias(
     response: Response, tenant: ReadableTenant, name: NamePath, alias: AliasPath, state: StateOf
 ) -> AliasState:
-    """Where an alias points, and where it pointed before: that is where a rollback moves it."""
+    """Return the version that an alias names, and `previous`, the one that it named before, where a rollback moves
+    it."""
     _check(name, alias)
     number, previous = await state.adapters.alias(tenant, name, alias)
     response.headers["ETag"] = _etag(number)
@@ -103,7 +104,8 @@ async def delete_alias(
 
 
 async def _expected(request: Request, state: State, tenant: str, name: str, alias: str) -> int | None:
-    """Where the alias must point for the caller's condition to hold; the catalog compares it again as it writes."""
+    """Returns the version that the alias must name for the caller's precondition to hold; the catalog compares it again
+    in the transaction that writes."""
     if request.headers.get("if-none-match") is not None:
         if request.headers["if-none-match"].strip() != "*":
             raise PreconditionFailed("If-None-Match on an alias takes only *")

@@ -72,8 +72,8 @@ class ChangesPage(BaseModel):
     },
 )
 async def changes(request: Request, caller: Caller, state: StateOf, since: Since = None) -> Response:
-    """What changed since a revision, for the eyes of the key that asks: of its tenant, or of all for a key of the
-    platform. Changes of keys and quotas need a key of scope admin. If there are none yet, the answer waits for up to 30
+    """Return the changes since a revision that the key may see: those of its tenant, or for a key of the platform those
+    of all. Changes of keys and quotas need a key of scope admin. If there are none yet, the answer waits for up to 30
     seconds. With `Accept: text/event-stream` it is a stream of events, of which each has one item as JSON."""
     is_stream = lists(request.headers, EVENT_STREAM)
     if not is_stream:

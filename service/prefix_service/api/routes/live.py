@@ -38,7 +38,7 @@ class LiveTier(BaseModel):
 
 
 class LiveTenant(BaseModel):
-    """What a tenant asked for in all slots of the document."""
+    """The requests of a tenant in all slots of the document."""
 
     tenant: str
     requests: int

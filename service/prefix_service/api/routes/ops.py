@@ -1,4 +1,4 @@
-"""What those who run the service ask: is it live, is it ready, what does it count."""
+"""Routes for operators: liveness, readiness, metrics."""
 
 from typing import Literal
 
@@ -37,6 +37,6 @@ async def ready(state: StateOf) -> Health:
     responses={200: {"description": "Prometheus' text, or OpenMetrics", "content": {"text/plain": {}}}},
 )
 async def metrics(request: Request, _caller: MetricsReader, state: StateOf) -> Response:
-    """What the service counts, for Prometheus: of all its processes, whichever answers."""
+    """Return the metrics of all worker processes, whichever answers, for Prometheus."""
     content, media_type = await state.metrics.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type, "Cache-Control": "no-store"})

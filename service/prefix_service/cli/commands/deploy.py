@@ -14,7 +14,7 @@ from prefix_service.cli.options import Json
 
 
 class Deployed(StrEnum):
-    """What there is a file for."""
+    """The programs that the package has a file for."""
 
     SYSTEMD = "systemd"
     NGINX = "nginx"
