@@ -21,7 +21,7 @@ import torch
 
 from prefix_service.api.app import create_app
 from prefix_service.blobs.folder import FolderBlobStore
-from prefix_service.catalog import changes
+from prefix_service.catalog import feed
 from prefix_service.data_folder.opening import opened
 from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.settings import Settings
@@ -142,7 +142,7 @@ def test_a_locked_catalog(folder: Path) -> None:
 def test_an_alias_holds_while_the_catalog_is_away(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the stated time, here one second, and then nobody is told what may be untrue; with the catalog it is again
     what it points at."""
-    monkeypatch.setattr(changes, "_STALE", 2.0)
+    monkeypatch.setattr(feed, "_STALE", 2.0)
     settings = Settings(data_dir=folder, dev=True)
     with opened(settings), served(create_app(settings)) as url, httpx.Client(base_url=url, timeout=30) as client:
         for number in range(2):
