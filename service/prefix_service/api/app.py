@@ -47,6 +47,7 @@ from prefix_service.api.routes import (
     residency,
     tenants,
     usage,
+    version_statistics,
 )
 from prefix_service.api.routes.documentation import documented, operation_id, pages
 from prefix_service.api.routes.schemas import Problem
@@ -64,6 +65,7 @@ from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
@@ -133,6 +135,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
+    app.include_router(version_statistics.router)
     app.include_router(changes.router)
     app.include_router(ops.router)
     app.include_router(front.router)
@@ -182,6 +185,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
     numbers.watch(registry.tiers, admission.requests)
     blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
     library = Library(database, blobs, registry, limits, admission, shared_files)
+    figures = VersionStatistics(library.encodings, admission)
     keyring = Keyring(database, settings.secret_file)
     feed = library.feed
     known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
@@ -209,6 +213,7 @@ def _compose(settings: Settings, database: Database, metrics: Metrics, shared_fi
         metrics=metrics,
         live=numbers,
         answers=Answers(library),
+        version_statistics=figures,
         inference_statistics=statistics,
         usage_counts=usage_counts,
         usage=usage,

@@ -20,6 +20,7 @@ from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.library import Library
+from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
@@ -41,6 +42,7 @@ class State:
     metrics: Metrics
     live: Live
     answers: Answers
+    version_statistics: VersionStatistics
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     usage: UsageStore
