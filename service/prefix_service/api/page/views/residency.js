@@ -23,13 +23,13 @@ export default function Residency() {
     ${advice(data).map((text) => html`<div class="notice warn">${text}</div>`)}
     <div class="two">${data.tiers.map((tier) => html`<div class="card"><h2>${TIERS[tier.name] || tier.name}</h2>
       <${BytesGauge} used=${tier.used} most=${tier.budget} what=${TIERS[tier.name]} />
-      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; ${percent(tier.hits / (tier.hits + tier.misses))} of lookups
-        found theirs; ${number(tier.evictions)} evicted since the start</p></div>`)}</div>
+      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / (tier.hits + tier.misses))};
+        ${number(tier.evictions)} evicted since the service started</p></div>`)}</div>
     <section class="card"><h2>By tenant and adapter</h2>${data.resident.length === 0
-      ? html`<p class="soft">Nothing is in memory yet: a version is loaded when it is first asked for.</p>`
+      ? html`<p class="soft">No version is in memory yet: the service loads a version at its first request.</p>`
       : html`<${Map_} resident=${data.resident} chosen=${known} onChoose=${setChosen} />
-        <p class="soft">The area is bytes on the device and in host memory; hatched ones are pinned. ${data.next ? `The largest ${MOST} are shown.` : ""}
-        These are the numbers of the process that answered; each worker has its own.</p>`}</section>
+        <p class="soft">The area of a box is the version's bytes on the device and in host memory; hatched boxes are pinned. ${data.next ? `The map shows the largest ${MOST}.` : ""}
+        The numbers are those of the worker process that answered; each worker has its own.</p>`}</section>
     ${known && html`<${One} one=${known} onDone=${reload} />`}
     <${Evicted} evicted=${data.evicted} />
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
@@ -73,7 +73,7 @@ export function advice(data) {
   for (const tier of data.tiers) {
     if (tier.pinned > 0.8 * tier.budget) found.push(`${percent(tier.pinned / tier.budget)} of the memory (${TIERS[tier.name]}) is pinned: little is left for everything else.`);
     const lookups = tier.hits + tier.misses;
-    if (lookups > 1000 && tier.evictions > 0 && tier.hits < 0.8 * lookups) found.push(`Only ${percent(tier.hits / lookups)} of lookups find theirs (${TIERS[tier.name]}): a larger budget would save loads.`);
+    if (lookups > 1000 && tier.evictions > 0 && tier.hits < 0.8 * lookups) found.push(`The hit ratio is only ${percent(tier.hits / lookups)} (${TIERS[tier.name]}): a larger budget would save loads.`);
   }
   return found;
 }
