@@ -90,4 +90,5 @@ class Bins:
     def _binned(self, tensor: Tensor, dim: int) -> Tensor:
         # (…, count, …) -> (…, number, step), the last bin filled with zeros
         moved = tensor.movedim(dim, -1)
-        return F.pad(moved, (0, self.number * self.step - self.count)).unflatten(-1, (self.number, self.step))
+        padded = F.pad(moved, (0, self.number * self.step - self.count))
+        return padded.reshape(*moved.shape[:-1], self.number, self.step)

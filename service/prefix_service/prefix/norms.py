@@ -16,6 +16,7 @@ MOST_SINK_LIKE: Final = 32
 """The most sink-like tokens that are listed one by one."""
 
 _OUTLIER: Final = 3.5 / 0.6745  # in median absolute deviations
+_SMALL: Final = 0.5  # of the median
 _ROUNDING: Final = 1e-6  # of the median: norms that differ by less are equal
 
 
@@ -75,7 +76,7 @@ def sink_like(keys: Tensor, values: Tensor) -> Tensor:
     *Efficient Streaming Language Models with Attention Sinks*, 2023). Their keys have another norm than those of all
     other tokens, and their values a small one (Gu et al., *When Attention Sink Emerges in Language Models*, 2024); they
     go with massive activations (Sun et al., *Massive Activations in Large Language Models*, 2024). So a token is
-    sink-like in a layer if the norm of its key is an outlier, and the norm of its value is below the layer's median.
+    sink-like in a layer if the norm of its key is an outlier, and the norm of its value is below half the layer's median.
     A norm is an outlier, large or small, if its modified z-score `0.6745 |x - median| / MAD` exceeds 3.5 (Iglewicz and
     Hoaglin, *How to Detect and Handle Outliers*, 1993); MAD is the median absolute deviation.
 
@@ -86,7 +87,7 @@ def sink_like(keys: Tensor, values: Tensor) -> Tensor:
     median = keys.median(1, keepdim=True).values
     off = (keys - median).abs()
     spread = _OUTLIER * off.median(1, keepdim=True).values
-    return (off > spread.clamp(min=_ROUNDING * median)) & (values < values.median(1, keepdim=True).values)
+    return (off > spread.clamp(min=_ROUNDING * median)) & (values < _SMALL * values.median(1, keepdim=True).values)
 
 
 def measuring_nbytes(shape: Shape) -> int:

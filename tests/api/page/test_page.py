@@ -228,8 +228,8 @@ def _publish_sinks(client: httpx.Client) -> None:
 
 
 def test_heat_maps(service: Server, admin_page: Seen) -> None:
-    """Norms by layer and head and along virtual tokens, with sink-like tokens marked, and the differences of two versions:
-    by pointer, by keyboard and as a table."""
+    """Norms by layer and head and along virtual tokens, with sink-like tokens marked, and the differences of two
+    versions: by pointer, by keyboard and as a table."""
     _publish_sinks(service.client())
     page = admin_page.page
     admin_page.open("adapters/acme/sinks@1", "acme/sinks")

@@ -55,8 +55,8 @@ class SinkLikeToken(BaseModel):
 
 class SinkLike(BaseModel):
     """Virtual tokens whose norms are those of attention sinks: in a layer, the norm of the key over all heads is an
-    outlier (a modified z-score above 3.5), and the norm of the value is below the median. A hint: whether a token is a
-    sink depends on the queries too."""
+    outlier (a modified z-score above 3.5), and the norm of the value is below half the median. A hint: whether a token
+    is a sink depends on the queries too."""
 
     by_token: list[list[int]] = Field(
         description="layers by virtual tokens: how many pairs of a layer and a sink-like token are in the cell"

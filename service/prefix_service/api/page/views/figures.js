@@ -34,7 +34,7 @@ function Norms({ found }) {
     <p>${sinks.tokens.length === 0 ? "No virtual token is sink-like." : `Sink-like virtual tokens (dots): ${sinks.tokens
       .map(({ token, layers: count }) => `${token} in ${number(count)} ${count === 1 ? "layer" : "layers"}`).join(", ")}.`}
       <span class="soft"> A token is sink-like in a layer if the norm of its key is an outlier and the norm of its value is
-      below the median: such tokens often draw attention whatever the query is.</span></p>`;
+      below half the median: such tokens often draw attention whatever the query is.</span></p>`;
 }
 
 // How far the keys and values of two versions of an adapter are apart.
