@@ -75,10 +75,11 @@ def sink_like(keys: Tensor, values: Tensor) -> Tensor:
     Attention sinks are tokens that draw attention whatever the query is, and add little to the result (Xiao et al.,
     *Efficient Streaming Language Models with Attention Sinks*, 2023). Their keys have another norm than those of all
     other tokens, and their values a small one (Gu et al., *When Attention Sink Emerges in Language Models*, 2024); they
-    go with massive activations (Sun et al., *Massive Activations in Large Language Models*, 2024). So a token is
-    sink-like in a layer if the norm of its key is an outlier, and the norm of its value is below half the layer's median.
-    A norm is an outlier, large or small, if its modified z-score `0.6745 |x - median| / MAD` exceeds 3.5 (Iglewicz and
-    Hoaglin, *How to Detect and Handle Outliers*, 1993); MAD is the median absolute deviation.
+    go with massive activations (Sun et al., *Massive Activations in Large Language Models*, 2024).
+
+    So a token is sink-like in a layer if the norm of its key is an outlier, and the norm of its value is below half the
+    layer's median. A norm is an outlier, large or small, if its modified z-score `0.6745 |x - median| / MAD` exceeds
+    3.5 (Iglewicz and Hoaglin, *How to Detect and Handle Outliers*, 1993); MAD is the median absolute deviation.
 
     Norms alone are a hint: whether a token is a sink depends on the queries too.
     """
