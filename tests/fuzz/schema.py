@@ -104,7 +104,7 @@ include-name = "GET /v1/tenants/{tenant}/adapters/{ref}/card"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404]
 
 [[operations]]
-include-path-regex = "/(annotations|base-model|config)$"
+include-path-regex = "/(annotations|base-model|config|statistics)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 412]
 
 # Any body that comes as text/markdown is text.
@@ -118,9 +118,10 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 412]
 include-path-regex = "/adapters$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 422]
 
-# Layers, heads and ranks are those of the adapter; the rows of a mask have one length, and are the batch.
+# Layers, heads and ranks are those of the adapter; the rows of a mask have one length, and are the batch. Versions that
+# are compared have one shape.
 [[operations]]
-include-path-regex = "/prefix(es)?$"
+include-path-regex = "/(prefix(es)?|compare)$"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 304, 401, 404, 416, 422]
 
 # The shape of an input says how many elements its data has.

@@ -46,6 +46,7 @@ from prefix_service.api.routes import (
     residency,
     tenants,
     usage,
+    version_statistics,
 )
 from prefix_service.api.routes.documentation import documented, operation_id, pages
 from prefix_service.api.routes.schemas import Problem
@@ -137,6 +138,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(prefixes.router)
     app.include_router(mixed.router)
     app.include_router(descriptions.router)
+    app.include_router(version_statistics.router)
     app.include_router(changes.router)
     app.include_router(ops.router)
     app.include_router(front.router)
@@ -219,6 +221,7 @@ def _compose(
         metrics=metrics,
         live=numbers,
         answers=Answers(cases.library),
+        version_statistics=cases.statistics,
         inference_statistics=statistics,
         usage_counts=usage_counts,
         readiness=readiness,

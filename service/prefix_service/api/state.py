@@ -23,6 +23,7 @@ from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.pages import Pages
 from prefix_service.library.publishing import Publisher
 from prefix_service.library.residency import Residency
+from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.tenancy import Tenancy
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
@@ -50,6 +51,7 @@ class State:
     metrics: Metrics
     live: Live
     answers: Answers
+    version_statistics: VersionStatistics
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     readiness: Readiness

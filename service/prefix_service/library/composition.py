@@ -23,6 +23,7 @@ from prefix_service.library.plan import Limits
 from prefix_service.library.publishing import Publisher
 from prefix_service.library.residency import Residency
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.tenancy import Tenancy
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry
@@ -42,6 +43,7 @@ class UseCases:
     tenancy: Tenancy
     pages: Pages
     following: Following
+    statistics: VersionStatistics
     feed: ChangeFeed
 
 
@@ -69,5 +71,6 @@ def compose(
         tenancy=Tenancy(database, tenants, keyring),
         pages=Pages(listings, tenants, keyring, audit, UsageStore(database), admission),
         following=Following(feed, followed),
+        statistics=VersionStatistics(encodings, admission),
         feed=feed,
     )

@@ -1,16 +1,15 @@
 """Digests of whole bodies (RFC 9530), by entity tag and algorithm."""
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
 from queue import SimpleQueue
 from typing import Final, TypeAlias
 
+from prefix_service.library.in_parallel import InParallel
 from prefix_service.library.plan import Plan
 from prefix_service.prefix.wire.digests import Algorithm, Crc32c, Hasher, new_hasher
 from prefix_service.prefix.wire.extras import Piece
@@ -30,12 +29,6 @@ _AROUND: Final = 16 << 20  # the most bytes around stored keys and values that a
 Pieces: TypeAlias = "SimpleQueue[memoryview | None]"
 
 
-@dataclass(slots=True)
-class _Computation:
-    task: asyncio.Task[bytes]
-    waiting: int = 0
-
-
 class BodyDigests:
     """Computes each digest once, however many callers ask for it in parallel, and stops if no caller waits for it any
     more.
@@ -51,7 +44,7 @@ class BodyDigests:
         self._admission = admission
         self._lock = threading.Lock()
         self._known: Shares[tuple[str, Algorithm], bytes] = Shares(_REMEMBERED)
-        self._computing: dict[tuple[str, Algorithm], _Computation] = {}
+        self._computing: InParallel[tuple[str, Algorithm], bytes] = InParallel()
 
     def known(self, plan: Plan, algorithm: Algorithm) -> bytes | None:
         """Returns a digest that was computed before, or None."""
@@ -64,23 +57,7 @@ class BodyDigests:
             return found
         if algorithm == "sha-256" and not plan.is_one_rendering and plan.file.content_length > MOST_REPEATED:
             return None
-        key = plan.etag, algorithm
-        if (computation := self._computing.get(key)) is None:
-            task = asyncio.create_task(self._compute(plan, rendering, algorithm))
-            computation = self._computing[key] = _Computation(task)
-            task.add_done_callback(lambda _: self._forget(key, computation))
-        computation.waiting += 1
-        try:
-            return await asyncio.shield(computation.task)
-        finally:
-            computation.waiting -= 1
-            if not computation.waiting:
-                self._forget(key, computation)
-                computation.task.cancel()
-
-    def _forget(self, key: tuple[str, Algorithm], computation: _Computation) -> None:
-        if self._computing.get(key) is computation:
-            del self._computing[key]
+        return await self._computing.result((plan.etag, algorithm), partial(self._compute, plan, rendering, algorithm))
 
     async def _compute(self, plan: Plan, rendering: Rendering, algorithm: Algorithm) -> bytes:
         tenant = plan.version.tenant

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import BinaryIO, Final, TypeVar
 
 import torch
@@ -16,13 +18,22 @@ from prefix_service.blobs.reading import read_range
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.records import Version
 from prefix_service.errors import CorruptBlob, NotFound, OutOfSpace, ReadOnly, Unavailable
+from prefix_service.prefix.bins import Rows
 from prefix_service.prefix.buffers import bytes_of
-from prefix_service.prefix.checkpoint import BLOCK, LocatedPrefix, ReadBytes, locate_prefix, read_rows, read_weights
+from prefix_service.prefix.checkpoint import (
+    BLOCK,
+    LocatedPrefix,
+    ReadBytes,
+    header_nbytes,
+    locate_prefix,
+    read_rows,
+    read_weights,
+)
 from prefix_service.prefix.config import PrefixConfig
 from prefix_service.prefix.encoder import HIDDEN_BLOCK, PrefixEncoder, assembling, finished
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference
-from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, parse_header
+from prefix_service.prefix.safetensors_header import WEIGHT_DTYPES, TensorEntry, parse_header
 from prefix_service.prefix.safetensors_tensors import header_of, tensor_at
 from prefix_service.prefix.streams import own_stream
 from prefix_service.prefix.wire.rendering import to_host
@@ -195,6 +206,45 @@ class Encodings:
         """
         with _expected(version.weights):
             return self._blobs.open(version.weights)
+
+    @contextlib.contextmanager
+    def open_key_values(self, version: Version) -> Iterator[Rows]:
+        """Yields a reader of the stored keys and values, verified, for versions of which a part is needed at a time.
+
+        Raises:
+            CorruptBlob: they are lost or damaged; `mend` encodes them again.
+            Unavailable, StorageFailed: the blob store cannot be used now.
+        """
+        with _expected(version.key_values):
+            stored = self._blobs.open(version.key_values)
+        with stored:
+            size = os.fstat(stored.fileno()).st_size
+            read = partial(read_range, stored)
+            header = parse_header(read(0, min(size, 8 + header_nbytes(read, size))), dtypes=WEIGHT_DTYPES, size=size)
+            entry = header.tensors[_KEY_VALUES]
+            row = (entry.stop - entry.start) // prod(entry.shape[:3])
+
+            def rows(first: int, last: int) -> Tensor:
+                data = read(entry.start + first * row, entry.start + last * row)
+                part = TensorEntry(entry.dtype, (last - first, *entry.shape[3:]), 0, len(data))
+                return tensor_at(data, part)
+
+            yield rows
+
+    def mend(self, version: Version) -> Version:
+        """Encodes keys and values again whose blob is lost or damaged, and stores them; returns the version, with
+        another blob if their bits differ.
+
+        Raises:
+            NotFound: the version was deleted meanwhile.
+            CorruptBlob: the weights are lost or damaged too.
+            Unavailable, StorageFailed, OutOfSpace: the blob store or the catalog cannot be used now.
+        """
+        try:
+            self._encode_again(version)
+        except EncodedAgain as again:
+            return again.version
+        return version
 
     @contextlib.contextmanager
     def _weights(self, version: Version) -> Iterator[tuple[LocatedPrefix, ReadBytes]]:

@@ -3,10 +3,15 @@
 import re
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
+from safetensors.torch import save
 
+from prefix_service.prefix.kv import PrefixKV
+from tests.api.helpers import CONFIG, upload, weights
 from tests.api.page.conftest import HOSTILE, Seen
 from tests.conftest import Server
 
@@ -224,15 +229,83 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
 
 
 def test_two_versions_are_compared(admin_page: Seen) -> None:
-    """Only what differs between the configs is shown; the life of a version has its publication and its reads."""
+    """Only what differs between the configs is shown; the timeline of a version has its publication and its reads."""
     page = admin_page.page
     admin_page.open("adapters/acme/summarize@1", "acme/summarize")
     page.get_by_label("Compare with version").select_option("2")
     rows = page.get_by_role("row").filter(has=page.get_by_role("cell", name="revision", exact=True))
     expect(rows).to_contain_text('"r1""r0"')
     expect(page.get_by_role("row").filter(has_text="peft_type")).to_have_count(0)
-    life = page.get_by_role("list").filter(has_text="published")
-    expect(life).to_contain_text("prod was pointed at it")
+    timeline = page.get_by_role("list").filter(has_text="published")
+    expect(timeline).to_contain_text("alias prod was moved to this version")
+
+
+def _publish_sinks(client: httpx.Client) -> None:
+    """Publishes two versions of two layers, two heads and 40 tokens. Token 7 of the first is sink-like in layer 1; the
+    second has opposite values in head 0 of layer 0."""
+    kv = torch.randn(2, 2, 2, 40, 4, generator=torch.Generator().manual_seed(0))
+    kv[1, 0, :, 7] *= 100
+    kv[1, 1, :, 7] = 0
+    for _ in range(2):
+        file = save({"prompt_embeddings": PrefixKV.whole(kv).flat().contiguous()})
+        assert upload(client, "acme", "sinks", {**CONFIG, "num_virtual_tokens": 40}, file).status_code == 201
+        kv[0, 1, 0] *= -1
+
+
+def test_heat_maps(service: Server, admin_page: Seen) -> None:
+    """Norms by layer and head and along virtual tokens, with sink-like tokens marked, and the differences of two
+    versions: by pointer, by keyboard and as a table."""
+    _publish_sinks(service.client())
+    page = admin_page.page
+    admin_page.open("adapters/acme/sinks@1", "acme/sinks")
+    card = page.locator("section").filter(has=page.get_by_role("heading", name="Keys and values"))
+    expect(card.get_by_text("Sink-like virtual tokens (dots): 7 in 1 layer.")).to_be_visible()
+    figure = card.get_by_role("figure").filter(has_text="Norm of keys by layer and virtual token")
+    found, norms = figure.locator("output"), service.client().get("/v1/tenants/acme/adapters/sinks@1/statistics").json()
+    canvas = figure.locator("canvas")
+    canvas.focus()
+    expect(found).to_contain_text("layer 0, token 0: ")
+    page.keyboard.press("ArrowDown")
+    for _ in range(7):
+        page.keyboard.press("ArrowRight")
+    value = f"{norms['keys']['by_token'][1][7]:.4g}"
+    expect(found).to_have_text(f"layer 1, token 7: {value}, sink-like")
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")
+    expect(found).to_contain_text("layer 1, token 39: ")
+    box = canvas.bounding_box()
+    assert box is not None
+    canvas.hover(position={"x": box["width"] * 7.5 / 40, "y": box["height"] * 0.75})
+    expect(found).to_have_text(f"layer 1, token 7: {value}, sink-like")
+    figure.get_by_text("As a table").click()
+    expect(figure.get_by_role("row").filter(has_text="layer 1").get_by_role("cell").nth(7)).to_have_text(f"{value} •")
+    page.get_by_label("Compare with version").select_option("2")
+    for title, cells in (
+        ("Cosine similarity of values", ["-1", "1"]),
+        ("Relative distance of values", ["2", "0"]),
+    ):
+        figure = page.get_by_role("figure").filter(has_text=title)
+        figure.get_by_text("As a table").click()
+        expect(figure.get_by_role("row").filter(has_text="layer 0").get_by_role("cell")).to_have_text(cells)
+    expect(page.get_by_text("only the weights can differ")).to_be_visible()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        violations = Axe().run(page).response["violations"]
+        assert [one["id"] for one in violations if one["impact"] in ("serious", "critical")] == []
+
+
+def test_versions_of_two_shapes_are_not_compared(service: Server, admin_page: Seen) -> None:
+    """The configs are, and the page says why there are no heat maps."""
+    longer = save({"prompt_embeddings": torch.ones(4, 32)})
+    for config, file in ((CONFIG, weights(1)), ({**CONFIG, "num_virtual_tokens": 4}, longer)):
+        assert upload(service.client(), "acme", "shapes", config, file).status_code == 201
+    admin_page.open("adapters/acme/shapes@2", "acme/shapes")
+    admin_page.page.get_by_label("Compare with version").select_option("1")
+    expect(admin_page.page.get_by_role("row").filter(has_text="num_virtual_tokens")).to_contain_text("34")
+    expect(
+        admin_page.page.get_by_text("of different shapes are not compared: 2 layers of 2 heads, 3 tokens")
+    ).to_be_visible()
+    admin_page.expect_refusal(422)
 
 
 def test_an_alias_that_somebody_else_moved(service: Server, admin_page: Seen) -> None:

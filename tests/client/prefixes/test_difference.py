@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_service.client.prefixes.difference import Difference, differences
+from prefix_service.client.prefixes.difference import differences
 from prefix_service.client.prefixes.prefix import Prefix
 from prefix_service.errors import InvalidRequest
+from prefix_service.prefix.comparison import Difference
 from prefix_service.prefix.kv import PrefixKV
 
 

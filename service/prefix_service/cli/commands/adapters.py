@@ -41,7 +41,7 @@ from prefix_service.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from prefix_service.client import PrefixClient
-    from prefix_service.client.prefixes.difference import LayerDifference
+    from prefix_service.prefix.comparison import LayerDifference
 
 Item = Mapping[str, Any]
 

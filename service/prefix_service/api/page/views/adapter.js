@@ -6,6 +6,7 @@ import { bytes, moment, number, shortDigest } from "../format.js";
 import { Act, Confirm, Copy, Failure, Long, Moment, say, Tabs, Text, Title, useLoaded } from "../parts.js";
 import { Differences, differences, MoveAlias } from "./alias.js";
 import { Chart } from "./chart.js";
+import { Compared, KeysAndValues } from "./figures.js";
 import { snippets } from "./snippets.js";
 import { Timeline } from "./timeline.js";
 
@@ -44,7 +45,7 @@ export default function Adapter({ names: [tenant, reference] }) {
           say(`${tenant}/${name}@${version.version} is deleted`);
           location.hash = versions.length > 1 ? `#/adapters/${tenant}/${name}` : `#/adapters/${tenant}`;
           if (versions.length > 1) changed();
-        }}><p>Workers that ask for it get 404 from then on. Its number is never used again.</p></${Confirm}></div>`}
+        }}><p>Workers that ask for this version get 404 from then on. The service never uses its number again.</p></${Confirm}></div>`}
     </div>
     <div class="two">
       <section class="card"><h2>Version ${version.version}</h2><dl>
@@ -58,9 +59,9 @@ export default function Adapter({ names: [tenant, reference] }) {
         <dt>Stored as</dt><dd>${version.dtype}</dd>
         <dt>Size</dt><dd>${bytes(version.size.weights)} of weights, ${bytes(version.size.key_values)} of keys and values</dd>
         <dt>Parameters</dt><dd>${number(version.trainable_parameters)} trained</dd>
-        <dt>Memory</dt><dd>${version.residency.resident ? `in memory on ${version.residency.device}` : "not in memory: loaded when asked for"}${version.residency.pinned ? ", pinned" : ""}</dd>
+        <dt>Memory</dt><dd>${version.residency.resident ? `in memory on ${version.residency.device}` : "not in memory: the service loads it at the next request"}${version.residency.pinned ? ", pinned" : ""}</dd>
       </dl></section>
-      <section class="card"><h2>Use it</h2><${Tabs} label="How to use it"
+      <section class="card"><h2>Use this version</h2><${Tabs} label="How to use this version"
         tabs=${snippets(version).map(([label, text]) => [label, () => html`<pre>${text}</pre>
         <${Copy} text=${text} />`])} /></section>
     </div>
@@ -76,7 +77,8 @@ export default function Adapter({ names: [tenant, reference] }) {
         <td>${one.aliases.join(", ") || "–"}</td><td><${Moment} at=${one.created} /></td>
           <td class="number">${bytes(one.size.weights)}</td>
         <td class="mono wideonly">${shortDigest(one.digest)}</td></tr>`)}</tbody></table></div>
-      ${versions?.more && html`<p class="soft">The newest 200 are shown.</p>`}</section>
+      ${versions?.more && html`<p class="soft">The table shows the newest 200 versions.</p>`}</section>
+    <${KeysAndValues} version=${version} />
     <${Config} version=${version} versions=${versions || [version]} />
     ${moving !== null && html`<${MoveAlias} tenant=${tenant} name=${name} alias=${moving} to=${version}
       versions=${versions || [version]}
@@ -94,7 +96,8 @@ function Config({ version, versions }) {
         ${versions.filter((one) => one.version !== version.version).map((one) => html`<option
           value=${String(one.version)}>${one.version}</option>`)}</select></label></div>
     <${Failure} error=${error} />
-    ${found ? html`<${Differences} found=${found} before=${before.version} after=${version.version} />`
+    ${found ? html`<${Differences} found=${found} before=${before.version} after=${version.version} />
+        <${Compared} tenant=${version.tenant} name=${version.adapter} before=${before.version} after=${version.version} />`
       : html`<${Long} text=${JSON.stringify(version.config, null, 2)} label="The adapter's config" />`}</section>`;
 }
 
@@ -118,10 +121,10 @@ function Description({ path }) {
   const pairs = Object.entries(annotations || {});
   return html`<div class="two">
     <section class="card"><h2>Card</h2>${card ? html`<${Long} text=${card} label="The model card" />` : html`<p
-      class="soft">No card was published with it.</p>`}
+      class="soft">This version has no card.</p>`}
       <${Failure} error=${cardError} /></section>
     <section class="card"><h2>Annotations</h2>${pairs.length ? html`<dl>${pairs.map(([key, value]) => html`<dt>
-      <${Text}>${key}</${Text}></dt><dd><${Text}>${value}</${Text}></dd>`)}</dl>` : html`<p class="soft">None.</p>`}
+      <${Text}>${key}</${Text}></dt><dd><${Text}>${value}</${Text}></dd>`)}</dl>` : html`<p class="soft">This version has no annotations.</p>`}
       <${Failure} error=${error} /></section></div>`;
 }
 
@@ -132,7 +135,7 @@ function Used({ tenant, name }) {
   const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, 5000), [tenant, name]);
   const mine = (rows || []).filter((row) => row.adapter === name);
   return html`<section class="card"><h2>Last 24 hours</h2><${Failure} error=${error} />
-    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read it." : "Loading…"}</p>`
+    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
       : html`<${Reads} rows=${mine} first=${first} />`}
     <p><a href="#/usage">All usage</a></p></section>`;
 }

@@ -29,7 +29,7 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
       try {
         if (current) await call("PUT", path, { json: { version: current, preload: true }, headers: { "If-Match": `"${target}"` } });
         else await call("DELETE", path, { headers: { "If-Match": `"${target}"` } });
-        say(current ? `${called} points at ${current} again` : `${called} is gone again`);
+        say(current ? `${called} points at ${current} again` : `${called} is deleted again`);
       } catch (found) {
         say(found.message, null, "bad");
       }
@@ -54,15 +54,15 @@ export function MoveAlias({ tenant, name, alias, to, versions, onClose, onMoved 
 }
 
 function Changes({ before, after }) {
-  if (before.version === after.version) return html`<p class="soft">It points there already.</p>`;
+  if (before.version === after.version) return html`<p class="soft">The alias points at this version already.</p>`;
   return html`<div><b>What changes</b><${Differences} found=${differences(before.config, after.config)}
     before=${before.version} after=${after.version} /></div>`;
 }
 
 export function Differences({ found, before, after }) {
-  if (found.length === 0) return html`<p class="soft">The weights alone: the configs are equal.</p>`;
+  if (found.length === 0) return html`<p class="soft">The configs are equal: only the weights can differ.</p>`;
   return html`<div class="wide" tabindex="0" role="group"
-      aria-label="Differences"><table><thead><tr><th>In the config</th><th>Version ${before}</th>
+      aria-label="Differences"><table><thead><tr><th>Config field</th><th>Version ${before}</th>
     <th>Version ${after}</th></tr></thead>
     <tbody>${found.map(([key, old, now]) => html`<tr><td><code><${Text}>${shortened(key)}</${Text}></code></td><td>
       <bdi>${shortened(old)}</bdi></td><td><bdi>${shortened(now)}</bdi></td></tr>`)}</tbody></table></div>`;

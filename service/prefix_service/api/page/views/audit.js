@@ -26,11 +26,11 @@ export default function Audit({ names: [wanted] }) {
   return html`<${Title} beside=${wanted && html`<a href="#/audit">The whole audit</a>`}>Audit</${Title}>
     ${!wanted && html`<div class="row"><label>Search<input type="search"
       onInput=${(event) => setPart(event.target.value.trim())} placeholder="adapter, tenant or key (press /)" /></label>
-      <label>What was done<select value=${action} onChange=${(event) => setAction(event.target.value)}>
+      <label>Action<select value=${action} onChange=${(event) => setAction(event.target.value)}>
         <option value="">everything</option>${actions.map((one) => html`<option>${one}</option>`)}</select></label>
         </div>`}
     <${Failure} error=${error} />
-    <div class="card wide"><table><thead><tr><th>When</th><th>What</th><th>Of what</th><th>By</th>
+    <div class="card wide"><table><thead><tr><th>When</th><th>Action</th><th>Target</th><th>Actor</th>
       <th class="wideonly">Details</th></tr></thead>
       <tbody>${shown.slice(0, 1000).map((entry) => html`<tr key=${entry.id}><td><a href="#/audit/${entry.id}">
         ${moment(entry.at)}</a></td><td>${entry.action}</td>

@@ -50,9 +50,9 @@ export default function Console() {
     <${Failure} error=${error} />
     ${answer && html`<section class="card" aria-live="polite"><h2>${answer.status} · ${answer.type || "no body"}</h2>
       <${Long} key=${answer.text} text=${answer.text} label="The answer" /></section>`}
-    <section class="card"><h2>What the views asked</h2>${earlier.length === 0 ? html`<p
-      class="soft">Nothing yet.</p>` : earlier.map((one) => html`<div class="bar">
+    <section class="card"><h2>Calls of the views</h2>${earlier.length === 0 ? html`<p
+      class="soft">The views have made no call yet.</p>` : earlier.map((one) => html`<div class="bar">
       <pre style=${{ flex: "1 1 20rem", minWidth: 0 }}>${curl(one)}</pre><span class="row"><${Copy} text=${curl(one)} />
       ${!one.body?.startsWith("-F ") && html`<button type="button"
-        onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change it</button>`}</span></div>`)}</section>`;
+        onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change and send</button>`}</span></div>`)}</section>`;
 }

@@ -71,27 +71,27 @@ function Numbers({ data }) {
   const states = findings(data);
   return html`
     ${states.length === 0 && html`<div
-      class="notice good">Nothing needs attention: there is room, and in the last minute
-      nothing was refused or failed but what callers got wrong themselves.</div>`}
+      class="notice good">Nothing needs attention: memory has room, and in the last minute
+      the service refused no valid request.</div>`}
     ${states.map((state) => html`<div class="notice ${state.kind}" role="status">
       <b>${state.title}</b>${state.why}</div>`)}
     <div class="tiles">
       <${Tile} name="requests a second" value=${number(rate(data.requests))} />
       <${Tile} name="bytes a second" value=${bytes(rate(data.bytes))} />
-      <${Tile} name="half were faster than" value=${duration(newest(data.p50))} />
-      <${Tile} name="99 % were faster than" value=${duration(newest(data.p99))} />
+      <${Tile} name="p50 latency" value=${duration(newest(data.p50))} />
+      <${Tile} name="p99 latency" value=${duration(newest(data.p99))} />
       <${Tile} name=${data.in_flight_limit ? `in flight, of ${number(data.in_flight_limit)}` : "in flight"}
         value=${number(last(data.in_flight))} />
       <${Tile} name="refused or failed, last minute" value=${number(failed(data, RECENT))} />
       <${Tile} name="cold loads, last hour" value=${number(sum(data.cold_loads))} />
-      ${data.tiers.map((tier) => html`<${Tile} name=${`found in memory: ${tierName(tier.name)}`}
+      ${data.tiers.map((tier) => html`<${Tile} name=${`hit ratio, ${tierName(tier.name)}`}
         value=${hitRatio(tier)} />`)}
     </div>
     <div class="two">
       <${Panel} title="Requests a second">
         <${Chart} at=${data.at} lines=${[["requests", perSecond(data.requests), number]]} /></${Panel}>
-      <${Panel} title="Time of a request"><${Chart} at=${data.at}
-        lines=${[["half", data.p50, duration], ["99 %", data.p99, duration]]} /></${Panel}>
+      <${Panel} title="Latency of a request"><${Chart} at=${data.at}
+        lines=${[["p50", data.p50, duration], ["p99", data.p99, duration]]} /></${Panel}>
       <${Panel} title="Bytes a second"><${Chart} at=${data.at} lines=${[["bytes", perSecond(data.bytes), bytes]]} />
         </${Panel}>
       <${Panel} title="Requests in flight"><${Chart} at=${data.at} lines=${[["in flight", data.in_flight, number]]} />
@@ -110,7 +110,7 @@ function Numbers({ data }) {
 
 const Tile = ({ name, value }) => html`<div class="tile"><b>${value}</b><span>${name}</span></div>`;
 const Panel = ({ title, children }) => html`<section class="card"><h2>${title}</h2>${children}</section>`;
-const tierName = (name) => ({ device: "on the device", host: "renderings in host memory" })[name] || name;
+const tierName = (name) => ({ device: "device memory", host: "host memory (renderings)" })[name] || name;
 
 function hitRatio(tier) {
   const hits = sum(tier.hits);
@@ -130,16 +130,16 @@ export function findings(data) {
     if (count > 0 && kind) found.push({ kind, title: `${code}: ${number(count)} in the last minute`, why });
   }
   if (data.in_flight_limit && last(data.in_flight) >= 0.9 * data.in_flight_limit) {
-    const title = "Nearly all places for requests are taken";
-    const why = "New requests will be refused with 503. Add workers (--workers) or replicas, or raise PREFIX_MAX_IN_FLIGHT.";
+    const title = "Requests in flight are near their limit";
+    const why = "The service will refuse new requests with 503. Add workers (--workers) or replicas, or raise PREFIX_MAX_IN_FLIGHT.";
     found.push({ kind: "bad", title, why });
   }
   for (const tier of data.tiers) {
     const full = last(tier.used) >= 0.95 * last(tier.budget) && sum(recent(tier.evictions)) > 0;
-    const title = `Memory ${tierName(tier.name)} is full, and versions are evicted`;
+    const title = `${tierName(tier.name)} is full: the service evicts versions`;
     const variable = tier.name === "device" ? "PREFIX_DEVICE_BYTES" : "PREFIX_RENDERING_BYTES";
-    if (full) found.push({ kind: "warn", title, why: `Evicted versions are loaded again when asked for. Raise ${variable}, or unpin what nobody reads.` });
-    if (sum(recent(tier.failures)) > 0) found.push({ kind: "bad", title: `Loads failed: ${tierName(tier.name)}`, why: "The service's log says which version, and why." });
+    if (full) found.push({ kind: "warn", title, why: `The service loads an evicted version again at its next request. Raise ${variable}, or unpin versions that nobody reads.` });
+    if (sum(recent(tier.failures)) > 0) found.push({ kind: "bad", title: `Loads failed: ${tierName(tier.name)}`, why: "The service's log names the versions and the reasons." });
   }
   return found.sort((a, b) => (a.kind === "bad" ? 0 : 1) - (b.kind === "bad" ? 0 : 1));
 }
@@ -148,9 +148,9 @@ function Problems({ data }) {
   const rows = Object.entries(data.problems).map(([code, list]) => [code, sum(recent(list)), sum(list)]);
   rows.sort((a, b) => b[2] - a[2]);
   return html`<section class="card"><h2>Refused and failed</h2>${rows.length === 0 ? html`<p
-    class="soft">None in the last hour.</p>`
+    class="soft">No request in the last hour.</p>`
     : html`<div class="wide" tabindex="0" role="group"
-      aria-label="Refused and failed requests"><table><thead><tr><th>What</th><th class="number">Minute</th><th class="number">Hour</th>
+      aria-label="Refused and failed requests"><table><thead><tr><th>Error code</th><th class="number">Last minute</th><th class="number">Last hour</th>
       </tr></thead>
       <tbody>${rows.map(([code, minute, hour]) => html`<tr><td><code>${code}</code>
         <div class="soft">${words(code).why}</div></td>

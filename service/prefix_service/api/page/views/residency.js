@@ -7,7 +7,7 @@ import { Act, BytesGauge, Failure, Moment, Text, Title, useLoaded } from "../par
 import { layout } from "./treemap.js";
 
 const MOST = 1000;
-const TIERS = { device: "On the device", host: "Renderings in host memory" };
+const TIERS = { device: "Device memory", host: "Host memory (renderings)" };
 const REASONS = {
   loading: "it is being loaded", reading: "it is being read", pinned: "it is pinned",
   share: "it is within its tenant's guaranteed share", kept: "there is room",
@@ -18,18 +18,18 @@ export default function Residency() {
   const [chosen, setChosen] = useState(null);
   if (!data) return html`<${Title}>Memory</${Title}><${Failure} error=${error} retry=${reload} />`;
   const known = data.resident.find((one) => chosen && one.digest === chosen.digest && one.tenant === chosen.tenant && one.adapter === chosen.adapter);
-  return html`<${Title} beside=${html`<button type="button" onClick=${reload}>Look again</button>`}>Memory</${Title}>
+  return html`<${Title} beside=${html`<button type="button" onClick=${reload}>Refresh</button>`}>Memory</${Title}>
     <${Failure} error=${error} />
     ${advice(data).map((text) => html`<div class="notice warn">${text}</div>`)}
     <div class="two">${data.tiers.map((tier) => html`<div class="card"><h2>${TIERS[tier.name] || tier.name}</h2>
       <${BytesGauge} used=${tier.used} most=${tier.budget} what=${TIERS[tier.name]} />
-      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; ${percent(tier.hits / (tier.hits + tier.misses))} of lookups
-        found theirs; ${number(tier.evictions)} evicted since the start</p></div>`)}</div>
+      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / (tier.hits + tier.misses))}; ${number(tier.evictions)}
+        evicted since the service started</p></div>`)}</div>
     <section class="card"><h2>By tenant and adapter</h2>${data.resident.length === 0
-      ? html`<p class="soft">Nothing is in memory yet: a version is loaded when it is first asked for.</p>`
+      ? html`<p class="soft">No version is in memory yet: the service loads a version at its first request.</p>`
       : html`<${Map_} resident=${data.resident} chosen=${known} onChoose=${setChosen} />
-        <p class="soft">The area is bytes on the device and in host memory; hatched ones are pinned. ${data.next ? `The largest ${MOST} are shown.` : ""}
-        These are the numbers of the process that answered; each worker has its own.</p>`}</section>
+        <p class="soft">The area of a box is the version's bytes on the device and in host memory; hatched boxes are pinned. ${data.next ? `The map shows the largest ${MOST}.` : ""}
+        The numbers are those of the worker process that answered; each worker has its own.</p>`}</section>
     ${known && html`<${One} one=${known} onDone=${reload} />`}
     <${Evicted} evicted=${data.evicted} />
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
@@ -52,7 +52,7 @@ function Evicted({ evicted }) {
     return `${room}, and ${one.reason === "idle" ? "it had not been used lately" : "it was new and hardly used"}`;
   };
   return html`<section class="card"><h2>Evicted lately</h2>${evicted.length === 0
-    ? html`<p class="soft">Nothing has been evicted since the start.</p>`
+    ? html`<p class="soft">The service has evicted nothing since it started.</p>`
     : html`<div class="wide" tabindex="0" role="group" aria-label="Evicted lately"><table><thead><tr><th>When</th><th>Version</th>
         <th class="wideonly">From</th><th class="number wideonly">Bytes</th><th class="number wideonly">Lookups</th><th>Why</th></tr></thead>
       <tbody>${evicted.slice(0, 50).map((one) => html`<tr><td><${Moment} at=${one.at} /></td><td>
@@ -73,7 +73,7 @@ export function advice(data) {
   for (const tier of data.tiers) {
     if (tier.pinned > 0.8 * tier.budget) found.push(`${percent(tier.pinned / tier.budget)} of the memory (${TIERS[tier.name]}) is pinned: little is left for everything else.`);
     const lookups = tier.hits + tier.misses;
-    if (lookups > 1000 && tier.evictions > 0 && tier.hits < 0.8 * lookups) found.push(`Only ${percent(tier.hits / lookups)} of lookups find theirs (${TIERS[tier.name]}): a larger budget would save loads.`);
+    if (lookups > 1000 && tier.evictions > 0 && tier.hits < 0.8 * lookups) found.push(`The hit ratio is only ${percent(tier.hits / lookups)} (${TIERS[tier.name]}): a larger budget would save loads.`);
   }
   return found;
 }

@@ -24,7 +24,7 @@ export function SignIn() {
     <label>Key<input name="key" type="password" autocomplete="off" required autofocus placeholder="pfx_…" /></label>
     <button class="main" disabled=${busy}>Sign in</button>
     <${Failure} error=${error} />
-    <p class="soft">The first start wrote a key to <code>bootstrap.key</code> in the data folder. An admin makes others
+    <p class="soft">The service wrote its first key to <code>bootstrap.key</code> in the data folder. An admin makes other keys
       under <i>Tenants and keys</i>, or with <code>prefix-service key create</code>. You stay signed in for up to 12 hours,
       or until an hour has passed without use; this browser keeps no key.</p>
   </form></div>`;

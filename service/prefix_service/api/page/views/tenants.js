@@ -40,7 +40,7 @@ function NewTenant({ onDone }) {
   const make = async () => {
     await call("PUT", tenantPath(name));
     setOpen(false);
-    say(`Tenant ${name} is there`);
+    say(`Tenant ${name} is created`);
     onDone();
   };
   return html`<button type="button" onClick=${() => setOpen(true)}>New tenant</button>
@@ -55,7 +55,7 @@ function Tenant({ name }) {
   const [tenant, error, reload] = useLoaded(() => get(tenantPath(name)), [name]);
   return html`<${Title} beside=${isPlatform() && html`<a href="#/tenants">All tenants</a>`}>${name}</${Title}>
     <${Failure} error=${error} retry=${reload} />
-    ${tenant && html`<section class="card"><div class="bar"><h2>What it has and may have</h2><span class="row">
+    ${tenant && html`<section class="card"><div class="bar"><h2>Usage and quotas</h2><span class="row">
       <a href="#/adapters/${name}">Its adapters</a>
       ${isPlatform() && html`<${Quotas} tenant=${tenant} onDone=${reload} />`}</span></div>
       <div class="two"><div>Adapters<${Gauge} used=${tenant.adapters} most=${tenant.max_adapters} what="adapters" />
@@ -68,7 +68,7 @@ function Tenant({ name }) {
 
 function PlatformKeys() {
   return html`<${Title} beside=${html`<a href="#/tenants">All tenants</a>`}>Keys of the platform</${Title}>
-    <p class="soft">They reach every tenant. A read key serves a fleet of workers; a metrics key lets Prometheus read the metrics and nothing else.</p>
+    <p class="soft">These keys reach every tenant. A read key serves a fleet of workers; a metrics key can read the metrics, for Prometheus, and nothing else.</p>
     <${Keys} owner="the platform" path="v1/keys" scopes=${["metrics", "read", "write", "admin"]} />`;
 }
 
@@ -124,13 +124,13 @@ function Keys({ owner, path, scopes }) {
         <td class="wideonly"><${Moment} at=${key.created} /></td><td class="mono wideonly">${key.id}</td>
         <td><div class="row"><${Confirm} label="Rotate" class="" title=${`Rotate key ${key.name || key.id}?`}
           run=${() => rotate(key)}>
-          <p>A new key of the same scope is made, and shown once. The old one ends in 7 days.</p></${Confirm}>
+          <p>The service makes a new key of the same scope, and shows it once. The old key ends in 7 days.</p></${Confirm}>
         <${Confirm} label="Revoke" title=${`Revoke key ${key.name || key.id}?`}
           run=${async () => { await call("DELETE", `${path}/${key.id}`); say("The key is revoked"); reload(); }}>
-          <p>Whoever uses it gets 401 within a second. It was last used ${key.last_used ? moment(key.last_used) : "never"}.</p></${Confirm}></div></td></tr>`)}</tbody></table></div>
+          <p>Callers that use this key get 401 within a second. It was last used ${key.last_used ? moment(key.last_used) : "never"}.</p></${Confirm}></div></td></tr>`)}</tbody></table></div>
     ${keys && keys.length === 0 && html`<p class="soft">There is no key yet.</p>`}
     ${made && html`<${Dialog} title=${made.replaces ? "The new key" : "The key"} onClose=${() => setMade(null)}>
-      <p>Copy it now: it is shown this once, and stored nowhere.</p><pre class="secret">${made.key}</pre>
+      <p>Copy the key now: the service shows it only once, and stores only its hash.</p><pre class="secret">${made.key}</pre>
       <form method="dialog" class="row"><${Copy} text=${made.key} label="Copy the key" /><button>I have it</button>
         </form></${Dialog}>`}</section>`;
 }

@@ -109,12 +109,12 @@ export function Upload({ tenant, onDone }) {
         ${progress[0] < progress[1] ? `${bytes(progress[0])} of ${bytes(progress[1])} sent` : "The service checks the files and computes keys and values…"}</p>`}
     <${Failure} error=${error} />
     ${made && html`<div class="notice good" role="status">
-      <b>${made.isNew ? "Published: " : "The same content is a version already: "}<${Text}>
+      <b>${made.isNew ? "Published: " : "This content is already published: "}<${Text}>
       ${made.tenant}/${made.adapter}@${made.version}</${Text}></b>
       <span>${made.num_layers} layers, ${made.num_kv_heads} key/value heads of ${made.head_dim}, ${made.num_virtual_tokens} virtual tokens,
         as ${made.dtype}; the weights have ${bytes(made.size.weights)}.</span>
       <p>In the worker:</p><pre>${worker(made)}</pre><div class="row"><${Copy} text=${worker(made)} />
-      <a class="button" href="#/adapters/${made.tenant}/${made.adapter}@${made.version}">Open it</a></div></div>`}
+      <a class="button" href="#/adapters/${made.tenant}/${made.adapter}@${made.version}">Open this version</a></div></div>`}
   </div>`;
 }
 

@@ -36,9 +36,9 @@ export default function Usage() {
     <${Failure} error=${error} retry=${reload} />
     ${rows && html`<section class="card"><h2>Requests an hour</h2><${Chart} key=${`${by}${hours}${rows.length}`}
       at=${at} lines=${[["requests", perHour, number]]} /></section>
-    <section class="card"><h2>In all</h2>${sorted.length === 0 ? html`<p
-      class="soft">Nobody has read a prefix in this time. What is read is written within a minute.</p>` : html`<div class="wide" tabindex="0" role="group"
-      aria-label="Usage in all"><table>
+    <section class="card"><h2>Total</h2>${sorted.length === 0 ? html`<p
+      class="soft">Nobody has read a prefix in this time. The service records reads within a minute.</p>` : html`<div class="wide" tabindex="0" role="group"
+      aria-label="Total usage"><table>
       <thead><tr><th>What</th><th class="number">Requests</th><th class="number">Bytes</th>
         <th class="number">Prefix tokens</th><th class="number">Cold loads</th></tr></thead>
       <tbody>${sorted.map((sum) => html`<tr key=${sum.name}><td><${Text}>${sum.name}</${Text}></td>
@@ -46,7 +46,7 @@ export default function Usage() {
         <td class="number">${number(sum.prefix_tokens)}</td><td class="number">${number(sum.cold_loads)}</td>
           </tr>`)}</tbody></table></div>`}
       ${rows.more && html`<p
-        class="soft">There is more than the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;
+        class="soft">The table counts only the first ${number(MOST)} rows: choose a shorter time.</p>`}</section>`}`;
 }
 
 function nameOf(row, by) {
