@@ -30,10 +30,11 @@ from prefix_service.catalog.records import NewVersion, Quotas, Version
 from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PrefixServiceError, Unauthenticated
-from prefix_service.library import known_keys
+from prefix_service.library import unknown_ids
 from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.plan import Limits
+from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference
@@ -66,7 +67,7 @@ class Follower:
         keyring = Keyring(self.database, folder / "key.secret")
         cases = loop.run(self._made(keyring, blobs, limits))
         self.library, self.feed = cases.library, cases.feed
-        self.keys = KnownKeys(keyring, lambda: self.feed.are_known)
+        self.keys = KnownKeys(keyring, UnknownIds(), lambda: self.feed.are_known)
         self.rates = RateLimits(cases.tenancy.requests_per_second, lambda: self.feed.are_known)
         for listening in (cases.residency, self.keys, self.rates):
             self.feed.listen(listening.on_changes)
@@ -303,7 +304,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_remembered_follows_the_catalog(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Versions, aliases, tensors, keys and rates, whatever is changed in whatever order, and whatever the words of the
     audit are. Nothing is read out of it."""
-    monkeypatch.setattr(known_keys, "_STRANGERS", RateLimitItemPerSecond(10_000))
+    monkeypatch.setattr(unknown_ids, "_MOST", RateLimitItemPerSecond(10_000))
     run_state_machine_as_test(
         lambda: Following(template),  # type: ignore[arg-type]  # it is only called
         settings=settings(max_examples=10, stateful_step_count=25, deadline=None),

@@ -12,7 +12,7 @@ import torch
 
 from prefix_service.prefix.variant import Identity, Variant
 from prefix_service.prefix.wire.digests import digest_of, format_digest
-from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.rendering import Rendering
 

@@ -19,6 +19,7 @@ from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Overloaded, StorageFailed, Unauthenticated
 from prefix_service.library.known_keys import KnownKeys
+from prefix_service.library.unknown_ids import UnknownIds
 from tests.conftest import running_server
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +59,7 @@ class Catalog:
         self.elsewhere = Keyring(self.other, folder / "key.secret")
 
     def known(self) -> KnownKeys:
-        known = KnownKeys(self.keyring, lambda: self.are_known)
+        known = KnownKeys(self.keyring, UnknownIds(), lambda: self.are_known)
         self.feed.listen(known.on_changes)
         return known
 

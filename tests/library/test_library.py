@@ -14,9 +14,9 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.reads import write_catalog
 from prefix_service.catalog.records import COMMAND_LINE, Quotas, Version
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.threads import write_catalog
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from prefix_service.library.arrivals import Target
 from prefix_service.library.composition import UseCases, compose
@@ -25,7 +25,7 @@ from prefix_service.library.plan import Limits, PrefixRequest
 from prefix_service.prefix.config import parse_config
 from prefix_service.prefix.json_text import parse_json
 from prefix_service.prefix.references import parse_reference
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.registry.registry import AdapterRegistry
 from tests.admission import generous_admission
 from tests.blobs.test_folder import largest_file

@@ -13,8 +13,8 @@ from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.catalog.schema import sessions
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.errors import Overloaded, Unauthenticated
-from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
+from prefix_service.library.unknown_ids import UnknownIds
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def caller(keyring: Keyring) -> Principal:
     return keyring.verify(keyring.create(None, "read", "", COMMAND_LINE)[1])
 
 
-class PatientKeys(KnownKeys):
+class ThreeUnknownIds(UnknownIds):
     """Lets three unknown ids be looked up, then no more."""
 
     left = 3
 
-    def admit_stranger(self) -> None:
+    def admit(self) -> None:
         if not self.left:
             raise Overloaded("too many unknown keys")
         self.left -= 1
@@ -47,7 +47,7 @@ class PatientKeys(KnownKeys):
 
 @pytest.fixture
 def browsers(database: Database, keyring: Keyring) -> PageSessions:
-    return PageSessions(Sessions(database), PatientKeys(keyring, lambda: True))
+    return PageSessions(Sessions(database), ThreeUnknownIds())
 
 
 async def test_a_session_that_is_known_is_always_looked_up(browsers: PageSessions, caller: Principal) -> None:

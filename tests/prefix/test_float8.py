@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.variant import Identity, Variant
-from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import PrefixFile
 from prefix_service.prefix.wire.received import read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering, render

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -23,10 +22,10 @@ from prefix_service.api.middleware.answers import Answers
 from prefix_service.api.middleware.auth import AuthenticationMiddleware, Authenticator
 from prefix_service.api.middleware.charging import ChargingMiddleware
 from prefix_service.api.middleware.in_flight import InFlightMiddleware
-from prefix_service.api.middleware.queries import StrictPathMiddleware
 from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.request_log import RequestMiddleware
 from prefix_service.api.middleware.revisions import RevisionMiddleware
+from prefix_service.api.middleware.strict_paths import StrictPathMiddleware
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.api.open_inference import extensions as inference_v2_extensions
 from prefix_service.api.open_inference import routes as inference_v2
@@ -53,20 +52,20 @@ from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
-from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed, Listener, call
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
-from prefix_service.data_folder.opening import blob_folder, catalog_file, check
-from prefix_service.data_folder.readiness import Readiness
+from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.data_folder.readiness import Readiness, checks_of
 from prefix_service.library.composition import compose
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
+from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
@@ -192,13 +191,14 @@ def _compose(
     keyring = Keyring(database, settings.secret_file)
     cases = compose(database, keyring, blobs, registry, limits, admission, shared_files)
     feed = cases.feed
-    known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
-    page_sessions = PageSessions(Sessions(database), known_keys)
+    unknown_ids = UnknownIds()
+    known_keys = KnownKeys(keyring, unknown_ids, lambda: feed.are_known, notes_uses=not settings.read_only)
+    page_sessions = PageSessions(Sessions(database), unknown_ids)
     authenticator = Authenticator(None if settings.dev else known_keys, page_sessions)
     rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage_counts = UsageCounts(None if settings.read_only else UsageStore(database).add)
-    readiness = Readiness([Catalog(database).check, blobs.check, partial(check, settings)])
+    readiness = Readiness(checks_of(settings, database, blobs))
     watchers = Watchers(database, settings.max_watchers)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):

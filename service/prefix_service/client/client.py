@@ -11,8 +11,8 @@ from prefix_service.client import options
 from prefix_service.client.cache.cache import LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache
 from prefix_service.client.flows import calls, management
+from prefix_service.client.flows.as_methods import awaited, blocking, named, plain
 from prefix_service.client.flows.flows import Reading
-from prefix_service.client.flows.methods import awaited, blocking, named, plain
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign

@@ -4,17 +4,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from anyio import CapacityLimiter, to_thread
 
+from prefix_service.blobs.port import BlobStore
+from prefix_service.catalog.catalog import Catalog
+from prefix_service.catalog.database import Database
+from prefix_service.data_folder.opening import check as check_folder
 from prefix_service.errors import PrefixServiceError, StorageFailed
+from prefix_service.settings import Settings
 
 log = logging.getLogger("prefix_service")
 
 _REMEMBERED: Final = 1.0  # seconds
 DEADLINE: Final = 2.0
 """The most seconds that all checks together may take."""
+
+
+def checks_of(settings: Settings, database: Database, blobs: BlobStore) -> list[Callable[[], object]]:
+    """Returns checks of what the next request needs: the catalog, the blob store, and the data folder."""
+    return [Catalog(database).check, blobs.check, partial(check_folder, settings)]
 
 
 class Readiness:

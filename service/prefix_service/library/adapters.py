@@ -6,8 +6,8 @@ from typing import TypeVar
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.descriptions import Descriptions
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Principal, Version
+from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.references import Reference

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 from prefix_service.library.in_parallel import InParallel
 from prefix_service.library.plan import Plan
 from prefix_service.prefix.wire.digests import Algorithm, Crc32c, Hasher, new_hasher
-from prefix_service.prefix.wire.extras import Piece
+from prefix_service.prefix.wire.masks import Piece
 from prefix_service.prefix.wire.prefix_file import chunks_of
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission

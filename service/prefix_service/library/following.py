@@ -5,7 +5,7 @@ from typing import Final
 import anyio
 
 from prefix_service.catalog.feed import ChangeFeed
-from prefix_service.catalog.reads import read_catalog
+from prefix_service.catalog.threads import read_catalog
 from prefix_service.errors import StorageFailed, Unavailable
 
 _PATIENCE: Final = 1.0  # seconds

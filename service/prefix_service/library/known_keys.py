@@ -12,10 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final
 
-from limits import RateLimitItemPerSecond
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
-
 from prefix_service.catalog.changes import (
     Change,
     EverythingChanged,
@@ -26,15 +22,13 @@ from prefix_service.catalog.changes import (
 )
 from prefix_service.catalog.keys import USE_GRANULARITY, Keyring, StoredKey
 from prefix_service.catalog.records import Principal
-from prefix_service.errors import OutOfSpace, Overloaded, StorageFailed, Unauthenticated
+from prefix_service.errors import OutOfSpace, StorageFailed, Unauthenticated
+from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.system.background import in_background
 from prefix_service.system.bounded import put_last
 
 _MOST_KEYS: Final = 65_536
 _MOST_MISSING: Final = 4096
-_STRANGERS: Final = RateLimitItemPerSecond(50)
-"""Lookups of ids that this process does not know. A wrong key has such an id; a right one only for the quarter of a
-second until the change feed reports that another process created it."""
 _LOOKUPS: Final = 4  # threads
 _PATIENCE: Final = 2.0  # seconds that a lookup may take
 _PAUSE: Final = 5.0  # seconds between two writes of the keys' last uses
@@ -48,8 +42,11 @@ class KnownKeys:
     Belongs to the event loop, `running` aside.
     """
 
-    def __init__(self, keyring: Keyring, are_known: Callable[[], bool], *, notes_uses: bool = True) -> None:
-        self._keyring, self._are_known, self._notes_uses = keyring, are_known, notes_uses
+    def __init__(
+        self, keyring: Keyring, unknown_ids: UnknownIds, are_known: Callable[[], bool], *, notes_uses: bool = True
+    ) -> None:
+        self._keyring, self._unknown_ids = keyring, unknown_ids
+        self._are_known, self._notes_uses = are_known, notes_uses
         # None: the key exists, or did, and has not been looked up since.
         self._keys: dict[str, StoredKey | None] = dict.fromkeys(keyring.latest_ids(_MOST_KEYS))
         self._missing: dict[str, None] = {}
@@ -57,7 +54,6 @@ class KnownKeys:
         self._changes = 0
         self._noted: dict[str, float] = {}
         self._uses: queue.SimpleQueue[tuple[str, datetime]] = queue.SimpleQueue()
-        self._strangers = SlidingWindowCounterRateLimiter(MemoryStorage())
         # An executor of its own: if the catalog hangs, no more threads than these hang with it.
         self._threads = ThreadPoolExecutor(_LOOKUPS, "keys")
 
@@ -90,15 +86,6 @@ class KnownKeys:
         """Returns the moment of `time.monotonic` when a key ends that was verified just now."""
         stored = self._keys.get(key_id)
         return math.inf if stored is None else stored.ends
-
-    def admit_stranger(self) -> None:
-        """Counts a lookup of an id, of a key or a session, that this process has never heard of.
-
-        Raises:
-            Overloaded: too many were looked up within a second.
-        """
-        if not self._strangers.hit(_STRANGERS, "unknown ids"):
-            raise Overloaded("too many unknown keys are tried at the moment: check the key, or try again in a second")
 
     def on_changes(self, changes: Sequence[Change]) -> None:
         """Forget keys that changed, and those of deleted tenants; learn of new ones."""
@@ -137,7 +124,7 @@ class KnownKeys:
         if self._are_known() and (known is not None or key_id in self._missing):
             return known
         if key_id not in self._keys:
-            self.admit_stranger()
+            self._unknown_ids.admit()
         changes = self._changes
         try:
             async with asyncio.timeout(_PATIENCE):

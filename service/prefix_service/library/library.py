@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import BinaryIO
 
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal, Version
 from prefix_service.catalog.remembered import RememberedVersions
+from prefix_service.catalog.threads import read_catalog
 from prefix_service.errors import NotFound
 from prefix_service.library.digests import BodyDigests
 from prefix_service.library.encodings import EncodedAgain, Encodings, unstable
@@ -27,7 +27,7 @@ from prefix_service.library.shared_files import SharedFiles
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import Reference
 from prefix_service.prefix.wire.digests import Algorithm
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.prefix.wire.rendering import Rendering
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.keys import RenderingKey, VersionKey

@@ -3,11 +3,11 @@
 import contextlib
 from typing import Final
 
-from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Principal
 from prefix_service.catalog.sessions import LONGEST, Sessions
+from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import Forbidden, OutOfSpace, ReadOnly, StorageFailed, Unauthenticated
-from prefix_service.library.known_keys import KnownKeys
+from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.system.bounded import put_last
 
 __all__ = ["LONGEST", "PageSessions"]
@@ -22,8 +22,8 @@ class PageSessions:
     Ids that were not alive here before are looked up as rarely as unknown keys. Belongs to the event loop.
     """
 
-    def __init__(self, sessions: Sessions, keys: KnownKeys) -> None:
-        self._sessions, self._keys = sessions, keys
+    def __init__(self, sessions: Sessions, unknown_ids: UnknownIds) -> None:
+        self._sessions, self._unknown_ids = sessions, unknown_ids
         self._alive: dict[str, None] = {}
 
     async def begin(self, by: Principal) -> str:
@@ -54,7 +54,7 @@ class PageSessions:
             StorageFailed: the catalog does not answer.
         """
         if session_id not in self._alive:
-            self._keys.admit_stranger()
+            self._unknown_ids.admit()
         session = await read_catalog(self._sessions.find, session_id)
         if session is None:
             self._alive.pop(session_id, None)

@@ -9,7 +9,6 @@ from typing import Final, Generic, TypeVar
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import (
     Adapter,
     AdapterOrder,
@@ -23,6 +22,7 @@ from prefix_service.catalog.records import (
     VersionName,
 )
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.threads import read_catalog
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.registry.admission import PLATFORM, Admission
 

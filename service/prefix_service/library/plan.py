@@ -21,7 +21,7 @@ from prefix_service.prefix.mixed import MOST_IN_A_ROW, MixedBatch, Row, RowPrefi
 from prefix_service.prefix.ranks import kv_heads_of_rank
 from prefix_service.prefix.references import QUALIFIED_PATTERN
 from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
-from prefix_service.prefix.wire.extras import AttentionMask, Extra, InputMask, PositionIds
+from prefix_service.prefix.wire.masks import AttentionMask, Extra, InputMask, PositionIds
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 

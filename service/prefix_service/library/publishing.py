@@ -20,8 +20,8 @@ from torch import Tensor
 from prefix_service.blobs.port import BlobStore, StagedBlob
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.changes import Change, KeyRevoked, TenantDeleted
-from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import NewVersion, Version
+from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import InvalidConfig, PrefixServiceError
 from prefix_service.library.arrivals import Arrivals, Target, Upload
 from prefix_service.library.encodings import Encodings

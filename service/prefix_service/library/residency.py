@@ -14,8 +14,8 @@ from prefix_service.catalog.changes import (
     VersionDeleted,
     VersionEncoded,
 )
-from prefix_service.catalog.reads import write_catalog
 from prefix_service.catalog.records import Principal, Version, VersionName
+from prefix_service.catalog.threads import write_catalog
 from prefix_service.library.library import Library, key_of
 from prefix_service.prefix.references import Reference
 from prefix_service.registry.admission import PLATFORM, Admission

@@ -5,9 +5,9 @@ from datetime import datetime
 from prefix_service.catalog.authority import prove
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.records import Key, Principal, Quotas, Scope, Tenant
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.threads import read_catalog, write_catalog
 
 
 class Tenancy:

@@ -17,8 +17,8 @@ from prefix_service.catalog.changes import (
     seen_changes,
 )
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.reads import read_catalog
 from prefix_service.catalog.records import Principal
+from prefix_service.catalog.threads import read_catalog
 from prefix_service.errors import Overloaded
 
 TOGETHER: Final = 1000

@@ -12,8 +12,8 @@ from prefix_service.errors import InvalidInput, OutOfSpace, Unavailable
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.streams import own_stream
 from prefix_service.prefix.wire.rendering import Rendering, render
+from prefix_service.registry.allocation import exhausted, memory_for, of_device
 from prefix_service.registry.keys import RenderingKey, VersionKey
-from prefix_service.registry.memory import exhausted, memory_for, of_device
 from prefix_service.registry.report import TierReport
 from prefix_service.registry.snapshot import Snapshot
 from prefix_service.registry.tier import Lease, Tier

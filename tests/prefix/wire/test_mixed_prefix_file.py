@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prefix_service.prefix.mixed import MixedBatch, Row, RowPrefix
 from prefix_service.prefix.variant import Identity, Layout, Variant
-from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.mixed_prefix_file import MixedPrefixFile
 from prefix_service.prefix.wire.received import read_prefix_file
 from prefix_service.prefix.wire.rendering import Rendering

@@ -19,7 +19,7 @@ from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.buffers import bytes_of
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.variant import Identity, KVDtype, Layout, MaskDtype, Span, Variant
-from prefix_service.prefix.wire.extras import AttentionMask
+from prefix_service.prefix.wire.masks import AttentionMask
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES, PrefixFile
 from prefix_service.prefix.wire.received import Received, read_kv, read_prefix_file
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering, render

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from prefix_service import errors
 from prefix_service.logs import redacted
 from prefix_service.prefix.json_text import shown
-from prefix_service.registry.memory import exhausted
+from prefix_service.registry.allocation import exhausted
 
 log: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger("prefix_service")
 

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefix_service.api.http.page_files import PAGE_FILES
 from prefix_service.api.http.paths import HEALTH, REFERENCE_FILES, TenantPath
-from prefix_service.api.middleware.browser_sessions import session_of
 from prefix_service.api.middleware.revisions import WRITES
+from prefix_service.api.middleware.session_cookie import session_of
 from prefix_service.catalog.records import DEV, Principal
 from prefix_service.catalog.records import Scope as KeyScope
 from prefix_service.errors import Forbidden, NotFound, ReadOnly, Unauthenticated

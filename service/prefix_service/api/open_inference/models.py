@@ -15,7 +15,7 @@ from prefix_service.library.library import Library
 from prefix_service.library.pages import Pages, WantedPage
 from prefix_service.library.plan import PrefixRequest
 from prefix_service.prefix.references import Reference, check_name, parse_reference
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.registry.admission import Admission
 
 MODEL: Final = "/models/{tenant}/{name}"

@@ -9,13 +9,13 @@ from typing import Any, Final
 import torch
 from starlette.datastructures import Headers
 
+from prefix_service.api.dependencies.input_masks import mask_of_rows, mask_of_tensor
 from prefix_service.api.dependencies.json_bodies import MOST_JSON, MOST_MASK_JSON, json_object, validated
-from prefix_service.api.dependencies.masks import mask_of_rows, mask_of_tensor
 from prefix_service.api.open_inference.schemas import InferenceInput, InferenceRequest, InputName
 from prefix_service.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from prefix_service.library.plan import PrefixRequest
 from prefix_service.prefix.json_text import json_memory, shown
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 """The header field with the number of bytes of a body that are JSON; the rest are tensors."""

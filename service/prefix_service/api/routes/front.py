@@ -12,7 +12,7 @@ from prefix_service.api.dependencies.bodies import read_body
 from prefix_service.api.dependencies.json_bodies import json_object, validated
 from prefix_service.api.http.negotiation import lists, require_media_type
 from prefix_service.api.middleware.auth import require_local
-from prefix_service.api.middleware.browser_sessions import cookie_of, session_cookie, session_of, why_foreign
+from prefix_service.api.middleware.session_cookie import cookie_of, session_cookie, session_of, why_foreign
 from prefix_service.api.routes.documentation import json_body, request_headers
 from prefix_service.api.routes.keys import Identity, identity
 from prefix_service.api.state import State, StateOf

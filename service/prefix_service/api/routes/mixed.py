@@ -8,8 +8,8 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from starlette.types import Receive, Scope, Send
 
+from prefix_service.api.dependencies.input_masks import mask_from_json
 from prefix_service.api.dependencies.json_bodies import payer, read_mask_json, validated
-from prefix_service.api.dependencies.masks import mask_from_json
 from prefix_service.api.http.negotiation import require_acceptable, require_media_type
 from prefix_service.api.http.responses import RawResponse, send_chunks
 from prefix_service.api.http.served import SERVED, note_load, served_together
@@ -22,7 +22,7 @@ from prefix_service.library.library import Library
 from prefix_service.library.plan import MixedPlan, MixedRequest
 from prefix_service.prefix.references import Reference, parse_qualified
 from prefix_service.prefix.variant import MEDIA_TYPE
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 
 router = APIRouter(tags=["prefixes"])
 

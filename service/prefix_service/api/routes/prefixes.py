@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, Query, Request
 
 from prefix_service.api.dependencies.bodies import read_body
+from prefix_service.api.dependencies.input_masks import mask_from_json, mask_of_tensor
 from prefix_service.api.dependencies.json_bodies import (
     computed,
     declared_bytes,
@@ -15,7 +16,6 @@ from prefix_service.api.dependencies.json_bodies import (
     reserved,
     validated,
 )
-from prefix_service.api.dependencies.masks import mask_from_json, mask_of_tensor
 from prefix_service.api.http.negotiation import lists, require_acceptable, require_media_type
 from prefix_service.api.http.paths import RefPath
 from prefix_service.api.http.responses import ParametersResponse, PrefixResponse
@@ -30,7 +30,7 @@ from prefix_service.prefix.references import parse_reference
 from prefix_service.prefix.safetensors_header import parse_header
 from prefix_service.prefix.safetensors_tensors import NAMES, tensor_at
 from prefix_service.prefix.variant import MEDIA_TYPE, SHARED_FILE_TYPE
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 from prefix_service.prefix.wire.prefix_file import MASK_DTYPES
 
 router = APIRouter(tags=["prefixes"])

@@ -1,4 +1,4 @@
-"""Carries out flows: deadlines, safe retries, and several flows in parallel."""
+"""Carries out flows: deadlines, retries, and several flows in parallel."""
 
 import asyncio
 import time
@@ -7,76 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
-import httpx
-
 from prefix_service.client.flows.flows import Flow, T
 from prefix_service.client.protocol import Answer, Fetch, Request, Step, Together, Work, require_success
-from prefix_service.client.transport.connection import NotConnected, connection_failed
+from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
 from prefix_service.client.transport.lane import Interrupt
+from prefix_service.client.transport.retries import Attempts, named
 from prefix_service.errors import (
-    ConnectionFailed,
-    CorruptBlob,
     InvalidRequest,
-    NotFound,
     PrefixServiceError,
-    RateLimited,
-    Unavailable,
 )
 from prefix_service.system.forks import renew_in_child
 
-_FIRST_PAUSE: Final = 0.1
-_LONGEST_PAUSE: Final = 2.0
-_NEVER_SENT: Final = (NotConnected, httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _MOST_THREADS: Final = 32
 
 Begun = tuple[Flow[Any], Step]
 """A flow, and the step that it waits for."""
-
-
-class _Attempts:
-    """The attempts of one request: its deadline, the growing pauses
-    between them, and whether one may have succeeded.
-    """
-
-    def __init__(self, request: Request, until: float) -> None:
-        self._request, self._until = request, until
-        self._may_be_done = False
-        self._pause = _FIRST_PAUSE
-
-    def pause_after(self, error: PrefixServiceError) -> float:
-        """Returns the seconds to wait before another attempt.
-
-        Raises:
-            PrefixServiceError: `error` itself, if another attempt cannot help or there is no time for it.
-        """
-        if not isinstance(error, ConnectionFailed | Unavailable) or isinstance(error, CorruptBlob):
-            raise error
-        if not _was_refused(error):
-            if not self._request.is_idempotent:
-                raise error
-            self._may_be_done = True
-        pause = max(self._pause, error.retry_after if isinstance(error, Unavailable) else 0)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if time.monotonic() + pause >= self._until:
-            raise error
-        return pause
-
-    def found_done(self, error: PrefixServiceError) -> bool:
-        """Returns whether a deletion finds nothing because an earlier attempt, whose answer was lost, succeeded."""
-        return self._may_be_done and self._request.method == "DELETE" and isinstance(error, NotFound)
-
-
-def _named(error: PrefixServiceError, request: Request) -> PrefixServiceError:
-    """Returns an error with the id of its request, also if no answer told it; without, if nothing was sent."""
-    return error if isinstance(error.__cause__, _NEVER_SENT) else error.met_by(request.request_id)
-
-
-def _was_refused(error: PrefixServiceError) -> bool:
-    """Returns whether the request was certainly not carried out."""
-    return isinstance(error, RateLimited) or isinstance(error.__cause__, _NEVER_SENT)
 
 
 def _begun(flows: Sequence[Flow[Any]]) -> tuple[list[Any], dict[int, Begun]]:
@@ -148,14 +96,14 @@ class Transport:
             return step.run()
         if isinstance(step, Together):
             return self._together(step, until)
-        attempts = _Attempts(step, until)
+        attempts = Attempts(step, until)
         while True:
             try:
                 return self._once(step, until)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                time.sleep(attempts.pause_after(_named(error, step)))
+                time.sleep(attempts.pause_after(named(error, step)))
 
     def _once(self, request: Request, until: float) -> Any:
         if isinstance(self._way, Fetcher):
@@ -230,14 +178,14 @@ class AsyncTransport:
             return await self._in_thread(step.run)
         if isinstance(step, Together):
             return await self._together(step, until)
-        attempts = _Attempts(step, until)
+        attempts = Attempts(step, until)
         while True:
             try:
                 return await self._once(step, until)
             except PrefixServiceError as error:
                 if attempts.found_done(error):
                     return Answer(204, {}, bytearray())
-                await asyncio.sleep(attempts.pause_after(_named(error, step)))
+                await asyncio.sleep(attempts.pause_after(named(error, step)))
 
     async def _once(self, request: Request, until: float) -> Any:
         if isinstance(self._way, AsyncForeign):

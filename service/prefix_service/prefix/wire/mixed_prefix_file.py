@@ -12,7 +12,7 @@ from torch import Tensor
 from prefix_service.prefix.buffers import memory_of
 from prefix_service.prefix.mixed import Bytes, MixedBatch, RepeatedBytes, TensorBytes
 from prefix_service.prefix.variant import FORMAT, Variant
-from prefix_service.prefix.wire.extras import Extra
+from prefix_service.prefix.wire.masks import Extra
 from prefix_service.prefix.wire.prefix_file import CHUNK, JOINED, TensorSpec, chunks_of, write_header
 from prefix_service.prefix.wire.rendering import KV_DTYPES, Rendering
 

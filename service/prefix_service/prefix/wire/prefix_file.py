@@ -18,7 +18,7 @@ import torch
 
 from prefix_service.prefix.safetensors_tensors import NAMES
 from prefix_service.prefix.variant import FORMAT, Identity, MaskDtype, Variant
-from prefix_service.prefix.wire.extras import AttentionMask, Bytes, Extra, Piece
+from prefix_service.prefix.wire.masks import AttentionMask, Bytes, Extra, Piece
 from prefix_service.prefix.wire.rendering import KV_DTYPES, BufferName, Rendering
 
 _ALIGNMENT: Final = 64

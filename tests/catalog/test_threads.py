@@ -1,4 +1,4 @@
-"""`catalog.reads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
+"""`catalog.threads` and the patience of `Database`: a catalog that is locked or hangs keeps nobody waiting."""
 
 import asyncio
 import sqlite3
@@ -15,11 +15,11 @@ import pytest
 from anyio import to_thread
 
 from prefix_service.catalog import access as module
-from prefix_service.catalog import reads
+from prefix_service.catalog import threads
 from prefix_service.catalog.access import Patience
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.reads import read_catalog, write_catalog
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import NotFound, Overloaded, ReadOnly, StorageFailed
 from prefix_service.system.turns import ASKING
 from tests.catalog.conftest import BY
@@ -110,9 +110,9 @@ def test_threads_that_hang_in_the_catalog_are_bounded(tenants: Tenants) -> None:
 
 async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its callers get an error after the deadline, more of them than there are threads for reads."""
-    monkeypatch.setattr(reads, "DEADLINE", 0.2)
+    monkeypatch.setattr(threads, "DEADLINE", 0.2)
     release = threading.Event()
-    asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * reads._READS)]
+    asked = [asyncio.create_task(read_catalog(release.wait, 600)) for _ in range(2 * threads._READS)]
     await asyncio.sleep(0)
     assert await to_thread.run_sync(lambda: 7) == 7
     for outcome in await asyncio.gather(*asked, return_exceptions=True):
@@ -125,7 +125,7 @@ async def test_a_read_that_hangs_is_given_up_and_keeps_no_other_work_waiting(mon
 
 async def test_who_waits_behind_its_own_reads_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The catalog answers, and is not blamed: of one tenant's many reads those are refused whose turn never comes."""
-    monkeypatch.setattr(reads, "DEADLINE", 1.0)
+    monkeypatch.setattr(threads, "DEADLINE", 1.0)
     ASKING.set("acme")
     asked = [asyncio.create_task(read_catalog(time.sleep, 0.4)) for _ in range(100)]
     found = await asyncio.gather(*asked, return_exceptions=True)
@@ -143,7 +143,7 @@ async def test_a_tenant_that_asks_for_much_keeps_no_other_waiting(
     ask: Callable[..., Awaitable[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hundred calls of one wait in its turn, on a part of the threads; another's call and an operator's go on."""
-    monkeypatch.setattr(reads, "DEADLINE", 60)
+    monkeypatch.setattr(threads, "DEADLINE", 60)
     release = threading.Event()
 
     async def asked_by(tenant: str, call: Callable[[], object]) -> object:

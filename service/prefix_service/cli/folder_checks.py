@@ -5,11 +5,11 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-from prefix_service.cli.checks.check import Check
 from prefix_service.cli.console import human_bytes
 from prefix_service.system.disk import LEAST_FREE_BYTES
 
@@ -18,6 +18,16 @@ _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _SECRET: Final = ("key.secret", "bootstrap.key")
 _OF_NETWORKS: Final = ("nfs", "cifs", "smb", "9p", "ceph", "glusterfs", "fuse.sshfs")
 _MOUNTS: Final = Path("/proc/self/mountinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A finding of `doctor`, and advice unless it is good. `failed` means that this machine cannot fetch prefixes."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
 
 
 def folder_checks(folder: Path, uid: int) -> Iterator[Check]:

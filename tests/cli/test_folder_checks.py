@@ -1,4 +1,4 @@
-"""`cli.checks.folder` checks data folders that others share, or that another user or release has made."""
+"""`cli.folder_checks` checks data folders that others share, or that another user or release has made."""
 
 import os
 import sqlite3
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.cli.checks import folder as checked
-from prefix_service.cli.checks.check import Check
-from prefix_service.cli.checks.folder import folder_checks
+from prefix_service.cli import folder_checks as checked
+from prefix_service.cli.folder_checks import Check, folder_checks
 
 ME = os.geteuid()
 

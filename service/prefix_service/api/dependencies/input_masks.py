@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prefix_service.errors import InvalidRequest
 from prefix_service.prefix.json_text import shown
-from prefix_service.prefix.wire.extras import InputMask
+from prefix_service.prefix.wire.masks import InputMask
 
 _BLOCK: Final = 1 << 20  # elements that are compared together
 

@@ -1,8 +1,8 @@
-"""`api.middleware.browser_sessions` reads the id of a session from the cookies of a request."""
+"""`api.middleware.session_cookie` reads the id of a session from the cookies of a request."""
 
 import pytest
 
-from prefix_service.api.middleware.browser_sessions import session_of
+from prefix_service.api.middleware.session_cookie import session_of
 
 
 def _found(value: str) -> str | None:
