@@ -27,7 +27,8 @@ class Difference:
     @classmethod
     def between(cls, first: Tensor, second: Tensor) -> Self:
         """Returns the difference of two tensors of finite numbers; computed in float64."""
-        return cls.of(_sums(first.reshape(1, -1), second.reshape(1, -1))[0])
+        one, other = first.double().reshape(1, -1), second.double().reshape(1, -1)
+        return cls.of(_sums(one, other, torch.empty_like(one))[0])
 
     @classmethod
     def of(cls, sums: Tensor) -> Self:
@@ -59,8 +60,12 @@ def comparing(shape: Shape, first: Rows, second: Rows) -> Generator[None, None, 
     their differences, and the largest absolute difference.
     """
     found = []
+    memory = torch.empty(3, shape.part, dtype=torch.float64)  # once: fresh memory costs more than the arithmetic
     for start, stop in shape.parts():
-        found.append(_sums(first(start, stop).flatten(1), second(start, stop).flatten(1)))
+        one, other, work = memory[:, : (stop - start) * shape.tokens * shape.head_dim].view(3, stop - start, -1)
+        one.copy_(first(start, stop).flatten(1))
+        other.copy_(second(start, stop).flatten(1))
+        found.append(_sums(one, other, work))
         yield
     return torch.cat(found).view(shape.layers, 2, shape.kv_heads, 5)
 
@@ -99,9 +104,9 @@ def cosine(sums: Tensor) -> Tensor:
     return torch.where(off > 0, found, 1)  # rounding would make the cosine of equal tensors slightly less than 1
 
 
-def _sums(first: Tensor, second: Tensor) -> Tensor:
-    """Returns the sums `[n, 5]` of two tensors `[n, …]`."""
-    first, second = first.double(), second.double()
-    off = second - first
-    columns = [first.square().sum(1), second.square().sum(1), (first * second).sum(1), off.square().sum(1)]
-    return torch.stack([*columns, off.abs().amax(1)], 1)
+def _sums(first: Tensor, second: Tensor, work: Tensor) -> Tensor:
+    """Returns the sums `[n, 5]` of two float64 tensors `[n, …]`; overwrites `work`, a third of their shape."""
+    products = [torch.mul(a, b, out=work).sum(1) for a, b in ((first, first), (second, second), (first, second))]
+    off = torch.sub(second, first, out=work)
+    largest = torch.maximum(off.amax(1), -off.amin(1))
+    return torch.stack([*products, off.square_().sum(1), largest], 1)

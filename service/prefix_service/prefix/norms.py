@@ -46,7 +46,7 @@ def measuring(shape: Shape, rows: Rows) -> Generator[None, None, Norms]:
     by_head = torch.zeros(2 * layers * heads, dtype=torch.float64)
     by_token = torch.zeros(2 * layers, tokens, dtype=torch.float64)
     for first, last in shape.parts():
-        squares = rows(first, last).double().square().sum(-1)  # (n, N, D) -> (n, N)
+        squares = rows(first, last).to(torch.float64, copy=True).square_().sum(-1)  # (n, N, D) -> (n, N)
         by_head[first:last] = squares.sum(1)
         by_token.index_add_(0, torch.arange(first, last) // heads, squares)
         yield

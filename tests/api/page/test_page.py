@@ -305,6 +305,7 @@ def test_versions_of_two_shapes_are_not_compared(service: Server, admin_page: Se
     expect(
         admin_page.page.get_by_text("of different shapes are not compared: 2 layers of 2 heads, 3 tokens")
     ).to_be_visible()
+    expect(admin_page.page.get_by_role("alert")).to_have_count(0)
     admin_page.expect_refusal(422)
 
 

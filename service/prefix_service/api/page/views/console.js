@@ -54,5 +54,5 @@ export default function Console() {
       class="soft">The views have made no call yet.</p>` : earlier.map((one) => html`<div class="bar">
       <pre style=${{ flex: "1 1 20rem", minWidth: 0 }}>${curl(one)}</pre><span class="row"><${Copy} text=${curl(one)} />
       ${!one.body?.startsWith("-F ") && html`<button type="button"
-        onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change and send</button>`}</span></div>`)}</section>`;
+        onClick=${() => { setDraft({ method: one.method, path: one.path, body: one.body || "" }); scrollTo(0, 0); }}>Change</button>`}</span></div>`)}</section>`;
 }

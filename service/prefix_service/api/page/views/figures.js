@@ -46,7 +46,7 @@ export function Compared({ tenant, name, before, after }) {
   if (!found) return html`<p class="soft">Loading…</p>`;
   const map = (title, table) => html`<${HeatMap} title=${title} table=${table} rows=${named("layer", found.layers)}
     columns=${named("head", found.kv_heads)} />`;
-  return html`<p class="soft">Cosine similarity is 1 for equal keys (or values). Relative distance is the norm of the
+  return html`<h3>Differences of keys and values</h3><p class="soft">Cosine similarity is 1 for equal keys (or values). Relative distance is the norm of the
       difference, divided by the larger norm: 0 for equal ones, 2 for opposite ones.</p>
     <div class="two">${map("Cosine similarity of keys", found.keys.cosine)}
       ${map("Cosine similarity of values", found.values.cosine)}

@@ -23,8 +23,8 @@ export default function Residency() {
     ${advice(data).map((text) => html`<div class="notice warn">${text}</div>`)}
     <div class="two">${data.tiers.map((tier) => html`<div class="card"><h2>${TIERS[tier.name] || tier.name}</h2>
       <${BytesGauge} used=${tier.used} most=${tier.budget} what=${TIERS[tier.name]} />
-      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / (tier.hits + tier.misses))}; ${number(tier.evictions)}
-        evicted since the service started</p></div>`)}</div>
+      <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / (tier.hits + tier.misses))}; ${number(tier.evictions)} evicted
+        since the service started</p></div>`)}</div>
     <section class="card"><h2>By tenant and adapter</h2>${data.resident.length === 0
       ? html`<p class="soft">No version is in memory yet: the service loads a version at its first request.</p>`
       : html`<${Map_} resident=${data.resident} chosen=${known} onChoose=${setChosen} />
