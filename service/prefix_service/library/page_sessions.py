@@ -9,6 +9,7 @@ from prefix_service.catalog.sessions import LONGEST, Sessions
 from prefix_service.errors import Forbidden, OutOfSpace, ReadOnly, StorageFailed, Unauthenticated
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.system.bounded import put_last
+from prefix_service.system.turns import ASKING
 
 __all__ = ["LONGEST", "PageSessions"]
 
@@ -19,12 +20,13 @@ class PageSessions:
     """Finds the principal of a session. The catalog is read at every request: a session that was ended, or a key that
     was revoked, anywhere, counts no more.
 
-    Ids that were not alive here before are looked up as rarely as unknown keys. Belongs to the event loop.
+    Ids that were not alive here before are looked up as rarely as unknown keys, others in the turn of the tenant whose
+    session it was. Belongs to the event loop.
     """
 
     def __init__(self, sessions: Sessions, keys: KnownKeys) -> None:
         self._sessions, self._keys = sessions, keys
-        self._alive: dict[str, None] = {}
+        self._alive: dict[str, str] = {}  # each session's tenant; empty for the platform
 
     async def begin(self, by: Principal) -> str:
         """Begins a session of a caller, and returns its id.
@@ -36,7 +38,7 @@ class PageSessions:
         if by.scope == "metrics":
             raise Forbidden("yours is a key of scope metrics, which sees nothing of the page: sign in with another")
         session_id = await write_catalog(self._sessions.begin, by)
-        put_last(self._alive, session_id, None, _MOST_KNOWN)
+        put_last(self._alive, session_id, by.tenant or "", _MOST_KNOWN)
         return session_id
 
     async def end(self, session_id: str) -> None:
@@ -53,13 +55,14 @@ class PageSessions:
             Overloaded: too many unknown ids have been looked up within a second.
             StorageFailed: the catalog does not answer.
         """
-        if session_id not in self._alive:
+        if (tenant := self._alive.get(session_id)) is None:
             self._keys.admit_stranger()
+        ASKING.set(tenant or "")
         session = await read_catalog(self._sessions.find, session_id)
         if session is None:
             self._alive.pop(session_id, None)
             raise Unauthenticated("the session has ended: sign in again")
-        put_last(self._alive, session_id, None, _MOST_KNOWN)
+        put_last(self._alive, session_id, session.principal.tenant or "", _MOST_KNOWN)
         if notes_use and session.is_use_due:
             with contextlib.suppress(OutOfSpace, StorageFailed, ReadOnly):
                 await write_catalog(self._sessions.note_use, session_id)

@@ -19,6 +19,7 @@ from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import DEV
 from prefix_service.errors import Forbidden, ReadOnly, Unauthenticated
 from prefix_service.library.request_model import RequestModel
+from prefix_service.system.turns import ASKING
 
 router = APIRouter(tags=["page"])
 
@@ -68,6 +69,10 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
         return await identity(state, DEV)
     header = f"Bearer {wanted.key}".encode()
     caller = state.authenticator.remembered(header) or await state.authenticator.verify(header)
+    if caller.tenant is not None:
+        # The path is public, so nothing before this knew whose request it is.
+        ASKING.set(caller.tenant)
+        await state.rates.require(caller.tenant)
     session_id = await state.page_sessions.begin(caller)
     response.headers["Set-Cookie"] = session_cookie(session_id, request.scope)
     return await identity(state, caller)
