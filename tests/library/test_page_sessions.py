@@ -11,10 +11,12 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.catalog.schema import sessions
-from prefix_service.catalog.sessions import Sessions
+from prefix_service.catalog.sessions import Session, Sessions
+from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Overloaded, Unauthenticated
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
+from prefix_service.system.turns import ASKING
 
 
 @pytest.fixture
@@ -70,6 +72,32 @@ async def test_a_session_that_has_ended_is_unknown(browsers: PageSessions, calle
             await browsers.find(ended)
     with pytest.raises(Overloaded):
         await browsers.find(ended)
+
+
+class WatchedSessions(Sessions):
+    """Remembers in whose turn each session was looked up."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.turns: list[str] = []
+
+    def find(self, session_id: str) -> Session | None:
+        self.turns.append(ASKING.get())
+        return super().find(session_id)
+
+
+async def test_a_session_is_looked_up_in_the_turn_of_its_tenant(
+    database: Database, keyring: Keyring, caller: Principal
+) -> None:
+    """A tenant that calls without pause, also above its rate, takes no turns of the platform's admins."""
+    Tenants(database).put("acme", COMMAND_LINE)
+    of_tenant = keyring.verify(keyring.create("acme", "read", "", COMMAND_LINE)[1])
+    sessions = WatchedSessions(database)
+    browsers = PageSessions(sessions, PatientKeys(keyring, lambda: True))
+    elsewhere = await PageSessions(sessions, PatientKeys(keyring, lambda: True)).begin(of_tenant)
+    for session_id in (await browsers.begin(of_tenant), await browsers.begin(caller), elsewhere, elsewhere):
+        await browsers.find(session_id)
+    assert sessions.turns == ["acme", "", "", "acme"]
 
 
 async def test_a_stream_does_not_keep_a_session_alive(

@@ -37,6 +37,7 @@ class PageSessions:
         """
         if by.scope == "metrics":
             raise Forbidden("yours is a key of scope metrics, which sees nothing of the page: sign in with another")
+        ASKING.set(by.tenant or "")
         session_id = await write_catalog(self._sessions.begin, by)
         put_last(self._alive, session_id, by.tenant or "", _MOST_KNOWN)
         return session_id

@@ -186,6 +186,17 @@ def test_keys_that_sign_nobody_in(
     assert "set-cookie" not in answer.headers
 
 
+def test_signing_in_counts_for_the_rate_of_the_tenant(
+    server: Server, anyone: httpx.Client, page: dict[str, str]
+) -> None:
+    """Each begins a session, which the catalog writes to its disk."""
+    server.client().put("/v1/tenants/rated", json={"requests_per_second": 1})
+    made = server.client().post("/v1/tenants/rated/keys", json={"scope": "read"}).json()
+    answers = [anyone.post("/ui/session", json={"key": made["key"]}, headers=page) for _ in range(40)]
+    refused = next(answer for answer in answers if answer.status_code != 201)
+    problem(refused, 429, "rate-limited")
+
+
 def test_a_key_for_metrics_sees_no_page(server: Server, anyone: httpx.Client, page: dict[str, str]) -> None:
     """It is refused, with the reason."""
     made = server.client().post("/v1/keys", json={"scope": "metrics"}).json()

@@ -19,7 +19,6 @@ from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.records import DEV
 from prefix_service.errors import Forbidden, ReadOnly, Unauthenticated
 from prefix_service.library.request_model import RequestModel
-from prefix_service.system.turns import ASKING
 
 router = APIRouter(tags=["page"])
 
@@ -71,7 +70,6 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
     caller = state.authenticator.remembered(header) or await state.authenticator.verify(header)
     if caller.tenant is not None:
         # The path is public, so nothing before this knew whose request it is.
-        ASKING.set(caller.tenant)
         await state.rates.require(caller.tenant)
     session_id = await state.page_sessions.begin(caller)
     response.headers["Set-Cookie"] = session_cookie(session_id, request.scope)
