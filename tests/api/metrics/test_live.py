@@ -105,6 +105,19 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, slot: int) -> 
     assert other.read(None, 0)()["requests"] == [1]
 
 
+def test_a_file_is_parsed_once(tmp_path: Path, slot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of a thousand tenants takes seconds: a stream, which asks for the last slots, must not let them go."""
+    live, other = Live(place(tmp_path, 0)), Live(place(tmp_path, 1))
+    for number in range(slot - 100, slot + 1):
+        end_slot(live, number)
+    read, parsed = module._read, []
+    monkeypatch.setattr(module, "_read", lambda file: (parsed.append(file.name), read(file))[1])
+    assert len(other.read(None, 0)()["at"]) == 101
+    assert len(other.read(None, slot * 5)()["at"]) == 1
+    assert len(other.read(None, 0)()["at"]) == 101
+    assert len(parsed) == len(set(parsed)) > 1
+
+
 def test_tenants_are_bounded(slot: int) -> None:
     """Beyond a thousand in a slot they are counted together, and none is lost in the sums."""
     live = Live(None)
