@@ -18,6 +18,8 @@ from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.system.turns import ASKING
 
+SECRET = b"s" * 32
+
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
@@ -49,18 +51,37 @@ class PatientKeys(KnownKeys):
 
 @pytest.fixture
 def browsers(database: Database, keyring: Keyring) -> PageSessions:
-    return PageSessions(Sessions(database), PatientKeys(keyring, lambda: True))
+    return PageSessions(Sessions(database), PatientKeys(keyring, lambda: True), SECRET)
 
 
-async def test_a_session_that_is_known_is_always_looked_up(browsers: PageSessions, caller: Principal) -> None:
-    """A known session is found while too many unknown ids are tried."""
+async def test_a_session_that_is_known_is_always_looked_up(
+    browsers: PageSessions, caller: Principal, database: Database, keyring: Keyring
+) -> None:
+    """A known session is found while too many sessions of elsewhere are tried."""
     known = await browsers.begin(caller)
-    for number in range(3):
+    elsewhere = PageSessions(Sessions(database), PatientKeys(keyring, lambda: True), SECRET)
+    others = [await elsewhere.begin(caller) for _ in range(4)]
+    for other in others[:3]:
+        await elsewhere.end(other)
         with pytest.raises(Unauthenticated):
-            await browsers.find(f"{number:043}")
+            await browsers.find(other)
     assert await browsers.find(known) == caller
     with pytest.raises(Overloaded):
-        await browsers.find("x" * 43)
+        await browsers.find(others[3])
+
+
+async def test_an_id_that_nobody_made_is_not_looked_up(
+    browsers: PageSessions, caller: Principal, database: Database, keyring: Keyring
+) -> None:
+    """Whoever tries ids, or signs out with them, without a key, takes neither lookups nor writes of the catalog, so
+    that a session of another process, or of before a restart, is found all the same."""
+    session = await PageSessions(Sessions(database), PatientKeys(keyring, lambda: True), SECRET).begin(caller)
+    forged = await PageSessions(Sessions(database), PatientKeys(keyring, lambda: True), b"t" * 32).begin(caller)
+    for made_up in (*(f"{number:055}" for number in range(10)), session[:-1] + "!", forged):
+        with pytest.raises(Unauthenticated):
+            await browsers.find(made_up)
+        await browsers.end(made_up)
+    assert await browsers.find(session) == caller
 
 
 async def test_a_session_that_has_ended_is_unknown(browsers: PageSessions, caller: Principal) -> None:
@@ -93,8 +114,8 @@ async def test_a_session_is_looked_up_in_the_turn_of_its_tenant(
     Tenants(database).put("acme", COMMAND_LINE)
     of_tenant = keyring.verify(keyring.create("acme", "read", "", COMMAND_LINE)[1])
     sessions = WatchedSessions(database)
-    browsers = PageSessions(sessions, PatientKeys(keyring, lambda: True))
-    elsewhere = await PageSessions(sessions, PatientKeys(keyring, lambda: True)).begin(of_tenant)
+    browsers = PageSessions(sessions, PatientKeys(keyring, lambda: True), SECRET)
+    elsewhere = await PageSessions(sessions, PatientKeys(keyring, lambda: True), SECRET).begin(of_tenant)
     for session_id in (await browsers.begin(of_tenant), await browsers.begin(caller), elsewhere, elsewhere):
         await browsers.find(session_id)
     assert sessions.turns == ["acme", "", "", "acme"]

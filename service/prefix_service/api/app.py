@@ -191,7 +191,7 @@ def _compose(
     cases = compose(database, keyring, blobs, registry, limits, admission, shared_files)
     feed = cases.feed
     known_keys = KnownKeys(keyring, lambda: feed.are_known, notes_uses=not settings.read_only)
-    page_sessions = PageSessions(Sessions(database), known_keys)
+    page_sessions = PageSessions(Sessions(database), known_keys, keyring.derived("page sessions"))
     authenticator = Authenticator(None if settings.dev else known_keys, page_sessions)
     rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
