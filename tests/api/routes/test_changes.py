@@ -310,7 +310,7 @@ def test_the_end_of_the_service_ends_streams(watched: Watched) -> None:
 
 
 def test_pages_are_written_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three hundred pages of a thousand changes each, asked for together, stopped it for four seconds."""
+    """Hundreds of watchers that were away may ask for full pages together, which would stop it for seconds."""
     text, on_loop = Revisions.text, []
 
     def watched_text(self: Revisions, by: Principal, revision: int) -> str:

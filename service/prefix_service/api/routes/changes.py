@@ -137,8 +137,8 @@ class _Watching:
         return Response(page, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def _written(self, write: Callable[[], bytes]) -> bytes:
-        """Calls `write` in a thread: a thousand changes take tens of milliseconds, and hundreds of watchers that were
-        away may come for them together."""
+        """Calls `write` in a thread: a hundred changes take milliseconds, and a thousand watchers that were away may
+        come for them together."""
         return await self._state.admission.run(self._by.tenant or PLATFORM, write)
 
     def _page(self, seen: SeenChanges) -> bytes:
