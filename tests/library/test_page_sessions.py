@@ -11,10 +11,14 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, Principal
 from prefix_service.catalog.schema import sessions
-from prefix_service.catalog.sessions import Sessions
+from prefix_service.catalog.sessions import Session, Sessions
+from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Overloaded, Unauthenticated
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.unknown_ids import UnknownIds
+from prefix_service.system.turns import ASKING
+
+SECRET = b"s" * 32
 
 
 @pytest.fixture
@@ -46,19 +50,38 @@ class ThreeUnknownIds(UnknownIds):
 
 
 @pytest.fixture
-def browsers(database: Database, keyring: Keyring) -> PageSessions:
-    return PageSessions(Sessions(database), ThreeUnknownIds())
+def browsers(database: Database) -> PageSessions:
+    return PageSessions(Sessions(database), ThreeUnknownIds(), SECRET)
 
 
-async def test_a_session_that_is_known_is_always_looked_up(browsers: PageSessions, caller: Principal) -> None:
-    """A known session is found while too many unknown ids are tried."""
+async def test_a_session_that_is_known_is_always_looked_up(
+    browsers: PageSessions, caller: Principal, database: Database
+) -> None:
+    """A known session is found while too many sessions of elsewhere are tried."""
     known = await browsers.begin(caller)
-    for number in range(3):
+    elsewhere = PageSessions(Sessions(database), ThreeUnknownIds(), SECRET)
+    others = [await elsewhere.begin(caller) for _ in range(4)]
+    for other in others[:3]:
+        await elsewhere.end(other)
         with pytest.raises(Unauthenticated):
-            await browsers.find(f"{number:043}")
+            await browsers.find(other)
     assert await browsers.find(known) == caller
     with pytest.raises(Overloaded):
-        await browsers.find("x" * 43)
+        await browsers.find(others[3])
+
+
+async def test_an_id_that_nobody_made_is_not_looked_up(
+    browsers: PageSessions, caller: Principal, database: Database
+) -> None:
+    """Whoever tries ids, or signs out with them, without a key, takes neither lookups nor writes of the catalog, so
+    that a session of another process, or of before a restart, is found all the same."""
+    session = await PageSessions(Sessions(database), ThreeUnknownIds(), SECRET).begin(caller)
+    forged = await PageSessions(Sessions(database), ThreeUnknownIds(), b"t" * 32).begin(caller)
+    for made_up in (*(f"{number:055}" for number in range(10)), session[:-1] + "!", forged):
+        with pytest.raises(Unauthenticated):
+            await browsers.find(made_up)
+        await browsers.end(made_up)
+    assert await browsers.find(session) == caller
 
 
 async def test_a_session_that_has_ended_is_unknown(browsers: PageSessions, caller: Principal) -> None:
@@ -70,6 +93,32 @@ async def test_a_session_that_has_ended_is_unknown(browsers: PageSessions, calle
             await browsers.find(ended)
     with pytest.raises(Overloaded):
         await browsers.find(ended)
+
+
+class WatchedSessions(Sessions):
+    """Remembers in whose turn each session was looked up."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self.turns: list[str] = []
+
+    def find(self, session_id: str) -> Session | None:
+        self.turns.append(ASKING.get())
+        return super().find(session_id)
+
+
+async def test_a_session_is_looked_up_in_the_turn_of_its_tenant(
+    database: Database, keyring: Keyring, caller: Principal
+) -> None:
+    """A tenant that calls without pause, also above its rate, takes no turns of the platform's admins."""
+    Tenants(database).put("acme", COMMAND_LINE)
+    of_tenant = keyring.verify(keyring.create("acme", "read", "", COMMAND_LINE)[1])
+    sessions = WatchedSessions(database)
+    browsers = PageSessions(sessions, ThreeUnknownIds(), SECRET)
+    elsewhere = await PageSessions(sessions, ThreeUnknownIds(), SECRET).begin(of_tenant)
+    for session_id in (await browsers.begin(of_tenant), await browsers.begin(caller), elsewhere, elsewhere):
+        await browsers.find(session_id)
+    assert sessions.turns == ["acme", "", "", "acme"]
 
 
 async def test_a_stream_does_not_keep_a_session_alive(

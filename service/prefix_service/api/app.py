@@ -193,7 +193,7 @@ def _compose(
     feed = cases.feed
     unknown_ids = UnknownIds()
     known_keys = KnownKeys(keyring, unknown_ids, lambda: feed.are_known, notes_uses=not settings.read_only)
-    page_sessions = PageSessions(Sessions(database), unknown_ids)
+    page_sessions = PageSessions(Sessions(database), unknown_ids, keyring.derived("page sessions"))
     authenticator = Authenticator(None if settings.dev else known_keys, page_sessions)
     rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()

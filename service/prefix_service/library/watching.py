@@ -21,8 +21,8 @@ from prefix_service.catalog.records import Principal
 from prefix_service.catalog.threads import read_catalog
 from prefix_service.errors import Overloaded
 
-TOGETHER: Final = 1000
-"""Changes that a watcher is given at a time."""
+TOGETHER: Final = 100
+"""Changes that a watcher is given at a time: 25 KB as JSON, which each watcher that does not read holds."""
 
 SHARE: Final = 4
 """A tenant may have one in so many of the watchers of a process, and so may the platform."""

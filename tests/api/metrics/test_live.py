@@ -11,7 +11,7 @@ import pytest
 
 from prefix_service.api.metrics import live as module
 from prefix_service.api.metrics.live import Live
-from prefix_service.api.metrics.live_counts import BOUNDS, quantile
+from prefix_service.api.metrics.live_counts import BOUNDS, Sample, quantile
 from prefix_service.api.metrics.worker_metrics import Place
 from prefix_service.registry.admission import InFlight
 from prefix_service.registry.report import TierReport
@@ -103,6 +103,24 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path, slot: int) -> 
     (file,) = tmp_path.glob("live-0-*.jsonl")
     file.write_bytes(file.read_bytes() + b'{"slot": 10')
     assert other.read(None, 0)()["requests"] == [1]
+
+
+def test_a_file_is_parsed_once(tmp_path: Path, slot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour of a thousand tenants takes seconds: a stream, which asks for the last slots, must not let them go."""
+    live, other = Live(place(tmp_path, 0)), Live(place(tmp_path, 1))
+    for number in range(slot - 100, slot + 1):
+        end_slot(live, number)
+    read, parsed = module._read, list[str]()
+
+    def watched_read(file: Path) -> list[Sample]:
+        parsed.append(file.name)
+        return read(file)
+
+    monkeypatch.setattr(module, "_read", watched_read)
+    assert len(other.read(None, 0)()["at"]) == 101
+    assert len(other.read(None, slot * 5)()["at"]) == 1
+    assert len(other.read(None, 0)()["at"]) == 101
+    assert len(parsed) == len(set(parsed)) > 1
 
 
 def test_tenants_are_bounded(slot: int) -> None:

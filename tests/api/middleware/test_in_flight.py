@@ -4,13 +4,19 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import torch
 from safetensors.torch import save
+from starlette.types import Receive, Scope, Send
 
+from prefix_service.api.middleware.in_flight import InFlightMiddleware
+from prefix_service.catalog.records import Principal
+from prefix_service.system.turns import ASKING
+from tests.admission import generous_admission
 from tests.api.helpers import CONFIG, RawAnswer, head, problem, read_answer, upload, versions_path
 from tests.api.metrics.test_metrics import scraped
 from tests.conftest import Server, running_server
@@ -197,3 +203,20 @@ def test_a_slow_reader_counts_until_the_last_byte_left(server: Server, keys: dic
         wait_for(server, MOST_OF_TENANT - 1)
         assert acme.get(ADAPTER.format("acme")).status_code == 200
     wait_for(server, 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/changes", "/v1/tenants/acme/live"])
+async def test_watchers_read_the_catalog_in_the_turn_of_their_tenant(path: str) -> None:
+    """Though they are counted elsewhere: a tenant's watchers take no turns of the platform's admins."""
+    turns = []
+
+    async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        turns.append(ASKING.get())
+
+    async def nothing(*_: object) -> Any:
+        raise AssertionError("nothing is received or sent")
+
+    caller = Principal("k", "acme", "read", 1)
+    scope = {"type": "http", "path": path, "headers": [(b"accept", b"text/event-stream")], "principal": caller}
+    await InFlightMiddleware(app, generous_admission())(scope, nothing, nothing)
+    assert turns == ["acme"]

@@ -1,20 +1,27 @@
 """`GET /v1/changes` shows a key its changes, lets it wait for them, and ends the wait."""
 
+import asyncio
 import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 
+from prefix_service.api.app import create_app
+from prefix_service.api.http.revisions import Revisions
 from prefix_service.catalog.changes import catalog_id
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.records import Principal
 from prefix_service.catalog.schema import changes
+from prefix_service.settings import Settings
+from tests.api.apps import served
 from tests.api.helpers import problem, upload
 from tests.conftest import Server, running_server
 
@@ -300,3 +307,19 @@ def test_the_end_of_the_service_ends_streams(watched: Watched) -> None:
         with suppress(httpx.TransportError):  # the service may end before this request is there
             assert waiting.result(30)["items"] == []
     assert watched.server.process.wait(20) == 0  # requests under way would have 30 seconds
+
+
+def test_pages_are_written_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of watchers that were away may ask for full pages together, which would stop it for seconds."""
+    text, on_loop = Revisions.text, []
+
+    def watched_text(self: Revisions, by: Principal, revision: int) -> str:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return text(self, by, revision)
+
+    monkeypatch.setattr(Revisions, "text", watched_text)
+    with served(create_app(Settings(data_dir=tmp_path, dev=True))) as url:
+        assert httpx.get(url + PATH, timeout=60).status_code == 200
+        with httpx.stream("GET", url + PATH, headers=STREAM, timeout=60) as stream:
+            assert next(stream.iter_lines()).startswith("id: ")
+    assert on_loop == [False, False]

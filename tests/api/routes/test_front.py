@@ -77,7 +77,7 @@ def test_the_cookie(server: Server, anyone: httpx.Client, scheme: str) -> None:
     headers = {"X-Prefix-CSRF": "1", "Origin": f"{scheme}://{host}"}
     answer = anyone.post("/ui/session", json={"key": server.admin_key}, headers=headers)
     name, *attributes = answer.headers["set-cookie"].split("; ")
-    assert re.fullmatch(r"prefix-session=[A-Za-z0-9_-]{43}", name)
+    assert re.fullmatch(r"prefix-session=[A-Za-z0-9_-]{55}", name)
     expected = {"Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"}
     assert set(attributes) == expected | ({"Secure"} if scheme == "https" else set())
     assert server.admin_key not in answer.text
@@ -184,6 +184,17 @@ def test_keys_that_sign_nobody_in(
     answer = anyone.post("/ui/session", json=body, headers=page)
     problem(answer, status)
     assert "set-cookie" not in answer.headers
+
+
+def test_signing_in_counts_for_the_rate_of_the_tenant(
+    server: Server, anyone: httpx.Client, page: dict[str, str]
+) -> None:
+    """Each begins a session, which the catalog writes to its disk."""
+    server.client().put("/v1/tenants/rated", json={"requests_per_second": 1})
+    made = server.client().post("/v1/tenants/rated/keys", json={"scope": "read"}).json()
+    answers = [anyone.post("/ui/session", json={"key": made["key"]}, headers=page) for _ in range(40)]
+    refused = next(answer for answer in answers if answer.status_code != 201)
+    problem(refused, 429, "rate-limited")
 
 
 def test_a_key_for_metrics_sees_no_page(server: Server, anyone: httpx.Client, page: dict[str, str]) -> None:

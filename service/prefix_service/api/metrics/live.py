@@ -128,11 +128,14 @@ class Live:
         mine = f"live-{self._place.number}-"
         for file in sorted(self._place.folder.glob("live-*.jsonl")):
             number = int(file.stem.rpartition("-")[2])
-            if file.name.startswith(mine) or (number + 1) * _IN_A_FILE <= first:
+            if file.name.startswith(mine):
                 continue
             with contextlib.suppress(FileNotFoundError):
                 key = file.name, file.stat().st_size
-                found[key] = known.get(key) or _read(file)
+                if key in known:  # kept for who asks for all, also if this caller asks for the last slots alone
+                    found[key] = known[key]
+                elif (number + 1) * _IN_A_FILE > first:
+                    found[key] = _read(file)
         self._others = found
         return [sample for samples in found.values() for sample in samples]
 

@@ -33,7 +33,7 @@ class InFlightMiddleware:
         Raises:
             Overloaded: too many requests are in flight.
         """
-        if scope["path"] in HEALTH or scope["path"] == WATCHED or _is_live_stream(scope):
+        if scope["path"] in HEALTH:
             await self._app(scope, receive, send)
             return
         if scope["path"] in PUBLIC:
@@ -44,8 +44,11 @@ class InFlightMiddleware:
                 self._admission.requests.end_stranger()
             return
         tenant = charged(scope)
-        self._admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
         ASKING.set("" if tenant is None or _is_of_admin(scope) else tenant)
+        if scope["path"] == WATCHED or _is_live_stream(scope):
+            await self._app(scope, receive, send)
+            return
+        self._admission.begin(tenant, reserved=tenant is None and _is_of_operator(scope))
         try:
             await self._app(scope, receive, send)
         finally:

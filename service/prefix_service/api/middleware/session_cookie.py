@@ -12,7 +12,7 @@ CSRF_HEADER: Final = "X-Prefix-CSRF"
 """A page of another site cannot send it without being asked first, and nobody answers that question here."""
 
 _COOKIE: Final = "prefix-session"
-_ID: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{55}")
 _ORIGIN: Final = re.compile(rb"(https?)://([^/?#]+)")
 _PORT: Final = re.compile(rb":[0-9]+$")
 _PORTS: Final = {b"http": b":80", b"https": b":443"}

@@ -1,5 +1,6 @@
 """Changes as they happen: a page of them, waited for if there are none yet, or a stream of events."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +22,7 @@ from prefix_service.api.state import State, StateOf
 from prefix_service.catalog.changes import SeenChanges, StoredChange
 from prefix_service.catalog.records import Principal
 from prefix_service.library.watching import Watcher
+from prefix_service.registry.admission import PLATFORM
 
 router = APIRouter(tags=["changes"])
 
@@ -85,9 +87,9 @@ async def changes(request: Request, caller: Caller, state: StateOf, since: Since
         return EventStream(watching.begin(), partial(watching.events, begin))
     with watching.begin() as watcher:
         if begin is None:
-            return watching.page(await state.watchers.read(caller, None))
+            return await watching.page(await state.watchers.read(caller, None))
         seen = await while_connected(request.receive, watcher.next(begin, _LONGEST))
-    return Response(status_code=204) if seen is None else watching.page(seen)  # None: the client has left
+    return Response(status_code=204) if seen is None else await watching.page(seen)  # None: the client has left
 
 
 class _Watching:
@@ -115,9 +117,7 @@ class _Watching:
         watchers = self._state.watchers
         seen = await watchers.read(self._by, since)
         while True:
-            events = [event(item.revision, item.model_dump_json().encode()) for item in map(self._item, seen.changes)]
-            # An id alone is no event, and a browser goes on from it all the same.
-            yield b"".join([*events, b"id: %b\n\n" % self._revision(seen.revision).encode()])
+            yield await self._written(partial(self._events, seen))
             if watchers.is_ending:
                 return
             seen = await watcher.next(seen.revision, _HEARTBEAT)
@@ -131,9 +131,21 @@ class _Watching:
         names = {"revision": self._revision(stored.revision), "kind": stored.change.kind, "time": stored.time}
         return ChangeItem.model_validate({**names, **values, "key": key})
 
-    def page(self, seen: SeenChanges) -> Response:
+    async def page(self, seen: SeenChanges) -> Response:
         """Returns the answer with these changes."""
-        page = ChangesPage(
-            revision=self._revision(seen.revision), items=[self._item(change) for change in seen.changes]
-        )
-        return Response(page.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+        page = await self._written(partial(self._page, seen))
+        return Response(page, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    async def _written(self, write: Callable[[], bytes]) -> bytes:
+        """Calls `write` in a thread: a hundred changes take milliseconds, and a thousand watchers that were away may
+        come for them together."""
+        return await self._state.admission.run(self._by.tenant or PLATFORM, write)
+
+    def _page(self, seen: SeenChanges) -> bytes:
+        items = [self._item(change) for change in seen.changes]
+        return ChangesPage(revision=self._revision(seen.revision), items=items).model_dump_json().encode()
+
+    def _events(self, seen: SeenChanges) -> bytes:
+        events = [event(item.revision, item.model_dump_json().encode()) for item in map(self._item, seen.changes)]
+        # An id alone is no event, and a browser goes on from it all the same.
+        return b"".join([*events, b"id: %b\n\n" % self._revision(seen.revision).encode()])

@@ -68,6 +68,9 @@ async def sign_in(request: Request, response: Response, state: StateOf) -> Ident
         return await identity(state, DEV)
     header = f"Bearer {wanted.key}".encode()
     caller = state.authenticator.remembered(header) or await state.authenticator.verify(header)
+    if caller.tenant is not None:
+        # The path is public, so nothing before this knew whose request it is.
+        await state.rates.require(caller.tenant)
     session_id = await state.page_sessions.begin(caller)
     response.headers["Set-Cookie"] = session_cookie(session_id, request.scope)
     return await identity(state, caller)
