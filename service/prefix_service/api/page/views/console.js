@@ -27,6 +27,7 @@ export default function Console() {
     try {
       // To this origin alone: a path, whatever it looks like.
       const path = draft.path.trim().replace(/^[a-z]+:/i, "").replace(/^[/\\]+/, "");
+      if (new URL(path, document.baseURI).origin !== location.origin) throw new Error("This is no path of this service.");
       const json = draft.body.trim() ? JSON.parse(draft.body) : undefined;
       const { value, status, headers } = await call(draft.method, path, { json, whole: true });
       const text = typeof value === "string" ? value : value === null ? "" : JSON.stringify(value, null, 2);
