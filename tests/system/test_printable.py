@@ -73,7 +73,8 @@ from prefix_service.logs import configure
 text = {text!r}
 configure("info")
 structlog.stdlib.get_logger("prefix_service").info(text, value=text, nested={{"deep": [text]}})
-logging.getLogger("prefix_service").info("audit", extra={{"details": {{"name": text}}, "target": text}})
+change = {{"action": text, "target": text, "details": {{"name": text}}, "key_id": text}}
+logging.getLogger("prefix_service").info("audit", extra=change)
 logging.getLogger("uvicorn.error").error("%s", text)
 try:
     raise ValueError(text)

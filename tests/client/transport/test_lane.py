@@ -196,7 +196,7 @@ ENDS = {"idle": says(answer()), "asked": closes_at_the_second_request, "told": s
 @pytest.mark.parametrize("first", ENDS.values(), ids=ENDS)
 def test_a_connection_that_ended_while_idle_is_replaced_at_once(first: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether its end is seen before the request or after it: no failure, and no pause before the other one."""
-    monkeypatch.setattr("prefix_service.client.transport.transport._FIRST_PAUSE", 40.0)
+    monkeypatch.setattr("prefix_service.client.transport.retries._FIRST_PAUSE", 40.0)
     with hostile_server(first, says(answer())) as server, PrefixClient(server.url) as client:
         client.get("a/b@1")
         time.sleep(0.1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 tenant_app = typer.Typer(help="Tenants and their quotas; for the platform's admin.")
 
-_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "uncollected", "requests/s"]
+_COLUMNS: Final = ["tenant", "created (UTC)", "adapters", "bytes", "requests/s"]
 
 Name = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant.")]
 
@@ -125,14 +125,15 @@ def _shown(item: Mapping[str, Any]) -> list[object]:
     adapters = used_of(item["adapters"], item["max_adapters"])
     nbytes = used_of(item["bytes"], item["max_bytes"], human_bytes)
     rate = item["requests_per_second"] or "no limit"
-    return [item["tenant"], human_time(item["created"]), adapters, nbytes, human_bytes(item["uncollected"]), rate]
+    return [item["tenant"], human_time(item["created"]), adapters, nbytes, rate]
 
 
 def _print(item: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(item)
         return
-    print_fields(item["tenant"], dict(zip(_COLUMNS, _shown(item), strict=True)))
+    fields = dict(zip(_COLUMNS, _shown(item), strict=True))
+    print_fields(item["tenant"], {**fields, "uncollected": human_bytes(item["uncollected"])})
 
 
 def _count(text: str) -> int:
