@@ -1,4 +1,4 @@
-"""Which blobs the catalog names, and which it let go only lately."""
+"""The blobs that the catalog names, and those that deletions let go within the grace period."""
 
 from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta

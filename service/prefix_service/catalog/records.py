@@ -18,7 +18,7 @@ SCOPES: tuple[Scope, ...] = ("metrics", "read", "write", "admin")
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: a tenant, or the platform (`tenant` None), with a scope.
+    """The caller of a request: a tenant, or the platform (`tenant` None), with a scope.
 
     `tenant_id` is the tenant's id in the catalog. `acts_on` is the id of the tenant whose things the request changes,
     as it was when the request began; None if the request names no tenant, or one that did not exist. Without a key

@@ -159,7 +159,8 @@ def room(connection: sa.Connection, owner: sa.Row[Any], adapter: str) -> Room:
 
 
 def require_room_for_version(connection: sa.Connection, owner: sa.Row[Any], adapter: str, nbytes: int) -> None:
-    """That a new version of so many bytes fits its tenant's quotas, and what the tenant deleted beside it.
+    """Checks that a new version of so many bytes fits its tenant's quotas, together with the bytes that the tenant
+    deleted and that are still on the disk.
 
     Raises:
         QuotaExceeded: says which quota, what is used of it, and what to do.

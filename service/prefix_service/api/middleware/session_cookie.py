@@ -63,8 +63,9 @@ def _shown(value: bytes) -> str:
 
 
 def session_cookie(session_id: str, scope: Scope) -> str:
-    """Returns the `Set-Cookie` of a session that has begun; an empty id ends it. The page's Origin tells whether the
-    browser speaks TLS, also where a proxy ends that."""
+    """Returns the value of `Set-Cookie` that gives the browser a session's id, or with an empty id removes it.
+
+    The cookie is `Secure` if the page's Origin is `https:`, which holds behind a proxy that ends TLS too."""
     secure = "; Secure" if dict(scope["headers"]).get(b"origin", b"").startswith(b"https:") else ""
     seconds = int(LONGEST.total_seconds()) if session_id else 0
     return f"{_COOKIE}={session_id}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"

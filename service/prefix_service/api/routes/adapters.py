@@ -44,7 +44,7 @@ Sort = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class _Sought:
-    """Which adapters a listing has, and what it is sorted by."""
+    """The filters and the order of a listing of adapters."""
 
     search: str | None
     base_model: str | None

@@ -127,7 +127,7 @@ def pull(
 
 
 def _by_digest(version: Mapping[str, Any]) -> str:
-    """Returns a version's name that stays: an alias may move meanwhile."""
+    """Returns a version's name by its digest, which means the same version even if an alias moves."""
     return f"{version['tenant']}/{version['adapter']}@{version['digest']}"
 
 

@@ -247,7 +247,7 @@ def config_file(reference: str) -> Flow[bytes]:
 
 
 def service() -> Flow[ServiceInfo]:
-    """Which release of prefix-service answers, and the time of its clock. It needs no key."""
+    """Returns the release of the service, and the time of its clock. The request needs no key."""
     answer: Answer = yield Request("GET", "/openapi.json")
     info = answer.json_object().get("info")
     release = info.get("version") if isinstance(info, dict) else None
