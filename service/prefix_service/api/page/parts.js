@@ -150,3 +150,19 @@ export function Long({ text, label }) {
     ${cut && html`<p><button type="button"
       onClick=${() => setWhole(true)}>Show all ${number(text.length)} characters</button></p>`}`;
 }
+
+// Draws a canvas again when its size changes, or light becomes dark.
+export function useRedraw(canvas) {
+  const [, draw] = useState(0);
+  useEffect(() => {
+    const redraw = () => draw((round) => round + 1);
+    const dark = matchMedia("(prefers-color-scheme: dark)");
+    dark.addEventListener("change", redraw);
+    const watched = new ResizeObserver(redraw);
+    watched.observe(canvas.current);
+    return () => {
+      dark.removeEventListener("change", redraw);
+      watched.disconnect();
+    };
+  }, []);
+}

@@ -1,5 +1,6 @@
 // A table of numbers as a heat map: each cell by pointer and by keyboard, and all of them as a table.
 import { html } from "../html.js";
+import { useRedraw } from "../parts.js";
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 
 const TALLEST = 320; // pixels of a map
@@ -30,20 +31,9 @@ function scale(table, logarithmic) {
 export function HeatMap({ title, table, rows, columns, logarithmic = false, marks = null, mark = "" }) {
   const canvas = useRef(null);
   const [cell, setCell] = useState(null); // [row, column]
-  const [, draw] = useState(0);
+  useRedraw(canvas);
   const shades = scale(table, logarithmic);
   const [across, down] = [table[0].length, table.length];
-  useEffect(() => {
-    const redraw = () => draw((round) => round + 1);
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    dark.addEventListener("change", redraw);
-    const watched = new ResizeObserver(redraw);
-    watched.observe(canvas.current);
-    return () => {
-      dark.removeEventListener("change", redraw);
-      watched.disconnect();
-    };
-  }, []);
   useEffect(() => paint(canvas.current, table, shades.part, marks, cell));
   const words = ([row, column]) => {
     const count = marks?.[row][column];

@@ -3,7 +3,7 @@ import { html } from "../html.js";
 import { useEffect, useRef, useState } from "../vendor/hooks.js";
 import { call, get, may, query, tenantPath } from "../api.js";
 import { bytes, number, percent } from "../format.js";
-import { Act, BytesGauge, Failure, Moment, Text, Title, useLoaded } from "../parts.js";
+import { Act, BytesGauge, Failure, Moment, Text, Title, useLoaded, useRedraw } from "../parts.js";
 import { layout } from "./treemap.js";
 
 const MOST = 1000;
@@ -97,18 +97,7 @@ function One({ one, onDone }) {
 function Map_({ resident, chosen, onChoose }) {
   const canvas = useRef(null);
   const boxes = useRef([]);
-  const [, draw] = useState(0);
-  useEffect(() => {
-    const redraw = () => draw((round) => round + 1);
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    dark.addEventListener("change", redraw);
-    const watched = new ResizeObserver(redraw);
-    watched.observe(canvas.current);
-    return () => {
-      dark.removeEventListener("change", redraw);
-      watched.disconnect();
-    };
-  }, []);
+  useRedraw(canvas);
   useEffect(() => {
     boxes.current = paint(canvas.current, resident, chosen);
   });
