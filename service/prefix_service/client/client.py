@@ -13,6 +13,7 @@ from prefix_service.client.cache.disk_cache import DiskCache
 from prefix_service.client.flows import calls, management
 from prefix_service.client.flows.as_methods import awaited, blocking, named, plain
 from prefix_service.client.flows.flows import Reading
+from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
@@ -80,7 +81,8 @@ class _Client:
         ca_file, deadline = options.path("ca_file", ca_file), options.deadline("timeout", timeout)
         if http is not None and not isinstance(http, self._foreign):
             raise InvalidRequest(f"http must be an httpx transport ({self._foreign.__name__}), got {http!r:.100}")
-        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=deadline)
+        service = ServiceState()
+        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=deadline, service=service)
         self._pin_memory = options.flag("pin_memory", pin_memory)
         self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
@@ -92,6 +94,7 @@ class _Client:
             pinned=self._pin_memory,
             verify_digest=uds is None if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
+            service=service,
         )
         self._open(
             Fetcher(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -314,3 +315,32 @@ def test_threads_and_processes_share_a_folder(server: Server, tmp_path: Path) ->
     assert failed == []
     assert list(tmp_path.glob(".writing-*")) == []
     assert 0 < len(files(tmp_path)) <= 3
+
+
+def test_entries_of_another_catalog_are_not_served(server: Server, adapter: str, tmp_path: Path) -> None:
+    """A folder that was replaced by another keeps URL and key: once an answer has named its catalog, no entry of the
+    earlier one is served, also not one that this client has in memory already."""
+    get(server, tmp_path, f"{adapter}@1")
+    assert get(server, tmp_path, f"{adapter}@1")[1] == []
+    through = Renaming("another")
+    with PrefixClient(server.url, server.admin_key, cache_dir=tmp_path, http=through) as client:
+        client.get(f"{adapter}@1")
+        assert through.statuses == []  # no answer has named the catalog yet
+        client.whoami()
+        for _ in range(2):
+            client.get(f"{adapter}@1")
+    assert through.statuses == [200, 200]
+
+
+class Renaming(Counting):
+    """Names another catalog in every answer."""
+
+    def __init__(self, catalog: str) -> None:
+        super().__init__()
+        self._catalog = catalog
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Passes a request on."""
+        response = super().handle_request(request)
+        response.headers["Prefix-Catalog"] = self._catalog
+        return response

@@ -18,12 +18,13 @@ class Cached:
     """A prefix that nobody may write to, with the entity tag that revalidates it.
 
     `file` is the file that its tensor is in, of which each caller gets a private mapping; without one, each gets a
-    copy.
+    copy. `catalog` is the one that the service named with it, if any.
     """
 
     prefix: "Prefix"
     etag: str
     file: "MemoryFile | None" = None
+    catalog: str | None = None
 
 
 class LocalCache:

@@ -1,10 +1,10 @@
 """A cache of prefix bodies on disk: they outlive a worker, and the processes of one machine share them.
 
 Each entry is one file, `<name>.v2.prefix`: a magic number, the length of a JSON record, the record, its SHA-256, the
-body. The name is a hash of service, key, reference and variant; the record repeats it, with the entity tag and the
-body's size and CRC-32C. All of it is verified on every read; a file that does not fit is not an entry. A file is
-written under a temporary name and renamed, so a reader sees all of an entry or nothing. Nothing is synced: an entry
-that is torn by a power failure is damaged, and is fetched again.
+body. The name is a hash of service, key, reference and variant; the record repeats it, with the entity tag, the body's
+size and CRC-32C, and the service's catalog if it was named. All of it is verified on every read; a file that does not
+fit is not an entry. A file is written under a temporary name and renamed, so a reader sees all of an entry or nothing.
+Nothing is synced: an entry that is torn by a power failure is damaged, and is fetched again.
 
 Earlier releases wrote `<name>.prefix` with another magic number, some with the body of another adapter. Those files are
 never read; they are removed when a cache is opened, makes room or is cleared.
@@ -45,10 +45,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A body, and its entity tag."""
+    """A body, its entity tag, and the catalog that it came from, if the service named it."""
 
     body: Buffer
     etag: str
+    catalog: str | None = None
 
 
 class DiskCache:
@@ -92,6 +93,7 @@ class DiskCache:
             "etag": entry.etag,
             "size": len(entry.body),
             "crc32c": digest_of("crc32c", entry.body).hex(),
+            "catalog": entry.catalog,
         }
         record = json.dumps(fields).encode()
         head = _MAGIC + _LENGTH.pack(len(record)) + record + hashlib.sha256(record).digest()
@@ -183,6 +185,7 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
     try:
         fields = json.loads(record)
         size, etag, checksum = int(fields["size"]), str(fields["etag"]), str(fields["crc32c"])
+        catalog = None if fields.get("catalog") is None else str(fields["catalog"])
         is_its_own = fields["name"] == name
     except (ValueError, KeyError, TypeError):
         return None
@@ -191,7 +194,7 @@ def _read(file: BufferedReader, name: str, allocate: Callable[[int], memoryview]
     body = allocate(size)
     if file.readinto(body) != size or digest_of("crc32c", body).hex() != checksum:
         return None
-    return Entry(body, etag)
+    return Entry(body, etag, catalog)
 
 
 def _is_old(path: str) -> bool:

@@ -14,8 +14,9 @@ from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
+from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.options import PrefixOptions, json_bytes
-from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
+from prefix_service.client.protocol import Answer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Reading:
     """Options and caches for reading prefixes: the caches of prefixes and of base models, the memory that they may use,
-    and which digests are verified.
+    which digests are verified, and what is known of the service.
 
     `is_service_known` is whether entries on disk certainly belong to this service. Without a key, it cannot be
     distinguished from an earlier service at the same address, so even immutable versions are revalidated.
@@ -48,7 +49,12 @@ class Reading:
     pinned: bool
     verify_digest: bool
     is_service_known: bool
+    service: ServiceState = field(default_factory=ServiceState)
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    def is_of_service(self, catalog: str | None) -> bool:
+        """Returns whether what was cached with the name of a catalog may be this service's."""
+        return catalog is None or self.service.catalog in (None, catalog)
 
 
 def get(reading: Reading, reference: str, options: PrefixOptions, progress: Progress | None = None) -> "Flow[Prefix]":
@@ -78,6 +84,10 @@ def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Pr
 def _cached(reading: Reading, question: Question, progress: Progress | None = None) -> Flow[Cached]:
     """Returns the answer to a question, from a cache (revalidated unless it is immutable) or from the service."""
     cached, is_current = reading.memory.get(question.key), question.reference.immutable
+    if cached is not None and not reading.is_of_service(
+        cached.catalog
+    ):  # it is from `cache_dir`, of an earlier service
+        cached = None
     if cached is None and reading.disk is not None:
         cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
     if cached is None or not is_current:
@@ -123,10 +133,10 @@ def _load(reading: Reading, question: Question) -> Cached | None:
     Removes an entry under its name that answers another question.
     """
     entry = None if reading.disk is None else reading.disk.load(question.key, reading.allocate)
-    if reading.disk is None or entry is None:
+    if reading.disk is None or entry is None or not reading.is_of_service(entry.catalog):
         return None
     try:
-        return _decoded(reading, question, entry.body, entry.etag, {})
+        return _decoded(reading, question, entry, {})
     except InvalidResponse as error:
         log.warning("an entry of the prefix cache on disk is removed: %s", error)
         reading.disk.remove(question.key)
@@ -150,18 +160,19 @@ def _checked(reading: Reading, question: Question, cached: Cached | None, answer
         raise InvalidResponse(f"status {answer.status} where 200 was expected")
     if reading.verify_digest:
         check_digest(answer)
-    found = _decoded(reading, question, answer.body, answer.headers.get("etag", ""), answer.headers)
+    entry = Entry(answer.body, answer.headers.get("etag", ""), answer.headers.get("prefix-catalog"))
+    found = _decoded(reading, question, entry, answer.headers)
     if reading.disk is not None:
-        reading.disk.store(question.key, Entry(answer.body, found.etag))
+        reading.disk.store(question.key, entry)
     return found
 
 
-def _decoded(reading: Reading, question: Question, body: Buffer, etag: str, headers: Mapping[str, str]) -> Cached:
+def _decoded(reading: Reading, question: Question, entry: Entry, headers: Mapping[str, str]) -> Cached:
     from prefix_service.client.flows.decode import decode
 
-    found = decode(body, etag, reading.allocate)
+    found = decode(entry.body, entry.etag, reading.allocate)
     question.require_answer(found.prefix.metadata, headers)
-    return found
+    return replace(found, catalog=entry.catalog)
 
 
 def publish(

@@ -3,14 +3,14 @@
 import socket
 import ssl
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
 
+from prefix_service.client.flows.service_state import ServiceState
 from prefix_service.client.transport import dialling
 from prefix_service.client.transport.dialling import time_left
-from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse
+from prefix_service.errors import ConnectionFailed, InvalidRequest
 from prefix_service.system.forks import close_in_child, renew_in_child
 
 
@@ -19,7 +19,8 @@ class NotConnected(OSError):
 
 
 class Connection:
-    """A service's URL, key, Unix socket, certificate authorities, and the deadline of a call in seconds.
+    """A service's URL, key, Unix socket, certificate authorities, and the deadline of a call in seconds. `service` is
+    what is known of the service, by its answers at this address and others.
 
     Raises:
         InvalidRequest: the URL is not one of http or https, the key has characters that no header can carry, or
@@ -34,11 +35,12 @@ class Connection:
         uds: str | Path | None = None,
         ca_file: str | Path | None = None,
         timeout: float = 60.0,
+        service: ServiceState | None = None,
     ) -> None:
         self.url = _parsed(base_url)
         self.api_key, self.uds, self.timeout = api_key, uds, timeout
         self.peer_uid: int | None = None  # of the process that listens on the most recently dialled Unix socket
-        self._catalog: str | None = None  # that earlier answers came from
+        self.service = service or ServiceState()
         self._ca_file = ca_file
         if api_key is not None and not isinstance(api_key, str):
             raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
@@ -65,24 +67,6 @@ class Connection:
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return headers
-
-    def require_same_catalog(self, headers: Mapping[str, str]) -> None:
-        """Note from the headers of an answer which catalog the service has; one of an older release does not say.
-
-        Raises:
-            InvalidResponse: an earlier answer was another catalog's. Its versions may have the same numbers and other
-                contents.
-        """
-        found = headers.get("prefix-catalog")
-        if found is None or found == self._catalog:
-            return
-        if self._catalog is not None:
-            raise InvalidResponse(
-                f"{self.address} answers from catalog {found!r:.80}, and before from {self._catalog!r:.80}: services "
-                "with data folders of their own stand behind one address, or its folder was replaced; mend that, or "
-                "make another client"
-            )
-        self._catalog = found
 
     def renew(self) -> None:
         """Drops the TLS context in a forked child, since a thread of the parent may have held a lock in it.

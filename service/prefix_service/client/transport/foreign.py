@@ -51,7 +51,7 @@ class Foreign:
                 answer = body.answer()
         except _FAILURES as error:
             raise connection_failed(error, self._connection.address) from error
-        self._connection.require_same_catalog(answer.headers)
+        self._connection.service.require_same_catalog(self._connection.address, answer.headers)
         return answer
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class AsyncForeign:
                 answer = body.answer()
         except _FAILURES as error:
             raise connection_failed(error, self._connection.address) from error
-        self._connection.require_same_catalog(answer.headers)
+        self._connection.service.require_same_catalog(self._connection.address, answer.headers)
         return answer
 
     async def close(self) -> None:

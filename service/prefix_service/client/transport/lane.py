@@ -121,7 +121,7 @@ class Lane:
                 with interrupt.watching(link.socket):
                     begun = carry_out(link.begin(message, body), link.socket, first_by)
                     received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
-                self._connection.require_same_catalog(received[0].headers)
+                self._connection.service.require_same_catalog(self._connection.address, received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
@@ -161,7 +161,7 @@ class Lane:
             try:
                 begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
                 received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
-                self._connection.require_same_catalog(received[0].headers)
+                self._connection.service.require_same_catalog(self._connection.address, received[0].headers)
             except BaseException:
                 link.socket.close()
                 raise
