@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from prefix_service.client.client import AsyncPrefixClient, PrefixClient
 from prefix_service.client.flows.management import ServiceInfo
 from prefix_service.client.flows.resolving import ResolvedVersion
+from prefix_service.client.flows.watched import WatchedChange
+from prefix_service.client.transport.watch import Watch
 from prefix_service.prefix.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ __all__ = [
     "PrefixClient",
     "ResolvedVersion",
     "ServiceInfo",
+    "Watch",
+    "WatchedChange",
 ]
 
 _NEED_TORCH = {"MixedPrefix": "prefix_service.client.prefixes.mixed", "Prefix": "prefix_service.client.prefixes.prefix"}

@@ -1,6 +1,9 @@
 """`PrefixClient` and `AsyncPrefixClient`: the worker's side of the service."""
 
+import asyncio
 import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,10 +17,15 @@ from prefix_service.client.flows import calls, management
 from prefix_service.client.flows.as_methods import awaited, blocking, named, plain
 from prefix_service.client.flows.flows import Reading
 from prefix_service.client.flows.service_state import ServiceState
+from prefix_service.client.flows.watched import Watched
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
+from prefix_service.client.transport.lane import Lane
+from prefix_service.client.transport.lanes import Lanes
+from prefix_service.client.transport.named_lanes import NamedLanes
 from prefix_service.client.transport.transport import AsyncTransport, Transport
+from prefix_service.client.transport.watch import OnChange, Watch
 from prefix_service.errors import InvalidRequest
 
 
@@ -30,7 +38,8 @@ class _Client:
 
     Args:
         base_url: where the service is, `http://…` or `https://…`; by default the environment's `PREFIX_URL`, without
-            that `http://127.0.0.1:8080`. With `uds` it may be left out.
+            that `http://127.0.0.1:8080`. With `uds` it may be left out. Replicas of one service may be named all, as a
+            list or with commas between them; a name with several addresses names them too.
         api_key: what the service knows the caller by; by default the environment's `PREFIX_API_KEY`. An empty text
             means no key.
         uds: Unix socket to connect to.
@@ -38,7 +47,7 @@ class _Client:
         timeout: deadline of a call in seconds, with its retries and all of its requests; None for no deadline, which
             also retries until the service answers.
         http: an httpx transport that takes the place of the client's own connections. The deadline of a call is that
-            of each of its reads.
+            of each of its reads. It takes one URL.
         cache_bytes: budget of the local cache in memory.
         cache_dir: a private folder where bodies are kept too, shared by the processes of this machine. Without a key,
             entries there are always revalidated.
@@ -59,7 +68,7 @@ class _Client:
 
     def __init__(
         self,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         api_key: str | None = None,
         *,
         uds: str | Path | None = None,
@@ -74,39 +83,48 @@ class _Client:
         connections: int = 1,
         shared_memory: bool = True,
     ) -> None:
-        base_url, api_key = options.service_url(base_url, uds), options.service_key(api_key)
+        base_url, api_key = options.service_urls(base_url, uds), options.service_key(api_key)
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._arguments["api_key"] = api_key or ""  # unpickled elsewhere, it takes no key from that environment
         uds, cache_dir = options.path("uds", uds), options.path("cache_dir", cache_dir)
         ca_file, deadline = options.path("ca_file", ca_file), options.deadline("timeout", timeout)
         if http is not None and not isinstance(http, self._foreign):
             raise InvalidRequest(f"http must be an httpx transport ({self._foreign.__name__}), got {http!r:.100}")
+        if http is not None and len(base_url) > 1:
+            raise InvalidRequest(f"http takes one URL, and base_url names {len(base_url)}: leave one of them out")
         service = ServiceState()
-        self._connection = Connection(base_url, api_key, uds=uds, ca_file=ca_file, timeout=deadline, service=service)
+        connect = partial(Connection, api_key=api_key, uds=uds, ca_file=ca_file, timeout=deadline, service=service)
+        named = {connection.address.rstrip("/"): connection for connection in map(connect, base_url)}
+        self._connection, self._address = next(iter(named.values())), ", ".join(named)
+        self._lanes = _lanes(named)
         self._pin_memory = options.flag("pin_memory", pin_memory)
         self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
             options.flag("verify_digest", verify_digest)
+        allocate = partial(_allocate, cache_bytes=self._cache_bytes, pinned=self._pin_memory)
         self._reading = Reading(
             LocalCache(self._cache_bytes),
             self._disk_cache(cache_dir, options.whole("cache_dir_bytes", cache_dir_bytes, 0)),
-            self._allocate_body,
+            allocate,
             pinned=self._pin_memory,
             verify_digest=uds is None if verify_digest is None else verify_digest,
             is_service_known=api_key is not None,
             service=service,
+            watched=Watched(service),
         )
-        self._open(
-            Fetcher(
-                self._connection,
-                self._allocate_body,
-                options.whole("connections", connections, 1),
-                pinned=pin_memory,
-                # What is mapped is not pinned.
-                shared_memory=options.flag("shared_memory", shared_memory) and uds is not None and not pin_memory,
-            ),
-            http,
+        self._watch: Watch | None = None
+        fetcher = Fetcher(
+            self._connection,
+            self._lanes,
+            allocate,
+            options.whole("connections", connections, 1),
+            address=self._address,
+            pinned=pin_memory,
+            # What is mapped is not pinned.
+            shared_memory=options.flag("shared_memory", shared_memory) and uds is not None and not pin_memory,
         )
+        self._fetcher = fetcher if http is None else None
+        self._open(fetcher, http)
 
     def _open(self, fetcher: Fetcher, http: Any) -> None:
         """Choose the way that requests take."""
@@ -116,26 +134,45 @@ class _Client:
         return partial(type(self), **self._arguments), ()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._connection.address!r})"
+        away = f", away={self._lanes.away}" if not isinstance(self._lanes, Lane) and self._lanes.away else ""
+        return f"{type(self).__name__}({self._address!r}{away})"
 
     def _disk_cache(self, folder: Path | None, budget: int) -> DiskCache | None:
         if folder is None:
             return None
-        url, uds, key = (self._connection.url, self._connection.uds, self._connection.api_key)
+        uds, key = self._connection.uds, self._connection.api_key
+        url = self._address if ", " in self._address else str(self._connection.url).rstrip("/")
         secret = None if key is None else hashlib.sha256(key.encode()).hexdigest()
-        return DiskCache(folder, budget, (str(url).rstrip("/"), None if uds is None else str(uds), secret))
+        return DiskCache(folder, budget, (url, None if uds is None else str(uds), secret))
 
-    def _allocate(self, size: int) -> memoryview:
-        from prefix_service.client.cache.memory import allocate
+    def watch(self, on_change: OnChange | None = None) -> Watch:
+        """Follows the service's changes in a thread, until the client or the returned watch is closed.
 
-        return allocate(size, pinned=self._pin_memory)
+        While the service is heard from, aliases and `latest` are served from the cache in memory without a request, and
+        what an alias moved to is fetched before it is asked for: of each form that is cached. A silence of 20 seconds,
+        or a lost connection, ends that until the service is heard from again. `watch.error` has the error that ended
+        the watch, as `Unauthenticated` after the key was revoked; the client then revalidates again.
 
-    def _allocate_body(self, size: int) -> memoryview:
-        from prefix_service.client.cache.memory import allocate_for_many
+        Args:
+            on_change: called with each `WatchedChange` that the key may see, in the watch's thread, so it should be
+                quick.
 
-        if size > self._cache_bytes:  # one caller will have it
-            return self._allocate(size)
-        return allocate_for_many(size, pinned=self._pin_memory)
+        Raises:
+            InvalidRequest: this client watches already, or has a transport of the caller's own.
+        """
+        if self._watch is not None and self._reading.watched.is_on:
+            raise InvalidRequest("this client watches changes already: close that watch first")
+        if self._fetcher is None:
+            raise InvalidRequest("a watch needs the client's own connections: leave out http")
+        fetching = Transport(self._fetcher, self._connection.timeout)
+        call = options.callback("on_change", on_change, "one change")
+        self._watch = Watch(self._reading, self._lanes, fetching, call)
+        weakref.finalize(self, self._watch.close).atexit = False
+        return self._watch
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
     def clear_cache(self) -> None:
         """Forget every prefix that was fetched, in memory and in `cache_dir`, there also what other clients fetched,
@@ -205,7 +242,8 @@ class PrefixClient(_Client):
     usage = blocking(plain(management.usage))
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, and end the watch."""
+        self._end_watch()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -273,7 +311,8 @@ class AsyncPrefixClient(_Client):
     usage = awaited(plain(management.usage))
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, and end the watch."""
+        await asyncio.to_thread(self._end_watch)
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
@@ -281,3 +320,18 @@ class AsyncPrefixClient(_Client):
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
+
+
+def _allocate(size: int, *, cache_bytes: int, pinned: bool) -> memoryview:
+    """Returns memory for a body: for one caller if the cache cannot keep it, else for many."""
+    from prefix_service.client.cache.memory import allocate, allocate_for_many
+
+    return allocate(size, pinned=pinned) if size > cache_bytes else allocate_for_many(size, pinned=pinned)
+
+
+def _lanes(named: Mapping[str, Connection]) -> Lane | Lanes | NamedLanes:
+    """Returns the way to a service: to one address, to those of one name, or to several that were given."""
+    if len(named) > 1:
+        return Lanes(named)
+    (connection,) = named.values()
+    return Lane(connection) if connection.uds is not None or connection.is_numeric else NamedLanes(connection)

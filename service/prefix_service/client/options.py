@@ -5,6 +5,7 @@ import json
 import math
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypedDict, cast, get_args
@@ -16,6 +17,7 @@ from prefix_service.prefix.variant import KVDtype, Span
 
 _DTYPES: Final = get_args(KVDtype)
 _DEFAULT_URL: Final = "http://127.0.0.1:8080"
+_BETWEEN_URLS: Final = re.compile(r"\s*,\s*(?=https?://)")
 _LONGEST: Final = 1_000_000
 """Seconds that a deadline may have: more than eleven days."""
 
@@ -73,12 +75,25 @@ def whole(name: str, value: Any, least: int) -> int:
     return number
 
 
-def service_url(given: str | None, uds: Any) -> str:
-    """Returns the URL that was given. Without one it is any with a Unix socket, else that of the environment, else the
-    one at which `prefix-service serve` listens."""
-    if given is not None:
-        return given
-    return _DEFAULT_URL if uds is not None else os.environ.get("PREFIX_URL") or _DEFAULT_URL
+def service_urls(given: Any, uds: Any) -> list[Any]:
+    """Returns the URLs that were given: a list, or one text, with commas between several. Without one it is any with a
+    Unix socket, else that of the environment, else the one at which `prefix-service serve` listens.
+
+    Raises:
+        InvalidRequest: there are none, or several with a Unix socket.
+    """
+    if given is None:
+        given = _DEFAULT_URL if uds is not None else os.environ.get("PREFIX_URL") or _DEFAULT_URL
+    urls = _BETWEEN_URLS.split(given) if isinstance(given, str) else list(given) if _is_list(given) else [given]
+    if not urls:
+        raise InvalidRequest("the list of the service's URLs is empty: name at least one")
+    if len(urls) > 1 and uds is not None:
+        raise InvalidRequest(f"uds leads to one service, and base_url names {len(urls)}: leave one of them out")
+    return urls
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def service_key(given: str | None) -> str | None:
@@ -171,14 +186,14 @@ def references(value: Any) -> list[str]:
     return list(value)
 
 
-def callback(name: str, value: Any) -> Any:
-    """Returns what can be called, or None.
+def callback(name: str, value: Any, arguments: str = "the bytes so far and their total") -> Any:
+    """Returns what can be called with some arguments, or None.
 
     Raises:
         InvalidRequest: the value is something else.
     """
     if value is not None and not callable(value):
-        raise InvalidRequest(f"{name} must be a function of the bytes so far and their total, got {value!r:.100}")
+        raise InvalidRequest(f"{name} must be a function of {arguments}, got {value!r:.100}")
     return value
 
 

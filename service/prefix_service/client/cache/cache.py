@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefix_service.system.forks import renew_in_child
 
@@ -13,18 +13,24 @@ if TYPE_CHECKING:
     from prefix_service.client.prefixes.prefix import Prefix
 
 
+Stamp = tuple[int, int]
+"""A moment of a watch: how many changes it had told of, and how many writes of this client were answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """A prefix that nobody may write to, with the entity tag that revalidates it.
 
     `file` is the file that its tensor is in, of which each caller gets a private mapping; without one, each gets a
-    copy. `catalog` is the one that the service named with it, if any.
+    copy. `catalog` is the one that the service named with it, if any. `stamp` is the moment when it was last asked for,
+    if a watch was there to judge it by.
     """
 
     prefix: "Prefix"
     etag: str
     file: "MemoryFile | None" = None
     catalog: str | None = None
+    stamp: Stamp | None = None
 
 
 class LocalCache:
@@ -49,6 +55,11 @@ class LocalCache:
             if found is not None:
                 self._entries.move_to_end(key)
             return found
+
+    def keys_of(self, start: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        """Returns the keys that begin with some names."""
+        with self._lock:
+            return [key for key in self._entries if isinstance(key, tuple) and key[: len(start)] == start]
 
     def keeps(self, cached: Cached) -> bool:
         """Returns whether a prefix fits the budget."""

@@ -15,6 +15,7 @@ from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.flows.service_state import ServiceState
+from prefix_service.client.flows.watched import Watched
 from prefix_service.client.options import PrefixOptions, json_bytes
 from prefix_service.client.protocol import Answer, Progress, Request, Step, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Reading:
     """Options and caches for reading prefixes: the caches of prefixes and of base models, the memory that they may use,
-    which digests are verified, and what is known of the service.
+    which digests are verified, what is known of the service, and what a watch has told of it.
 
     `is_service_known` is whether entries on disk certainly belong to this service. Without a key, it cannot be
     distinguished from an earlier service at the same address, so even immutable versions are revalidated.
@@ -49,7 +50,8 @@ class Reading:
     pinned: bool
     verify_digest: bool
     is_service_known: bool
-    service: ServiceState = field(default_factory=ServiceState)
+    service: ServiceState
+    watched: Watched
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def is_of_service(self, catalog: str | None) -> bool:
@@ -81,21 +83,32 @@ def shared(reading: Reading, reference: str, options: PrefixOptions) -> "Flow[Pr
     return cached.prefix
 
 
-def _cached(reading: Reading, question: Question, progress: Progress | None = None) -> Flow[Cached]:
-    """Returns the answer to a question, from a cache (revalidated unless it is immutable) or from the service."""
+def refreshed(reading: Reading, question: Question) -> Flow[None]:
+    """Asks a question again, whose answer has changed, and caches the new answer."""
+    yield from _cached(reading, question, is_changed=True)
+
+
+def _cached(
+    reading: Reading, question: Question, progress: Progress | None = None, *, is_changed: bool = False
+) -> Flow[Cached]:
+    """Returns the answer to a question, from a cache or from the service. A cached one is revalidated, unless it is
+    immutable or a watch confirms it."""
     cached, is_current = reading.memory.get(question.key), question.reference.immutable
-    if cached is not None and not reading.is_of_service(
-        cached.catalog
-    ):  # it is from `cache_dir`, of an earlier service
+    if cached is not None and not reading.is_of_service(cached.catalog):  # an earlier service's, from `cache_dir`
         cached = None
+    if cached is not None and not is_current and not is_changed:
+        is_current = reading.watched.confirms(question.tenant, question.reference.adapter, cached.stamp)
     if cached is None and reading.disk is not None:
         cached, is_current = (yield Work(partial(_load, reading, question))), is_current and reading.is_service_known
     if cached is None or not is_current:
+        stamp = reading.watched.stamp()
         etag = None if cached is None else cached.etag or None
         read = partial(_received, reading, question, cached)
         blocks = reading.disk is not None
         request = question.request(etag, read, is_verified=reading.verify_digest, blocks=blocks)
         cached = yield request if progress is None else replace(request, progress=progress)
+        if stamp is not None:
+            cached = replace(cached, stamp=stamp)
     reading.memory.put(question.key, cached)
     return cached
 

@@ -58,6 +58,12 @@ class Question:
         adapter, selector = self.reference.adapter, self.reference.selector
         return (self.tenant, adapter, selector, self.dtype, self.layers, self.kv_heads, self.tp)
 
+    @classmethod
+    def of_key(cls, key: tuple[Any, ...]) -> Self:
+        """Returns the question of a cache key."""
+        tenant, adapter, selector, *form = key
+        return cls(tenant, Reference(adapter, selector, explicit=True), *form)
+
     def request(self, etag: str | None, read: Callable[[Answer], Any], *, is_verified: bool, blocks: bool) -> Fetch:
         """Returns the request that asks the question; with `etag`, it asks whether that answer is still current."""
         return prefix_request(

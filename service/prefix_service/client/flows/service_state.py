@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from prefix_service.client.protocol import Request
 from prefix_service.errors import InvalidResponse
 from prefix_service.system.forks import renew_in_child
 
@@ -27,6 +28,8 @@ class ServiceState:
     def __init__(self) -> None:
         self.catalog: str | None = None
         """The catalog that answers came from; None if none of them has named one."""
+        self.watched: str | None = None
+        """The revision up to which a watch has told of changes."""
         self.writes = 0
         """The number of writes that were answered."""
         self._revisions: tuple[tuple[str, float], ...] = ()  # with the moments of their answers
@@ -37,16 +40,21 @@ class ServiceState:
         """Replaces the lock in a forked child."""
         self._lock = threading.Lock()
 
-    def require_same_catalog(self, address: str, headers: Mapping[str, str]) -> None:
-        """Notes from the headers of an answer which catalog the service has; an older release does not say.
+    def note_answer(self, address: str, request: Request, headers: Mapping[str, str], began: float) -> None:
+        """Notes the catalog in the headers of an answer, and the revision of a write. The request was sent to `address`
+        at the time `began` of `time.monotonic`. An older release names neither.
 
         Raises:
             InvalidResponse: an earlier answer was another catalog's. Its versions may have the same numbers and other
                 contents.
         """
         found = headers.get("prefix-catalog")
-        if found is None or found == self.catalog:
-            return
+        if found is not None and found != self.catalog:
+            self._note_catalog(address, found)
+        if request.method != "GET":
+            self._note_write(headers, began)
+
+    def _note_catalog(self, address: str, found: str) -> None:
         if self.catalog is not None:
             raise InvalidResponse(
                 f"{address} answers from catalog {found!r:.80}, and before from {self.catalog!r:.80}: services with "
@@ -55,8 +63,7 @@ class ServiceState:
             )
         self.catalog = found
 
-    def note_write(self, headers: Mapping[str, str], began: float) -> None:
-        """Notes the revision in the headers of an answer to a write that began at a time of `time.monotonic`."""
+    def _note_write(self, headers: Mapping[str, str], began: float) -> None:
         revision = headers.get("prefix-revision", "")
         if not _REVISION.fullmatch(revision):
             return
@@ -68,9 +75,11 @@ class ServiceState:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The revisions that a process must know before it answers this client: those of its latest writes, until
-        every process knows them."""
-        revisions = self._revisions
-        if revisions and time.monotonic() - revisions[-1][1] > _SETTLED:
+        """The revisions that a process must know before it answers this client: that of its watch, and those of its
+        latest writes until every process knows them."""
+        revisions, watched = self._revisions, () if self.watched is None else (self.watched,)
+        if not revisions:
+            return watched
+        if time.monotonic() - revisions[-1][1] > _SETTLED:
             self._revisions = revisions = ()
-        return tuple(revision for revision, _ in revisions)
+        return (*watched, *(revision for revision, _ in revisions))

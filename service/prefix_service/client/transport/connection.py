@@ -3,11 +3,14 @@
 import socket
 import ssl
 import struct
+from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 import httpx
 
 from prefix_service.client.flows.service_state import ServiceState
+from prefix_service.client.protocol import Request
 from prefix_service.client.transport import dialling
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.errors import ConnectionFailed, InvalidRequest
@@ -41,6 +44,10 @@ class Connection:
         self.api_key, self.uds, self.timeout = api_key, uds, timeout
         self.peer_uid: int | None = None  # of the process that listens on the most recently dialled Unix socket
         self.service = service or ServiceState()
+        self.address = _address(self.url, uds)
+        """For error messages."""
+        self.port = self.url.port or (443 if self.url.scheme == "https" else 80)
+        self._host = self.url.raw_host
         self._ca_file = ca_file
         if api_key is not None and not isinstance(api_key, str):
             raise InvalidRequest(f"the API key must be a str, got {type(api_key).__name__}")
@@ -52,13 +59,9 @@ class Connection:
         renew_in_child(self)
 
     @property
-    def address(self) -> str:
-        """The service's address for error messages: its Unix socket's path,
-        or its URL without user name and password.
-        """
-        if self.uds is not None:
-            return f"unix:{self.uds}"
-        return str(self.url.copy_with(username=None, password=None)) if self.url.userinfo else str(self.url)
+    def is_numeric(self) -> bool:
+        """Whether the URL has an IP address instead of a name."""
+        return dialling.is_numeric(self._host)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -68,12 +71,29 @@ class Connection:
             headers["Authorization"] = f"Bearer {self.api_key}"
         return headers
 
+    def note_answer(self, request: Request, headers: Mapping[str, str], began: float) -> None:
+        """Notes what the headers of an answer say of the service; its request was sent at the time `began` of
+        `time.monotonic`.
+
+        Raises:
+            InvalidResponse: another catalog answered than before.
+        """
+        self.service.note_answer(self.address, request, headers, began)
+
     def renew(self) -> None:
         """Drops the TLS context in a forked child, since a thread of the parent may have held a lock in it.
 
         The next connection makes a new one, because reading the certificates takes 20 ms and more.
         """
         self._tls = None
+
+    def at(self, host: str) -> "Connection":
+        """Returns a connection to one of the addresses of the name in the URL, with the same certificate to expect."""
+        one = copy(self)
+        one._host = host.encode("ascii")
+        one.address = f"{self.address} ({host})"
+        renew_in_child(one)
+        return one
 
     def dial(self, until: float) -> socket.socket:
         """Returns a new connection, including its TLS handshake, made before the time `until` of `time.monotonic`.
@@ -100,7 +120,7 @@ class Connection:
         return dialled
 
     def _dial_tcp(self, until: float) -> socket.socket:
-        return dialling.connect(self.url.raw_host, self.url.port or (443 if self.url.scheme == "https" else 80), until)
+        return dialling.connect(self._host, self.port, until)
 
     def _secured(self, dialled: socket.socket, until: float) -> socket.socket:
         try:
@@ -124,6 +144,13 @@ class Connection:
             secured.close()
             raise
         return secured
+
+
+def _address(url: httpx.URL, uds: str | Path | None) -> str:
+    """Returns a Unix socket's path, or a URL without user name and password."""
+    if uds is not None:
+        return f"unix:{uds}"
+    return str(url.copy_with(username=None, password=None)) if url.userinfo else str(url)
 
 
 def _trusting(ca_file: str | Path | None) -> ssl.SSLContext:

@@ -31,7 +31,7 @@ def connect(host: bytes, port: int, until: float) -> socket.socket:
     Raises:
         OSError: no address could be reached; TimeoutError if none answered in time.
     """
-    addresses = _interleaved(_resolved(host, port, until))
+    addresses = _interleaved(resolved(host, port, until))
     race = _Race(min(_HEAD_START, time_left(until) / (2 * len(addresses))))
     try:
         return race.winner(deque(addresses), until)
@@ -117,15 +117,32 @@ class _Race:
             attempt.close()
 
 
-def _resolved(host: bytes, port: int, until: float) -> list[Address]:
+def is_numeric(host: bytes) -> bool:
+    """Returns whether a host is an IP address, and no name."""
+    try:
+        socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return False
+    return True
+
+
+def several(addresses: list[Address]) -> list[str]:
+    """Returns the addresses of a service at several, in the order of their text: those of one family, since one machine
+    may have an address of each; none if no family has two."""
+    for family in dict.fromkeys(address[0] for address in addresses):
+        found = sorted({str(address[4][0]) for address in addresses if address[0] == family})
+        if len(found) > 1:
+            return found
+    return []
+
+
+def resolved(host: bytes, port: int, until: float) -> list[Address]:
     """Returns the addresses of a name.
 
     The resolver has no deadline, so it runs in a thread, which is left behind if it takes too long.
     """
-    try:
+    if is_numeric(host):
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        pass  # it is a name
     found: SimpleQueue[list[Address] | OSError] = SimpleQueue()
 
     def look_up() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.lane import Exchanges, Interrupt
 from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
@@ -25,20 +25,23 @@ MOST_JSON: Final = 32 << 20
 class Fetcher:
     """Carries out requests; safe to share between threads.
 
-    `allocate` returns memory for a body, and is slow if `pinned`. A body can be received in ranges over `connections`
-    connections. With `shared_memory`, the file that the service names is mapped instead of received.
+    `address` is the service's, or all of them, for error messages. `allocate` returns memory for a body, and is slow if
+    `pinned`. A body can be received in ranges over `connections` connections. With `shared_memory`, the file that the
+    service names is mapped instead of received.
     """
 
     def __init__(
         self,
         connection: Connection,
+        lane: Exchanges,
         allocate: Callable[[int], memoryview],
         connections: int,
         *,
+        address: str,
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self.address, self._lane, self._connection = connection.address, Lane(connection), connection
+        self.address, self._lane, self._connection = address, lane, connection
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 

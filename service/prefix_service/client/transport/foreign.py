@@ -7,7 +7,9 @@ that event loop.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final
 
 import httpx
@@ -41,7 +43,8 @@ class Foreign:
             InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(None)
-        headers, content = _headers_and_content(request)
+        began = time.monotonic()
+        headers, content = _headers_and_content(request, self._connection.service.needed)
         try:
             with self._http.stream(**_arguments(request, until), headers=headers, content=content) as response:
                 body = _Body(response, request)
@@ -51,7 +54,7 @@ class Foreign:
                 answer = body.answer()
         except _FAILURES as error:
             raise connection_failed(error, self._connection.address) from error
-        self._connection.service.require_same_catalog(self._connection.address, answer.headers)
+        self._connection.note_answer(request, answer.headers, began)
         return answer
 
     def close(self) -> None:
@@ -76,7 +79,8 @@ class AsyncForeign:
             InvalidResponse: the answer is too long, or another catalog's than before.
         """
         self._home.check(asyncio.get_running_loop())
-        headers, content = _headers_and_content(request)
+        began = time.monotonic()
+        headers, content = _headers_and_content(request, self._connection.service.needed)
         later = None if content is None else _later(content)
         try:
             async with (
@@ -89,7 +93,7 @@ class AsyncForeign:
                 answer = body.answer()
         except _FAILURES as error:
             raise connection_failed(error, self._connection.address) from error
-        self._connection.service.require_same_catalog(self._connection.address, answer.headers)
+        self._connection.note_answer(request, answer.headers, began)
         return answer
 
     async def close(self) -> None:
@@ -122,10 +126,13 @@ def _arguments(request: Request, until: float) -> dict[str, Any]:
     return {"method": request.method, "url": request.path, "params": params, "timeout": time_left(until)}
 
 
-def _headers_and_content(request: Request) -> tuple[list[tuple[bytes, bytes]], Iterator[bytes] | None]:
+def _headers_and_content(
+    request: Request, revisions: Iterable[str]
+) -> tuple[list[tuple[bytes, bytes]], Iterator[bytes] | None]:
     about_body, content = ({}, None) if request.method == "GET" else encoded(request)
     merged: Mapping[str, str] = {"X-Request-ID": request.request_id, **request.headers, **about_body}
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in merged.items()], content
+    needed = (("Prefix-Min-Revision", revision) for revision in revisions)
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in chain(merged.items(), needed)], content
 
 
 async def _later(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

@@ -9,9 +9,10 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Final
+from inspect import GEN_CLOSED, getgeneratorstate
+from typing import Final, Protocol
 from urllib.parse import urlencode
 
 from prefix_service.client.protocol import Request
@@ -25,6 +26,7 @@ from prefix_service.client.transport.link import (
     Link,
     Observer,
     carry_out,
+    carry_out_first,
     carry_out_on_loop,
 )
 from prefix_service.system.forks import renew_in_child
@@ -35,6 +37,8 @@ _PATIENCE: Final = 0.25
 vanished silently.
 """
 _MOST_PATIENCE: Final = 60.0  # seconds
+_HEDGE_CONNECTS: Final = 0.25
+"""Seconds that a thread spends on a connection to another address, while this one may answer."""
 
 
 class Interrupt:
@@ -45,9 +49,8 @@ class Interrupt:
         self._watched: set[socket.socket] = set()
         self.is_broken = False
 
-    @contextlib.contextmanager
-    def watching(self, link: socket.socket) -> Iterator[None]:
-        """Registers a socket for `break_off` while the block runs.
+    def watch(self, link: socket.socket) -> None:
+        """Registers a socket for `break_off`, until this object is gone.
 
         Raises:
             ConnectionAbortedError: `break_off` was called before.
@@ -56,6 +59,15 @@ class Interrupt:
             if self.is_broken:
                 raise ConnectionAbortedError("broken off")
             self._watched.add(link)
+
+    @contextlib.contextmanager
+    def watching(self, link: socket.socket) -> Iterator[None]:
+        """Registers a socket for `break_off` while the block runs.
+
+        Raises:
+            ConnectionAbortedError: `break_off` was called before.
+        """
+        self.watch(link)
         try:
             yield
         finally:
@@ -72,6 +84,59 @@ class Interrupt:
                     socket.socket.shutdown(link, socket.SHUT_RDWR)
 
 
+class Exchanges(Protocol):
+    """Sends requests to a service, at one address or several."""
+
+    def exchange(
+        self,
+        request: Request,
+        allocate: AllocateBody,
+        until: float,
+        interrupt: Interrupt,
+        *,
+        headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
+        most: int = MOST_UNDECLARED,
+    ) -> tuple[Head, memoryview]:
+        """Returns head and body of the answer to a request, as `Lane.exchange` does."""
+
+    async def exchange_on_loop(
+        self,
+        request: Request,
+        allocate: AllocateBody,
+        until: float,
+        *,
+        headers: Mapping[str, str] | None = None,
+        observe: Observer | None = None,
+        most: int = MOST_UNDECLARED,
+    ) -> tuple[Head, memoryview]:
+        """Returns head and body of the answer to a GET, as `Lane.exchange_on_loop` does."""
+
+    def any(self, avoided: "Lane | None" = None) -> "Lane":
+        """Returns the lane to any address that is there, another than `avoided` if possible."""
+
+    def close(self) -> None:
+        """Closes every connection."""
+
+
+class Race(Protocol):
+    """The help that a GET gets from a service's other addresses.
+
+    `connected_by` and `first_by` are the times of `time.monotonic` until which this address may take to connect, and to
+    send the first byte; at `hedge_at` another one is asked too.
+    """
+
+    connected_by: float
+    first_by: float
+    hedge_at: float
+
+    def second(self) -> "Lane | None":
+        """Returns the lane to another address, if there is one to ask now."""
+
+    def begins(self, lane: "Lane") -> None:
+        """Notes that an answer began to arrive over a lane."""
+
+
 class Lane:
     """Exchanges with one service over persistent connections.
 
@@ -79,7 +144,7 @@ class Lane:
     """
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
         self._path = connection.url.raw_path.decode("ascii").rstrip("/")
         host = connection.url.netloc.decode("ascii").rpartition("@")[2]
         self._fixed = _lines({"Host": host, **connection.headers}) + b"\r\n"
@@ -102,30 +167,37 @@ class Lane:
         headers: Mapping[str, str] | None = None,
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
+        race: Race | None = None,
     ) -> tuple[Head, memoryview]:
         """Sends a request with additional `headers`; returns head and body of its answer before the time `until` of
         `time.monotonic`.
 
         `allocate` returns memory for the body, and `observe` sees its pieces as they arrive. A body without a declared
-        length may have `most` bytes.
+        length may have `most` bytes. With `race`, another address may answer a GET.
 
         Raises:
             OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
                 part of the request was sent.
             InvalidResponse: another catalog answered than before.
         """
-        message, body = self._message(request, headers)
+        began = time.monotonic()
+        message, body = self.message(request, headers)
 
         def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
+            lane = self
             try:
                 with interrupt.watching(link.socket):
-                    begun = carry_out(link.begin(message, body), link.socket, first_by)
+                    if race is None:
+                        begun = carry_out(link.begin(message, body), link.socket, first_by)
+                    else:
+                        lane, link, begun = self._raced(request, headers, link, min(first_by, race.first_by), race)
+                        interrupt.watch(link.socket)
                     received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
-                self._connection.service.require_same_catalog(self._connection.address, received[0].headers)
+                lane.connection.note_answer(request, received[0].headers, began)
             except BaseException:
                 link.socket.close()
                 raise
-            self._keep(link)
+            lane._keep(link)
             return received
 
         patience = _patience(until)
@@ -137,7 +209,7 @@ class Lane:
                 if link.has_begun or interrupt.is_broken:
                     raise
                 self._close_idle()
-        return over(Link(self._connection.dial(until)), until)
+        return over(Link(self.connection.dial(until if race is None else race.connected_by)), until)
 
     async def exchange_on_loop(
         self,
@@ -148,6 +220,7 @@ class Lane:
         headers: Mapping[str, str] | None = None,
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
+        race: Race | None = None,
     ) -> tuple[Head, memoryview]:
         """Exchanges a GET on the running event loop; a new connection is made in a thread.
 
@@ -155,17 +228,23 @@ class Lane:
             OSError: the answer is missing or incomplete; TimeoutError if it did not arrive in time; NotConnected if no
                 part of the request was sent.
         """
-        message, _ = self._message(request, headers)
+        began = time.monotonic()
+        message, _ = self.message(request, headers)
 
         async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
+            lane = self
             try:
-                begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
+                if race is None:
+                    begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
+                else:
+                    first_by = min(first_by, race.first_by)
+                    lane, link, begun = await self._raced_on_loop(request, headers, link, first_by, race)
                 received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
-                self._connection.service.require_same_catalog(self._connection.address, received[0].headers)
+                lane.connection.note_answer(request, received[0].headers, began)
             except BaseException:
                 link.socket.close()
                 raise
-            self._keep(link)
+            lane._keep(link)
             return received
 
         patience = _patience(until)
@@ -177,14 +256,88 @@ class Lane:
                 if link.has_begun:
                     raise
                 self._close_idle()
-        return await over(await self._dial_in_thread(until), until)
+        return await over(await self._dial_in_thread(until if race is None else race.connected_by), until)
 
-    def _message(self, request: Request, headers: Mapping[str, str] | None) -> tuple[bytes, Iterable[bytes]]:
-        """Returns a request's head, and the pieces of its body."""
+    def _raced(
+        self, request: Request, headers: Mapping[str, str] | None, link: Link, first_by: float, race: Race
+    ) -> tuple["Lane", Link, int]:
+        """Sends a GET, and if no answer begins in time, sends it to another address too.
+
+        Returns the lane and the connection over which an answer began first, and its first bytes' number.
+        """
+        steps = link.begin(self.message(request, headers)[0])
+        try:
+            count = carry_out(steps, link.socket, min(race.hedge_at, first_by))
+        except TimeoutError:
+            if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
+                raise
+        else:
+            race.begins(self)
+            return self, link, count
+        runs, links = [(steps, link.socket)], [(self, link)]
+        if (other := race.second()) is not None:
+            with contextlib.suppress(OSError):  # this address may still answer
+                dial_by = min(first_by, time.monotonic() + _HEDGE_CONNECTS)
+                second = other._idle_one(request) or Link(other.connection.dial(dial_by))
+                runs.append((second.begin(other.message(request, headers)[0]), second.socket))
+                links.append((other, second))
+        try:
+            winner, count = carry_out_first(runs, first_by)
+        except BaseException:
+            for _, failed in links[1:]:
+                failed.socket.close()
+            raise
+        for _, loser in links[:winner] + links[winner + 1 :]:
+            loser.socket.close()
+        race.begins(links[winner][0])
+        return *links[winner], count
+
+    async def _raced_on_loop(
+        self, request: Request, headers: Mapping[str, str] | None, link: Link, first_by: float, race: Race
+    ) -> tuple["Lane", Link, int]:
+        """Does the same as `_raced` on the running event loop."""
+        steps = link.begin(self.message(request, headers)[0])
+        try:
+            count = await carry_out_on_loop(steps, link.socket, min(race.hedge_at, first_by))
+        except TimeoutError:
+            if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
+                raise
+        else:
+            race.begins(self)
+            return self, link, count
+
+        async def go_on() -> tuple[Lane, Link, int]:
+            return self, link, await carry_out_on_loop(steps, link.socket, first_by)
+
+        async def begin(other: Lane) -> tuple[Lane, Link, int]:
+            second = other._idle_one(request) or await other._dial_in_thread(first_by)
+            try:
+                return (
+                    other,
+                    second,
+                    await carry_out_on_loop(second.begin(other.message(request, headers)[0]), second.socket, first_by),
+                )
+            except BaseException:
+                second.socket.close()
+                raise
+
+        runs = [asyncio.create_task(go_on())]
+        if (other := race.second()) is not None:
+            runs.append(asyncio.create_task(begin(other)))
+        lane, winner, count = await _first_success(runs)
+        if winner is not link:
+            link.socket.close()
+        race.begins(lane)
+        return lane, winner, count
+
+    def message(self, request: Request, headers: Mapping[str, str] | None = None) -> tuple[bytes, Iterable[bytes]]:
+        """Returns a request's head with additional `headers`, and the pieces of its body."""
         query = _query(tuple(request.params.items()))
         start = f"{request.method} {self._path}{request.path}{query} HTTP/1.1\r\n"
         about_body, body = ({}, ()) if request.method == "GET" else encoded(request)
         lines = _lines({"X-Request-ID": request.request_id, **request.headers, **about_body, **(headers or {})})
+        for revision in self.connection.service.needed:
+            lines += b"Prefix-Min-Revision: %b\r\n" % revision.encode("ascii")
         return start.encode("ascii") + lines + self._fixed, body
 
     def _idle_one(self, request: Request) -> Link | None:
@@ -213,7 +366,7 @@ class Lane:
     def _dial_prepared(self, until: float) -> Link:
         import prefix_service.client.flows.decode  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
 
-        return Link(self._connection.dial(until))
+        return Link(self.connection.dial(until))
 
     def _keep(self, link: Link) -> None:
         """Keeps a connection for another request, or closes it."""
@@ -229,10 +382,35 @@ class Lane:
         for link in idle:
             link.socket.close()
 
+    def any(self, _avoided: "Lane | None" = None) -> "Lane":
+        """Returns this lane, the only one."""
+        return self
+
     def close(self) -> None:
         """Closes every connection; one in use is closed when its exchange ends."""
         self._is_closed = True
         self._close_idle()
+
+
+async def _first_success(runs: "Sequence[asyncio.Task[tuple[Lane, Link, int]]]") -> tuple[Lane, Link, int]:
+    """Returns the result of the task that succeeds first, and cancels the others.
+
+    Raises:
+        OSError: all of them failed.
+    """
+    waiting = set(runs)
+    winner: asyncio.Task[tuple[Lane, Link, int]] | None = None
+    try:
+        while winner is None and waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            winner = next((task for task in done if task.exception() is None), None)
+        return (winner or runs[0]).result()
+    finally:
+        for task in waiting:
+            task.cancel()
+        for task, found in zip(runs, await asyncio.gather(*runs, return_exceptions=True), strict=True):
+            if task is not winner and not isinstance(found, BaseException):
+                found[1].socket.close()
 
 
 def _patience(until: float) -> float:

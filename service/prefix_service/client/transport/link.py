@@ -6,10 +6,11 @@ much room.
 """
 
 import asyncio
+import contextlib
 import select
 import socket
 import ssl
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from enum import Enum, auto
 from functools import partial
 from typing import Final, TypeVar
@@ -112,6 +113,15 @@ class Link:
         self._wake_at(1)
         self.stays = head.keeps_alive and not self._is_torn
         return head, body
+
+    def more(self) -> Steps[bytes]:
+        """Receives more bytes of an answer that `begin` has begun to receive; none if the connection has ended."""
+        count = yield from self._waiting(partial(self.socket.recv_into, self._scratch), Wait.READABLE)
+        return bytes(self._scratch[:count])
+
+    def received(self, count: int) -> bytes:
+        """Returns the bytes that `begin` has received."""
+        return bytes(self._scratch[:count])
 
     def _send_unless_answered(self, rest: memoryview) -> Steps[int | None]:
         """Sends a piece of a body.
@@ -218,6 +228,35 @@ _EVENTS: Final = {
     Wait.WRITABLE: select.POLLOUT,
     Wait.EITHER: select.POLLIN | select.POLLOUT,
 }
+
+
+def carry_out_first(runs: Sequence[tuple[Steps[T], socket.socket]], until: float) -> tuple[int, T]:
+    """Carries out several exchanges in this thread until the first succeeds; returns its index and its result.
+
+    The others stay where they are, and can go on.
+
+    Raises:
+        OSError: all of them failed; TimeoutError if none succeeded before the time `until` of `time.monotonic`.
+    """
+    poll = select.poll()
+    ready, at = list(range(len(runs))), {link.fileno(): index for index, (_, link) in enumerate(runs)}
+    failed: OSError = TimeoutError("timed out")
+    left = len(runs)
+    while left:
+        for index in ready:
+            steps, link = runs[index]
+            try:
+                while (wait := next(steps)) is Wait.TURN:
+                    time_left(until)
+                poll.register(link, _EVENTS[wait])
+            except StopIteration as end:
+                return index, end.value
+            except OSError as error:
+                failed, left = error, left - 1
+                with contextlib.suppress(KeyError):  # it failed before its first wait
+                    poll.unregister(link)
+        ready = [at[number] for number, _ in poll.poll(1000 * time_left(until))] if left else []
+    raise failed
 
 
 async def carry_out_on_loop(steps: Steps[T], link: socket.socket, until: float) -> T:

@@ -7,7 +7,7 @@ from typing import Final
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.lane import Exchanges, Interrupt
 from prefix_service.client.transport.link import AllocateBody, Observer
 
 PIECE: Final = 32 << 20
@@ -27,7 +27,7 @@ class Pieces:
     """
 
     def __init__(
-        self, lane: Lane, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
+        self, lane: Exchanges, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
     ) -> None:
         self._observe = observe
         self._lane, self._request, self._until, self._interrupt = lane, request, until, interrupt
