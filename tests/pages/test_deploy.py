@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
 import pytest
 import yaml
 
+from prefix_service.client import PrefixClient
 from prefix_service.settings import Settings, variable
 from prefix_service.system.sizes import parse_bytes
+from tests.benchmarks.speed.peers import started
+from tests.client.forwarder import Forwarder, forwarders
+from tests.conftest import Server, free_port
 from tests.missing import not_tested
 from tests.pages.markdown import PACKAGE
 from tests.pages.story import Story, network
@@ -43,6 +48,57 @@ def test_it_names_settings_that_exist(file: Path) -> None:
     """The files name no setting that the service would not read."""
     others = {"PREFIX_URL", "PREFIX_API_KEY", "PREFIX_IMAGE", "PREFIX_PUBLISH", "PREFIX_SERVICE_PORT", "PREFIX_"}
     assert set(re.findall(r"\bPREFIX_[A-Z_]*", file.read_text())) - others <= SETTINGS
+
+
+@pytest.fixture
+def haproxy(tmp_path: Path, server: Server) -> Iterator[tuple[str, list[Forwarder]]]:
+    """Yields the URL of HAProxy with the file's configuration, and three addresses of the service behind it."""
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin") or not_tested("HAProxy is not installed")
+    text, port = (FOLDER / "haproxy.cfg").read_text(), free_port()
+    text = re.sub(r"bind :443 .*", f"bind 127.0.0.1:{port}", text)
+    with forwarders(server.url, *[("127.0.0.1", 0)] * 3) as replicas:
+        for name, replica in zip("abc", replicas, strict=True):
+            text = re.sub(rf"(server {name}) \S+", rf"\1 127.0.0.1:{replica.port}", text)
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(text)
+        checked = subprocess.run([program, "-c", "-f", file], capture_output=True, text=True)
+        assert (checked.returncode, "WARNING" in checked.stderr) == (0, False), checked.stderr
+        with started([program, "-db", "-f", str(file)], port):
+            yield f"http://127.0.0.1:{port}", replicas
+
+
+def test_haproxy_sends_all_of_an_adapter_to_one_replica(haproxy: tuple[str, list[Forwarder]], server: Server) -> None:
+    """Its versions, forms and spellings; the next replica takes over where one has gone, and changes pass."""
+    url, replicas = haproxy
+    names = [f"acme/h{number}" for number in range(6)]
+    with PrefixClient(server.url, server.admin_key) as direct:
+        for name in names:
+            direct.publish(name, CASE)
+
+    def seen() -> list[list[bytes]]:
+        found = [[head for head in each.heads if b"/adapters/" in head] for each in replicas]
+        for each in replicas:
+            each.heads = []
+        return found
+
+    homes = []
+    with PrefixClient(url, server.admin_key) as client, httpx.Client(timeout=60) as plain:
+        for name in names:
+            seen()
+            client.get(name)
+            client.get(f"{name}@1", dtype="bfloat16")
+            client.put_alias(name, "prod", 1)
+            tenant, adapter = name.split("/")
+            odd = f"{url}/v1/tenants/{tenant}/adapters/{adapter}%40prod/prefix"
+            upgrade = {"Authorization": f"Bearer {server.admin_key}", "Upgrade": "h2c", "Connection": "Upgrade"}
+            assert plain.get(odd, headers=upgrade).status_code == 200
+            heads = seen()
+            assert sorted(map(len, heads)) == [0, 0, 4]
+            homes.append(next(index for index, found in enumerate(heads) if found))
+            assert not any(b"h2c" in head for head in heads[homes[-1]])
+        replicas[homes[0]].leave()
+        for name in names:
+            assert client.get(name).version == 1
 
 
 def test_the_unit_of_systemd(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class Deployed(StrEnum):
 
     SYSTEMD = "systemd"
     NGINX = "nginx"
+    HAPROXY = "haproxy"
     KUBERNETES = "kubernetes"
     PROMETHEUS = "prometheus"
     ALERTS = "alerts"
@@ -27,6 +28,7 @@ class Deployed(StrEnum):
 _FILES: Final = {
     Deployed.SYSTEMD: "prefix-service.service",
     Deployed.NGINX: "nginx.conf",
+    Deployed.HAPROXY: "haproxy.cfg",
     Deployed.KUBERNETES: "kubernetes.yaml",
     Deployed.PROMETHEUS: "prometheus.yml",
     Deployed.ALERTS: "alerts.yml",
