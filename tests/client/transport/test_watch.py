@@ -168,6 +168,7 @@ def test_a_lost_connection_is_made_again(connect: Any, place: Forwarder, adapter
     watch = watching(client, seen.append)
     client.get(f"{adapter}@prod")
     place.leave()
+    until(lambda: not watch.is_alive, "the loss is noticed")
     publisher.put_alias(adapter, "prod", 2)
     place.become("passes")
     place.listen()

@@ -105,6 +105,14 @@ class Watched:
         least = max(self._oldest, self._changed.get((tenant, adapter), 0), self._changed.get((tenant, None), 0))
         return count >= least and writes == self._service.writes
 
+    def lose(self) -> None:
+        """Tells nothing until the watch is heard from again."""
+        self._told_until = 0.0
+
+    def begin_again(self) -> None:
+        """Forgets up to which revision the watch has told: the service does not keep what came after it."""
+        self._told_until, self._service.watched = 0.0, None
+
     def hear(self, revision: str) -> None:
         """Notes a sign of life: the watch has told of all changes up to a revision."""
         self._service.watched = revision

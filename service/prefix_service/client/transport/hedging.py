@@ -26,6 +26,7 @@ class Hedging:
     def __init__(self) -> None:
         self._latencies: deque[float] = deque(maxlen=_KEPT)
         self._delay = _UNKNOWN
+        self._observed = 0
         self._unused = _MOST_SAVED
 
     @property
@@ -37,7 +38,8 @@ class Hedging:
         """Notes how long a first byte took, and with it that there was a request."""
         self._unused = min(self._unused + _SHARE, _MOST_SAVED)
         self._latencies.append(seconds)
-        if len(self._latencies) >= _FEWEST:
+        self._observed += 1
+        if self._observed % _FEWEST == 0:
             ordered = sorted(self._latencies)
             self._delay = max(_MARGIN * ordered[int(_QUANTILE * len(ordered))], _SHORTEST)
 

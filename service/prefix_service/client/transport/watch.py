@@ -60,6 +60,7 @@ class Watch:
         """Prepares a forked child, in which this thread does not run: it starts when the client is first used."""
         if self._watched.is_on:
             self._prefetches = []
+            self._stopped, self._interrupt = threading.Event(), Interrupt()
             self._watched.restart = self._start
 
     def _start(self) -> None:
@@ -73,7 +74,10 @@ class Watch:
         while not self._stopped.is_set():
             try:
                 avoided = self._lanes.any(avoided)
-                self._follow(avoided)
+                try:
+                    self._follow(avoided)
+                finally:
+                    self._watched.lose()
                 self._stopped.wait(_FIRST_PAUSE)  # the service ends, or the key: it says so to the next request
             except Gone:
                 self._begin_again()
@@ -99,7 +103,6 @@ class Watch:
         headers = {"Accept": MEDIA_TYPE}
         if self._position is not None:
             headers["Last-Event-ID"] = self._position
-        self._watched.doubt_everything()  # until it was heard from, changes may have been missed
         for position, data in events(lane, Request("GET", "/v1/changes", headers=headers), self._interrupt, SILENCE):
             if position:
                 self._position = position
@@ -140,7 +143,7 @@ class Watch:
     def _begin_again(self) -> None:
         """Follows from now on: what happened before is not kept."""
         self._position = None
-        self._watched.doubt_everything()
+        self._watched.begin_again()
         self._report(WatchedChange(EVERYTHING))
 
     def _report(self, change: WatchedChange) -> None:
