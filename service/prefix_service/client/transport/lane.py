@@ -9,9 +9,8 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Final, Protocol
 from urllib.parse import urlencode
 
@@ -26,9 +25,9 @@ from prefix_service.client.transport.link import (
     Link,
     Observer,
     carry_out,
-    carry_out_first,
     carry_out_on_loop,
 )
+from prefix_service.client.transport.racing import Race, first_answer, first_answer_on_loop
 from prefix_service.system.forks import renew_in_child
 
 _MOST_IDLE: Final = 32
@@ -37,8 +36,6 @@ _PATIENCE: Final = 0.25
 vanished silently.
 """
 _MOST_PATIENCE: Final = 60.0  # seconds
-_HEDGE_CONNECTS: Final = 0.25
-"""Seconds that a thread spends on a connection to another address, while this one may answer."""
 
 
 class Interrupt:
@@ -119,24 +116,6 @@ class Exchanges(Protocol):
         """Closes every connection."""
 
 
-class Race(Protocol):
-    """The help that a GET gets from a service's other addresses.
-
-    `connected_by` and `first_by` are the times of `time.monotonic` until which this address may take to connect, and to
-    send the first byte; at `hedge_at` another one is asked too.
-    """
-
-    connected_by: float
-    first_by: float
-    hedge_at: float
-
-    def second(self) -> "Lane | None":
-        """Returns the lane to another address, if there is one to ask now."""
-
-    def begins(self, lane: "Lane") -> None:
-        """Notes that an answer began to arrive over a lane."""
-
-
 class Lane:
     """Exchanges with one service over persistent connections.
 
@@ -190,7 +169,9 @@ class Lane:
                     if race is None:
                         begun = carry_out(link.begin(message, body), link.socket, first_by)
                     else:
-                        lane, link, begun = self._raced(request, headers, link, min(first_by, race.first_by), race)
+                        lane, link, begun = first_answer(
+                            self, link, request, headers, min(first_by, race.first_by), race
+                        )
                         interrupt.watch(link.socket)
                     received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
                 lane.connection.note_answer(request, received[0].headers, began)
@@ -201,12 +182,12 @@ class Lane:
             return received
 
         patience = _patience(until)
-        link = self._idle_one(request)
+        link = self.idle_one(request)
         if link is not None:
             try:
                 return over(link, patience)
             except OSError:
-                if link.has_begun or interrupt.is_broken:
+                if link.has_begun or interrupt.is_broken or (race is not None and race.has_begun):
                     raise
                 self._close_idle()
         return over(Link(self.connection.dial(until if race is None else race.connected_by)), until)
@@ -238,7 +219,7 @@ class Lane:
                     begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
                 else:
                     first_by = min(first_by, race.first_by)
-                    lane, link, begun = await self._raced_on_loop(request, headers, link, first_by, race)
+                    lane, link, begun = await first_answer_on_loop(self, link, request, headers, first_by, race)
                 received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
                 lane.connection.note_answer(request, received[0].headers, began)
             except BaseException:
@@ -248,87 +229,15 @@ class Lane:
             return received
 
         patience = _patience(until)
-        link = self._idle_one(request)
+        link = self.idle_one(request)
         if link is not None:
             try:
                 return await over(link, patience)
             except OSError:
-                if link.has_begun:
+                if link.has_begun or (race is not None and race.has_begun):
                     raise
                 self._close_idle()
-        return await over(await self._dial_in_thread(until if race is None else race.connected_by), until)
-
-    def _raced(
-        self, request: Request, headers: Mapping[str, str] | None, link: Link, first_by: float, race: Race
-    ) -> tuple["Lane", Link, int]:
-        """Sends a GET, and if no answer begins in time, sends it to another address too.
-
-        Returns the lane and the connection over which an answer began first, and its first bytes' number.
-        """
-        steps = link.begin(self.message(request, headers)[0])
-        try:
-            count = carry_out(steps, link.socket, min(race.hedge_at, first_by))
-        except TimeoutError:
-            if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
-                raise
-        else:
-            race.begins(self)
-            return self, link, count
-        runs, links = [(steps, link.socket)], [(self, link)]
-        if (other := race.second()) is not None:
-            with contextlib.suppress(OSError):  # this address may still answer
-                dial_by = min(first_by, time.monotonic() + _HEDGE_CONNECTS)
-                second = other._idle_one(request) or Link(other.connection.dial(dial_by))
-                runs.append((second.begin(other.message(request, headers)[0]), second.socket))
-                links.append((other, second))
-        try:
-            winner, count = carry_out_first(runs, first_by)
-        except BaseException:
-            for _, failed in links[1:]:
-                failed.socket.close()
-            raise
-        for _, loser in links[:winner] + links[winner + 1 :]:
-            loser.socket.close()
-        race.begins(links[winner][0])
-        return *links[winner], count
-
-    async def _raced_on_loop(
-        self, request: Request, headers: Mapping[str, str] | None, link: Link, first_by: float, race: Race
-    ) -> tuple["Lane", Link, int]:
-        """Does the same as `_raced` on the running event loop."""
-        steps = link.begin(self.message(request, headers)[0])
-        try:
-            count = await carry_out_on_loop(steps, link.socket, min(race.hedge_at, first_by))
-        except TimeoutError:
-            if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
-                raise
-        else:
-            race.begins(self)
-            return self, link, count
-
-        async def go_on() -> tuple[Lane, Link, int]:
-            return self, link, await carry_out_on_loop(steps, link.socket, first_by)
-
-        async def begin(other: Lane) -> tuple[Lane, Link, int]:
-            second = other._idle_one(request) or await other._dial_in_thread(first_by)
-            try:
-                return (
-                    other,
-                    second,
-                    await carry_out_on_loop(second.begin(other.message(request, headers)[0]), second.socket, first_by),
-                )
-            except BaseException:
-                second.socket.close()
-                raise
-
-        runs = [asyncio.create_task(go_on())]
-        if (other := race.second()) is not None:
-            runs.append(asyncio.create_task(begin(other)))
-        lane, winner, count = await _first_success(runs)
-        if winner is not link:
-            link.socket.close()
-        race.begins(lane)
-        return lane, winner, count
+        return await over(await self.dial_in_thread(until if race is None else race.connected_by), until)
 
     def message(self, request: Request, headers: Mapping[str, str] | None = None) -> tuple[bytes, Iterable[bytes]]:
         """Returns a request's head with additional `headers`, and the pieces of its body."""
@@ -340,7 +249,7 @@ class Lane:
             lines += b"Prefix-Min-Revision: %b\r\n" % revision.encode("ascii")
         return start.encode("ascii") + lines + self._fixed, body
 
-    def _idle_one(self, request: Request) -> Link | None:
+    def idle_one(self, request: Request) -> Link | None:
         """Returns a connection that was used before, if there is one.
 
         A change gets a new connection: that an idle one is dead shows only after the request, which could not be
@@ -355,7 +264,12 @@ class Lane:
                 return link
             link.socket.close()
 
-    async def _dial_in_thread(self, until: float) -> Link:
+    async def dial_in_thread(self, until: float) -> Link:
+        """Returns a new connection, made in a thread before the time `until` of `time.monotonic`.
+
+        Raises:
+            OSError: there is none.
+        """
         dialling = asyncio.ensure_future(asyncio.to_thread(self._dial_prepared, until))
         try:
             return await asyncio.wait_for(asyncio.shield(dialling), time_left(until))
@@ -390,27 +304,6 @@ class Lane:
         """Closes every connection; one in use is closed when its exchange ends."""
         self._is_closed = True
         self._close_idle()
-
-
-async def _first_success(runs: "Sequence[asyncio.Task[tuple[Lane, Link, int]]]") -> tuple[Lane, Link, int]:
-    """Returns the result of the task that succeeds first, and cancels the others.
-
-    Raises:
-        OSError: all of them failed.
-    """
-    waiting = set(runs)
-    winner: asyncio.Task[tuple[Lane, Link, int]] | None = None
-    try:
-        while winner is None and waiting:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            winner = next((task for task in done if task.exception() is None), None)
-        return (winner or runs[0]).result()
-    finally:
-        for task in waiting:
-            task.cancel()
-        for task, found in zip(runs, await asyncio.gather(*runs, return_exceptions=True), strict=True):
-            if task is not winner and not isinstance(found, BaseException):
-                found[1].socket.close()
 
 
 def _patience(until: float) -> float:

@@ -234,7 +234,7 @@ class _Attempt:
             else:
                 place.begins()
             return False
-        has_begun = self.race is not None and self.race.winner is not None
+        has_begun = self.race is not None and self.race.has_begun
         if not isinstance(error, OSError) or has_begun or self._interrupt.is_broken:
             return False
         place.fails()
@@ -257,6 +257,11 @@ class _Race:
         self.connected_by = min(self._began + _CONNECTS, until)
         self.first_by = self._began + min(_PATIENCE * (until - self._began), _MOST_PATIENCE)
         self.hedge_at = self._began + hedging.delay
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether an answer has begun to arrive."""
+        return self.winner is not None
 
     def second(self) -> Lane | None:
         """Returns the lane to the next address that is there, if the budget allows it."""
