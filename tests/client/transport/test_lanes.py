@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from prefix_service.client import PrefixClient
+from prefix_service.client.protocol import Request
 from prefix_service.client.transport import hedging, lanes
+from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import several
 from prefix_service.client.transport.hedging import Hedging
-from prefix_service.client.transport.lanes import affinity, score
+from prefix_service.client.transport.lanes import Lanes, affinity, score
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, Overloaded, Unavailable
 from tests.client.conftest import LLAMA
 from tests.client.forwarder import Forwarder, forwarders
@@ -132,6 +134,31 @@ def test_the_next_address_answers_where_one_is_away(
 
 def _lanes_of(client: Any) -> Any:
     return getattr(client, "_client", client)._lanes
+
+
+def test_an_address_that_was_away_is_tried_for_its_own_adapters() -> None:
+    """By one read at a time. Reads that end at another address do not count as a try, and changes wait for one."""
+    names = [f"http://127.0.0.1:{port}" for port in (1, 2, 3)]
+    found = Lanes({name: Connection(name) for name in names})
+    own, other = (
+        next(f"a/b{number}" for number in range(99) if (best(f"a/b{number}", names) == names[0]) is is_own)
+        for is_own in (True, False)
+    )
+    place = found._places[0]
+    place.fails()
+
+    def first(adapter: str, method: str = "GET") -> str:
+        tenant, name = adapter.split("/")
+        return found._order(Request(method, f"/v1/tenants/{tenant}/adapters/{name}"))[0].name
+
+    assert first(own) != names[0]
+    place.away_until = 0.0
+    assert first(other) != names[0]
+    assert first(own, "PUT") != names[0]
+    assert first(own) == names[0]
+    assert first(own) != names[0]
+    place.begins()
+    assert first(own, "PUT") == names[0]
 
 
 def test_a_change_goes_to_an_address_that_is_there(client: Any, fleet: list[Forwarder]) -> None:

@@ -142,7 +142,7 @@ class Lanes:
 
     def _order(self, request: Request) -> Sequence[Place]:
         """Returns the addresses in the order in which they are tried: first those that are there, the adapter's own
-        before the others. An address that was away is tried again by one GET at a time."""
+        before the others. An address that was away is tried again by one GET at a time, of an adapter of its own."""
         ranked = self._ranked(affinity(request.path))
         if not any(place.failures for place in ranked):
             return ranked
@@ -151,7 +151,7 @@ class Lanes:
         for place in ranked:
             if not place.failures:
                 there.append(place)
-            elif place.away_until <= now and request.method == "GET":
+            elif place.away_until <= now and not there and request.method == "GET":
                 place.probe()
                 there.append(place)
         return there + sorted((place for place in ranked if place not in there), key=lambda place: place.away_until)
