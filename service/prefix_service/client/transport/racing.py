@@ -102,7 +102,7 @@ async def first_answer_on_loop(
     async def go_on() -> _Won:
         return lane, link, await carry_out_on_loop(steps, link.socket, first_by)
 
-    async def begin(other: Lane) -> _Won:
+    async def begin(other: "Lane") -> _Won:
         second = other.idle_one(request) or await other.dial_in_thread(first_by)
         try:
             return (
