@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,13 +134,21 @@ def test_other_adapters_stay_confirmed(connect: Any, place: Forwarder, publisher
     assert len(prefixes_asked(place)) == 2
 
 
-def test_a_client_sees_its_own_writes(connect: Any, place: Forwarder, adapter: str) -> None:
-    """Also before its watch has told of them."""
-    client = connect(place.url)
-    watching(client)
-    for version in (2, 1, 2, 1):
+def test_a_client_sees_its_own_writes(connect: Any, place: Forwarder, adapter: str, publisher: PrefixClient) -> None:
+    """Also before its watch has told of them: here it is held up by another change."""
+    client, is_held, may_go_on = connect(place.url), threading.Event(), threading.Event()
+
+    def hold(_change: WatchedChange) -> None:
+        is_held.set()
+        may_go_on.wait(60)
+
+    watching(client, hold)
+    publisher.put_alias(adapter, "dev", 1)
+    assert is_held.wait(60)
+    for version in (1, 2, 1, 2):
         client.put_alias(adapter, "prod", version)
         assert client.get(f"{adapter}@prod").version == version
+    may_go_on.set()
 
 
 def test_a_silent_watch_confirms_nothing(
