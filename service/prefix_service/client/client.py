@@ -21,9 +21,9 @@ from prefix_service.client.flows.watched import Watched
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
-from prefix_service.client.transport.lane import Lane
-from prefix_service.client.transport.lanes import Lanes
-from prefix_service.client.transport.named_lanes import NamedLanes
+from prefix_service.client.transport.pool import Pool
+from prefix_service.client.transport.pools import Pools
+from prefix_service.client.transport.named_pools import NamedPools
 from prefix_service.client.transport.transport import AsyncTransport, Transport
 from prefix_service.client.transport.watch import OnChange, Watch
 from prefix_service.errors import InvalidRequest
@@ -96,7 +96,7 @@ class _Client:
         connect = partial(Connection, api_key=api_key, uds=uds, ca_file=ca_file, timeout=deadline, service=service)
         named = {connection.address.rstrip("/"): connection for connection in map(connect, base_url)}
         self._connection, self._address = next(iter(named.values())), ", ".join(named)
-        self._lanes = _lanes(named)
+        self._pools = _pools(named)
         self._pin_memory = options.flag("pin_memory", pin_memory)
         self._cache_bytes = options.whole("cache_bytes", cache_bytes, 0)
         if verify_digest is not None:
@@ -115,7 +115,7 @@ class _Client:
         self._watch: Watch | None = None
         fetcher = Fetcher(
             self._connection,
-            self._lanes,
+            self._pools,
             allocate,
             options.whole("connections", connections, 1),
             address=self._address,
@@ -134,7 +134,7 @@ class _Client:
         return partial(type(self), **self._arguments), ()
 
     def __repr__(self) -> str:
-        away = f", away={self._lanes.away}" if not isinstance(self._lanes, Lane) and self._lanes.away else ""
+        away = f", away={self._pools.away}" if not isinstance(self._pools, Pool) and self._pools.away else ""
         return f"{type(self).__name__}({self._address!r}{away})"
 
     def _disk_cache(self, folder: Path | None, budget: int) -> DiskCache | None:
@@ -166,7 +166,7 @@ class _Client:
             raise InvalidRequest("a watch needs the client's own connections: leave out http")
         fetching = Transport(self._fetcher, self._connection.timeout)
         call = options.callback("on_change", on_change, "one change")
-        self._watch = Watch(self._reading, self._lanes, fetching, call)
+        self._watch = Watch(self._reading, self._pools, fetching, call)
         weakref.finalize(self, self._watch.close).atexit = False
         return self._watch
 
@@ -329,9 +329,9 @@ def _allocate(size: int, *, cache_bytes: int, pinned: bool) -> memoryview:
     return allocate(size, pinned=pinned) if size > cache_bytes else allocate_for_many(size, pinned=pinned)
 
 
-def _lanes(named: Mapping[str, Connection]) -> Lane | Lanes | NamedLanes:
+def _pools(named: Mapping[str, Connection]) -> Pool | Pools | NamedPools:
     """Returns the way to a service: to one address, to those of one name, or to several that were given."""
     if len(named) > 1:
-        return Lanes(named)
+        return Pools(named)
     (connection,) = named.values()
-    return Lane(connection) if connection.uds is not None or connection.is_numeric else NamedLanes(connection)
+    return Pool(connection) if connection.uds is not None or connection.is_numeric else NamedPools(connection)

@@ -27,7 +27,7 @@ from tests.benchmarks.speed.worker_peers import BATCH, FromNginx, FromRedis, Pai
 from tests.benchmarks.tables import Grid
 
 COLD: Final = "ours, never seen"
-LANE: Final = "ours, never seen, same host"
+POOL: Final = "ours, never seen, same host"
 CACHED: Final = "ours, cached (a version)"
 LATEST: Final = "ours, cached (`latest`: a 304)"
 HTTPX: Final = "ours, by httpx and `safetensors.torch.load`"
@@ -37,7 +37,7 @@ PEFT: Final = "PEFT: `load_adapter`, `set_adapter`, `get_prompt(8)`"
 PEFT_META: Final = "the same with `low_cpu_mem_usage`"
 PEFT_LOADED: Final = "PEFT, loaded before: `set_adapter`, `get_prompt(8)`"
 
-CASES: Final = (LANE, COLD, CACHED, LATEST, HTTPX, NGINX, REDIS, PEFT, PEFT_META, PEFT_LOADED)
+CASES: Final = (POOL, COLD, CACHED, LATEST, HTTPX, NGINX, REDIS, PEFT, PEFT_META, PEFT_LOADED)
 _AT_LEAST: Final = 0.02  # seconds of one case in one round
 _AT_MOST: Final = 0.5  # seconds after which there need not be nine of it
 _TELLING: Final = 64 << 20  # bytes of a prefix that no memory freed before makes room for
@@ -104,7 +104,7 @@ def _cases(model: Model, folder: Path) -> Iterator[tuple[dict[str, Case], Callab
         ours.publish(model.shape, model.adapters)
         cases = _by_client(stack, ours)
         if "shared_dir" in Settings.model_fields:
-            cases[LANE] = stack.enter_context(_same_host(model, folder))
+            cases[POOL] = stack.enter_context(_same_host(model, folder))
         cases |= _by_download(stack, ours, model, folder)
         switch = Switch(model.base(), _saved(model, folder))
         cases |= {PEFT: switch.loading(False), PEFT_META: switch.loading(True), PEFT_LOADED: switch.loaded}
@@ -132,7 +132,7 @@ def _same_host(model: Model, folder: Path) -> Iterator[Case]:
     socket, where = folder / "socket", "/dev/shm" if Path("/dev/shm").is_dir() else folder  # noqa: S108
     with (
         tempfile.TemporaryDirectory(prefix="prefix-shared-", dir=where) as shared,
-        serving(folder / "lane", "--uds", str(socket), environment={"PREFIX_SHARED_DIR": shared}, uds=socket) as ours,
+        serving(folder / "pool", "--uds", str(socket), environment={"PREFIX_SHARED_DIR": shared}, uds=socket) as ours,
         PrefixClient(ours.server.url, ours.key, uds=socket) as client,
     ):
         ours.publish(model.shape, model.adapters)

@@ -137,8 +137,8 @@ def test_every_form_is_the_callers_own(
 
 
 @sizes
-@pytest.mark.parametrize("lane", ["disk", "disk and memory", "httpx", "no cache", "ranges", "verified"])
-def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, size: str, lane: str) -> None:
+@pytest.mark.parametrize("pool", ["disk", "disk and memory", "httpx", "no cache", "ranges", "verified"])
+def test_every_pool_hands_out_memory_of_its_own(server: Server, tmp_path: Path, size: str, pool: str) -> None:
     """A result is the caller's own however its bytes came: by disk, httpx, ranges, or without a cache."""
     options: dict[str, dict[str, Any]] = {
         "disk": {"cache_dir": tmp_path, "cache_bytes": 0},
@@ -151,7 +151,7 @@ def test_every_lane_hands_out_memory_of_its_own(server: Server, tmp_path: Path, 
     with PrefixClient(server.url, server.admin_key) as other:
         right = other.get(f"own/{size}@1").kv.tensor
     for _ in range(2):  # the second one finds the first one's disk
-        with PrefixClient(server.url, server.admin_key, **options[lane]) as client:
+        with PrefixClient(server.url, server.admin_key, **options[pool]) as client:
             for _ in range(3):
                 found = client.get(f"own/{size}@1").kv.tensor
                 assert torch.equal(found, right)

@@ -80,7 +80,7 @@ SWAPS: dict[str, tuple[str, dict[str, Any], bytes, bytes]] = {
     "rows": ("swap/a@1", {}, b"expand=false", b"expand=true"),
     "layout": ("swap/a@1", {}, b"layout=stacked", b"layout=layers"),
 }
-LANES: dict[str, dict[str, Any]] = {
+POOLS: dict[str, dict[str, Any]] = {
     "socket": {},
     "verified": {"verify_digest": True},
     "ranges": {"connections": 2},
@@ -88,10 +88,10 @@ LANES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lane", LANES)
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("swap", SWAPS)
 def test_an_answer_to_another_question_is_an_error_and_is_not_cached(
-    connect: Callable[..., Any], server: Server, proxy: Meddler, tmp_path: Path, lane: str, swap: str
+    connect: Callable[..., Any], server: Server, proxy: Meddler, tmp_path: Path, pool: str, swap: str
 ) -> None:
     """If a proxy confuses two requests, the call raises, and the next call gets its own answer."""
     reference, form, asked, other = SWAPS[swap]
@@ -99,7 +99,7 @@ def test_an_answer_to_another_question_is_an_error_and_is_not_cached(
         digest = direct.inspect("swap/a@1")["digest"]
         reference = reference.format(digest=digest)
         expected = direct.get(reference, **form)
-    options = {name: tmp_path if value == "{folder}" else value for name, value in LANES[lane].items()}
+    options = {name: tmp_path if value == "{folder}" else value for name, value in POOLS[pool].items()}
     client = connect(proxy.url, **options)
     proxy.swaps = {asked.replace(b"{digest}", digest.encode()): other}
     with pytest.raises(InvalidResponse, match=r"swap/a|rows|shape|expand|layout|attention_mask"):

@@ -1,4 +1,4 @@
-"""Sends requests over the lane, and receives tensors: memory for the body, its digest on arrival, large bodies in
+"""Sends requests over the pool, and receives tensors: memory for the body, its digest on arrival, large bodies in
 ranges, and a mapping instead of a body on the same host.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Exchanges, Interrupt
+from prefix_service.client.transport.pool import Exchanges, Interrupt
 from prefix_service.client.transport.link import Observer
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
@@ -33,7 +33,7 @@ class Fetcher:
     def __init__(
         self,
         connection: Connection,
-        lane: Exchanges,
+        pool: Exchanges,
         allocate: Callable[[int], memoryview],
         connections: int,
         *,
@@ -41,7 +41,7 @@ class Fetcher:
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self.address, self._lane, self._connection = address, lane, connection
+        self.address, self._pool, self._connection = address, pool, connection
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 
@@ -55,7 +55,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return self._fetch(request, until, interrupt)
-            received = self._lane.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
+            received = self._pool.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -81,7 +81,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return await self._fetch_on_loop(request, until)
-            received = await self._lane.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
+            received = await self._pool.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -105,7 +105,7 @@ class Fetcher:
         if self._connections > 1:
             try:
                 received = _ReceivedBody(self._allocate, fetch.progress, is_verified=False)
-                pieces = Pieces(self._lane, fetch, until, interrupt, received.observer)
+                pieces = Pieces(self._pool, fetch, until, interrupt, received.observer)
                 head, body = pieces.receive(received.allocate, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
@@ -116,19 +116,19 @@ class Fetcher:
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange
+        exchange = self._pool.exchange
         head, body = exchange(fetch, received.allocate, until, interrupt, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange_on_loop
+        exchange = self._pool.exchange_on_loop
         head, body = await exchange(fetch, received.allocate, until, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     def close(self) -> None:
         """Closes every connection."""
-        self._lane.close()
+        self._pool.close()
 
 
 def allocate_json(head: Head) -> memoryview:

@@ -11,10 +11,10 @@ from prefix_service.client.protocol import Request
 from prefix_service.client.transport.link import Link, carry_out, carry_out_first, carry_out_on_loop
 
 if TYPE_CHECKING:
-    from prefix_service.client.transport.lane import Lane
+    from prefix_service.client.transport.pool import Pool
 
-_Won = tuple["Lane", Link, int]
-"""The lane and the connection over which an answer begins, and the number of its first bytes."""
+_Won = tuple["Pool", Link, int]
+"""The pool and the connection over which an answer begins, and the number of its first bytes."""
 
 _HEDGE_CONNECTS: Final = 0.25
 """Seconds that a thread spends on a connection to another address, while this one may answer."""
@@ -35,34 +35,34 @@ class Race(Protocol):
     def has_begun(self) -> bool:
         """Whether an answer has begun to arrive."""
 
-    def second(self) -> "Lane | None":
-        """Returns the lane to another address, if there is one to ask now."""
+    def second(self) -> "Pool | None":
+        """Returns the pool to another address, if there is one to ask now."""
 
-    def begins(self, lane: "Lane") -> None:
-        """Notes that an answer began to arrive over a lane."""
+    def begins(self, pool: "Pool") -> None:
+        """Notes that an answer began to arrive over a pool."""
 
 
 def first_answer(
-    lane: "Lane", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
+    pool: "Pool", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
 ) -> _Won:
-    """Sends a GET over a connection of a lane; if no answer begins in time, sends it to another address too.
+    """Sends a GET over a connection of a pool; if no answer begins in time, sends it to another address too.
 
-    Returns the lane and the connection over which an answer began first, and the number of its first bytes. The caller
+    Returns the pool and the connection over which an answer began first, and the number of its first bytes. The caller
     closes `link` after an error.
 
     Raises:
         OSError: no answer began before the time `first_by` of `time.monotonic`.
     """
-    steps = link.begin(lane.message(request, headers)[0])
+    steps = link.begin(pool.message(request, headers)[0])
     try:
         count = carry_out(steps, link.socket, min(race.hedge_at, first_by))
     except TimeoutError:
         if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
             raise
     else:
-        race.begins(lane)
-        return lane, link, count
-    runs, links = [(steps, link.socket)], [(lane, link)]
+        race.begins(pool)
+        return pool, link, count
+    runs, links = [(steps, link.socket)], [(pool, link)]
     if (other := race.second()) is not None:
         with contextlib.suppress(OSError):  # this address may still answer
             dial_by = min(first_by, time.monotonic() + _HEDGE_CONNECTS)
@@ -82,27 +82,27 @@ def first_answer(
 
 
 async def first_answer_on_loop(
-    lane: "Lane", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
+    pool: "Pool", link: Link, request: Request, headers: Mapping[str, str] | None, first_by: float, race: Race
 ) -> _Won:
     """Sends a GET as `first_answer` does, on the running event loop.
 
     Raises:
         OSError: no answer began before the time `first_by` of `time.monotonic`.
     """
-    steps = link.begin(lane.message(request, headers)[0])
+    steps = link.begin(pool.message(request, headers)[0])
     try:
         count = await carry_out_on_loop(steps, link.socket, min(race.hedge_at, first_by))
     except TimeoutError:
         if getgeneratorstate(steps) == GEN_CLOSED or time.monotonic() >= first_by:
             raise
     else:
-        race.begins(lane)
-        return lane, link, count
+        race.begins(pool)
+        return pool, link, count
 
     async def go_on() -> _Won:
-        return lane, link, await carry_out_on_loop(steps, link.socket, first_by)
+        return pool, link, await carry_out_on_loop(steps, link.socket, first_by)
 
-    async def begin(other: "Lane") -> _Won:
+    async def begin(other: "Pool") -> _Won:
         second = other.idle_one(request) or await other.dial_in_thread(first_by)
         try:
             return (

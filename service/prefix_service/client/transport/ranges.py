@@ -7,7 +7,7 @@ from typing import Final
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Exchanges, Interrupt
+from prefix_service.client.transport.pool import Exchanges, Interrupt
 from prefix_service.client.transport.link import AllocateBody, Observer
 
 PIECE: Final = 32 << 20
@@ -27,10 +27,10 @@ class Pieces:
     """
 
     def __init__(
-        self, lane: Exchanges, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
+        self, pool: Exchanges, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
     ) -> None:
         self._observe = observe
-        self._lane, self._request, self._until, self._interrupt = lane, request, until, interrupt
+        self._pool, self._request, self._until, self._interrupt = pool, request, until, interrupt
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -107,7 +107,7 @@ class Pieces:
         self._exchange(at, {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag})
 
     def _exchange(self, allocate: AllocateBody, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
-        exchange = self._lane.exchange
+        exchange = self._pool.exchange
         return exchange(self._request, allocate, self._until, self._interrupt, headers=headers, observe=self._observe)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from prefix_service.client.protocol import Answer, Request, require_success
 from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.http1 import MAX_HEAD
-from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.link import Link, carry_out
 from prefix_service.errors import InvalidResponse
 
@@ -22,7 +22,7 @@ Event = tuple[str, Any]
 """The position from which another stream goes on, and the data from its JSON; None if there is none."""
 
 
-def events(lane: Lane, request: Request, interrupt: Interrupt, silence: float) -> Iterator[Event]:
+def events(pool: Pool, request: Request, interrupt: Interrupt, silence: float) -> Iterator[Event]:
     """Sends a GET; yields the events of its answer until that ends.
 
     Raises:
@@ -31,7 +31,7 @@ def events(lane: Lane, request: Request, interrupt: Interrupt, silence: float) -
         InvalidResponse: the answer is no stream of events.
     """
     rest = b""
-    for piece in _pieces(lane, request, interrupt, silence):
+    for piece in _pieces(pool, request, interrupt, silence):
         *blocks, rest = (rest + piece.replace(b"\r\n", b"\n")).split(b"\n\n")
         for block in blocks:
             yield _event(block)
@@ -39,7 +39,7 @@ def events(lane: Lane, request: Request, interrupt: Interrupt, silence: float) -
             raise InvalidResponse(f"an event has more than {_MOST_BYTES} bytes")
 
 
-def _pieces(lane: Lane, request: Request, interrupt: Interrupt, silence: float) -> Iterator[bytes]:
+def _pieces(pool: Pool, request: Request, interrupt: Interrupt, silence: float) -> Iterator[bytes]:
     """Yields the pieces of a body as they arrive."""
     import h11
 
@@ -48,11 +48,11 @@ def _pieces(lane: Lane, request: Request, interrupt: Interrupt, silence: float) 
     connection.send(h11.EndOfMessage())
     answer = Answer(0, {}, bytearray())
     try:
-        for data in _received(lane, request, interrupt, silence):
+        for data in _received(pool, request, interrupt, silence):
             connection.receive_data(data)
             while (event := connection.next_event()) is not h11.NEED_DATA:
                 if isinstance(event, h11.Response):
-                    answer = _begun(lane, request, event.status_code, event.headers)
+                    answer = _begun(pool, request, event.status_code, event.headers)
                 elif isinstance(event, h11.Data) and answer.status == 200:
                     yield bytes(event.data)
                 elif isinstance(event, h11.Data):
@@ -61,20 +61,20 @@ def _pieces(lane: Lane, request: Request, interrupt: Interrupt, silence: float) 
                     require_success(answer)
                     return
     except OSError as error:
-        raise connection_failed(error, lane.connection.address) from error
+        raise connection_failed(error, pool.connection.address) from error
     except h11.ProtocolError as error:
         failed = ConnectionError(f"the answer is not sound HTTP/1.1: {error}")
-        raise connection_failed(failed, lane.connection.address) from error
+        raise connection_failed(failed, pool.connection.address) from error
 
 
-def _begun(lane: Lane, request: Request, status: int, fields: Iterable[tuple[bytes, bytes]]) -> Answer:
+def _begun(pool: Pool, request: Request, status: int, fields: Iterable[tuple[bytes, bytes]]) -> Answer:
     """Returns an answer without its body.
 
     Raises:
         InvalidResponse: it is another catalog's than before, or a success that is no stream of events.
     """
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in fields}
-    lane.connection.note_answer(request, headers, 0.0)
+    pool.connection.note_answer(request, headers, 0.0)
     found = headers.get("content-type", "")
     if status == 200 and not found.startswith(MEDIA_TYPE):
         raise InvalidResponse(f"the answer should be {MEDIA_TYPE}, got {found or 'nothing'!r:.100}")
@@ -92,11 +92,11 @@ def _longer(answer: Answer, data: bytes) -> Answer:
     return replace(answer, body=bytearray(b"".join((answer.body, data))))
 
 
-def _received(lane: Lane, request: Request, interrupt: Interrupt, silence: float) -> Iterator[bytes]:
+def _received(pool: Pool, request: Request, interrupt: Interrupt, silence: float) -> Iterator[bytes]:
     """Yields the bytes of an answer as they arrive, and b"" at the end."""
-    link = Link(lane.connection.dial(time.monotonic() + silence))
+    link = Link(pool.connection.dial(time.monotonic() + silence))
     with closing(link.socket), interrupt.watching(link.socket):
-        message, _ = lane.message(request)
+        message, _ = pool.message(request)
         yield link.received(carry_out(link.begin(message), link.socket, time.monotonic() + silence))
         while True:
             data = carry_out(link.more(), link.socket, time.monotonic() + silence)

@@ -10,7 +10,7 @@ from prefix_service.client.flows.flows import Reading, refreshed
 from prefix_service.client.flows.question import Question
 from prefix_service.client.flows.watched import EVERYTHING, SILENCE, WatchedChange, moved_questions
 from prefix_service.client.protocol import Request
-from prefix_service.client.transport.lane import Exchanges, Interrupt, Lane
+from prefix_service.client.transport.pool import Exchanges, Interrupt, Pool
 from prefix_service.client.transport.streams import MEDIA_TYPE, events
 from prefix_service.client.transport.transport import Transport
 from prefix_service.errors import ConnectionFailed, Gone, InvalidRequest, PrefixServiceError, Unavailable
@@ -35,9 +35,9 @@ class Watch:
     `on_change` is called in its thread, after the change is applied here.
     """
 
-    def __init__(self, reading: Reading, lanes: Exchanges, transport: Transport, on_change: OnChange | None) -> None:
+    def __init__(self, reading: Reading, pools: Exchanges, transport: Transport, on_change: OnChange | None) -> None:
         self._reading, self._watched = reading, reading.watched
-        self._lanes, self._transport, self._on_change = lanes, transport, on_change
+        self._pools, self._transport, self._on_change = pools, transport, on_change
         self._error: PrefixServiceError | None = None
         self._position: str | None = None
         self._prefetches: list[threading.Thread] = []
@@ -70,10 +70,10 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
-        avoided: Lane | None = None
+        avoided: Pool | None = None
         while not self._stopped.is_set():
             try:
-                avoided = self._lanes.any(avoided)
+                avoided = self._pools.any(avoided)
                 try:
                     self._follow(avoided)
                 finally:
@@ -98,12 +98,12 @@ class Watch:
         self._stopped.wait(max(self._pause * (0.5 + random.random() / 2), least))  # noqa: S311 - it spreads clients
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
-    def _follow(self, lane: Lane) -> None:
+    def _follow(self, pool: Pool) -> None:
         """Follows one stream until it ends."""
         headers = {"Accept": MEDIA_TYPE}
         if self._position is not None:
             headers["Last-Event-ID"] = self._position
-        for position, data in events(lane, Request("GET", "/v1/changes", headers=headers), self._interrupt, SILENCE):
+        for position, data in events(pool, Request("GET", "/v1/changes", headers=headers), self._interrupt, SILENCE):
             if position:
                 self._position = position
             if data is None:

@@ -95,7 +95,7 @@ class Exchanges(Protocol):
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
-        """Returns head and body of the answer to a request, as `Lane.exchange` does."""
+        """Returns head and body of the answer to a request, as `Pool.exchange` does."""
 
     async def exchange_on_loop(
         self,
@@ -107,16 +107,16 @@ class Exchanges(Protocol):
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
-        """Returns head and body of the answer to a GET, as `Lane.exchange_on_loop` does."""
+        """Returns head and body of the answer to a GET, as `Pool.exchange_on_loop` does."""
 
-    def any(self, avoided: "Lane | None" = None) -> "Lane":
-        """Returns the lane to any address that is there, another than `avoided` if possible."""
+    def any(self, avoided: "Pool | None" = None) -> "Pool":
+        """Returns the pool to any address that is there, another than `avoided` if possible."""
 
     def close(self) -> None:
         """Closes every connection."""
 
 
-class Lane:
+class Pool:
     """Exchanges with one service over persistent connections.
 
     It can be shared between threads, and with forked children.
@@ -163,22 +163,22 @@ class Lane:
         message, body = self.message(request, headers)
 
         def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
-            lane = self
+            pool = self
             try:
                 with interrupt.watching(link.socket):
                     if race is None:
                         begun = carry_out(link.begin(message, body), link.socket, first_by)
                     else:
-                        lane, link, begun = first_answer(
+                        pool, link, begun = first_answer(
                             self, link, request, headers, min(first_by, race.first_by), race
                         )
                         interrupt.watch(link.socket)
                     received = carry_out(link.finish(begun, allocate, observe, most), link.socket, until)
-                lane.connection.note_answer(request, received[0].headers, began)
+                pool.connection.note_answer(request, received[0].headers, began)
             except BaseException:
                 link.socket.close()
                 raise
-            lane._keep(link)
+            pool._keep(link)
             return received
 
         patience = _patience(until)
@@ -213,19 +213,19 @@ class Lane:
         message, _ = self.message(request, headers)
 
         async def over(link: Link, first_by: float) -> tuple[Head, memoryview]:
-            lane = self
+            pool = self
             try:
                 if race is None:
                     begun = await carry_out_on_loop(link.begin(message), link.socket, first_by)
                 else:
                     first_by = min(first_by, race.first_by)
-                    lane, link, begun = await first_answer_on_loop(self, link, request, headers, first_by, race)
+                    pool, link, begun = await first_answer_on_loop(self, link, request, headers, first_by, race)
                 received = await carry_out_on_loop(link.finish(begun, allocate, observe, most), link.socket, until)
-                lane.connection.note_answer(request, received[0].headers, began)
+                pool.connection.note_answer(request, received[0].headers, began)
             except BaseException:
                 link.socket.close()
                 raise
-            lane._keep(link)
+            pool._keep(link)
             return received
 
         patience = _patience(until)
@@ -296,8 +296,8 @@ class Lane:
         for link in idle:
             link.socket.close()
 
-    def any(self, _avoided: "Lane | None" = None) -> "Lane":
-        """Returns this lane, the only one."""
+    def any(self, _avoided: "Pool | None" = None) -> "Pool":
+        """Returns this pool, the only one."""
         return self
 
     def close(self) -> None:

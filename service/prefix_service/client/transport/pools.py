@@ -20,7 +20,7 @@ from prefix_service.client.transport.connection import Connection, NotConnected
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.hedging import Hedging
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
+from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.link import MOST_UNDECLARED, AllocateBody, Observer
 
 _FIRST_ABSENCE: Final = 1.0  # seconds that an address counts as away after one failure; each further one doubles it
@@ -35,10 +35,10 @@ _ADAPTER: Final = re.compile(r"/v1/tenants/([^/]+)/adapters/([^/@]+)")
 
 
 class Place:
-    """One address of a service: its lane, and whether it was away when it was last tried."""
+    """One address of a service: its pool, and whether it was away when it was last tried."""
 
     def __init__(self, connection: Connection, name: str) -> None:
-        self.name, self.lane = name, Lane(connection)
+        self.name, self.pool = name, Pool(connection)
         self.failures = 0  # since the latest answer
         self.away_until = self.heard_at = -math.inf
 
@@ -60,7 +60,7 @@ class Place:
         return min(_FIRST_ABSENCE * 2.0 ** min(self.failures - 1, 10), _LONGEST_ABSENCE)
 
 
-class Lanes:
+class Pools:
     """Exchanges with one service at several addresses. It can be shared between threads, and with forked children.
 
     `connections` are named: the names decide which adapters belong to an address.
@@ -97,7 +97,7 @@ class Lanes:
             InvalidResponse: another catalog answered than before.
         """
         for attempt in self._attempts(request, until, interrupt):
-            exchange = attempt.place.lane.exchange
+            exchange = attempt.place.pool.exchange
             with attempt:
                 attempt.answer = exchange(
                     request, allocate, until, interrupt, headers=headers, observe=observe, most=most, race=attempt.race
@@ -123,7 +123,7 @@ class Lanes:
             InvalidResponse: another catalog answered than before.
         """
         for attempt in self._attempts(request, until, Interrupt()):
-            exchange = attempt.place.lane.exchange_on_loop
+            exchange = attempt.place.pool.exchange_on_loop
             with attempt:
                 attempt.answer = await exchange(
                     request, allocate, until, headers=headers, observe=observe, most=most, race=attempt.race
@@ -159,12 +159,12 @@ class Lanes:
     def _rank(self, key: str) -> Sequence[Place]:
         return tuple(sorted(self._places, key=lambda place: score(key, place.name), reverse=True))
 
-    def any(self, avoided: Lane | None = None) -> Lane:
-        """Returns the lane to any address that is there, another than `avoided` if possible: streams are no adapter's,
+    def any(self, avoided: Pool | None = None) -> Pool:
+        """Returns the pool to any address that is there, another than `avoided` if possible: streams are no adapter's,
         so that chance spreads them best."""
-        places = [place for place in self._places if place.lane is not avoided] or self._places
+        places = [place for place in self._places if place.pool is not avoided] or self._places
         there = [place for place in places if not place.failures] or places
-        return choice(there).lane  # noqa: S311 - it spreads load
+        return choice(there).pool  # noqa: S311 - it spreads load
 
     def replace(self, connections: Mapping[str, Connection]) -> None:
         """Goes on with other addresses; what is known of those that stay is kept."""
@@ -174,12 +174,12 @@ class Lanes:
         ]
         self._ranked.cache_clear()
         for name in before.keys() - connections.keys():
-            before[name].lane.close()
+            before[name].pool.close()
 
     def close(self) -> None:
         """Closes every connection."""
         for place in self._places:
-            place.lane.close()
+            place.pool.close()
 
 
 def affinity(path: str) -> str:
@@ -263,15 +263,15 @@ class _Race:
         """Whether an answer has begun to arrive."""
         return self.winner is not None
 
-    def second(self) -> Lane | None:
-        """Returns the lane to the next address that is there, if the budget allows it."""
+    def second(self) -> Pool | None:
+        """Returns the pool to the next address that is there, if the budget allows it."""
         place = next((place for place in self._others if not place.failures), None)
-        return place.lane if place is not None and self._hedging.take() else None
+        return place.pool if place is not None and self._hedging.take() else None
 
-    def begins(self, lane: Lane) -> None:
-        """Notes that an answer began to arrive over a lane. An address that lost, and has sent nothing to anybody since
+    def begins(self, pool: Pool) -> None:
+        """Notes that an answer began to arrive over a pool. An address that lost, and has sent nothing to anybody since
         the request, counts as away."""
-        self.winner = next(place for place in (self._place, *self._others) if place.lane is lane)
+        self.winner = next(place for place in (self._place, *self._others) if place.pool is pool)
         self._hedging.observe(time.monotonic() - self._began)
         if self.winner is not self._place and self._place.heard_at < self._began:
             self._place.fails()

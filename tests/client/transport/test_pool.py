@@ -53,7 +53,7 @@ SOUND = {
 
 @pytest.mark.parametrize("form", SOUND)
 def test_every_form_of_answer_is_read(form: str) -> None:
-    """What HTTP/1.1 allows arrives, over this lane's own reader or h11's, and the next call works too."""
+    """What HTTP/1.1 allows arrives, over this pool's own reader or h11's, and the next call works too."""
     with hostile_server(says(SOUND[form]), says(answer())) as server, PrefixClient(server.url, timeout=60) as client:
         client.get("a/b@1")
         assert is_right(client.get("a/b@1"))
@@ -142,7 +142,7 @@ def test_an_error_that_is_too_long_is_told() -> None:
         client.get("a/b@1")
 
 
-def test_errors_come_over_the_lane() -> None:
+def test_errors_come_over_the_pool() -> None:
     """Problems are raised as their class; a proxy's 502 is Unavailable; the connection stays."""
     problem = b'{"code": "not-found", "detail": "there is no a/b"}'
     told = answer(problem, "Content-Type: application/problem+json", status="404 Not Found")
@@ -268,12 +268,12 @@ def test_what_cannot_be_sent_is_refused_at_once(url: str, key: str | None) -> No
 def test_pinned_memory_needs_a_gpu(server: Server) -> None:
     """Where there is one, what arrives is pinned; where there is none, that is said."""
     with PrefixClient(server.url, server.admin_key, pin_memory=True) as client:
-        published(client, "lane/pinned")
+        published(client, "pool/pinned")
         if torch.cuda.is_available():
-            assert client.get("lane/pinned").kv.tensor.is_pinned()
+            assert client.get("pool/pinned").kv.tensor.is_pinned()
         else:
             with pytest.raises(InvalidRequest, match="needs a GPU"):
-                client.get("lane/pinned")
+                client.get("pool/pinned")
 
 
 # --- asyncio ---
@@ -410,9 +410,9 @@ def test_many_at_once(server: Server) -> None:
 
     async def fetch() -> list[int]:
         async with AsyncPrefixClient(server.url, server.admin_key, cache_bytes=0) as client:
-            found = await asyncio.gather(*(client.get("lane/many@1", layers=(n % 3, 3)) for n in range(100)))
+            found = await asyncio.gather(*(client.get("pool/many@1", layers=(n % 3, 3)) for n in range(100)))
             return [prefix.kv.layers[0] for prefix in found]
 
     with PrefixClient(server.url, server.admin_key) as client:
-        published(client, "lane/many", LLAMA)
+        published(client, "pool/many", LLAMA)
     assert asyncio.run(fetch()) == [n % 3 for n in range(100)]

@@ -14,20 +14,20 @@ from prefix_service.client.protocol import Request
 from prefix_service.client.transport.connection import Connection
 from prefix_service.client.transport.dialling import resolved, several
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Exchanges, Interrupt, Lane
-from prefix_service.client.transport.lanes import Lanes
+from prefix_service.client.transport.pool import Exchanges, Interrupt, Pool
+from prefix_service.client.transport.pools import Pools
 from prefix_service.client.transport.link import MOST_UNDECLARED, AllocateBody, Observer
 
 _FRESH: Final = 30.0  # seconds between two looks
 _PATIENCE: Final = 5.0  # seconds of a look
 
 
-class NamedLanes:
+class NamedPools:
     """Exchanges with the service behind a name. It can be shared between threads, and with forked children."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._alone, self._several = Lane(connection), Lanes({})
+        self._alone, self._several = Pool(connection), Pools({})
         self._way: Exchanges | None = None
         self._fresh_until = 0.0
 
@@ -47,7 +47,7 @@ class NamedLanes:
         observe: Observer | None = None,
         most: int = MOST_UNDECLARED,
     ) -> tuple[Head, memoryview]:
-        """Sends a request to the one address, or to one of several, as `Lanes.exchange` does."""
+        """Sends a request to the one address, or to one of several, as `Pools.exchange` does."""
         way = self._known() or self._look(until)
         return way.exchange(request, allocate, until, interrupt, headers=headers, observe=observe, most=most)
 
@@ -78,7 +78,7 @@ class NamedLanes:
     def _look(self, until: float) -> Exchanges:
         """Looks the name up before the time `until` of `time.monotonic`; returns the way to its addresses.
 
-        A look that fails changes nothing: the lane to the name reports the failure.
+        A look that fails changes nothing: the pool to the name reports the failure.
         """
         url, now = self._connection.url, time.monotonic()
         try:
@@ -91,8 +91,8 @@ class NamedLanes:
         self._fresh_until = time.monotonic() + _FRESH
         return self._way
 
-    def any(self, avoided: Lane | None = None) -> Lane:
-        """Returns the lane to any address."""
+    def any(self, avoided: Pool | None = None) -> Pool:
+        """Returns the pool to any address."""
         return (self._known() or self._look(time.monotonic() + _PATIENCE)).any(avoided)
 
     def close(self) -> None:
