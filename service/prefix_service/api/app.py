@@ -13,8 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
-from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics

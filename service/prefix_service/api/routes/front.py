@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import json_object, validated
+from prefix_service.api.http.json_objects import json_object, validated
 from prefix_service.api.http.negotiation import lists, require_media_type
 from prefix_service.api.middleware.auth import require_local
 from prefix_service.api.middleware.session_cookie import cookie_of, session_cookie, session_of, why_foreign
