@@ -4,18 +4,18 @@
 """
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from prefix_service.client.cache.cache import Cached, LocalCache
 from prefix_service.client.cache.disk_cache import DiskCache, Entry
 from prefix_service.client.cache.fingerprints import Fingerprints
 from prefix_service.client.flows.question import Question, require_version
 from prefix_service.client.options import PrefixOptions, json_bytes
-from prefix_service.client.protocol import Answer, Buffer, Progress, Request, Step, Work, adapter_path, check_digest
+from prefix_service.client.protocol import Answer, Buffer, Flow, Progress, Request, Work, adapter_path, check_digest
 from prefix_service.errors import InvalidRequest, InvalidResponse, PrefixServiceError
 from prefix_service.prefix.file_names import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from prefix_service.prefix.references import Reference, parse_qualified
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from prefix_service.checkpoints.sources import Upload
     from prefix_service.client.prefixes.float8 import Float8Error
     from prefix_service.client.prefixes.prefix import Prefix
-
-T = TypeVar("T")
-Flow = Generator[Step, Any, T]
 
 _QUICKLY_COPIED: Final = 2 << 20  # bytes that an event loop may copy between two turns
 

@@ -211,7 +211,7 @@ class Lane:
             raise
 
     def _dial_prepared(self, until: float) -> Link:
-        import prefix_service.client.flows.decode  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
+        import prefix_service.prefix.wire.received  # noqa: F401 - imports torch, which would hold up the event loop at the first answer
 
         return Link(self._connection.dial(until))
 
