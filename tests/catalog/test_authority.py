@@ -17,6 +17,7 @@ from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE, DEV, SERVICE, Principal, Quotas
 from prefix_service.catalog.schema import keys, metadata
+from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import NotFound, Unauthenticated
 from prefix_service.prefix.references import parse_reference
@@ -96,6 +97,24 @@ def test_a_key_that_ended_changes_nothing(
     before = everything(database)
     with pytest.raises(Unauthenticated, match="while the request was under way"):
         changes[name](by)
+    assert everything(database) == before
+
+
+@pytest.mark.parametrize("owner", ["acme", None])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_session_that_was_ended_changes_nothing(
+    changes: dict[str, Change], keyring: Keyring, database: Database, name: str, owner: str | None
+) -> None:
+    """Every change of a session that was ended since its request began is refused, though its key is alive."""
+    sessions = Sessions(database)
+    session_id = sessions.begin(keyring.verify(keyring.create(owner, "admin", "", BY)[1]))
+    found = sessions.find(session_id)
+    assert found is not None
+    prove(database, found.principal)
+    sessions.end(session_id)
+    before = everything(database)
+    with pytest.raises(Unauthenticated, match="the session was ended while the request was under way: sign in again"):
+        changes[name](found.principal)
     assert everything(database) == before
 
 
@@ -186,3 +205,21 @@ def test_a_revocation_that_commits_first_wins(
                 refused.result(0.3)
         with pytest.raises(Unauthenticated):
             refused.result(60)
+
+
+@on_postgresql
+def test_signing_out_waits_for_a_writer(database: Database, keyring: Keyring, tenants: Tenants) -> None:
+    """A transaction that has proved a session ends before the session does."""
+    tenants.put("acme", BY)
+    sessions = Sessions(database)
+    session_id = sessions.begin(keyring.verify(keyring.create("acme", "admin", "", BY)[1]))
+    found = sessions.find(session_id)
+    assert found is not None
+    with ThreadPoolExecutor(1) as pool:
+        with writing_for(database, found.principal):
+            ending = pool.submit(sessions.end, session_id)
+            with pytest.raises(TimeoutError):
+                ending.result(0.3)
+        ending.result(60)
+    with pytest.raises(Unauthenticated):
+        prove(database, found.principal)

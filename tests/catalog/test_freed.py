@@ -138,11 +138,22 @@ def test_an_adapter_counts_once_while_its_rows_are_removed(
 
 
 def test_bytes_of_a_version_that_did_not_come_into_being(catalog: Catalog, tenants: Tenants) -> None:
-    """Count, unless its content is known after all; without a tenant they are nobody's."""
+    """They count for their tenant, unless their content is known after all."""
     publish(catalog, "a", 0)
-    catalog.abandon("acme", "a", "d0", BLOBS)
+    acme = tenants.require("acme")
+    catalog.abandon(acme, "a", "d0", BLOBS)
     assert tenants.get("acme").uncollected == 0
-    catalog.abandon("acme", "a", "d1", BLOBS)
-    catalog.abandon("acme", "b", "d0", BLOBS)
-    catalog.abandon("ghost", "a", "d0", BLOBS)
+    catalog.abandon(acme, "a", "d1", BLOBS)
+    catalog.abandon(acme, "b", "d0", BLOBS)
     assert tenants.get("acme").uncollected == 2 * BLOBS
+
+
+def test_a_tenant_that_was_made_again_has_abandoned_nothing(catalog: Catalog, tenants: Tenants) -> None:
+    """Bytes that its namesake stored before it was deleted count for nobody."""
+    tenants.put("acme", BY)
+    gone = tenants.require("acme")
+    tenants.delete("acme", BY)
+    catalog.abandon(gone, "a", "d0", BLOBS)
+    tenants.put("acme", BY)
+    catalog.abandon(gone, "a", "d1", BLOBS)
+    assert tenants.get("acme").uncollected == 0

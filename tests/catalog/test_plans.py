@@ -115,6 +115,17 @@ def test_no_table_is_read_whole(
 
 
 @on_sqlite
+def test_deleted_bytes_are_counted_without_a_look_at_those_of_others(
+    database: Database, tenants: Tenants, asked: Asked
+) -> None:
+    """A tenant is shown, and publishes, as fast as before while another has 100,000 deleted adapters to be removed."""
+    tenants.put("acme", BY, Quotas(max_bytes=9))
+    tenants.get("acme")
+    steps = [step for step in plan(database, asked) if " adapters " in step]
+    assert steps == ["SEARCH adapters USING COVERING INDEX ix_adapters_hidden (tenant_id=?)"]
+
+
+@on_sqlite
 def test_the_most_used_are_read_in_the_order_of_an_index(
     database: Database, catalog: Catalog, listings: Listings, content: Content, asked: Asked
 ) -> None:

@@ -127,12 +127,13 @@ class Catalog:
             announce(connection, VersionPublished(tenant, adapter, number, new.digest))
             return _required(_one(connection, adapter_id, versions.c.number == number)), True
 
-    def abandon(self, tenant: str, adapter: str, digest: str, nbytes: int) -> None:
-        """Counts the stored bytes of a version that did not come into being, like those of one that was deleted."""
+    def abandon(self, tenant_id: int, adapter: str, digest: str, nbytes: int) -> None:
+        """Counts the stored bytes of a version that did not come into being, like those of one that was deleted. The
+        tenant is named by its id: one that was made again under the same name has stored nothing."""
         with self._database.writing() as connection:
-            owner = connection.scalar(sa.select(tenants.c.id).where(tenants.c.name == tenant))
-            if owner is not None and _same(connection, owner, adapter, digest) is None:
-                note(connection, {owner: nbytes})
+            present = sa.select(tenants.c.id).where(tenants.c.id == tenant_id, sa.not_(tenants.c.deleted))
+            if connection.scalar(present) is not None and _same(connection, tenant_id, adapter, digest) is None:
+                note(connection, {tenant_id: nbytes})
 
     def resolve(self, tenant: str, reference: Reference) -> Version:
         """The version that a reference means now.

@@ -22,6 +22,7 @@ class Principal:
     `tenant_id` is the tenant's id in the catalog. `acts_on` is the id of the tenant whose things the request changes,
     as it was when the request began; None if the request names no tenant, or one that did not exist. Without a key
     (`has_key` false) it is somebody whom the operating system has let in, and nothing has to be proved.
+    `session` is the hash of the session of the page that stands for the key in this request; None for the key itself.
     """
 
     key_id: str
@@ -30,6 +31,7 @@ class Principal:
     tenant_id: int | None = None
     acts_on: int | None = None
     has_key: bool = True
+    session: str | None = None
 
     def may_see(self, tenant: str) -> bool:
         """Whether this tenant's resources exist for the caller."""

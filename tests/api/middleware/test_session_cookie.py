@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefix_service.api.middleware.session_cookie import session_of
+from prefix_service.api.middleware.session_cookie import cookie_of, session_of
 
 
 def _found(value: str) -> str | None:
@@ -19,3 +19,21 @@ def test_a_cookie_among_others() -> None:
 def test_cookies_that_are_none(value: str) -> None:
     """A value that is no id is no session."""
     assert _found(value) is None
+
+
+@pytest.mark.parametrize("origin", [None, "https://prefix.example.com", "http://prefix.example.com"])
+def test_the_cookie_of_the_host_counts_before_others(origin: str | None) -> None:
+    """A session that another host has planted, which cannot have the prefix `__Host-`, displaces none."""
+    planted, own = f"prefix-session={'x' * 55}", f"__Host-prefix-session={'y' * 55}"
+    assert _found_in(f"{planted}; {own}", origin) == "y" * 55
+
+
+@pytest.mark.parametrize(("origin", "counts"), [(None, True), ("http://h", True), ("https://h", False)])
+def test_the_cookie_without_a_prefix_counts_without_tls(origin: str | None, counts: bool) -> None:
+    """Behind TLS it was planted."""
+    assert _found_in(f"prefix-session={'x' * 55}", origin) == ("x" * 55 if counts else None)
+
+
+def _found_in(cookies: str, origin: str | None) -> str | None:
+    headers = [(b"cookie", cookies.encode())] + ([] if origin is None else [(b"origin", origin.encode())])
+    return cookie_of({"type": "http", "method": "GET", "headers": headers})

@@ -72,12 +72,13 @@ def test_who_is_signed_in(page: dict[str, str], signed_in: httpx.Client) -> None
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_cookie(server: Server, anyone: httpx.Client, scheme: str) -> None:
-    """No script reads it, no other site sends it, and behind TLS it never travels without."""
+    """No script reads it and no other site sends it; behind TLS it never travels without, and no other host sets it."""
     host = server.url.partition("//")[2]
     headers = {"X-Prefix-CSRF": "1", "Origin": f"{scheme}://{host}"}
     answer = anyone.post("/ui/session", json={"key": server.admin_key}, headers=headers)
     name, *attributes = answer.headers["set-cookie"].split("; ")
-    assert re.fullmatch(r"prefix-session=[A-Za-z0-9_-]{55}", name)
+    prefix = "__Host-" if scheme == "https" else ""
+    assert re.fullmatch(rf"{prefix}prefix-session=[A-Za-z0-9_-]{{55}}", name)
     expected = {"Path=/", "Max-Age=43200", "HttpOnly", "SameSite=Strict"}
     assert set(attributes) == expected | ({"Secure"} if scheme == "https" else set())
     assert server.admin_key not in answer.text

@@ -56,9 +56,9 @@ async def front(request: Request) -> Response:
 
 @router.post("/ui/session", status_code=201, openapi_extra={**json_body(SignIn), **_OF_PAGE})
 async def sign_in(request: Request, response: Response, state: StateOf) -> Identity:
-    """Begin a session of the page with a key. The cookie `prefix-session` stands for the key in calls with the header
-    `X-Prefix-CSRF: 1` and the page's own `Origin`, for 12 hours at most and 1 hour without use. In dev mode nobody
-    needs one."""
+    """Begin a session of the page with a key. The cookie `prefix-session`, behind TLS `__Host-prefix-session`, stands
+    for the key in calls with the header `X-Prefix-CSRF: 1` and the page's own `Origin`, for 12 hours at most and 1 hour
+    without use. In dev mode nobody needs one."""
     _require_page(request, state)
     require_media_type(request.headers, "application/json")
     wanted = validated(SignIn, json_object(await read_body(request, _MOST)))
