@@ -10,6 +10,7 @@ from anyio import to_thread
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from prefix_service.api.http.negotiation import is_current, takes_gzip
@@ -58,6 +59,15 @@ class Page(Response):
 def read_page(file: Path, media_type: str) -> Response:
     """Returns the response with a file of the package."""
     return Response(file.read_bytes(), media_type=media_type)
+
+
+class PageRoute(Route):
+    """The route of a page, which log and metrics name as they name FastAPI's routes: by the `route` in the scope."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Returns how well a request fits, and what its scope gets."""
+        match, fields = super().matches(scope)
+        return match, {**fields, "route": self}
 
 
 def made_once(make: Callable[[], Response]) -> Callable[[Request], Awaitable[Response]]:
