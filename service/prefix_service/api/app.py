@@ -14,7 +14,6 @@ from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
 from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
-from prefix_service.api.http.public_pages import PageRoute
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
@@ -96,8 +95,7 @@ class App(FastAPI):
 
     def setup(self) -> None:
         """Add the public pages. Each is made once, at its first request; FastAPI makes them for every request."""
-        for path, page in pages(self).items():
-            self.router.routes.append(PageRoute(path, page, include_in_schema=False))
+        self.router.routes.extend(pages(self))
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

@@ -122,12 +122,8 @@ def test_one_line_for_each_request(own: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/ui", "/ui/app.js", "/"])
 def test_public_pages_are_named(own: Server, path: str) -> None:
-    """Each page has its own path as its route, also if it does not answer the method."""
-    anyone = own.client("")
-    assert _line(own, anyone.get(path))["route"] == path
-    refused = anyone.post(path)
-    assert refused.status_code == 405
-    assert _line(own, refused)["route"] == path
+    """A page that needs no key has its own path as its route."""
+    assert _line(own, own.client("").get(path))["route"] == path
 
 
 def test_a_line_says_what_was_loaded(own: Server) -> None:
