@@ -62,8 +62,8 @@ def read_page(file: Path, media_type: str) -> Response:
 
 
 def page_route(path: str, make: Callable[[], Response]) -> Route:
-    """Returns the route of a page, which the first request makes, in a thread. Log and metrics name it by the `route` in
-    the scope, as they name FastAPI's own routes."""
+    """Returns the route of a page, which the first request makes, in a thread. Log and metrics name it by the `route`
+    in the scope, as they name FastAPI's own routes."""
     made: list[Page] = []
 
     async def answer(request: Request) -> Response:
