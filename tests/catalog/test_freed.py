@@ -85,7 +85,7 @@ def test_rooms_know_what_waits(catalog: Catalog, tenants: Tenants) -> None:
 def test_the_same_content_and_descriptions_need_no_room(
     catalog: Catalog, tenants: Tenants, descriptions: Descriptions
 ) -> None:
-    """They bring no blobs."""
+    """Known content and descriptions bring no blobs, so deleted bytes do not refuse them."""
     tenants.put("acme", BY, Quotas(max_bytes=QUOTA))
     kept = publish(catalog, "kept", 0)
     publish_and_delete(catalog, 1, whole=True)
@@ -94,7 +94,7 @@ def test_the_same_content_and_descriptions_need_no_room(
 
 
 def test_without_a_quota_there_is_no_limit(catalog: Catalog, tenants: Tenants) -> None:
-    """What was deleted is counted nevertheless: a quota may come."""
+    """Deletions of a tenant without a quota are never refused, and are counted, since a quota may come."""
     assert publish_and_delete(catalog, 0, whole=False) == 100
     assert tenants.get("acme").uncollected >= 99 * BLOBS
 
@@ -138,7 +138,7 @@ def test_an_adapter_counts_once_while_its_rows_are_removed(
 
 
 def test_bytes_of_a_version_that_did_not_come_into_being(catalog: Catalog, tenants: Tenants) -> None:
-    """They count for their tenant, unless their content is known after all."""
+    """Abandoned bytes count for their tenant, unless their content is known after all."""
     publish(catalog, "a", 0)
     acme = tenants.require("acme")
     catalog.abandon(acme, "a", "d0", BLOBS)

@@ -79,7 +79,7 @@ adapters = sa.Table(
     sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
     # What a tenant deleted and the collector has not removed yet, counted without a look at what others deleted.
-    sa.Index("ix_adapters_hidden", "tenant_id", "bytes", **_DELETED),
+    sa.Index("ix_adapters_hidden", "tenant_id", **_DELETED),
 )
 
 # By name and without a foreign key: a number is never given twice, not even after a deletion.

@@ -3,6 +3,7 @@
 import pytest
 
 from prefix_service.api.middleware.session_cookie import cookie_of, session_of
+from prefix_service.errors import Unauthenticated
 
 
 def _found(value: str) -> str | None:
@@ -32,6 +33,18 @@ def test_the_cookie_of_the_host_counts_before_others(origin: str | None) -> None
 def test_the_cookie_without_a_prefix_counts_without_tls(origin: str | None, counts: bool) -> None:
     """Behind TLS it was planted."""
     assert _found_in(f"prefix-session={'x' * 55}", origin) == ("x" * 55 if counts else None)
+
+
+def test_a_session_behind_tls_counts_for_its_own_page_alone() -> None:
+    """A page of another site that has the cookie sent is refused, and the message says why."""
+    headers = [
+        (b"x-prefix-csrf", b"1"),
+        (b"cookie", f"__Host-prefix-session={'y' * 55}".encode()),
+        (b"origin", b"https://evil.example"),
+        (b"host", b"prefix.example.com"),
+    ]
+    with pytest.raises(Unauthenticated, match=r"has the Origin 'https://evil.example' and the Host"):
+        session_of({"type": "http", "method": "POST", "headers": headers})
 
 
 def _found_in(cookies: str, origin: str | None) -> str | None:

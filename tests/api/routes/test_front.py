@@ -92,7 +92,7 @@ _FOREIGN: list[dict[str, str]] = [
     {"Origin": "{url}"},
     {"X-Prefix-CSRF": "1"},
     {"X-Prefix-CSRF": "1", "Origin": "null"},
-    {"X-Prefix-CSRF": "1", "Origin": "https://evil.example"},
+    {"X-Prefix-CSRF": "1", "Origin": "http://evil.example"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}0"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}/"},
     {"X-Prefix-CSRF": "1", "Origin": "{url}", "Host": "127.0.0.1"},

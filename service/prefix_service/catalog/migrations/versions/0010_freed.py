@@ -20,7 +20,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_adapters_hidden",
         "adapters",
-        ["tenant_id", "bytes"],
+        ["tenant_id"],
         sqlite_where=sa.text("deleted = 1"),
         postgresql_where=sa.text("deleted"),
     )
