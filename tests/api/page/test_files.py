@@ -46,7 +46,7 @@ def test_every_import_is_a_file_of_the_page() -> None:
 
 
 def test_no_script_writes_markup_or_text_as_code() -> None:
-    """What could turn text into markup or code is nowhere in our own files."""
+    """Our own scripts contain nothing that turns text into markup or code."""
     forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|localStorage")
     for file in (*PAGE_FOLDER.glob("*.js"), *PAGE_FOLDER.glob("views/*.js")):
         assert forbidden.search(file.read_text()) is None, file
@@ -70,6 +70,6 @@ def test_they_are_served_under_the_strict_policy(server: Server) -> None:
 
 
 def test_the_first_view_is_small() -> None:
-    """All of the page together, which is more than any view needs, is below 100 kB on the wire."""
+    """All files of the page together, more than any view needs, are below 100 kB as they are sent."""
     sizes = {file: len(gzip.compress((PAGE_FOLDER / file).read_bytes())) for file, _ in PAGE_FILES.values()}
     assert sum(sizes.values()) < 100_000, sizes

@@ -1,4 +1,4 @@
-"""The front door: `/`, and sessions of the page: a cookie counts in calls of the page itself alone."""
+"""The front door: `/`, and sessions of the page, whose cookie counts in calls of the page itself alone."""
 
 import re
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ TENANT = "front"
 
 @pytest.fixture(scope="module")
 def page(server: Server) -> dict[str, str]:
-    """What the page's own calls carry."""
+    """Returns the headers of the page's own calls."""
     return {"X-Prefix-CSRF": "1", "Origin": server.url}
 
 
 @pytest.fixture
 def anyone(server: Server) -> Iterator[httpx.Client]:
-    """A browser that has not signed in."""
+    """Yields a browser that has not signed in."""
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture
 def signed_in(server: Server, page: dict[str, str], anyone: httpx.Client) -> httpx.Client:
-    """A browser with a session of a tenant's writer."""
+    """Returns a browser with a session of a tenant's writer."""
     server.client().put(f"/v1/tenants/{TENANT}")
     made = server.client().post(f"/v1/tenants/{TENANT}/keys", json={"scope": "write"}).json()
     assert anyone.post("/ui/session", json={"key": made["key"]}, headers=page).status_code == 201
@@ -37,7 +37,7 @@ def signed_in(server: Server, page: dict[str, str], anyone: httpx.Client) -> htt
 
 
 def test_the_front_door(anyone: httpx.Client) -> None:
-    """A browser is led to the page, everybody else is told what this is."""
+    """A browser is led to the page, and other callers get name, version and links."""
     answer = anyone.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert (answer.status_code, answer.headers["location"]) == (303, "ui")
     told = anyone.get("/").json()
@@ -47,7 +47,7 @@ def test_the_front_door(anyone: httpx.Client) -> None:
 
 
 def test_signing_in_and_out(server: Server, page: dict[str, str], signed_in: httpx.Client) -> None:
-    """The session has the key's tenant and scope, reads and writes, and ends."""
+    """A session has the key's tenant and scope, reads and writes, and ends."""
     told = signed_in.get("/v1/whoami", headers={"X-Prefix-CSRF": "1"}).json()
     assert (told["tenant"], told["scope"]) == (TENANT, "write")
     path = f"/v1/tenants/{TENANT}/adapters/a/versions"
@@ -199,7 +199,7 @@ def test_signing_in_counts_for_the_rate_of_the_tenant(
 
 
 def test_a_key_for_metrics_sees_no_page(server: Server, anyone: httpx.Client, page: dict[str, str]) -> None:
-    """It is refused, with the reason."""
+    """Signing in with a key of scope metrics is refused, with the reason."""
     made = server.client().post("/v1/keys", json={"scope": "metrics"}).json()
     assert "metrics" in problem(anyone.post("/ui/session", json={"key": made["key"]}, headers=page), 403)["detail"]
 
