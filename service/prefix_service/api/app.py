@@ -35,10 +35,10 @@ from prefix_service.api.routes import (
     changes,
     descriptions,
     front,
+    health,
     keys,
     live,
     mixed,
-    ops,
     prefixes,
     publishing,
     residency,
@@ -137,7 +137,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(descriptions.router)
     app.include_router(version_statistics.router)
     app.include_router(changes.router)
-    app.include_router(ops.router)
+    app.include_router(health.router)
     app.include_router(front.router)
     app.include_router(live.router)
     app.include_router(inference_v2.router)

@@ -23,7 +23,7 @@ from prefix_service.client.transport import dialling
 from prefix_service.errors import ConnectionFailed, InvalidResponse, PrefixServiceError
 from tests.client.conftest import LLAMA
 from tests.client.hostile import Script, answer, hostile_server, read_request, says
-from tests.client.transport.test_lane import OK, drips, drips_a_head, is_right
+from tests.client.transport.test_pool import OK, drips, drips_a_head, is_right
 from tests.conftest import free_port
 
 KINDS = [PrefixClient, AsyncPrefixClient]
@@ -314,7 +314,7 @@ def test_without_a_deadline_a_half_open_connection_costs_a_minute_at_most(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a deadline a silent idle connection is given up after a minute at most, and a new one is tried."""
-    monkeypatch.setattr("prefix_service.client.transport.lane._MOST_PATIENCE", 0.3)
+    monkeypatch.setattr("prefix_service.client.transport.pool._MOST_PATIENCE", 0.3)
     call = CALLS["list"]
 
     async def awaited(client: Any) -> None:

@@ -8,7 +8,7 @@ from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.wire.digests import Algorithm, digest_of, format_digest
 from tests.client.hostile import BODY, answer, hostile_server, says
-from tests.client.transport.test_lane import is_right
+from tests.client.transport.test_pool import is_right
 
 FLIPPED = BODY[:-1] + bytes([BODY[-1] ^ 1])
 

@@ -19,7 +19,7 @@ from prefix_service.prefix.variant import KVDtype, Span
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.float8_error import Float8Error
     from prefix_service.client.prefixes.mixed import MixedPrefix
     from prefix_service.client.prefixes.prefix import Prefix
 

@@ -22,7 +22,7 @@ from prefix_service.prefix.references import Reference, parse_qualified
 
 if TYPE_CHECKING:
     from prefix_service.checkpoints.sources import Upload
-    from prefix_service.client.prefixes.float8 import Float8Error
+    from prefix_service.client.prefixes.float8_error import Float8Error
     from prefix_service.client.prefixes.prefix import Prefix
 
 _QUICKLY_COPIED: Final = 2 << 20  # bytes that an event loop may copy between two turns
@@ -106,7 +106,7 @@ def float8_error(reading: Reading, reference: str) -> "Flow[Float8Error]":
     found: Prefix = yield from shared(reading, same, {"dtype": "float8_e4m3fn"})
 
     def compared() -> "Float8Error":
-        from prefix_service.client.prefixes.float8 import float8_error
+        from prefix_service.client.prefixes.float8_error import float8_error
 
         return float8_error(exact, found)
 

@@ -1,5 +1,5 @@
-"""Sends requests over the lane, and receives tensors: memory for the body, its digest on arrival, large bodies in
-ranges, and a mapping instead of a body on the same host.
+"""Receives tensors over pooled connections: memory for the body, its digest on arrival, large bodies in ranges, and a
+mapping instead of a body on the same host.
 """
 
 import threading
@@ -9,8 +9,8 @@ from typing import Any
 from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
 from prefix_service.client.transport.link import MOST_JSON, Observer, allocate_json
+from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
 from prefix_service.prefix.variant import SHARED_FILE_TYPE
@@ -33,7 +33,7 @@ class Fetcher:
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self.address, self._lane, self._connection = connection.address, Lane(connection), connection
+        self.address, self._pool, self._connection = connection.address, Pool(connection), connection
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 
@@ -47,7 +47,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return self._fetch(request, until, interrupt)
-            received = self._lane.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
+            received = self._pool.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -73,7 +73,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return await self._fetch_on_loop(request, until)
-            received = await self._lane.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
+            received = await self._pool.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -97,7 +97,7 @@ class Fetcher:
         if self._connections > 1:
             try:
                 received = _ReceivedBody(self._allocate, fetch.progress, is_verified=False)
-                pieces = Pieces(self._lane, fetch, until, interrupt, received.observer)
+                pieces = Pieces(self._pool, fetch, until, interrupt, received.observer)
                 head, body = pieces.receive(received.allocate, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
@@ -108,19 +108,19 @@ class Fetcher:
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange
+        exchange = self._pool.exchange
         head, body = exchange(fetch, received.allocate, until, interrupt, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange_on_loop
+        exchange = self._pool.exchange_on_loop
         head, body = await exchange(fetch, received.allocate, until, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     def close(self) -> None:
         """Closes every connection."""
-        self._lane.close()
+        self._pool.close()
 
 
 class _ReceivedBody:

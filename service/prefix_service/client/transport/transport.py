@@ -12,7 +12,7 @@ from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
-from prefix_service.client.transport.lane import Interrupt
+from prefix_service.client.transport.pool import Interrupt
 from prefix_service.client.transport.retries import Attempts, named
 from prefix_service.errors import (
     InvalidRequest,

@@ -1,4 +1,4 @@
-"""`transport.lane`: framing of answers, persistent connections, deadlines, cancellation."""
+"""`transport.pool`: framing of answers, persistent connections, deadlines, cancellation."""
 
 import asyncio
 import select
@@ -53,7 +53,7 @@ SOUND = {
 
 @pytest.mark.parametrize("form", SOUND)
 def test_every_form_of_answer_is_read(form: str) -> None:
-    """Every form of answer that HTTP/1.1 allows is read, by the lane's own reader or by h11, and the next call
+    """Every form of answer that HTTP/1.1 allows is read, by the own reader or by h11, and the next call
     works."""
     with hostile_server(says(SOUND[form]), says(answer())) as server, PrefixClient(server.url, timeout=60) as client:
         client.get("a/b@1")
@@ -144,7 +144,7 @@ def test_an_error_that_is_too_long_is_told() -> None:
         client.get("a/b@1")
 
 
-def test_errors_come_over_the_lane() -> None:
+def test_errors_come_over_pooled_connections() -> None:
     """A problem is raised as its class, a proxy's 502 as Unavailable, and the connection stays."""
     problem = b'{"code": "not-found", "detail": "there is no a/b"}'
     told = answer(problem, "Content-Type: application/problem+json", status="404 Not Found")
@@ -271,12 +271,12 @@ def test_what_cannot_be_sent_is_refused_at_once(url: str, key: str | None) -> No
 def test_pinned_memory_needs_a_gpu(server: Server) -> None:
     """With a GPU, tensors arrive in pinned memory; without one, `pinned` is refused."""
     with PrefixClient(server.url, server.admin_key, pin_memory=True) as client:
-        published(client, "lane/pinned")
+        published(client, "pool/pinned")
         if torch.cuda.is_available():
-            assert client.get("lane/pinned").kv.tensor.is_pinned()
+            assert client.get("pool/pinned").kv.tensor.is_pinned()
         else:
             with pytest.raises(InvalidRequest, match="needs a GPU"):
-                client.get("lane/pinned")
+                client.get("pool/pinned")
 
 
 # --- asyncio ---
@@ -414,9 +414,9 @@ def test_many_at_once(server: Server) -> None:
 
     async def fetch() -> list[int]:
         async with AsyncPrefixClient(server.url, server.admin_key, cache_bytes=0) as client:
-            found = await asyncio.gather(*(client.get("lane/many@1", layers=(n % 3, 3)) for n in range(100)))
+            found = await asyncio.gather(*(client.get("pool/many@1", layers=(n % 3, 3)) for n in range(100)))
             return [prefix.kv.layers[0] for prefix in found]
 
     with PrefixClient(server.url, server.admin_key) as client:
-        published(client, "lane/many", LLAMA)
+        published(client, "pool/many", LLAMA)
     assert asyncio.run(fetch()) == [n % 3 for n in range(100)]
