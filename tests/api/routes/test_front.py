@@ -1,14 +1,17 @@
 """The front door: `/`, and sessions of the page, whose cookie counts in calls of the page itself alone."""
 
+import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.api.helpers import CONFIG, problem
+from tests.api.helpers import CONFIG, head, problem, read_answer
 from tests.conftest import Server, running_server
 
 TENANT = "front"
@@ -60,6 +63,30 @@ def test_signing_in_and_out(server: Server, page: dict[str, str], signed_in: htt
     assert "Max-Age=0" in ended.headers["set-cookie"]
     kept = {"Cookie": f"prefix-session={cookie}", **page}
     assert "has ended" in problem(httpx.get(f"{server.url}/v1/whoami", headers=kept), 401, "unauthenticated")["detail"]
+
+
+def test_signing_out_ends_a_request_whose_body_still_arrives(
+    server: Server, page: dict[str, str], signed_in: httpx.Client
+) -> None:
+    """A change that a session began is refused once the session was ended, although its key is valid."""
+    body = json.dumps({"config": CONFIG}).encode()
+    path = f"/v1/tenants/{TENANT}/adapters/late/versions"
+    fields = {**page, "Cookie": f"prefix-session={signed_in.cookies['prefix-session']}"}
+    fields |= {"Content_Type": "application/json", "Content_Length": str(len(body)), "Expect": "100-continue"}
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(head("POST", path, **fields))
+        line = b""
+        while not line.endswith(b"\r\n\r\n"):  # which comes when the route reads the body
+            line += connection.recv(1)
+        assert line.startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body[:10])
+        assert signed_in.delete("/ui/session", headers=page).status_code == 204
+        connection.sendall(body[10:])
+        answer = read_answer(connection)
+    assert answer.status == 401
+    assert b"the session was ended while the request was under way: sign in again" in answer.body
+    problem(server.client().get(f"/v1/tenants/{TENANT}/adapters/late"), 404)
 
 
 def test_who_is_signed_in(page: dict[str, str], signed_in: httpx.Client) -> None:
