@@ -74,6 +74,7 @@ def test_signing_out_ends_a_request_whose_body_still_arrives(
     fields = {**page, "Cookie": f"prefix-session={signed_in.cookies['prefix-session']}"}
     fields |= {"Content_Type": "application/json", "Content_Length": str(len(body)), "Expect": "100-continue"}
     address = urlsplit(server.url)
+    fields["Host"] = address.netloc
     with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(head("POST", path, **fields))
         line = b""
