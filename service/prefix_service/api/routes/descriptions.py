@@ -102,7 +102,7 @@ def _documented_change(media_type: str, schema: dict[str, Any]) -> dict[str, Any
     }
 
 
-_CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD}
+_CARD_SCHEMA: Final = {"type": "string", "maxLength": MOST_CARD, "pattern": "^[^\\u0000]*$"}
 
 
 @router.get(f"{_PATH}/card", response_class=Response, **_documented(_MARKDOWN, _CARD_SCHEMA))
