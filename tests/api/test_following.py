@@ -31,10 +31,10 @@ from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import Conflict, NotFound, PrefixServiceError, Unauthenticated
 from prefix_service.library import unknown_ids
-from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.plan import Limits
 from prefix_service.library.unknown_ids import UnknownIds
+from prefix_service.library.wiring import UseCases, compose
 from prefix_service.prefix.description import Description
 from prefix_service.prefix.kv import PrefixKV
 from prefix_service.prefix.references import parse_reference

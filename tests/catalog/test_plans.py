@@ -10,11 +10,11 @@ from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.descriptions import Descriptions
-from prefix_service.catalog.expiry import expire_audit
 from prefix_service.catalog.garbage import Garbage
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.listings import Listings
 from prefix_service.catalog.records import AdapterOrder, AdapterPlace, Quotas, Use, VersionName
+from prefix_service.catalog.retention import expire_audit
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.usage import UsageStore

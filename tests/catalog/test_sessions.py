@@ -8,9 +8,9 @@ import pytest
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.expiry import expire_sessions
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import Principal
+from prefix_service.catalog.retention import expire_sessions
 from prefix_service.catalog.schema import sessions
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.tenants import Tenants

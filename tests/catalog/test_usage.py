@@ -9,8 +9,8 @@ import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.expiry import expire_usage
 from prefix_service.catalog.records import Use
+from prefix_service.catalog.retention import expire_usage
 from prefix_service.catalog.schema import usage as table
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.usage import UsageStore

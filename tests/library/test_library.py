@@ -20,9 +20,9 @@ from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.threads import write_catalog
 from prefix_service.errors import CorruptBlob, OutOfSpace, QuotaExceeded, ReadOnly, Unavailable
 from prefix_service.library.arrivals import Target
-from prefix_service.library.composition import UseCases, compose
 from prefix_service.library.encodings import EncodedAgain
 from prefix_service.library.plan import Limits, PrefixRequest
+from prefix_service.library.wiring import UseCases, compose
 from prefix_service.prefix.config import parse_config
 from prefix_service.prefix.json_text import parse_json
 from prefix_service.prefix.references import parse_reference

@@ -39,6 +39,7 @@ from prefix_service.api.routes import (
     keys,
     live,
     mixed,
+    page_sessions,
     prefixes,
     publishing,
     residency,
@@ -59,13 +60,13 @@ from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.data_folder.opening import blob_folder, catalog_file
 from prefix_service.data_folder.readiness import Readiness, checks_of
-from prefix_service.library.composition import compose
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.plan import Limits
 from prefix_service.library.shared_files import SharedFiles
 from prefix_service.library.unknown_ids import UnknownIds
 from prefix_service.library.watching import Watchers
+from prefix_service.library.wiring import compose
 from prefix_service.registry.admission import Admission
 from prefix_service.registry.registry import AdapterRegistry, choose_device
 from prefix_service.settings import Settings
@@ -139,6 +140,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(changes.router)
     app.include_router(health.router)
     app.include_router(front.router)
+    app.include_router(page_sessions.router)
     app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)

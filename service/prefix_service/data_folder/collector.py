@@ -12,14 +12,14 @@ from typing import Final
 from prefix_service.blobs.port import BlobStore, StoredBlob
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.expiry import (
+from prefix_service.catalog.garbage import Garbage
+from prefix_service.catalog.retention import (
     Retention,
     expire_audit,
     expire_changes,
     expire_sessions,
     expire_usage,
 )
-from prefix_service.catalog.garbage import Garbage
 from prefix_service.errors import PrefixServiceError
 from prefix_service.system.background import in_background
 

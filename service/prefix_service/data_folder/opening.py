@@ -9,9 +9,9 @@ from pathlib import Path
 
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
-from prefix_service.catalog.expiry import Retention
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
+from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import collecting
 from prefix_service.errors import Conflict, NotFound, StorageFailed

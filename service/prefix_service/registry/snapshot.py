@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, get_args
 
 from prefix_service.registry.accounts import Entry, K
+from prefix_service.registry.eviction import Eviction
 from prefix_service.registry.keys import RenderingKey, VersionKey
 from prefix_service.registry.report import EvictionReport, Reason, ResidentReport, ShareReport, TierName
-from prefix_service.registry.residency import Eviction
 
 Place: TypeAlias = tuple[int, VersionKey]
 """A version's position in the order of `Snapshot.resident`: its bytes, negated, and its key."""

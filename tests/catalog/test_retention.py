@@ -1,4 +1,4 @@
-"""`catalog.expiry`: old entries of the audit and old changes are removed in slices."""
+"""`catalog.retention`: old entries of the audit and old changes are removed in slices."""
 
 from datetime import timedelta
 
@@ -7,9 +7,9 @@ import sqlalchemy as sa
 from prefix_service.catalog.audit import AuditLog
 from prefix_service.catalog.changes import Change, TenantCreated
 from prefix_service.catalog.database import Database, now
-from prefix_service.catalog.expiry import expire_audit, expire_changes
 from prefix_service.catalog.feed import ChangeFeed
 from prefix_service.catalog.garbage import SLICE
+from prefix_service.catalog.retention import expire_audit, expire_changes
 from prefix_service.catalog.schema import audit as audit_table
 from prefix_service.catalog.schema import changes
 from prefix_service.catalog.tenants import Tenants

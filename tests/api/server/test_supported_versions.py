@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefix_service.api.server.versions import TOUCHED, WORKING, check
+from prefix_service.api.server.supported_versions import TOUCHED, WORKING, check
 from prefix_service.errors import InvalidInput
 
 HTTPTOOLS = "protocols/http/httptools_impl.py"
