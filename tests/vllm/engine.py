@@ -1,6 +1,6 @@
 """Runs one `LLM()` for lines of JSON. .venv-vllm's Python runs it, so it imports nothing of the tests.
 
-Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
+Connects to the Unix socket in argv[1], and reads a line of JSON each, `{"engine": {<arguments of LLM>}}` first, then any of these:
 
 - `{"jobs": [{"prompt": [ids], "adapter": …, …}], "max_tokens": n}`; a job's `extra` replaces its `extra_args`
 - `{"salted": false}`: blocks are hashed without our salt
@@ -13,24 +13,31 @@ Reads from stdin a line of JSON each, `{"engine": {<arguments of LLM>}}` first, 
 - `{"loaded": {<a job>}}`: what the blocks of a prefix hold after its load, as a digest
 - `{"forget": "blocks"}` (vLLM's prefix cache) or `"all"` (what the connectors remember too)
 
-Writes a line of JSON for each, on the descriptor in argv[1].
+Writes a line of JSON for each.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from typing import Any
 
 
 def main() -> None:
-    """Answers lines until stdin ends."""
-    answers = os.fdopen(int(sys.argv[1]), "w")
+    """Answers lines until the connection ends."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(sys.argv[1])
+        with connection.makefile() as questions, connection.makefile("w") as answers:
+            _answer(questions, answers)
+
+
+def _answer(questions: Any, answers: Any) -> None:
     from vllm import LLM
 
-    llm = LLM(**json.loads(sys.stdin.readline())["engine"])
+    llm = LLM(**json.loads(questions.readline())["engine"])
     _say(answers, {"ready": True})
-    for line in sys.stdin:
+    for line in questions:
         asked = json.loads(line)
         if "salted" in asked:
             _say(answers, _switch_salt(llm, asked["salted"]))
