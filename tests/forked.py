@@ -118,7 +118,9 @@ class _Spares:
             RuntimeError: there are no more.
         """
         if not self._spares:
-            raise RuntimeError(f"a test may have {_REPLACEMENTS} workers replaced, see _REPLACEMENTS in tests/forked.py")
+            raise RuntimeError(
+                f"a test may have {_REPLACEMENTS} workers replaced, see _REPLACEMENTS in tests/forked.py"
+            )
         process, connection = self._spares.pop(0)
 
         def start() -> None:

@@ -67,12 +67,12 @@ def _environment(**more: str) -> dict[str, str]:
 
 
 class _Starter:
-    """The process that forks programs of vLLM, one for all tests of this process."""
+    """The process that forks programs of vLLM, one for all that compute with so many threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         command = [str(PYTHON), str(Path(__file__).with_name("starter.py"))]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env=_environment(), **pipes)
+        self._process = subprocess.Popen(command, env=_environment(OMP_NUM_THREADS=str(threads)), **pipes)
         atexit.register(self._process.communicate)
 
     def ask(self, what: dict[str, Any]) -> dict[str, Any]:
@@ -86,15 +86,16 @@ class _Starter:
 
 
 @functools.cache
-def _starter() -> _Starter:
-    return _Starter()
+def _starter(threads: int) -> _Starter:
+    return _Starter(threads)
 
 
 class _Program:
     """A forked program of vLLM, with the part of `subprocess.Popen` that is needed here."""
 
-    def __init__(self, **what: Any) -> None:
-        self._pid: int = _starter().ask({"start": what})["pid"]
+    def __init__(self, threads: int = 1, **what: Any) -> None:
+        self._starter = _starter(threads)
+        self._pid: int = self._starter.ask({"start": what})["pid"]
 
     def poll(self) -> int | None:
         """Returns the exit status; None if the program has not ended."""
@@ -102,7 +103,7 @@ class _Program:
 
     def wait(self, timeout: float) -> int | None:
         """Waits for the program's end for so many seconds; returns its exit status, or None if it has not ended."""
-        status: int | None = _starter().ask({"wait": self._pid, "seconds": timeout})["status"]
+        status: int | None = self._starter.ask({"wait": self._pid, "seconds": timeout})["status"]
         return status
 
     def end(self) -> None:
@@ -155,7 +156,9 @@ class Engine:
 
 
 @contextmanager
-def engine(folder: Path, model: Path, transfer: dict[str, Any], key: str, **options: Any) -> Iterator[Engine]:
+def engine(
+    folder: Path, model: Path, transfer: dict[str, Any], key: str, *, threads: int = 1, **options: Any
+) -> Iterator[Engine]:
     """Yields an engine for a model folder, without a tokenizer, once it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = {
@@ -177,9 +180,12 @@ def engine(folder: Path, model: Path, transfer: dict[str, Any], key: str, **opti
         listener.listen()
         listener.settimeout(90)
         program = _Program(
+            threads,
             path=str(Path(__file__).with_name("engine.py")),
             arguments=[address],
-            environment=_environment(PREFIX_API_KEY=key, VLLM_ENABLE_V1_MULTIPROCESSING="0"),
+            environment=_environment(
+                PREFIX_API_KEY=key, VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads)
+            ),
             folder=str(folder),
             log=str(log),
         )
