@@ -26,15 +26,21 @@ KEY: Final = "for-tests"
 MANY: Final = 5000
 """Adapters of another tenant, which no test asks for an answer."""
 LORA: Final = "org/lora"
-ROWS: Final = [
+SDK_ROWS: Final = [
     *(row(f"demo/{name}{'@1' * number}", ASKED[name][number]) for number, name in enumerate(ASKED) if number < 2),
     row("demo/handbook-cartridge", ASKED["handbook-cartridge"][0]),
     row("model", ASKED["sentiment"][2], header="demo/sentiment"),
-    *(row("model", ASKED["capitals-json"][number]) for number in (2, 3)),
-    *(row(LORA, ASKED["capitals-json"][number]) for number in range(2)),
-    *(row(LORA, ASKED[name][4], header=f"demo/{name}") for name in ("capitals-json", "handbook-cartridge")),
+    row("model", ASKED["capitals-json"][2]),
+    row(LORA, ASKED["capitals-json"][0]),
+    row(LORA, ASKED["capitals-json"][4], header="demo/capitals-json"),
 ]
 """Three adapters, one by the header; the plain model; a LoRA, alone and behind an adapter."""
+ROWS: Final = [
+    *SDK_ROWS,
+    row("model", ASKED["capitals-json"][3]),
+    row(LORA, ASKED["capitals-json"][1]),
+    row(LORA, ASKED["handbook-cartridge"][4], header="demo/handbook-cartridge"),
+]
 
 
 def adapter_of(asked: dict[str, Any]) -> str | None:

@@ -42,8 +42,9 @@ class _Forking(context.ForkServerContext):
 
 _find_context = multiprocessing.get_context
 multiprocessing.get_context = lambda method=None: _Forking() if method == "spawn" else _find_context(method)
-if multiprocessing.parent_process() is not None:  # a forked process uses the one that forked it, and starts none
-    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined]
+_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+if _server._forkserver_address:  # this process was forked: it uses the server that forked it, and starts none
+    _server.ensure_running = resource_tracker.ensure_running
 
 
 def _begin(environment: dict[str, str], folder: str, log: str) -> None:

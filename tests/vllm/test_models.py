@@ -8,14 +8,14 @@ import pytest
 
 from tests.benchmarks.growth.folder import BIG, name_of
 from tests.vllm.sdks import called
-from tests.vllm.served import ASKED, KEY, LORA, MANY, ROWS, Served, adapter_of
+from tests.vllm.served import ASKED, KEY, LORA, MANY, ROWS, SDK_ROWS, Served, adapter_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
 
 def test_a_batch_of_adapters_a_lora_both_and_neither_is_peft_s_token_for_token(served: Served) -> None:
-    """Rows of adapters, of a LoRA, of a LoRA behind an adapter, and of the plain model are answered together, twice: the
-    second time from vLLM's prefix cache. Ids are compared, and the texts that the SDKs are compared with.
+    """Rows of adapters, a LoRA, a LoRA behind an adapter, and the plain model are answered together, twice: the second
+    time from vLLM's prefix cache. Ids are compared, and the texts that the SDKs are compared with.
     """
 
     def ask(asked: dict[str, Any]) -> httpx.Response:
@@ -40,8 +40,8 @@ def test_an_sdk_gets_what_peft_says(served: Served, sdk: str) -> None:
     adapter are answered together, streamed and not, on each of the SDK's routes. The answer has the requested name, the
     version and the digest.
     """
-    answered = called(served.client, KEY, sdk, ROWS)
-    for asked, answer in zip(ROWS, answered["rows"], strict=True):
+    answered = called(served.client, KEY, sdk, SDK_ROWS)
+    for asked, answer in zip(SDK_ROWS, answered["rows"], strict=True):
         adapter = adapter_of(asked)
         version, digest = answer.pop("headers", (None, None))
         assert (version, digest is not None) == (("1", True) if sdk == "openai" and adapter else (None, False))
