@@ -41,8 +41,9 @@ class _Forking(context.ForkServerContext):
 
 
 _find_context = multiprocessing.get_context
-multiprocessing.get_context = lambda method=None: _Forking() if method == "spawn" else _find_context(method)
-_server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+_patched: Any = multiprocessing
+_patched.get_context = lambda method=None: _Forking() if method == "spawn" else _find_context(method)
+_server: Any = forkserver._forkserver
 if _server._forkserver_address:  # this process was forked: it uses the server that forked it, and starts none
     _server.ensure_running = resource_tracker.ensure_running
 
