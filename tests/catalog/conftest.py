@@ -51,7 +51,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite database that was migrated once, to be copied."""
     path = tmp_path_factory.mktemp("migrated") / "catalog.sqlite"
     Database(path).close()
@@ -59,9 +59,9 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def database(place: Place, migrated: Path) -> Iterator[Database]:
+def database(place: Place, copied: Path) -> Iterator[Database]:
     if isinstance(place, Path):
-        shutil.copyfile(migrated, place)
+        shutil.copyfile(copied, place)
     opened = Database(place)
     yield opened
     opened.close()

@@ -50,12 +50,12 @@ class OpenAI:
         """Asks for chat, completions and responses, each streamed too."""
         options: Any = {"model": model, "temperature": 0, "max_tokens": COUNT, **_headers(header)}
         chats, completions = self._client.chat.completions, self._client.completions
-        chat = chats.create(messages=_messages(question), **options)
+        raw = chats.with_raw_response.create(messages=_messages(question), **options)
+        chat = raw.parse()
         completion = completions.create(prompt=prompt, **options)
         chunks = list(chats.create(messages=_messages(question), stream=True, **options))
         usage = {"include_usage": True}
         pieces = list(completions.create(prompt=prompt, stream=True, stream_options=usage, **options))
-        raw = chats.with_raw_response.create(messages=_messages(question), **options)
         options = {"model": model, "temperature": 0, "max_output_tokens": COUNT, **_headers(header)}
         responded = self._client.responses.create(input=question, **options)
         events = list(self._client.responses.create(input=question, stream=True, **options))
