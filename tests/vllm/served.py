@@ -26,6 +26,7 @@ KEY: Final = "for-tests"
 MANY: Final = 5000
 """Adapters of another tenant, which no test asks for an answer."""
 LORA: Final = "org/lora"
+_ALPHA: Final = 16
 SDK_ROWS: Final = [
     *(row(f"demo/{name}{'@1' * number}", ASKED[name][number]) for number, name in enumerate(ASKED) if number < 2),
     row("demo/handbook-cartridge", ASKED["handbook-cartridge"][0]),
@@ -49,6 +50,13 @@ def adapter_of(asked: dict[str, Any]) -> str | None:
     return named and named.partition("@")[0]
 
 
+def without_lora(asked: dict[str, Any]) -> tuple[list[int], str]:
+    """Returns what PEFT says to a row without its LoRA, as ids and as text."""
+    question = next(one for questions in ASKED.values() for one in questions if one["prompt"] == asked["prompt"])
+    with_or_without = "without" if adapter_of(asked) is None else "with"
+    return question[f"{with_or_without}_ids"], question[with_or_without]
+
+
 @dataclass(frozen=True)
 class Served:
     """vLLM's server, and PEFT's answers with the LoRA, as ids and as text, for each prompt and adapter before it."""
@@ -60,9 +68,7 @@ class Served:
         """Returns what PEFT says to a row, as ids and as text."""
         if asked["model"] == LORA:
             return self.by_lora[asked["prompt"], asked["header"]]
-        question = next(one for questions in ASKED.values() for one in questions if one["prompt"] == asked["prompt"])
-        with_or_without = "without" if adapter_of(asked) is None else "with"
-        return question[f"{with_or_without}_ids"], question[with_or_without]
+        return without_lora(asked)
 
 
 @contextmanager
@@ -98,7 +104,9 @@ def _hosting(data: Path) -> Iterator[Server]:
 def _train_lora(folder: Path, lora: Path) -> dict[tuple[str, str | None], tuple[list[int], str]]:
     """Writes a LoRA of random weights, and returns PEFT's answers with it."""
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(  # `lora_alpha` is large enough to change every answer
+        r=4, lora_alpha=_ALPHA, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tuned = peft.get_peft_model(model, config)

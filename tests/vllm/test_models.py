@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.growth.folder import BIG, name_of
 from tests.vllm.sdks import called
-from tests.vllm.served import ASKED, KEY, LORA, MANY, ROWS, SDK_ROWS, Served, adapter_of
+from tests.vllm.served import ASKED, KEY, LORA, MANY, ROWS, SDK_ROWS, Served, adapter_of, without_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own
 
@@ -23,6 +23,8 @@ def test_a_batch_of_adapters_a_lora_both_and_neither_is_peft_s_token_for_token(s
         headers = {} if asked["header"] is None else {"X-Prefix-Adapter": asked["header"]}
         return served.client.post("/v1/completions", json={**body, "return_token_ids": True}, headers=headers)
 
+    by_lora = [asked for asked in ROWS if asked["model"] == LORA]
+    assert all(served.said(asked) != without_lora(asked) for asked in by_lora)
     for _ in range(2):
         with ThreadPoolExecutor(len(ROWS)) as threads:
             answers = list(threads.map(ask, ROWS))
