@@ -134,9 +134,9 @@ class _Spares:
     def end(self) -> None:
         """Ends those that were not needed."""
         for process, connection in self._spares:
-            connection.close()
             process.kill()
             process.join()
+            connection.close()
 
 
 def _spare() -> tuple[BaseProcess, Connection]:
@@ -150,7 +150,11 @@ def _spare() -> tuple[BaseProcess, Connection]:
 def _wait_for_work(connection: Connection, parent: int) -> None:
     die_with(parent)
     Path("/proc/self/comm").write_text(SPARE)
-    environment, limit, target, args = pickle.loads(connection.recv_bytes())  # noqa: S301 - from the parent
+    try:
+        received = connection.recv_bytes()
+    except EOFError:  # the supervisor was killed
+        return
+    environment, limit, target, args = pickle.loads(received)  # noqa: S301 - from the supervisor
     Path("/proc/self/comm").write_text("worker")
     connection.close()
     os.environ.clear()

@@ -34,7 +34,7 @@ def reference(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Ref
 
 @pytest.fixture(scope="session")
 def served(needs_vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Yields the one server of SmolLM2, which takes most of a minute to start."""
+    """Yields the one server of SmolLM2."""
     with serving(smollm2(tmp_path_factory), tmp_path_factory.mktemp("served")) as made:
         yield made
 
