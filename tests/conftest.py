@@ -110,8 +110,8 @@ _AT_IMPORT: Final = {"PYTHONPATH", "OMP_NUM_THREADS"}
 
 def _started(program: Sequence[str], arguments: list[str], log: Path, more: dict[str, str]) -> Process:
     environment = {**os.environ, **more}
-    is_alone = program == PREFIX_SERVICE and "--workers" not in arguments and not _AT_IMPORT & more.keys()
-    if is_alone and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
+    can_fork = program == PREFIX_SERVICE and not _AT_IMPORT & more.keys()
+    if can_fork and "PYTEST_VERSION" in environment and "COVERAGE_PROCESS_CONFIG" not in environment:
         return Forked(arguments, log, environment)
     with log.open("wb") as output:
         return subprocess.Popen([*program, *arguments], stdout=output, stderr=output, env=environment)

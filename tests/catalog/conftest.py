@@ -1,6 +1,7 @@
 """Fixtures of a catalog on a new database: each test runs on SQLite and on PostgreSQL."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,8 +50,18 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     server.drop(name)
 
 
+@pytest.fixture(scope="session")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database that was migrated once, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "catalog.sqlite"
+    Database(path).close()
+    return path
+
+
 @pytest.fixture
-def database(place: Place) -> Iterator[Database]:
+def database(place: Place, copied: Path) -> Iterator[Database]:
+    if isinstance(place, Path):
+        shutil.copyfile(copied, place)
     opened = Database(place)
     yield opened
     opened.close()

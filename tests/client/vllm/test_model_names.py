@@ -176,6 +176,9 @@ def test_the_default_adapter_is_that_of_requests_that_name_none(vllm: Behind) ->
     """It is not used for a LoRA, or on a route without adapters; a default that cannot be used is 503."""
     vllm.extra |= {"default_adapter": "other/hidden@1", "adapters": ["vllm/*"]}
     assert (reached_by(vllm) or "").startswith("other/hidden@sha256:")
+    answer = ask(vllm, model="base")
+    assert (answer.json()["model"], answer.headers["prefix-version"]) == ("base", "1")
+    assert answer.json()["kv_transfer_params"]["prefix_adapter"].startswith("other/hidden@sha256:")
     assert (reached_by(vllm, model="org/base", kv_transfer_params={}) or "").startswith("other/hidden@sha256:")
     assert (reached_by(vllm, model="vllm/fits") or "").startswith("vllm/fits@")
     assert reached_by(vllm, model="org/lora") is None
