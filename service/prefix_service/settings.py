@@ -16,7 +16,7 @@ from prefix_service.system.sizes import EXAMPLES, parse_bytes
 _MIB = 1 << 20
 _GIB = 1 << 30
 _PREFIX: Final = "PREFIX_"
-_BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9!_.*'()/-]*)?")
+_BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_./-]*)?")
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 NOT_SETTINGS: Final = {

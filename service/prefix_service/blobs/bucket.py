@@ -87,12 +87,15 @@ class Bucket:
         self._away: Unavailable | None = None
 
     def check(self) -> None:
-        """Checks that the bucket answers, soon.
+        """Checks that the bucket answers, soon. If it does, requests are made again that a failure held back.
 
         Raises:
             Unavailable, StorageFailed: it does not, or refuses.
         """
-        self._ask("look into the bucket", lambda: obstore.get(self._quick, _MISSING), _is_missing)
+        refused = self._result(lambda: obstore.get(self._quick, _MISSING))
+        if isinstance(refused, Refusal) and not refused.is_missing:
+            raise translated_refusal(refused, "look into the bucket", self.host, self.name)
+        self._away = None
 
     def read(self, key: str) -> Body | None:
         """Returns an object, whose bytes come in ranges, a few under way at a time; None if it is missing.
@@ -221,21 +224,23 @@ class Bucket:
         """
         if self._away is not None and time.monotonic() < self._away_until:
             raise Unavailable(self._away.message, self._away.retry_after)
-        try:
-            result = call()
-        except (BaseError, OSError, ValueError) as error:
-            refusal = refusal_of(error)
-        else:
+        result = self._result(call)
+        if not isinstance(result, Refusal) or expected(result):
             self._away = None
             return result
-        if expected(refusal):
-            return refusal
-        translated = translated_refusal(refusal, action, self.host, self.name)
-        if refusal.is_interrupted:
+        translated = translated_refusal(result, action, self.host, self.name)
+        if result.is_interrupted:
             raise _Interrupted(translated.message)
-        if refusal.status == 0 and isinstance(translated, Unavailable):
+        if result.status == 0 and isinstance(translated, Unavailable):
             self._away, self._away_until = translated, time.monotonic() + _PAUSE
         raise translated
+
+    @staticmethod
+    def _result(call: Callable[[], T]) -> T | Refusal:
+        try:
+            return call()
+        except (BaseError, OSError, ValueError) as error:
+            return refusal_of(error)
 
 
 class _Interrupted(Unavailable):

@@ -28,6 +28,7 @@ _ON_THE_WAY: Final = {
 }
 """Words in the text of a failed connection, and what they mean."""
 
+_BARE_REDIRECT: Final = "BareRedirect"
 _BROKEN_OFF: Final = ("kind: Body", "kind: Decode")
 
 
@@ -63,6 +64,8 @@ class Refusal:
 def refusal_of(error: Exception) -> Refusal:
     """Returns what the server answered."""
     text = str(error)
+    if _BARE_REDIRECT in text:
+        return Refusal(301, "PermanentRedirect", text)
     code, status = _CODE.search(text), _STATUS.search(text)
     return Refusal(int(status[1]) if status else 0, code[1] if code else "", text)
 
