@@ -65,8 +65,7 @@ def test_sizes_take_units(monkeypatch: pytest.MonkeyPatch, text: str, nbytes: in
         monkeypatch.setenv(f"PREFIX_{name}", text)
     made = Settings()
     sizes = (made.device_bytes, made.rendering_bytes, made.work_bytes, made.blob_cache_bytes)
-    sizes += (made.max_request_bytes, made.max_upload_bytes)
-    assert set(sizes) == {nbytes}
+    assert {*sizes, made.max_request_bytes, made.max_upload_bytes} == {nbytes}
 
 
 @pytest.mark.parametrize("text", ["s3://bucket", "s3://bucket/path", "s3://a.bucket-7/of/service_1/"])

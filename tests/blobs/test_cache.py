@@ -57,7 +57,7 @@ def test_a_copy_comes_back(folder: Path) -> None:
     """A blob that was kept is opened, one that was dropped, or never kept, is not."""
     cache = made(folder)
     keep(cache, 1)
-    assert opened(cache, 1) == blob(1)[1]
+    assert opened(cache, 1) == bytes(blob(1)[1])
     cache.drop(blob(1)[0])
     cache.drop(blob(2)[0])
     assert opened(cache, 1) is None
@@ -101,7 +101,7 @@ def test_a_restart_counts_what_is_there(folder: Path) -> None:
     for number in range(9):
         keep(first, number)
     second = made(folder, limit=5 * KB)
-    assert opened(second, 0) == blob(0)[1]
+    assert opened(second, 0) == bytes(blob(0)[1])
     keep(second, 50)
     assert held(second) == {50, 0, 8, 7}
 

@@ -162,7 +162,7 @@ def test_a_bit_that_flips_on_the_way_is_no_damage(
     assert store.read(digest, observer=lambda piece: seen.append(bytes(piece))) == LARGE
     assert b"".join(seen) == LARGE
     assert [record.message for record in caplog.records if record.name == "prefix_service"] == [
-        "a blob arrived damaged"
+        "a blob arrived damaged, and is read again"
     ]
     assert place.names() == {path_of(digest)}
 

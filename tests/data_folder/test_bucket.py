@@ -167,7 +167,7 @@ def test_a_service_starts_while_the_bucket_is_away(
 ) -> None:
     """It serves what it has copies of; the rest, and publishing, is 503 `unavailable` until the bucket is back. No key
     is ever shown."""
-    data_dir = tmp_path / "data"
+    data_dir, environment = tmp_path / "data", environment | {"PREFIX_BLOBS_URL": "s3://tests/of/another-service"}
     with running_server(data_dir, environment=environment) as server:
         copied, uncopied = publish(server, "copied", 7), publish(server, "uncopied", 8)
     for digest in (uncopied.weights, uncopied.key_values):

@@ -198,7 +198,7 @@ class Bucket:
             Unavailable, StorageFailed: the server does not answer, or refuses.
         """
         pages = obstore.list(self._store, chunk_size=_PAGE)
-        while page := self._ask("list the blobs", lambda: next(pages, []), _never):
+        while page := self._do("list the blobs", lambda: next(pages, ())):
             yield from map(_found, page)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -215,7 +215,13 @@ class Bucket:
         Raises:
             Unavailable, StorageFailed: the server refused.
         """
-        self._ask(f"copy {key}", lambda: obstore.copy(self._store, key, to), _never)
+        self._do(f"copy {key}", lambda: obstore.copy(self._store, key, to))
+
+    def _do(self, action: str, call: Callable[[], T]) -> T:
+        """Returns what `call` returns; no refusal is expected."""
+        result = self._ask(action, call, lambda _: False)
+        assert not isinstance(result, Refusal)  # noqa: S101
+        return result
 
     def _ask(self, action: str, call: Callable[[], T], expected: Callable[[Refusal], bool]) -> T | Refusal:
         """Returns what `call` returns, or the refusal if it is `expected`.
@@ -253,10 +259,6 @@ def _is_missing(refusal: Refusal) -> bool:
 
 def _is_missing_or_outside(refusal: Refusal) -> bool:
     return refusal.is_missing or refusal.is_outside
-
-
-def _never(_: Refusal) -> bool:
-    return False
 
 
 def _found(meta: "ObjectMeta") -> Found:

@@ -267,7 +267,7 @@ class S3BlobStore:
             CorruptBlob: the bytes do not match the digest.
             Unavailable, StorageFailed: the server does not answer, or refuses.
         """
-        for _ in range(_READS):
+        for attempt in range(1, _READS + 1):
             body = self._bucket.read(path_of(digest))
             if body is None:
                 raise NotFound(f"there is no blob {digest}")
@@ -278,8 +278,9 @@ class S3BlobStore:
                     add(piece)
             if digest_of(sha256) == digest:
                 return
-            log.warning("a blob arrived damaged", extra={"digest": digest})
-        raise self._damaged(digest, body.found)
+            if attempt == _READS:
+                raise self._damaged(digest, body.found)
+            log.warning("a blob arrived damaged, and is read again", extra={"digest": digest})
 
     def _damaged(self, digest: str, found: Found) -> CorruptBlob:
         """Moves a damaged object to the quarantine, unless the content was committed again in the meantime.
