@@ -1,10 +1,14 @@
-"""Starts moto's S3 server in the process of the tests."""
+"""Moto's S3 server in the process of the tests, and a disk that is soon full."""
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from moto.server import ThreadedMotoServer
+
+from tests.missing import not_tested
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +21,15 @@ def moto() -> Iterator[str]:
     httpx.put(f"{address}/tests").raise_for_status()
     yield address
     server.stop()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yields the mount point of a file system of 1 MiB."""
+    place = tmp_path / "tiny"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        not_tested("a full disk, because this user may not mount a tmpfs")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)

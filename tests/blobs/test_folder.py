@@ -4,7 +4,6 @@ import fcntl
 import os
 import resource
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.blobs.port import StagedBlob
 from prefix_service.errors import OutOfSpace, StorageFailed
 from tests.blobs.test_contract import DATA, digest_of, opened, staged
-from tests.missing import not_tested
 
 Broken = Callable[[FolderBlobStore, str], object]
 
@@ -166,18 +164,6 @@ def fill(store: FolderBlobStore, root: Path) -> None:
         upload(blob, 4 << 20)
     blob.discard()
     assert files_in(root) == before
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Yields the mount point of a file system of 1 MiB."""
-    place = tmp_path / "tiny"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        not_tested("a full disk, because this user may not mount a tmpfs")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_full_disk_is_out_of_space(tiny_disk: Path) -> None:

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +75,21 @@ def test_a_large_blob_goes_in_parts_and_comes_in_ranges(store: S3BlobStore, odd:
     assert odd.asked == []
 
 
+@pytest.mark.parametrize("read", [S3BlobStore.read, opened])
+@pytest.mark.parametrize("bad", [flipped(DATA), DATA + b"x", b""], ids=["bit", "longer", "empty"])
+def test_a_damaged_copy_is_replaced(
+    place: BucketPlace, read: Callable[[S3BlobStore, str], object], bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy that does not match is logged and never returned: the blob comes from the bucket, and is copied again."""
+    digest = staged(place.store).commit()
+    place.cached(digest).write_bytes(bad)
+    for _ in range(2):
+        assert read(place.store, digest) == DATA
+    assert place.cached(digest).read_bytes() == DATA
+    logged = [record.message for record in caplog.records if record.name == "prefix_service"]
+    assert logged == ["a cached blob is damaged, and is read again"]
+
+
 @pytest.mark.parametrize("status", [409, 412, 501])
 def test_a_server_that_replaces_nothing(store: S3BlobStore, place: BucketPlace, odd: OddServer, status: int) -> None:
     """A refused write of a blob that is there already succeeds; of one that is not, it is an error, and nothing is
@@ -136,7 +151,7 @@ def test_bodies_that_break_off_are_read_again(store: S3BlobStore, odd: OddServer
     assert store.read(digest) == data
     store._drop(digest)
     left = 1_000_000
-    with pytest.raises(Unavailable) as caught:
+    with pytest.raises(Unavailable, match=r"the answer of .* broke off") as caught:
         store.read(digest)
     assert type(caught.value) is Unavailable
     left = 0
@@ -304,6 +319,17 @@ def test_a_read_only_store_changes_nothing(place: BucketPlace, tmp_path: Path) -
         store.read(digest)
     assert place.names() == {path_of(digest)}
     assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk_keeps_no_copies(place: BucketPlace, tiny_disk: Path) -> None:
+    """Reading goes on without a copy; a file that needs room is OutOfSpace, and leaves nothing behind."""
+    digest = staged(place.store, DATA * 10).commit()
+    folder = tiny_disk / "copies"
+    store = place.another(folder)
+    assert store.read(digest) == DATA * 10
+    with pytest.raises(OutOfSpace, match=f"cannot keep a copy of blob {digest}: No space left"):
+        store.open(digest)
+    assert list((folder / "staging").iterdir()) == []
 
 
 def test_a_failed_copy_leaves_no_file(place: BucketPlace, tmp_path: Path) -> None:

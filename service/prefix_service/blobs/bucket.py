@@ -28,7 +28,6 @@ RANGE: Final = 8 << 20
 """Bytes of one request: of a read, and of a part of an upload."""
 
 _AHEAD: Final = 4  # ranges, or parts, that are under way at a time
-_ATTEMPTS: Final = 3  # of a range whose bytes did not all arrive
 _DEADLINE, _STALLED, _CONNECT = timedelta(seconds=30), timedelta(seconds=10), timedelta(seconds=2)
 _RETRYING: Final = timedelta(seconds=6)
 _QUICK: Final = timedelta(seconds=1.5)  # so that /readyz has an answer before its own deadline
@@ -139,17 +138,11 @@ class Bucket:
         return come[1]
 
     def _range(self, key: str, start: int) -> tuple[Found, memoryview] | Refusal:
-        """Returns a range, or that the object or the range is missing; asks again if bytes are lost on the way."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                come = self._ask(f"read {key}", partial(self._get, key, start), _is_missing_or_outside)
-            except _Interrupted as error:
-                if attempt == _ATTEMPTS:
-                    raise Unavailable(error.message, retry_after=5) from None
-            else:
-                if isinstance(come, Refusal) or len(come[1]) == min(RANGE, come[0].size - start):
-                    return come
-        raise Unavailable(f"cannot read {key}: {self.host} sends fewer bytes than it announces", retry_after=5)
+        """Returns a range, or that the object or the range is missing."""
+        come = self._ask(f"read {key}", partial(self._get, key, start), _is_missing_or_outside)
+        if not isinstance(come, Refusal) and len(come[1]) != min(RANGE, come[0].size - start):
+            raise Unavailable(f"cannot read {key}: {self.host} sends fewer bytes than it announces", retry_after=5)
+        return come
 
     def _get(self, key: str, start: int) -> tuple[Found, memoryview]:
         result = obstore.get(self._store, key, options={"range": (start, start + RANGE)})
@@ -235,9 +228,7 @@ class Bucket:
             self._away = None
             return result
         translated = translated_refusal(result, action, self.host, self.name)
-        if result.is_interrupted:
-            raise _Interrupted(translated.message)
-        if result.status == 0 and isinstance(translated, Unavailable):
+        if result.is_silence and isinstance(translated, Unavailable):
             self._away, self._away_until = translated, time.monotonic() + _PAUSE
         raise translated
 
@@ -247,10 +238,6 @@ class Bucket:
             return call()
         except (BaseError, OSError, ValueError) as error:
             return refusal_of(error)
-
-
-class _Interrupted(Unavailable):
-    """An answer began, and its body broke off."""
 
 
 def _is_missing(refusal: Refusal) -> bool:

@@ -51,9 +51,9 @@ class Refusal:
         return self.status in (409, 412, 501)
 
     @property
-    def is_interrupted(self) -> bool:
-        """Whether an answer began, and its body broke off."""
-        return self.status == 0 and any(word in self.text for word in _BROKEN_OFF)
+    def is_silence(self) -> bool:
+        """Whether the server did not begin an answer."""
+        return self.status == 0 and not any(word in self.text for word in _BROKEN_OFF)
 
     @property
     def is_outside(self) -> bool:
@@ -75,9 +75,11 @@ def translated_refusal(refusal: Refusal, action: str, host: str, bucket: str) ->
 
     StorageFailed if an operator must change something, Unavailable if the server may answer later.
     """
-    if refusal.status == 0:
+    if refusal.is_silence:
         reason = next((reason for word, reason in _ON_THE_WAY.items() if word in refusal.text), "there is no answer")
         return Unavailable(f"cannot {action}: the blob store {host} is away ({reason})", retry_after=5)
+    if refusal.status == 0:
+        return Unavailable(f"cannot {action}: the answer of {host} broke off", retry_after=5)
     said = f"cannot {action}: {host} answers {refusal.status}{f' {refusal.code}' if refusal.code else ''}"
     if refusal.code == "NoSuchBucket":
         return StorageFailed(f"{said}: make the bucket {bucket!r}, or correct PREFIX_BLOBS_URL")

@@ -223,7 +223,7 @@ class S3BlobStore:
         return None
 
     def _opened(self, digest: str) -> BinaryIO:
-        with contextlib.ExitStack() as closing, translated(f"keep a copy of blob {digest}"):
+        with translated(f"keep a copy of blob {digest}"), contextlib.ExitStack() as closing:
             if self._cache is None:
                 file: BinaryIO = closing.enter_context(tempfile.TemporaryFile())
             else:
