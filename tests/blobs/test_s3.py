@@ -254,6 +254,8 @@ def test_a_server_that_is_away_is_not_waited_for_twice(place: BucketPlace, tmp_p
         with pytest.raises(Unavailable, match="is away"):
             store.read(digest_of(b"?"))
     assert time.monotonic() - began < 30  # the first took its retries
+    with pytest.raises(Unavailable, match=r"cannot list the blobs: the blob store .* is away"):
+        list(store._bucket.listed())
     assert store.read(digest) == DATA
 
 

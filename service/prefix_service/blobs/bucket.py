@@ -17,7 +17,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from prefix_service.blobs.refusals import Refusal, refusal_of, translated_refusal
-from prefix_service.errors import InvalidInput, Unavailable
+from prefix_service.errors import InvalidInput, PrefixServiceError, Unavailable
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -80,10 +80,11 @@ class Bucket:
             self._store = S3Store(self.name, prefix=path or None, client_options=client, retry_config=retry)
             quick = client | {"timeout": _QUICK, "connect_timeout": _QUICK}
             self._quick = S3Store(self.name, prefix=path or None, client_options=quick, retry_config={"max_retries": 0})
-        except (BaseError, ValueError) as error:
-            raise InvalidInput(f"the AWS_… variables for {url} cannot be used") from error
+        except (BaseError, ValueError):
+            # The foreign error may show a value.
+            raise InvalidInput(f"the AWS_… variables for {url} cannot be used: look at their values") from None
         self._away_until = 0.0
-        self._away: Unavailable | None = None
+        self._away: Refusal | None = None
 
     def check(self) -> None:
         """Checks that the bucket answers, soon. If it does, requests are made again that a failure held back.
@@ -93,7 +94,7 @@ class Bucket:
         """
         refused = self._result(lambda: obstore.get(self._quick, _MISSING))
         if isinstance(refused, Refusal) and not refused.is_missing:
-            raise translated_refusal(refused, "look into the bucket", self.host, self.name)
+            raise self._translated(refused, "look into the bucket")
         self._away = None
 
     def read(self, key: str) -> Body | None:
@@ -157,7 +158,7 @@ class Bucket:
         put = partial(obstore.put, self._store, key, file, chunk_size=RANGE, max_concurrency=_AHEAD)
         refused = self._ask(f"store {key}", put, lambda refusal: refusal.is_conditional)
         if isinstance(refused, Refusal) and self.head(key) is None:
-            raise translated_refusal(refused, f"store {key}", self.host, self.name)
+            raise self._translated(refused, f"store {key}")
 
     def head(self, key: str) -> Found | None:
         """Returns what an object is; None if it is missing.
@@ -221,16 +222,19 @@ class Bucket:
 
         For some seconds after the server did not answer, nobody waits for it again.
         """
-        if self._away is not None and time.monotonic() < self._away_until:
-            raise Unavailable(self._away.message, self._away.retry_after)
+        away = self._away
+        if away is not None and time.monotonic() < self._away_until:
+            raise self._translated(away, action)
         result = self._result(call)
         if not isinstance(result, Refusal) or expected(result):
             self._away = None
             return result
-        translated = translated_refusal(result, action, self.host, self.name)
-        if result.is_silence and isinstance(translated, Unavailable):
-            self._away, self._away_until = translated, time.monotonic() + _PAUSE
-        raise translated
+        if result.is_silence:
+            self._away, self._away_until = result, time.monotonic() + _PAUSE
+        raise self._translated(result, action)
+
+    def _translated(self, refusal: Refusal, action: str) -> PrefixServiceError:
+        return translated_refusal(refusal, action, self.host, self.name)
 
     @staticmethod
     def _result(call: Callable[[], T]) -> T | Refusal:
