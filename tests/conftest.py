@@ -23,6 +23,7 @@ from tests.commands import PREFIX_SERVICE, run_command
 from tests.forked import Forked
 from tests.missing import not_tested
 from tests.postgresql import PostgreSQL, binaries
+from tests.seaweedfs import SeaweedFS
 from tests.turns import FilesInTurn, longest_first
 
 # Slow machines are no failure. `pytest --hypothesis-profile=thorough` tries more examples, and others each time.
@@ -169,6 +170,14 @@ def postgresql() -> Iterator[PostgreSQL]:
     if bin_ is None:
         not_tested("PostgreSQL is not installed")
     server = PostgreSQL(bin_)
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[SeaweedFS]:
+    """Yields an S3-compatible server of these tests."""
+    server = SeaweedFS(free_port)
     yield server
     server.remove()
 

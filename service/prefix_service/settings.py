@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefix_service.errors import InvalidInput
@@ -16,6 +16,7 @@ from prefix_service.system.sizes import EXAMPLES, parse_bytes
 _MIB = 1 << 20
 _GIB = 1 << 30
 _PREFIX: Final = "PREFIX_"
+_BUCKET: Final = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_./-]*)?")
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 NOT_SETTINGS: Final = {
@@ -59,6 +60,16 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="TCP port to listen on")] = 8080
     uds: Annotated[Path | None, Field(description="Unix socket to listen on instead of TCP")] = None
     data_dir: Annotated[Path, Field(description="folder of the catalog, the blobs and the keys' secret")] = Path("data")
+    blobs_url: Annotated[
+        str | None,
+        Field(
+            description="`s3://bucket/path` that holds the blobs instead of the data folder; server and keys come from "
+            "the usual `AWS_…` variables"
+        ),
+    ] = None
+    blob_cache_bytes: Annotated[
+        Size, Field(description="most bytes of copies of blobs in the data folder, with `PREFIX_BLOBS_URL`")
+    ] = 10 * _GIB
     workers: Annotated[int, Field(ge=1, le=64, description="processes that serve the same data folder")] = 1
     dev: Annotated[bool, Field(description="no keys, every caller may do everything; on loopback only")] = False
     read_only: Annotated[
@@ -142,6 +153,15 @@ class Settings(BaseSettings):
     def _without_service_links(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Drops the variables that Kubernetes sets for a Service named `prefix`: PREFIX_PORT=tcp://10.0.0.1:8080."""
         return {name: value for name, value in given.items() if not _is_link(value)}
+
+    @field_validator("blobs_url")
+    @classmethod
+    def _names_a_bucket(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("the URL must not contain a key: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if url is not None and not _BUCKET.fullmatch(url):
+            raise ValueError("a place for blobs is written as in s3://bucket/path")
+        return url
 
     @model_validator(mode="after")
     def _dev_stays_at_home(self) -> Self:

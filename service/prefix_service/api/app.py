@@ -50,7 +50,6 @@ from prefix_service.api.routes import (
 from prefix_service.api.routes.documentation import documented, operation_id, pages
 from prefix_service.api.routes.schemas import Problem
 from prefix_service.api.state import State
-from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.access import PROMPT
 from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
@@ -58,7 +57,7 @@ from prefix_service.catalog.feed import ChangeFeed, Listener, call
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
-from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.data_folder.opening import blob_store, catalog_file
 from prefix_service.data_folder.readiness import Readiness, checks_of
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
@@ -187,7 +186,7 @@ def _compose(
     metrics.watch(registry.tiers, admission.report)
     numbers = Live(metrics.place)
     numbers.watch(registry.tiers, admission.requests)
-    blobs = FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
+    blobs = blob_store(settings)
     keyring = Keyring(database, settings.secret_file)
     cases = compose(database, keyring, blobs, registry, limits, admission, shared_files)
     feed = cases.feed

@@ -88,8 +88,13 @@ class Collector:
             StorageFailed: the disk or the catalog refused.
         """
         found = []
+        listed = {blob.digest for blob in self._blobs.listed()}  # one request to a bucket for a thousand blobs
+
+        def is_lost(digest: str) -> bool:
+            return digest not in listed and not self._blobs.exists(digest)
+
         for version, weights, key_values in self._garbage.named():
-            lost = Lost(version, not self._blobs.exists(weights), not self._blobs.exists(key_values))
+            lost = Lost(version, is_lost(weights), is_lost(key_values))
             if lost.weights or lost.key_values:
                 found.append(lost)
                 what = [name for name in ("weights", "key_values") if getattr(lost, name)]

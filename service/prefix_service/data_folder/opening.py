@@ -3,21 +3,25 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefix_service.blobs.folder import FolderBlobStore
+from prefix_service.blobs.port import BlobStore
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.retention import Retention
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.data_folder.collector import collecting
-from prefix_service.errors import Conflict, NotFound, StorageFailed
+from prefix_service.errors import Conflict, InvalidInput, NotFound, StorageFailed, Unavailable
 from prefix_service.settings import Settings
 from prefix_service.system.disk import PRIVATE_FOLDER, require_writable, sync_folder, tighten, translated, write_private
 from prefix_service.system.reserve import Reserve, reserve_file
+
+log = logging.getLogger("prefix_service")
 
 
 def catalog_file(data_dir: Path) -> Path:
@@ -28,6 +32,33 @@ def catalog_file(data_dir: Path) -> Path:
 def blob_folder(data_dir: Path) -> Path:
     """Returns the path of the blob folder."""
     return data_dir / "blobs"
+
+
+def cache_folder(data_dir: Path) -> Path:
+    """Returns the path of the folder with copies of blobs that are in a bucket."""
+    return data_dir / "blob-cache"
+
+
+def blob_store(settings: Settings) -> BlobStore:
+    """Returns the blob store of a service: the bucket that is set, or a folder in the data folder.
+
+    Raises:
+        InvalidInput: a bucket is set, and obstore is missing, or an `AWS_…` variable is malformed.
+        StorageFailed, OutOfSpace: the disk refused.
+    """
+    if settings.blobs_url is None:
+        return FolderBlobStore(blob_folder(settings.data_dir), read_only=settings.read_only)
+    try:
+        from prefix_service.blobs.bucket import Bucket
+        from prefix_service.blobs.s3 import S3BlobStore
+    except ImportError as error:
+        raise InvalidInput("PREFIX_BLOBS_URL needs obstore: pip install 'prefix-service[fleet]'") from error
+    return S3BlobStore(
+        Bucket(settings.blobs_url),
+        cache_folder(settings.data_dir),
+        settings.blob_cache_bytes,
+        read_only=settings.read_only,
+    )
 
 
 def bootstrap_file(data_dir: Path) -> Path:
@@ -122,9 +153,11 @@ def _tighten(settings: Settings) -> None:
 
     Files of blobs are in folders, so only those folders are changed.
     """
-    data_dir, blobs = settings.data_dir, blob_folder(settings.data_dir)
+    data_dir = settings.data_dir
     files = [data_dir / "lock", data_dir / "key.secret", bootstrap_file(data_dir)]
-    found = [data_dir, *files, *data_dir.glob(f"{catalog_file(data_dir).name}*"), blobs, *blobs.glob("*")]
+    found = [data_dir, *files, *data_dir.glob(f"{catalog_file(data_dir).name}*")]
+    for blobs in (blob_folder(data_dir), cache_folder(data_dir)):
+        found += [blobs, *blobs.glob("*")]
     for path in found:
         if path.exists():
             tighten(path)
@@ -132,7 +165,9 @@ def _tighten(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def _prepared(settings: Settings) -> Iterator[None]:
-    blobs = FolderBlobStore(blob_folder(settings.data_dir))
+    blobs = blob_store(settings)
+    if settings.blobs_url is not None:
+        _require_accepted(blobs)
     blobs.sweep(older_than=0)
     if not catalog_file(settings.data_dir).exists():
         with translated("make the catalog"):
@@ -145,6 +180,20 @@ def _prepared(settings: Settings) -> Iterator[None]:
             yield
     finally:
         database.close()
+
+
+def _require_accepted(blobs: BlobStore) -> None:
+    """Checks that the bucket exists and takes the key. If it is away, the service starts: it serves what it has.
+
+    Raises:
+        StorageFailed: the bucket refuses.
+    """
+    try:
+        blobs.check()
+    except StorageFailed:
+        raise
+    except Unavailable as error:
+        log.warning("the blob store is away: %s", error)
 
 
 def _make(settings: Settings) -> None:

@@ -81,7 +81,9 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        where = f"PREFIX_{str(first['loc'][0]).upper()}: {reason}, got {first['input']!r}" if first["loc"] else reason
+        name = str(first["loc"][0]) if first["loc"] else ""
+        got = "" if name.endswith("_url") else f", got {first['input']!r}"  # a URL can contain a password
+        where = f"PREFIX_{name.upper()}: {reason}{got}" if name else reason
         raise InvalidInput(where) from error
 
 
