@@ -46,14 +46,15 @@ class UsageStore:
         tenant: str | None,
         by: Collection[Dimension],
         *,
+        adapter: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
         after: Use | None = None,
         limit: int,
     ) -> list[Use]:
         """Returns up to `limit` sums in the order of `Use.place`, beginning behind `after`: for each hour that begins
-        from `since` on and before `until`, for a tenant or each of them, and apart for each adapter, version or key
-        that `by` names.
+        from `since` on and before `until`, for a tenant or each of them, of one adapter or all, and apart for each
+        adapter, version or key that `by` names.
 
         In a tenant's listing all keys of the platform are one, `platform`.
 
@@ -65,11 +66,12 @@ class UsageStore:
             owner = None if tenant is None else _tenant_id(connection, tenant)
             mine = sa.true() if owner is None else usage.c.tenant_id == owner
             ends = mine if until is None else mine & (usage.c.hour < until)
+            wanted = mine if adapter is None else mine & (usage.c.adapter == adapter)
             bounds = [since] if after is None else [since, after.hour]
             first = max((moment for moment in bounds if moment is not None), default=None)
             for hour in _hours(connection, ends, first):
                 behind = after if after is not None and after.hour == hour else None
-                query = _sums(hour, by, behind, hides_platform=owner is not None).where(mine)
+                query = _sums(hour, by, behind, hides_platform=owner is not None).where(wanted)
                 found += [Use(**row._mapping) for row in connection.execute(query.limit(limit - len(found)))]
                 if len(found) == limit:
                     break

@@ -11,6 +11,7 @@ import { snippets } from "./snippets.js";
 import { Timeline } from "./timeline.js";
 
 const HOUR = 3600e3; // milliseconds
+const MOST_USES = 20000;
 
 export default function Adapter({ names: [tenant, reference] }) {
   const name = reference.split("@")[0];
@@ -111,7 +112,7 @@ function ResidencyButtons({ path, state, onDone }) {
     onDone();
   };
   return html`${!state.resident && html`<${Act} run=${put(false)}>Load</${Act}>`}
-    ${!state.pinned && html`<${Act} run=${put(true)}>Pin</${Act}>`}
+    ${state.pinned ? html`<${Act} run=${put(false)}>Unpin</${Act}>` : html`<${Act} run=${put(true)}>Pin</${Act}>`}
     ${state.resident && html`<${Act} run=${unload}>Unload</${Act}>`}`;
 }
 
@@ -131,12 +132,12 @@ function Description({ path }) {
 function Used({ tenant, name }) {
   const first = Math.floor(Date.now() / HOUR) * HOUR - 23 * HOUR;
   const since = new Date(first).toISOString();
-  const parameters = { by: "version,key", since };
-  const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, 5000), [tenant, name]);
-  const mine = (rows || []).filter((row) => row.adapter === name);
+  const parameters = { adapter: name, by: "version,key", since };
+  const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, MOST_USES), [tenant, name]);
   return html`<section class="card"><h2>Last 24 hours</h2><${Failure} error=${error} />
-    ${mine.length === 0 ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
-      : html`<${Reads} rows=${mine} first=${first} />`}
+    ${!rows?.length ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
+      : html`<${Reads} rows=${rows} first=${first} />`}
+    ${rows?.more && html`<p class="soft">The figures count only the first ${number(MOST_USES)} rows.</p>`}
     <p><a href="#/usage">All usage</a></p></section>`;
 }
 
