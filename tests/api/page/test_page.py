@@ -457,27 +457,89 @@ def test_keys_are_made_rotated_and_revoked(service: Server, admin_page: Seen) ->
     assert service.client(second).get("/v1/whoami").status_code == 200
 
 
-@pytest.mark.parametrize(
-    "view", ["adapters/acme", "adapters/acme/hostile", "tenants/acme", "audit", "usage", "residency", "now"]
-)
-def test_foreign_text_is_text(service: Server, admin_page: Seen, view: str) -> None:
-    """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
-    assert service.client().get("/v1/tenants/acme/adapters/hostile/prefix").status_code == 200
-    page = admin_page.page
-    page.set_viewport_size({"width": 400, "height": 900})
-    page.goto(f"{admin_page.url}/ui#/{view}")
-    page.get_by_role("heading", level=1).wait_for()
-    page.wait_for_timeout(500)
-    if view.endswith("hostile"):
-        expect(page.get_by_label("The model card")).to_contain_text("<script>window.pwned=1</script><svg onload")
-        expect(page.get_by_text("<script>window.pwned=1").first).to_be_visible()
-    if view == "tenants/acme":
-        expect(page.get_by_text(HOSTILE[:50]).first).to_be_visible()
+def _require_text(page: Page) -> None:
+    """Nothing of what others wrote has become markup, a script or an address, turns text, or makes the page wide."""
     assert page.evaluate("document.querySelectorAll('main script, main svg, main img, main iframe').length") == 0
     assert page.evaluate("[...document.links].filter((link) => !/^https?:/.test(link.href)).length") == 0
     assert page.evaluate("window.pwned") is None
     assert "\u202e" not in page.locator("body").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+def test_foreign_text_is_text(service: Server, admin_page: Seen) -> None:
+    """Markup, scripts and addresses are shown as they were written, long ones fit, and the direction of text stays."""
+    client, page, written = service.client(), admin_page.page, HOSTILE[:20]
+    assert client.get("/v1/tenants/acme/adapters/hostile/prefix").status_code == 200
+    assert client.put("/v1/tenants/acme/adapters/hostile/aliases/prod", json={"version": 2}).status_code == 201
+    page.set_viewport_size({"width": 400, "height": 900})
+    for view, shown in (
+        ("adapters/acme", "hostile"),
+        ("tenants/acme", written),
+        ("audit", "acme/hostile@2"),
+        ("usage", "Requests an hour"),
+        ("residency", "acme/hostile@2"),
+        ("now", "requests a second"),
+        ("adapters/acme/hostile@2", written),
+    ):
+        page.goto(f"{admin_page.url}/ui#/{view}")
+        page.get_by_role("heading", level=1).wait_for()
+        expect(page.get_by_text(shown).first).to_be_visible()
+        _require_text(page)
+    expect(page.get_by_label("The model card")).to_contain_text("<script>window.pwned=1</script><svg onload")
+    expect(page.get_by_role("definition").filter(has_text=written).last).to_be_visible()
+    expect(page.get_by_role("list").filter(has_text="published")).to_contain_text("alias prod was moved")
+    expect(page.get_by_role("figure").first).to_be_visible()
+    page.get_by_label("Compare with version").select_option("1")
+    expect(page.get_by_role("row").filter(has_text="revision").get_by_text(written)).to_be_visible()
+    expect(page.get_by_text("Relative distance of keys")).to_be_visible()
+    _require_text(page)
+    page.get_by_role("button", name="Move alias prod").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("From version 2 to").select_option("1")
+    expect(dialog.get_by_role("row").filter(has_text="revision").get_by_text(written)).to_be_visible()
+    _require_text(page)
+    dialog.get_by_role("button", name="Cancel").click()
+    admin_page.open("console", "Console")
+    page.route(re.compile(r"/adapters/hostile\?"), lambda route: route.fulfill(json={"name": HOSTILE * 16_384}))
+    page.get_by_label("Path").fill(f"v1/tenants/acme/adapters/hostile?{HOSTILE}")
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_label("The answer")).to_contain_text(written)
+    expect(page.get_by_role("button", name=re.compile("Show all 1,[0-9]{3},[0-9]{3} characters"))).to_be_visible()
+    _require_text(page)
+    admin_page.open("audit", "Audit")
+    admin_page.open("console", "Console")
+    expect(page.get_by_text("acme/adapters/hostile?%3Cscript").first).to_be_visible()
+    _require_text(page)
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(128, 8), (1, 4096)])
+def test_large_tables(service: Server, admin_page: Seen, heads: int, tokens: int) -> None:
+    """512 layers, and many heads or tokens: few bytes come and few elements are made, each cell can be read, and the
+    page keeps up with the pointer."""
+    shape = {"num_layers": 512, "num_attention_heads": heads, "token_dim": heads, "num_virtual_tokens": tokens}
+    flat = torch.rand(tokens, 1024 * heads, generator=torch.Generator().manual_seed(0))
+    file = save({"prompt_embeddings": flat})
+    assert upload(service.client(), "acme", f"large-{heads}", {**CONFIG, **shape}, file).status_code == 201
+    page = admin_page.page
+    with page.expect_response("**/statistics") as answered:
+        admin_page.open(f"adapters/acme/large-{heads}@1", f"acme/large-{heads}")
+    assert len(answered.value.body()) < 300_000
+    name = "head" if heads > 1 else "virtual token"
+    figure = page.get_by_role("figure").filter(has_text=f"Norm of keys by layer and {name}")
+    canvas, words = figure.locator("canvas"), figure.locator("output")
+    canvas.focus()
+    for key in ("ArrowDown", "End"):
+        page.keyboard.press(key)
+    last = "heads 124\u2013127" if heads > 1 else "tokens 3968\u20134095"
+    expect(words).to_contain_text(f"layers 4\u20137, {last}: ")
+    assert page.evaluate("document.querySelectorAll('*').length") < 2000
+    box = canvas.bounding_box()
+    assert box is not None
+    for step in range(0, 64, 7):
+        canvas.hover(position={"x": box["width"] * (step + 0.5) / 64, "y": box["height"] * (step + 0.9) / 64})
+    expect(words).to_contain_text("layers 508\u2013511, ")
+    figure.get_by_text("As a table").click()
+    expect(figure.get_by_role("cell")).to_have_count(4096)
 
 
 def test_twenty_thousand_adapters(admin_page: Seen) -> None:

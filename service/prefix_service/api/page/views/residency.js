@@ -32,12 +32,12 @@ export default function Residency() {
     ${data.resident.length > 0 && html`<section class="card"><h2>Versions in memory</h2><div class="wide" tabindex="0" role="group"
       aria-label="Versions in memory"><table>
       <thead><tr><th>Version</th><th class="number">Device</th><th class="number">Host</th>
-        <th class="number">Lookups</th><th>Why it stays</th></tr></thead>
+        <th class="number wideonly">Lookups</th><th class="wideonly">Why it stays</th></tr></thead>
       <tbody>${data.resident.slice(0, 200).map((other) => html`<tr><td><button class="link" type="button"
         onClick=${() => setChosen(nameOf(other))}>
         <${Text}>${nameOf(other)}</${Text}></button></td><td class="number">${bytes(other.device_bytes)}</td>
           <td class="number">${bytes(other.host_bytes)}</td>
-        <td class="number">${number(other.uses)}</td><td>${REASONS[other.reason] || other.reason}</td></tr>`)}</tbody></table>
+        <td class="number wideonly">${number(other.uses)}</td><td class="wideonly">${REASONS[other.reason] || other.reason}</td></tr>`)}</tbody></table>
           </div></section>`}`;
 }
 
@@ -56,8 +56,8 @@ function Budget({ tier, resident, chosen, onChoose }) {
   const forms = resident.flatMap(FORMS[tier.name] || (() => []));
   return html`<section class="card"><h2>${title}</h2>
     <${BytesGauge} used=${tier.used} most=${tier.budget} what=${title} />
-    <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / lookups)};
-      ${number(tier.evictions)} evicted since the service started</p>
+    <p class="soft">${number(tier.entries)} in memory on ${tier.place}, ${bytes(tier.pinned)} pinned; hit ratio ${percent(tier.hits / lookups)}; ${number(tier.evictions)} evicted
+      since the service started</p>
     ${forms.length > 0 && html`<${TreeMap} title=${title} forms=${forms} chosen=${chosen} onChoose=${onChoose} />`}</section>`;
 }
 

@@ -22,6 +22,5 @@ export function Timeline({ tenant, name, version }) {
     ${!found && !error && html`<p class="soft">Loading…</p>`}
     <ol class="timeline">${(found?.items || []).map((event) => html`<li><time dateTime=${event.at}>
       ${event.change ? html`<a href="#/audit/${event.change.id}">${moment(event.at)}</a>` : moment(event.at)}</time>
-      <span><${Text}>${WORDS[event.kind](event)}</${Text}>${event.change ? html`<span class="soft"> by
-        <${Text}>${event.change.actor}</${Text}></span>` : ""}</span></li>`)}</ol></section>`;
+      <span><${Text}>${WORDS[event.kind](event)}</${Text}>${event.change ? html`<span class="soft">${" by "}<${Text}>${event.change.actor}</${Text}></span>` : ""}</span></li>`)}</ol></section>`;
 }
