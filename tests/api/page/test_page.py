@@ -290,8 +290,9 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     for seed in range(3):
         publish(client, "rolled", {**CONFIG, "revision": f"r{seed}"}, seed, "", {})
     client.put(alias, json={"version": 1})
-    _count_reads(service, "rolled", 1, "a", "b", "c")
-    _count_reads(service, "rolled", 3, "c")
+    fleet = client.post("/v1/tenants/acme/keys", json={"scope": "read", "name": "the fleet"}).json()
+    _count_reads(service, "rolled", 1, "a", "b", fleet["id"])
+    _count_reads(service, "rolled", 3, fleet["id"])
     page.clock.install()
     admin_page.open("adapters/acme/rolled@3", "acme/rolled")
     page.get_by_role("button", name="Move alias prod").click()
@@ -311,6 +312,9 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     expect(page.get_by_text("prod points at 1 again")).to_be_visible()
     expect(dialog).to_have_count(0)
     assert client.get(alias).json() == {"alias": "prod", "version": 1, "previous": 3}
+    readers = page.get_by_role("group", name="Who reads it").get_by_role("row")
+    expect(readers.filter(has_text="the fleet")).to_contain_text("the fleet" + fleet["id"] + "2")
+    expect(readers).to_have_count(4)
 
 
 def test_a_rollback_that_is_too_late(service: Server, admin_page: Seen) -> None:

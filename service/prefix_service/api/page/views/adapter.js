@@ -12,6 +12,7 @@ import { Timeline } from "./timeline.js";
 
 const HOUR = 3600e3; // milliseconds
 const MOST_USES = 20000;
+const MOST_READERS = 20;
 
 export default function Adapter({ names: [tenant, reference] }) {
   const name = reference.split("@")[0];
@@ -133,12 +134,28 @@ function Used({ tenant, name }) {
   const first = Math.floor(Date.now() / HOUR) * HOUR - 23 * HOUR;
   const since = new Date(first).toISOString();
   const parameters = { adapter: name, by: "version,key", since };
-  const [rows, error] = useLoaded(() => items(tenantPath(tenant, "usage"), parameters, MOST_USES), [tenant, name]);
+  const load = () => Promise.all([items(tenantPath(tenant, "usage"), parameters, MOST_USES), items(tenantPath(tenant, "keys"))]);
+  const [[rows, keys] = [], error] = useLoaded(load, [tenant, name]);
   return html`<section class="card"><h2>Last 24 hours</h2><${Failure} error=${error} />
     ${!rows?.length ? html`<p class="soft">${rows ? "Nobody has read this adapter." : "Loading…"}</p>`
-      : html`<${Reads} rows=${rows} first=${first} />`}
+      : html`<${Reads} rows=${rows} first=${first} /><${Readers} rows=${rows} keys=${keys} />`}
     ${rows?.more && html`<p class="soft">The figures count only the first ${number(MOST_USES)} rows.</p>`}
     <p><a href="#/usage">All usage</a></p></section>`;
+}
+
+// Who reads it: each key with its name, the busiest first.
+function Readers({ rows, keys }) {
+  const names = new Map(keys.map((key) => [key.id, key.name]));
+  const nameOf = (key) => (key === "platform" ? "keys of the platform" : names.get(key) || "–");
+  const sums = [...Map.groupBy(rows, (row) => row.key)].map(([key, some]) => ({
+    key, requests: some.reduce((sum, row) => sum + row.requests, 0), last: some.at(-1).hour,
+  })).sort((a, b) => b.requests - a.requests);
+  return html`<h3>Who reads it</h3><div class="wide" tabindex="0" role="group"
+      aria-label="Who reads it"><table><thead><tr><th>Key</th><th class="wideonly">Id</th><th class="number">Requests</th>
+      <th>Last read, in the hour from</th></tr></thead>
+    <tbody>${sums.slice(0, MOST_READERS).map((sum) => html`<tr key=${sum.key}><td><${Text}>${nameOf(sum.key)}</${Text}></td>
+      <td class="mono wideonly">${sum.key}</td><td class="number">${number(sum.requests)}</td><td>${moment(sum.last)}</td></tr>`)}</tbody></table></div>
+    ${sums.length > MOST_READERS && html`<p class="soft">The table shows the busiest ${MOST_READERS} of ${number(sums.length)} keys.</p>`}`;
 }
 
 function Reads({ rows, first }) {
