@@ -16,8 +16,8 @@ def test_a_low_hit_ratio() -> None:
         "Only 80% of the lookups in host memory found what they asked for, and 12 evictions made room: a larger "
         "PREFIX_RENDERING_BYTES would save loads."
     )
-    for other in ({"hits": 800, "misses": 200}, {"misses": 200}, {"evictions": 0}):
-        assert of_tiers([replace(TIER, **other)]) == []
+    for other in (replace(TIER, hits=800, misses=200), replace(TIER, misses=200), replace(TIER, evictions=0)):
+        assert of_tiers([other]) == []
 
 
 def test_unread_versions() -> None:
