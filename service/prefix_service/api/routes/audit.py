@@ -61,5 +61,8 @@ async def audit(caller: PlatformAdmin, asked: AskedPage, state: StateOf) -> Resp
 async def _page(state: State, tenant: str | None, asked: Asked, caller: Principal) -> Response:
     ids = state.audit_ids
     places = Places(lambda text: ids.number(text) if ids.holds(text) else None, ids.text)
-    wanted = asked.wanted(places, lambda entry: AuditItem.of(entry, ids, caller))
-    return asked.answer(await state.pages.audit(tenant, wanted), places)
+
+    def item(entry: AuditEntry) -> AuditItem:
+        return AuditItem.of(entry, ids, caller)
+
+    return asked.answer(await state.pages.audit(tenant, asked.wanted(places, item)), places)
