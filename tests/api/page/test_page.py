@@ -300,6 +300,8 @@ def test_an_alias_is_moved_and_rolled_back(service: Server, admin_page: Seen) ->
     expect(dialog.get_by_role("row").filter(has_text="revision")).to_contain_text('"r0""r2"')
     expect(dialog.get_by_role("status")).to_contain_text("2 keys have read version 1 in the last hour")
     expect(dialog.get_by_role("status")).to_contain_text("and not yet version 3.")
+    found = Axe().run(page).response["violations"]
+    assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
     dialog.get_by_role("button", name="Move it").click()
     expect(dialog.get_by_role("heading")).to_have_text("prod points at 3 now")
     assert client.get(alias).json()["version"] == 3

@@ -152,7 +152,7 @@ function Readers({ rows, keys }) {
   })).sort((a, b) => b.requests - a.requests);
   return html`<h3>Who reads it</h3><div class="wide" tabindex="0" role="group"
       aria-label="Who reads it"><table><thead><tr><th>Key</th><th class="wideonly">Id</th><th class="number">Requests</th>
-      <th>Last read, in the hour from</th></tr></thead>
+      <th>Last read</th></tr></thead>
     <tbody>${sums.slice(0, MOST_READERS).map((sum) => html`<tr key=${sum.key}><td><${Text}>${nameOf(sum.key)}</${Text}></td>
       <td class="mono wideonly">${sum.key}</td><td class="number">${number(sum.requests)}</td><td>${moment(sum.last)}</td></tr>`)}</tbody></table></div>
     ${sums.length > MOST_READERS && html`<p class="soft">The table shows the busiest ${MOST_READERS} of ${number(sums.length)} keys.</p>`}`;
@@ -166,9 +166,9 @@ function Reads({ rows, first }) {
   return html`<${Chart} at=${at} lines=${[["requests an hour", perHour, number]]} />
     <div class="wide" tabindex="0" role="group"
       aria-label="Reads by version"><table><thead><tr><th>Version</th><th class="number">Requests</th><th class="number">Bytes</th>
-      <th class="number">Cold loads</th><th class="number">Keys that read it</th></tr></thead>
+      <th class="number wideonly">Cold loads</th><th class="number">Keys</th></tr></thead>
     <tbody>${[...versions].sort(([a], [b]) => b - a).map(([version, some]) => html`<tr><td>${version}</td>
       <td class="number">${number(total(some, "requests"))}</td><td class="number">${bytes(total(some, "bytes"))}</td>
-      <td class="number">${number(total(some, "cold_loads"))}</td>
+      <td class="number wideonly">${number(total(some, "cold_loads"))}</td>
       <td class="number">${new Set(some.map((row) => row.key)).size}</td></tr>`)}</tbody></table></div>`;
 }

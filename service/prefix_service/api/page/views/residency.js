@@ -150,17 +150,20 @@ function paint(canvas, forms, chosen) {
   layout(grouped(forms, "tenant"), 0, 0, width, height).forEach((tenant, index) => {
     const [ofTenant, ...space] = inside(tenant, 2);
     pen.fillStyle = color(`--curve-${(index % 4) + 1}`);
+    pen.globalAlpha = 0.4;
     for (const adapter of layout(grouped(ofTenant.list, "adapter"), ...space)) {
       const [ofAdapter, ...place] = inside(adapter, 1);
       for (const box of layout(ofAdapter.list, ...place)) {
         boxes.push(box);
-        pen.globalAlpha = box.item.name === chosen ? 0.75 : 0.4;
         pen.fillRect(box.x + 0.5, box.y + 0.5, Math.max(box.w - 1, 0), Math.max(box.h - 1, 0));
-        pen.globalAlpha = 1;
       }
     }
   });
+  pen.globalAlpha = 1;
+  pen.strokeStyle = text;
+  pen.lineWidth = 2;
   for (const box of boxes) {
+    if (box.item.name === chosen) pen.strokeRect(box.x + 1, box.y + 1, Math.max(box.w - 2, 0), Math.max(box.h - 2, 0));
     if (box.item.pinned) hatch(pen, box, text);
     if (box.w > 60 && box.h > 20) write(pen, box, box.item.name, 15, text);
     if (box.w > 60 && box.h > 36) write(pen, box, box.item.words, 30, text);
@@ -175,6 +178,7 @@ function hatch(pen, box, stroke) {
   pen.clip();
   pen.globalAlpha = 0.35;
   pen.strokeStyle = stroke;
+  pen.lineWidth = 1;
   pen.beginPath();
   for (let at = -box.h; at < box.w; at += 9) {
     pen.moveTo(box.x + at, box.y + box.h);
