@@ -139,7 +139,7 @@ def test_a_terminal_gets_readable_lines_of_requests() -> None:
     code = """
 from prefix_service.logs import RequestLog
 plain = {"method": "GET", "route": "/v1/x", "status": 200, "seconds": 0.0123, "bytes": 7, "code": None}
-times = {"cold": True, "wait_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
+times = {"cold": True, "prepare_seconds": 0.001, "load_seconds": 0.002, "send_seconds": 0.0093}
 requests = RequestLog()
 requests.write("info", dict(plain))
 requests.write("info", {**plain, **times, "tenant": "acme", "adapter": "a", "version": 7})
@@ -152,8 +152,8 @@ requests.write("info", {**plain, "status": 404, "code": "not-found", "request_id
     os.close(parent)
     assert shown == [
         "200 GET /v1/x 12.3 ms 7 B",
-        "200 GET /v1/x 12.3 ms 7 B acme/a@7 (cold: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
-        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: wait 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 (cold: prepare 1.0 ms, load 2.0 ms, send 9.3 ms)",
+        "200 GET /v1/x 12.3 ms 7 B acme/a@7 and 16 more (warm: prepare 1.0 ms, load 2.0 ms, send 9.3 ms)",
         "404 GET /v1/x 12.3 ms 7 B not-found r1",
     ]
 

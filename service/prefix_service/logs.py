@@ -139,7 +139,7 @@ def _served_for_people(fields: dict[str, Any]) -> list[str]:
         named = f"{fields['tenant']}/{fields['adapter']}@{fields['version']}"
     else:
         named = f"{fields['versions'][0]} and {fields['num_versions'] - 1} more"
-    times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("wait", "load", "send"))
+    times = ", ".join(f"{part} {fields[f'{part}_seconds'] * 1000:.1f} ms" for part in ("prepare", "load", "send"))
     return [named, f"({'cold' if fields['cold'] else 'warm'}: {times})"]
 
 

@@ -1,4 +1,4 @@
-"""A catalog on a new database, SQLite and PostgreSQL in turn: one contract for both."""
+"""Fixtures of a catalog on a new database: each test runs on SQLite and on PostgreSQL."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def garbage(database: Database) -> Garbage:
 
 
 def remove_deleted(database: Database) -> None:
-    """What the collector does: every row of what was deleted goes."""
+    """Removes every row of everything that was deleted, as the collector does."""
     deletions = Deletions(database)
     while deletions.remove_slice():
         pass
@@ -105,8 +105,8 @@ def keyring(database: Database, secret: Path) -> Keyring:
 
 @pytest.fixture
 def content() -> Content:
-    """What publishing would put into the catalog, for a content that is told apart by a word: 10 bytes of weights, 20
-    of keys and values, and 70 of the manifest."""
+    """Returns a function that makes the record of a version for a word, as publishing does: 10 bytes of weights, 20 of
+    keys and values, and 70 of the manifest."""
 
     def make(word: str, base_model: str | None = "gpt2") -> NewVersion:
         digest = f"sha256:{hashlib.sha256(word.encode()).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Every question to the catalog is answered from an index, whatever the number of adapters and tenants."""
+"""Every query of the catalog uses an index, whatever the number of adapters and tenants."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -27,7 +27,7 @@ Asked = list[tuple[str, tuple[object, ...]]]
 
 @pytest.fixture
 def asked(database: Database) -> Iterator[Asked]:
-    """Every statement that is run, with its values."""
+    """Yields a list that gets every statement that is run, with its values."""
     statements: Asked = []
 
     def note(_connection: object, _cursor: object, statement: str, values: tuple[object, ...], *_: object) -> None:
@@ -39,7 +39,7 @@ def asked(database: Database) -> Iterator[Asked]:
 
 
 def plan(database: Database, asked: Asked) -> list[str]:
-    """The steps that SQLite takes for all of them."""
+    """Returns the steps that SQLite plans for all statements."""
     statements = [one for one in asked if not one[0].startswith("BEGIN")]
     with database.reading() as connection:
         return [
@@ -62,7 +62,7 @@ def test_no_table_is_read_whole(
     content: Content,
     asked: Asked,
 ) -> None:
-    """Reading, publishing, moving, deleting, counting and listing; `named` alone goes through all there is."""
+    """No query of reading, publishing, moving, deleting, counting or listing scans a table; `named` alone may."""
     usage = UsageStore(database)
     tenants.put("acme", BY, Quotas(9, 10**9))
     for word in "xy":
@@ -131,10 +131,21 @@ def test_reads_of_a_version_are_found_an_hour_at_a_time(database: Database, aske
 
 
 @on_sqlite
+def test_deleted_bytes_are_counted_without_a_look_at_those_of_others(
+    database: Database, tenants: Tenants, asked: Asked
+) -> None:
+    """A tenant is shown, and publishes, as fast as before while another has 100,000 deleted adapters to be removed."""
+    tenants.put("acme", BY, Quotas(max_bytes=9))
+    tenants.get("acme")
+    steps = [step for step in plan(database, asked) if " adapters " in step]
+    assert steps == ["SEARCH adapters USING INDEX ix_adapters_hidden (tenant_id=?)"]
+
+
+@on_sqlite
 def test_the_most_used_are_read_in_the_order_of_an_index(
     database: Database, catalog: Catalog, listings: Listings, content: Content, asked: Asked
 ) -> None:
-    """A page takes time for its own adapters alone: none are sorted, and none before its place are looked at."""
+    """A page by use reads its own adapters from an index: none are sorted, and none before its place are read."""
     catalog.add_version("acme", "a", content("x"), BY, make_tenant=True)
     asked.clear()
     for after in (None, AdapterPlace(7, "a")):

@@ -1,4 +1,4 @@
-"""`catalog.usage`: sums by hour, listed a page at a time; and how long they are kept."""
+"""`catalog.usage`: uses are summed by hour, listed in pages, and kept for a number of days."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -37,7 +37,7 @@ USES = [
 
 @pytest.fixture
 def store(database: Database, tenants: Tenants) -> UsageStore:
-    """With USES of two tenants."""
+    """Returns a store with USES of two tenants."""
     for tenant in ("acme", "beta"):
         tenants.put(tenant, BY)
     store = UsageStore(database)
@@ -55,14 +55,15 @@ def rows(database: Database) -> int:
 
 
 def test_sums_by_hour(store: UsageStore) -> None:
-    """Of a tenant, and of each."""
+    """Uses are summed by hour, of one tenant and of each tenant."""
     acme = [Use(FIRST, "acme", "", 0, "", 21, (1 << 40) + 32, 6, 325), Use(SECOND, "acme", "", 0, "", 16, 10, 2, 320)]
     assert listed(store, "acme") == acme
     assert listed(store, None) == [acme[0], Use(FIRST, "beta", "", 0, "", 32, 10, 0, 640), acme[1]]
 
 
 def test_sums_by_what_is_named(store: UsageStore) -> None:
-    """Keys of the platform are one for a tenant, and each for itself for the platform."""
+    """Uses are summed by each column; for a tenant all keys of the platform are one, for the platform each is its
+    own."""
     by_adapter = [(use.adapter, use.requests) for use in listed(store, "acme", "adapter", until=SECOND)]
     assert by_adapter == [("", 5), ("a", 8), ("b", 8)]
     by_key = [(use.key, use.requests) for use in listed(store, "acme", "key", until=SECOND)]
@@ -79,7 +80,7 @@ def test_sums_by_what_is_named(store: UsageStore) -> None:
 
 
 def test_hours_in_a_range(store: UsageStore) -> None:
-    """The first one is in it, the last one is not."""
+    """A range of hours has its first hour, and not its last."""
     for since, until, found in (
         (FIRST, SECOND, [FIRST]),
         (SECOND, None, [SECOND]),
@@ -93,7 +94,7 @@ def test_hours_in_a_range(store: UsageStore) -> None:
 @pytest.mark.parametrize("tenant", ["acme", None])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_pages(store: UsageStore, tenant: str | None, by: tuple[str, ...], size: int) -> None:
-    """Put together they are the whole, in order."""
+    """Pages together are the whole listing, in order."""
     whole, found = listed(store, tenant, *by), list[Use]()
     while page := listed(store, tenant, *by, after=found[-1] if found else None, limit=size):
         assert len(page) <= size
@@ -103,14 +104,14 @@ def test_pages(store: UsageStore, tenant: str | None, by: tuple[str, ...], size:
 
 
 def test_counts_add_up(store: UsageStore) -> None:
-    """What several processes write, or one after the other."""
+    """Counts that several processes write for one hour are added."""
     store.add(USES)
     store.add(reversed(USES))
     assert listed(store, "beta", "adapter", "version") == [Use(FIRST, "beta", "a", 1, "", 96, 30, 0, 1920)]
 
 
 def test_what_is_used_of_a_tenant_that_is_gone(store: UsageStore, tenants: Tenants, database: Database) -> None:
-    """Is forgotten with it: its namesake used nothing, and its rows go."""
+    """Uses of a deleted tenant are removed with it, and its namesake has none."""
     store.add([Use(FIRST, "nobody", "a", 1, KEY, 1)])
     tenants.delete("acme", BY)
     with pytest.raises(NotFound, match="there is no tenant 'acme'"):
@@ -124,7 +125,7 @@ def test_what_is_used_of_a_tenant_that_is_gone(store: UsageStore, tenants: Tenan
 
 
 def test_a_deleted_tenant_s_hours_go_one_by_one(store: UsageStore, tenants: Tenants, database: Database) -> None:
-    """So that others can write in between."""
+    """The hours of a deleted tenant are removed in one transaction each, so that others can write in between."""
     tenants.delete("acme", BY)
     left = []
     while Deletions(database).remove_slice():
@@ -133,7 +134,7 @@ def test_a_deleted_tenant_s_hours_go_one_by_one(store: UsageStore, tenants: Tena
 
 
 def test_old_hours_are_removed(store: UsageStore, database: Database) -> None:
-    """Those that began more days ago than they are kept, a slice at a time."""
+    """Hours that began more days ago than they are kept are removed, a slice at a time."""
     with database.reading() as connection:
         today = now(connection).replace(minute=0, second=0, microsecond=0)
     old, young = today - timedelta(days=3, hours=1), today - timedelta(days=2, hours=23)

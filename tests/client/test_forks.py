@@ -21,7 +21,7 @@ from prefix_service.client import AsyncPrefixClient, PrefixClient
 from prefix_service.errors import InvalidRequest
 from tests.client.hostile import answer, hostile_server, read_request, says
 from tests.client.reading_workers import ADAPTERS, Reads, numbers_in, publish_numbered
-from tests.client.transport.test_lane import is_right
+from tests.client.transport.test_pool import is_right
 from tests.client.transport.test_transport import tls_in_front_of
 from tests.conftest import Server, running_server
 

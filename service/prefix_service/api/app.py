@@ -13,8 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prefix_service.api.dependencies.queries import require_known_parameters
 from prefix_service.api.http import problems
 from prefix_service.api.http.negotiation import require_json_acceptable
-from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics
@@ -36,10 +35,10 @@ from prefix_service.api.routes import (
     changes,
     descriptions,
     front,
+    health,
     keys,
     live,
     mixed,
-    ops,
     prefixes,
     publishing,
     residency,
@@ -97,8 +96,7 @@ class App(FastAPI):
 
     def setup(self) -> None:
         """Add the public pages. Each is made once, at its first request; FastAPI makes them for every request."""
-        for path, page in pages(self).items():
-            self.add_route(path, page, include_in_schema=False)
+        self.router.routes.extend(pages(self))
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -140,7 +138,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(descriptions.router)
     app.include_router(version_statistics.router)
     app.include_router(changes.router)
-    app.include_router(ops.router)
+    app.include_router(health.router)
     app.include_router(front.router)
     app.include_router(live.router)
     app.include_router(inference_v2.router)

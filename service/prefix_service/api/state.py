@@ -5,8 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from prefix_service.api.http.opaque import OpaqueNumbers
-from prefix_service.api.http.revisions import Revisions
+from prefix_service.api.http.opaque import OpaqueNumbers, Revisions
 from prefix_service.api.metrics.inference_statistics import InferenceStatistics
 from prefix_service.api.metrics.live import Live
 from prefix_service.api.metrics.metrics import Metrics

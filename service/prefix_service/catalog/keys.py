@@ -89,7 +89,7 @@ class Keyring:
             owner = _changed(connection, tenant)
             if ends is not None:
                 _require_future(connection, ends)
-            _require_room(connection, owner, tenant)
+            _require_fewer_keys(connection, owner, tenant)
             row = {"id": key_id, "tenant_id": owner, "scope": scope, "name": name, "expires": ends}
             connection.execute(sa.insert(keys).values(hash=self._hash(text), **row))
             record(connection, by, "key.created", tenant, key_id, scope=scope, name=name)
@@ -273,7 +273,7 @@ def _require_future(connection: sa.Connection, ends: datetime) -> None:
         )
 
 
-def _require_room(connection: sa.Connection, owner: int | None, tenant: str | None) -> None:
+def _require_fewer_keys(connection: sa.Connection, owner: int | None, tenant: str | None) -> None:
     found = connection.scalar(sa.select(sa.func.count()).where(keys.c.tenant_id.is_not_distinct_from(owner))) or 0
     if found >= MOST_KEYS:
         whose = "the platform" if tenant is None else f"tenant {tenant!r}"

@@ -1,5 +1,7 @@
 """The catalog's tables; `migrations/` makes them, and a test holds the two together."""
 
+from typing import Any, Final
+
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
@@ -22,9 +24,12 @@ _Made = sa.DateTime().with_variant(sqlite.DATETIME(truncate_microseconds=True), 
 Revision = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
+_DELETED: Final[dict[str, Any]] = {"sqlite_where": sa.text("deleted = 1"), "postgresql_where": sa.text("deleted")}
+
+
 def _being_removed() -> sa.Index:
     """Finds the rows that were deleted, of which the collector removes what hangs on them."""
-    return sa.Index(None, "deleted", sqlite_where=sa.text("deleted = 1"), postgresql_where=sa.text("deleted"))
+    return sa.Index(None, "deleted", **_DELETED)
 
 
 # A quota of NULL is none. `adapters` and `bytes` are running totals, which every write transaction keeps.
@@ -73,6 +78,8 @@ adapters = sa.Table(
     sa.UniqueConstraint("tenant_id", "name"),
     sa.Index("ix_adapters_tenant_id_used_name", "tenant_id", sa.text("used DESC"), "name"),
     _being_removed(),
+    # What a tenant deleted and the collector has not removed yet, counted without a look at what others deleted.
+    sa.Index("ix_adapters_hidden", "tenant_id", **_DELETED),
 )
 
 # By name and without a foreign key: a number is never given twice, not even after a deletion.

@@ -47,7 +47,7 @@ def test_every_import_is_a_file_of_the_page() -> None:
 
 
 def test_no_script_writes_markup_or_text_as_code() -> None:
-    """What could turn text into markup or code is nowhere in our own files."""
+    """Our own scripts contain nothing that turns text into markup or code."""
     forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|localStorage")
     for file in (*PAGE_FOLDER.glob("*.js"), *PAGE_FOLDER.glob("views/*.js")):
         assert forbidden.search(file.read_text()) is None, file
@@ -81,7 +81,7 @@ def _imported(file: Path) -> set[Path]:
 
 
 def test_the_first_view_is_small() -> None:
-    """With its curves, it is below 80 kB on the wire."""
+    """With its curves, it is below 80 kB as it is sent."""
     files = {PAGE_FOLDER / "index.html", PAGE_FOLDER / "style.css", PAGE_FOLDER / "icon.svg", VENDOR / "uplot.css"}
     for script in (PAGE_FOLDER / "app.js", PAGE_FOLDER / "views" / "now.js", VENDOR / "uplot.js"):
         files |= _imported(script.resolve())

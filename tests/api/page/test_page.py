@@ -96,7 +96,7 @@ def test_a_reader_sees_what_it_may(service: Server, seen: Seen) -> None:
 
 
 def test_now_is_live(service: Server, admin_page: Seen) -> None:
-    """What is asked for after the view was opened comes in by itself, and refusals are explained."""
+    """The view shows requests that come after it was opened, and explains refusals."""
     page = admin_page.page
     page.get_by_text("requests a second", exact=True).wait_for()
     assert service.client().get("/v1/tenants/acme/adapters/now-missing").status_code == 404
@@ -130,7 +130,7 @@ def test_upload_and_residency(admin_page: Seen, adapter_folder: Path) -> None:
 
 
 def test_evictions_are_explained(admin_page: Seen) -> None:
-    """What left memory lately, for whom, and what that says."""
+    """The view shows which version was evicted, for whom, and explains the reason."""
     reasons = {
         "probation": "beta needed room, and it was new and hardly used",
         "idle": "beta needed room, and it had not been used lately",
@@ -615,7 +615,7 @@ def test_the_console_asks_its_own_origin_alone(admin_page: Seen) -> None:
 
 
 def test_a_tenants_admin_sees_the_tenant(service: Server, seen: Seen) -> None:
-    """It manages its keys, reads its usage and audit, and nothing of the platform is there."""
+    """A tenant's admin manages its keys and reads its usage and audit, and sees nothing of the platform."""
     made = service.client().post("/v1/tenants/acme/keys", json={"scope": "admin"}).json()
     seen.sign_in(made["key"])
     seen.open("tenants", "acme")

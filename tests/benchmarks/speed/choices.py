@@ -46,7 +46,7 @@ Three = tuple[Fetch, Fetch, Fetch]
 
 
 class ByLibrary:
-    """`Lane.exchange` with http.client; without deadlines, interrupts, and a second try over a new connection."""
+    """`Pool.exchange` with http.client; without deadlines, interrupts, and a second try over a new connection."""
 
     def __init__(self, server: Server) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", int(server.url.rpartition(":")[2]))
@@ -79,7 +79,7 @@ def _receive_paths(server: Server, reference: str, cache_bytes: int) -> Iterator
         for client in others:
             way = client._transport._way
             assert isinstance(way, Fetcher)
-            way._lane.exchange = ByLibrary(server).exchange  # type: ignore[assignment,method-assign]
+            way._pool.exchange = ByLibrary(server).exchange  # type: ignore[assignment,method-assign]
         mine, other, control = (timed(partial(client.get, reference)) for client in (own, *others))
         yield mine, other, control
 

@@ -105,7 +105,7 @@ def main() -> None:
     parser, kind, port = sys.argv[1:]
     if parser not in _PARSERS:
         raise SystemExit(f"there is no parser {parser}")
-    http: Any = protocol_class(parser, Deadlines(30, 60)) if kind == "ours" else parser
+    http: Any = protocol_class(parser, Deadlines(30, 60), lambda _header: None) if kind == "ours" else parser
     options: dict[str, Any] = {"loop": "uvloop", "http": http, "ws": "none", "lifespan": "off"}
     app = Starlette(routes=[Route(ROUTE, _not_modified), Route("/body", _whole)])
     options |= {"log_level": "warning", "access_log": False, "server_header": False, "timeout_keep_alive": 3600}

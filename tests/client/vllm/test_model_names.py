@@ -16,10 +16,10 @@ from prefix_service.client.protocol import Answer
 from prefix_service.client.vllm import catalogue
 from prefix_service.client.vllm.answers import Labelled
 from prefix_service.client.vllm.catalogue import Catalogue, page_of
+from prefix_service.client.vllm.composition import Composition, Version
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.names import Permissions
-from prefix_service.client.vllm.resolver import Composition, Version
 from prefix_service.client.vllm.scheduler import SchedulerHalf
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import ConnectionFailed, InvalidRequest, InvalidResponse, NotFound

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 
 from prefix_service.api.dependencies.bodies import read_body
-from prefix_service.api.dependencies.json_bodies import json_object, validated
+from prefix_service.api.http.json_objects import json_object, validated
 from prefix_service.api.http.negotiation import lists, require_media_type
 from prefix_service.api.middleware.auth import require_local
 from prefix_service.api.middleware.session_cookie import cookie_of, session_cookie, session_of, why_foreign
@@ -56,9 +56,9 @@ async def front(request: Request) -> Response:
 
 @router.post("/ui/session", status_code=201, openapi_extra={**json_body(SignIn), **_OF_PAGE})
 async def sign_in(request: Request, response: Response, state: StateOf) -> Identity:
-    """Begin a session of the page with a key. The cookie `prefix-session` stands for the key in calls with the header
-    `X-Prefix-CSRF: 1` and the page's own `Origin`, for 12 hours at most and 1 hour without use. In dev mode nobody
-    needs one."""
+    """Begin a session of the page with a key. The cookie `prefix-session`, behind TLS `__Host-prefix-session`, stands
+    for the key in calls with the header `X-Prefix-CSRF: 1` and the page's own `Origin`, for 12 hours at most and 1 hour
+    without use. In dev mode nobody needs one."""
     _require_page(request, state)
     require_media_type(request.headers, "application/json")
     wanted = validated(SignIn, json_object(await read_body(request, _MOST)))

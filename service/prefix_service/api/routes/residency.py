@@ -7,8 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from prefix_service.api.dependencies.authority import Actor
-from prefix_service.api.dependencies.bodies import has_body
-from prefix_service.api.dependencies.json_bodies import read_model
+from prefix_service.api.dependencies.bodies import has_body, read_model
 from prefix_service.api.dependencies.pagination import AskedPage, Places, cursor_of
 from prefix_service.api.http.negotiation import require_media_type
 from prefix_service.api.http.paths import RefPath

@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from prefix_service.api.server.connections import PIECE, Deadlines, Guarded
+from prefix_service.api.server.connections import PIECE, Deadlines, Guarded, Remembered
 from prefix_service.api.server.framing import MAX_HEAD_BYTES, admit, check_trailers, size, too_large
 from prefix_service.api.server.input_turns import InputTurns
 from prefix_service.api.server.peers import Peers
@@ -31,32 +31,35 @@ _SMALL_PIECE = 256  # for the tiniest chunks, a millisecond of h11
 
 
 def protocol_class(
-    parser: Literal["httptools", "h11"], deadlines: Deadlines, most: int = sys.maxsize
+    parser: Literal["httptools", "h11"], deadlines: Deadlines, remembered: Remembered, most: int = sys.maxsize
 ) -> type[asyncio.Protocol]:
     """Returns a factory of connections for uvicorn's `http`, which it only calls.
 
-    At most `most` per process are open.
+    At most `most` per process are open. `remembered` is called after the app has been opened.
     """
     peers: Peers[Guarded] = Peers(most)
-    made = partial(HttpToolsConnection if parser == "httptools" else H11Connection, deadlines, peers, InputTurns())
+    connection = HttpToolsConnection if parser == "httptools" else H11Connection
+    made = partial(connection, deadlines, peers, InputTurns(), remembered)
     return cast("type[asyncio.Protocol]", made)
 
 
-def connection_class(settings: Settings) -> type[asyncio.Protocol]:
+def connection_class(settings: Settings, remembered: Remembered) -> type[asyncio.Protocol]:
     """Returns the factory of connections for a service with these settings."""
     deadlines = Deadlines(settings.receive_timeout, settings.send_timeout)
-    return protocol_class(settings.parser, deadlines, most_connections(settings.max_connections))
+    return protocol_class(settings.parser, deadlines, remembered, most_connections(settings.max_connections))
 
 
 class HttpToolsConnection(Guarded, HttpToolsProtocol):
     """A connection that httptools parses, which is fast and bounds nothing."""
 
-    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
+    def __init__(
+        self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, remembered: Remembered, **uvicorn: Any
+    ) -> None:
         self._pending = 0  # bytes since the last of a body, or since the end of a head
         self._has_body_to_come = False
         self._body_left = 0  # bytes, of a body with a length
         self._is_last = False  # the newest request is complete, and the connection ends after its answer
-        super().__init__(deadlines, peers, turns, **uvicorn)
+        super().__init__(deadlines, peers, turns, remembered, **uvicorn)
 
     def _parse(self, data: bytes | memoryview) -> None:
         """Parses a piece. uvicorn's method loses the position at which a request with `Upgrade` ends in `data`."""
@@ -167,8 +170,10 @@ class H11Connection(Guarded, H11Protocol):
 
     conn: StrictH11
 
-    def __init__(self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, **uvicorn: Any) -> None:
-        super().__init__(deadlines, peers, turns, **uvicorn)
+    def __init__(
+        self, deadlines: Deadlines, peers: Peers[Guarded], turns: InputTurns, remembered: Remembered, **uvicorn: Any
+    ) -> None:
+        super().__init__(deadlines, peers, turns, remembered, **uvicorn)
         self.conn = StrictH11()
 
     def _parse(self, data: bytes | memoryview) -> None:

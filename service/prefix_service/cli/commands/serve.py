@@ -54,12 +54,11 @@ def serve(
     """
     chosen = {"host": host, "port": port, "uds": uds, "data_dir": data_dir}
     chosen |= {"device": device, "workers": workers, "dev": dev, "read_only": read_only}
-    # What is imported stays: no collection, at the start or later, needs to look through it for garbage.
+    # What is imported stays: to look through it for garbage would make the start longer.
     gc.disable()
     settings = load_settings(chosen)
     from prefix_service.api.processes.run import run
 
-    gc.freeze()
     gc.enable()
     run(settings, as_json=as_json)
 

@@ -1,25 +1,20 @@
-"""Sends requests over the lane, and receives tensors: memory for the body, its digest on arrival, large bodies in
-ranges, and a mapping instead of a body on the same host.
+"""Receives tensors over pooled connections: memory for the body, its digest on arrival, large bodies in ranges, and a
+mapping instead of a body on the same host.
 """
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from prefix_service.client.protocol import Answer, BodyDigest, Fetch, Progress, Request, require_success, verifiable
 from prefix_service.client.transport.connection import Connection, connection_failed
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
-from prefix_service.client.transport.link import Observer
+from prefix_service.client.transport.link import MOST_JSON, Observer, allocate_json
+from prefix_service.client.transport.pool import Interrupt, Pool
 from prefix_service.client.transport.ranges import Changed, Pieces
 from prefix_service.client.transport.shared_memory import ACCEPTING_FILES, read_shared
-from prefix_service.errors import InvalidResponse
 from prefix_service.prefix.variant import SHARED_FILE_TYPE
 from prefix_service.prefix.wire.digests import Algorithm, Hasher, new_hasher
-
-_MOST_PROBLEM: Final = 1 << 20  # bytes of an error response
-MOST_JSON: Final = 32 << 20
-"""The most bytes of an answer without tensors."""
 
 
 class Fetcher:
@@ -38,7 +33,7 @@ class Fetcher:
         pinned: bool,
         shared_memory: bool,
     ) -> None:
-        self.address, self._lane, self._connection = connection.address, Lane(connection), connection
+        self.address, self._pool, self._connection = connection.address, Pool(connection), connection
         self._allocate, self._connections = allocate, connections
         self._pinned, self._shared_memory = pinned, shared_memory
 
@@ -52,7 +47,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return self._fetch(request, until, interrupt)
-            received = self._lane.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
+            received = self._pool.exchange(request, allocate_json, until, interrupt, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -78,7 +73,7 @@ class Fetcher:
         try:
             if isinstance(request, Fetch):
                 return await self._fetch_on_loop(request, until)
-            received = await self._lane.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
+            received = await self._pool.exchange_on_loop(request, allocate_json, until, most=MOST_JSON)
         except OSError as error:
             raise connection_failed(error, self.address) from error
         head, body = received
@@ -102,7 +97,7 @@ class Fetcher:
         if self._connections > 1:
             try:
                 received = _ReceivedBody(self._allocate, fetch.progress, is_verified=False)
-                pieces = Pieces(self._lane, fetch, until, interrupt, received.observer)
+                pieces = Pieces(self._pool, fetch, until, interrupt, received.observer)
                 head, body = pieces.receive(received.allocate, self._connections)
                 return Answer(200 if head.status == 206 else head.status, head.headers, body)
             except Changed:
@@ -113,31 +108,19 @@ class Fetcher:
         self, fetch: Fetch, until: float, interrupt: Interrupt, headers: Mapping[str, str] | None = None
     ) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange
+        exchange = self._pool.exchange
         head, body = exchange(fetch, received.allocate, until, interrupt, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     async def _whole_on_loop(self, fetch: Fetch, until: float, headers: Mapping[str, str] | None = None) -> Answer:
         received = _ReceivedBody(self._allocate, fetch.progress, is_verified=fetch.is_verified)
-        exchange = self._lane.exchange_on_loop
+        exchange = self._pool.exchange_on_loop
         head, body = await exchange(fetch, received.allocate, until, headers=headers, observe=received.observe)
         return Answer(head.status, head.headers, body, received.digest)
 
     def close(self) -> None:
         """Closes every connection."""
-        self._lane.close()
-
-
-def allocate_json(head: Head) -> memoryview:
-    """Returns memory for an answer without tensors.
-
-    Raises:
-        InvalidResponse: it is longer than any such answer of the service.
-    """
-    most = MOST_JSON if head.status < 300 else _MOST_PROBLEM
-    if head.length > most:
-        raise InvalidResponse(f"status {head.status} with {head.length} bytes, more than {most}: is the URL right?")
-    return memoryview(bytearray(head.length))
+        self._pool.close()
 
 
 class _ReceivedBody:

@@ -7,8 +7,8 @@ from typing import Final
 
 from prefix_service.client.protocol import Request
 from prefix_service.client.transport.http1 import Head
-from prefix_service.client.transport.lane import Interrupt, Lane
 from prefix_service.client.transport.link import AllocateBody, Observer
+from prefix_service.client.transport.pool import Interrupt, Pool
 
 PIECE: Final = 32 << 20
 """Bytes of a range; a larger body is received as several ranges."""
@@ -27,10 +27,10 @@ class Pieces:
     """
 
     def __init__(
-        self, lane: Lane, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
+        self, pool: Pool, request: Request, until: float, interrupt: Interrupt, observe: Observer | None = None
     ) -> None:
         self._observe = observe
-        self._lane, self._request, self._until, self._interrupt = lane, request, until, interrupt
+        self._pool, self._request, self._until, self._interrupt = pool, request, until, interrupt
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -107,7 +107,7 @@ class Pieces:
         self._exchange(at, {"Range": f"bytes={start}-{stop - 1}", "If-Range": self._etag})
 
     def _exchange(self, allocate: AllocateBody, headers: Mapping[str, str]) -> tuple[Head, memoryview]:
-        exchange = self._lane.exchange
+        exchange = self._pool.exchange
         return exchange(self._request, allocate, self._until, self._interrupt, headers=headers, observe=self._observe)
 
 

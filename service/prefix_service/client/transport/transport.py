@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final
 
-from prefix_service.client.flows.flows import Flow, T
-from prefix_service.client.protocol import Answer, Fetch, Request, Step, Together, Work, require_success
+from prefix_service.client.protocol import Answer, Fetch, Flow, Request, Step, T, Together, Work, require_success
 from prefix_service.client.transport.connection import connection_failed
 from prefix_service.client.transport.dialling import time_left
 from prefix_service.client.transport.fetcher import Fetcher
 from prefix_service.client.transport.foreign import AsyncForeign, Foreign
-from prefix_service.client.transport.lane import Interrupt
+from prefix_service.client.transport.pool import Interrupt
 from prefix_service.client.transport.retries import Attempts, named
 from prefix_service.errors import (
     InvalidRequest,

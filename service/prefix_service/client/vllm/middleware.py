@@ -22,12 +22,13 @@ from prefix_service.client.vllm.bodies import (
     replay,
 )
 from prefix_service.client.vllm.catalogue import Catalogue, page_of
+from prefix_service.client.vllm.composition import Composition
 from prefix_service.client.vllm.config import ConnectorConfig
 from prefix_service.client.vllm.guard import ASKED, Asked, guard_engine, guard_models
 from prefix_service.client.vllm.model import Model
 from prefix_service.client.vllm.names import DEFAULT, FIELD, MODEL, Named, Permissions, Served, adapters_named
 from prefix_service.client.vllm.requests import PARAMETER
-from prefix_service.client.vllm.resolver import Composition, Resolver
+from prefix_service.client.vllm.resolver import Resolver
 from prefix_service.client.vllm.source import Source
 from prefix_service.errors import InvalidInput, InvalidRequest, NotFound, PrefixServiceError, Unavailable
 
