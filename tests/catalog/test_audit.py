@@ -14,7 +14,7 @@ from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.keys import Keyring
-from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas
+from prefix_service.catalog.records import COMMAND_LINE, AuditEntry, Principal, Quotas, VersionName
 from prefix_service.catalog.schema import metadata
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.errors import (
@@ -267,3 +267,24 @@ def test_a_namesake_does_not_see_what_was_before(tenants: Tenants, audit: AuditL
     tenants.put("acme", BY)
     assert [entry.action for entry in entries(audit, "acme")] == ["tenant.created"]
     assert entries(audit)[2:] == before
+
+
+def test_changes_of_a_version(catalog: Catalog, audit: AuditLog, content: Content, tenants: Tenants) -> None:
+    """Of itself, and of the aliases that began or ceased to name it; none of another adapter, tenant or version."""
+    tenants.put("acme", BY, Quotas())
+    for tenant, adapter in (("acme", "a_b"), ("acme", "aab"), ("beta", "a")):
+        catalog.add_version(tenant, adapter, content(adapter), BY, make_tenant=True)
+        catalog.put_alias(tenant, adapter, "prod", 1, BY)
+    catalog.put_alias("acme", "a", "prod", 2, BY)
+    catalog.put_alias("acme", "a", "next", 2, BY)
+    catalog.delete_alias("acme", "a", "next", BY)
+    first, second = (VersionName("acme", "a", number, "") for number in (1, 2))
+    found = [(entry.action, entry.target) for entry in audit.of_version(first, 9)]
+    assert found == [
+        ("alias.moved", "acme/a@prod"),
+        ("alias.moved", "acme/a@prod"),
+        ("version.published", "acme/a@1"),
+    ]
+    assert [entry.action for entry in audit.of_version(second, 3)] == ["alias.deleted", "alias.moved", "alias.moved"]
+    named = VersionName("acme", "a_b", 1, "")
+    assert [entry.target for entry in audit.of_version(named, 9)] == ["acme/a_b@prod", "acme/a_b@1"]

@@ -92,6 +92,9 @@ def test_no_table_is_read_whole(
         for name in (None, VersionName("acme", "a", 1, "")):
             listings.index(tenant, after=name, limit=9)
     usage.add([Use(datetime(2026, 1, 1), "acme", "a", 1, "k", requests=1)])  # noqa: DTZ001 - as the catalog has it
+    usage.unread([VersionName("acme", "a", 1, "")], 7)
+    usage.read_hours(VersionName("acme", "a", 1, ""))
+    audit.of_version(VersionName("acme", "a", 1, ""), 9)
     key, text = keyring.create("acme", "read", "", BY)
     keyring.verify(text)
     keyring.listed("acme")
@@ -112,6 +115,19 @@ def test_no_table_is_read_whole(
     assert {step.split()[1] for step in plan(database, asked) if step.startswith("SCAN")} & set(
         metadata.tables
     ) == set()
+
+
+@on_sqlite
+def test_reads_of_a_version_are_found_an_hour_at_a_time(database: Database, asked: Asked) -> None:
+    """Whatever else its tenant used in an hour is not looked at, and nothing is sorted."""
+    usage, version = UsageStore(database), VersionName("acme", "a", 1, "")
+    asked.clear()
+    usage.unread([version], 7)
+    usage.read_hours(version)
+    steps = plan(database, [one for one in asked if "usage" in one[0]])
+    found = [step.partition("(")[2] for step in steps if " usage " in f"{step} "]
+    assert found == ["hour=? AND tenant_id=? AND adapter=? AND version=?)"] * 4
+    assert not [step for step in steps if "TEMP B-TREE" in step]
 
 
 @on_sqlite

@@ -7,15 +7,17 @@ from itertools import pairwise
 import pytest
 import sqlalchemy as sa
 
+from prefix_service.catalog.catalog import Catalog
 from prefix_service.catalog.database import Database, now
 from prefix_service.catalog.deletions import Deletions
-from prefix_service.catalog.records import Use
+from prefix_service.catalog.records import Use, VersionName
 from prefix_service.catalog.retention import expire_usage
 from prefix_service.catalog.schema import usage as table
+from prefix_service.catalog.schema import versions
 from prefix_service.catalog.tenants import Tenants
 from prefix_service.catalog.usage import UsageStore
 from prefix_service.errors import NotFound
-from tests.catalog.conftest import BY, remove_deleted
+from tests.catalog.conftest import BY, Content, remove_deleted
 
 FIRST = datetime.fromisoformat("2026-11-26T04:00:00")
 SECOND = FIRST + timedelta(hours=1)
@@ -144,3 +146,27 @@ def test_old_hours_are_removed(store: UsageStore, database: Database) -> None:
     assert expire_usage(database, 3) is False
     assert [use.adapter for use in listed(store, "acme", "adapter")] == ["young"]
     assert expire_usage(database, 3) is False
+
+
+def test_versions_that_nobody_reads(catalog: Catalog, content: Content, database: Database) -> None:
+    """Published long enough ago, and not handed out since; what was counted together may have been any."""
+    store, names = UsageStore(database), []
+    for tenant in ("acme", "beta"):
+        for word in "xyz":
+            version, _ = catalog.add_version(tenant, "a", content(word), BY, make_tenant=True)
+            names.append(VersionName(tenant, "a", version.number, version.digest))
+    with database.writing() as connection:
+        today = now(connection)
+        old = sa.update(versions).where(versions.c.number < 3).values(created=today - timedelta(days=8))
+        connection.execute(old)
+    gone = VersionName("acme", "a", 9, names[0].digest)
+    assert store.unread([*names, gone], 7) == [name for name in names if name.number < 3]
+    hour = today.replace(minute=0, second=0, microsecond=0)
+    store.add([Use(hour - timedelta(days=6), "acme", "a", 1, KEY, 1), Use(hour, "beta", "a", 2, KEY, 1)])
+    store.add([Use(hour - timedelta(days=8), "acme", "a", 2, KEY, 1), Use(hour, "acme", "a", 1, PLATFORM, 1)])
+    assert store.unread(names, 7) == [names[1], names[3]]
+    assert store.read_hours(names[0]) == (hour - timedelta(days=6), hour)
+    assert store.read_hours(names[4]) == (hour, hour)
+    assert store.read_hours(names[5]) is None
+    store.add([Use(hour, "acme", requests=1)])
+    assert store.unread(names, 7) == [names[3]]

@@ -44,6 +44,7 @@ from prefix_service.api.routes import (
     publishing,
     residency,
     tenants,
+    timeline,
     usage,
     version_statistics,
 )
@@ -143,7 +144,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
-    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage):
+    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage, timeline):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
@@ -221,6 +222,7 @@ def _compose(
         live=numbers,
         answers=Answers(cases.library),
         version_statistics=cases.statistics,
+        timelines=cases.timelines,
         inference_statistics=statistics,
         usage_counts=usage_counts,
         readiness=readiness,

@@ -24,6 +24,7 @@ from prefix_service.library.publishing import Publisher
 from prefix_service.library.residency import Residency
 from prefix_service.library.statistics import VersionStatistics
 from prefix_service.library.tenancy import Tenancy
+from prefix_service.library.timeline import Timelines
 from prefix_service.library.watching import Watchers
 from prefix_service.registry.admission import Admission
 from prefix_service.settings import Settings
@@ -51,6 +52,7 @@ class State:
     live: Live
     answers: Answers
     version_statistics: VersionStatistics
+    timelines: Timelines
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     readiness: Readiness

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
 
-from prefix_service.cli.console import human_bytes
 from prefix_service.system.disk import LEAST_FREE_BYTES
+from prefix_service.system.sizes import human_bytes
 
 _LITTLE_SPACE: Final = 1 << 30
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO

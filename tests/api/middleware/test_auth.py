@@ -56,7 +56,7 @@ class Call(NamedTuple):
     @property
     def scope(self) -> str:
         """Returns the smallest scope that the route accepts."""
-        if "/keys" in self.template or self.template.endswith(("/audit", "/usage")) or self.template == "/v1/tenants":
+        if "/keys" in self.template or self.template.endswith(("/audit", "/usage", "/timeline", "/v1/tenants")):
             return "admin"
         if self.template == "/v1/tenants/{tenant}" and self.method in ("PUT", "DELETE"):
             return "admin"

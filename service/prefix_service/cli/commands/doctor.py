@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from prefix_service.cli.commands.serve import load_settings
-from prefix_service.cli.console import human_bytes, print_json, print_table, say, working
+from prefix_service.cli.console import print_json, print_table, say, working
 from prefix_service.cli.folder_checks import Check, folder_checks
 from prefix_service.cli.options import DEFAULT_URL, MAKE_A_KEY, ApiKey, Json, Url, address, chosen_socket, connect
 from prefix_service.errors import (
@@ -26,6 +26,7 @@ from prefix_service.errors import (
     PrefixServiceError,
     Unauthenticated,
 )
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     pass

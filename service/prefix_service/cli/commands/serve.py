@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefix_service.cli.console import errors_console, human_bytes, print_json, say
+from prefix_service.cli.console import errors_console, print_json, say
 from prefix_service.cli.files import check_output, written
 from prefix_service.cli.options import Json
 from prefix_service.errors import InvalidInput
+from prefix_service.system.sizes import human_bytes
 
 if TYPE_CHECKING:
     from prefix_service.settings import Settings
