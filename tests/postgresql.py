@@ -66,6 +66,24 @@ class PostgreSQL:
         finally:
             self.start()
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops every process of the server, whose kernel goes on to accept connections, until the block ends."""
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        pids = [self._process.pid, *map(int, children.read_text().split())]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def cut_notifications_off(self, database: str) -> None:
+        """Makes NOTIFY by `pg_notify` do nothing in a database, for connections that begin from now on."""
+        self.execute("CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'", database)
+        self.execute(f"ALTER DATABASE {database} SET search_path = public, pg_catalog")
+
     def remove(self) -> None:
         """Stops the server, and removes its folder."""
         self._stop()
