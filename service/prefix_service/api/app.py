@@ -120,9 +120,13 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
                 state, feed = _compose(settings, database, metrics, shared_files)
                 app.open(state)
                 with feed.followed(), state.known_keys.running():
-                    async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
-                        async with state.fleet.running():
-                            yield
+                    async with (
+                        metrics.sampled(),
+                        state.live.sampled(),
+                        state.usage_counts.running(),
+                        state.fleet.running(),
+                    ):
+                        yield
         finally:
             database.close()
 

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from prefix_service.catalog.access import (
     PATIENT,
+    PROMPT,
     Access,
     Patience,
     Undone,
@@ -174,7 +175,7 @@ class Database:
         self._writes.engine.dispose()
 
     def _migrate(self, place: Path | str) -> None:
-        known = {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+        known = _known()
         with self.reading() as connection:
             found = _revision(connection)
         if found == max(known):
@@ -211,6 +212,10 @@ def _undone(failure: StorageFailed) -> StorageFailed:
     return Undone(failure.message) if can_try_again(failure) else failure
 
 
+def _known() -> set[str]:
+    return {path.name.partition("_")[0] for path in (_MIGRATIONS / "versions").glob("[0-9]*.py")}
+
+
 def _require_known(found: str | None, known: set[str], place: Path | str) -> None:
     if found is not None and found not in known:
         name = place if isinstance(place, Path) else shown(place)
@@ -226,6 +231,24 @@ def _revision(connection: sa.Connection) -> str | None:
         return None
     found: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
     return found
+
+
+def schema_of(url: str) -> tuple[str | None, str]:
+    """Returns the revision of a PostgreSQL database's schema, None if it is empty, and the newest that this release
+    knows. Nothing is changed.
+
+    Raises:
+        InvalidInput: psycopg is missing.
+        StorageFailed: the database refused, or did not answer in time.
+    """
+    access = Access(engine_of(url, PROMPT, writes=False, read_only=True), PROMPT.reads)
+    try:
+        with access.connected() as connection:
+            return _revision(connection), max(_known())
+    except StorageFailed as error:
+        raise explained(error, url) from error.__cause__
+    finally:
+        access.engine.dispose()
 
 
 def afterwards(connection: sa.Connection, call: Callable[[], object]) -> None:

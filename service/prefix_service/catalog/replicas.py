@@ -1,41 +1,17 @@
 """The replicas that serve a catalog: each of their processes writes a row every few seconds. Blocking."""
 
 import secrets
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
 import sqlalchemy as sa
 
 from prefix_service.catalog.database import Database, insert, now
+from prefix_service.catalog.records import Replica, Serving
 from prefix_service.catalog.schema import replicas
 
 _LIVING: Final = timedelta(seconds=15)
 _FORGOTTEN: Final = timedelta(minutes=5)
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What serves now: its address, its release, the revision that it has applied, and what it has in memory: the
-    number of prefixes, their bytes on the device, and those of renderings in host memory."""
-
-    address: str | None
-    release: str
-    revision: int
-    adapters: int
-    device_bytes: int
-    host_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A replica that serves now: when it started, when it was last seen, by the database's clock, and the sums of its
-    processes; `revision` is that of the process that is furthest behind."""
-
-    id: str
-    started: datetime
-    seen: datetime
-    serving: Serving
 
 
 class Replicas:

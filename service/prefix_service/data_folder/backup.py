@@ -11,8 +11,7 @@ from pathlib import Path
 from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.garbage import Garbage
-from prefix_service.catalog.url import shown
-from prefix_service.data_folder.opening import blob_folder, catalog_file
+from prefix_service.data_folder.opening import blob_folder, catalog_file, shown_catalog
 from prefix_service.errors import Conflict, CorruptBlob, NotFound
 from prefix_service.settings import Settings
 from prefix_service.system.disk import PRIVATE_FOLDER, make_private, translated, write_private
@@ -42,9 +41,9 @@ def back_up(settings: Settings, target: Path, progress: Callable[[int], None]) -
         Conflict: `target` exists, or the catalog is on PostgreSQL.
         OutOfSpace, StorageFailed: the disk refused.
     """
-    if settings.catalog_url is not None:
+    if (server := shown_catalog(settings)) is not None:
         raise Conflict(
-            f"the catalog is on PostgreSQL, {shown(settings.catalog_url.get_secret_value())}, and this command copies "
+            f"the catalog is on PostgreSQL, {server}, and this command copies "
             "data folders: run `pg_dump --format=custom` there first, then copy the blobs within PREFIX_GARBAGE_GRACE, "
             "and keep PREFIX_KEY_SECRET_FILE beside them; restore with `pg_restore` into an empty database"
         )

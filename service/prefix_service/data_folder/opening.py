@@ -17,6 +17,7 @@ from prefix_service.catalog.expiry import Retention
 from prefix_service.catalog.keys import Keyring
 from prefix_service.catalog.records import COMMAND_LINE
 from prefix_service.catalog.tenants import Tenants
+from prefix_service.catalog.url import shown
 from prefix_service.data_folder.collector import collecting
 from prefix_service.errors import Conflict, NotFound, StorageFailed, Unauthenticated
 from prefix_service.settings import Settings
@@ -38,6 +39,12 @@ def catalog_place(settings: Settings) -> Path | str:
     """Returns where the catalog is: a SQLite file in the data folder, or the URL of a PostgreSQL database."""
     url = settings.catalog_url
     return catalog_file(settings.data_dir) if url is None else url.get_secret_value()
+
+
+def shown_catalog(settings: Settings) -> str | None:
+    """Returns the URL of the catalog without its password; None if it is in the data folder."""
+    url = settings.catalog_url
+    return None if url is None else shown(url.get_secret_value())
 
 
 def bootstrap_file(data_dir: Path) -> Path:

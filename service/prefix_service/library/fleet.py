@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Final
 
 from prefix_service.catalog.feed import ChangeFeed
-from prefix_service.catalog.replicas import Replica, Replicas, Serving
+from prefix_service.catalog.records import Replica, Serving
+from prefix_service.catalog.replicas import Replicas
 from prefix_service.catalog.threads import read_catalog, write_catalog
 from prefix_service.errors import PrefixServiceError
 from prefix_service.registry.registry import AdapterRegistry

@@ -8,8 +8,7 @@ from importlib.metadata import version
 import structlog
 import torch
 
-from prefix_service.catalog.url import shown
-from prefix_service.data_folder.opening import bootstrap_file
+from prefix_service.data_folder.opening import bootstrap_file, shown_catalog
 from prefix_service.logs import for_people, write_line
 from prefix_service.settings import Settings
 from prefix_service.system.file_limit import most_connections
@@ -49,8 +48,8 @@ def announce(settings: Settings, at: str, device: torch.device, *, as_json: bool
 
 
 def _catalog(settings: Settings) -> dict[str, str]:
-    url = settings.catalog_url
-    return {} if url is None else {"catalog": shown(url.get_secret_value())}
+    found = shown_catalog(settings)
+    return {} if found is None else {"catalog": found}
 
 
 def _rows(settings: Settings, at: str, device: torch.device) -> list[tuple[str, str]]:

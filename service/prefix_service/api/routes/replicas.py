@@ -6,8 +6,7 @@ from pydantic import BaseModel, Field
 from prefix_service.api.middleware.auth import PlatformAdmin
 from prefix_service.api.routes.schemas import Moment
 from prefix_service.api.state import State, StateOf
-from prefix_service.catalog.records import Principal
-from prefix_service.catalog.replicas import Replica
+from prefix_service.catalog.records import Principal, Replica
 
 router = APIRouter(tags=["replicas"])
 

@@ -142,7 +142,8 @@ class _Asked:
     tenant: Annotated[str | None, typer.Option("--tenant", help="The tenant that the key belongs to.")] = None
     platform: Annotated[bool, typer.Option("--platform", help="A key of the platform, for all tenants.")] = False
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Work on the data folder of a stopped service instead.")
+        Path | None,
+        typer.Option("--data-dir", help="Work on a stopped service's data folder instead, or on PREFIX_CATALOG_URL."),
     ] = None
     url: Url = DEFAULT_URL
     api_key: ApiKey = None
