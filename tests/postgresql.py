@@ -84,6 +84,11 @@ class PostgreSQL:
         self.execute("CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT'", database)
         self.execute(f"ALTER DATABASE {database} SET search_path = public, pg_catalog")
 
+    def end_sessions(self, database: str) -> None:
+        """Breaks off every session of a database."""
+        query = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"  # noqa: S608
+        self.execute(query)
+
     def remove(self) -> None:
         """Stops the server, and removes its folder."""
         self._stop()

@@ -338,7 +338,7 @@ def test_a_newer_database_is_refused(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    "obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed", "sessions"]
+    "obstacle", ["garbage", "audit", "descriptions", "usage", "catalog", "changes", "freed", "sessions", "replicas"]
 )
 def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> None:
     """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""

@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from prefix_service.blobs.folder import FolderBlobStore
 from prefix_service.catalog.database import Database
+from prefix_service.catalog.expiry import Retention
 from prefix_service.data_folder import collector
-from prefix_service.data_folder.collector import Housekeeping
+from prefix_service.data_folder.collector import collecting
 from tests.api.helpers import problem, tensors_of, upload, weights
 from tests.catalog.conftest import template
 from tests.commands import run_command
@@ -205,8 +207,7 @@ def test_without_notifications(fleet: Fleet) -> None:
     first, second = fleet.clients
     version_at(second, "quiet@prod")
     fleet.postgresql.cut_notifications_off(fleet.database)
-    everybody = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{fleet.database}'"
-    fleet.postgresql.execute(everybody)
+    fleet.postgresql.end_sessions(fleet.database)
     key_id, key = make_key(first)
     worker = fleet.servers[1].client(key)
     eventually(lambda: worker.get("/v1/whoami").status_code == 200)
@@ -275,25 +276,33 @@ def test_the_password_is_in_no_log(fleet: Fleet) -> None:
         assert PASSWORD not in server.log.read_text()
 
 
-@contextmanager
-def housekeeping(url: str, calls: list[str]) -> Iterator[Housekeeping]:
-    database = Database(url)
-    made = Housekeeping.__new__(Housekeeping)
-    made._database = database
-    calls.clear()
-    yield made
-    database.close()
-
-
-def test_one_replica_collects(postgresql: PostgreSQL, template: str) -> None:
-    """Another one leaves the garbage alone meanwhile."""
+def test_one_replica_collects(postgresql: PostgreSQL, template: str, tmp_path: Path) -> None:
+    """While another one does, garbage is left alone."""
     name = postgresql.new_database(template)
-    other, calls = Database(postgresql.url(name)), list[str]()
-    with housekeeping(postgresql.url(name), calls) as keeping:
-        with other.alone(collector._LOCK):
-            keeping._alone(lambda: calls.append("too early"))
-        keeping._alone(lambda: calls.append("alone"))
-    assert calls == ["alone"]
-    other.close()
-    time.sleep(0)
+    mine, its = (Database(postgresql.url(name)) for _ in range(2))
+    blobs = FolderBlobStore(tmp_path / "blobs")
+    staged = blobs.stage()
+    staged.write(b"unnamed")
+    digest = staged.commit()
+    with its.alone(collector._LOCK), collecting(mine, blobs, 0.01, Retention(1, 1, 1)):
+        time.sleep(2.5)  # two collections, or none on a slow machine
+        assert blobs.exists(digest)
+    with collecting(mine, blobs, 0.01, Retention(1, 1, 1)):
+        eventually(lambda: not blobs.exists(digest))
+    for database in (mine, its):
+        database.close()
     postgresql.drop(name)
+
+
+def test_a_replica_that_only_reads(fleet: Fleet) -> None:
+    """It follows the others, refuses changes, and is in no list."""
+    published(fleet, "read-only")
+    first = fleet.clients[0]
+    folder = data_dir(fleet.servers[0].data_dir.parent, "reader")
+    with running_server(folder, "--read-only", environment=fleet.environment) as server:
+        reader = server.client(fleet.servers[0].admin_key)
+        assert version_at(reader, "read-only@prod") == "1"
+        first.put(f"{ADAPTER}/read-only/aliases/prod", json={"version": 2})
+        eventually(lambda: version_at(reader, "read-only@prod") == "2")
+        problem(reader.put(f"{ADAPTER}/read-only/aliases/prod", json={"version": 1}), 403, "read-only")
+        assert len(reader.get("/v1/replicas").json()["items"]) <= 2
