@@ -344,7 +344,7 @@ def test_a_migration_that_fails_changes_nothing(old: Place, obstacle: str) -> No
     """Tables are made in the same transaction, on SQLite too; with the obstacle gone it migrates."""
     execute(old, f"CREATE TABLE {obstacle} (x integer primary key)")
     before = contents(old)
-    with pytest.raises(StorageFailed, match="the catalog refused"):
+    with pytest.raises(StorageFailed, match=f'the catalog (refused|.* cannot be used: relation "{obstacle}")'):
         Database(old)
     assert contents(old) == before
     execute(old, f"DROP TABLE {obstacle}")

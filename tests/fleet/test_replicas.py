@@ -135,7 +135,8 @@ def test_who_serves(fleet: Fleet) -> None:
     first, second = fleet.clients
     published(fleet, "resident")
     version_at(second, "resident")
-    listed = eventually(lambda: len(found := first.get("/v1/replicas").json()["items"]) == 2 and found)
+    eventually(lambda: len(first.get("/v1/replicas").json()["items"]) == 2)
+    listed = first.get("/v1/replicas").json()["items"]
     assert sorted(item["address"] for item in listed) == ["http://replica-0:8080", "http://replica-1:8080"]
     assert all(item["started"] <= item["seen"] for item in listed)
 

@@ -195,13 +195,10 @@ def refused(error: BaseException | None) -> StorageFailed:
         return StorageFailed(
             "a crash cut a change of the catalog short: start a service without --read-only on it once, which undoes it"
         )
-    if not hasattr(error, "sqlstate"):
-        return StorageFailed(f"the catalog refused: {type(error).__name__}")
-    if error.sqlstate in _REASONS:
-        return StorageFailed(_REASONS[error.sqlstate])
-    # Without a state it does not come from the server.
-    is_away = error.sqlstate is None
-    return StorageFailed("the catalog cannot be reached" if is_away else f"the catalog refused: {type(error).__name__}")
+    state = getattr(error, "sqlstate", "")
+    if state is None:  # of psycopg, and not from the server
+        return StorageFailed("the catalog cannot be reached")
+    return StorageFailed(_REASONS.get(state, f"the catalog refused: {type(error).__name__}"))
 
 
 def can_try_again(failure: StorageFailed) -> bool:

@@ -71,4 +71,4 @@ def require_claim(database: Database, keyring: Keyring, blob_store: str | None =
 
 def _found(connection: sa.Connection, query: sa.Select[tuple[str, str]]) -> Claim | None:
     row = connection.execute(query).one()
-    return None if row.key_secret is None else Claim(*row)
+    return None if row.key_secret is None else Claim(row.key_secret, row.blob_store)

@@ -20,7 +20,7 @@ from prefix_service.catalog.audit import record
 from prefix_service.catalog.authority import writing_for
 from prefix_service.catalog.changes import KeyCreated, KeyRevoked, KeyShortened, announce
 from prefix_service.catalog.database import Database, now
-from prefix_service.catalog.records import Key, Principal, Scope
+from prefix_service.catalog.records import COMMAND_LINE, Key, Principal, Scope
 from prefix_service.catalog.schema import keys, tenants
 from prefix_service.catalog.tenants import lock
 from prefix_service.errors import Conflict, InvalidRequest, NotFound, StorageFailed, Unauthenticated
@@ -89,9 +89,10 @@ class Keyring:
             _require_room(connection, owner, tenant)
             return self._created(connection, (owner, tenant), scope, name, by, ends)
 
-    def create_first(self, connection: sa.Connection, by: Principal) -> str:
-        """Makes the first key of a catalog, a platform admin's, in a write transaction of `by`; returns its text."""
-        return self._created(connection, (None, None), "admin", "bootstrap", by, None)[1]
+    def create_first(self, connection: sa.Connection) -> str:
+        """Makes the first key of a catalog, a platform admin's, in a write transaction of the command line; returns its
+        text."""
+        return self._created(connection, (None, None), "admin", "bootstrap", COMMAND_LINE, None)[1]
 
     def _created(
         self,

@@ -67,4 +67,4 @@ class Replicas:
             query = sa.select(row.replica, started, sa.func.max(row.seen), *serving)
             query = query.where(row.seen > now(connection) - _LIVING).group_by(row.replica)
             found = connection.execute(query.order_by(started, row.replica)).all()
-        return [Replica(*row[:3], serving=Serving(*row[3:])) for row in found]
+        return [Replica(row[0], row[1], row[2], Serving(*row[3:])) for row in found]

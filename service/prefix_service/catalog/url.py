@@ -43,5 +43,5 @@ def require_url(text: str) -> None:
 def shown(url: str) -> str:
     """Returns a URL without its password and parameters."""
     full = sa.make_url(url)
-    parts = {"username": full.username, "host": full.host, "port": full.port, "database": full.database}
-    return sa.URL.create(full.drivername, **parts).render_as_string()
+    plain = sa.URL.create(full.drivername, full.username, None, full.host, full.port, full.database)
+    return plain.render_as_string()

@@ -219,7 +219,7 @@ def _claim(settings: Settings, database: Database) -> None:
 
     def make(connection: sa.Connection) -> None:
         first_key.unlink(missing_ok=True)
-        write_private(first_key, keyring.create_first(connection, COMMAND_LINE))
+        write_private(first_key, keyring.create_first(connection))
 
     with translated(f"write the first key to {first_key}"):
         claim(database, Claim(keyring.fingerprint, blob_store_of(settings)), None if settings.dev else make)
