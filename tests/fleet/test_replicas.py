@@ -1,5 +1,6 @@
 """Replicas, in processes of their own, that share a catalog on PostgreSQL and a blob folder."""
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tests.api.helpers import problem, tensors_of, upload, weights
 from tests.catalog.conftest import template
 from tests.commands import run_command
 from tests.conftest import Server, running_server
-from tests.forked import run_forked
+from tests.forked import Forked
 from tests.postgresql import PostgreSQL
 from tests.processes import eventually, lines_of
 
@@ -235,10 +236,15 @@ def test_the_command_line_works_on_the_catalog(fleet: Fleet, tmp_path: Path) -> 
 
 def refusal(folder: Path, environment: dict[str, str]) -> str:
     """What `serve` says that does not start."""
-    finished = run_forked("serve", "--port", "0", "--data-dir", folder, environment=environment)
-    assert finished.returncode == 1
-    assert PASSWORD not in finished.stdout + finished.stderr
-    return finished.stderr
+    log = folder.parent / f"{folder.name}.log"
+    process = Forked(["serve", "--port", "0", "--data-dir", str(folder)], log, {**os.environ, **environment})
+    try:
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+    said = log.read_text()
+    assert PASSWORD not in said
+    return said
 
 
 def test_a_replica_that_does_not_belong_is_refused(fleet: Fleet, tmp_path: Path) -> None:
