@@ -59,11 +59,6 @@ _UNDONE: Final = {"40001", "40P01", "57P01", "57P02"}
 """SQLSTATEs of transactions that are undone, and that may succeed if they are tried again immediately."""
 
 
-class Undone(StorageFailed):
-    """A transaction left nothing, because it lost its connection or came into conflict with others: it may be tried
-    again."""
-
-
 def engine_of(place: Path | str, patience: Patience, *, writes: bool, read_only: bool) -> sa.Engine:
     """Make the engine for the transactions that write, or for those that only read."""
     if isinstance(place, Path):

@@ -14,7 +14,6 @@ from prefix_service.catalog.access import (
     PROMPT,
     Access,
     Patience,
-    Undone,
     apart_of,
     can_try_again,
     engine_of,
@@ -69,14 +68,14 @@ class Database:
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
-            Undone: the transaction lost its connection, and may be tried again.
             StorageFailed: the database refused, or did not answer in time.
         """
         try:
             with self._reads.connected() as connection, connection.begin():
                 yield connection
         except StorageFailed as error:
-            raise _undone(error) from error.__cause__
+            error.is_undone |= can_try_again(error)
+            raise
 
     @contextlib.contextmanager
     def writing(self, by: Principal | None = None, *, frees: bool = False) -> Iterator[sa.Connection]:
@@ -87,7 +86,6 @@ class Database:
 
         Raises:
             InvalidRequest: a value that the database cannot hold.
-            Undone: nothing of the transaction is left, and it may be tried again.
             OutOfSpace, StorageFailed: the database refused, or did not answer in time.
             ReadOnly: the database is opened for reading alone.
         """
@@ -109,7 +107,8 @@ class Database:
                 is_ending = True
         except StorageFailed as error:
             if not is_ending:
-                raise _undone(error) from error.__cause__
+                error.is_undone |= can_try_again(error)
+                raise
             self._require_committed(stored, error)
         for call in calls:
             call()
@@ -121,8 +120,7 @@ class Database:
         """Returns if a transaction was committed whose reply got lost: PostgreSQL remembers how its transactions ended.
 
         Raises:
-            Undone: it was not, and may be tried again.
-            StorageFailed: the failure, if nobody can say.
+            StorageFailed: the failure; `is_undone` says that the transaction was not committed.
         """
         if stored is None or stored.transaction is None:
             raise failure
@@ -132,9 +130,8 @@ class Database:
                 status = connection.execute(query, {"id": stored.transaction}).scalar_one()
         except StorageFailed:
             status = None
-        if status == "aborted":
-            raise Undone(failure.message) from failure
         if status != "committed":
+            failure.is_undone = status == "aborted"
             raise failure
 
     def after_writes(self, call: Callable[[int, list[Change]], object]) -> None:
@@ -206,10 +203,6 @@ class Database:
         self._reads.engine.dispose()
         self._writes.engine.dispose()
         self._reads.engine.connect().close()
-
-
-def _undone(failure: StorageFailed) -> StorageFailed:
-    return Undone(failure.message) if can_try_again(failure) else failure
 
 
 def _known() -> set[str]:

@@ -33,8 +33,10 @@ class BoundedConnection(psycopg.Connection[Any]):
         Raises:
             NoAnswer: the deadline has passed.
         """
-        if timeout is not None or self.deadline is None:  # a caller that waits for notifications has its own
-            return super().wait(gen, interval, timeout)
+        if timeout is not None:  # of who waits for notifications, without waking up in between
+            return super().wait(gen, max(interval, timeout), timeout)
+        if self.deadline is None:
+            return super().wait(gen, interval)
         try:
             return super().wait(gen, interval, self.deadline)
         except errors._WaitTimeout as error:  # it has no public name: pyproject.toml bounds psycopg

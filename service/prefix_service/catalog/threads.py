@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 import anyio
 from anyio.lowlevel import RunVar
 
-from prefix_service.catalog.access import Undone
 from prefix_service.errors import Overloaded, StorageFailed
 from prefix_service.system.turns import ASKING, Turns
 
@@ -73,7 +72,9 @@ def _twice(call: Callable[..., T], *arguments: object) -> T:
     """Calls something that is one transaction, and again if it lost its connection, or a conflict, and left nothing."""
     try:
         return call(*arguments)
-    except Undone:
+    except StorageFailed as error:
+        if not error.is_undone:
+            raise
         return call(*arguments)
 
 
