@@ -169,7 +169,7 @@ def postgresql() -> Iterator[PostgreSQL]:
     bin_ = binaries()
     if bin_ is None:
         not_tested("PostgreSQL is not installed")
-    server = PostgreSQL(bin_)
+    server = PostgreSQL(bin_, free_port())
     yield server
     server.remove()
 

@@ -84,6 +84,12 @@ except ZeroDivisionError as error:
         assert line["exception"].endswith("ZeroDivisionError: division by zero")
 
 
+def test_passwords_in_urls_are_redacted() -> None:
+    """Whatever library writes the URL; an address without a password stays."""
+    assert redacted("to postgresql+psycopg://me:hunter2@db/x now") == "to postgresql+psycopg://me:***@db/x now"
+    assert redacted("at http://127.0.0.1:8080/docs, a@b") == "at http://127.0.0.1:8080/docs, a@b"
+
+
 @pytest.mark.parametrize("length", [4, 5, 12, 30, 60, len(KEY)])
 def test_keys_are_redacted_whole_or_cut_off(length: int) -> None:
     """A key that a message has cut off is redacted like a whole one."""

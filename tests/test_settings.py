@@ -169,6 +169,48 @@ def test_the_secret_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
     assert Settings(data_dir=tmp_path, key_secret_file=tmp_path / "s").secret_file == tmp_path / "s"
 
 
+SERVER = "postgresql+psycopg://someone:hunter2@db.example/prefix"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("hunter2", "has no ://"),
+        ("postgres://someone:hunter2@db/prefix", r"begin it with postgresql\+psycopg:// instead of postgres://"),
+        ("mysql://someone:hunter2@db/prefix", r"only postgresql\+psycopg:// is supported, not 'mysql'"),
+        ("postgresql+psycopg://someone:hunter2@db:x/prefix", "the port is a number"),
+        ("postgresql+psycopg://someone:hunter2@db", "names no database"),
+        ("postgresql+psycopg://someone:hunter@2@db/prefix", "as in p%40ss"),
+    ],
+)
+def test_what_is_wrong_with_a_catalogs_url(monkeypatch: pytest.MonkeyPatch, url: str, said: str) -> None:
+    """The message says it, and never shows the URL, which may have a password; nor does any other form of the error."""
+    monkeypatch.setenv("PREFIX_CATALOG_URL", url)
+    monkeypatch.setenv("PREFIX_KEY_SECRET_FILE", "secret")
+    with pytest.raises(InvalidInput, match=f"^PREFIX_CATALOG_URL: .*{said}") as told:
+        load_settings({})
+    assert "hunter" not in str(told.value) + str(told.value.__cause__)
+
+
+def test_a_catalogs_url_is_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings do not show it, and it needs a secret that all replicas have."""
+    monkeypatch.setenv("PREFIX_CATALOG_URL", f"{SERVER}?sslmode=verify-full")
+    with pytest.raises(InvalidInput, match="openssl rand -hex 32") as told:
+        load_settings({})
+    monkeypatch.setenv("PREFIX_KEY_SECRET_FILE", "secret")
+    assert "hunter2" not in repr(load_settings({})) + str(told.value) + str(told.value.__cause__)
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:8080", "ftp://a", "http://a/b", "http://a:99999", "http://u:p@a"])
+def test_what_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """An advertised address is one at which a client can be pointed."""
+    monkeypatch.setenv("PREFIX_ADVERTISE", address)
+    with pytest.raises(InvalidInput, match="PREFIX_ADVERTISE: an address "):
+        load_settings({})
+    monkeypatch.setenv("PREFIX_ADVERTISE", "https://replica-1.example.org:8443/")
+    assert load_settings({}).advertise == "https://replica-1.example.org:8443"
+
+
 def test_the_parser_is_the_fast_one_where_only_this_machine_comes_in() -> None:
     """The fast parser serves loopback and Unix sockets, and h11 other hosts, unless one is chosen."""
     assert {Settings(host=host).parser for host in ("127.0.0.1", "::1", "localhost")} == {"httptools"}

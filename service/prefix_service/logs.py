@@ -23,6 +23,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _NUMBERS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _KEY: Final = re.compile(r"pfx_\w+")
+_PASSWORD: Final = re.compile(r"(?<=://)([^\s/:@?#]*):[^\s/@?#]*@")
 _STANDARD_ERROR: Final = 2
 
 
@@ -43,8 +44,10 @@ request_context: ContextVar[dict[str, str]] = ContextVar("request_context")
 
 
 def redacted(text: str) -> str:
-    """Returns the text with everything that looks like a key, even a truncated one, replaced."""
-    return _KEY.sub("pfx_***", text) if "pfx_" in text else text
+    """Returns the text with everything that looks like a key, even a truncated one, and passwords in URLs replaced."""
+    if "pfx_" in text:
+        text = _KEY.sub("pfx_***", text)
+    return _PASSWORD.sub(r"\1:***@", text) if "://" in text else text
 
 
 def for_people() -> bool:

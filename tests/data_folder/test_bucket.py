@@ -225,7 +225,10 @@ def test_a_service_does_not_start_on_a_bucket_that_refuses(
 
 def test_a_store_of_each_kind(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The setting chooses the store, and each has an identity of its own."""
-    assert blob_store(Settings(data_dir=tmp_path)).identity == "folder"
+    first = blob_store(Settings(data_dir=tmp_path)).identity
+    assert first.startswith("folder ")
+    assert blob_store(Settings(data_dir=tmp_path)).identity == first
+    assert blob_store(Settings(data_dir=tmp_path / "other")).identity != first
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert blob_store(Settings(data_dir=tmp_path)).identity.startswith(f"{URL}@127.0.0.1:")

@@ -42,6 +42,7 @@ from prefix_service.api.routes import (
     page_sessions,
     prefixes,
     publishing,
+    replicas,
     residency,
     tenants,
     timeline,
@@ -56,10 +57,12 @@ from prefix_service.catalog.changes import Change
 from prefix_service.catalog.database import Database
 from prefix_service.catalog.feed import ChangeFeed, Listener, call
 from prefix_service.catalog.keys import Keyring
+from prefix_service.catalog.replicas import Replicas
 from prefix_service.catalog.sessions import Sessions
 from prefix_service.catalog.usage import UsageStore
-from prefix_service.data_folder.opening import blob_store, catalog_file
+from prefix_service.data_folder.opening import blob_store, catalog_place, replica_id
 from prefix_service.data_folder.readiness import Readiness, checks_of
+from prefix_service.library.fleet import Fleet
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.page_sessions import PageSessions
 from prefix_service.library.plan import Limits
@@ -110,13 +113,18 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: App) -> AsyncIterator[None]:
-        database = Database(catalog_file(settings.data_dir), PROMPT, read_only=settings.read_only)
+        database = Database(catalog_place(settings), PROMPT, read_only=settings.read_only)
         try:
             with _shared_files(settings) as shared_files:
                 state, feed = _compose(settings, database, metrics, shared_files)
                 app.open(state)
                 with feed.followed(), state.known_keys.running():
-                    async with metrics.sampled(), state.live.sampled(), state.usage_counts.running():
+                    async with (
+                        metrics.sampled(),
+                        state.live.sampled(),
+                        state.usage_counts.running(),
+                        state.fleet.running(),
+                    ):
                         yield
         finally:
             database.close()
@@ -144,7 +152,7 @@ def create_app(settings: Settings, metrics: Metrics | None = None) -> App:
     app.include_router(live.router)
     app.include_router(inference_v2.router)
     app.include_router(inference_v2_extensions.router)
-    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage, timeline):
+    for room in (publishing, adapters, aliases, residency, tenants, keys, audit, usage, timeline, replicas):
         app.include_router(room.router, dependencies=[Depends(require_json_acceptable)])
     app.add_middleware(StrictPathMiddleware)
     return app
@@ -198,7 +206,11 @@ def _compose(
     rates = RateLimits(cases.tenancy.requests_per_second, lambda: feed.are_known)
     statistics = InferenceStatistics()
     usage_counts = UsageCounts(None if settings.read_only else UsageStore(database).add)
-    readiness = Readiness(checks_of(settings, database, blobs))
+    readiness = Readiness(checks_of(settings, database, blobs, lambda: feed.are_known))
+    beats = None
+    if settings.catalog_url is not None and not settings.read_only:
+        beats = Replicas(database, replica_id(settings.data_dir))
+    fleet = Fleet(beats, feed, registry, rates.divide, address=settings.advertise, release=version("prefix-service"))
     watchers = Watchers(database, settings.max_watchers)
     # Watchers last: when they wake, a revoked key is known to be.
     for listening in (cases.residency, cases.publisher, known_keys, rates, statistics, usage_counts, watchers):
@@ -226,6 +238,7 @@ def _compose(
         inference_statistics=statistics,
         usage_counts=usage_counts,
         readiness=readiness,
+        fleet=fleet,
         revisions=Revisions(keyring.derived),
         watchers=watchers,
     )

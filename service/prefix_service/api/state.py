@@ -15,6 +15,7 @@ from prefix_service.api.middleware.rates import RateLimits
 from prefix_service.api.middleware.usage_counts import UsageCounts
 from prefix_service.data_folder.readiness import Readiness
 from prefix_service.library.adapters import Adapters
+from prefix_service.library.fleet import Fleet
 from prefix_service.library.following import Following
 from prefix_service.library.known_keys import KnownKeys
 from prefix_service.library.library import Library
@@ -56,6 +57,7 @@ class State:
     inference_statistics: InferenceStatistics
     usage_counts: UsageCounts
     readiness: Readiness
+    fleet: Fleet
     revisions: Revisions
     watchers: Watchers
 

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -14,7 +15,14 @@ from prefix_service.blobs.port import Allocate, ChunkObserver, StoredBlob
 from prefix_service.blobs.reading import PIECE, digest_of, pieces
 from prefix_service.blobs.staged import StagedFile, StagingFolder
 from prefix_service.errors import CorruptBlob, NotFound, ReadOnly, Unavailable
-from prefix_service.system.disk import PRIVATE_FOLDER, private_opener, require_writable, sync_folder, translated
+from prefix_service.system.disk import (
+    PRIVATE_FOLDER,
+    private_opener,
+    require_writable,
+    sync_folder,
+    translated,
+    write_private,
+)
 from prefix_service.system.host_memory import host_memory
 from prefix_service.system.locks import locked
 
@@ -34,8 +42,6 @@ class FolderBlobStore:
     A store that is `read_only` creates, moves and removes nothing, not even damaged files.
     """
 
-    identity = "folder"
-
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self._root, self._read_only = root, read_only
         self._staging, self._quarantine = StagingFolder(root / "staging"), root / "quarantine"
@@ -46,6 +52,20 @@ class FolderBlobStore:
             for folder in (root, self._staging.path, self._quarantine):
                 folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             sync_folder(root.parent)
+
+    @property
+    def identity(self) -> str:
+        """The random id that the folder keeps, and that all who share the folder find.
+
+        Raises:
+            StorageFailed, OutOfSpace: the disk refused.
+        """
+        path = self._root / "id"
+        with translated(f"read {path}"):
+            if not path.exists() and not self._read_only:
+                with contextlib.suppress(FileExistsError):  # another replica was faster
+                    write_private(path, f"folder {secrets.token_hex(8)}")
+            return path.read_text().strip()
 
     def check(self) -> None:
         """Checks that blobs can be read and written now.

@@ -249,3 +249,27 @@ class Use:
         self.bytes += other.bytes
         self.cold_loads += other.cold_loads
         self.prefix_tokens += other.prefix_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves now: its address, its release, the revision that it has applied, and what it has in memory: the
+    number of prefixes, their bytes on the device, and those of renderings in host memory."""
+
+    address: str | None
+    release: str
+    revision: int
+    adapters: int
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A replica that serves now: when it started, when it was last seen, by the database's clock, and the sums of its
+    processes; `revision` is that of the process that is furthest behind."""
+
+    id: str
+    started: datetime
+    seen: datetime
+    serving: Serving

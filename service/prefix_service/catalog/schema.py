@@ -171,12 +171,15 @@ audit = sa.Table(
     sa.Index(None, "tenant_id", "id"),
 )
 
-# One row: the random id of this catalog, which a backup keeps, and the revision of its latest change.
+# One row: the random id of this catalog, which a backup keeps, the revision of its latest change, and on PostgreSQL,
+# from the first start on, whose it is (`claim.py`).
 catalog = sa.Table(
     "catalog",
     metadata,
     sa.Column("id", sa.Text, primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("key_secret", sa.Text),
+    sa.Column("blob_store", sa.Text),
 )
 
 # What `changes.py` stores. `tenant_id` says who may read the row, as in `audit`; without a foreign key, since the row
@@ -223,4 +226,20 @@ sessions = sa.Table(
     sa.Column("began", sa.DateTime, nullable=False),
     sa.Column("used", sa.DateTime, nullable=False, index=True),
     sa.Index(None, "key_id", "began"),
+)
+
+# A row for each process of each replica; `seen` is its latest sign of life.
+replicas = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("process", sa.Text, primary_key=True),
+    sa.Column("replica", sa.Text, nullable=False),
+    sa.Column("address", sa.Text),
+    sa.Column("release", sa.Text, nullable=False),
+    sa.Column("started", sa.DateTime, nullable=False),
+    sa.Column("seen", sa.DateTime, nullable=False, index=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("adapters", sa.BigInteger, nullable=False),
+    sa.Column("device_bytes", sa.BigInteger, nullable=False),
+    sa.Column("host_bytes", sa.BigInteger, nullable=False),
 )

@@ -29,6 +29,7 @@ _BATCH: Final = 500
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 600.0  # seconds between two collections
 _LOOK: Final = 0.5  # seconds between two checks for deletions
 _REST: Final = 0.05  # seconds, at least, in which others can write between two slices
+_LOCK: Final = 0x636F_6C6C_6563_7400  # "collect": any number that all replicas agree on
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +121,19 @@ class Housekeeping:
     def work(self, stop: threading.Event) -> None:
         """Works until `stop` is set."""
         pause = min(max(self._grace / 4, _SHORTEST_PAUSE), _LONGEST_PAUSE)
-        _logged(self._collector.reconcile)
+        _logged(lambda: self._alone(self._collector.reconcile))
         collected = time.monotonic()
         while not stop.wait(min(_LOOK, pause)):
             _logged(lambda: in_slices(self._deletions.remove_slice, stop))
             if time.monotonic() - collected >= pause:
-                _logged(lambda: self._collect(stop))
+                _logged(lambda: self._alone(lambda: self._collect(stop)))
                 collected = time.monotonic()
+
+    def _alone(self, call: Callable[[], object]) -> None:
+        """Calls it, unless another replica is at it: two would do the same work, without harm."""
+        with self._database.alone(_LOCK) as is_alone:
+            if is_alone:
+                call()
 
     def _collect(self, stop: threading.Event) -> None:
         before = self._garbage.expired(self._grace)

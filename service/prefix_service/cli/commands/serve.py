@@ -71,7 +71,7 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     """
     from pydantic import ValidationError
 
-    from prefix_service.settings import Settings
+    from prefix_service.settings import Settings, is_secret
 
     # As environment variables, so that worker processes read the same.
     for name, value in chosen.items():
@@ -82,10 +82,11 @@ def load_settings(chosen: dict[str, Any]) -> "Settings":
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
-        name = str(first["loc"][0]) if first["loc"] else ""
-        got = "" if name.endswith("_url") else f", got {first['input']!r}"  # a URL can contain a password
-        where = f"PREFIX_{name.upper()}: {reason}{got}" if name else reason
-        raise InvalidInput(where) from error
+        if not first["loc"]:
+            raise InvalidInput(reason) from error
+        name = str(first["loc"][0])
+        got = "" if is_secret(name) else f", got {first['input']!r}"
+        raise InvalidInput(f"PREFIX_{name.upper()}: {reason}{got}") from error
 
 
 def backup(
